@@ -1,0 +1,35 @@
+"""Block-diagonal matrices, kept as a stack of their blocks: (dimension / d, d, d).
+
+They wrap the sparse core on both sides. The block size d is the knob between accuracy and latency: multiplying a vector
+of n entries costs n·d multiplications, and storing the matrix n·d numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_size_for", "expand", "identity", "multiply"]
+
+
+def block_size_for(dimension: int, requested: int, multiple_of: int = 1) -> int | None:
+    """The largest divisor of `dimension` that is at most `requested` and a multiple of `multiple_of`, or None."""
+    start = min(requested, dimension) // multiple_of * multiple_of
+    return next((d for d in range(start, 0, -multiple_of) if dimension % d == 0), None)
+
+
+def identity(dimension: int, block_size: int, **options) -> Tensor:
+    """The identity of size `dimension`, as blocks; `options` are those of torch.eye."""
+    return torch.eye(block_size, **options).repeat(dimension // block_size, 1, 1)
+
+
+def multiply(blocks: Tensor, x: Tensor) -> Tensor:
+    """y = D x for every vector in the last dimension of `x` (..., dimension), D being block diagonal."""
+    count, size, _ = blocks.shape
+    y = torch.matmul(x.reshape(-1, count, size).transpose(0, 1), blocks.transpose(1, 2))  # (count, rows, size)
+    return y.transpose(0, 1).reshape(x.shape)
+
+
+def expand(blocks: Tensor) -> Tensor:
+    """The dense (dimension, dimension) matrix."""
+    return torch.block_diag(*blocks)

@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to read.
+
+The command line prints its message as a single line and exits with code 1; a traceback appears only with --debug.
+A message names the file, the module, what was found, what was expected and what to do.
+"""
+
+
+class ArmorError(ValueError):
+    """Bad input or a bad environment, explained in one line."""

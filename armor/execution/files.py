@@ -1,0 +1,93 @@
+"""Atomic files: a reader sees the old content, the new content or nothing, never a half.
+
+Every write goes to a temporary name in the same folder and is renamed over the target once it is on disk. Two processes
+that write the same file do no harm: the last rename wins, and each writes under a name of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from armor.errors import ArmorError
+
+__all__ = ["atomic_path", "open_safetensors", "read_json", "save_safetensors", "sha256", "write_json"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` at the end, or vanishes if the block raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically. Raises ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+def read_json(path: Path | str) -> dict:
+    """The JSON object in `path`. Raises ArmorError if it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ArmorError(f"{path}: no such file; run the stage that writes it first") from None
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ArmorError(
+            f"{path}: not valid JSON ({error}); delete it and run the stage that writes it again"
+        ) from None
+
+
+def save_safetensors(path: Path | str, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors atomically, in sorted order, so that the same tensors give the same bytes."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path | str) -> Iterator:
+    """A safetensors file opened for lazy reading. Raises ArmorError if it is missing, truncated or corrupt."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except FileNotFoundError:
+        raise ArmorError(f"{path}: no such file; run the stage that writes it first") from None
+    except (SafetensorError, OSError) as error:
+        raise ArmorError(f"{path}: not a readable safetensors file ({error}); fetch or make it again") from None
+    with file:
+        yield file
+
+
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""The code hash of a stage: what Snakemake compares to know that a stage's code has changed.
+
+The hash covers the modules that a stage executes, found by following `import armor...` statements from its entry
+module, as syntax trees without docstrings; comments and formatting do not count. Modules that cannot change a result
+are left out: the settings reach a stage through the rule's params, and messages, devices and descriptions touch no
+number.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+__all__ = ["code_hash"]
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_EFFECT = (
+    "armor",
+    "armor.config",
+    "armor.errors",
+    "armor.execution.log",
+    "armor.execution.machine",
+    "armor.execution.devices",
+)
+
+
+def code_hash(entry: str) -> str:
+    """A hexadecimal hash of the code that module `entry`, like "armor.factorize.layer", executes from this package."""
+    seen: set[str] = set()
+    waiting = [entry]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name not in WITHOUT_EFFECT:
+            seen.add(name)
+            waiting.extend(_parsed(name)[1])
+            waiting.append(name.rpartition(".")[0])  # importing a.b executes a too
+    return hashlib.sha256("\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(seen)).encode()).hexdigest()[:16]
+
+
+def _file(name: str) -> Path | None:
+    base = ROOT.joinpath(*name.split("."))
+    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
+    """The hash of one module's syntax tree without docstrings, and the modules of this package that it imports."""
+    tree = ast.parse(_file(name).read_bytes())
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module)
+            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            # A bare string as a statement is a docstring, also below a class's field.
+            node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and _is_text(n.value))] or [ast.Pass()]
+    ours = tuple(sorted(module for module in imported if module.split(".")[0] == "armor" and _file(module)))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), ours
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

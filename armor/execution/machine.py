@@ -1,0 +1,63 @@
+"""What a job runs on: threads, memory, and a description for the record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+__all__ = ["describe", "peak_memory_bytes", "resident_memory_bytes", "set_threads"]
+
+
+def set_threads(count: int) -> None:
+    """Let this process compute with `count` threads and no more. Call it before torch is imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    # A thread that waits at an OpenMP barrier must sleep, not spin: jobs side by side would starve each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Tokenizers fork a thread for every core, whatever OpenMP was told.
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most memory this process has held so far: resident on the host, or allocated by torch on a CUDA device."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """The host memory this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe(device: str = "cpu") -> dict:
+    """Processor, card, threads and versions, for the JSON beside a result."""
+    import torch
+
+    packages = ("torch", "transformers", "safetensors", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }

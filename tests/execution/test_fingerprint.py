@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+
+from armor.execution import fingerprint
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A stand-in package named armor: a.py imports core.b, unrelated.py stands alone."""
+    package = tmp_path / "armor"
+    (package / "core").mkdir(parents=True)
+    for name, text in {
+        "__init__": "",
+        "core/__init__": "",
+        "a": '"""A."""\nfrom armor.core.b import f\n\n\ndef g():\n    """Doc."""\n    return f()\n',
+        "core/b": "import json\n\n\ndef f():\n    return 1\n",
+        "unrelated": "x = 1\n",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+
+    def edit(name, old, new):
+        file = package / f"{name}.py"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    def code_hash():
+        fingerprint._parsed.cache_clear()
+        return fingerprint.code_hash("armor.a")
+
+    yield edit, code_hash
+    fingerprint._parsed.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "changes"),
+    [
+        ("a", "return f()", "return f() + 1", True),
+        ("core/b", "return 1", "return 2", True),
+        ("core/__init__", "", "y = 2\n", True),
+        ("a", "Doc.", "Other words.", False),
+        ("a", "return f()", "# a comment\n    return f( )", False),
+        ("unrelated", "x = 1", "x = 2", False),
+    ],
+)
+def test_the_hash_follows_what_is_executed(project, name, old, new, changes):
+    edit, code_hash = project
+    before = code_hash()
+    edit(name, old, new)
+    assert (code_hash() != before) is changes
+
+
+def test_the_stages_hashes_need_no_torch():
+    code = "from armor.execution.fingerprint import code_hash; code_hash('armor.cli')"
+    subprocess.run([sys.executable, "-c", f"import sys; {code}; assert 'torch' not in sys.modules"], check=True)
