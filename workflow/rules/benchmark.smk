@@ -1,0 +1,30 @@
+"""In: the dense model and a packed one. Out: size, memory and decoding speed of both, timed in turn."""
+
+
+rule benchmark:
+    """Time dense and packed in one process; takes every core, so that nothing else runs beside it."""
+    input:
+        source="results/{model}/source.json",
+        model=finished_model,
+    output:
+        "results/{model}/{recipe}/benchmark/{benchmark}.json",
+    log:
+        "results/logs/{model}/{recipe}/benchmark/{benchmark}.log",
+    benchmark:
+        "results/benchmarks/{model}/{recipe}/benchmark/{benchmark}.tsv"
+    conda:
+        "../../envs/armor.yaml"
+    threads: workflow.cores or 8
+    resources:
+        gpu=1,
+        mem_mb=24000,
+        runtime="2h",
+    params:
+        settings=lambda wildcards: settings_json(SETTINGS.benchmarks[wildcards.benchmark]),
+        checkpoint=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--checkpoint {input.model}",
+        code=code_hash("armor.benchmark.generation"),
+    shell:
+        """
+        armor benchmark --source {input.source:q} {params.checkpoint} --settings {params.settings:q} \
+            --output {output:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """

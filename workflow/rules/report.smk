@@ -1,0 +1,29 @@
+"""In: every JSON file that the configuration asks for. Out: tables, figures and one page, results/report/."""
+
+
+rule report:
+    """Write summary.csv, summary.json and index.html."""
+    input:
+        all_records,
+    output:
+        "results/report/index.html",
+        "results/report/summary.csv",
+        "results/report/summary.json",
+    log:
+        "results/logs/report.log",
+    benchmark:
+        "results/benchmarks/report.tsv"
+    conda:
+        "../../envs/armor.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=2000,
+        runtime="15m",
+    params:
+        settings=settings_json(SETTINGS.report_settings()),
+        code=code_hash("armor.report"),
+    shell:
+        """
+        armor report --settings {params.settings:q} >{log:q} 2>&1
+        """
