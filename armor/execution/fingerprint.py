@@ -1,9 +1,9 @@
 """The code hash of a stage: what Snakemake compares to know that a stage's code has changed.
 
 The hash covers the modules that a stage executes, found by following `import armor...` statements from its entry
-module, as syntax trees without docstrings; comments and formatting do not count. Modules that cannot change a result
-are left out: the settings reach a stage through the rule's params, and messages, devices and descriptions touch no
-number.
+module, as syntax trees without docstrings; comments and formatting do not count. Templates and C sources of the
+packages on the way count as they are. Modules that cannot change a result are left out: the settings reach a stage
+through the rule's params, and messages, devices and descriptions touch no number.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _file(name: str) -> Path | None:
 @cache
 def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
     """The hash of one module's syntax tree without docstrings, and the modules of this package that it imports."""
-    tree = ast.parse(_file(name).read_bytes())
+    file = _file(name)
+    tree = ast.parse(file.read_bytes())
     imported: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -58,8 +59,12 @@ def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             # A bare string as a statement is a docstring, also below a class's field.
             node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and _is_text(n.value))] or [ast.Pass()]
+    digest = hashlib.sha256(ast.dump(tree).encode())
+    if file.name == "__init__.py":
+        for other in sorted(path for path in file.parent.rglob("*") if path.suffix in (".j2", ".c", ".h")):
+            digest.update(other.read_bytes())
     ours = tuple(sorted(module for module in imported if module.split(".")[0] == "armor" and _file(module)))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), ours
+    return digest.hexdigest(), ours
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -19,10 +19,11 @@ def project(tmp_path, monkeypatch):
         "unrelated": "x = 1\n",
     }.items():
         (package / f"{name}.py").write_text(text)
+    (package / "core" / "page.html.j2").write_text("<p>")
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
 
     def edit(name, old, new):
-        file = package / f"{name}.py"
+        file = package / (name if "." in name else f"{name}.py")
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
 
@@ -40,6 +41,7 @@ def project(tmp_path, monkeypatch):
         ("a", "return f()", "return f() + 1", True),
         ("core/b", "return 1", "return 2", True),
         ("core/__init__", "", "y = 2\n", True),
+        ("core/page.html.j2", "<p>", "<div>", True),
         ("a", "Doc.", "Other words.", False),
         ("a", "return f()", "# a comment\n    return f( )", False),
         ("unrelated", "x = 1", "x = 2", False),

@@ -1,0 +1,6 @@
+"""What all the results say, for a person: summary.csv, summary.json and one self-contained page."""
+
+from armor.report.page import build
+from armor.report.tables import print_table
+
+__all__ = ["build", "print_table"]

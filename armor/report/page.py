@@ -1,0 +1,222 @@
+"""The report: a summary in words, the table, the figures, on one page that needs nothing but itself.
+
+Only the JSON of the other stages is read. The same JSON gives the same bytes: no time of writing, no random ids. The
+words are put together sentence by sentence, each only when the results for it are there; what is missing is listed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import stdev
+
+import jinja2
+from markupsafe import Markup
+
+from armor.config import ReportSettings, parse_settings
+from armor.execution.files import atomic_path, write_json
+from armor.execution.log import log
+from armor.report.figures import figures
+from armor.report.results import ModelResults, RecipeResults, read_results
+from armor.report.tables import (
+    METHODS,
+    benchmark_table,
+    csv_text,
+    evaluation_table,
+    html_table,
+    number,
+    plus_minus,
+    size,
+    stage_table,
+    summary_rows,
+)
+
+__all__ = ["build", "missing", "summarize"]
+
+
+def _named(recipe: RecipeResults) -> str:
+    """What the recipe is, like "ARMOR (2:4, blocks of 64)", and its name where that says more than the method."""
+    details = [f"recipe {recipe.name}"] if recipe.name != recipe.pair.method else []
+    details.append(recipe.pair.pattern)
+    if recipe.pair.method == "armor":
+        details.append(f"blocks of {recipe.pair.block_size}")
+    return f"{METHODS[recipe.pair.method]} ({', '.join(details)})"
+
+
+def _ratio(recipe: RecipeResults, dense: RecipeResults) -> tuple[float, float | None]:
+    """How many times the dense model's perplexity, and the standard error of that, on the first evaluation.
+
+    Both models predict the same blocks, so the error is that of the mean of the blocks' differences: much smaller than
+    the two perplexities' own errors, which say how blocks differ from each other. None where the blocks differ.
+    """
+    own, other = (r.evaluations[recipe.pair.evaluations[0]] for r in (recipe, dense))
+    ratio = own["value"] / other["value"]
+    if own["settings"] != other["settings"] or own["blocks"] != other["blocks"] or own["blocks"] < 2:
+        return ratio, None
+    differences = [a - b for a, b in zip(own["block_means"], other["block_means"], strict=True)]
+    return ratio, ratio * stdev(differences) / math.sqrt(len(differences))
+
+
+def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None) -> list[str]:
+    dense = model.dense if model.dense and model.dense.perplexity else None
+    first = f"On {best.pair.evaluations[0]}, {_named(best)} has a perplexity of {plus_minus(*best.perplexity)}"
+    others = [f"the dense model has {plus_minus(*dense.perplexity)}"] if dense else []
+    if rival:
+        others.append(f"the best pruning method, {_named(rival)}, has {plus_minus(*rival.perplexity)}")
+    sentences = ["; ".join([first, *others]) + "."]
+    if dense:
+        second = f"That is {plus_minus(*_ratio(best, dense), digits=3)} times the dense model's"
+        if rival:
+            second += f", where pruning makes it {plus_minus(*_ratio(rival, dense), digits=3)} times"
+        sentences.append(second + ".")
+    return sentences
+
+
+def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None) -> list[str]:
+    sentences = []
+    dense = model.dense.row() if model.dense else {}
+    row, other = best.row(), rival.row() if rival else {}
+    if (count := row["checkpoint_bytes"]) is not None:
+        text = f"Its checkpoint takes {size(count)}"
+        if whole := dense.get("checkpoint_bytes"):
+            text += f", {count / whole:.0%} of the dense model's {size(whole)}"
+        if pruned := other.get("checkpoint_bytes"):
+            text += f" ({rival.name}: {size(pruned)})"
+        sentences.append(text + ".")
+    if (bits := row["bits_per_weight"]) is not None:
+        text = f"A weight of its linears takes {bits:.2f} bits"
+        if (whole := dense.get("bits_per_weight")) is not None:
+            text += f" instead of {whole:g}"
+        if (pruned := other.get("bits_per_weight")) is not None:
+            text += f" ({rival.name}: {pruned:.2f})"
+        sentences.append(text + ".")
+    case = best.benchmarks.get(next(iter(best.pair.benchmarks), ""))
+    if case and case["compressed"]:
+        own, whole = case["compressed"], case["dense"]
+        speeds = [side["decode_tokens_per_second"]["median"] for side in (own, whole)]
+        sentences.append(
+            f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
+            f"decoding in turn it writes {number(speeds[0], 3)} tokens per second beside {number(speeds[1], 3)} "
+            f"({number(speeds[0] / speeds[1], 2)} times)."
+        )
+    return sentences
+
+
+def _trust(model: ModelResults) -> list[str]:
+    """How sure the numbers are, and whether they compare."""
+    evaluation = next(iter(model.evaluation_names()), None)
+    results = [r.evaluations[evaluation] for r in model.recipes if evaluation in r.evaluations]
+    if not results:
+        return []
+    first = results[0]
+    sentences = []
+    if first["standard_error"] is not None:
+        sentences.append(f"± is one standard error over {first['blocks']} blocks of {first['length']:,} tokens.")
+    conditions = [{key: r[key] for key in ("blocks", "length", "settings")} for r in results]
+    if all(condition == conditions[0] for condition in conditions):
+        if len(results) > 1:
+            sentences.append(
+                "All recipes were measured on the same blocks, so their ratios are surer than the perplexities."
+            )
+    else:
+        sentences.append("The recipes were not all measured on the same text or in the same way: compare with care.")
+    return sentences
+
+
+def missing(model: ModelResults) -> list[str]:
+    """The results that were asked for and are not there, by recipe."""
+    gaps = []
+    for recipe in model.recipes:
+        absent = [f"evaluation {name}" for name in recipe.pair.evaluations if name not in recipe.evaluations]
+        absent += [f"benchmark {name}" for name in recipe.pair.benchmarks if name not in recipe.benchmarks]
+        if not recipe.dense:
+            absent += ["checkpoint"] * (recipe.checkpoint is None) + ["some decoder layers"] * (not recipe.complete)
+        if absent:
+            gaps.append(f"{recipe.name}: {', '.join(absent)}")
+    return gaps
+
+
+def summarize(model: ModelResults) -> list[str]:
+    """Paragraphs: what was lost, what was saved, how sure that is, what is missing."""
+    best, rival = model.best(armor=True), model.best(armor=False)
+    if best is None:
+        best, rival = rival, None
+    paragraphs = []
+    if best:
+        paragraphs += [" ".join(_lost(model, best, rival)), " ".join(_saved(model, best, rival))]
+    paragraphs.append(" ".join(_trust(model)))
+    if gaps := missing(model):
+        paragraphs.append(f"Missing, and left as gaps: {'; '.join(gaps)}.")
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _block_sizes(model: ModelResults) -> list[str]:
+    """Where the block size asked for does not divide a dimension: which sizes serve."""
+    notes = []
+    for recipe in model.compressed:
+        used = {d for module in recipe.modules for d in (module.block_size or {}).values()}
+        if recipe.pair.method == "armor" and used - {recipe.pair.block_size}:
+            asked, sizes = recipe.pair.block_size, " and ".join(map(str, sorted(used)))
+            notes.append(f"{recipe.name}: blocks of {asked} were asked for, {sizes} divide the dimensions.")
+    return notes
+
+
+def _machines(model: ModelResults) -> list[str]:
+    """The machines that evaluations and benchmarks ran on, each once."""
+    found = []
+    for recipe in model.recipes:
+        for record in (*recipe.evaluations.values(), *recipe.benchmarks.values()):
+            machine = record["machine"]
+            where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+            versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
+            found.append(f"{where}, {machine['threads']} of {machine['cores']} cores used; {versions}")
+    return list(dict.fromkeys(found))
+
+
+def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
+    """What the template shows of one model; `name` begins the ids of its tables and figures."""
+    tables = []
+    if len(model.evaluation_names()) > 1:
+        caption = "Perplexity on every text, with its standard error; the first one is in the summary."
+        tables.append(("Perplexity on each text", evaluation_table(model, f"{name}-evaluations"), caption))
+    for index, case in enumerate(model.benchmark_names()):
+        caption = (
+            "Memory that the loaded model holds by itself, in a fresh process; median speed of greedy decoding and its "
+            "quartiles, and that of the dense model in the same process, in turn."
+        )
+        tables.append((f"Memory and speed: {case}", benchmark_table(model, case, f"{name}-benchmark-{index}"), caption))
+    caption = "Time summed over a stage's jobs, and the most memory that one of them held."
+    tables.append(("Time and memory by stage", stage_table(model, f"{name}-stages"), caption))
+    return {
+        "id": name,
+        "name": model.name,
+        "summary": summarize(model),
+        "table": Markup(html_table([row for row in rows if row["model"] == model.name], f"{name}-summary")),
+        "notes": _block_sizes(model),
+        "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
+        "tables": [{"title": t, "table": Markup(table), "caption": c} for t, table, c in tables],
+        "machines": _machines(model),
+    }
+
+
+def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) -> dict:
+    """Write summary.csv, summary.json and index.html to the folder `output` from the JSON under `results`.
+
+    Returns {"rows": [...]}, what summary.json holds: a row per model and recipe with the keys COLUMNS, None for a gap.
+    Raises ArmorError for a plan or a result that cannot be read, and where there is no result at all.
+    """
+    results, output = Path(results), Path(output)
+    settings = plan if isinstance(plan, ReportSettings) else parse_settings(ReportSettings, plan, "plan")
+    models = read_results(results, settings)
+    rows = summary_rows(models)
+    sections = [_section(model, rows, f"m{index}") for index, model in enumerate(models)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("armor.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("page.html.j2").render(title=settings.title, models=sections)
+    for name, text in (("summary.csv", csv_text(rows)), ("index.html", page)):
+        with atomic_path(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    write_json(output / "summary.json", {"rows": rows})
+    log.info("%s: %d rows", output / "index.html", len(rows))
+    return {"rows": rows}

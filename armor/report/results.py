@@ -1,0 +1,243 @@
+"""The JSON that the other stages left in a results folder, gathered for the report.
+
+Only what exists is gathered: a result that is missing stays missing (None, or absent from its dictionary) all the way
+to the page, where it is a gap. Nothing is estimated, and a sum over decoder layers of which some are missing is a gap
+too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from armor.config import ReportPair, ReportSettings
+from armor.errors import ArmorError
+from armor.execution.files import read_json
+from armor.model.topology import Topology, read_topology
+
+__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "read_results"]
+
+COLUMNS = (
+    "model",
+    "recipe",
+    "method",
+    "pattern",
+    "block_size",
+    "perplexity",
+    "perplexity_se",
+    "relative_loss",
+    "bits_per_weight",
+    "checkpoint_bytes",
+    "factorize_seconds",
+    "decode_tokens_per_second",
+)
+COST = ("seconds", "peak_memory_bytes")
+NEEDED = {
+    "fetch": ("dtype", "files"),
+    "calibrate": COST,
+    "factorize": ("layer", "modules", *COST),
+    "assemble": ("bits_per_weight", "checkpoint_bytes", *COST),
+    "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", "machine", *COST),
+    "benchmark": ("dense", "compressed", "machine", *COST),
+}
+STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One compressed linear: its decoder layer, its name within it, and the losses relative to a zero matrix."""
+
+    layer: int
+    name: str
+    loss: float
+    start_loss: float | None
+    block_size: dict[str, int] | None
+    trace: list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class RecipeResults:
+    """All that is known of one model under one recipe."""
+
+    pair: ReportPair
+    evaluations: dict[str, dict]
+    benchmarks: dict[str, dict]
+    checkpoint: dict | None
+    layers: list[dict]
+    complete: bool
+    """Whether every decoder layer's record is there."""
+    source: dict | None
+
+    @property
+    def name(self) -> str:
+        return self.pair.recipe
+
+    @property
+    def dense(self) -> bool:
+        return self.pair.method == "dense"
+
+    @property
+    def modules(self) -> list[Module]:
+        """The linears of all layers, in order of layer and name."""
+        found = []
+        for record in self.layers:
+            for name, module in record["modules"].items():
+                short = re.sub(rf"^.*?\b{record['layer']}\.", "", name)
+                loss, start, trace = module["loss"], module.get("start_loss"), module.get("trace") or []
+                found.append(Module(record["layer"], short, loss, start, module.get("block_size"), trace))
+        return found
+
+    def measured(self, benchmark: str | None = None) -> dict | None:
+        """This recipe's own side of a benchmark, the first one if none is named."""
+        case = self.benchmarks.get(benchmark or next(iter(self.pair.benchmarks), ""))
+        return case and case["dense" if self.dense else "compressed"]
+
+    @property
+    def perplexity(self) -> tuple[float, float | None] | None:
+        """The first evaluation: value and standard error."""
+        first = self.evaluations.get(next(iter(self.pair.evaluations), ""))
+        return first and (first["value"], first["standard_error"])
+
+    def _stages(self) -> dict[str, list[dict]]:
+        """The records of each stage that this recipe needs; none where one of them is missing."""
+        stages = {
+            "factorize": self.layers if self.complete else [],
+            "assemble": [self.checkpoint] if self.checkpoint else [],
+            "evaluate": list(self.evaluations.values()) if len(self.evaluations) == len(self.pair.evaluations) else [],
+            "benchmark": list(self.benchmarks.values()) if len(self.benchmarks) == len(self.pair.benchmarks) else [],
+        }
+        return {stage: stages[stage] for stage in stages if not self.dense or stage in ("evaluate", "benchmark")}
+
+    def seconds(self) -> dict[str, float | None]:
+        """The time that each stage took for this recipe alone, in seconds; None where a record is missing."""
+        stages = self._stages().items()
+        return {stage: sum(r["seconds"] for r in records) if records else None for stage, records in stages}
+
+    def peak_memory(self) -> dict[str, int | None]:
+        """The most memory that a job of each stage held, in bytes; None where a record is missing."""
+        return {
+            stage: max((r["peak_memory_bytes"] for r in records), default=None)
+            for stage, records in self._stages().items()
+        }
+
+    def row(self) -> dict:
+        """The recipe's row of the summary; None is a gap."""
+        value, error = self.perplexity or (None, None)
+        bits, size = None, None
+        if not self.dense and self.checkpoint:
+            bits, size = self.checkpoint["bits_per_weight"], self.checkpoint["checkpoint_bytes"]
+        elif self.dense and self.source:
+            bits = float(re.sub(r"\D+(\d+).*", r"\1", self.source["dtype"]))  # bfloat16 has 16
+            size = sum(file["bytes"] for file in self.source["files"].values())
+        losses = [module.loss for module in self.modules] if self.complete else []
+        measured = self.measured()
+        return {
+            "model": self.pair.model,
+            "recipe": self.pair.recipe,
+            "method": self.pair.method,
+            "pattern": None if self.dense else self.pair.pattern,
+            "block_size": self.pair.block_size if self.pair.method == "armor" else None,
+            "perplexity": value,
+            "perplexity_se": error,
+            "relative_loss": fmean(losses) if losses else None,
+            "bits_per_weight": bits,
+            "checkpoint_bytes": size,
+            "factorize_seconds": None if self.dense else self.seconds()["factorize"],
+            "decode_tokens_per_second": measured and measured["decode_tokens_per_second"]["median"],
+        }
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """A model with all its recipes, in the order of the plan."""
+
+    name: str
+    topology: Topology | None
+    calibrations: dict[str, dict]
+    recipes: list[RecipeResults]
+
+    @property
+    def dense(self) -> RecipeResults | None:
+        return next((recipe for recipe in self.recipes if recipe.dense), None)
+
+    @property
+    def compressed(self) -> list[RecipeResults]:
+        return [recipe for recipe in self.recipes if not recipe.dense]
+
+    def best(self, *, armor: bool) -> RecipeResults | None:
+        """The ARMOR recipe, or the recipe of another compressing method, with the lowest perplexity."""
+        known = [r for r in self.compressed if r.perplexity and (r.pair.method == "armor") == armor]
+        return min(known, key=lambda recipe: recipe.perplexity[0], default=None)
+
+    def calibration_rows(self) -> dict[str, dict]:
+        """The calibrations' records, by what a row about them is called."""
+        single = len(self.calibrations) == 1
+        return {"calibration" if single else f"text {name}": record for name, record in self.calibrations.items()}
+
+    def module_order(self) -> list[str]:
+        """The names of the linears within a layer, in the model's own order where model.json is there."""
+        if self.topology:
+            layers = self.topology.layers
+            names = (linear.name.removeprefix(f"{layer.prefix}.") for layer in layers for linear in layer.linears)
+        else:
+            names = (module.name for recipe in self.compressed for module in recipe.modules)
+        return list(dict.fromkeys(names))
+
+    def evaluation_names(self) -> list[str]:
+        """The evaluations that were asked for, in order."""
+        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.evaluations))
+
+    def benchmark_names(self) -> list[str]:
+        """The benchmarks that were asked for, in order."""
+        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
+
+
+def _read(kind: str, path: Path) -> dict | None:
+    """The record of a stage, None if it is not there; ArmorError for one that lacks what the report needs."""
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if absent := [key for key in NEEDED[kind] if not isinstance(record, dict) or key not in record]:
+        raise ArmorError(f"{path}: lacks {absent[0]}, so no {kind} of this release wrote it; run that stage again")
+    return record
+
+
+def _read_recipe(folder: Path, pair: ReportPair, topology: Topology | None) -> RecipeResults:
+    here = folder / pair.recipe
+    found = {
+        kind: {name: _read(kind, here / kind / f"{name}.json") for name in names}
+        for kind, names in (("evaluation", pair.evaluations), ("benchmark", pair.benchmarks))
+    }
+    numbered = {int(path.stem.removeprefix("layer_")): path for path in here.glob("layers/layer_*.json")}
+    layers = [_read("factorize", numbered[number]) for number in sorted(numbered)]
+    expected = len(topology.layers) if topology else max(numbered, default=-1) + 1
+    return RecipeResults(
+        pair=pair,
+        evaluations={name: record for name, record in found["evaluation"].items() if record},
+        benchmarks={name: record for name, record in found["benchmark"].items() if record},
+        checkpoint=_read("assemble", here / "checkpoint.json"),
+        layers=layers,
+        complete=0 < len(layers) == expected,
+        source=_read("fetch", folder / "source.json"),
+    )
+
+
+def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
+    """Gather what `results` holds for the pairs of `settings`, by model.
+
+    Raises ArmorError for a file that is not JSON or lacks what its stage writes, and if there is no result at all.
+    """
+    models = []
+    for name in dict.fromkeys(pair.model for pair in settings.pairs):
+        folder = results / name
+        topology = read_topology(folder / "model.json") if (folder / "model.json").is_file() else None
+        pairs = [pair for pair in settings.pairs if pair.model == name]
+        recipes = [_read_recipe(folder, pair, topology) for pair in pairs]
+        used = dict.fromkeys(pair.calibration for pair in pairs if pair.calibration)
+        records = {c: _read("calibrate", folder / "calibration" / c / "calibration.json") for c in used}
+        models.append(ModelResults(name, topology, {c: r for c, r in records.items() if r}, recipes))
+    if not any(r.evaluations or r.benchmarks or r.layers or r.checkpoint for model in models for r in model.recipes):
+        raise ArmorError(f"{results}: holds no result of the recipes in the plan; run the other stages first")
+    return models

@@ -1,0 +1,241 @@
+"""The summary in three forms: rows for CSV and JSON, plain text for a terminal, HTML for the page.
+
+A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
+readers the best value among the compressed recipes of a model stands out: lowest perplexity, loss, size and time,
+highest speed. Values that read the same are equally good.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+import pandas as pd
+
+from armor.report.results import COLUMNS, STAGES, ModelResults
+
+__all__ = [
+    "METHODS",
+    "benchmark_table",
+    "csv_text",
+    "duration",
+    "evaluation_table",
+    "html_table",
+    "number",
+    "plus_minus",
+    "print_table",
+    "size",
+    "stage_table",
+    "summary_rows",
+]
+
+GAP = "–"
+METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "nowag": "NoWag-P", "armor": "ARMOR"}
+HIGHER_IS_BETTER = ("decode_tokens_per_second",)
+COMPARED = (
+    "perplexity",
+    "relative_loss",
+    "bits_per_weight",
+    "checkpoint_bytes",
+    "factorize_seconds",
+    "decode_tokens_per_second",
+)
+HEADINGS = {
+    "model": "model",
+    "recipe": "recipe",
+    "method": "method",
+    "pattern": "pattern",
+    "block_size": "block",
+    "perplexity": "perplexity",
+    "perplexity_se": "± s.e.",
+    "relative_loss": "rel. loss",
+    "bits_per_weight": "bits/weight",
+    "checkpoint_bytes": "size",
+    "factorize_seconds": "factorize",
+    "decode_tokens_per_second": "tokens/s",
+}
+
+
+def summary_rows(models: list[ModelResults]) -> list[dict]:
+    """One row per model and recipe, with the keys COLUMNS; None is a gap."""
+    return [recipe.row() for model in models for recipe in model.recipes]
+
+
+def csv_text(rows: list[dict]) -> str:
+    """The rows as CSV with a header; a gap is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits, thousands set apart, nothing in powers of ten; a dash for None."""
+    if value is None:
+        return GAP
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = round(value, decimals)
+    # 9.9996 with four digits is 10.00: rounding may add a digit before the point.
+    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str:
+    """A value and its standard error with as many decimals."""
+    text = number(value, digits)
+    return text if value is None or error is None else f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+
+
+def size(count: float | None) -> str:
+    """Bytes in MB or GB (powers of ten)."""
+    if count is None:
+        return GAP
+    unit, scale = ("GB", 1e9) if count >= 1e10 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{number(count / scale, 3)} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as s, min or h."""
+    if seconds is None:
+        return GAP
+    if seconds < 100:
+        return f"{number(seconds, 2)} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _cell(row: dict, column: str) -> str:
+    value = row[column]
+    if column == "method":
+        return METHODS.get(value, value)
+    if column == "perplexity_se":
+        return plus_minus(row["perplexity"], value).partition("± ")[2] or GAP
+    shown = {
+        "perplexity": number,
+        "relative_loss": lambda v: number(v, 3),
+        "bits_per_weight": lambda v: GAP if v is None else f"{v:.2f}",
+        "checkpoint_bytes": size,
+        "factorize_seconds": duration,
+        "decode_tokens_per_second": lambda v: number(v, 3),
+    }
+    if column in shown:
+        return shown[column](value)
+    return GAP if value is None else str(value)
+
+
+def _best(rows: list[dict]) -> set[tuple[int, str]]:
+    """The (row, column) of every value that no compressed recipe of the same model beats, where there are rivals."""
+    best = set()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [i for i, row in enumerate(rows) if row["model"] == model and row["method"] != "dense"]
+        for column in COMPARED:
+            known = [i for i in own if rows[i][column] is not None]
+            texts = {_cell(rows[i], column) for i in known}
+            if len(texts) > 1:
+                first = (max if column in HIGHER_IS_BETTER else min)(known, key=lambda i: rows[i][column])
+                best |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
+    return best
+
+
+def print_table(rows: list[dict]) -> str:
+    """The summary for a terminal, model by model, in under 100 columns; * marks the best compressed values."""
+    best = _best(rows)
+    skipped = ["model"]
+    if all(row["method"] in row["recipe"] for row in rows):
+        skipped.append("method")
+    patterns = {row["pattern"] for row in rows} - {None}
+    if len(patterns) == 1:
+        skipped.append("pattern")
+    columns = [c for c in COLUMNS if c not in skipped]
+    text_columns = ("recipe", "method", "pattern")
+    # The asterisk's place belongs to the column, so that digits stand under digits.
+    grid = [[HEADINGS[c] + " " * (c in COMPARED) for c in columns]]
+    for i, row in enumerate(rows):
+        grid.append([_cell(row, c) + ("*" if (i, c) in best else " ") * (c in COMPARED) for c in columns])
+    widths = [max(len(line[c]) for line in grid) for c in range(len(columns))]
+    lines = []
+    for cells in grid:
+        aligned = [
+            text.ljust(width) if column in text_columns else text.rjust(width)
+            for text, width, column in zip(cells, widths, columns, strict=True)
+        ]
+        lines.append(" ".join(aligned).rstrip())
+    heading, *body = lines
+    text, rule = [], "-" * max(map(len, lines))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [line for line, row in zip(body, rows, strict=True) if row["model"] == model]
+        text += [", ".join([model, *(patterns if len(patterns) == 1 else [])]), heading, rule, *own, ""]
+    return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
+
+
+def _html(cells: dict[str, dict[str, str]], name: str, bold: set[tuple[int, str]] = frozenset()) -> str:
+    """Texts by recipe and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
+    frame = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+    frame.columns.name = "Recipe"
+    styler = frame.style.set_uuid(name).set_table_attributes('class="data"')
+    styler.format(escape="html").format_index(escape="html").format_index(escape="html", axis="columns")
+    styler.cell_ids = False
+    classes = [["best" if (i, column) in bold else "" for column in frame.columns] for i in range(len(frame))]
+    html = styler.set_td_classes(pd.DataFrame(classes, frame.index, frame.columns)).to_html()
+    return html[html.index("<table") :]  # before it stands an empty style sheet
+
+
+def html_table(rows: list[dict], name: str) -> str:
+    """The rows of one model as an HTML table, the best compressed values in bold.
+
+    What was measured stands first, for a phone shows no more than the first columns at once.
+    """
+    columns = [*COMPARED, "method", "pattern", "block_size"]
+    headings = {c: HEADINGS[c].capitalize() for c in columns}
+    cells = {}
+    for row in rows:
+        cells[row["recipe"]] = {headings[c]: _cell(row, c) for c in columns}
+        cells[row["recipe"]][headings["perplexity"]] = plus_minus(row["perplexity"], row["perplexity_se"])
+    return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)})
+
+
+def evaluation_table(model: ModelResults, name: str) -> str:
+    """The perplexities of all recipes on all evaluations, with standard errors, as an HTML table."""
+    cells: dict[str, dict[str, str]] = {}
+    for recipe in model.recipes:
+        for evaluation in model.evaluation_names():
+            result = recipe.evaluations.get(evaluation, {})
+            text = plus_minus(result.get("value"), result.get("standard_error"))
+            cells.setdefault(recipe.name, {})[evaluation] = text
+    return _html(cells, name)
+
+
+def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
+    """Memory, time to load and speed of all recipes in one benchmark, as an HTML table."""
+    cells = {}
+    for recipe in model.recipes:
+        own = recipe.measured(benchmark) or {}
+        speed = own.get("decode_tokens_per_second", {})
+        low, high = speed.get("quartiles", (None, None))
+        whole = None if recipe.dense or not own else recipe.benchmarks[benchmark]["dense"]["decode_tokens_per_second"]
+        cells[recipe.name] = {
+            "Memory, loaded": size(own.get("resident_bytes")),
+            "Time to load": duration(own.get("load_seconds")),
+            "Tokens/s": number(speed.get("median"), 3),
+            "Quartiles": f"{number(low, 3)} to {number(high, 3)}" if speed else GAP,
+            "Dense in turn": number(whole and whole["median"], 3),
+        }
+    return _html(cells, name)
+
+
+def stage_table(model: ModelResults, name: str) -> str:
+    """Seconds and peak memory of every stage of a model's recipes, as an HTML table."""
+
+    def cell(seconds: float | None, memory: int | None) -> str:
+        return duration(seconds) + (f", {size(memory)}" if memory else "")
+
+    cells = {
+        row: {"calibrate": cell(record["seconds"], record["peak_memory_bytes"])}
+        for row, record in model.calibration_rows().items()
+    }
+    for recipe in model.recipes:
+        memory = recipe.peak_memory()
+        cells[recipe.name] = {stage: cell(seconds, memory[stage]) for stage, seconds in recipe.seconds().items()}
+    return _html({row: {s.capitalize(): own.get(s, "") for s in STAGES} for row, own in cells.items()}, name)

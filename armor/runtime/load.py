@@ -1,0 +1,81 @@
+"""One way to load a model for measuring it: dense or ARMOR, complete, in evaluation mode, or one clear error.
+
+transformers fills what a checkpoint lacks with random numbers and a warning; a perplexity or a speed of such a model
+would be a number about nothing, so a missing tensor is refused here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import armor.hf  # noqa: F401  teaches transformers the ARMOR format
+from armor.errors import ArmorError
+
+__all__ = ["context_length", "load_model", "load_tokenizer"]
+
+
+def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The causal language model in a Hugging Face folder, in `dtype` (auto: the checkpoint's own), on `device`.
+
+    Raises ArmorError if the folder is not a model or lacks tensors.
+    """
+    folder = _checked(folder)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    placement = {} if device == "cpu" else {"device_map": device}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, local_files_only=True, output_loading_info=True, **placement
+        )
+    except ArmorError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArmorError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ArmorError(f"{folder}: {missing[0]}{more} not in the checkpoint; fetch or assemble the model again")
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder. Raises ArmorError if it has none."""
+    folder = _checked(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArmorError(f"{folder}: no tokenizer that transformers can load: {_first_line(error)}") from error
+
+
+def context_length(folder: Path | str) -> int:
+    """The number of tokens that the model in `folder` was made for. Raises ArmorError if its config does not say."""
+    length = getattr(_config(folder).get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ArmorError(f"{folder}/config.json: no max_position_embeddings; set sequence_length")
+    return length
+
+
+def _config(folder: Path | str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(_checked(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArmorError(f"{folder}/config.json: transformers cannot read it: {_first_line(error)}") from error
+
+
+def _checked(folder: Path | str) -> Path:
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ArmorError(f"{folder}: no config.json here; expected a Hugging Face model folder")
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

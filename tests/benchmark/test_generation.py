@@ -1,0 +1,86 @@
+"""The decode benchmark: what its record holds, and that sizes are those of the files."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from armor.benchmark import generation
+from armor.benchmark.generation import benchmark, decode_speed
+from armor.config import BenchmarkSettings
+from armor.errors import ArmorError
+from armor.execution.files import read_json, write_json
+from armor.runtime.load import load_model
+from tests.tiny import tiny_model
+
+SETTINGS = BenchmarkSettings(prompt_tokens=4, new_tokens=6, repeats=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("dense") / "model", layers=2, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def both(folder, tmp_path_factory):
+    """A benchmark of a model against another dense one that stands in for its compressed self."""
+    results = tmp_path_factory.mktemp("results") / "recipe"
+    small = tiny_model(results / "checkpoint", layers=1)
+    output = results / "benchmark" / "decode.json"
+    return benchmark(folder, small, SETTINGS, output), output
+
+
+def test_the_record_describes_both_sides(both):
+    result, output = both
+    assert read_json(output) == result
+    assert (result["case"], result["recipe"]) == ("decode", "recipe")
+    for side in (result["dense"], result["compressed"]):
+        speed = side["decode_tokens_per_second"]
+        low, high = speed["quartiles"]
+        assert len(speed["runs"]) == SETTINGS.repeats
+        assert min(speed["runs"]) <= low <= speed["median"] <= high <= max(speed["runs"])
+        assert min(speed["runs"]) > 0 and side["load_seconds"] > 0
+
+
+def test_sizes_are_those_of_the_files(both, folder):
+    result, output = both
+    small = output.parents[1] / "checkpoint"
+    assert result["dense"]["bytes_on_disk"] == (folder / "model.safetensors").stat().st_size
+    assert result["compressed"]["bytes_on_disk"] == (small / "model.safetensors").stat().st_size
+    assert result["dense"]["bits_per_weight"] == 16
+    assert result["compressed"]["bits_per_weight"] == 32
+
+
+def test_bits_of_a_packed_checkpoint_are_those_of_its_record(folder, tmp_path):
+    packed = tmp_path / "checkpoint"
+    shutil.copytree(folder, packed)
+    write_json(packed / "config.json", read_json(packed / "config.json") | {"quantization_config": {}})
+    assert generation._on_disk(packed)["bits_per_weight"] is None
+    write_json(tmp_path / "checkpoint.json", {"bits_per_weight": 9.5})
+    assert generation._on_disk(packed)["bits_per_weight"] == 9.5
+
+
+def test_the_dense_model_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1, "load_seconds": 1.0})
+    settings = SETTINGS.model_copy(update={"repeats": 1})
+    result = benchmark(folder, None, settings, tmp_path / "decode.json")
+    assert (result["recipe"], result["compressed"]) == ("dense", None)
+    speed = result["dense"]["decode_tokens_per_second"]
+    assert speed["quartiles"] == [speed["median"]] * 2
+
+
+def test_an_end_of_text_does_not_end_decoding(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # every greedy choice would be the end of the text
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[model.config.eos_token_id] = model.model.norm.weight
+    assert decode_speed(model, torch.tensor([[5, 6]]), 8) > 0
+
+
+def test_a_folder_without_a_model_is_refused(folder, tmp_path):
+    with pytest.raises(ArmorError, match=str(tmp_path)):
+        benchmark(folder, tmp_path, SETTINGS, tmp_path / "decode.json")
+    with pytest.raises(ArmorError, match="cannot load this model"):
+        write_json(tmp_path / "config.json", {"model_type": "llama"})
+        load_model(tmp_path)

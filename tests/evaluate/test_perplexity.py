@@ -1,0 +1,118 @@
+"""Perplexity: the definition, computed plainly; its standard error; and what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from armor.config import EvaluationSettings
+from armor.errors import ArmorError
+from armor.evaluate.perplexity import evaluate, perplexity, token_losses
+from tests.tiny import VOCABULARY, tiny_model, tiny_text
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny_text(60))
+    return path
+
+
+def settings(text, **changes) -> EvaluationSettings:
+    return EvaluationSettings(**{"text": {"files": [str(text)]}, "sequences": 5, "sequence_length": 48} | changes)
+
+
+def edit(folder, change) -> None:
+    """Change the tensors of a saved model."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("tokens, vocabulary", [(2, 7), (128, 33), (129, 5), (300, 50)])
+def test_token_losses_equal_the_unchunked_definition(tokens, vocabulary):
+    logits, targets = torch.randn(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    plain = -torch.log_softmax(logits.double(), -1)[range(tokens - 1), targets[1:]]
+    torch.testing.assert_close(token_losses(logits, targets).double(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_low_precision_logits_are_summed_in_float32():
+    logits, targets = torch.randn(40, 1000).bfloat16(), torch.randint(1000, (40,))
+    losses = token_losses(logits, targets)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, token_losses(logits.float(), targets))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_perplexity_is_that_of_the_whole_model(tmp_path, text, family):
+    folder = tiny_model(tmp_path / "model", family)
+    result = evaluate(folder, settings(text), tmp_path / "evaluation" / "wiki.json")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_tensors="pt").input_ids[0]
+    blocks = ids[: 5 * 48].view(5, 48)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(blocks).logits[:, :-1].double().flatten(0, 1), blocks[:, 1:].flatten()
+        )
+    assert result["value"] == pytest.approx(math.exp(losses.item()), rel=1e-5)
+    assert (result["task"], result["tokens"], result["blocks"], result["length"]) == ("wiki", 5 * 47, 5, 48)
+    assert json.loads((tmp_path / "evaluation" / "wiki.json").read_text()) == result
+
+
+def test_a_uniform_model_chooses_among_the_whole_vocabulary(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    edit(folder, lambda tensors: tensors["lm_head.weight"].zero_())
+    result = evaluate(folder, settings(text), tmp_path / "wiki.json")
+    assert result["value"] == pytest.approx(VOCABULARY, rel=1e-5)
+    assert result["standard_error"] == pytest.approx(0, abs=1e-2)
+
+
+def test_standard_error_is_that_of_many_repetitions():
+    means = 3 + 0.1 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, errors = zip(*(perplexity(row) for row in means), strict=True)
+    assert torch.tensor(values).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.05)
+
+
+def test_standard_error_falls_with_the_root_of_the_blocks():
+    means = torch.randn(8, dtype=torch.float64)
+    once, four_times = perplexity(means)[1], perplexity(means.repeat(4))[1]
+    assert four_times / once == pytest.approx(math.sqrt((8 - 1) / (4 * 8 - 1)))
+    assert perplexity(means[:1]) == (math.exp(means[0]), None)
+
+
+def test_all_blocks_and_the_context_length_are_the_defaults(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    result = evaluate(folder, settings(text, sequences=None, sequence_length=None), tmp_path / "wiki.json")
+    assert result["length"] == 128
+    assert result["blocks"] == len(text.read_text().encode()) // 128
+
+
+def test_the_dtype_asked_for_is_computed_in(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    exact = evaluate(folder, settings(text), tmp_path / "wiki.json")["value"]
+    rounded = evaluate(folder, settings(text, dtype="bfloat16"), tmp_path / "wiki.json")["value"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_nan_logits_are_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    edit(folder, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    with pytest.raises(ArmorError, match=f"{folder}: the logits are not finite .block 0, token 0"):
+        evaluate(folder, settings(text), tmp_path / "wiki.json")
+    assert not (tmp_path / "wiki.json").exists()
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    edit(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ArmorError, match="model.layers.1.mlp.up_proj.weight not in the checkpoint"):
+        evaluate(folder, settings(text), tmp_path / "wiki.json")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, text):
+    with pytest.raises(ArmorError, match="no config.json here"):
+        evaluate(tmp_path, settings(text), tmp_path / "wiki.json")

@@ -1,0 +1,164 @@
+"""A results folder as a run leaves it, with made-up numbers of the size that SmolLM2-135M gives; always the same."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from armor.execution.files import write_json
+from armor.model.topology import DecoderLayer, Linear, Topology
+
+__all__ = ["plan", "write_results"]
+
+LINEARS = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+PERPLEXITY = {"dense": 22.75, "magnitude": 1179.0, "wanda": 128.0, "nowag": 113.2, "armor": 30.96}
+LOSS = {"magnitude": 0.31, "wanda": 0.071, "nowag": 0.064, "armor": 0.0135}
+SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
+BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
+BITS = {"magnitude": 9.0, "wanda": 9.0, "nowag": 9.0, "armor": 11.74}
+SPEED = {"dense": 14.2, "magnitude": 13.1, "wanda": 13.2, "nowag": 13.1, "armor": 9.4}
+FILES = {"model.safetensors": {"bytes": 269_060_552}, "tokenizer.json": {"bytes": 3_522_871}}
+MACHINE = {
+    "processor": "A processor",
+    "cores": 2,
+    "threads": 2,
+    "device": "cpu",
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
+}
+
+
+def plan(
+    recipes: Iterable[str] = tuple(PERPLEXITY),
+    models: Iterable[str] = ("smollm2-135m",),
+    evaluations: Iterable[str] = ("wikipedia",),
+    benchmarks: Iterable[str] = ("decode",),
+) -> dict:
+    """The plan of the sample's recipes, as the workflow passes it."""
+    return {
+        "title": "ARMOR report",
+        "pairs": [
+            {
+                "model": model,
+                "recipe": recipe,
+                "method": recipe.partition("-")[0],
+                "pattern": "2:4",
+                "block_size": 64,
+                "evaluations": list(evaluations),
+                "benchmarks": list(benchmarks),
+            }
+            | ({} if recipe == "dense" else {"calibration": "text"})
+            for model in models
+            for recipe in recipes
+        ],
+    }
+
+
+def _block_means(rng: random.Random, perplexity: float, blocks: int = 16) -> list[float]:
+    """Means that differ between blocks, for all recipes alike, and average to log(perplexity)."""
+    text = random.Random("text")
+    means = [text.gauss(0, 0.35) + rng.gauss(0, 0.04) for _ in range(blocks)]
+    return [m - sum(means) / blocks + math.log(perplexity) for m in means]
+
+
+def _common(rng: random.Random, seconds: float, memory: float) -> dict:
+    return {
+        "format_version": 1,
+        "seconds": seconds * rng.uniform(0.9, 1.1),
+        "peak_memory_bytes": int(memory * rng.uniform(0.95, 1.05)),
+    }
+
+
+def _layer(rng: random.Random, layer: int, method: str) -> dict:
+    modules = {}
+    for name in LINEARS:
+        kind = {"v_proj": 1.6, "o_proj": 1.8, "k_proj": 0.6, "q_proj": 0.5}.get(name.split(".")[1], 1.0)
+        start = 0.064 * kind * (0.35 + 0.04 * layer if layer > 1 else 1.5) * rng.uniform(0.8, 1.2)
+        loss = start * LOSS[method] / LOSS["nowag"] * rng.uniform(0.8, 1.2)
+        trace = []
+        if method == "armor":
+            points = [0, 1, 2, 3, *range(10, 310, 10)]
+            trace = [[i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)] for i in points]
+        modules[f"model.layers.{layer}.{name}"] = {
+            "method": method,
+            "pattern": "2:4",
+            "block_size": {"left": 64, "right": 64} if method == "armor" else None,
+            "start_loss": start,
+            "loss": loss,
+            "trace": trace,
+            "seconds": SECONDS[method] / 7,
+            "note": None,
+        }
+    return {**_common(rng, SECONDS[method], 7e8), "layer": layer, "modules": modules, "machine": MACHINE}
+
+
+def _topology(layers: int) -> Topology:
+    def linears(prefix: str) -> tuple[Linear, ...]:
+        return tuple(
+            Linear(f"{prefix}.{name}", out, columns, "bfloat16", False, "model.safetensors", group)
+            for group, (name, (out, columns)) in enumerate(LINEARS.items())
+        )
+
+    prefixes = [f"model.layers.{k}" for k in range(layers)]
+    made = tuple(DecoderLayer(k, prefix, linears(prefix)) for k, prefix in enumerate(prefixes))
+    return Topology("llama", "0" * 64, "bfloat16", 2048, 576, 134_515_008, 106_168_320, True, made)
+
+
+def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
+    """Write all that the stages would have written for `plan` to `root`, and return `root`."""
+    for pair in plan["pairs"]:
+        recipe, method, folder = pair["recipe"], pair["method"], root / pair["model"]
+        rng = random.Random(f"{pair['model']} {recipe}")
+        write_json(folder / "source.json", {"format_version": 1, "dtype": "bfloat16", "files": FILES})
+        write_json(folder / "model.json", _topology(layers).to_json())
+        for number, name in enumerate(pair["evaluations"]):
+            value = PERPLEXITY[method] * (1 + 0.4 * number)
+            evaluation = {
+                "task": name,
+                "metric": "perplexity",
+                "value": value,
+                "standard_error": value * 0.09,
+                "tokens": 16 * 1023,
+                "blocks": 16,
+                "length": 1024,
+                "block_means": _block_means(rng, value),
+                "settings": {"text": {"files": ["text.txt"]}},
+                "machine": MACHINE,
+            }
+            write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)
+        sides = {}
+        for side, what in {"dense": "dense", "compressed": method}.items():
+            speeds = [SPEED[what] * rng.uniform(0.97, 1.03) for _ in range(5)]
+            sides[side] = {
+                "bytes_on_disk": 269_060_552 if what == "dense" else BYTES[what],
+                "bits_per_weight": 16.0 if what == "dense" else BITS[what],
+                "resident_bytes": 280_000_000,
+                "load_seconds": 0.4,
+                "decode_tokens_per_second": {
+                    "median": sorted(speeds)[2],
+                    "quartiles": [sorted(speeds)[1], sorted(speeds)[3]],
+                    "runs": speeds,
+                },
+            }
+        if method == "dense":
+            sides["compressed"] = None
+        for name in pair["benchmarks"]:
+            case = {"case": name, "recipe": recipe, **sides, "machine": MACHINE}
+            write_json(folder / recipe / "benchmark" / f"{name}.json", _common(rng, 40, 1.6e9) | case)
+        if method == "dense":
+            continue
+        write_json(folder / "calibration" / "text" / "calibration.json", _common(random.Random(0), 75, 1.1e9))
+        for layer in range(layers):
+            write_json(folder / recipe / "layers" / f"layer_{layer}.json", _layer(rng, layer, method))
+        checkpoint = {"bits_per_weight": BITS[method], "checkpoint_bytes": BYTES[method], "kept_dense": []}
+        write_json(folder / recipe / "checkpoint.json", _common(rng, 4, 6e8) | checkpoint)
+    return root

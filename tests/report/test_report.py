@@ -1,0 +1,286 @@
+"""The report: the rows are those of the JSON, a gap stays a gap, the page stands alone and is always the same."""
+
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from armor.config import ReportSettings
+from armor.errors import ArmorError
+from armor.execution.files import read_json, write_json
+from armor.report import build, print_table
+from armor.report.page import missing, summarize
+from armor.report.results import COLUMNS, read_results
+from armor.report.tables import csv_text, duration, number, plus_minus, size, summary_rows
+from tests.report.sample import BITS, BYTES, FILES, PERPLEXITY, plan, write_results
+
+LAYERS = 3
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A complete run of five recipes and its report."""
+    root = write_results(tmp_path_factory.mktemp("results"), plan(), LAYERS)
+    build(root, plan(), root / "report")
+    return root
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Results to break: dense, nowag and armor."""
+    return write_results(tmp_path, plan(["dense", "nowag", "armor"]), LAYERS)
+
+
+def model_of(root, *recipes, **changes):
+    return read_results(root, ReportSettings(**plan(recipes or ["dense", "nowag", "armor"], **changes)))[0]
+
+
+def rows_of(root, *recipes, **changes):
+    return {row["recipe"]: row for row in summary_rows([model_of(root, *recipes, **changes)])}
+
+
+def page_of(root) -> str:
+    return (root / "report" / "index.html").read_text()
+
+
+def test_csv_has_exactly_the_columns_and_a_row_per_recipe(results):
+    with open(results / "report" / "summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert ",".join(COLUMNS) == (
+        "model,recipe,method,pattern,block_size,perplexity,perplexity_se,relative_loss,bits_per_weight,"
+        "checkpoint_bytes,factorize_seconds,decode_tokens_per_second"
+    )
+    assert [row["recipe"] for row in rows] == list(PERPLEXITY)
+    assert {row["model"] for row in rows} == {MODEL}
+
+
+def test_csv_and_json_say_the_same(results):
+    with open(results / "report" / "summary.csv") as file:
+        table = list(csv.DictReader(file))
+    for text, row in zip(table, read_json(results / "report" / "summary.json")["rows"], strict=True):
+        assert text == {key: "" if value is None else str(value) for key, value in row.items()}
+
+
+def test_rows_hold_what_the_stages_wrote(results):
+    rows = {row["recipe"]: row for row in read_json(results / "report" / "summary.json")["rows"]}
+    layers = [read_json(results / MODEL / "armor" / "layers" / f"layer_{k}.json") for k in range(LAYERS)]
+    losses = [module["loss"] for layer in layers for module in layer["modules"].values()]
+    decode = read_json(results / MODEL / "armor" / "benchmark" / "decode.json")
+    armor = rows["armor"]
+    assert (armor["method"], armor["pattern"], armor["block_size"]) == ("armor", "2:4", 64)
+    assert (armor["perplexity"], armor["perplexity_se"]) == (PERPLEXITY["armor"], PERPLEXITY["armor"] * 0.09)
+    assert armor["relative_loss"] == pytest.approx(sum(losses) / len(losses))
+    assert armor["factorize_seconds"] == pytest.approx(sum(layer["seconds"] for layer in layers))
+    assert (armor["bits_per_weight"], armor["checkpoint_bytes"]) == (BITS["armor"], BYTES["armor"])
+    assert armor["decode_tokens_per_second"] == decode["compressed"]["decode_tokens_per_second"]["median"]
+    dense = rows["dense"]
+    assert dense["bits_per_weight"] == 16
+    assert dense["checkpoint_bytes"] == sum(file["bytes"] for file in FILES.values())
+    for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds"):
+        assert dense[gap] is None
+    assert rows["nowag"]["block_size"] is None
+
+
+@pytest.mark.parametrize(
+    "file, gaps",
+    [
+        ("evaluation/wikipedia.json", {"perplexity", "perplexity_se"}),
+        ("benchmark/decode.json", {"decode_tokens_per_second"}),
+        ("checkpoint.json", {"bits_per_weight", "checkpoint_bytes"}),
+        ("layers/layer_1.json", {"relative_loss", "factorize_seconds"}),
+        ("layers/layer_2.json", {"relative_loss", "factorize_seconds"}),
+    ],
+)
+def test_a_missing_result_is_a_gap_and_never_zero(own, file, gaps):
+    whole = rows_of(own)["armor"]
+    (own / MODEL / "armor" / file).unlink()
+    row = rows_of(own)["armor"]
+    assert {key for key, value in row.items() if value is None} == gaps
+    assert all(row[key] == whole[key] for key in COLUMNS if key not in gaps)
+    text = dict(zip(COLUMNS, csv_text([row]).splitlines()[1].split(","), strict=True))
+    assert all(text[key] == "" for key in gaps)
+    assert missing(model_of(own))[0].startswith("armor: ")
+
+
+def test_a_recipe_without_any_result_still_has_its_row(own):
+    wanted = plan(["dense", "armor", "wanda"], evaluations=["elsewhere", "wikipedia"])
+    built = build(own, wanted, own / "report")["rows"]
+    assert [value for key, value in built[2].items() if key not in COLUMNS[:4]] == [None] * 8
+    assert built[1]["perplexity"] is None  # of the first evaluation, which nobody ran
+    gaps = "dense: evaluation elsewhere; armor: evaluation elsewhere; wanda: evaluation elsewhere, evaluation wikipedia"
+    assert f"Missing, and left as gaps: {gaps}, benchmark decode, checkpoint, some decoder layers." in page_of(own)
+
+
+def test_no_result_at_all_is_an_error(tmp_path):
+    with pytest.raises(ArmorError, match="holds no result"):
+        build(tmp_path, plan(), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "file, key",
+    [("checkpoint.json", "seconds"), ("layers/layer_0.json", "modules"), ("evaluation/wikipedia.json", "value")],
+)
+def test_a_record_of_something_else_is_one_error(own, file, key):
+    path = own / MODEL / "armor" / file
+    write_json(path, {name: value for name, value in read_json(path).items() if name != key})
+    with pytest.raises(ArmorError, match=f"{path}: lacks {key}"):
+        rows_of(own)
+
+
+def test_a_wrong_plan_is_one_line(own):
+    wrong = plan(["armor"])
+    wrong["pairs"][0]["methd"] = "armor"
+    with pytest.raises(ArmorError, match="methd: unknown key; did you mean method"):
+        build(own, wrong, own / "report")
+
+
+def test_the_same_json_gives_the_same_bytes(results):
+    names = ("index.html", "summary.csv", "summary.json")
+    first = [(results / "report" / name).read_bytes() for name in names]
+    build(results, ReportSettings(**plan()), results / "again")
+    assert [(results / "again" / name).read_bytes() for name in names] == first
+
+
+def test_the_page_loads_nothing_from_anywhere(results):
+    page = page_of(results)
+    addresses = set(re.findall(r"""(?:https?:)?//[^\s"'<>)]+""", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name space, not a place
+    assert not re.search(r"@import|url\((?!#)|<script|<link(?![^>]*href=\"data:,\")|<img|<iframe", page)
+
+
+class _Page(HTMLParser):
+    """Counts elements, collects ids and references, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.figures: list[dict] = []
+        self.marks: list[int] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "svg":
+            self.figures.append(attributes)
+            self.marks.append(0)
+        if tag in ("path", "line", "text") and "svg" in self.open:
+            self.marks[-1] += 1
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "link", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_sound_and_every_figure_has_marks_and_words(results):
+    text = page_of(results)
+    page = _Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(reference in page.ids for reference in re.findall(r"url\(#([^)]+)\)", text))
+    assert len(page.figures) == 6 == text.count("<figcaption>")
+    for figure, marks in zip(page.figures, page.marks, strict=True):
+        assert figure["role"] == "img" and len(figure["aria-label"]) > 30
+        assert marks > 10
+    assert "nan" not in re.sub(r"[a-z]+nan|nan[a-z]+", "", text.lower())
+
+
+def test_colours_follow_the_theme(results):
+    charts = "".join(re.findall(r"<svg.*?</svg>", page_of(results), re.DOTALL))
+    assert set(re.findall(r'(?:fill|stroke)="([^"v][^"]*)"', charts)) <= {"none", "transparent"}
+    used = set(re.findall(r"var\((--[\w-]+)", charts))
+    light, dark = page_of(results).split("prefers-color-scheme: dark")
+    for name in used:
+        assert f"{name}:" in light and f"{name}:" in dark
+
+
+def test_the_best_compressed_values_are_bold(results):
+    bold = re.findall(r'class="[^"]*\bbest\b[^"]*" *>([^<]+)<', page_of(results))
+    assert "30.96 ± 2.79" in bold and bold.count("9.00") == 3 and bold.count("176 MB") == 3
+    assert not any(text.startswith(("22.75", "16.00")) for text in bold)
+
+
+def test_the_summary_says_what_was_lost_and_saved(results):
+    model = model_of(results, *PERPLEXITY)
+    words = " ".join(summarize(model))
+    assert "ARMOR (2:4, blocks of 64) has a perplexity of 30.96 ± 2.79; the dense model has 22.75 ± 2.05" in words
+    assert "the best pruning method, NoWag-P (2:4), has 113.2 ± 10.2" in words
+    assert "213 MB, 78% of the dense model's 273 MB" in words
+    assert "11.74 bits instead of 16" in words
+    assert "16 blocks of 1,024 tokens" in words and "measured on the same blocks" in words
+    assert missing(model) == []
+
+
+def test_ratios_have_the_error_of_paired_blocks(own):
+    path = own / MODEL / "armor" / "evaluation" / "wikipedia.json"
+    dense = read_json(own / MODEL / "dense" / "evaluation" / "wikipedia.json")
+    write_json(path, read_json(path) | {"block_means": [mean + math.log(1.5) for mean in dense["block_means"]]})
+    model = model_of(own)
+    assert "1.36 ± 0.00 times the dense model's" in summarize(model)[0]
+
+
+def test_recipes_measured_differently_are_not_called_comparable(own):
+    path = own / MODEL / "nowag" / "evaluation" / "wikipedia.json"
+    write_json(path, read_json(path) | {"blocks": 8})
+    model = model_of(own)
+    assert "compare with care" in " ".join(summarize(model))
+
+
+def test_further_models_evaluations_and_benchmarks_get_their_own_sections(tmp_path):
+    wanted = plan(["dense", "armor-a", "armor-b"], ["first", "second"], ["wiki", "c4"], ["short", "long"])
+    write_results(tmp_path, wanted, LAYERS)
+    rows = build(tmp_path, wanted, tmp_path / "report")["rows"]
+    assert [(row["model"], row["recipe"]) for row in rows][2:4] == [("first", "armor-b"), ("second", "dense")]
+    page = page_of(tmp_path)
+    for title in ("Perplexity on wiki", "Perplexity on c4", "Perplexity on each text", "Memory and speed: long"):
+        assert page.count(f">{title}</h3>") == 2
+    assert page.count("Loss by layer and module: armor-") == 4
+    assert len(_Page(page).ids) == len(set(_Page(page).ids))
+
+
+def test_the_terminal_table_fits_and_marks_the_best(results):
+    rows = read_json(results / "report" / "summary.json")["rows"]
+    text = print_table(rows)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == f"{MODEL}, 2:4"
+    armor = next(line for line in lines if line.startswith("armor"))
+    assert re.search(r"30\.96\* +2\.79 ", armor) and "213 MB " in armor
+    assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    "shown, expected",
+    [
+        (number(22.7512), "22.75"),
+        (number(1179.3), "1,179"),
+        (number(9.99996), "10.00"),
+        (number(0.013461, 3), "0.0135"),
+        (number(0), "0"),
+        (number(None), "–"),
+        (plus_minus(113.21, 12.44), "113.2 ± 12.4"),
+        (plus_minus(5.12, None), "5.120"),
+        (size(269_060_552), "269 MB"),
+        (size(141_000_000_000), "141 GB"),
+        (size(444_100), "444 kB"),
+        (duration(75.3), "75 s"),
+        (duration(403), "6.7 min"),
+        (duration(9000), "2.5 h"),
+    ],
+)
+def test_numbers_are_written_for_people(shown, expected):
+    assert shown == expected
