@@ -47,10 +47,11 @@ def unpack(values: Tensor, bits: Tensor, columns: int, pattern: Pattern | None =
     Faster where `pattern` is given and no group crosses a byte; the mask must then be of that pattern.
     """
     mask = unpack_mask(bits, columns)
+    core = values.new_zeros(mask.shape)
     if pattern is not None and pattern.m and 8 % pattern.m == 0 and columns % 8 == 0:
         kept = 8 * pattern.n // pattern.m  # in every byte
         places = _PLACES[:, :kept].to(bits.device).index_select(0, bits.flatten().int())
-        core = values.new_zeros(places.shape[0], 8).scatter(1, places, values.reshape(-1, kept)).view(mask.shape)
+        core.view(-1, 8).scatter_(1, places, values.reshape(-1, kept))
     else:  # not core[mask] = ..., whose count of ones torch.compile cannot know
-        core = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        core.masked_scatter_(mask, values)
     return core, mask

@@ -1,0 +1,336 @@
+"""Assemble: the factors of all decoder layers and everything else of the source become a checkpoint folder.
+
+Tensors are copied shard by shard, so no more than one shard is in memory. The shards are planned from headers alone,
+and every factors file is checked before the first byte is written. The folder grows under another name and gets its own
+when it is complete, checkpoint.json after that: an interrupted run leaves no checkpoint, never half a one. The same
+input gives the same bytes. The format is in docs/FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from armor.core.checkpoint import (
+    CHECKSUMS,
+    FORMAT_VERSION,
+    SUFFIXES,
+    PackedLinear,
+    check_tensor,
+    quantization_config,
+    tensor_sha256,
+    tombstone,
+)
+from armor.core.nm import Pattern
+from armor.errors import ArmorError
+from armor.execution.files import open_safetensors, read_json, save_safetensors, sha256, write_json
+from armor.execution.log import progress
+from armor.execution.machine import peak_memory_bytes
+from armor.model.shards import DTYPES, INDEX, SINGLE, Shards
+from armor.model.source import Source
+from armor.model.topology import DecoderLayer, Linear, Topology
+
+__all__ = ["MAX_SHARD_BYTES", "assemble"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+# What a model is made of besides config.json and weights: tokenizer, chat template, generation config, licence, code.
+COPIED = ("*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+NOT_COPIED = ("config.json", "*.index.json", CHECKSUMS, "training_args*", "trainer_state*", "optimizer*")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of the checkpoint: its name, and the file that it is copied from (None: the tombstone)."""
+
+    name: str
+    bytes: int
+    file: Path | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The factors of one decoder layer: its compressed linears, the sizes of their tensors, the record."""
+
+    file: Path
+    modules: dict[str, PackedLinear]
+    bytes: dict[str, int]
+    record: dict
+
+
+def assemble(
+    source: Source, topology: Topology, factors: Path | str, output: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict:
+    """Write checkpoint/ beside `output` (checkpoint.json) from the layer_{k} files in `factors`, then `output` itself.
+
+    Returns the content of `output`. Raises ArmorError if factors are missing, broken or of another model, if a tensor
+    holds NaN, or if the disk is full; what `output` and checkpoint/ held before is then gone or untouched, never mixed.
+    """
+    start = time.perf_counter()
+    factors, output = Path(factors), Path(output)
+    if source.fingerprint != topology.fingerprint:
+        raise ArmorError(
+            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
+        )
+    shards = Shards(source.path)
+    layers = [_read_layer(factors, layer, topology.fingerprint) for layer in topology.layers]
+    modules = {name: layout for layer in layers for name, layout in layer.modules.items()}
+    plan = _plan(shards, layers, modules, max_shard_bytes)
+
+    target, part = output.with_suffix(""), output.with_name(f".{output.stem}.part")
+    if target.exists() and not (target / CHECKSUMS).is_file():
+        raise ArmorError(
+            f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
+        )
+    output.unlink(missing_ok=True)
+    for old in (target, part):
+        if old.exists():
+            shutil.rmtree(old)
+    part.mkdir(parents=True)
+    try:
+        _check_space(part, sum(item.bytes for items in plan.values() for item in items))
+        sums = _write_shards(part, plan, shards, modules)
+        for file in _others(source.path):
+            shutil.copyfile(file, part / file.name)
+        config = read_json(source.path / "config.json")
+        if modules:
+            config["quantization_config"] = quantization_config(modules)
+        write_json(part / "config.json", config)
+        statistics = _statistics(topology, layers, shards)
+        (part / "README.md").write_text(_card(topology, layers, statistics), encoding="utf-8")
+        files = {file.name: _describe(file) for file in sorted(part.iterdir())}
+        write_json(part / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files, "tensors": sums})
+        files[CHECKSUMS] = _describe(part / CHECKSUMS)
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        raise ArmorError(f"{target}: cannot be written: {error}; make room or choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    result = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": source.fingerprint,
+        "checkpoint_bytes": sum(file["bytes"] for file in files.values()),
+        **statistics,
+        "modules": len(modules),
+        "kept_dense": [linear.name for linear in topology.linears() if linear.name not in modules],
+        "files": files,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    write_json(output, result)
+    return result
+
+
+def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
+    """Read and check one layer's JSON and the header of its factors."""
+    try:
+        return _checked_layer(folder, layer, fingerprint)
+    except (KeyError, TypeError, AttributeError) as error:  # not what factorize writes
+        file = folder / f"layer_{layer.index}.json"
+        raise ArmorError(f"{file}: a record without {error}; factorize layer {layer.index} again") from error
+
+
+def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
+    file, described = folder / f"layer_{layer.index}.safetensors", folder / f"layer_{layer.index}.json"
+    again = f"factorize layer {layer.index} again"
+    record = read_json(described)
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise ArmorError(f"{described}: not a record of format {FORMAT_VERSION}; {again}")
+    if record.get("fingerprint") != fingerprint:
+        raise ArmorError(f"{described}: factors of another model (its fingerprint differs); {again}")
+    linears = {linear.name: linear for linear in layer.linears}
+    if different := sorted(linears.keys() ^ record["modules"].keys()):
+        what = "missing" if different[0] in linears else "not in this model's layer"
+        raise ArmorError(f"{described}: {different[0]}: {what}; {again}")
+    if not file.is_file() or sha256(file) != record["sha256"]:
+        raise ArmorError(f"{file}: {'not what its JSON describes' if file.is_file() else 'missing'}; {again}")
+    modules: dict[str, PackedLinear] = {}
+    sizes: dict[str, int] = {}
+    with open_safetensors(file) as opened:
+        header = json.loads((opened.metadata() or {}).get("armor", "{}"))
+        if header.get("fingerprint") != fingerprint:
+            raise ArmorError(f"{file}: factors of another model (its fingerprint differs); {again}")
+        names = set(opened.keys())
+        for name, linear in linears.items():
+            entry = record["modules"][name]
+            if entry["method"] == "dense":
+                continue
+            found = header.get("modules", {}).get(name, {}).get("pattern")
+            if found != entry["pattern"]:
+                expected = f"expected {entry['pattern']} as {described.name} says"
+                raise ArmorError(f"{file}: {name}: pattern {found}, {expected}; {again}")
+            modules[name] = layout = _layout(linear, entry)
+            for suffix, shape in layout.shapes().items():
+                tensor = f"{name}.{suffix}"
+                if tensor not in names:
+                    raise ArmorError(f"{file}: {tensor}: missing, expected shape {shape}; {again}")
+                piece = opened.get_slice(tensor)
+                if tuple(piece.get_shape()) != shape:
+                    raise ArmorError(f"{file}: {tensor}: shape {tuple(piece.get_shape())}, expected {shape}; {again}")
+                names.remove(tensor)
+                sizes[tensor] = torch.Size(shape).numel() * DTYPES[piece.get_dtype()][1]
+        if names:
+            raise ArmorError(f"{file}: {min(names)}: not a tensor that {described.name} describes; {again}")
+    return _Layer(file, modules, sizes, record)
+
+
+def _layout(linear: Linear, entry: dict) -> PackedLinear:
+    blocks = entry["block_size"] or {}
+    pattern = Pattern.parse(entry["pattern"])
+    return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.get("left"), blocks.get("right"))
+
+
+def _plan(
+    shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear], max_shard_bytes: int
+) -> dict[str, list[_Item]]:
+    """The shards by file name: the source's tensors in natural order, compressed weights replaced by factors."""
+    origin = {tensor: (layer.file, size) for layer in layers for tensor, size in layer.bytes.items()}
+    items: list[_Item] = []
+    for name in sorted(shards.names(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]):
+        module = name.removesuffix(".weight")
+        if name == module or module not in modules:
+            items.append(_Item(name, shards.bytes_of(name), shards.folder / shards.file_of(name)))
+            continue
+        for suffix in (s for s in SUFFIXES if f"{module}.{s}" in origin):
+            file, size = origin[f"{module}.{suffix}"]
+            items.append(_Item(f"{module}.{suffix}", size, file))
+        if name == tombstone(modules):
+            items.append(_Item(name, 1, None))
+    pieces: list[list[_Item]] = [[]]
+    for item in items:
+        if pieces[-1] and sum(other.bytes for other in pieces[-1]) + item.bytes > max_shard_bytes:
+            pieces.append([])
+        pieces[-1].append(item)
+    if len(pieces) == 1:
+        return {SINGLE: pieces[0]}
+    return {f"model-{i:05}-of-{len(pieces):05}.safetensors": piece for i, piece in enumerate(pieces, 1)}
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArmorError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; make room there")
+
+
+def _write_shards(
+    folder: Path, plan: dict[str, list[_Item]], shards: Shards, modules: dict[str, PackedLinear]
+) -> dict[str, str]:
+    """Write every shard, and the index if there are several. Returns the SHA-256 of every tensor."""
+    sums: dict[str, str] = {}
+    for name, items in progress(plan.items(), "assemble", total=len(plan), unit="shard"):
+        with ExitStack() as stack:
+            tensors = dict(_read(stack, items, shards, modules))
+            sums |= {key: tensor_sha256(tensor) for key, tensor in tensors.items()}
+            save_safetensors(folder / name, tensors, {"format": "pt"})  # one entry: several come in random order
+            del tensors
+    if len(plan) > 1:
+        weight_map = {item.name: name for name, items in plan.items() for item in items}
+        total = sum(item.bytes for items in plan.values() for item in items)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return sums
+
+
+def _read(
+    stack: ExitStack, items: list[_Item], shards: Shards, modules: dict[str, PackedLinear]
+) -> Iterator[tuple[str, Tensor]]:
+    opened: dict[Path, object] = {}
+    for item in items:
+        if item.file is None:
+            tensor = torch.zeros(1, dtype=torch.uint8)
+        elif item.name in shards:
+            tensor = shards.read(item.name)
+        else:
+            if item.file not in opened:
+                opened[item.file] = stack.enter_context(open_safetensors(item.file))
+            tensor = opened[item.file].get_tensor(item.name)  # type: ignore[attr-defined]
+        check_tensor(str(item.file), item.name, tensor, modules)
+        yield item.name, tensor
+
+
+def _others(folder: Path) -> list[Path]:
+    """The files of the source that are copied as they are."""
+    files = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files - {file for pattern in NOT_COPIED for file in folder.glob(pattern)})
+
+
+def _describe(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _statistics(topology: Topology, layers: list[_Layer], shards: Shards) -> dict[str, float]:
+    """Bits per weight over all linears of the decoder layers, compressed and dense; biases do not count."""
+    packed = {name: layer for layer in layers for name in layer.modules}
+    dense = compressed = 0
+    for linear in topology.linears():
+        size = shards.bytes_of(f"{linear.name}.weight")
+        dense += size
+        if linear.name in packed:
+            size = sum(packed[linear.name].bytes.get(f"{linear.name}.{suffix}", 0) for suffix in SUFFIXES)
+        compressed += size
+    weights = topology.linear_parameters
+    return {"bits_per_weight": 8 * compressed / weights, "dense_bits_per_weight": 8 * dense / weights}
+
+
+def _card(topology: Topology, layers: list[_Layer], statistics: dict[str, float]) -> str:
+    """README.md: what this is, how to load it, what was done to which linears, what it cost."""
+    rows: dict[tuple, list[float]] = {}
+    for layer in layers:
+        for entry in layer.record["modules"].values():
+            blocks = entry["block_size"]
+            sizes = f"{blocks['left']} / {blocks['right']}" if blocks else "none"
+            rows.setdefault((entry["method"], entry["pattern"] or "none", sizes), []).append(entry["loss"])
+    table = "\n".join(
+        f"| {method} | {pattern} | {sizes} | {len(losses)} | {sum(losses) / len(losses):.5f} |"
+        for (method, pattern, sizes), losses in sorted(rows.items())
+    )
+    return CARD.format(
+        model_type=topology.model_type,
+        fingerprint=topology.fingerprint,
+        table=table,
+        bits=f"{statistics['bits_per_weight']:.3f}",
+        dense_bits=f"{statistics['dense_bits_per_weight']:.3f}",
+    )
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [armor, sparse, "2:4"]
+---
+
+# A {model_type} model with packed sparse linears (ARMOR)
+
+Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S between two block-diagonal matrices
+(arXiv 2510.05528), or as S alone where it was only pruned. Made by ARMOR Pipeline.
+
+## Load it
+
+```python
+import armor.hf  # from ARMOR Pipeline (pip install .); teaches transformers this format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+Without `import armor.hf` loading stops with a shape error: that is on purpose. `armor verify FOLDER` checks every file.
+
+## What was done
+
+| method | pattern | block sizes, left / right | linears | mean relative loss |
+|---|---|---|---|---|
+{table}
+
+The loss is the share of the calibration-weighted norm of W that is lost. The linears of the decoder layers take {bits}
+bits per weight, {dense_bits} in the source. Fingerprint of the source: `{fingerprint}`.
+"""

@@ -1,0 +1,196 @@
+"""Factorize the linears of one decoder layer: the unit that the pipeline spreads over devices and machines.
+
+One linear's weight is in memory at a time, besides the factors found so far. What cannot be done as asked is done in
+the nearest way that can, said in the log and noted in the JSON: a linear whose rows cannot hold the pattern stays
+dense, and one that no blocks fit is pruned without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armor.calibrate.statistics import read_statistics
+from armor.config import LayerSettings, ModuleSettings
+from armor.core.factors import FORMAT_VERSION, Factorization, write_factors
+from armor.core.nm import Pattern
+from armor.errors import ArmorError
+from armor.execution.files import sha256, write_json
+from armor.execution.log import log, progress
+from armor.execution.machine import peak_memory_bytes
+from armor.factorize import pruning, published, solver
+from armor.factorize.objective import sizes as block_sizes
+from armor.model.shards import Shards
+from armor.model.source import Source
+from armor.model.topology import DecoderLayer, Topology
+
+__all__ = ["factorize_layer", "seed_of"]
+
+TRACE_POINTS = 100
+
+
+def factorize_layer(
+    source: Source,
+    topology: Topology,
+    layer: int,
+    statistics: Path | str,
+    settings: LayerSettings,
+    output: Path | str,
+    device: str = "cpu",
+) -> dict:
+    """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
+
+    `statistics` is the layer's file from calibration, not read if all stays dense. Returns the content of the JSON.
+    Raises ArmorError for NaN in a weight, and for statistics that are missing, broken or of another model.
+    """
+    start = time.perf_counter()
+    output = Path(output)
+    chosen = _layer(source, topology, layer)
+    resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
+    importances = _importances(Path(statistics), topology, chosen, resolved)
+    shards = Shards(source.path)
+    factors: dict[str, Factorization] = {}
+    modules: dict[str, dict] = {}
+    for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
+        began = time.perf_counter()
+        name = linear.name
+        asked, note = _possible(resolved[name], linear.out_features, linear.in_features)
+        if note:
+            log.warning("%s: %s", name, note)
+        if asked.method == "dense":
+            found = None
+        else:
+            weight = shards.read(f"{name}.weight").to(device)
+            importance = importances[name].to(device)
+            where = f"{shards.folder / linear.shard}: {name}.weight"
+            found = factors[name] = _factorize(weight, importance, asked, seed_of(settings.seed, name), where)
+        modules[name] = _entry(asked.method, found) | {"seconds": time.perf_counter() - began, "note": note}
+    described = output.with_suffix(".json")
+    described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
+    write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})
+    record = {
+        "format_version": FORMAT_VERSION,
+        "layer": layer,
+        "fingerprint": topology.fingerprint,
+        "sha256": sha256(output),
+        "settings": settings.model_dump(mode="json"),
+        "seed": settings.seed,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "modules": modules,
+    }
+    write_json(described, record)
+    return record
+
+
+def seed_of(seed: int, module: str) -> int:
+    """The seed of one linear: the same on every machine, and another for every linear and every `seed`."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
+
+
+def _factorize(weight: Tensor, importance: Tensor, settings: ModuleSettings, seed: int, where: str) -> Factorization:
+    """The factors of weight (out, in) under importance (in,), on the CPU. Raises ArmorError naming `where`."""
+    if bad := int((~weight.isfinite()).sum()):
+        raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
+    try:
+        found = METHODS[settings.method](weight, importance, settings, seed)
+    except ValueError as error:
+        raise ArmorError(f"{where}: {error}") from error
+    if not (math.isfinite(found.loss) and math.isfinite(found.start_loss)):
+        raise ArmorError(
+            f"{where}: {settings.method} ended with loss {found.loss}, expected a number; try another method"
+        )
+    tensors = {name: getattr(found, name) for name in ("core", "mask", "left", "right")}
+    return dataclasses.replace(found, **{name: t.cpu() for name, t in tensors.items() if t is not None})
+
+
+def _entry(method: str, found: Factorization | None) -> dict:
+    """What the JSON says of one linear's factors; None: it stays dense."""
+    if found is None:
+        return {"method": method, "pattern": None, "block_size": None, "start_loss": 0.0, "loss": 0.0, "trace": []}
+    wrappers = {"left": found.left, "right": found.right}
+    sizes = {side: tensor.shape[1] for side, tensor in wrappers.items() if tensor is not None}
+    return {
+        "method": method,
+        "pattern": str(found.pattern),
+        "block_size": sizes or None,
+        "start_loss": found.start_loss,
+        "loss": found.loss,
+        "trace": _thinned(found.trace),
+    }
+
+
+def _armor(weight: Tensor, importance: Tensor, settings: ModuleSettings, seed: int) -> Factorization:
+    algorithm = {"fast": solver, "published": published}[settings.solver.algorithm]
+    budget = algorithm.Settings(iterations=settings.solver.iterations)
+    return algorithm.solve(
+        weight, importance, pattern=settings.pattern, block_size=settings.block_size, settings=budget, seed=seed
+    )
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, ModuleSettings, int], Factorization]] = {
+    "magnitude": lambda w, d, settings, _: pruning.magnitude(w, d, pattern=settings.pattern),
+    "wanda": lambda w, d, settings, _: pruning.wanda(w, d, pattern=settings.pattern),
+    "nowag": lambda w, d, settings, _: pruning.nowag(w, d, pattern=settings.pattern),
+    "armor": _armor,
+}
+
+
+def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
+    if source.fingerprint != topology.fingerprint:
+        raise ArmorError(
+            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
+        )
+    for layer in topology.layers:
+        if layer.index == index:
+            return layer
+    raise ArmorError(f"layer {index}: the model has layers 0 to {len(topology.layers) - 1}")
+
+
+def _importances(
+    file: Path, topology: Topology, layer: DecoderLayer, resolved: dict[str, ModuleSettings]
+) -> dict[str, Tensor]:
+    """The importance (in,) of every linear's input, by name; empty where all stays dense."""
+    if all(settings.method == "dense" for settings in resolved.values()):
+        return {}
+    found = read_statistics(file, topology.fingerprint, gram=False)
+    for linear in layer.linears:
+        if linear.name not in found:
+            raise ArmorError(f"{file}: no statistics of the input of {linear.name}; calibrate again")
+        shape = tuple(found[linear.name].importance.shape)
+        if shape != (linear.in_features,):
+            raise ArmorError(f"{file}: {linear.name}: importance of shape {shape}, expected ({linear.in_features},)")
+    return {name: statistics.importance for name, statistics in found.items()}
+
+
+def _possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
+    """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
+    if settings.method == "dense":
+        return settings, None
+    pattern = Pattern.parse(settings.pattern)
+    shape = f"{out_features} x {in_features}"
+    if not pattern.fits(in_features):
+        note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
+        return settings.model_copy(update={"method": "dense"}), note
+    size = settings.block_size
+    if settings.method == "armor" and size > 1 and 1 in block_sizes((out_features, in_features), pattern, size):
+        note = f"pruned by nowag: no blocks of at most {size} fit a {shape} weight and {pattern}"
+        return settings.model_copy(update={"method": "nowag"}), note
+    return settings, None
+
+
+def _thinned(trace: list[tuple[int, float, float]]) -> list[list[float]]:
+    """At most TRACE_POINTS points of `trace`, evenly spaced, the first and the last among them."""
+    last = len(trace) - 1
+    if last < TRACE_POINTS:
+        return [list(point) for point in trace]
+    return [list(trace[round(i * last / (TRACE_POINTS - 1))]) for i in range(TRACE_POINTS)]

@@ -1,0 +1,123 @@
+"""The layer that stands in for a compressed linear: y = A S B x + b, as three cheap steps.
+
+At rest it holds the packed tensors of the checkpoint, and `state_dict` is always those. Multiplying with a packed core
+needs a kernel of its own; this layer uses dense matrix products. `unpack` therefore trades the packed values for the
+dense core, in the same dtype: as fast as a dense linear but for the blocks, in the memory of a dense linear plus one
+bit a weight and the blocks. A layer that has not been unpacked (its weights may be offloaded, and come and go) unpacks
+in every forward pass and keeps nothing. The packed values are recovered exactly, being core[mask].
+
+The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armor.core import blockdiag
+from armor.core.checkpoint import PackedLinear
+from armor.core.factors import Factorization
+from armor.core.packing import unpack, unpack_mask
+
+__all__ = ["ArmorLinear"]
+
+
+class ArmorLinear(nn.Module):
+    """A linear of the given `layout`, its tensors empty until a checkpoint or `load` fills them.
+
+    Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
+    buffer core_mask (out, ceil(in/8)) uint8. After `unpack`, core (out, in) stands in for core_values.
+    """
+
+    def __init__(
+        self,
+        layout: PackedLinear,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        shapes = layout.shapes()
+        self.register_buffer("core_mask", torch.empty(shapes.pop("core_mask"), device=device, dtype=torch.uint8))
+        for name in ("core_values", "left", "right"):
+            empty = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+        empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
+
+    @classmethod
+    def of(cls, factors: Factorization, bias: Tensor | None = None) -> ArmorLinear:
+        """The layer of a factorization W ~ A·S·B and the linear's bias (out,), in their dtype, on their device."""
+        sizes = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
+        layout = PackedLinear(*factors.core.shape, factors.pattern, *sizes)
+        with torch.device("meta"):
+            layer = cls(layout, bias is not None)
+        tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
+        layer.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if self.right is not None:
+            x = blockdiag.multiply(self.right, x)
+        x = F.linear(x, self.dense_core())
+        if self.left is not None:
+            x = blockdiag.multiply(self.left, x)
+        return x if self.bias is None else x + self.bias
+
+    def dense_core(self) -> Tensor:
+        """S, dense (out, in), in the layer's dtype."""
+        if self.is_unpacked:
+            return self.core
+        return unpack(self.core_values, self.core_mask, self.in_features, self.layout.pattern)[0]
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A·S·B multiplied out, (out, in), in `dtype` (None: the layer's own) after a product in float32 at least."""
+        core, mask = self.dense_core(), unpack_mask(self.core_mask, self.in_features)
+        factors = Factorization(core, mask, self.layout.pattern, self.left, self.right)
+        return factors.reconstruct(torch.promote_types(core.dtype, torch.float32)).to(dtype or core.dtype)
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether `core` is there and core_values is None, or the other way round."""
+        return "core" in self._buffers
+
+    @torch.no_grad()
+    def unpack(self) -> ArmorLinear:
+        """Keep the dense core instead of the packed values, to compute faster. Offloaded layers stay as they are."""
+        if not self.is_unpacked and not self.core_values.is_meta and not self.core_mask.is_meta:
+            self.register_buffer("core", self.dense_core(), persistent=False)
+            self.core_values = None
+        return self
+
+    def pack(self) -> ArmorLinear:
+        """Undo `unpack`: back to the packed values."""
+        if self.is_unpacked:
+            self.core_values = nn.Parameter(self._packed_values(), requires_grad=False)
+            del self.core
+        return self
+
+    def _packed_values(self) -> Tensor:
+        return self.core[unpack_mask(self.core_mask, self.in_features)].view(self.layout.shapes()["core_values"])
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_unpacked:
+            destination[f"{prefix}core_values"] = self._packed_values()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        was_unpacked = self.is_unpacked
+        super(ArmorLinear, self.pack())._load_from_state_dict(state_dict, prefix, *args)
+        if was_unpacked:
+            self.unpack()
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        blocks = f"left_block_size={layout.left_block_size}, right_block_size={layout.right_block_size}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, pattern={layout.pattern}, {blocks}, "
+            f"bias={self.bias is not None}"
+        )

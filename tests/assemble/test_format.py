@@ -1,0 +1,161 @@
+"""docs/FORMAT.md, held to what is written: a reader made from the page alone, and the bytes of a tiny checkpoint."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from armor.assemble.writer import assemble
+from armor.config import LayerSettings, Override
+from armor.core.factors import Factorization, write_factors
+from armor.core.nm import Pattern
+from armor.execution.files import sha256, write_json
+from armor.model.inspect import inspect
+from armor.model.source import open_source
+from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed, prepared
+
+
+def numpy_weights(folder):
+    """Every compressed W of a checkpoint, from nothing but JSON, safetensors, numpy and the rules of the page."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "armor" and type(config["format_version"]) is int and config["format_version"] == 1
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    tensors = {}
+    for file in files:
+        with safe_open(folder / file, "numpy") as opened_file:
+            tensors |= {name: opened_file.get_tensor(name) for name in opened_file.keys()}
+
+    weights = {}
+    for group in config["groups"]:
+        rows, columns = group["out_features"], group["in_features"]
+        for module in group["modules"]:
+            values, mask = tensors[f"{module}.core_values"], tensors[f"{module}.core_mask"]
+            core = np.zeros((rows, columns))
+            for r in range(rows):
+                k = 0
+                for c in range(columns):
+                    if mask[r, c // 8] >> (c % 8) & 1:
+                        core[r, c] = values[r, k]
+                        k += 1
+                assert k == values.shape[1]
+            matrices = []
+            for side, size, dimension in (
+                ("left", group["left_block_size"], rows),
+                ("right", group["right_block_size"], columns),
+            ):
+                matrix = np.eye(dimension)
+                if size is not None:
+                    matrix[:] = 0
+                    for i, block in enumerate(tensors[f"{module}.{side}"]):
+                        matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
+                matrices.append(matrix)
+            weights[module] = matrices[0] @ core @ matrices[1]
+    return weights
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000], ids=["one file", "shards"])
+def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, max_shard_bytes):
+    overrides = [
+        Override(modules="*.down_proj", method="wanda", pattern="50%"),
+        Override(modules="*.k_proj", pattern="4:8", block_size=8),
+    ]
+    settings = LayerSettings(**(SETTINGS.model_dump() | {"overrides": overrides}))
+    root = packed(tmp_path, settings=settings, max_shard_bytes=max_shard_bytes)
+    found, expected = numpy_weights(root / "checkpoint"), factors_of(root)
+    assert found.keys() == expected.keys()
+    for name, factors in expected.items():
+        assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
+
+
+def grid(*shape):
+    """Small numbers that every float dtype holds exactly, made without a random generator."""
+    return (torch.arange(torch.Size(shape).numel()).reshape(shape) % 13 - 6) / 4
+
+
+def written(root):
+    """A checkpoint of factors made by hand: 2:4 with both wrappers for q_proj, 50% without for up_proj."""
+    prepared(root, layers=1)
+    edit_tensors(root / "source", lambda tensors: tensors.update({n: grid(*t.shape) for n, t in tensors.items()}))
+    inspect(open_source(root / "source"), root / "model.json")
+    source, topology = opened(root)
+    mask = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1]).bool().repeat(64, 8)
+    half = torch.tensor([1, 0]).bool().repeat_interleave(32).expand(128, 64).contiguous()
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    factors = {
+        q: Factorization(grid(64, 64) * mask, mask, Pattern(2, 4), grid(8, 8, 8), grid(4, 16, 16), 0.25, 0.5),
+        up: Factorization(grid(128, 64) * half, half, Pattern(50, 0), None, None, 0.5, 0.5),
+    }
+    file = root / "layers/layer_0.safetensors"
+    write_factors(file, factors, {"fingerprint": topology.fingerprint, "layer": 0})
+    entry = {"method": "dense", "pattern": None, "block_size": None, "loss": 0.0}
+    modules = {linear.name: dict(entry) for linear in topology.layers[0].linears}
+    modules[q] |= {"method": "armor", "pattern": "2:4", "block_size": {"left": 8, "right": 16}, "loss": 0.25}
+    modules[up] |= {"method": "wanda", "pattern": "50%", "loss": 0.5}
+    record = {"format_version": 1, "fingerprint": topology.fingerprint, "sha256": sha256(file), "modules": modules}
+    write_json(root / "layers/layer_0.json", record)
+    assemble(source, topology, root / "layers", root / "checkpoint.json")
+    return root / "checkpoint"
+
+
+def test_the_bytes_are_pinned(tmp_path):
+    folder = written(tmp_path)
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert header["__metadata__"] == {"format": "pt"}
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    expected = {
+        f"{q}.core_values": ("F32", [64, 32], "c519a09b2df412cb"),
+        f"{q}.core_mask": ("U8", [64, 8], "37ac5a5ad8ef9bc8"),
+        f"{q}.left": ("F32", [8, 8, 8], "b1397d2f531b663f"),
+        f"{q}.right": ("F32", [4, 16, 16], "bd65736c266ee195"),
+        f"{q}.weight": ("U8", [1], "6e340b9cffb37a98"),
+        f"{up}.core_values": ("F32", [128, 32], "22cc1b07908c2050"),
+        f"{up}.core_mask": ("U8", [128, 8], "2d9ad807780d7e7e"),
+    }
+    sums = json.loads((folder / "checksums.json").read_text())["tensors"]
+    for name, (dtype, shape, digest) in expected.items():
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        data = raw[8 + length + begin : 8 + length + end]
+        assert (entry["dtype"], entry["shape"]) == (dtype, shape), name
+        assert hashlib.sha256(data).hexdigest() == sums[name]
+        assert sums[name][:16] == digest, name
+    assert hashlib.sha256(raw).hexdigest()[:16] == "12b2819fd671ffd9"
+    # The first two bytes of a mask row, and the first values of the row: columns 0, 1, 5, 7, 8, 9.
+    begin = 8 + length + header[f"{q}.core_mask"]["data_offsets"][0]
+    assert raw[begin : begin + 2] == bytes([0b10100011, 0b10100011])
+    begin = 8 + length + header[f"{q}.core_values"]["data_offsets"][0]
+    assert np.frombuffer(raw, "<f4", 6, begin).tolist() == [-1.5, -1.25, -0.25, 0.25, 0.5, 0.75]
+    begin = 8 + length + header[f"{up}.core_mask"]["data_offsets"][0]
+    assert raw[begin : begin + 8] == bytes([255] * 4 + [0] * 4)
+
+
+def test_the_configuration_is_pinned(tmp_path):
+    config = json.loads((written(tmp_path) / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "armor",
+        "format_version": 1,
+        "groups": [
+            {
+                "out_features": 64,
+                "in_features": 64,
+                "pattern": "2:4",
+                "left_block_size": 8,
+                "right_block_size": 16,
+                "modules": ["model.layers.0.self_attn.q_proj"],
+            },
+            {
+                "out_features": 128,
+                "in_features": 64,
+                "pattern": "50%",
+                "left_block_size": None,
+                "right_block_size": None,
+                "modules": ["model.layers.0.mlp.up_proj"],
+            },
+        ],
+    }

@@ -1,0 +1,245 @@
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from armor.assemble import writer
+from armor.assemble.verify import verify
+from armor.assemble.writer import assemble
+from armor.config import LayerSettings, Override
+from armor.errors import ArmorError
+from armor.model.shards import Shards
+from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("model"), "qwen2")  # biases and tied embeddings
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_it_holds_the_factors_and_everything_else_of_the_source(root):
+    found = load_file(root / "checkpoint/model.safetensors")
+    expected = load_file(root / "source/model.safetensors")
+    factors = factors_of(root)
+    for name, f in factors.items():
+        del expected[f"{name}.weight"]
+        expected |= {f"{name}.{suffix}": tensor for suffix, tensor in f.tensors().items()}
+    tombstone = found.pop(f"{Q}.weight")
+    assert tombstone.tolist() == [0] and tombstone.dtype == torch.uint8
+    assert found.keys() == expected.keys() and f"{Q}.bias" in found and "lm_head.weight" not in found
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+def test_the_files_around_the_weights(root):
+    checkpoint = root / "checkpoint"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (checkpoint / name).read_bytes() == (root / "source" / name).read_bytes()
+    source, found = (json.loads((root / folder / "config.json").read_text()) for folder in ("source", "checkpoint"))
+    quantization = found.pop("quantization_config")
+    assert found == source and quantization["quant_method"] == "armor" and quantization["format_version"] == 1
+    assert "sparsity_config" not in (checkpoint / "config.json").read_text()
+    # One group for each distinct shape, not one entry for each of the 14 linears.
+    assert len(quantization["groups"]) == 4 and sum(len(group["modules"]) for group in quantization["groups"]) == 14
+    card = (checkpoint / "README.md").read_text()
+    assert "import armor.hf" in card and "| armor | 2:4 | 16 / 16 | 14 |" in card
+
+
+def test_checkpoint_json(root):
+    result = json.loads((root / "checkpoint.json").read_text())
+    source, topology = opened(root)
+    files = contents(root / "checkpoint")
+    assert result["fingerprint"] == source.fingerprint and result["format_version"] == 1
+    assert result["checkpoint_bytes"] == sum(map(len, files.values()))
+    assert {name: file["bytes"] for name, file in result["files"].items()} == {n: len(b) for n, b in files.items()}
+    assert result["modules"] == 14 and result["kept_dense"] == [] and result["dense_bits_per_weight"] == 32
+    # fp32, 2:4: 16 bits of values and 1 of mask for each weight, and the blocks of 16.
+    blocks = sum(32 * 16 * (linear.out_features + linear.in_features) for linear in topology.linears())
+    assert result["bits_per_weight"] == pytest.approx(17 + blocks / topology.linear_parameters)
+
+
+def test_the_same_input_gives_the_same_bytes(root, copy):
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert contents(copy / "checkpoint") == contents(root / "checkpoint")
+
+
+def test_shards(root, copy):
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json", max_shard_bytes=60_000)
+    files = sorted((copy / "checkpoint").glob("model*.safetensors"))
+    assert len(files) > 3 and not (copy / "checkpoint/model.safetensors").exists()
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 60_000 for file in files[1:])
+    # A tensor larger than a shard has one for itself; no tensor changes.
+    assert list(load_file(files[0])) == ["model.embed_tokens.weight"]
+    together = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    whole = load_file(root / "checkpoint/model.safetensors")
+    assert together.keys() == whole.keys() and all(torch.equal(whole[name], t) for name, t in together.items())
+    index = json.loads((copy / "checkpoint/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    # The names that were in shards before are gone when a later recipe needs fewer.
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert contents(copy / "checkpoint") == contents(root / "checkpoint")
+
+
+def test_no_metadata_that_would_come_in_random_order(root):
+    with safe_open(root / "checkpoint/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_recipes_of_all_kinds_in_one_checkpoint(tmp_path):
+    overrides = [
+        Override(modules="*.mlp.up_proj", method="dense"),
+        Override(modules="*.mlp.down_proj", method="magnitude", pattern="50%"),
+        Override(modules="*.k_proj", method="wanda", pattern="4:8"),
+        Override(modules="*.o_proj", block_size=32),
+    ]
+    settings = LayerSettings(**(SETTINGS.model_dump() | {"overrides": overrides}))
+    root = packed(tmp_path, settings=settings)
+    result = json.loads((root / "checkpoint.json").read_text())
+    dense = [f"model.layers.{k}.mlp.up_proj" for k in (0, 1)]
+    assert result["kept_dense"] == dense and result["modules"] == 12
+    assert all(f"{name}.weight" in Shards(root / "checkpoint") for name in dense)
+    assert verify(root / "checkpoint")["patterns"] == {"2:4": 8, "4:8": 2, "50%": 2}
+
+
+def test_an_all_dense_recipe_gives_the_source_back(tmp_path):
+    root = packed(tmp_path, settings=LayerSettings(method="dense"))
+    assert contents(root / "checkpoint")["model.safetensors"] == contents(root / "source")["model.safetensors"]
+    assert "quantization_config" not in json.loads((root / "checkpoint/config.json").read_text())
+    assert verify(root / "checkpoint")["modules"] == 0
+
+
+def refused(root, message, **options):
+    """Assembling fails with one line; afterwards there is no checkpoint, or still the one from before."""
+    before = contents(root / "checkpoint") if (root / "checkpoint").exists() else None
+    with pytest.raises(ArmorError, match=message) as error:
+        assemble(*opened(root), root / "layers", root / "checkpoint.json", **options)
+    assert "\n" not in str(error.value)
+    assert not list(root.glob(".checkpoint*"))
+    if (root / "checkpoint").exists():
+        assert (root / "checkpoint.json").exists() and contents(root / "checkpoint") == before
+    else:
+        assert not (root / "checkpoint.json").exists()
+    return str(error.value)
+
+
+def edit_record(root, change, layer=1):
+    file = root / f"layers/layer_{layer}.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+
+
+def test_factors_of_another_model(copy, tmp_path):
+    other = prepared(tmp_path / "other", "qwen2", seed=1)
+    shutil.rmtree(copy / "layers")
+    shutil.copytree(factorized(other), copy / "layers")
+    refused(copy, r"layer_0.json: factors of another model .*factorize layer 0 again")
+
+
+def test_another_model_than_inspected(copy):
+    edit_tensors(copy / "source", lambda tensors: tensors["model.norm.weight"].add_(1))
+    refused(copy, "not the model that was inspected")
+
+
+def test_factors_of_another_pattern(copy):
+    edit_record(copy, lambda record: record["modules"]["model.layers.1.mlp.up_proj"].update(pattern="1:4"))
+    refused(copy, r"layer_1.safetensors: model.layers.1.mlp.up_proj: pattern 2:4, expected 1:4 as layer_1.json says")
+
+
+def test_factors_that_belong_to_another_run(copy):
+    settings = LayerSettings(method="wanda")
+    other = factorized(copy, settings, "others")
+    shutil.copy(other / "layer_1.safetensors", copy / "layers/layer_1.safetensors")
+    refused(copy, "layer_1.safetensors: not what its JSON describes; factorize layer 1 again")
+
+
+def test_a_layer_that_is_missing(copy):
+    (copy / "layers/layer_1.safetensors").unlink()
+    refused(copy, "layer_1.safetensors: missing; factorize layer 1 again")
+    (copy / "layers/layer_1.json").unlink()
+    refused(copy, "layer_1.json: no such file")
+
+
+@pytest.mark.parametrize("keep", [5, -20])
+def test_truncated_factors(copy, keep):
+    file = copy / "layers/layer_0.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(copy, "layer_0.safetensors")
+
+
+def test_a_truncated_record(copy):
+    file = copy / "layers/layer_0.json"
+    file.write_text(file.read_text()[:100])
+    refused(copy, "layer_0.json: not valid JSON")
+
+
+def test_a_module_that_is_missing(copy):
+    edit_record(copy, lambda record: record["modules"].pop("model.layers.1.mlp.up_proj"))
+    refused(copy, "layer_1.json: model.layers.1.mlp.up_proj: missing")
+
+
+def test_blocks_of_another_size(copy):
+    change = {"block_size": {"left": 8, "right": 16}}
+    edit_record(copy, lambda record: record["modules"]["model.layers.1.mlp.up_proj"].update(change))
+    refused(copy, r"up_proj.left: shape \(8, 16, 16\), expected \(16, 8, 8\)")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda r: r.pop("modules"), lambda r: r.update(modules=3), lambda r: r.pop("sha256")]
+)
+def test_a_record_that_factorize_would_not_write(copy, change):
+    edit_record(copy, change, layer=0)
+    refused(copy, "layer_0.json: .*factorize layer 0 again")
+
+
+def test_nan_in_a_tensor_that_is_copied(copy):
+    source, topology = opened(copy)
+    name = "model.layers.1.input_layernorm.weight"
+    edit_tensors(copy / "source", lambda tensors: tensors[name].__setitem__(3, float("nan")))
+    with pytest.raises(ArmorError, match=rf"model.safetensors: {name}: 1 of 64 numbers are NaN"):
+        assemble(source, topology, copy / "layers", copy / "checkpoint.json")
+    assert not list(copy.glob("*checkpoint*"))
+
+
+def test_a_full_disk_is_seen_before(copy, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    refused(copy, "0.0 GB free, .* needed; make room")
+
+
+def test_a_disk_that_fills_up_meanwhile(copy, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "save_safetensors", full)
+    refused(copy, "checkpoint: cannot be written: .*No space left on device")
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_deleted(copy):
+    shutil.rmtree(copy / "checkpoint")
+    (copy / "checkpoint").mkdir()
+    (copy / "checkpoint/thesis.txt").write_text("years of work")
+    refused(copy, "in the way, and not a checkpoint")
+
+
+def test_what_an_interrupted_run_left_is_cleared_away(copy):
+    (copy / ".checkpoint.part").mkdir()
+    (copy / ".checkpoint.part/model-00001-of-00009.safetensors").write_bytes(b"half")
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert not (copy / ".checkpoint.part").exists() and verify(copy / "checkpoint")["shards"] == 1

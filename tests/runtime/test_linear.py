@@ -1,0 +1,126 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from armor.core import blockdiag
+from armor.core.checkpoint import PackedLinear
+from armor.core.factors import Factorization
+from armor.core.nm import Pattern, top_n_mask
+from armor.runtime.linear import ArmorLinear
+
+# pattern, out, in, left block, right block
+LAYOUTS = [
+    ("2:4", 24, 32, 8, 16),
+    ("2:4", 6, 12, 3, 4),
+    ("2:4", 5, 8, None, None),
+    ("1:4", 16, 8, None, 8),
+    ("4:8", 8, 40, 8, None),
+    ("3:6", 10, 18, 5, 6),
+    ("50%", 9, 15, 3, 5),
+]
+
+
+def factorization(pattern, rows, columns, left, right, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    pattern = Pattern.parse(pattern)
+    mask = top_n_mask(torch.rand(rows, columns, generator=g), pattern)
+    core = torch.randn(rows, columns, generator=g).to(dtype) * mask
+    blocks = [d and torch.randn(n // d, d, d, generator=g).to(dtype) for n, d in ((rows, left), (columns, right))]
+    return Factorization(core, mask, pattern, *blocks)
+
+
+def dense(factors):
+    """A·S·B from the definition."""
+    weight = factors.core
+    if factors.left is not None:
+        weight = blockdiag.expand(factors.left) @ weight
+    if factors.right is not None:
+        weight = weight @ blockdiag.expand(factors.right)
+    return weight
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (0,)], ids=str)
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "unpacked"])
+def test_it_computes_what_the_dense_linear_does(layout, shape, unpacked):
+    factors, bias = factorization(*layout), torch.randn(layout[1])
+    layer = ArmorLinear.of(factors, bias)
+    if unpacked:
+        layer.unpack()
+    x = torch.randn(*shape, layout[2])
+    expected = F.linear(x, dense(factors), bias)
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(layer.dense_weight(), dense(factors), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_state_is_always_the_packed_tensors(layout):
+    factors = factorization(*layout)
+    layer = ArmorLinear.of(factors)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert before.keys() == factors.tensors().keys()
+    assert {n: tuple(t.shape) for n, t in before.items()} == layer.layout.shapes()
+    layer.unpack()
+    assert layer.core_values is None and torch.equal(layer.core, factors.core)
+    after = layer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(before[n], t) for n, t in layer.pack().state_dict().items())
+    assert not layer.is_unpacked
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_can_be_loaded_into_an_unpacked_layer(assign):
+    one, other = factorization(*LAYOUTS[0]), factorization(*LAYOUTS[0], seed=1)
+    layer = ArmorLinear.of(one).unpack()
+    layer.load_state_dict(ArmorLinear.of(other).state_dict(), assign=assign)
+    assert torch.equal(layer.core, other.core)
+    x = torch.randn(2, LAYOUTS[0][2])
+    assert torch.allclose(layer(x), F.linear(x, dense(other)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="core_values"):
+        layer.load_state_dict({})
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_dtype_and_copies(unpacked):
+    factors = factorization(*LAYOUTS[0])
+    layer = ArmorLinear.of(factors, torch.randn(24))
+    if unpacked:
+        layer.unpack()
+    twin = copy.deepcopy(layer).to(torch.bfloat16)
+    assert twin.core_mask.dtype == torch.uint8
+    assert {t.dtype for n, t in twin.state_dict().items() if n != "core_mask"} == {torch.bfloat16}
+    x = torch.randn(3, 32)
+    assert twin(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.allclose(twin(x.bfloat16()).float(), layer(x), rtol=0.1, atol=0.5)
+    assert layer.state_dict()["core_values"].dtype == torch.float32  # the original is untouched
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_gradients_reach_the_input_and_not_the_factors(unpacked):
+    factors = factorization(*LAYOUTS[0])
+    layer = ArmorLinear.of(factors, torch.zeros(24))
+    if unpacked:
+        layer.unpack()
+    x = torch.randn(3, 32, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, dense(factors).sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    assert all(not p.requires_grad and p.grad is None for n, p in layer.named_parameters() if n != "bias")
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=str)
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_it_compiles_as_one_graph(layout, unpacked):
+    layer = ArmorLinear.of(factorization(*layout))
+    if unpacked:
+        layer.unpack()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # graph capture without a C++ compiler
+    x = torch.randn(2, layout[2])
+    assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+
+
+def test_weights_that_are_elsewhere_are_not_unpacked():
+    with torch.device("meta"):
+        layer = ArmorLinear(PackedLinear(8, 16, Pattern(2, 4), 4, 8), bias=True)
+    assert not layer.unpack().is_unpacked and layer.core_values.is_meta
