@@ -1,0 +1,33 @@
+# Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer), CORES how many cores to use.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+    $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed  ## compress SmolLM2-135M five ways and show what was lost and saved
+	$(BIN)/snakemake --cores $(CORES)
+	@$(BIN)/armor summary
+
+test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
+	$(BIN)/pytest -n $(CORES)
+
+lint: .venv/installed  ## what CI checks of the form
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+bench: .venv/installed  ## the solver against the published optimiser
+	$(BIN)/python benchmarks/solver.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	touch $@
+
+clean:  ## remove the environment; results stay
+	rm -rf .venv

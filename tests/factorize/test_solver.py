@@ -1,0 +1,169 @@
+"""The laws of the solver: never worse than NoWag-P, for every input; more budget, lower loss; same seed, same bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armor.core.nm import Pattern, is_nm
+from armor.factorize import pruning, solver
+from armor.factorize.objective import Objective, relative_loss
+
+PATTERNS = ["1:4", "2:4", "2:8", "4:8", "1:2", "50%"]
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight, torch.rand(columns, generator=generator) + 0.1
+
+
+def holds(weight, importance, pattern, block_size, factorization):
+    """The guarantee: loss at most NoWag-P's as stored, both recomputed here; exactly N of M; a trace that never rises."""
+    start = pruning.nowag(weight, importance, pattern=pattern).loss
+    objective = Objective.of(weight, importance)
+    assert factorization.loss <= factorization.start_loss == pytest.approx(start, rel=1e-12, abs=1e-300)
+    assert factorization.loss == relative_loss(weight, objective, factorization)
+    assert is_nm(factorization.mask, Pattern.parse(pattern))
+    assert not factorization.core[~factorization.mask].any()
+    assert all(x.dtype == weight.dtype for x in (factorization.core, factorization.left, factorization.right))
+    assert torch.isfinite(factorization.reconstruct(torch.float64)).all()
+    losses = [loss for _, _, loss in factorization.trace]
+    assert all(after <= before for before, after in zip(losses, losses[1:]))
+
+
+def spoil(weight: torch.Tensor, importance: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    match how:
+        case "zero rows":
+            weight[::2] = 0
+        case "zero columns":
+            weight[:, : columns // 2] = 0
+        case "zeros":
+            weight.zero_()
+        case "zero importance":
+            importance[: columns // 2] = 0
+        case "no importance":
+            importance.zero_()
+        case "dominant channel":
+            importance[-1] = importance.median() * 1e6
+        case "repeated rows":
+            weight[:] = weight[0]
+        case "rank one":
+            weight[:] = weight[:, :1] * weight[:1]
+        case "denormals":
+            weight *= 1e-40
+        case "huge":
+            weight *= 1e30
+            importance *= 1e30
+        case "ones":
+            weight.fill_(1)
+    return weight, importance
+
+
+SPOILS = [
+    "nothing", "zero rows", "zero columns", "zeros", "zero importance", "no importance", "dominant channel", "repeated rows",
+    "rank one", "denormals", "huge", "ones",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 24),
+    groups=st.integers(1, 5),
+    block_size=st.sampled_from([1, 3, 4, 8, 16, 64]),
+    pattern=st.sampled_from(PATTERNS),
+    how=st.sampled_from(SPOILS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_guarantee(rows, groups, block_size, pattern, how, dtype, seed):
+    weight, importance = spoil(*problem(rows, groups * max(Pattern.parse(pattern).m, 2), seed), how)
+    weight = weight.to(dtype)
+    weight = torch.where(torch.isfinite(weight), weight, 1)  # "huge" does not fit float16
+    result = solver.solve(
+        weight, importance, pattern=pattern, block_size=block_size, settings=solver.Settings(iterations=6), seed=seed
+    )
+    holds(weight, importance, pattern, block_size, result)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_wrappers_and_swaps_pay(pattern):
+    weight, importance = problem(32, 64)
+    result = solver.solve(weight, importance, pattern=pattern, block_size=16, settings=solver.Settings(iterations=60))
+    holds(weight, importance, pattern, 16, result)
+    assert result.loss < 0.8 * result.start_loss
+    assert not result.mask.equal(pruning.nowag(weight, importance, pattern=pattern).mask)
+
+
+def test_shapes_of_the_factors():
+    weight, importance = problem(30, 40)
+    result = solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=2))
+    assert result.left.shape == (2, 15, 15) and result.right.shape == (5, 8, 8)
+    assert result.core.shape == result.mask.shape == (30, 40)
+
+
+def test_more_iterations_never_end_higher():
+    weight, importance = problem(32, 48)
+    losses = [
+        solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=n)).loss for n in (0, 10, 40, 160)
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_same_seed_same_bytes():
+    weight, importance = problem(32, 48)
+    one, two = (solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=20), seed=3) for _ in "ab")
+    for key in ("core", "mask", "left", "right"):
+        assert getattr(one, key).equal(getattr(two, key))
+
+
+def test_threads_agree():
+    weight, importance = problem(64, 64)
+    threads, losses = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            losses.append(solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=40)).loss)
+    finally:
+        torch.set_num_threads(threads)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_devices_agree():
+    weight, importance = problem(64, 64)
+    one, two = (
+        solver.solve(weight.to(device), importance.to(device), block_size=16, settings=solver.Settings(iterations=40)).loss
+        for device in ("cpu", "cuda")
+    )
+    assert one == pytest.approx(two, rel=0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["weight", "importance"])
+def test_not_finite(name, bad):
+    tensors = dict(zip(("weight", "importance"), problem(8, 8)))
+    tensors[name].view(-1)[3] = bad
+    with pytest.raises(ValueError, match=f"^{name}: found 1 NaN or infinite"):
+        solver.solve(**tensors)
+
+
+def test_bad_inputs_are_named():
+    weight, importance = problem(8, 8)
+    with pytest.raises(ValueError, match="importance: found -1"):
+        solver.solve(weight, importance - 1 - importance.min())
+    with pytest.raises(ValueError, match="importance: found shape"):
+        solver.solve(weight, importance[:4])
+    with pytest.raises(ValueError, match="weight: found"):
+        solver.solve(weight.long(), importance)
+    with pytest.raises(ValueError, match="row of 6 entries is not a multiple of 4"):
+        solver.solve(weight[:, :6], importance[:6])
+    with pytest.raises(ValueError, match="block_size: found 0"):
+        solver.solve(weight, importance, block_size=0)
+    with pytest.raises(ValueError, match="iterations: found -1"):
+        solver.Settings(iterations=-1)
