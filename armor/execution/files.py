@@ -7,6 +7,7 @@ that write the same file do no harm: the last rename wins, and each writes under
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ArmorError(f"{path}: cannot be written ({error.strerror}); make room and run again") from error
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -65,11 +71,15 @@ def read_json(path: Path | str) -> dict:
 
 def save_safetensors(path: Path | str, tensors: dict, metadata: dict[str, str] | None = None) -> None:
     """Write tensors atomically, in sorted order, so that the same tensors give the same bytes."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, as a rule
+            raise ArmorError(f"{path}: cannot be written ({error}); make room and run again") from None
 
 
 @contextlib.contextmanager

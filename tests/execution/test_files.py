@@ -1,5 +1,7 @@
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,11 +47,25 @@ def test_tensors_are_written_in_one_order(tmp_path):
         assert torch.equal(file.get_tensor("y"), y)
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "a", {})
+@pytest.mark.parametrize(
+    "write", ["write_json(path, list(range(10000)))", "save_safetensors(path, {'x': zeros(10000)})"]
+)
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, write):
+    # No file of this process may grow beyond 4 kB: to a writer, the same as a full disk.
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+from torch import zeros
+from armor.errors import ArmorError
+from armor.execution.files import save_safetensors, write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+path = Path({str(tmp_path / "file")!r})
+try:
+    {write}
+except ArmorError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{tmp_path / 'file'}: cannot be written (") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
