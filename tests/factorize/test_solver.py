@@ -110,14 +110,17 @@ def test_shapes_of_the_factors():
 def test_more_iterations_never_end_higher():
     weight, importance = problem(32, 48)
     losses = [
-        solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=n)).loss for n in (0, 10, 40, 160)
+        solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=n)).loss
+        for n in (0, 10, 40, 160)
     ]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_same_seed_same_bytes():
     weight, importance = problem(32, 48)
-    one, two = (solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=20), seed=3) for _ in "ab")
+    one, two = (
+        solver.solve(weight, importance, block_size=16, settings=solver.Settings(iterations=20), seed=3) for _ in "ab"
+    )
     for key in ("core", "mask", "left", "right"):
         assert getattr(one, key).equal(getattr(two, key))
 
@@ -138,7 +141,9 @@ def test_threads_agree():
 def test_devices_agree():
     weight, importance = problem(64, 64)
     one, two = (
-        solver.solve(weight.to(device), importance.to(device), block_size=16, settings=solver.Settings(iterations=40)).loss
+        solver.solve(
+            weight.to(device), importance.to(device), block_size=16, settings=solver.Settings(iterations=40)
+        ).loss
         for device in ("cpu", "cuda")
     )
     assert one == pytest.approx(two, rel=0.01)

@@ -17,8 +17,10 @@ from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
 
 # The `armor` of this Python, also in jobs whose shell has another one.
-os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-os.environ["ARMOR_PIPELINE"] = workflow.basedir  # for envs/armor.post-deploy.sh
+os.environ.update(
+    PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
+    ARMOR_PIPELINE=str(workflow.basedir),  # for envs/armor.post-deploy.sh
+)
 
 try:
     SETTINGS = parse_settings(Config, config, "configuration")
