@@ -61,6 +61,13 @@ class Run:
         return edited
 
 
+def pytest_collection_modifyitems(items):
+    """All of them in one worker: the finished run is made once."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("workflow"))
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """Two files of words, one to calibrate on and one to evaluate on."""
