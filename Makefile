@@ -12,7 +12,7 @@ demo: .venv/installed  ## compress SmolLM2-135M five ways and show what was lost
 	@$(BIN)/armor summary
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadgroup
+	$(BIN)/pytest -n $(CORES) --dist loadgroup
 
 lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/ruff check .

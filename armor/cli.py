@@ -30,9 +30,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _writable(path: Path) -> Path:
+    """`path`, if a file can be written there: better said now than after hours of work."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is a folder" if path.is_dir() else f"{folder} is not a folder that you may write to"
+        raise ArmorError(f"{path}: {reason}; expected the name of a file to write")
+    return path
+
+
 Source = Annotated[Path, typer.Option(help="source.json, or a folder with a Hugging Face model.")]
 Topology = Annotated[Path, typer.Option(help="model.json, as `armor inspect` writes it.")]
-Output = Annotated[Path, typer.Option(help="The file to write.")]
+Output = Annotated[Path, typer.Option(help="The file to write.", callback=_writable)]
 Settings = Annotated[str, typer.Option(help="The stage's settings: inline YAML or JSON, or a file's path.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; unset: as many as torch chooses.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs to lease; 0, or no GPU visible: compute on the CPU.")]
@@ -68,6 +78,7 @@ def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
 @app.command()
 def inspect(source: Source, output: Output) -> None:
     """Find the decoder layers and their linears -> model.json."""
+    _prepare(1)
     from armor.model.inspect import inspect
     from armor.model.source import open_source
 
@@ -106,6 +117,7 @@ def factorize(
     from armor.model.topology import read_topology
 
     parsed = config.parse_settings(config.LayerSettings, settings)
+    read_json(calibration)  # it is written last: without it the statistics beside it are of a run that did not end
     statistics = calibration.parent / f"layer_{layer}.safetensors"
     factorize_layer(open_source(source), read_topology(model), layer, statistics, parsed, output, device)
 
@@ -174,6 +186,7 @@ def report(
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("results/report"),
 ) -> None:
     """Tables and figures -> summary.csv, summary.json and index.html."""
+    _prepare(1)
     from armor.report import build
 
     build(results, config.parse_settings(config.ReportSettings, settings), output)
@@ -207,9 +220,20 @@ def _folder(path: Path) -> Path:
     """The model folder behind source.json, checkpoint.json, or the folder itself."""
     if path.name == "checkpoint.json":
         return path.with_suffix("")
+    if path.is_dir():  # no need of a fingerprint, for which every byte would be read
+        from armor.model.shards import Shards
+
+        return Shards(path).folder
     from armor.model.source import open_source
 
     return open_source(path).path
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, in one line; an OSError of Python's own begins with a number, and ends with the file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main() -> None:
@@ -219,7 +243,7 @@ def main() -> None:
     except (ArmorError, OSError, MemoryError) as error:
         if getattr(app, "debug", False):
             raise
-        print(f"armor: error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"armor: error: {_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -112,7 +112,7 @@ class TextSettings(Settings):
     """The split of the dataset."""
     streaming: bool = False
     """Read the dataset as it downloads, instead of downloading all of it first."""
-    files: list[LocalPath] | None = None
+    files: list[LocalPath] | None = Field(None, min_length=1)
     """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
     column: str = "text"
     """The column of the dataset, or the key of the JSON lines, that holds the text."""
@@ -163,6 +163,13 @@ class SolverSettings(Settings):
     """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
 
 
+class SolverChange(Settings):
+    """The part of SolverSettings that an override changes."""
+
+    iterations: int | None = Field(None, ge=1)
+    algorithm: Literal["fast", "published"] | None = None
+
+
 class ModuleSettings(Settings):
     """How one linear is compressed."""
 
@@ -181,16 +188,20 @@ class ModuleChange(Settings):
     method: Method | None = None
     pattern: PatternText | None = None
     block_size: int | None = Field(None, ge=1)
-    solver: SolverSettings | None = None
+    solver: SolverChange | None = None
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:
-        return settings.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+        """`settings` with what is given here put in their place."""
+        change = {key: getattr(self, key) for key in ("method", "pattern", "block_size")}
+        if self.solver is not None:
+            change["solver"] = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
+        return settings.model_copy(update={key: value for key, value in change.items() if value is not None})
 
 
 class Override(ModuleChange):
     """A change for some decoder layers, some modules, or some modules of some layers."""
 
-    layers: list[int] | None = None
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Numbers of decoder layers, from 0; unset: all."""
     modules: str = "*"
     """A shell-style pattern over full module names, like *.down_proj."""
@@ -287,7 +298,7 @@ class Config(Settings):
     recipes: dict[Name, Recipe] = Field(min_length=1)
     evaluations: dict[Name, EvaluationSettings] = {}
     benchmarks: dict[Name, BenchmarkSettings] = {}
-    runs: list[Run] = [Run()]
+    runs: list[Run] = Field([Run()], min_length=1)
     """Which of the above go together; left out: everything with everything."""
 
     @model_validator(mode="after")
@@ -300,6 +311,11 @@ class Config(Settings):
             for name in reserved & set(getattr(self, kind)):
                 raise ValueError(f"{kind}.{name}: this name is a folder of the pipeline itself; choose another")
         for name, recipe in self.recipes.items():
+            if recipe.method == "dense" and recipe.overrides:
+                raise ValueError(
+                    f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
+                    "method and list the other modules in keep_dense"
+                )
             if recipe.calibration is not None:
                 _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
             elif recipe.method != "dense" and len(self.calibrations) != 1:
@@ -391,15 +407,8 @@ def parse_settings(kind: type[T], value: str | dict, where: str = "--settings") 
     """Settings of one stage from a mapping, inline JSON or YAML, or the path of such a file. Raises ArmorError."""
     if isinstance(value, str):
         if Path(value).suffix in (".json", ".yaml", ".yml"):
-            where = value
-            try:
-                value = Path(value).read_text()
-            except OSError as error:
-                raise ArmorError(f"{where}: {error.strerror}; expected a YAML or JSON file") from None
-        try:
-            value = yaml.safe_load(value) or {}
-        except yaml.YAMLError as error:
-            raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+            where, value = value, _text(Path(value))
+        value = _yaml(value, where)
     if not isinstance(value, dict):
         raise ArmorError(f"{where}: expected a mapping of keys to values, found {value!r}")
     try:
@@ -408,9 +417,25 @@ def parse_settings(kind: type[T], value: str | dict, where: str = "--settings") 
         raise ArmorError(f"{where}: {_explain(error, kind)}") from None
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArmorError(f"{path}: {error.strerror}; expected a YAML or JSON file") from None
+    except UnicodeDecodeError as error:
+        raise ArmorError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_config(path: str | Path) -> Config:
     """Read and check a configuration file (YAML). Raises ArmorError with one line for the first mistake."""
-    return parse_settings(Config, str(path))
+    return parse_settings(Config, _yaml(_text(Path(path)), str(path)), str(path))
 
 
 def json_schema() -> str:

@@ -28,7 +28,7 @@ from armor.config import TextSettings
 from armor.errors import ArmorError
 from armor.model.packages import package_file
 
-__all__ = ["clean_article", "documents", "token_blocks"]
+__all__ = ["clean_article", "describe", "documents", "token_blocks"]
 
 SEPARATOR = "\n\n"
 CHARACTERS_PER_TOKEN = 5  # a first guess; English has a little less

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armor.assemble.writer import assemble
-from armor.calibrate.statistics import Statistics, write_statistics
 from armor.config import LayerSettings, SolverSettings
 from armor.core.factors import Factorization, read_factors
+from armor.core.statistics import Statistics, write_statistics
 from armor.factorize.layer import factorize_layer
 from armor.model.inspect import inspect
 from armor.model.source import Source, open_source

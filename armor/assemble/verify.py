@@ -26,7 +26,7 @@ def verify(folder: Path | str) -> dict:
     if not (folder / "config.json").is_file():
         raise ArmorError(f"{folder}: holds no config.json; expected the folder of a checkpoint")
     config = read_json(folder / "config.json")
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = config.get("quantization_config")
     # A recipe that leaves everything dense makes a checkpoint without packed linears, known by its checksums.
     dense = found is None and (folder / CHECKSUMS).is_file()
     modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")

@@ -144,7 +144,7 @@ def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Laye
     file, described = folder / f"layer_{layer.index}.safetensors", folder / f"layer_{layer.index}.json"
     again = f"factorize layer {layer.index} again"
     record = read_json(described)
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+    if record.get("format_version") != FORMAT_VERSION:
         raise ArmorError(f"{described}: not a record of format {FORMAT_VERSION}; {again}")
     if record.get("fingerprint") != fingerprint:
         raise ArmorError(f"{described}: factors of another model (its fingerprint differs); {again}")

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from armor.calibrate.hidden import HiddenStates
-from armor.calibrate.statistics import Accumulator, write_statistics
 from armor.config import CalibrationSettings
+from armor.core.statistics import Accumulator, write_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress

@@ -73,14 +73,18 @@ def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | st
     """Measure the perplexity of the model in `folder` (dense or ARMOR) and write it to `output`, {task}.json.
 
     `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
-    loading. Raises ArmorError for a folder that is not a
-    model, a text too short, and logits that are not finite.
+    loading. Raises ArmorError for a folder that is not a model, a text too short, and logits that are not finite.
     """
     start = time.perf_counter()
-    output = Path(output)
+    folder, output = Path(folder), Path(output)
     # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
     tokenizer = load_tokenizer(folder)
-    length = settings.sequence_length or context_length(folder)
+    longest = context_length(folder)
+    length = settings.sequence_length or longest
+    if length is None:
+        raise ArmorError(f"{folder / 'config.json'}: names no context length; set sequence_length")
+    if longest is not None and length > longest:
+        raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
     model = load_model(folder, settings.dtype, device)
     means = _block_means(model, blocks)

@@ -58,15 +58,16 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def read_json(path: Path | str) -> dict:
-    """The JSON object in `path`. Raises ArmorError if it is missing or not JSON."""
+    """The JSON object in `path`. Raises ArmorError if it is missing, not JSON, or another value than an object."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArmorError(f"{path}: no such file; run the stage that writes it first") from None
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise ArmorError(
-            f"{path}: not valid JSON ({error}); delete it and run the stage that writes it again"
-        ) from None
+        raise ArmorError(f"{path}: not valid JSON ({error}); get it again, or run the stage that writes it") from None
+    if not isinstance(value, dict):
+        raise ArmorError(f"{path}: holds a {type(value).__name__}, expected a JSON object; get or write it again")
+    return value
 
 
 def save_safetensors(path: Path | str, tensors: dict, metadata: dict[str, str] | None = None) -> None:

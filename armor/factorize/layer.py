@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.calibrate.statistics import read_statistics
 from armor.config import LayerSettings, ModuleSettings
 from armor.core.factors import FORMAT_VERSION, Factorization, write_factors
 from armor.core.nm import Pattern
+from armor.core.statistics import read_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
@@ -71,7 +71,13 @@ def factorize_layer(
             importance = importances[name].to(device)
             where = f"{shards.folder / linear.shard}: {name}.weight"
             found = factors[name] = _factorize(weight, importance, asked, seed_of(settings.seed, name), where)
-        modules[name] = _entry(asked.method, found) | {"seconds": time.perf_counter() - began, "note": note}
+        modules[name] = _entry(asked.method, found) | {
+            "seed": seed_of(settings.seed, name),
+            "device": str(device),
+            "seconds": time.perf_counter() - began,
+            "peak_memory_bytes": peak_memory_bytes(device),  # of the process so far
+            "note": note,
+        }
     described = output.with_suffix(".json")
     described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
     write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})

@@ -93,13 +93,17 @@ def open_source(path: Path | str) -> Source:
         raise ArmorError(
             f"{path}: format {value.get('format_version')!r}, expected {FORMAT_VERSION}; run armor fetch again"
         )
-    folder = path.parent / value["path"]
-    for name, file in value["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != file["bytes"]:
+    try:
+        source = Source(path.parent / value["path"], value["fingerprint"], value["dtype"])
+        sizes = {source.path / name: file["bytes"] for name, file in value["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArmorError(f"{path}: not a source.json of this version ({error}); run armor fetch again") from None
+    for file, expected in sizes.items():
+        found = file.stat().st_size if file.is_file() else None
+        if found != expected:
             found = "missing" if found is None else f"{found} bytes"
-            raise ArmorError(f"{folder / name}: {found}, expected {file['bytes']} bytes; run armor fetch again")
-    return Source(folder, value["fingerprint"], value["dtype"])
+            raise ArmorError(f"{file}: {found}, expected {expected} bytes; run armor fetch again")
+    return source
 
 
 def _describe(folder: Path) -> dict[str, dict]:
@@ -156,7 +160,7 @@ def _check(folder: Path) -> Shards:
     if not (folder / "config.json").is_file():
         raise ArmorError(f"{folder}: holds no config.json; expected a Hugging Face model")
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise ArmorError(f"{folder / 'config.json'}: the model is quantized ({method}); expected a dense model")

@@ -76,7 +76,7 @@ class Topology:
 def read_topology(path: Path | str) -> Topology:
     """Read model.json. Raises ArmorError if it is missing or of another format."""
     value = read_json(path)
-    version = value.pop("format_version", None) if isinstance(value, dict) else None
+    version = value.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise ArmorError(f"{path}: format {version!r}, expected {FORMAT_VERSION}; run armor inspect again")
     try:

@@ -199,7 +199,7 @@ def _read(kind: str, path: Path) -> dict | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    if absent := [key for key in NEEDED[kind] if not isinstance(record, dict) or key not in record]:
+    if absent := [key for key in NEEDED[kind] if key not in record]:
         raise ArmorError(f"{path}: lacks {absent[0]}, so no {kind} of this release wrote it; run that stage again")
     return record
 

@@ -55,12 +55,9 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         raise ArmorError(f"{folder}: no tokenizer that transformers can load: {_first_line(error)}") from error
 
 
-def context_length(folder: Path | str) -> int:
-    """The number of tokens that the model in `folder` was made for. Raises ArmorError if its config does not say."""
-    length = getattr(_config(folder).get_text_config(), "max_position_embeddings", None)
-    if length is None:
-        raise ArmorError(f"{folder}/config.json: no max_position_embeddings; set sequence_length")
-    return length
+def context_length(folder: Path | str) -> int | None:
+    """The number of tokens that the model in `folder` was made for, None if its config does not say."""
+    return getattr(_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
 def _config(folder: Path | str) -> PreTrainedConfig:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.calibrate import capture
 from armor.calibrate.capture import calibrate, compute_dtype
-from armor.calibrate.statistics import read_statistics
 from armor.config import CalibrationSettings, TextSettings
+from armor.core.statistics import read_statistics
 from armor.errors import ArmorError
 from armor.model.inspect import inspect
 from armor.model.shards import SINGLE, Shards

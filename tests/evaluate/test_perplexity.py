@@ -90,6 +90,13 @@ def test_all_blocks_and_the_context_length_are_the_defaults(tmp_path, text):
     assert result["blocks"] == len(text.read_text().encode()) // 128
 
 
+def test_blocks_longer_than_the_context_are_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    with pytest.raises(ArmorError, match="sequence_length: found 129, but the context length of .* is 128; lower it"):
+        evaluate(folder, settings(text, sequence_length=129), tmp_path / "wiki.json")
+    assert not (tmp_path / "wiki.json").exists()
+
+
 def test_the_dtype_asked_for_is_computed_in(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     exact = evaluate(folder, settings(text), tmp_path / "wiki.json")["value"]

@@ -33,7 +33,8 @@ def test_nan_is_not_json(tmp_path):
 
 def test_a_bad_json_file_is_one_line(tmp_path):
     (tmp_path / "a").write_text("{")
-    for name, said in (("a", "not valid JSON"), ("b", "no such file")):
+    (tmp_path / "c").write_text("[]")
+    for name, said in (("a", "not valid JSON"), ("b", "no such file"), ("c", "holds a list, expected a JSON object")):
         with pytest.raises(ArmorError, match=said):
             read_json(tmp_path / name)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from armor.calibrate.statistics import Statistics, write_statistics
 from armor.config import LayerSettings, Override, SolverSettings
 from armor.core.factors import read_factors
 from armor.core.nm import Pattern, is_nm
+from armor.core.statistics import Statistics, write_statistics
 from armor.errors import ArmorError
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.factorize.objective import Objective, relative_loss
@@ -46,6 +46,7 @@ def test_armor_ends_below_its_start_and_says_what_is_in_the_file(root, tmp_path)
         assert entry["method"] == "armor" and entry["pattern"] == "2:4" and entry["note"] is None
         assert entry["block_size"] == {"left": 16, "right": 16}
         assert entry["loss"] <= entry["start_loss"] and entry["seconds"] > 0
+        assert entry["device"] == "cpu" and 0 < entry["peak_memory_bytes"] <= record["peak_memory_bytes"]
         losses = [loss for _, _, loss in entry["trace"]]
         assert losses == sorted(losses, reverse=True)
     # The loss in the JSON is that of the factors in the file.

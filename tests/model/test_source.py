@@ -66,6 +66,9 @@ def test_a_source_that_changed_is_noticed_when_opened(model, output):
     (model / SINGLE).unlink()
     with pytest.raises(ArmorError, match=f"{SINGLE}: missing"):
         open_source(output)
+    output.write_text('{"format_version": 1, "path": "."}')
+    with pytest.raises(ArmorError, match="not a source.json of this version"):
+        open_source(output)
 
 
 def break_model(kind: str, folder: Path) -> None:

@@ -50,7 +50,7 @@ def settings_json(settings):
 
 def is_dense(recipe):
     """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
-    return SETTINGS.recipes[recipe].method == "dense" and not SETTINGS.recipes[recipe].overrides
+    return SETTINGS.recipes[recipe].method == "dense"
 
 
 def layers_of(model):

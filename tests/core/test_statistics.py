@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armor.calibrate.statistics import Accumulator, Statistics, read_statistics, write_statistics
+from armor.core.statistics import Accumulator, Statistics, read_statistics, write_statistics
 from armor.errors import ArmorError
 
 

@@ -1,0 +1,53 @@
+"""The command line: one line and exit code 1 for what a user can get wrong, before any work starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def armor(*arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-m", "armor.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "absent.yaml"], "absent.yaml: No such file or directory; expected a YAML or JSON file"),
+        (["check", "."], ".: Is a directory; expected a YAML or JSON file"),
+        (["check", "binary"], "binary: not UTF-8 text (invalid start byte at byte 0)"),
+        (["check", "broken"], "broken: not valid YAML: "),
+        (["fetch", "--settings", "{folder: absent}", "--output", "source.json"], "absent: no such folder"),
+        (["fetch", "--settings", "{fodler: m}", "--output", "source.json"], "--settings: fodler: unknown key; did you"),
+        (["inspect", "--source", ".", "--output", "binary/model.json"], "binary is not a folder that you may write to"),
+        (["inspect", "--source", ".", "--output", "."], ".: is a folder; expected the name of a file to write"),
+        (["summary", "."], "summary.json: no such file; run the stage that writes it first"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, said):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken").write_text("models: [")
+    done = armor(*arguments, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("armor: error: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "broken"]
+
+
+def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):
+    (tmp_path / "layer_0.safetensors").write_bytes(b"")
+    done = armor(
+        *"factorize --source s --model m --layer 0 --output f.safetensors".split(),
+        *("--calibration", "calibration.json"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 1 and "calibration.json: no such file" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = armor("--debug", "check", "absent.yaml", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr

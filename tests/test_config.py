@@ -1,0 +1,57 @@
+"""The configuration: what is checked before anything runs, and what a decoder layer gets of a recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from armor.config import Config, LayerSettings, parse_settings
+from armor.errors import ArmorError
+
+MODELS = {"tiny": {"folder": "tiny"}}
+TEXT = {"text": {"files": ["words.txt"]}}
+
+
+@pytest.mark.parametrize("calibrations", [{}, {"a": TEXT, "b": TEXT}])
+def test_a_recipe_that_compresses_needs_to_know_its_calibration(calibrations):
+    value = {"models": MODELS, "calibrations": calibrations, "recipes": {"mine": {"method": "nowag"}}}
+    with pytest.raises(ArmorError, match=f"recipes.mine.calibration: not given, and there are {len(calibrations)}"):
+        parse_settings(Config, value)
+
+
+def test_the_dense_model_needs_no_calibration():
+    config = parse_settings(Config, {"models": MODELS, "recipes": {"dense": {"method": "dense"}}})
+    assert config.report_settings().pairs[0].calibration is None
+
+
+def test_a_layer_gets_the_overrides_that_concern_it_and_the_last_one_wins():
+    overrides = [{"layers": [1], "block_size": 8}, {"modules": "*.q_proj", "pattern": "4:8"}, {"layers": [0, 1]}]
+    recipe = {"block_size": 16, "overrides": overrides, "keep_dense": ["*.k_proj"]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    for layer, block_size in ((0, 16), (1, 8), (2, 16)):
+        settings = config.layer_settings("mine", layer)
+        assert settings.for_module("x.q_proj").pattern == "4:8" and settings.for_module("x.v_proj").pattern == "2:4"
+        assert settings.for_module("x.q_proj").block_size == block_size
+        assert settings.for_module("x.k_proj").method == "dense"
+
+
+def test_an_override_of_the_solver_changes_only_what_it_names():
+    solver = {"algorithm": "published", "iterations": 20000}
+    recipe = {"solver": solver, "overrides": [{"solver": {"iterations": 5}}]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    passed_on = config.layer_settings("mine", 0).model_dump_json(exclude_none=True)  # as the workflow does
+    found = parse_settings(LayerSettings, passed_on).for_module("x").solver
+    assert found.algorithm == "published" and found.iterations == 5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"method": "dense", "overrides": [{"method": "nowag"}]}, "a dense recipe has none"),
+        ({"overrides": [{"layers": [-1]}]}, "greater than or equal to 0"),
+        ({"pattern": "3:2"}, "expected n:m"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
+    with pytest.raises(ArmorError, match=f"recipes.mine.*{said}"):
+        parse_settings(Config, value)
