@@ -1,0 +1,211 @@
+"""A whole layer on packed weights in one call into C: y = A (S (B x)) + bias.
+
+Decoding reads every weight once for each token, so its time is bytes over bandwidth, and a 2:4 core has 0.5625 of the
+bytes of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory: with few
+rows of x it meets the packed values in registers, with more it unpacks tiles of them into cache. It is built when the
+package is installed and knows nothing of torch; where it could not be built, layers run through torch. docs/KERNELS.md
+tells how it works and what was measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armor.core import blockdiag
+from armor.execution.log import log
+
+__all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
+_TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
+
+
+def _load() -> ctypes.CDLL | None:
+    path = next((p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None)
+    try:
+        library = None if path is None else ctypes.CDLL(str(path))
+    except OSError:  # built for another machine
+        library = None
+    if library is not None:
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        library.armor_linear.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, number]
+        library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
+        library.armor_unpack.restype = None
+    return library
+
+
+def _find_parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; without it layers run in one thread."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+_library = _load()
+_parallel = _find_parallel()
+_built = _library is not None
+_best = 0 if _library is None else _library.armor_initialize()
+_has_tiles = _built and bool(_library.armor_has_tiles())
+
+
+@cache
+def _tell_once() -> None:
+    log.warning("the CPU kernel was not built: layers run through torch; install a C compiler, then the package again")
+
+
+def available() -> bool:
+    """Whether the C library was built and loads. The first time that it was not, says so in the log."""
+    if not _built:
+        _tell_once()
+    return _built
+
+
+def level() -> str:
+    """The best instruction set that this processor has and the library uses: one of LEVELS."""
+    return LEVELS[_best]
+
+
+def supports(x: Tensor, values: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether `linear` can run on these tensors: the library is there, all are on the CPU and (the mask aside) of one
+    dtype, bfloat16 or float32, and no gradient is wanted."""
+    if values is None or x.device.type != "cpu" or x.dtype not in _TYPES or not available():
+        return False
+    tensors = [x, values, *(t for t in others if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(t.device.type == "cpu" and t.dtype in (x.dtype, torch.uint8) for t in tensors)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group: int,
+) -> Tensor:
+    """y = A (S (B x)) + bias for `x` (..., in): (..., out). Sums in float32; B x and S B x are rounded to x's dtype.
+
+    `values` (out, kept) and `bits` (out, ceil(in/8)) uint8 are the core as `armor.core.packing` packs it; in every
+    `group` consecutive columns of a row it keeps kept·group/in (an unstructured core: `group` is in). `left`
+    (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Ask `supports` first. Raises ValueError if the shapes do
+    not fit each other.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.ops.armor.cpu_linear(x, values, bits, left, right, bias, group)
+    # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of a layer.
+    return _run(x, values, bits, left, right, bias, group)
+
+
+_SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
+
+
+@torch.library.custom_op("armor::cpu_linear", mutates_args=(), device_types="cpu", schema=_SCHEMA)
+def _op(
+    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    return _run(x, values, bits, left, right, bias, group)
+
+
+@_op.register_fake
+def _(
+    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _run(
+    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
+    columns, out = x.shape[-1], values.shape[0]
+    if bits.shape != (out, (columns + 7) // 8):
+        raise ValueError(f"mask {tuple(bits.shape)} does not fit a core of {out} rows and {columns} columns")
+    for name, blocks, dimension in (("left", left, out), ("right", right, columns)):
+        if blocks is not None and blocks.numel() != dimension * blocks.shape[-1]:
+            raise ValueError(f"{name} {tuple(blocks.shape)} does not cover {dimension} channels in blocks")
+    if bias is not None and bias.numel() != out:
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit a core of {out} rows")
+    if _has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * columns:
+        return _through_torch(x, values, bits, left, right, bias)
+    return _native(x, values, bits, left, right, bias, group, _best)
+
+
+def _native(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    level: int,
+) -> Tensor:
+    """The C loops at `level`, an index into LEVELS."""
+    x, values, bits = x.contiguous(), values.contiguous(), bits.contiguous()
+    left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
+    columns, (out, kept) = x.shape[-1], values.shape
+    y = x.new_empty(*x.shape[:-1], out)
+    error = _library.armor_linear(
+        level,
+        _TYPES[x.dtype],
+        *(None if t is None else t.data_ptr() for t in (x, values, bits, left, right, bias, y)),
+        x.numel() // columns,
+        columns,
+        out,
+        kept,
+        group,
+        0 if left is None else left.shape[-1],
+        0 if right is None else right.shape[-1],
+        _parallel,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise MemoryError(os.strerror(error))
+    return y
+
+
+def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:
+    """The dense core (out, columns) of `values` (out, kept) and `bits` (out, ceil(columns/8))."""
+    values, bits = values.contiguous(), bits.contiguous()
+    out, kept = values.shape
+    dense = values.new_empty(out, columns)
+    _library.armor_unpack(
+        level,
+        _TYPES[values.dtype],
+        *(t.data_ptr() for t in (values, bits, dense)),
+        out,
+        columns,
+        kept,
+        _parallel,
+        torch.get_num_threads(),
+    )
+    return dense
+
+
+def _through_torch(
+    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """For many rows where torch multiplies faster than the C loops: some unpacked rows of the core at a time."""
+    columns, out = x.shape[-1], values.shape[0]
+    u = x if right is None else blockdiag.multiply(right, x)
+    z = x.new_empty(*x.shape[:-1], out)
+    step = max(1, _SCRATCH_BYTES // (columns * x.element_size()))
+    for start in range(0, out, step):
+        some = slice(start, start + step)
+        z[..., some] = F.linear(u, unpack(values[some], bits[some], columns))
+    y = z if left is None else blockdiag.multiply(left, z)
+    return y if bias is None else y + bias

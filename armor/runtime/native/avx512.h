@@ -1,0 +1,198 @@
+/* AVX-512 primitives: 16 fp32 lanes. bf16 weights become fp32 on the way in, or, with BF16_PRODUCTS, stay pairs that
+ * vdpbf16ps multiplies into fp32 sums. Processors: Skylake-X and later; with BF16_PRODUCTS Zen 4, Sapphire Rapids. */
+#ifdef BF16_PRODUCTS
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,popcnt,bmi2"
+#else
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,popcnt,bmi2"
+#endif
+#include "target.h"
+
+typedef __m512 vec;
+
+static inline vec zero(void) { return _mm512_setzero_ps(); }
+static inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
+static inline vec load_vec(const void *p) { return _mm512_loadu_ps(p); }
+static inline void store_vec(void *p, vec v) { _mm512_storeu_ps(p, v); }
+static inline __mmask16 first16(int64_t n) { return (__mmask16)_bzhi_u32(0xffff, (uint32_t)n); }
+
+static inline vec load_f32(const float *p, int64_t n) {
+    return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first16(n), p);
+}
+static inline void store_f32(float *p, vec v, int64_t n) { _mm512_mask_storeu_ps(p, first16(n), v); }
+
+static inline vec widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+static inline vec load_bf16(const uint16_t *p, int64_t n) {
+    return widen(n >= 16 ? _mm256_loadu_si256((const void *)p) : _mm256_maskz_loadu_epi16(first16(n), p));
+}
+/* To the nearest, ties to even; NaN stays NaN. */
+static inline __m256i narrow(vec v) {
+#ifdef BF16_PRODUCTS
+    return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+static inline void store_bf16(uint16_t *p, vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first16(n), narrow(v)); }
+
+static inline void transpose(vec v[16]) {
+    vec t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+#define LANES 16
+#define TILE 8
+#define DOT_ROWS 8
+
+#ifdef BF16_PRODUCTS
+
+#define UNIT 2
+#define NAME(f) f##_avx512bf16_bf16
+typedef uint16_t weight;
+typedef uint16_t element;
+
+static inline __mmask32 first32(int64_t n) { return (__mmask32)_bzhi_u32(0xffffffff, (uint32_t)n); }
+static inline vec words(__m512i v) { return _mm512_castsi512_ps(v); }
+
+static inline vec load(const weight *p, int64_t n) {
+    return words(n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first32(n), p));
+}
+static inline vec load_element(const element *p, int64_t n) { return load(p, n); }
+static inline vec load_packed(const weight *p, int64_t n) { return load(p, n); }
+static inline vec load_half(const weight *p) {
+    return words(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)p)));
+}
+static inline vec spread(vec packed, uint32_t bits) {
+    return words(_mm512_maskz_expand_epi16(bits, _mm512_castps_si512(packed)));
+}
+static inline vec multiply_add(vec s, vec w, vec x) { return _mm512_dpbf16_ps(s, (__m512bh)w, (__m512bh)x); }
+static inline vec broadcast(const void *unit) {
+    int32_t pair;
+    memcpy(&pair, unit, sizeof pair);
+    return words(_mm512_set1_epi32(pair));
+}
+
+/* For the 16 groups of 4 columns of a 2:4 mask: which two of the group's columns are kept. A 32-bit lane is a group;
+ * the group's 4 bits reach its bytes 0 and 2 with one shift, and a table turns them into the first and the second
+ * column. vpermi2w reads the low 6 bits of each half lane, so what the other bytes hold does not matter. */
+#define GATHER
+static inline vec gather_index(const uint8_t *mask) {
+    /* the first column for bits 0 .. 15 without and the second with 16 added */
+    static const uint8_t table[64] = {[3] = 0,  [5] = 0,  [9] = 0,  [6] = 1,  [10] = 1, [12] = 2,
+                                      [19] = 1, [21] = 2, [25] = 3, [22] = 2, [26] = 3, [28] = 3};
+    int64_t word;
+    memcpy(&word, mask, sizeof word);
+    const __m512i shifts =
+        _mm512_set_epi64(0x3c3c3c3c38383838, 0x3434343430303030, 0x2c2c2c2c28282828, 0x2424242420202020,
+                         0x1c1c1c1c18181818, 0x1414141410101010, 0x0c0c0c0c08080808, 0x0404040400000000);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i base = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004));
+    __m512i bits = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(word));
+    bits = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(0x0f0f0f0f), _mm512_set1_epi32(0x00100000), 0xea);
+    return words(_mm512_or_si512(_mm512_permutexvar_epi8(bits, _mm512_loadu_si512(table)), base));
+}
+static inline vec gather(vec low, vec high, vec index) {
+    return words(
+        _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_castps_si512(index), _mm512_castps_si512(high)));
+}
+/* 32 packed values to the 64 columns of a 2:4 mask, as units. In byte 2c of the index column c finds its value, in byte
+ * 2c + 1 column 32 + c; vpermw reads the low 5 bits of each half lane. Quicker than two vpexpandw. */
+static inline void spread_pairs(int32_t *to, vec packed, const uint8_t *mask) {
+    /* bits 0 .. 15 of a group, 16 times the column's place in it: the values of the group before that column */
+    static const uint8_t table[64] = {
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1,
+        0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 1, 2, 2, 3, 0, 1, 1, 2, 1, 2, 2, 3,
+    };
+    uint64_t word;
+    memcpy(&word, mask, sizeof word);
+    const __m512i shifts =
+        _mm512_set_epi64(0x3c1c3c1c3c1c3c1c, 0x3818381838183818, 0x3414341434143414, 0x3010301030103010,
+                         0x2c0c2c0c2c0c2c0c, 0x2808280828082808, 0x2404240424042404, 0x2000200020002000);
+    const __m512i place = _mm512_set1_epi64(0x3030202010100000);
+    const __m512i base =
+        _mm512_set_epi64(0x1e0e1e0e1e0e1e0e, 0x1c0c1c0c1c0c1c0c, 0x1a0a1a0a1a0a1a0a, 0x1808180818081808,
+                         0x1606160616061606, 0x1404140414041404, 0x1202120212021202, 0x1000100010001000);
+    __m512i index = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64((int64_t)word));
+    index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi32(0x0f0f0f0f), place, 0xea);
+    index = _mm512_add_epi8(_mm512_permutexvar_epi8(index, _mm512_loadu_si512(table)), base);
+    __m512i values = _mm512_castps_si512(packed), high = _mm512_srli_epi16(index, 8);
+    _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16((__mmask32)word, index, values));
+    _mm512_storeu_si512(to + 16, _mm512_maskz_permutexvar_epi16((__mmask32)(word >> 32), high, values));
+}
+static inline vec load_floats(const weight *p, int64_t n) { return load_bf16(p, n); }
+static inline void store_floats(weight *p, vec v, int64_t n) { store_bf16(p, v, n); }
+static inline void store_elements(element *p, vec v, int64_t n) { store_bf16(p, v, n); }
+static inline void store_weights(weight *p, vec v, int64_t n) {
+    _mm512_mask_storeu_epi16(p, first32(n), _mm512_castps_si512(v));
+}
+static inline vec to_units(vec even, vec odd) {
+    __m512i low = _mm512_cvtepu16_epi32(narrow(even)), high = _mm512_cvtepu16_epi32(narrow(odd));
+    return words(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+#else
+
+#define UNIT 1
+typedef float element;
+
+static inline vec load_element(const element *p, int64_t n) { return load_f32(p, n); }
+static inline vec spread(vec packed, uint32_t bits) { return _mm512_maskz_expand_ps((__mmask16)bits, packed); }
+static inline vec multiply_add(vec s, vec w, vec x) { return _mm512_fmadd_ps(w, x, s); }
+static inline vec broadcast(const void *unit) {
+    float f;
+    memcpy(&f, unit, sizeof f);
+    return _mm512_set1_ps(f);
+}
+static inline void store_elements(element *p, vec v, int64_t n) { store_f32(p, v, n); }
+static inline vec to_units(vec even, vec odd) { return (void)odd, even; }
+
+#ifdef BF16
+#define NAME(f) f##_avx512_bf16
+typedef uint16_t weight;
+static inline vec load(const weight *p, int64_t n) { return load_bf16(p, n); }
+static inline vec load_half(const weight *p) { return widen(_mm256_castsi128_si256(_mm_loadu_si128((const void *)p))); }
+static inline void store_floats(weight *p, vec v, int64_t n) { store_bf16(p, v, n); }
+#else
+#define NAME(f) f##_avx512_f32
+typedef float weight;
+static inline vec load(const weight *p, int64_t n) { return load_f32(p, n); }
+static inline vec load_half(const weight *p) { return _mm512_castps256_ps512(_mm256_loadu_ps(p)); }
+static inline void store_floats(weight *p, vec v, int64_t n) { store_f32(p, v, n); }
+#endif
+static inline vec load_packed(const weight *p, int64_t n) { return load(p, n); }
+static inline vec load_floats(const weight *p, int64_t n) { return load(p, n); }
+static inline void store_weights(weight *p, vec v, int64_t n) { store_floats(p, v, n); }
+
+#endif
+
+#include "loops.h"
+
+END_TARGET

@@ -1,0 +1,70 @@
+/* One ARMOR layer, y = A (S (B x)) + bias, cut into tasks for any number of threads.
+ *
+ * A `struct layer` says what is computed, a `struct kernel` holds the loops of one processor level and one weight type.
+ * The loops are written once, in loops.h, over a few vector primitives; each level's file supplies those primitives.
+ */
+#ifndef ARMOR_LAYER_H
+#define ARMOR_LAYER_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    CHUNK = 32,         /* weight rows in a task: enough to hide taking it, few enough to balance the threads */
+    WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
+    DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
+    PACK_COLUMNS = 1024 /* columns of x that one task brings into panels */
+};
+
+/* The cut of `count` diagonal blocks of `size` rows into tasks of at most CHUNK rows. */
+struct cut {
+    int64_t size, count;
+    int64_t per_block; /* tasks of a block, if a block fills a task; else 1 */
+    int64_t blocks;    /* blocks of a task, if a task holds several; else 1 */
+    int64_t tasks;
+};
+
+struct layer {
+    const void *x, *values, *left, *right, *bias; /* left, right and bias may be null */
+    const uint8_t *mask;                          /* (out, mask_stride) bytes, least significant bit first */
+    void *y;                                      /* (rows, out) */
+    int64_t rows, in, out, kept, mask_stride;     /* kept: values in a row of the core */
+    int half;                                     /* every vector step of a row keeps exactly half of its columns */
+    int two_of_four;
+    struct cut right_cut, core_cut, left_cut;
+
+    /* Between the steps, in the kernel's own type: B x (rows, in) and S B x (rows, out), or panels of them. */
+    void *panels, *u, *z;
+    int64_t panel_count;
+};
+
+struct kernel {
+    int lanes;    /* rows of x in a panel */
+    int unit;     /* columns in a 32-bit unit: 2 for pairs of bf16, 1 for fp32 */
+    int element;  /* bytes of a number in u and z */
+    int weight;   /* bytes of a weight */
+    int dot_rows; /* up to this many rows of x take the dot way; more take the panel way */
+    void (*convert)(struct layer *, int64_t task);
+    void (*pack)(struct layer *, int64_t task);
+    void (*right_dot)(struct layer *, int64_t task);
+    void (*core_dot)(struct layer *, int64_t task);
+    void (*left_dot)(struct layer *, int64_t task);
+    void (*right_panel)(struct layer *, int64_t task);
+    void (*core_panel)(struct layer *, int64_t task);
+    void (*left_panel)(struct layer *, int64_t task);
+    void (*unpack)(const void *values, const uint8_t *mask, int64_t rows, int64_t in, int64_t kept, int64_t mask_stride,
+                   void *dense);
+};
+
+extern const struct kernel armor_portable_bf16, armor_portable_f32;
+#ifdef __x86_64__
+extern const struct kernel armor_avx2_bf16, armor_avx2_f32;
+extern const struct kernel armor_avx512_bf16, armor_avx512_f32;
+extern const struct kernel armor_avx512bf16_bf16;
+#endif
+
+/* spread_index[bits][l]: which of the packed values column l takes, or 128 where bit l is clear. */
+extern uint8_t armor_spread_index[256][8];
+
+#endif

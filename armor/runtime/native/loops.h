@@ -1,0 +1,504 @@
+/* The loops of a layer, over the primitives of one processor level and one weight type.
+ *
+ * Before including this file, define
+ *   NAME(f)                  f with the suffix of this kernel
+ *   weight, element          types of the stored weights (and x, bias, y) and of the numbers between the steps
+ *   LANES, UNIT              32-bit lanes of a vector, columns in a lane (2: pairs of bf16, 1: fp32)
+ *   TILE                     weight rows that the panel way multiplies at once
+ *   DOT_ROWS                 most rows of x for the dot way
+ *   vec                      a vector of LANES floats or units
+ * and static inline functions
+ *   load(const weight *, n)  n <= STEP weights as units, zeros after them
+ *   load_element(const element *, n)
+ *   load_half(const weight *)          STEP / 2 weights, packed, rest anything
+ *   load_packed(const weight *, n)     min(n, STEP) weights, packed, rest anything
+ *   spread(vec packed, uint32_t bits)  the packed weights to the columns whose bit is set, as units, zeros elsewhere
+ *   multiply_add(vec sum, vec w, vec x), add(vec, vec), zero(), broadcast(const void *unit), sum(vec)
+ *   load_vec(const void *), store_vec(void *, vec)           LANES 32-bit words, any alignment
+ *   to_units(vec even, vec odd)        rows of floats to a row of units (UNIT 1: even)
+ *   load_floats(const weight *, n), store_floats(weight *, vec, n), store_elements(element *, vec, n)  n <= LANES
+ *   store_weights(weight *, vec units, n)                    n <= STEP
+ *   transpose(vec[LANES])              of 32-bit words
+ *
+ * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather and spread_pairs.
+ *
+ * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
+ * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
+ * weights are unpacked into a tile in cache and broadcast, so that no sum over lanes is needed and the output of a step
+ * is laid out as the input of the next.
+ */
+#include <string.h>
+
+#include "layer.h"
+
+#ifdef GATHER
+enum { CAN_GATHER = 1 };
+#else
+enum { CAN_GATHER = 0 };
+#endif
+enum { STEP = LANES * UNIT, TILE_STRIDE = DEPTH + 16, L2 = 2, L1 = 3 /* the cache __builtin_prefetch fills */ };
+_Static_assert(CHUNK % TILE == 0 && DEPTH % LANES == 0 && STEP % 8 == 0, "tiles, steps and chunks must fit each other");
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The bits of `n` <= STEP columns from byte `mask` on. */
+static inline uint32_t bits_of(const uint8_t *mask, int64_t n) {
+    uint32_t bits = 0;
+    if (n == STEP) {
+        memcpy(&bits, mask, STEP / 8);
+        return bits;
+    }
+    for (int64_t byte = 0; byte * 8 < n; byte++) bits |= (uint32_t)mask[byte] << (8 * byte);
+    return bits & ((1u << n) - 1);
+}
+
+/* The next `n` <= STEP columns of a packed row: `*at` values are used up already. A mask that sets more bits than there
+ * are values reads zeros for the rest, never memory beyond the row. */
+static inline vec next_columns(const weight *values, int64_t kept, int64_t *at, const uint8_t *mask, int64_t n,
+                               int half) {
+    uint32_t bits = bits_of(mask, n);
+    if (half && n == STEP) {
+        vec packed = load_half(values + *at);
+        *at += STEP / 2;
+        return spread(packed, bits);
+    }
+    vec packed = load_packed(values + *at, kept - *at);
+    *at = least(kept, *at + __builtin_popcount(bits));
+    return spread(packed, bits);
+}
+
+/* ---- tasks of a cut ---- */
+
+struct span {
+    int64_t block, row, rows, blocks; /* rows row .. row + rows of each of `blocks` blocks from `block` on */
+};
+
+static inline struct span span_of(const struct cut *cut, int64_t task) {
+    if (cut->blocks > 1) {
+        int64_t block = task * cut->blocks;
+        return (struct span){block, 0, cut->size, least(cut->blocks, cut->count - block)};
+    }
+    int64_t row = task % cut->per_block * CHUNK;
+    return (struct span){task / cut->per_block, row, least(CHUNK, cut->size - row), 1};
+}
+
+/* ---- the dot way ---- */
+
+/* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant). */
+static inline __attribute__((always_inline)) void dense_dot(const weight *weights, int64_t rows, int64_t n,
+                                                            const void *x, int64_t stride, int is_weight, int count,
+                                                            int64_t valid, float out[][CHUNK]) {
+    for (int64_t i = 0; i < rows; i++) {
+        vec sums[8];
+        for (int r = 0; r < count; r++) sums[r] = zero();
+        for (int64_t c = 0; c < n; c += STEP) {
+            int64_t m = least(STEP, n - c);
+            vec w = load(weights + i * n + c, m);
+            for (int r = 0; r < count; r++) {
+                int64_t at = least(r, valid - 1) * stride + c;
+                vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
+                sums[r] = multiply_add(sums[r], w, v);
+            }
+        }
+        for (int r = 0; r < count; r++) out[r][i] = sum(sums[r]);
+    }
+}
+
+/* The values 2 KB further on, and the mask if `with_mask`: into L1 while x leaves room there, else into L2. */
+static inline __attribute__((always_inline)) void fetch_ahead(const weight *values, const uint8_t *mask, int with_mask,
+                                                              int into_l1) {
+    const char *next = (const char *)values + 2048;
+    if (into_l1) {
+        __builtin_prefetch(next, 0, L1);
+        if (with_mask) __builtin_prefetch(mask + 512, 0, L1);
+    } else {
+        __builtin_prefetch(next, 0, L2);
+        if (with_mask) __builtin_prefetch(mask + 512, 0, L2);
+    }
+}
+
+/* The same for packed rows, count[0] from first[0] on and count[1] from first[1] on: two places, because memory gives
+ * more to a thread that reads in two. Several chains of sums run at once, since a multiply-add takes several cycles.
+ * Where the processor can pick from two vectors of x (`gathers`, 2:4 only), the values stay as they are packed and meet
+ * the columns of x that they belong to; otherwise they are spread to their columns. */
+static inline __attribute__((always_inline)) void packed_dot(const struct layer *layer, const int64_t first[2],
+                                                             const int64_t count[2], int gathers, int half, int x_rows,
+                                                             float out[2][8][CHUNK]) {
+    enum { MOST = 4, WIDE = 2 * STEP };
+    const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
+    const element *u = layer->u;
+    const int64_t in = layer->in, kept = layer->kept, last = layer->rows - 1;
+    for (int64_t i = 0; i < count[0] || i < count[1]; i += each) {
+        const weight *values[MOST];
+        const uint8_t *mask[MOST];
+        int64_t at[MOST], c = 0;
+        vec sums[MOST][8], more[MOST];
+        for (int j = 0; j < rows; j++) {
+            int side = count[1] ? j / each : 0;
+            int64_t row = first[side] + least(i + j % each, count[side] - 1);
+            values[j] = (const weight *)layer->values + row * kept;
+            mask[j] = layer->mask + row * layer->mask_stride;
+            at[j] = 0;
+            more[j] = zero();
+            for (int r = 0; r < x_rows; r++) sums[j][r] = zero();
+        }
+#ifdef GATHER
+        if (gathers)
+            for (; c + ahead * WIDE <= in; c += ahead * WIDE)
+                for (int a = 0; a < ahead; a++) {
+                    int64_t now = c + a * WIDE;
+                    vec w[MOST], index[MOST];
+                    for (int j = 0; j < rows; j++) {
+                        fetch_ahead(values[j] + now / 2, mask[j] + now / 8, now % 512 == 0, x_rows == 1);
+                        w[j] = load(values[j] + now / 2, STEP);
+                        index[j] = gather_index(mask[j] + now / 8);
+                    }
+                    for (int r = 0; r < x_rows; r++) {
+                        const element *x = u + least(r, last) * in + now;
+                        vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
+                        for (int j = 0; j < rows; j++) {
+                            vec *to = a ? &more[j] : &sums[j][r];
+                            *to = multiply_add(*to, w[j], gather(low, high, index[j]));
+                        }
+                    }
+                }
+        for (int j = 0; j < rows; j++) at[j] = c / 2;
+#else
+        (void)gathers;
+#endif
+        for (; c + ahead * STEP <= in; c += ahead * STEP)
+            for (int a = 0; a < ahead; a++) {
+                vec w[MOST];
+                int64_t now = c + a * STEP;
+                for (int j = 0; j < rows; j++)
+                    w[j] = next_columns(values[j], kept, &at[j], mask[j] + now / 8, STEP, half);
+                for (int r = 0; r < x_rows; r++) {
+                    vec x = load_element(u + least(r, last) * in + now, STEP);
+                    for (int j = 0; j < rows; j++) {
+                        vec *to = a ? &more[j] : &sums[j][r];
+                        *to = multiply_add(*to, w[j], x);
+                    }
+                }
+            }
+        for (; c < in; c += STEP) {
+            int64_t n = least(STEP, in - c);
+            for (int j = 0; j < rows; j++) {
+                vec w = next_columns(values[j], kept, &at[j], mask[j] + c / 8, n, half);
+                for (int r = 0; r < x_rows; r++)
+                    sums[j][r] = multiply_add(sums[j][r], w, load_element(u + least(r, last) * in + c, n));
+            }
+        }
+        for (int j = 0; j < rows; j++)
+            for (int r = 0; r < x_rows; r++)
+                if (i + j % each < CHUNK)
+                    out[j / each][r][i + j % each] = sum(r ? sums[j][r] : add(sums[j][r], more[j]));
+    }
+}
+
+#define BY_COUNT(rows, call)                              \
+    switch ((rows) <= 2 ? (rows) : (rows) <= 4 ? 4 : 8) { \
+    case 1: {                                             \
+        enum { COUNT = 1 };                               \
+        call;                                             \
+        break;                                            \
+    }                                                     \
+    case 2: {                                             \
+        enum { COUNT = 2 };                               \
+        call;                                             \
+        break;                                            \
+    }                                                     \
+    case 4: {                                             \
+        enum { COUNT = 4 };                               \
+        call;                                             \
+        break;                                            \
+    }                                                     \
+    default: {                                            \
+        enum { COUNT = 8 };                               \
+        call;                                             \
+    }                                                     \
+    }
+
+static void emit_elements(element *to, int64_t stride, int64_t rows, float from[][CHUNK], int64_t n) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i += LANES)
+            store_elements(to + r * stride + i, load_vec(from[r] + i), least(LANES, n - i));
+}
+
+static void emit_outputs(const struct layer *layer, int64_t first, float from[][CHUNK], int64_t n) {
+    for (int64_t r = 0; r < layer->rows; r++)
+        for (int64_t i = 0; i < n; i += LANES) {
+            int64_t m = least(LANES, n - i);
+            vec v = load_vec(from[r] + i);
+            if (layer->bias) v = add(v, load_floats((const weight *)layer->bias + first + i, m));
+            store_floats((weight *)layer->y + r * layer->out + first + i, v, m);
+        }
+}
+
+/* x to the type between the steps, where there is no `right` that would do it. */
+static void NAME(convert)(struct layer *layer, int64_t task) {
+    (void)task;
+    int64_t n = layer->rows * layer->in;
+    for (int64_t i = 0; i < n; i += LANES)
+        store_elements((element *)layer->u + i, load_floats((const weight *)layer->x + i, least(LANES, n - i)),
+                       least(LANES, n - i));
+}
+
+static void NAME(right_dot)(struct layer *layer, int64_t task) {
+    float out[8][CHUNK];
+    struct span span = span_of(&layer->right_cut, task);
+    int64_t d = layer->right_cut.size;
+    for (int64_t b = span.block; b < span.block + span.blocks; b++) {
+        const weight *weights = (const weight *)layer->right + (b * d + span.row) * d;
+        const weight *x = (const weight *)layer->x + b * d;
+        BY_COUNT(layer->rows, dense_dot(weights, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
+        emit_elements((element *)layer->u + b * d + span.row, layer->in, layer->rows, out, span.rows);
+    }
+}
+
+/* Two of the cut's spans: `task`, and the one half of the layer further. */
+static void NAME(core_dot)(struct layer *layer, int64_t task) {
+    float out[2][8][CHUNK];
+    int64_t tasks = (layer->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
+    for (int side = 0; side < 2 && task + side * tasks < layer->core_cut.tasks; side++) {
+        struct span span = span_of(&layer->core_cut, task + side * tasks);
+        first[side] = span.block * layer->core_cut.size + span.row;
+        count[side] = span.rows * span.blocks;
+    }
+    if (CAN_GATHER && layer->two_of_four)
+        BY_COUNT(layer->rows, packed_dot(layer, first, count, CAN_GATHER, 1, COUNT, out))
+    else if (layer->half)
+        BY_COUNT(layer->rows, packed_dot(layer, first, count, 0, 1, COUNT, out))
+    else
+        BY_COUNT(layer->rows, packed_dot(layer, first, count, 0, 0, COUNT, out))
+    for (int side = 0; side < 2 && count[side]; side++)
+        if (layer->left)
+            emit_elements((element *)layer->z + first[side], layer->out, layer->rows, out[side], count[side]);
+        else
+            emit_outputs(layer, first[side], out[side], count[side]);
+}
+
+static void NAME(left_dot)(struct layer *layer, int64_t task) {
+    float out[8][CHUNK];
+    struct span span = span_of(&layer->left_cut, task);
+    int64_t d = layer->left_cut.size;
+    for (int64_t b = span.block; b < span.block + span.blocks; b++) {
+        const weight *weights = (const weight *)layer->left + (b * d + span.row) * d;
+        const element *z = (const element *)layer->z + b * d;
+        BY_COUNT(layer->rows, dense_dot(weights, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
+        emit_outputs(layer, b * d + span.row, out, span.rows);
+    }
+}
+
+/* ---- the panel way ---- */
+
+/* Bring LANES rows of x into a panel: (in / UNIT) vectors of units, a lane for each row. Without `right` it is u. */
+static void NAME(pack)(struct layer *layer, int64_t task) {
+    int64_t units = (layer->in + UNIT - 1) / UNIT;
+    int64_t panel = task % layer->panel_count, start = task / layer->panel_count * PACK_COLUMNS;
+    int64_t end = least(layer->in, start + PACK_COLUMNS), rows = least(LANES, layer->rows - panel * LANES);
+    int32_t *to = (int32_t *)layer->panels + (panel * units + start / UNIT) * LANES;
+    const weight *x = (const weight *)layer->x + panel * LANES * layer->in;
+    for (int64_t c = start; c < end; c += STEP) {
+        vec v[LANES];
+        int64_t n = least(STEP, end - c);
+        for (int64_t r = 0; r < LANES; r++) v[r] = r < rows ? load(x + r * layer->in + c, n) : zero();
+        transpose(v);
+        for (int64_t k = 0; k * UNIT < n; k++, to += LANES) store_vec(to, v[k]);
+    }
+}
+
+/* Memory that is wanted soon: AHEAD_BYTES of each of TILE rows. */
+struct ahead {
+    const char *start;
+    int64_t stride;
+};
+enum { AHEAD_BYTES = 512, AHEAD_STEP = DEPTH * 64 / (TILE * AHEAD_BYTES) };
+
+/* sums (TILE, count * LANES, row stride `stride`) += tile (TILE, n units) times `count` panels; count is a constant.
+ * What is ahead is fetched meanwhile, a line every few multiply-adds, so that memory and arithmetic overlap. */
+static inline __attribute__((always_inline)) void multiply_tile(const int32_t *tile, const int32_t *panel,
+                                                                int64_t panel_stride, int64_t n, float *sums,
+                                                                int64_t stride, int begin, int count,
+                                                                struct ahead ahead) {
+    vec acc[TILE][2];
+    for (int i = 0; i < TILE; i++)
+        for (int p = 0; p < count; p++) acc[i][p] = begin ? zero() : load_vec(sums + i * stride + p * LANES);
+    for (int64_t k = 0; k < n; k++) {
+        if (k % AHEAD_STEP == 0) {
+            int64_t at = k / AHEAD_STEP * 64;
+            __builtin_prefetch(ahead.start + at / AHEAD_BYTES * ahead.stride + at % AHEAD_BYTES, 0, L2);
+        }
+        vec x[2];
+        for (int p = 0; p < count; p++) x[p] = load_vec(panel + p * panel_stride + k * LANES);
+        for (int i = 0; i < TILE; i++) {
+            vec w = broadcast(tile + i * TILE_STRIDE + k);
+            for (int p = 0; p < count; p++) acc[i][p] = multiply_add(acc[i][p], w, x[p]);
+        }
+    }
+    for (int i = 0; i < TILE; i++)
+        for (int p = 0; p < count; p++) store_vec(sums + i * stride + p * LANES, acc[i][p]);
+}
+
+/* All panels times a tile of `rows` <= CHUNK unpacked weight rows; `panel` points at the tile's first column. */
+static void multiply_panels(const struct layer *layer, const int32_t *tile, int64_t rows, const int32_t *panel,
+                            int64_t panel_stride, int64_t n, float *sums, int begin, struct ahead ahead) {
+    int64_t stride = layer->panel_count * LANES;
+    for (int64_t p = 0; p < layer->panel_count; p += 2)
+        for (int64_t i = 0; i < rows; i += TILE) {
+            const int32_t *t = tile + i * TILE_STRIDE, *x = panel + p * panel_stride;
+            float *to = sums + i * stride + p * LANES;
+            struct ahead mine =
+                p ? (struct ahead){(const char *)t, 0} : (struct ahead){ahead.start + i * ahead.stride, ahead.stride};
+            if (p + 1 < layer->panel_count)
+                multiply_tile(t, x, panel_stride, n, to, stride, begin, 2, mine);
+            else
+                multiply_tile(t, x, panel_stride, n, to, stride, begin, 1, mine);
+        }
+}
+
+static inline int64_t units_of(int64_t columns) { return (columns + UNIT - 1) / UNIT; }
+
+/* sums (rows, panels) = dense weight rows (rows, columns) times the panels. */
+static void dense_panels(const struct layer *layer, const weight *weights, int64_t rows, int64_t columns,
+                         const int32_t *panel, int64_t panel_stride, float *sums) {
+    _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
+    if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
+    for (int64_t k = 0; k < units_of(columns); k += DEPTH) {
+        int64_t start = k * UNIT, n = least(DEPTH * UNIT, columns - start);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t c = 0; c < n; c += STEP)
+                store_vec(tile + i * TILE_STRIDE + c / UNIT,
+                          load(weights + i * columns + start + c, least(STEP, n - c)));
+        multiply_panels(layer, tile, rows, panel + k * LANES, panel_stride, units_of(n), sums, k == 0,
+                        (struct ahead){(const char *)tile, 0});
+    }
+}
+
+/* The same for packed rows from row `first` of the core on. */
+static void packed_panels(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
+    _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
+    int64_t at[CHUNK] = {0}, units = units_of(layer->in);
+    const int32_t *u = layer->u;
+    if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
+    for (int64_t k = 0; k < units; k += DEPTH) {
+        int64_t start = k * UNIT, n = least(DEPTH * UNIT, layer->in - start);
+        for (int64_t i = 0; i < rows; i++) {
+            const weight *values = (const weight *)layer->values + (first + i) * layer->kept;
+            const uint8_t *mask = layer->mask + (first + i) * layer->mask_stride + start / 8;
+            int32_t *to = tile + i * TILE_STRIDE;
+            int64_t c = 0;
+            __builtin_prefetch(mask + n / 8, 0, L2); /* its values: see struct ahead */
+#ifdef GATHER
+            if (layer->two_of_four)
+                for (; c + 2 * STEP <= n; c += 2 * STEP, at[i] += STEP)
+                    spread_pairs(to + c / UNIT, load(values + at[i], STEP), mask + c / 8);
+#endif
+            for (; c < n; c += STEP)
+                store_vec(to + c / UNIT,
+                          next_columns(values, layer->kept, &at[i], mask + c / 8, least(STEP, n - c), layer->half));
+        }
+        int64_t row_bytes = layer->kept * (int64_t)sizeof(weight), done = layer->kept * (start + n) / layer->in;
+        const char *next = (const char *)layer->values + first * row_bytes + done * (int64_t)sizeof(weight);
+        if (start + n >= layer->in) next += (rows - 1) * row_bytes;
+        multiply_panels(layer, tile, rows, u + k * LANES, units * LANES, units_of(n), sums, k == 0,
+                        (struct ahead){next, row_bytes});
+    }
+}
+
+/* `rows` rows of sums become units of panels, from unit `unit` on. */
+static void emit_panels(const struct layer *layer, const float *sums, int64_t rows, int32_t *panel,
+                        int64_t panel_stride) {
+    int64_t stride = layer->panel_count * LANES;
+    for (int64_t p = 0; p < layer->panel_count; p++)
+        for (int64_t i = 0; i < rows; i += UNIT) {
+            const float *from = sums + i * stride + p * LANES;
+            vec odd = UNIT == 2 && i + 1 < rows ? load_vec(from + stride) : zero();
+            store_vec(panel + p * panel_stride + i / UNIT * LANES, to_units(load_vec(from), odd));
+        }
+}
+
+/* `rows` rows of sums become columns first .. first + rows of y, with the bias. */
+static void emit_transposed(const struct layer *layer, const float *sums, int64_t rows, int64_t first) {
+    int64_t stride = layer->panel_count * LANES;
+    for (int64_t i = 0; i < rows; i += LANES) {
+        int64_t n = least(LANES, rows - i);
+        vec bias = layer->bias ? load_floats((const weight *)layer->bias + first + i, n) : zero();
+        for (int64_t p = 0; p < layer->panel_count; p++) {
+            vec v[LANES];
+            for (int64_t l = 0; l < LANES; l++) v[l] = l < n ? load_vec(sums + (i + l) * stride + p * LANES) : zero();
+            transpose(v);
+            weight *y = (weight *)layer->y + p * LANES * layer->out + first + i;
+            for (int64_t r = 0; r < least(LANES, layer->rows - p * LANES); r++)
+                store_floats(y + r * layer->out, add(v[r], bias), n);
+        }
+    }
+}
+
+static void NAME(right_panel)(struct layer *layer, int64_t task) {
+    _Alignas(64) float sums[CHUNK * WAVE];
+    struct span span = span_of(&layer->right_cut, task);
+    int64_t d = layer->right_cut.size, stride = units_of(layer->in) * LANES;
+    for (int64_t b = span.block; b < span.block + span.blocks; b++) {
+        const weight *weights = (const weight *)layer->right + (b * d + span.row) * d;
+        dense_panels(layer, weights, span.rows, d, (int32_t *)layer->panels + b * d / UNIT * LANES, stride, sums);
+        emit_panels(layer, sums, span.rows, (int32_t *)layer->u + (b * d + span.row) / UNIT * LANES, stride);
+    }
+}
+
+static void NAME(core_panel)(struct layer *layer, int64_t task) {
+    _Alignas(64) float sums[CHUNK * WAVE];
+    struct span span = span_of(&layer->core_cut, task);
+    int64_t d = layer->core_cut.size, units = units_of(d);
+    int64_t first = span.block * d + span.row, rows = span.rows * span.blocks;
+    packed_panels(layer, first, rows, sums);
+    if (!layer->left) {
+        emit_transposed(layer, sums, rows, first);
+        return;
+    }
+    for (int64_t b = 0; b < span.blocks; b++)
+        emit_panels(layer, sums + b * d * layer->panel_count * LANES, span.rows,
+                    (int32_t *)layer->z + ((span.block + b) * units + span.row / UNIT) * LANES,
+                    layer->left_cut.count * units * LANES);
+}
+
+static void NAME(left_panel)(struct layer *layer, int64_t task) {
+    _Alignas(64) float sums[CHUNK * WAVE];
+    struct span span = span_of(&layer->left_cut, task);
+    int64_t d = layer->left_cut.size, units = units_of(d), stride = layer->left_cut.count * units * LANES;
+    for (int64_t b = span.block; b < span.block + span.blocks; b++) {
+        const weight *weights = (const weight *)layer->left + (b * d + span.row) * d;
+        dense_panels(layer, weights, span.rows, d, (int32_t *)layer->z + b * units * LANES, stride, sums);
+        emit_transposed(layer, sums, span.rows, b * d + span.row);
+    }
+}
+
+/* ---- the core as a dense matrix, for a matrix product that is faster than these loops ---- */
+
+static void NAME(unpack)(const void *values, const uint8_t *mask, int64_t rows, int64_t in, int64_t kept,
+                         int64_t mask_stride, void *dense) {
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t at = 0;
+        for (int64_t c = 0; c < in; c += STEP) {
+            int64_t n = least(STEP, in - c);
+            vec w = next_columns((const weight *)values + i * kept, kept, &at, mask + i * mask_stride + c / 8, n, 0);
+            store_weights((weight *)dense + i * in + c, w, n);
+        }
+    }
+}
+
+const struct kernel NAME(armor) = {
+    .lanes = LANES,
+    .unit = UNIT,
+    .element = sizeof(element),
+    .weight = sizeof(weight),
+    .dot_rows = DOT_ROWS,
+    .convert = NAME(convert),
+    .pack = NAME(pack),
+    .right_dot = NAME(right_dot),
+    .core_dot = NAME(core_dot),
+    .left_dot = NAME(left_dot),
+    .right_panel = NAME(right_panel),
+    .core_panel = NAME(core_panel),
+    .left_panel = NAME(left_panel),
+    .unpack = NAME(unpack),
+};

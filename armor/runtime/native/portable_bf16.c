@@ -1,0 +1,2 @@
+#define BF16
+#include "portable.h"

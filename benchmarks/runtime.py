@@ -1,0 +1,148 @@
+"""The CPU kernel against dense layers: F.linear in bfloat16, float16 and float32, and the packed 2:4 layer in bfloat16.
+
+For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
+all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
+median of the ratios of the turns. "of read" is the bandwidth a layer reaches with its own bytes, as a share of the
+bandwidth at which torch sums a large array, measured in the same turns.
+
+    python benchmarks/runtime.py [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armor.execution.machine import describe
+from armor.runtime import cpu
+
+LAYERS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
+BLOCKS = [32, 64, 128]
+ROWS = [1, 4, 16, 128, 1024]
+REPEATS = {1: 41, 4: 31, 16: 21, 128: 9, 1024: 3}
+
+
+def last_level_cache_bytes() -> int:
+    """From Linux's sysfs; 32 MB where that is silent."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes), default=32 << 20)
+
+
+def packed(out: int, columns: int, block: int) -> list[Tensor]:
+    """A random 2:4 layer in bfloat16: values, bits, left, right."""
+    pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
+    groups = pairs[torch.randint(6, (out, columns // 8, 2))]
+    sizes = [(out, columns // 2), (out // block, block, block), (columns // block, block, block)]
+    values, left, right = (torch.randn(size).bfloat16() for size in sizes)
+    return [values, groups[..., 0] | groups[..., 1] << 4, left, right]
+
+
+def size_of(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def copies(tensors: list[Tensor], total: int) -> list[list[Tensor]]:
+    """As many copies as exceed `total` bytes, two at least."""
+    return [[t.clone() for t in tensors] for _ in range(max(2, math.ceil(total / size_of(tensors))))]
+
+
+def seconds(function, *operands, **options) -> float:
+    start = time.perf_counter()
+    function(*operands, **options)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(layer: str, rows_list: list[int]) -> list[dict]:
+    """One record for each number of rows and each kind."""
+    out, columns = map(int, layer.split("x"))
+    total = 4 * last_level_cache_bytes()
+    dense = torch.randn(out, columns)
+    kinds = {f"linear {name}": [dense.to(getattr(torch, name))] for name in ("bfloat16", "float16", "float32")}
+    kinds |= {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
+    weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
+    to_read = torch.ones(total // 8, dtype=torch.int64)
+    records = []
+    for rows in rows_list:
+        x = {dtype: torch.randn(rows, columns).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+        times: dict[str, list[float]] = {kind: [] for kind in [*kinds, "read"]}
+        repeats = REPEATS.get(rows, 9)
+        for turn in range(-1, repeats):
+            for kind, all_copies in random.sample(list(weights.items()), len(weights)):
+                # Some dense types take seconds for what the others do in milliseconds: once is enough to know.
+                if kind != "linear bfloat16" and turn > 0 and sum(times[kind]) > 5:
+                    continue
+                tensors = all_copies[turn % len(all_copies)]
+                if kind.startswith("linear"):
+                    taken = seconds(F.linear, x[tensors[0].dtype], tensors[0])
+                else:
+                    taken = seconds(cpu.linear, x[torch.bfloat16], *tensors, group=4)
+                if turn >= 0:  # the turn before the first only warms up
+                    times[kind].append(taken)
+            if turn >= 0:
+                times["read"].append(seconds(to_read.sum))
+        fastest = min((kind for kind in kinds if kind.startswith("linear")), key=lambda kind: median(times[kind]))
+        for kind, tensors in kinds.items():
+            bandwidth = [size_of(tensors) / t / 1e9 for t in times[kind]]
+            read = [size_of([to_read]) / t / 1e9 for t in times["read"]]
+            records.append(
+                {
+                    "layer": layer,
+                    "rows": rows,
+                    "kind": kind,
+                    "microseconds": round(median(times[kind]) * 1e6, 1),
+                    "speedup_over_bfloat16": ratio(times["linear bfloat16"], times[kind]),
+                    "speedup_over_fastest_dense": ratio(times[fastest], times[kind]),
+                    "fastest_dense": fastest,
+                    "bytes": size_of(tensors),
+                    "gigabytes_per_second": round(median(bandwidth), 1),
+                    "read_gigabytes_per_second": round(median(read), 1),
+                    "share_of_read": ratio(bandwidth, read),
+                    "turns": len(times[kind]),
+                }
+            )
+            print(line(records[-1]), flush=True)
+    return records
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return round(median(a / b for a, b in zip(above, below, strict=False)), 3)
+
+
+def line(record: dict) -> str:
+    return (
+        f"{record['layer']:>11} {record['rows']:5} rows  {record['kind']:<16}{record['microseconds']:10.0f} us"
+        f"{record['speedup_over_bfloat16']:7.2f}x bf16{record['speedup_over_fastest_dense']:7.2f}x fastest dense"
+        f"{record['gigabytes_per_second']:7.1f} GB/s {record['share_of_read']:5.0%} of read"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="OUTxIN")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    arguments = parser.parse_args()
+    if not cpu.available():
+        raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
+    torch.manual_seed(0)
+    random.seed(0)
+    records = [record for layer in arguments.layers for record in measure(layer, arguments.rows)]
+    result = {
+        "machine": describe() | {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()},
+        "records": records,
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

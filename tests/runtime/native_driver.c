@@ -1,0 +1,147 @@
+/* Runs the library's layers on buffers of exactly their size and holds them to a plain twin; made to be compiled with
+ * sanitizers. Exit code 1: a result is off. */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+int armor_initialize(void);
+int armor_linear(int level, int type, const void *x, const void *values, const void *mask, const void *left,
+                 const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
+                 int64_t group, int64_t left_size, int64_t right_size, parallel_function parallel, int threads);
+void armor_unpack(int level, int type, const void *values, const void *mask, void *dense, int64_t rows, int64_t in,
+                  int64_t kept, parallel_function parallel, int threads);
+
+struct start {
+    void (*function)(void *);
+    void *argument;
+};
+
+static void *begin(void *start) {
+    ((struct start *)start)->function(((struct start *)start)->argument);
+    return NULL;
+}
+
+static void parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags) {
+    pthread_t others[8];
+    struct start start = {function, argument};
+    (void)flags;
+    for (unsigned t = 1; t < threads; t++) pthread_create(&others[t], NULL, begin, &start);
+    function(argument);
+    for (unsigned t = 1; t < threads; t++) pthread_join(others[t], NULL);
+}
+
+static float number(void) { return (float)rand() / (float)RAND_MAX * 2 - 1; }
+
+/* Number `i` of an array of `type` (0: fp32, 1: bf16). */
+static float get(const void *array, int type, int64_t i) {
+    float f;
+    uint32_t bits;
+    if (type == 0) return ((const float *)array)[i];
+    bits = (uint32_t)((const uint16_t *)array)[i] << 16;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static void *random_array(int type, int64_t n) {
+    void *array = malloc((size_t)n * (type ? 2 : 4));
+    for (int64_t i = 0; i < n; i++) {
+        float f = number();
+        uint32_t bits;
+        memcpy(&bits, &f, sizeof bits);
+        if (type)
+            ((uint16_t *)array)[i] = (uint16_t)(bits >> 16);
+        else
+            ((float *)array)[i] = f;
+    }
+    return array;
+}
+
+static void multiply_blocks(const void *blocks, int type, int64_t d, int64_t n, double *v) {
+    double *result = malloc((size_t)n * sizeof *result);
+    for (int64_t i = 0; i < n; i++) {
+        result[i] = 0;
+        for (int64_t j = 0; j < d; j++) result[i] += get(blocks, type, i * d + j) * v[i / d * d + j];
+    }
+    memcpy(v, result, (size_t)n * sizeof *result);
+    free(result);
+}
+
+static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int64_t n, int64_t m, int64_t dl,
+                 int64_t dr, int with_bias, int threads) {
+    int64_t kept = in / m * n, stride = (in + 7) / 8;
+    void *x = random_array(type, rows * in), *values = random_array(type, out * kept),
+         *y = random_array(type, rows * out);
+    void *left = dl ? random_array(type, out * dl) : NULL, *right = dr ? random_array(type, in * dr) : NULL;
+    void *bias = with_bias ? random_array(type, out) : NULL, *dense = random_array(type, out * in);
+    uint8_t *mask = calloc((size_t)out, (size_t)stride);
+    double *u = malloc((size_t)in * sizeof *u), *z = malloc((size_t)out * sizeof *z), worst = 0, largest = 0;
+    for (int64_t i = 0; i < out; i++)
+        for (int64_t g = 0; g < in; g += m)
+            for (int64_t left_to_keep = n; left_to_keep;) {
+                int64_t c = g + rand() % m;
+                if (mask[i * stride + c / 8] >> c % 8 & 1) continue;
+                mask[i * stride + c / 8] |= (uint8_t)(1 << c % 8);
+                left_to_keep--;
+            }
+    armor_linear(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, parallel, threads);
+    armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
+        if (right) multiply_blocks(right, type, dr, in, u);
+        for (int64_t i = 0; i < out; i++) {
+            int64_t at = i * kept;
+            z[i] = 0;
+            for (int64_t c = 0; c < in; c++) {
+                double w = mask[i * stride + c / 8] >> c % 8 & 1 ? get(values, type, at++) : 0;
+                if (w != get(dense, type, i * in + c)) worst = INFINITY;
+                z[i] += w * u[c];
+            }
+        }
+        if (left) multiply_blocks(left, type, dl, out, z);
+        for (int64_t i = 0; i < out; i++) {
+            double expected = z[i] + (bias ? get(bias, type, i) : 0),
+                   error = fabs(expected - get(y, type, r * out + i));
+            worst = !(error <= worst) ? error : worst;
+            largest = fmax(largest, fabs(expected));
+        }
+    }
+    /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
+    memset(mask, 0xff, (size_t)(out * stride));
+    armor_linear(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, parallel, threads);
+    armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+    void *all[] = {x, values, y, left, right, bias, dense, mask, u, z};
+    for (int i = 0; i < 10; i++) free(all[i]);
+    if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
+    printf("level %d type %d: %ld rows, %ld x %ld, %ld:%ld, blocks %ld %ld: off by %g of %g\n", level, type, (long)rows,
+           (long)out, (long)in, (long)n, (long)m, (long)dl, (long)dr, worst, largest);
+    return 1;
+}
+
+int main(void) {
+    /* in, out, n, m, left block, right block */
+    static const int64_t SHAPES[][6] = {
+        {64, 64, 2, 4, 32, 32},     {20, 36, 2, 4, 4, 4},     {60, 100, 2, 4, 20, 12}, {36, 30, 1, 3, 5, 9},
+        {100, 33, 50, 100, 11, 20}, {332, 7, 2, 4, 0, 0},     {44, 50, 4, 11, 0, 22},  {48, 70, 4, 8, 35, 0},
+        {8, 12, 2, 4, 4, 4},        {600, 96, 3, 8, 96, 100}, {4, 1, 2, 4, 0, 4},      {1156, 40, 2, 4, 40, 68},
+    };
+    int best = armor_initialize(), failures = 0;
+    for (int level = 0; level <= best; level++)
+        for (int type = 0; type < 2; type++)
+            for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
+                for (int64_t rows = 1; rows <= 37; rows += rows < 17 ? 1 : 10) {
+                    const int64_t *shape = SHAPES[s];
+                    failures += check(level, type, rows, shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
+                                      (int)rows % 2, 1);
+                }
+    /* Enough work for threads, and more rows than are multiplied at once. */
+    for (int type = 0; type < 2; type++) {
+        failures += check(best, type, 1, 1024, 512, 2, 4, 64, 128, 1, 3);
+        failures += check(best, type, 300, 132, 140, 2, 4, 28, 12, 1, 4);
+    }
+    printf("%d of the layers are off, best level %d\n", failures, best);
+    return failures != 0;
+}

@@ -1,0 +1,209 @@
+"""The CPU kernel against the plain product in float64, for every level, at shapes that fit no vector."""
+
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from armor.core import blockdiag
+from armor.core.nm import Pattern, top_n_mask
+from armor.core.packing import pack, unpack
+from armor.runtime import cpu
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
+LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [  # out, in, left block, right block, pattern
+    (64, 128, 32, 64, "2:4"),
+    (36, 20, 4, 4, "2:4"),
+    (100, 60, 20, 12, "2:4"),
+    (7, 332, None, None, "2:4"),
+    (50, 44, None, 22, "2:4"),
+    (40, 1156, 40, None, "2:4"),
+    (40, 48, 8, 16, "4:8"),
+    (30, 36, 5, 9, "1:3"),
+    (33, 100, 11, 20, "50%"),
+    (70, 64, 35, 64, "1:4"),
+]
+ROWS = [*range(1, 18), 33, 70]
+
+
+def layer(out, columns, left, right, pattern, dtype, bias=True):
+    """x -> operands of `cpu.linear`: values, bits, left, right, bias, group."""
+    generator = torch.Generator().manual_seed(out * columns)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    pattern = Pattern.parse(pattern)
+    core = random(out, columns) / columns**0.5
+    values, bits = pack(core.to(dtype), top_n_mask(random(out, columns), pattern))
+    blocks = [
+        None if d is None else (random(n // d, d, d) / d**0.5).to(dtype) for n, d in ((out, left), (columns, right))
+    ]
+    return values, bits, *blocks, random(out).to(dtype) if bias else None, pattern.group(columns)[1]
+
+
+def twin(x, values, bits, left, right, bias, group):
+    """The product in float64, and how far one in x's dtype with float32 sums may be from it, element by element."""
+    core = unpack(values, bits, x.shape[-1])[0].double()
+    rounding = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}[x.dtype]
+    summing = 2.0**-23 * (x.shape[-1] + sum(b.shape[-1] for b in (left, right) if b is not None))
+    y, size, error = x.double(), x.double().abs(), torch.zeros_like(x, dtype=torch.float64)
+    for matrix in (right, core, left):
+        if matrix is None:
+            continue
+        times = (lambda v, m: v @ m.T) if matrix is core else (lambda v, m: blockdiag.multiply(m.double(), v))
+        y, size, error = times(y, matrix), times(size, matrix.abs()), times(error, matrix.abs())
+        error = error + rounding * (y.abs() + error)
+    if bias is not None:
+        y, error = y + bias.double(), error + 2 * rounding * (y + bias.double()).abs() + rounding * bias.double().abs()
+    return y, error + summing * size
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
+    operands = layer(*shape, dtype, bias=shape[0] % 4 == 0)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1]).to(dtype)
+        y = cpu._native(x, *operands, level)
+        expected, bound = twin(x, *operands)
+        assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_are_multiplied_at_once(dtype, level):
+    operands = layer(36, 20, 12, 4, "2:4", dtype)
+    x = torch.randn(600, 20).to(dtype)
+    expected, bound = twin(x, *operands)
+    assert ((cpu._native(x, *operands, level).double() - expected).abs() <= bound).all()
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_unpack_is_exact(shape, dtype, level):
+    values, bits, *_ = layer(*shape, dtype)
+    assert torch.equal(cpu.unpack(values, bits, shape[1], level), unpack(values, bits, shape[1])[0])
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_threads_do_not_change_a_bit(rows):
+    operands = layer(512, 1024, 64, 128, "2:4", torch.bfloat16)
+    x, before = torch.randn(rows, 1024).bfloat16(), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(cpu.linear(x, *operands[:-1], group=operands[-1]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_pass_through(dtype):
+    operands = layer(36, 20, 4, 4, "2:4", dtype)
+    for rows in (1, 20):
+        x = torch.zeros(rows, 20, dtype=dtype)
+        x[-1] = torch.nan
+        y = cpu.linear(x, *operands[:-1], group=4)
+        assert y[-1].isnan().all() and not y[:-1].isnan().any()
+
+
+@needs_library
+def test_what_torch_multiplies_is_the_twin():
+    operands = layer(100, 60, 20, 12, "2:4", torch.bfloat16)
+    x = torch.randn(2, 33, 60).bfloat16()
+    expected, bound = twin(x, *operands)
+    assert ((cpu._through_torch(x, *operands[:-1]).double() - expected).abs() <= bound).all()
+
+
+@needs_library
+@pytest.mark.parametrize("x", [torch.randn(60), torch.randn(2, 3, 60), torch.randn(60, 5).T, torch.randn(0, 60)])
+def test_any_leading_dimensions_and_strides(x):
+    operands = layer(100, 60, 20, 12, "2:4", torch.float32)
+    y = cpu.linear(x, *operands[:-1], group=4)
+    torch.testing.assert_close(y, twin(x, *operands)[0].float())
+
+
+@needs_library
+def test_the_operator_compiles_whole_and_under_inference_mode():
+    *operands, group = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    x = torch.randn(3, 128).bfloat16()
+    torch.library.opcheck(torch.ops.armor.cpu_linear, (x, *operands, group))
+
+    def function(x):
+        return cpu.linear(x, *operands, group=group) if cpu.supports(x, *operands) else x
+
+    with torch.inference_mode():
+        expected = function(x)
+        assert expected.shape == (3, 64)
+        assert torch.equal(torch.compile(function, fullgraph=True)(x), expected)
+
+
+@needs_library
+def test_supports_says_when_torch_must_run():
+    *operands, _ = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    x = torch.randn(3, 128).bfloat16()
+    assert cpu.supports(x, *operands)
+    assert not cpu.supports(x.float(), *operands)
+    assert not cpu.supports(x.half(), *(t.half() if t is not None else None for t in operands))
+    assert not cpu.supports(x.to("meta"), *operands)
+    assert not cpu.supports(x, None, *operands[1:])
+    x.requires_grad_()
+    assert not cpu.supports(x, *operands)
+    with torch.no_grad():
+        assert cpu.supports(x, *operands)
+
+
+@needs_library
+@pytest.mark.parametrize(("name", "index"), [("mask", 1), ("left", 2), ("right", 3), ("bias", 4)])
+def test_shapes_that_do_not_fit_are_refused(name, index):
+    *operands, group = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    operands[index] = operands[index][:-1]
+    with pytest.raises(ValueError, match=name):
+        cpu.linear(torch.randn(3, 128).bfloat16(), *operands, group=group)
+
+
+def test_a_missing_library_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "_built", False)
+    cpu._tell_once.cache_clear()
+    *operands, _ = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="armor"):
+        assert not any(cpu.supports(torch.randn(3, 128).bfloat16(), *operands) for _ in range(3))
+    assert len(caplog.messages) == 1 and "compiler" in caplog.messages[0]
+    cpu._tell_once.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(tmp_path, sanitizers):
+    """Every level and way on buffers of exactly their size, results held to a twin, masks that set too many bits."""
+    native = Path(cpu.__file__).parent / "native"
+    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    common = ["cc", "-std=c11", "-D_GNU_SOURCE", "-pthread"]
+    driver = tmp_path / "driver.o"
+    subprocess.run(
+        [*common, "-O2", "-c", str(Path(__file__).with_name("native_driver.c")), "-o", str(driver)], check=True
+    )
+    sources = [str(path) for path in sorted(native.glob("*.c"))]
+    build = [*common, *flags, *sources, str(driver), "-lm", "-o", str(tmp_path / "run")]
+    if (built := subprocess.run(build, capture_output=True, text=True)).returncode:
+        if "sanitize" in built.stderr or "asan" in built.stderr or "tsan" in built.stderr:
+            pytest.skip("this compiler has no sanitizers")
+        pytest.fail(built.stderr)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    ran = subprocess.run([str(tmp_path / "run")], capture_output=True, text=True, env=environment)
+    if "unexpected memory mapping" in ran.stderr:
+        pytest.skip("this kernel's address layout is beyond the compiler's thread sanitizer")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
