@@ -1,1 +1,1 @@
-"""From a weight and its calibration statistics to a factorization: pruning methods, the published ARMOR optimiser, the solver."""
+"""From a weight and its calibration statistics to a factorization: pruning, the published optimiser, the solver."""

@@ -23,18 +23,17 @@ from armor.core.nm import Pattern, top_n_mask
 __all__ = ["Objective", "check", "finish", "relative_loss", "sizes", "supports"]
 
 _CHUNK = 1 << 22  # entries of the float64 pieces in which the loss is summed: 32 MB each
-_MOST_SUPPORTS = 70  # 4:8; beyond, the mask changes by swaps
+_MOST_SUPPORTS = 70  # those of 4:8
 
 
 @dataclass(frozen=True)
 class Objective:
-    """W̄ and its scales: W = diag(row) W̄ diag(column). All float64 but `normal`, which is float32.
+    """The scales of W = diag(row) W̄ diag(column), and d; all float64.
 
-    normal (out, in) is W̄; row (out,) and column (in,) are the norms, 1 where a row or column is zero; importance (in,)
-    is d, divided by its mean (the relative loss does not change, and nothing overflows).
+    row (out,) and column (in,) are the norms, 1 where a row or column is zero; importance (in,) is d, divided by its
+    mean (the relative loss does not change, and nothing overflows).
     """
 
-    normal: Tensor
     row: Tensor
     column: Tensor
     importance: Tensor
@@ -45,17 +44,19 @@ class Objective:
         scale = weight.abs().amax().double().clamp_min(torch.finfo(torch.float64).tiny)  # norms of denormals underflow
         w = weight.double() / scale
         column = _nonzero(w.norm(dim=0))
-        w /= column
-        row = _nonzero(w.norm(dim=1))
-        w /= row[:, None]
+        row = _nonzero(w.div_(column).norm(dim=1))
         d = importance.to(w.device, torch.float64)
         top = d.amax()
         d = d / top if top > 0 else torch.ones_like(d)
-        return cls(w.float(), row, column * scale, d / d.mean())
+        return cls(row, column * scale, d / d.mean())
 
-    def score(self) -> Tensor:
+    def normal(self, weight: Tensor) -> Tensor:
+        """W̄ (out, in) float32."""
+        return (weight.double() / self.column).div_(self.row[:, None]).float()
+
+    def score(self, weight: Tensor) -> Tensor:
         """W̄²·d (out, in) float32, by which NoWag ranks the entries of a group."""
-        return (self.normal * self.importance.sqrt().float()).square_()
+        return self.normal(weight).mul_(self.importance.sqrt().float()).square_()
 
 
 def _nonzero(norms: Tensor) -> Tensor:
@@ -68,13 +69,14 @@ def check(weight: Tensor, importance: Tensor, pattern: Pattern | str | tuple[int
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(f"weight: found {tuple(weight.shape)} {weight.dtype}, expected a float matrix (out, in)")
     if importance.shape != weight.shape[1:]:
-        raise ValueError(f"importance: found shape {tuple(importance.shape)}, expected ({weight.shape[1]},), one per input")
+        found = tuple(importance.shape)
+        raise ValueError(f"importance: found shape {found}, expected ({weight.shape[1]},), one per input")
     for name, tensor in (("weight", weight), ("importance", importance)):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise ValueError(f"{name}: found {bad} NaN or infinite of {tensor.numel()} entries, expected finite numbers")
+            raise ValueError(f"{name}: found {bad} NaN or infinite of {tensor.numel()} entries, expected finite ones")
     if importance.min() < 0:
-        raise ValueError(f"importance: found {importance.min().item():.3g}, expected mean squares, which are never negative")
+        raise ValueError(f"importance: found {importance.min().item():.3g}, expected mean squares, never negative")
     pattern.group(weight.shape[1])  # raises where no row can hold the pattern
     return pattern
 
@@ -88,11 +90,11 @@ def relative_loss(weight: Tensor, objective: Objective, factors: Factorization) 
     left = factors.left
     size = left.shape[1] if left is not None else 1
     step = max(_CHUNK // columns // size, 1) * size
-    scale = objective.importance / objective.column.square()
+    scale = objective.importance.sqrt() / objective.column  # squared only where it has met a weight, or it overflows
     error = total = 0.0
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        exact = weight[part].double()
+        exact = weight[part].to(torch.float64, copy=True)
         product = factors.core[part].double()
         if factors.right is not None:
             product = blockdiag.multiply(factors.right.double().transpose(1, 2), product)
@@ -100,8 +102,8 @@ def relative_loss(weight: Tensor, objective: Objective, factors: Factorization) 
             blocks = left[start // size : (start + step) // size].double()
             product = torch.bmm(blocks, product.view(-1, size, columns)).view(-1, columns)
         row_scale = objective.row[part].square()
-        error += float((((exact - product).square() * scale).sum(1) / row_scale).sum())
-        total += float(((exact.square() * scale).sum(1) / row_scale).sum())
+        error += float(((exact - product).mul_(scale).square_().sum(1) / row_scale).sum())
+        total += float((exact.mul_(scale).square_().sum(1) / row_scale).sum())
     return error / total if total > 0 else 0.0
 
 
@@ -117,7 +119,7 @@ def sizes(shape: tuple[int, int], pattern: Pattern, block_size: int) -> tuple[in
 
 
 def supports(pattern: Pattern, device: torch.device | None = None) -> Tensor | None:
-    """Every choice of n positions in a group (choices, n) int64, or None where the pattern has too many to enumerate."""
+    """Every choice of n positions in a group (choices, n) int64, or None where there are too many to enumerate."""
     if pattern.m == 0 or math.comb(pattern.m, pattern.n) > _MOST_SUPPORTS:
         return None
     return torch.tensor(list(itertools.combinations(range(pattern.m), pattern.n)), device=device)
@@ -136,8 +138,9 @@ def finish(
     factors are A (out/d, d, d), S (out, in), its mask, B (in/d, d, d) of the normalised weight. The norms of rows and
     columns go into A and B; the three factors then get the same largest entry, the safest share of a narrow dtype.
     """
-    mask = top_n_mask(objective.score(), pattern)
-    wrappers = [blockdiag.identity(n, d, dtype=weight.dtype, device=weight.device) for n, d in zip(weight.shape, block_sizes)]
+    mask = top_n_mask(objective.score(weight), pattern)
+    options = {"dtype": weight.dtype, "device": weight.device}
+    wrappers = [blockdiag.identity(n, d, **options) for n, d in zip(weight.shape, block_sizes, strict=True)]
     start = Factorization(torch.where(mask, weight, 0), mask, pattern, *wrappers)
     start_loss = loss = relative_loss(weight, objective, start)
     best = start
@@ -148,7 +151,7 @@ def finish(
         tops = [float(x.abs().amax()) for x in (a, s, b)]
         if all(0 < top < math.inf for top in tops):
             share = math.prod(top ** (1 / 3) for top in tops)
-            a, s, b = ((x * (share / top)).to(weight.dtype) for x, top in zip((a, s, b), tops))
+            a, s, b = ((x * (share / top)).to(weight.dtype) for x, top in zip((a, s, b), tops, strict=True))
             found = Factorization(torch.where(mask, s, 0), mask, pattern, a, b)
             found_loss = relative_loss(weight, objective, found)
             if found_loss < start_loss:  # false for NaN

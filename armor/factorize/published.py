@@ -1,4 +1,4 @@
-"""The published ARMOR optimiser (arXiv 2510.05528), as its paper describes it: the slow twin of `armor.factorize.solver`.
+"""The published ARMOR optimiser (arXiv 2510.05528), as its paper describes it: the slow twin of `solver`.
 
 Per iteration one joint Adam step on A, B and S (learning rate 1e-4, default betas, no schedule), then one step on the
 mask: in every block one group of m, drawn with probability proportional to the 1-norm of the loss gradient on it, gets
@@ -52,7 +52,7 @@ def solve(
     pattern = check(weight, importance, pattern)
     began = time.perf_counter()
     objective = Objective.of(weight, importance)
-    w, d = objective.normal, objective.importance.float()
+    w, d = objective.normal(weight), objective.importance.float()
     rows, columns = w.shape
     size_a, size_b = sizes(w.shape, pattern, block_size)
     p, q = rows // size_a, columns // size_b
@@ -60,7 +60,7 @@ def solve(
     generator = torch.Generator(w.device).manual_seed(seed)
 
     a, b = blockdiag.identity(rows, size_a, **options), blockdiag.identity(columns, size_b, **options)
-    mask = top_n_mask(objective.score(), pattern)
+    mask = top_n_mask(objective.score(weight), pattern)
     s = w * mask
     for tensor in (a, b, s):
         tensor.grad = torch.empty_like(tensor)
@@ -76,13 +76,13 @@ def solve(
 
     table = supports(pattern, w.device) if size_b >= pattern.m else None
     total = max(float((w.square() * d).sum(dtype=torch.float64)), torch.finfo(torch.float64).tiny)
-    best, kept, trace = math.inf, None, []
+    best, kept, trace, drawn = math.inf, None, [], None
 
     for iteration in range(settings.iterations + 1):
         torch.bmm(a, by_row(s), out=by_row(left))
         torch.bmm(by_column(left), b, out=by_column(residual))
         residual.sub_(w)
-        if iteration and table is not None:
+        if drawn is not None:
             update_groups(a, b, s, mask, left, residual, d, drawn, table, pattern.m)
         torch.mul(residual, d, out=weighted)
         loss = float(torch.dot(residual.view(-1), weighted.view(-1))) / total
@@ -145,7 +145,8 @@ def update_groups(
     ridge = 1e-6 * curvature.diagonal(dim1=2, dim2=3).mean(-1)[..., None, None] + torch.finfo(s.dtype).tiny
     curvature += ridge * torch.eye(m, device=s.device)
     targets = target[..., table]  # (p, q, supports, n)
-    values = torch.linalg.solve_ex(curvature[..., table[:, :, None], table[:, None, :]], targets.unsqueeze(-1))[0].squeeze(-1)
+    systems = curvature[..., table[:, :, None], table[:, None, :]]  # (p, q, supports, n, n)
+    values = torch.linalg.solve_ex(systems, targets.unsqueeze(-1))[0].squeeze(-1)
     best = (values * targets).sum(-1).nan_to_num(-1.0).argmax(-1)  # (p, q)
     new = torch.zeros_like(old).scatter_(-1, table[best], values[i, j, best])
     core[i, row, j, group] = new
