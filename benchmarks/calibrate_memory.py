@@ -6,7 +6,7 @@ held against what streaming promises: the embeddings, two decoder layers, the hi
 and 700 MB for Python, torch and activations.
 
     python -m benchmarks.calibrate_memory            # from the repository's root; about 3 minutes on 2 cores
-    python -m benchmarks.calibrate_memory --threads 1 --output /tmp/memory.json
+    python -m benchmarks.calibrate_memory --threads 2 --output memory.json
 """
 
 from __future__ import annotations
