@@ -61,6 +61,7 @@ class Run:
         return edited
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """All of them in one worker: the finished run is made once."""
     for item in items:
