@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/installed  ## compress SmolLM2-135M five ways and show what was lost and saved
+demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	$(BIN)/snakemake --cores $(CORES)
 	@$(BIN)/armor summary
 

@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -42,6 +44,13 @@ def test_a_dry_run_answers_quickly(run):
         run.would_run()
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 5
+
+
+def test_unlock_needs_no_number_of_cores(run):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--unlock"]
+    command += ["--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_rulegraph_draws_every_stage(run):

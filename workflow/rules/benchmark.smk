@@ -14,7 +14,7 @@ rule benchmark:
         "results/benchmarks/{model}/{recipe}/benchmark/{benchmark}.tsv"
     conda:
         "../../envs/armor.yaml"
-    threads: workflow.cores or 8
+    threads: ALL_CORES
     resources:
         gpu=1,
         mem_mb=24000,

@@ -28,6 +28,11 @@ except ArmorError as error:
     raise WorkflowError(str(error)) from None
 PAIRS = SETTINGS.pairs()
 
+try:
+    ALL_CORES = workflow.cores
+except WorkflowError:  # not given: --unlock, --summary, a cluster
+    ALL_CORES = 8
+
 
 def any_of(names):
     """A regular expression that matches exactly these names."""
