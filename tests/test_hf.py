@@ -26,16 +26,6 @@ from tests.tiny import FAMILIES
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def checkpoint(root, tmp_path):
-    return shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
-
-
 def load(folder, kind=AutoModelForCausalLM, **options):
     return kind.from_pretrained(folder, **options)
 

@@ -12,16 +12,6 @@ from armor.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, opened, packed
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def checkpoint(root, tmp_path):
-    return shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
-
-
 def refused(folder, *parts):
     with pytest.raises(ArmorError) as error:
         verify(folder)
