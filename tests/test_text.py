@@ -166,6 +166,7 @@ def test_a_dataset_gives_its_column(tmp_path, monkeypatch, streaming):
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2 is no JSON object with a text 'text'"),
         ("a.jsonl", b"{", "line 1 is no JSON object"),
     ],
+    ids=["latin1.txt", "cut.bz2", "cut.gz", "no.gz", "cut.xml", "second-line.jsonl", "cut.jsonl"],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, name, content, message):
     with pytest.raises(ArmorError, match=message) as caught:
