@@ -93,7 +93,8 @@ class ArmorQuantizer(HfQuantizer):
                 for name in ("core_values", "left", "right"):  # transformers made them trainable
                     if (parameter := getattr(module, name)) is not None:
                         parameter.requires_grad_(False)
-                module.unpack()
+                if not module.runs_packed:
+                    module.unpack()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:

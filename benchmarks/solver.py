@@ -11,7 +11,6 @@ its matrix products alone, and the peak of memory, on 4096×4096 with block 128.
     python -m benchmarks.solver --model FOLDER --text FILE       # a Hugging Face folder of SmolLM2-135M, any plain text
     python -m benchmarks.solver --published 20000                # the committed run again; an hour
     python -m benchmarks.solver --ablation                       # also block sizes and patterns on layer 10 q_proj
-    python -m benchmarks.solver --all 100 300 1000               # every linear of the model; hours
 """
 
 from __future__ import annotations
@@ -188,24 +187,6 @@ def run_published(found: dict[str, tuple[Tensor, Tensor]], iterations: int) -> d
     return result
 
 
-def sweep(work: Path, budgets: list[int], output: Path) -> None:
-    """The loss of every linear of the model at every budget; goes on where it was interrupted."""
-    table: dict[str, dict[str, float]] = read_json(output) if output.exists() else {}
-    for layer in read_topology(work / "model.json").layers:
-        for linear in layer.linears:
-            name = linear.name.removeprefix("model.layers.")
-            row = table.setdefault(name, {})
-            for budget in (n for n in budgets if str(n) not in row):
-                settings = solver.Settings(iterations=budget)
-                run = solver.solve(*inputs(name, work), block_size=BLOCK, settings=settings)
-                row |= {"start": run.start_loss, str(budget): run.loss}
-        write_json(output, table)
-        print(layer.index, {n: statistics.fmean(row[str(n)] for row in table.values()) for n in budgets}, flush=True)
-    for few, many in zip(budgets, budgets[1:], strict=False):
-        worse = [name for name, row in table.items() if row[str(many)] > 1.01 * row[str(few)]]
-        print(f"{many} iterations end above {few} on {len(worse)} of {len(table)} linears: {worse}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder of SmolLM2-135M")
@@ -214,7 +195,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=HERE / "solver.json")
     parser.add_argument("--published", type=int, metavar="ITERATIONS", help="only run the published optimiser in full")
-    parser.add_argument("--all", type=int, nargs="+", metavar="ITERATIONS", help="only every linear, at these budgets")
     parser.add_argument("--ablation", action="store_true", help="also block sizes and patterns on layer 10 q_proj")
     parser.add_argument("--cost", action="store_true", help="also the cost of an iteration on 4096x4096")
     options = parser.parse_args()
@@ -225,9 +205,6 @@ def main() -> None:
         print("iteration {iteration_seconds:.3f} s, {ratio:.2f} times its products; peak memory "
               "{peak_memory_in_weights:.1f} weights".format(**result["cost"]), flush=True)  # fmt: skip
     prepare(options.model, options.text, options.work)
-    if options.all:
-        sweep(options.work, options.all, options.output.with_name(f"{options.output.stem}_210.json"))
-        return
     found = {name: inputs(name, options.work) for name in MATRICES}
     if options.published:
         path = COMMITTED if options.output == HERE / "solver.json" else options.output

@@ -14,12 +14,13 @@ import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armor.core import blockdiag
+from armor.core import blockdiag, packing
 from armor.execution.log import log
 
 __all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
@@ -76,15 +77,15 @@ def level() -> str:
     return LEVELS[_best]
 
 
-def supports(x: Tensor, values: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether `linear` can run on these tensors: the library is there, all are on the CPU and (the mask aside) of one
-    dtype, bfloat16 or float32, and no gradient is wanted."""
+def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | None) -> bool:
+    """Whether `linear` can run on these tensors, given in its order: the library is there, all are on the CPU and (the
+    mask aside) of one dtype, bfloat16 or float32, and the factors are frozen."""
     if values is None or x.device.type != "cpu" or x.dtype not in _TYPES or not available():
         return False
-    tensors = [x, values, *(t for t in others if t is not None)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    floats = [values, *(t for t in others if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (values, *others[:2]) if t is not None):
         return False
-    return all(t.device.type == "cpu" and t.dtype in (x.dtype, torch.uint8) for t in tensors)
+    return bits.device.type == "cpu" and all(t.device.type == "cpu" and t.dtype == x.dtype for t in floats)
 
 
 def linear(
@@ -101,10 +102,11 @@ def linear(
 
     `values` (out, kept) and `bits` (out, ceil(in/8)) uint8 are the core as `armor.core.packing` packs it; in every
     `group` consecutive columns of a row it keeps kept·group/in (an unstructured core: `group` is in). `left`
-    (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Ask `supports` first. Raises ValueError if the shapes do
-    not fit each other.
+    (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Gradients reach x and the bias. Ask `supports` first.
+    Raises ValueError if the shapes do not fit each other.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+    if wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.armor.cpu_linear(x, values, bits, left, right, bias, group)
     # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of a layer.
     return _run(x, values, bits, left, right, bias, group)
@@ -125,6 +127,27 @@ def _(
     x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, bits, left, right, _, _ = inputs
+    ctx.save_for_backward(values, bits, left, right)
+    ctx.columns = x.shape[-1]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Aᵀ, Sᵀ and Bᵀ in turn, through torch: a training step has rows enough to pay for a dense core."""
+    values, bits, left, right = ctx.saved_tensors
+    bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
+    if left is not None:
+        gradient = blockdiag.multiply(left.transpose(1, 2), gradient)
+    gradient = gradient @ packing.unpack(values, bits, ctx.columns)[0]
+    if right is not None:
+        gradient = blockdiag.multiply(right.transpose(1, 2), gradient)
+    return gradient, None, None, None, None, bias, None
+
+
+_op.register_autograd(_backward, setup_context=_save)
 
 
 def _run(

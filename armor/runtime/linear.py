@@ -1,10 +1,10 @@
 """The layer that stands in for a compressed linear: y = A S B x + b, as three cheap steps.
 
-At rest it holds the packed tensors of the checkpoint, and `state_dict` is always those. Multiplying with a packed core
-needs a kernel of its own; this layer uses dense matrix products. `unpack` therefore trades the packed values for the
-dense core, in the same dtype: as fast as a dense linear but for the blocks, in the memory of a dense linear plus one
-bit a weight and the blocks. A layer that has not been unpacked (its weights may be offloaded, and come and go) unpacks
-in every forward pass and keeps nothing. The packed values are recovered exactly, being core[mask].
+It holds the packed tensors of the checkpoint, and `state_dict` is always those. On a CPU the kernel of
+`armor.runtime.cpu` multiplies with them as they are. Elsewhere (another device or dtype, no compiler at installation) dense matrix products do, and a layer unpacks its core in every forward pass and keeps nothing, unless
+`unpack` has traded the packed values for the dense core, in the same dtype: as fast as a dense linear but for the
+blocks, in the memory of a dense linear plus one bit a weight and the blocks. The packed values are recovered exactly,
+being core[mask].
 
 The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 """
@@ -19,6 +19,7 @@ from armor.core import blockdiag
 from armor.core.checkpoint import PackedLinear
 from armor.core.factors import Factorization
 from armor.core.packing import unpack, unpack_mask
+from armor.runtime import cpu
 
 __all__ = ["ArmorLinear"]
 
@@ -41,6 +42,7 @@ class ArmorLinear(nn.Module):
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
+        self.group = layout.pattern.group(layout.in_features)[1]
         shapes = layout.shapes()
         self.register_buffer("core_mask", torch.empty(shapes.pop("core_mask"), device=device, dtype=torch.uint8))
         for name in ("core_values", "left", "right"):
@@ -61,6 +63,9 @@ class ArmorLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
+        if cpu.supports(x, *operands):
+            return cpu.linear(x, *operands, group=self.group)
         if self.right is not None:
             x = blockdiag.multiply(self.right, x)
         x = F.linear(x, self.dense_core())
@@ -84,6 +89,11 @@ class ArmorLinear(nn.Module):
     def is_unpacked(self) -> bool:
         """Whether `core` is there and core_values is None, or the other way round."""
         return "core" in self._buffers
+
+    @property
+    def runs_packed(self) -> bool:
+        """Whether a kernel multiplies with the packed values, where and as they are now."""
+        return cpu.supports(self.core_values, self.core_values, self.core_mask, self.left, self.right, self.bias)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:

@@ -160,10 +160,22 @@ def test_supports_says_when_torch_must_run():
     assert not cpu.supports(x.half(), *(t.half() if t is not None else None for t in operands))
     assert not cpu.supports(x.to("meta"), *operands)
     assert not cpu.supports(x, None, *operands[1:])
-    x.requires_grad_()
+    operands[2].requires_grad_()
     assert not cpu.supports(x, *operands)
     with torch.no_grad():
         assert cpu.supports(x, *operands)
+
+
+@needs_library
+@pytest.mark.parametrize("blocks", [(32, 64), (None, 16), (8, None)], ids=str)
+def test_gradients_reach_the_input_and_the_bias(blocks):
+    values, bits, left, right, bias, group = layer(64, 128, *blocks, "2:4", torch.float32)
+    x, bias = torch.randn(2, 3, 128, requires_grad=True), bias.requires_grad_()
+    found = torch.autograd.grad(cpu.linear(x, values, bits, left, right, bias, group=group).square().sum(), (x, bias))
+    y = x if right is None else blockdiag.multiply(right, x)
+    y = y @ unpack(values, bits, 128)[0].T
+    y = (y if left is None else blockdiag.multiply(left, y)) + bias
+    torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), (x, bias)), rtol=1e-4, atol=1e-4)
 
 
 @needs_library
