@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from armor.config import TextSettings
 from armor.core.factors import Factorization
