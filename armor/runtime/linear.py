@@ -4,7 +4,7 @@ It holds the packed tensors of the checkpoint, and `state_dict` is always those.
 `armor.runtime.cpu` multiplies with them as they are. Elsewhere (another device or dtype, no compiler at installation)
 dense matrix products do. A layer then unpacks its core in every forward pass and keeps nothing, unless `unpack` has
 traded the packed values for the dense core, in the same dtype: as fast as a dense linear but for the blocks, in the
-memory of a dense linear plus one bit a weight and the blocks. The packed values are recovered exactly, being core[mask].
+memory of a dense linear plus one bit a weight and the blocks. The packed values are recovered exactly: core[mask].
 
 The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 """
