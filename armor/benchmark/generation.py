@@ -110,6 +110,11 @@ def _summary(runs: list[float]) -> dict:
     return {"median": statistics.median(runs), "quartiles": [quartiles[0], quartiles[2]], "runs": runs}
 
 
+def _speedup(runs: dict[str, list[float]]) -> float:
+    """How many times as fast as dense: the median over the rounds, so that what else ran falls on both sides."""
+    return statistics.median(ours / dense for ours, dense in zip(runs["compressed"], runs["dense"], strict=True))
+
+
 def benchmark(
     source: Path | str,
     checkpoint: Path | str | None,
@@ -120,8 +125,8 @@ def benchmark(
     """Measure the dense model in `source` and, unless None, the compressed one in `checkpoint`; write {case}.json.
 
     Both are Hugging Face folders, `output` is the file to write. Each side holds bytes_on_disk, bits_per_weight,
-    resident_bytes, load_seconds and decode_tokens_per_second (median, quartiles, runs). Raises ArmorError for a folder
-    that is not a model.
+    resident_bytes, load_seconds and decode_tokens_per_second (median, quartiles, runs); decode_speedup is the median
+    ratio of a round. Raises ArmorError for a folder that is not a model.
     """
     start = time.perf_counter()
     output = Path(output)
@@ -153,6 +158,7 @@ def benchmark(
         "recipe": "dense" if checkpoint is None else folders["compressed"].resolve().parent.name,
         "dense": sides["dense"],
         "compressed": sides.get("compressed"),
+        "decode_speedup": _speedup(runs) if checkpoint is not None else None,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(device),
         "settings": settings.model_dump(mode="json"),
