@@ -77,12 +77,16 @@ def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
 
 @app.command()
 def inspect(source: Source, output: Output) -> None:
-    """Find the decoder layers and their linears -> model.json."""
+    """Find the decoder layers and their linears -> model.json, and say what blocks would cost."""
     _prepare(1)
+    from armor.core.cost import block_costs
     from armor.model.inspect import inspect
     from armor.model.source import open_source
+    from armor.model.topology import read_topology
 
     inspect(open_source(source), output)
+    for line in block_costs(read_topology(output)):
+        print(line)
 
 
 @app.command()

@@ -152,7 +152,7 @@ def decode(name: str, work: Path) -> dict:
     topology = read_topology(work / "model.json")
     settings = LayerSettings(method="armor", block_size=64, solver={"iterations": 1})
     for layer in topology.layers:
-        ones = {l.name: Statistics(torch.ones(l.in_features), None, 1) for l in layer.linears}
+        ones = {linear.name: Statistics(torch.ones(linear.in_features), None, 1) for linear in layer.linears}
         write_statistics(work / "ones.safetensors", ones, {name: name for name in ones}, topology.fingerprint)
         output = work / "layers" / f"layer_{layer.index}.safetensors"
         factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)

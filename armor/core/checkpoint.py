@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -74,6 +75,12 @@ class PackedLinear:
         if d := self.right_block_size:
             shapes["right"] = (self.in_features // d, d, d)
         return shapes
+
+    def bits_per_weight(self, bits: int) -> float:
+        """What one entry of the weight takes, in a dtype of `bits` bits; the mask takes one bit for each column."""
+        shapes = self.shapes()
+        mask = 8 * math.prod(shapes.pop("core_mask"))
+        return (mask + bits * sum(map(math.prod, shapes.values()))) / (self.out_features * self.in_features)
 
 
 def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:

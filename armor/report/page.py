@@ -21,6 +21,7 @@ from armor.report.results import ModelResults, RecipeResults, read_results
 from armor.report.tables import (
     METHODS,
     benchmark_table,
+    bits_table,
     csv_text,
     evaluation_table,
     html_table,
@@ -151,13 +152,16 @@ def summarize(model: ModelResults) -> list[str]:
 
 
 def _block_sizes(model: ModelResults) -> list[str]:
-    """Where the block size asked for does not divide a dimension: which sizes serve."""
+    """Where the block size asked for does not divide a dimension or costs more than it saves: which do."""
     notes = []
     for recipe in model.compressed:
         used = {d for module in recipe.modules for d in (module.block_size or {}).values()}
         if recipe.pair.method == "armor" and used - {recipe.pair.block_size}:
             asked, sizes = recipe.pair.block_size, " and ".join(map(str, sorted(used)))
             notes.append(f"{recipe.name}: blocks of {asked} were asked for, {sizes} divide the dimensions.")
+        if larger := model.larger_than_dense(recipe):
+            names = ", ".join(larger)
+            notes.append(f"{recipe.name}: the blocks make {names} larger than dense; keep them dense, or lower blocks.")
     return notes
 
 
@@ -185,6 +189,9 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
             "quartiles, and that of the dense model in the same process, in turn."
         )
         tables.append((f"Memory and speed: {case}", benchmark_table(model, case, f"{name}-benchmark-{index}"), caption))
+    if model.topology and model.compressed:
+        caption = "Bits per weight of each linear of a decoder layer, blocks and mask included; ! is more than dense."
+        tables.append(("Bits per weight by linear", bits_table(model, f"{name}-bits"), caption))
     caption = "Time summed over a stage's jobs, and the most memory that one of them held."
     tables.append(("Time and memory by stage", stage_table(model, f"{name}-stages"), caption))
     return {

@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import fmean
 
 from armor.config import ReportPair, ReportSettings
+from armor.core.checkpoint import PackedLinear
+from armor.core.nm import Pattern
 from armor.errors import ArmorError
 from armor.execution.files import read_json
-from armor.model.topology import Topology, read_topology
+from armor.model.topology import Linear, Topology, read_topology
 
-__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "read_results"]
+__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "bits_of", "read_results"]
 
 COLUMNS = (
     "model",
@@ -54,6 +56,7 @@ class Module:
     loss: float
     start_loss: float | None
     block_size: dict[str, int] | None
+    pattern: str | None
     trace: list[tuple[int, float, float]]
 
 
@@ -86,7 +89,8 @@ class RecipeResults:
             for name, module in record["modules"].items():
                 short = re.sub(rf"^.*?\b{record['layer']}\.", "", name)
                 loss, start, trace = module["loss"], module.get("start_loss"), module.get("trace") or []
-                found.append(Module(record["layer"], short, loss, start, module.get("block_size"), trace))
+                blocks, pattern = module.get("block_size"), module.get("pattern")
+                found.append(Module(record["layer"], short, loss, start, blocks, pattern, trace))
         return found
 
     def measured(self, benchmark: str | None = None) -> dict | None:
@@ -129,7 +133,7 @@ class RecipeResults:
         if not self.dense and self.checkpoint:
             bits, size = self.checkpoint["bits_per_weight"], self.checkpoint["checkpoint_bytes"]
         elif self.dense and self.source:
-            bits = float(re.sub(r"\D+(\d+).*", r"\1", self.source["dtype"]))  # bfloat16 has 16
+            bits = float(bits_of(self.source["dtype"]))
             size = sum(file["bytes"] for file in self.source["files"].values())
         losses = [module.loss for module in self.modules] if self.complete else []
         measured = self.measured()
@@ -179,11 +183,32 @@ class ModelResults:
     def module_order(self) -> list[str]:
         """The names of the linears within a layer, in the model's own order where model.json is there."""
         if self.topology:
-            layers = self.topology.layers
-            names = (linear.name.removeprefix(f"{layer.prefix}.") for layer in layers for linear in layer.linears)
-        else:
-            names = (module.name for recipe in self.compressed for module in recipe.modules)
-        return list(dict.fromkeys(names))
+            return list(self._linears())
+        return list(dict.fromkeys(module.name for recipe in self.compressed for module in recipe.modules))
+
+    def _linears(self) -> dict[str, Linear]:
+        """One linear of each name within a decoder layer."""
+        layers = self.topology.layers if self.topology else ()
+        return {linear.name.removeprefix(f"{layer.prefix}."): linear for layer in layers for linear in layer.linears}
+
+    def module_bits(self, recipe: RecipeResults) -> dict[str, float]:
+        """Bits per weight that `recipe` takes on each linear of a layer, from the format; the mean over layers.
+
+        A linear that stays dense counts with its own dtype. Empty where model.json is not there.
+        """
+        done = {(module.layer, module.name): module for module in recipe.modules}
+        found: dict[str, list[float]] = {}
+        for layer in self.topology.layers if self.topology else ():
+            for linear in layer.linears:
+                name = linear.name.removeprefix(f"{layer.prefix}.")
+                if module := done.get((layer.index, name)):
+                    found.setdefault(name, []).append(_bits(linear, module))
+        return {name: fmean(bits) for name, bits in found.items()}
+
+    def larger_than_dense(self, recipe: RecipeResults) -> list[str]:
+        """The linears that take more than their dense weight would, because of their blocks."""
+        dense = {n: bits_of(linear.dtype) for n, linear in self._linears().items()}
+        return [name for name, bits in self.module_bits(recipe).items() if bits > dense[name]]
 
     def evaluation_names(self) -> list[str]:
         """The evaluations that were asked for, in order."""
@@ -192,6 +217,20 @@ class ModelResults:
     def benchmark_names(self) -> list[str]:
         """The benchmarks that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
+
+
+def bits_of(dtype: str) -> int:
+    """The bits of a dtype by its name: bfloat16 has 16."""
+    return int(re.sub(r"\D+(\d+).*", r"\1", dtype))
+
+
+def _bits(linear: Linear, module: Module) -> float:
+    bits, blocks = bits_of(linear.dtype), module.block_size or {}
+    if module.pattern is None:  # it stays dense
+        return bits
+    sides = (blocks.get("left"), blocks.get("right"))
+    layout = PackedLinear(linear.out_features, linear.in_features, Pattern.parse(module.pattern), *sides)
+    return layout.bits_per_weight(bits)
 
 
 def _read(kind: str, path: Path) -> dict | None:

@@ -225,6 +225,16 @@ def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
     return _html(cells, name)
 
 
+def bits_table(model: ModelResults, name: str) -> str:
+    """Bits per weight of all recipes on each linear of a decoder layer, as an HTML table; ! where dense takes less."""
+    cells = {}
+    for recipe in model.compressed:
+        bits = model.module_bits(recipe)
+        larger = model.larger_than_dense(recipe)
+        cells[recipe.name] = {linear: f"{bits[linear]:.2f}" + "!" * (linear in larger) for linear in bits}
+    return _html(cells, name)
+
+
 def stage_table(model: ModelResults, name: str) -> str:
     """Seconds and peak memory of every stage of a model's recipes, as an HTML table."""
 

@@ -225,6 +225,15 @@ def test_the_summary_says_what_was_lost_and_saved(results):
     assert missing(model) == []
 
 
+def test_linears_that_their_blocks_make_larger_are_named(results):
+    page = page_of(results)
+    assert "armor: the blocks make self_attn.k_proj, self_attn.v_proj larger than dense" in page
+    table = page[page.index(">Bits per weight by linear</h3>") :]
+    assert re.findall(r">([\d.]+!?)</td>", table[: table.index("</table>")])[-7:] == [
+        *("12.56", "16.11!", "16.11!", "12.56", "11.44", "11.44", "11.44")
+    ]
+
+
 def test_ratios_have_the_error_of_paired_blocks(own):
     path = own / MODEL / "armor" / "evaluation" / "wikipedia.json"
     dense = read_json(own / MODEL / "dense" / "evaluation" / "wikipedia.json")
