@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound=BaseModel)
-Method = Literal["dense", "magnitude", "wanda", "nowag", "armor"]
+Method = Literal["dense", "magnitude", "wanda", "nowag", "sparsegpt", "armor"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -174,7 +174,7 @@ class ModuleSettings(Settings):
     """How one linear is compressed."""
 
     method: Method = "armor"
-    """dense leaves the weight as it is; magnitude, wanda and nowag prune; armor factorizes."""
+    """dense leaves the weight as it is; magnitude, wanda, nowag and sparsegpt prune; armor factorizes."""
     pattern: PatternText = "2:4"
     """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
     block_size: int = Field(128, ge=1)
@@ -322,6 +322,12 @@ class Config(Settings):
                 raise ValueError(
                     f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
                     "choose from; name one"
+                )
+            methods = {recipe.method, *(override.method for override in recipe.overrides)}
+            if "sparsegpt" in methods and not self.calibrations[self.calibration_of(name)].gram:
+                raise ValueError(
+                    f"recipes.{name}: sparsegpt needs the Gram matrices of the inputs; set "
+                    f"calibrations.{self.calibration_of(name)}.gram: true"
                 )
         return self
 

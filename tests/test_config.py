@@ -23,6 +23,14 @@ def test_the_dense_model_needs_no_calibration():
     assert config.report_settings().pairs[0].calibration is None
 
 
+@pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])
+def test_sparsegpt_needs_gram_matrices(recipe):
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
+    with pytest.raises(ArmorError, match="recipes.mine: sparsegpt needs .* set calibrations.a.gram: true"):
+        parse_settings(Config, value)
+    parse_settings(Config, value | {"calibrations": {"a": TEXT | {"gram": True}}})
+
+
 def test_a_layer_gets_the_overrides_that_concern_it_and_the_last_one_wins():
     overrides = [{"layers": [1], "block_size": 8}, {"modules": "*.q_proj", "pattern": "4:8"}, {"layers": [0, 1]}]
     recipe = {"block_size": 16, "overrides": overrides, "keep_dense": ["*.k_proj"]}

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from torch import Tensor
 from armor.config import LayerSettings, ModuleSettings
 from armor.core.factors import FORMAT_VERSION, Factorization, write_factors
 from armor.core.nm import Pattern
-from armor.core.statistics import read_statistics
+from armor.core.statistics import Statistics, read_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes
 from armor.factorize import pruning, published, solver
 from armor.factorize.objective import sizes as block_sizes
+from armor.factorize.sparsegpt import sparsegpt
 from armor.model.shards import Shards
 from armor.model.source import Source
 from armor.model.topology import DecoderLayer, Topology
@@ -34,6 +36,7 @@ from armor.model.topology import DecoderLayer, Topology
 __all__ = ["factorize_layer", "seed_of"]
 
 TRACE_POINTS = 100
+Compress: TypeAlias = Callable[[Tensor, Statistics, ModuleSettings, int], Factorization]
 
 
 def factorize_layer(
@@ -54,7 +57,7 @@ def factorize_layer(
     output = Path(output)
     chosen = _layer(source, topology, layer)
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
-    importances = _importances(Path(statistics), topology, chosen, resolved)
+    inputs = _statistics(Path(statistics), topology, chosen, resolved)
     shards = Shards(source.path)
     factors: dict[str, Factorization] = {}
     modules: dict[str, dict] = {}
@@ -68,9 +71,8 @@ def factorize_layer(
             found = None
         else:
             weight = shards.read(f"{name}.weight").to(device)
-            importance = importances[name].to(device)
             where = f"{shards.folder / linear.shard}: {name}.weight"
-            found = factors[name] = _factorize(weight, importance, asked, seed_of(settings.seed, name), where)
+            found = factors[name] = _factorize(weight, inputs[name], asked, seed_of(settings.seed, name), where)
         modules[name] = _entry(asked.method, found) | {
             "seed": seed_of(settings.seed, name),
             "device": str(device),
@@ -103,12 +105,12 @@ def seed_of(seed: int, module: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
 
 
-def _factorize(weight: Tensor, importance: Tensor, settings: ModuleSettings, seed: int, where: str) -> Factorization:
-    """The factors of weight (out, in) under importance (in,), on the CPU. Raises ArmorError naming `where`."""
+def _factorize(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str) -> Factorization:
+    """The factors of weight (out, in) under its input's statistics, on the CPU. Raises ArmorError naming `where`."""
     if bad := int((~weight.isfinite()).sum()):
         raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
     try:
-        found = METHODS[settings.method](weight, importance, settings, seed)
+        found = METHODS[settings.method](weight, of_input, settings, seed)
     except ValueError as error:
         raise ArmorError(f"{where}: {error}") from error
     if not (math.isfinite(found.loss) and math.isfinite(found.start_loss)):
@@ -135,18 +137,28 @@ def _entry(method: str, found: Factorization | None) -> dict:
     }
 
 
-def _armor(weight: Tensor, importance: Tensor, settings: ModuleSettings, seed: int) -> Factorization:
+def _armor(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int) -> Factorization:
     algorithm = {"fast": solver, "published": published}[settings.solver.algorithm]
     budget = algorithm.Settings(iterations=settings.solver.iterations)
-    return algorithm.solve(
-        weight, importance, pattern=settings.pattern, block_size=settings.block_size, settings=budget, seed=seed
-    )
+    sizes = {"pattern": settings.pattern, "block_size": settings.block_size}
+    return algorithm.solve(weight, of_input.importance.to(weight.device), **sizes, settings=budget, seed=seed)
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, ModuleSettings, int], Factorization]] = {
-    "magnitude": lambda w, d, settings, _: pruning.magnitude(w, d, pattern=settings.pattern),
-    "wanda": lambda w, d, settings, _: pruning.wanda(w, d, pattern=settings.pattern),
-    "nowag": lambda w, d, settings, _: pruning.nowag(w, d, pattern=settings.pattern),
+def _prune(prune: Callable[..., Factorization], *needed: str) -> Compress:
+    """A method of pruning as it is called here; `needed` names the statistics that it takes, in its order."""
+
+    def method(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int) -> Factorization:
+        statistics = (getattr(of_input, name).to(weight.device) for name in needed)
+        return prune(weight, *statistics, pattern=settings.pattern)
+
+    return method
+
+
+METHODS: dict[str, Compress] = {
+    "magnitude": _prune(pruning.magnitude, "importance"),
+    "wanda": _prune(pruning.wanda, "importance"),
+    "nowag": _prune(pruning.nowag, "importance"),
+    "sparsegpt": _prune(sparsegpt, "importance", "gram"),
     "armor": _armor,
 }
 
@@ -162,20 +174,23 @@ def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
     raise ArmorError(f"layer {index}: the model has layers 0 to {len(topology.layers) - 1}")
 
 
-def _importances(
+def _statistics(
     file: Path, topology: Topology, layer: DecoderLayer, resolved: dict[str, ModuleSettings]
-) -> dict[str, Tensor]:
-    """The importance (in,) of every linear's input, by name; empty where all stays dense."""
+) -> dict[str, Statistics]:
+    """The statistics of every linear's input, by name; empty where all stays dense."""
     if all(settings.method == "dense" for settings in resolved.values()):
         return {}
-    found = read_statistics(file, topology.fingerprint, gram=False)
+    with_gram = {name for name, settings in resolved.items() if settings.method == "sparsegpt"}
+    found = read_statistics(file, topology.fingerprint, gram=bool(with_gram))
     for linear in layer.linears:
         if linear.name not in found:
             raise ArmorError(f"{file}: no statistics of the input of {linear.name}; calibrate again")
+        if linear.name in with_gram and found[linear.name].gram is None:
+            raise ArmorError(f"{file}: no Gram matrix of the input of {linear.name}; calibrate with gram: true")
         shape = tuple(found[linear.name].importance.shape)
         if shape != (linear.in_features,):
             raise ArmorError(f"{file}: {linear.name}: importance of shape {shape}, expected ({linear.in_features},)")
-    return {name: statistics.importance for name, statistics in found.items()}
+    return found
 
 
 def _possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:

@@ -31,7 +31,14 @@ __all__ = [
 ]
 
 GAP = "–"
-METHODS = {"dense": "dense", "magnitude": "magnitude", "wanda": "Wanda", "nowag": "NoWag-P", "armor": "ARMOR"}
+METHODS = {
+    "dense": "dense",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "nowag": "NoWag-P",
+    "sparsegpt": "SparseGPT",
+    "armor": "ARMOR",
+}
 HIGHER_IS_BETTER = ("decode_tokens_per_second",)
 COMPARED = (
     "perplexity",

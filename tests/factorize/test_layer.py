@@ -12,6 +12,7 @@ from armor.core.statistics import Statistics, write_statistics
 from armor.errors import ArmorError
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.factorize.objective import Objective, relative_loss
+from armor.factorize.pruning import magnitude
 from armor.model.shards import Shards
 from tests.packed import edit_tensors, opened, prepared
 
@@ -67,6 +68,21 @@ def test_pruning_keeps_the_weights_own_values(root, tmp_path, method, pattern):
         entry = record["modules"][name]
         assert entry["block_size"] is None and 0 < entry["start_loss"] <= entry["loss"] < 1
         assert method != "nowag" or entry["loss"] == entry["start_loss"]
+
+
+def test_sparsegpt_takes_the_gram_matrices(root, tmp_path):
+    settings, output = LayerSettings(method="sparsegpt"), tmp_path / "layer_1.safetensors"
+    with pytest.raises(ArmorError, match="no Gram matrix of the input of .*; calibrate with gram: true"):
+        run(root, output, settings)
+    topology = opened(root)[1]
+    features = {linear.name: linear.in_features for linear in topology.layers[1].linears}
+    inputs = {name: Statistics(torch.ones(n), torch.eye(n), 8) for name, n in features.items()}
+    write_statistics(tmp_path / "s.safetensors", inputs, {name: name for name in inputs}, topology.fingerprint)
+    record = run(root, output, settings, statistics=tmp_path / "s.safetensors")
+    assert {entry["method"] for entry in record["modules"].values()} == {"sparsegpt"}
+    # Inputs that do not depend on each other leave nothing to make up for: it is magnitude pruning.
+    factors, weight = read_factors(output)[0], Shards(opened(root)[0].path).read(f"{Q}.weight")
+    torch.testing.assert_close(factors[Q].core, magnitude(weight, torch.ones(weight.shape[1])).core)
 
 
 @pytest.mark.parametrize("algorithm", ["fast", "published"])
