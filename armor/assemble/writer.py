@@ -1,27 +1,22 @@
 """Assemble: the factors of all decoder layers and everything else of the source become a checkpoint folder.
 
-Tensors are copied shard by shard, so no more than one shard is in memory. The shards are planned from headers alone,
-and every factors file is checked before the first byte is written. The folder grows under another name and gets its own
-when it is complete, checkpoint.json after that: an interrupted run leaves no checkpoint, never half a one. The same
-input gives the same bytes. The format is in docs/FORMAT.md.
+Tensors are copied shard by shard (`armor.assemble.folder`), so no more than one shard is in memory. Every factors file
+is checked before the first byte is written, and checkpoint.json comes after all else: an interrupted run leaves no
+checkpoint, never half a one. The same input gives the same bytes. The format is in docs/FORMAT.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.core.checkpoint import (
     CHECKSUMS,
     FORMAT_VERSION,
@@ -29,33 +24,17 @@ from armor.core.checkpoint import (
     PackedLinear,
     check_tensor,
     quantization_config,
-    tensor_sha256,
     tombstone,
 )
 from armor.core.nm import Pattern
 from armor.errors import ArmorError
-from armor.execution.files import open_safetensors, read_json, save_safetensors, sha256, write_json
-from armor.execution.log import progress
+from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
-from armor.model.shards import DTYPES, INDEX, SINGLE, Shards
+from armor.model.shards import DTYPES, Shards
 from armor.model.source import Source
 from armor.model.topology import DecoderLayer, Linear, Topology
 
-__all__ = ["MAX_SHARD_BYTES", "assemble"]
-
-MAX_SHARD_BYTES = 5_000_000_000
-# What a model is made of besides config.json and weights: tokenizer, chat template, generation config, licence, code.
-COPIED = ("*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-NOT_COPIED = ("config.json", "*.index.json", CHECKSUMS, "training_args*", "trainer_state*", "optimizer*")
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A tensor of the checkpoint: its name, and the file that it is copied from (None: the tombstone)."""
-
-    name: str
-    bytes: int
-    file: Path | None
+__all__ = ["assemble"]
 
 
 @dataclass(frozen=True)
@@ -85,37 +64,37 @@ def assemble(
     shards = Shards(source.path)
     layers = [_read_layer(factors, layer, topology.fingerprint) for layer in topology.layers]
     modules = {name: layout for layer in layers for name, layout in layer.modules.items()}
-    plan = _plan(shards, layers, modules, max_shard_bytes)
+    origin = {tensor: layer.file for layer in layers for tensor in layer.bytes}
 
-    target, part = output.with_suffix(""), output.with_name(f".{output.stem}.part")
+    def read(name: str) -> Tensor:
+        if modules and name == tombstone(modules):
+            return torch.zeros(1, dtype=torch.uint8)
+        if name in origin:
+            with open_safetensors(origin[name]) as opened:
+                tensor = opened.get_tensor(name)
+        else:
+            tensor = shards.read(name)
+        check_tensor(str(origin.get(name) or shards.folder / shards.file_of(name)), name, tensor, modules)
+        return tensor
+
+    target = output.with_suffix("")
     if target.exists() and not (target / CHECKSUMS).is_file():
         raise ArmorError(
             f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
         )
     output.unlink(missing_ok=True)
-    for old in (target, part):
-        if old.exists():
-            shutil.rmtree(old)
-    part.mkdir(parents=True)
-    try:
-        _check_space(part, sum(item.bytes for items in plan.values() for item in items))
-        sums = _write_shards(part, plan, shards, modules)
-        for file in _others(source.path):
-            shutil.copyfile(file, part / file.name)
+    if target.exists():
+        shutil.rmtree(target)
+    with growing(target) as part:
+        sums = write_tensors(part, _sizes(shards, layers, modules), read, max_shard_bytes, "assemble")
+        copy_others(source.path, part)
         config = read_json(source.path / "config.json")
         if modules:
             config["quantization_config"] = quantization_config(modules)
         write_json(part / "config.json", config)
         statistics = _statistics(topology, layers, shards)
         (part / "README.md").write_text(_card(topology, layers, statistics), encoding="utf-8")
-        files = {file.name: _describe(file) for file in sorted(part.iterdir())}
-        write_json(part / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files, "tensors": sums})
-        files[CHECKSUMS] = _describe(part / CHECKSUMS)
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        raise ArmorError(f"{target}: cannot be written: {error}; make room or choose another folder") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        files = seal(part, sums)
     result = {
         "format_version": FORMAT_VERSION,
         "fingerprint": source.fingerprint,
@@ -190,81 +169,19 @@ def _layout(linear: Linear, entry: dict) -> PackedLinear:
     return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.get("left"), blocks.get("right"))
 
 
-def _plan(
-    shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear], max_shard_bytes: int
-) -> dict[str, list[_Item]]:
-    """The shards by file name: the source's tensors in natural order, compressed weights replaced by factors."""
-    origin = {tensor: (layer.file, size) for layer in layers for tensor, size in layer.bytes.items()}
-    items: list[_Item] = []
-    for name in sorted(shards.names(), key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)]):
+def _sizes(shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear]) -> dict[str, int]:
+    """The bytes of every tensor: the source's in natural order, compressed weights replaced by factors."""
+    packed = {tensor: size for layer in layers for tensor, size in layer.bytes.items()}
+    sizes: dict[str, int] = {}
+    for name in sorted(shards.names(), key=natural):
         module = name.removesuffix(".weight")
         if name == module or module not in modules:
-            items.append(_Item(name, shards.bytes_of(name), shards.folder / shards.file_of(name)))
+            sizes[name] = shards.bytes_of(name)
             continue
-        for suffix in (s for s in SUFFIXES if f"{module}.{s}" in origin):
-            file, size = origin[f"{module}.{suffix}"]
-            items.append(_Item(f"{module}.{suffix}", size, file))
+        sizes |= {key: packed[key] for key in (f"{module}.{suffix}" for suffix in SUFFIXES) if key in packed}
         if name == tombstone(modules):
-            items.append(_Item(name, 1, None))
-    pieces: list[list[_Item]] = [[]]
-    for item in items:
-        if pieces[-1] and sum(other.bytes for other in pieces[-1]) + item.bytes > max_shard_bytes:
-            pieces.append([])
-        pieces[-1].append(item)
-    if len(pieces) == 1:
-        return {SINGLE: pieces[0]}
-    return {f"model-{i:05}-of-{len(pieces):05}.safetensors": piece for i, piece in enumerate(pieces, 1)}
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ArmorError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; make room there")
-
-
-def _write_shards(
-    folder: Path, plan: dict[str, list[_Item]], shards: Shards, modules: dict[str, PackedLinear]
-) -> dict[str, str]:
-    """Write every shard, and the index if there are several. Returns the SHA-256 of every tensor."""
-    sums: dict[str, str] = {}
-    for name, items in progress(plan.items(), "assemble", total=len(plan), unit="shard"):
-        with ExitStack() as stack:
-            tensors = dict(_read(stack, items, shards, modules))
-            sums |= {key: tensor_sha256(tensor) for key, tensor in tensors.items()}
-            save_safetensors(folder / name, tensors, {"format": "pt"})  # one entry: several come in random order
-            del tensors
-    if len(plan) > 1:
-        weight_map = {item.name: name for name, items in plan.items() for item in items}
-        total = sum(item.bytes for items in plan.values() for item in items)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return sums
-
-
-def _read(
-    stack: ExitStack, items: list[_Item], shards: Shards, modules: dict[str, PackedLinear]
-) -> Iterator[tuple[str, Tensor]]:
-    opened: dict[Path, object] = {}
-    for item in items:
-        if item.file is None:
-            tensor = torch.zeros(1, dtype=torch.uint8)
-        elif item.name in shards:
-            tensor = shards.read(item.name)
-        else:
-            if item.file not in opened:
-                opened[item.file] = stack.enter_context(open_safetensors(item.file))
-            tensor = opened[item.file].get_tensor(item.name)  # type: ignore[attr-defined]
-        check_tensor(str(item.file), item.name, tensor, modules)
-        yield item.name, tensor
-
-
-def _others(folder: Path) -> list[Path]:
-    """The files of the source that are copied as they are."""
-    files = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
-    return sorted(files - {file for pattern in NOT_COPIED for file in folder.glob(pattern)})
-
-
-def _describe(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            sizes[name] = 1
+    return sizes
 
 
 def _statistics(topology: Topology, layers: list[_Layer], shards: Shards) -> dict[str, float]:
@@ -331,6 +248,6 @@ Without `import armor.hf` loading stops with a shape error: that is on purpose. 
 |---|---|---|---|---|
 {table}
 
-The loss is the share of the calibration-weighted norm of W that is lost. The linears of the decoder layers take {bits}
-bits per weight, {dense_bits} in the source. Fingerprint of the source: `{fingerprint}`.
+The loss is the share of the calibration-weighted norm of W that is lost. Packed, the linears of the decoder layers take
+{bits} bits per weight, {dense_bits} in the source. Fingerprint of the source: `{fingerprint}`.
 """

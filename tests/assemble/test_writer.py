@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from armor.assemble import writer
+from armor.assemble import folder
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config import LayerSettings, Override
@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_meanwhile(copy, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "save_safetensors", full)
+    monkeypatch.setattr(folder, "save_safetensors", full)
     refused(copy, "checkpoint: cannot be written: .*No space left on device")
 
 
