@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -143,11 +143,35 @@ def assemble(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")]) -> None:
-    """Check a packed checkpoint: files, hashes, shapes, dtypes, patterns, numbers."""
-    from armor.assemble.verify import verify
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    against: Annotated[Path | None, typer.Option(help="The source (source.json, or its folder) to compare to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Check a packed checkpoint: files, hashes, shapes, dtypes, patterns, numbers; beside its source, its errors."""
+    _prepare(threads)
+    from armor.assemble.verify import table, verify
 
-    print(json.dumps(verify(folder), indent=1, sort_keys=True))
+    summary = verify(folder, against and _folder(against))
+    print(json.dumps(summary, indent=1, sort_keys=True) if as_json else table(summary))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Unset: the checkpoint's own.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Multiply a packed checkpoint out to a plain dense model, which loads without armor."""
+    _prepare(threads)
+    from armor.assemble.export import export
+
+    done = export(folder, output, dtype)
+    print(f"{output}: {done['tensors']} tensors, {done['modules']} multiplied out, {done['bytes'] / 1e6:,.1f} MB")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ def armor(*arguments, folder):
         (["fetch", "--settings", "{fodler: m}", "--output", "source.json"], "--settings: fodler: unknown key; did you"),
         (["inspect", "--source", ".", "--output", "binary/model.json"], "binary is not a folder that you may write to"),
         (["inspect", "--source", ".", "--output", "."], ".: is a folder; expected the name of a file to write"),
+        (["verify", "absent"], "absent: holds no config.json; expected the folder of a checkpoint"),
+        (["export", ".", "--output", "binary"], "binary: is there already; expected the name of a folder that is new"),
         (["summary", "."], "summary.json: no such file; run the stage that writes it first"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -51,3 +54,12 @@ def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     done = armor("--debug", "check", "absent.yaml", folder=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_verify_prints_a_table_or_json_and_export_what_it_wrote(root):
+    done = armor("verify", "checkpoint", "--against", "source", folder=root)
+    assert done.returncode == 0 and done.stdout.startswith("checkpoint: sound\n") and "down_proj" in done.stdout
+    done = armor("verify", "checkpoint", "--json", folder=root)
+    assert json.loads(done.stdout)["modules"] == 14
+    done = armor(*"export checkpoint --output dense --dtype float16".split(), folder=root)
+    assert done.returncode == 0 and done.stdout.startswith("dense: 21 tensors, 14 multiplied out, "), done.stderr

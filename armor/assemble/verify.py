@@ -1,6 +1,9 @@
-"""Verify: everything that can be wrong with a checkpoint folder, checked; no more than one tensor in memory.
+"""Verify: everything that can be wrong with a checkpoint folder, checked; no more than one linear in memory.
 
-The same checks guard loading (`armor.hf`); here they cover every file that checksums.json lists, and end in a summary.
+The same checks guard loading (`armor.hf`); here they cover every file that checksums.json lists. Beside the source
+model more can be said: how far each A·S·B is from the W that it stands for, and whether all else is the source's to
+the byte. That distance is not what the solver minimises (which weights inputs by their size), so it compares modules
+and checkpoints, and does not rank methods.
 """
 
 from __future__ import annotations
@@ -8,19 +11,32 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from armor.core.checkpoint import CHECKSUMS, SUFFIXES, check_checksums, check_contents, check_headers, modules_of
+import torch
+
+from armor.assemble.folder import natural
+from armor.core.checkpoint import (
+    CHECKSUMS,
+    SUFFIXES,
+    PackedLinear,
+    check_checksums,
+    check_contents,
+    check_headers,
+    modules_of,
+    read_packed,
+    tombstone,
+)
 from armor.errors import ArmorError
 from armor.execution.files import read_json
+from armor.execution.log import progress
 from armor.model.shards import Shards
 
-__all__ = ["verify"]
+__all__ = ["open_checkpoint", "table", "verify"]
 
 
-def verify(folder: Path | str) -> dict:
-    """Check a checkpoint: config, index, shards, names, shapes, dtypes, hashes, patterns, NaN. Returns a summary.
+def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedLinear]]:
+    """config.json, the tensors and the compressed linears of a checkpoint, all but its contents checked.
 
-    `checksums` is false where there is no checksums.json to check by (as after save_pretrained). Raises ArmorError, one
-    line, for the first thing that is wrong.
+    Raises ArmorError, one line, if `folder` is no checkpoint, or for the first thing that is wrong.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -32,6 +48,18 @@ def verify(folder: Path | str) -> dict:
     modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")
     shards = Shards(folder)
     check_headers(shards, modules)
+    return config, shards, modules
+
+
+def verify(folder: Path | str, against: Path | str | None = None) -> dict:
+    """Check a checkpoint: config, index, shards, names, shapes, dtypes, hashes, patterns, NaN. Returns a summary.
+
+    `checksums` is false where there is no checksums.json to check by (as after save_pretrained). With the folder of the
+    source model in `against`, `relative_errors` has ‖W − A·S·B‖ / ‖W‖ (Frobenius) by module, and every other tensor
+    is held against the source's. Raises ArmorError, one line, for the first thing that is wrong.
+    """
+    _, shards, modules = open_checkpoint(folder)
+    source = None if against is None else _open_source(Path(against), shards, modules)
     has_sums = check_checksums(shards)
     check_contents(shards, modules)
     packed = [f"{name}.{suffix}" for name in modules for suffix in SUFFIXES]
@@ -39,7 +67,7 @@ def verify(folder: Path | str) -> dict:
     weights = sum(layout.out_features * layout.in_features for layout in modules.values())
     names = shards.names()
     patterns = Counter(str(layout.pattern) for layout in modules.values())
-    return {
+    summary = {
         "folder": str(folder),
         "shards": len(shards.files),
         "tensors": len(names),
@@ -49,3 +77,86 @@ def verify(folder: Path | str) -> dict:
         "bits_per_weight": 8 * packed_bytes / weights if weights else None,
         "checksums": has_sums,
     }
+    return summary if source is None else summary | _compare(shards, modules, source)
+
+
+def _copied(shards: Shards, modules: dict[str, PackedLinear]) -> list[str]:
+    """The tensors of a checkpoint that are the source's own."""
+    ours = {f"{name}.{suffix}" for name in modules for suffix in SUFFIXES}
+    return [name for name in shards.names() if name not in ours and not (modules and name == tombstone(modules))]
+
+
+def _open_source(folder: Path, shards: Shards, modules: dict[str, PackedLinear]) -> Shards:
+    """The tensors of the source model, whose names and shapes must be those that the checkpoint was made of."""
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("quantization_config"):
+        raise ArmorError(f"{folder}: is quantized itself; expected the dense model that {shards.folder} was made of")
+    source = Shards(folder)
+    expected = {f"{name}.weight": (layout.out_features, layout.in_features) for name, layout in modules.items()}
+    expected |= {name: shards.shape(name) for name in _copied(shards, modules)}
+    if different := sorted(expected.keys() ^ set(source.names()), key=natural):
+        name = different[0]
+        here, there = (folder, shards.folder) if name in expected else (shards.folder, folder)
+        raise ArmorError(f"{here}: {name}: missing, {there} has it; is {folder} the model that was compressed?")
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise ArmorError(
+                f"{folder / source.file_of(name)}: {name}: shape {source.shape(name)}, {shape} in {shards.folder}; is "
+                f"{folder} the model that was compressed?"
+            )
+    return source
+
+
+def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -> dict:
+    """The distance of every compressed linear from the source's; raises ArmorError for another tensor that differs."""
+    copied = _copied(shards, modules)
+    for name in copied:
+        ours, theirs = shards.read(name), source.read(name)
+        if ours.dtype != theirs.dtype or not torch.equal(*(t.view(-1).view(torch.uint8) for t in (ours, theirs))):
+            raise ArmorError(
+                f"{shards.folder / shards.file_of(name)}: {name}: {str(ours.dtype)[6:]} numbers that are not those of "
+                f"{source.folder} ({str(theirs.dtype)[6:]}); is that the model that was compressed?"
+            )
+    errors = {}
+    for name, layout in progress(modules.items(), "compare", total=len(modules), unit="linear"):
+        weight = source.read(f"{name}.weight", torch.float32)
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        distance = weight.sub_(read_packed(shards, name, layout).reconstruct())
+        errors[name] = torch.linalg.vector_norm(distance, dtype=torch.float64).item() / (norm or 1.0)
+    return {"against": str(source.folder), "equal_tensors": len(copied), "relative_errors": errors}
+
+
+def table(summary: dict) -> str:
+    """What `verify` returns, for a terminal: a line for each fact, and relative errors with a row for each layer."""
+    modules, bits = summary["modules"], summary["bits_per_weight"]
+    patterns = ", ".join(f"{count} x {pattern}" for pattern, count in summary["patterns"].items())
+    facts = {
+        "tensors": f"{summary['tensors']:,} in {summary['shards']} file{'s' * (summary['shards'] > 1)}",
+        "size": f"{summary['bytes'] / 1e6:,.1f} MB",
+        "compressed": f"{modules} linears ({patterns}), {bits:.2f} bits per weight" if modules else "nothing",
+        "checksums": "every file is as it was written" if summary["checksums"] else "none here to check by",
+    }
+    if "against" in summary:
+        facts["source"] = f"{summary['against']}: the other {summary['equal_tensors']} tensors are equal"
+    lines = [f"{summary['folder']}: sound", *(f"  {key:<12}{value}" for key, value in facts.items())]
+    if errors := summary.get("relative_errors"):
+        lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", *_grid(errors)]
+        worst = max(errors, key=errors.__getitem__)
+        lines.append(f"mean {sum(errors.values()) / len(errors):.4f}, largest {errors[worst]:.4f} ({worst})")
+    return "\n".join(lines)
+
+
+def _grid(errors: dict[str, float]) -> list[str]:
+    """A row for each layer, a column for each kind of linear: a name is split behind its last number."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, error in sorted(errors.items(), key=lambda item: natural(item[0])):
+        parts = name.split(".")
+        cut = max((i for i, part in enumerate(parts, 1) if part.isdigit()), default=0)
+        cells.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = f"{error:.4f}"
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    heads = [column.rpartition(".")[2] for column in columns]
+    if len(set(heads)) < len(heads):
+        heads = columns
+    width = max(map(len, cells))
+    widths = [max(len(head), 6) for head in heads]
+    rows = [("", heads), *((layer, [row.get(column, "–") for column in columns]) for layer, row in cells.items())]
+    return [f"{layer:<{width}}  " + "  ".join(map(str.rjust, texts, widths)) for layer, texts in rows]

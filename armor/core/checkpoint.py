@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor.core.factors import Factorization
 from armor.core.nm import Pattern, is_nm
-from armor.core.packing import unpack_mask
+from armor.core.packing import unpack, unpack_mask
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.model.shards import INDEX, Shards
@@ -37,6 +38,7 @@ __all__ = [
     "check_tensor",
     "modules_of",
     "quantization_config",
+    "read_packed",
     "tensor_sha256",
     "tombstone",
 ]
@@ -246,6 +248,17 @@ def check_contents(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
     """Check every tensor of a checkpoint, one in memory at a time. Raises ArmorError for the first that is broken."""
     for name in shards.names():
         check_tensor(str(shards.folder / shards.file_of(name)), name, shards.read(name), modules)
+
+
+def read_packed(shards: Shards, name: str, layout: PackedLinear) -> Factorization:
+    """The factors of the compressed linear `name`, checked as they are read. Raises ArmorError if they are broken."""
+    tensors = {}
+    for suffix in layout.shapes():
+        tensor = f"{name}.{suffix}"
+        tensors[suffix] = shards.read(tensor)
+        check_tensor(str(shards.folder / shards.file_of(tensor)), tensor, tensors[suffix], {name: layout})
+    core = unpack(tensors.pop("core_values"), tensors.pop("core_mask"), layout.in_features, layout.pattern)
+    return Factorization(*core, layout.pattern, **tensors)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armor.assemble.verify import verify
+from armor.assemble.verify import table, verify
 from armor.assemble.writer import assemble
 from armor.errors import ArmorError
-from tests.packed import DEFECTS, edit_tensors, opened, packed
+from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed
+from tests.tiny import tiny_model
 
 
-def refused(folder, *parts):
+def refused(folder, *parts, **options):
     with pytest.raises(ArmorError) as error:
-        verify(folder)
+        verify(folder, **options)
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -145,3 +146,51 @@ def test_no_damage_goes_unnoticed(root, tmp_path):
                 content[place : place + 16] = draw.randbytes(16)
         file.write_bytes(content)
         refused(folder, str(folder))
+
+
+def test_beside_the_source_the_errors_are_those_of_the_factors(sharded, root):
+    summary = verify(sharded, root / "source")
+    source = load_file(root / "source/model.safetensors")
+    expected = {}
+    for name, factors in factors_of(root).items():
+        weight = source[f"{name}.weight"].double()
+        expected[name] = float((weight - factors.reconstruct(torch.float64)).norm() / weight.norm())
+    assert summary["relative_errors"] == pytest.approx(expected, rel=1e-5)
+    assert summary["equal_tensors"] == len(source) - len(expected)
+    printed = table(summary)
+    assert "14 linears (14 x 2:4)" in printed and "model.layers.1 " in printed and "down_proj" in printed
+    assert all(f"{error:.4f}" in printed for error in expected.values())
+
+
+def test_a_table_of_names_that_share_their_last_part():
+    errors = {"h.0.a.proj": 0.1, "h.0.b.proj": 0.2, "h.10.a.proj": 0.3, "h.2.b.proj": 0.4}
+    facts = {"folder": "f", "shards": 1, "tensors": 9, "bytes": 9, "modules": 4, "patterns": {"2:4": 4}}
+    summary = facts | {"bits_per_weight": 9.0, "checksums": False, "relative_errors": errors}
+    rows = [line.split() for line in table(summary).splitlines()[-5:-1]]
+    assert rows == [
+        ["a.proj", "b.proj"],
+        ["h.0", "0.1000", "0.2000"],
+        ["h.2", "–", "0.4000"],
+        ["h.10", "0.3000", "–"],
+    ]
+
+
+def test_another_model_is_one_line(root, tmp_path):
+    folder = root / "checkpoint"
+    for name, config, parts in (
+        ("wider", {"intermediate_size": 256}, ("mlp.gate_proj.weight", "(256, 64)", "(128, 64)")),
+        ("shorter", {"layers": 1}, ("shorter: model.layers.1.", "missing")),
+        ("longer", {"layers": 3}, (f"{folder}: model.layers.2.", "missing")),
+        ("other numbers", {"seed": 1}, ("is that the model that was compressed?",)),
+        ("other dtype", {"dtype": torch.bfloat16}, ("float32", "bfloat16")),
+    ):
+        tiny_model(tmp_path / name, **({"layers": 2} | config))
+        refused(folder, *parts, against=tmp_path / name)
+    refused(folder, "quantized itself", against=folder)
+    refused(folder, "nowhere", against=tmp_path / "nowhere")
+
+
+def test_a_tensor_that_is_not_the_sources(checkpoint, root):
+    (checkpoint / "checksums.json").unlink()
+    edit_tensors(checkpoint, lambda tensors: tensors["model.norm.weight"].mul_(1.0001))
+    refused(checkpoint, "model.safetensors: model.norm.weight", against=root / "source")

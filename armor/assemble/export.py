@@ -1,0 +1,101 @@
+"""Export: a packed checkpoint multiplied out to a plain dense model, for programs that know nothing of this format.
+
+Every A·S·B is computed in float32 and rounded once; all else is copied. What was lost in compression stays lost and
+what was saved in bytes is given back: the dense model is as large as the source. Written shard by shard into a folder
+that appears when it is complete (`armor.assemble.folder`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
+from armor.assemble.verify import open_checkpoint
+from armor.core.checkpoint import SUFFIXES, check_checksums, check_tensor, read_packed
+from armor.errors import ArmorError
+from armor.execution.files import write_json
+
+__all__ = ["export"]
+
+
+def export(
+    folder: Path | str, output: Path | str, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict:
+    """Write the checkpoint in `folder` as a dense model to the folder `output`, which must be absent or empty.
+
+    `dtype` (bfloat16, float16 or float32) is that of all floating-point tensors; None keeps each one's own. Returns a
+    summary. Raises ArmorError for a broken checkpoint, an output that is there, numbers too large for `dtype`, or a
+    full disk; nothing is left then.
+    """
+    folder, output = Path(folder), Path(output).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ArmorError(f"{output}: is there already; expected the name of a folder that is new or empty")
+    config, shards, modules = open_checkpoint(folder)
+    check_checksums(shards)
+
+    def target(name: str) -> torch.dtype:
+        own: torch.dtype = getattr(torch, shards.dtype(name))
+        return getattr(torch, dtype) if dtype and own.is_floating_point else own
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name in sorted(shards.names(), key=natural):
+        module, _, suffix = name.rpartition(".")
+        if module not in modules or suffix not in (*SUFFIXES, "weight"):
+            shapes[name], dtypes[name] = shards.shape(name), target(name)
+        elif suffix == "core_values":
+            weight = f"{module}.weight"
+            shapes[weight] = (modules[module].out_features, modules[module].in_features)
+            dtypes[weight] = target(name)
+
+    def read(name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        if name != module and module in modules:
+            tensor = read_packed(shards, module, modules[module]).reconstruct()
+        else:
+            tensor = shards.read(name)
+            check_tensor(str(shards.folder / shards.file_of(name)), name, tensor, modules)
+        rounded = tensor.to(dtypes[name])
+        if rounded is not tensor and (count := int((rounded.isinf() & tensor.isfinite()).sum())):
+            raise ArmorError(
+                f"{folder}: {name}: {count} of {tensor.numel()} numbers are too large for {dtype}; take bfloat16 or "
+                "float32"
+            )
+        return rounded
+
+    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
+    config.pop("quantization_config", None)
+    if dtype:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    with growing(output) as part:
+        sums = write_tensors(part, sizes, read, max_shard_bytes, "export")
+        copy_others(folder, part)
+        write_json(part / "config.json", config)
+        (part / "README.md").write_text(_card(folder, config), encoding="utf-8")
+        files = seal(part, sums)
+    return {"folder": str(output), "tensors": len(sizes), "modules": len(modules), "bytes": sum(sizes.values())} | {
+        "files": sorted(files)
+    }
+
+
+def _card(folder: Path, config: dict) -> str:
+    """README.md: what this is, and what the packed checkpoint's card says was done."""
+    card = folder / "README.md"
+    _, heading, done = card.read_text(encoding="utf-8").partition("## What was done") if card.is_file() else ("",) * 3
+    return CARD.format(model_type=config.get("model_type", "language")) + (f"\n{heading}{done}" if heading else "")
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [armor]
+---
+
+# A {model_type} model compressed by ARMOR, multiplied out
+
+Each compressed weight matrix is A·S·B (arXiv 2510.05528), multiplied out to a plain dense matrix by ARMOR Pipeline: any
+program that reads the source model reads this one, and it is as large.
+"""

@@ -1,0 +1,162 @@
+"""Export: the dense model that a packed checkpoint is, for programs without armor; whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import armor.hf  # noqa: F401
+from armor.assemble import folder
+from armor.assemble.export import export
+from armor.assemble.verify import verify
+from armor.config import LayerSettings
+from armor.errors import ArmorError
+from tests.packed import DEFECTS, edit_tensors, factors_of, packed
+
+TOKENS = torch.arange(40).view(2, 20)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@torch.no_grad()
+def logits(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options)(TOKENS).logits
+
+
+def off(a, b):
+    """The relative distance of logits `a` from `b`."""
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_the_logits_are_those_of_the_packed_model_up_to_one_rounding(tmp_path, family):
+    checkpoint = packed(tmp_path, family) / "checkpoint"
+    expected = logits(checkpoint)
+    for dtype, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 1e-2)):
+        export(checkpoint, tmp_path / dtype, dtype)
+        assert off(logits(tmp_path / dtype, dtype=torch.float32), expected) < tolerance, dtype
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"], ids=str)
+def test_products_are_float32_and_rounded_once(tmp_path, stored, dtype):
+    root = packed(tmp_path, dtype=getattr(torch, stored))
+    export(root / "checkpoint", tmp_path / "dense", dtype)
+    found, source = (load_file(path / "model.safetensors") for path in (tmp_path / "dense", root / "source"))
+    wanted = getattr(torch, dtype or stored)
+    expected = source | {f"{name}.weight": factors.reconstruct() for name, factors in factors_of(root).items()}
+    assert found.keys() == source.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted and torch.equal(tensor, expected[name].to(wanted)), name
+    assert json.loads((tmp_path / "dense/config.json").read_text())["dtype"] == (dtype or stored)
+
+
+def test_it_loads_where_there_is_no_armor(root, tmp_path):
+    export(root / "checkpoint", tmp_path / "dense")
+    code = (
+        "import sys; sys.modules['armor'] = None\n"  # importing it now raises
+        "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model, info = AutoModelForCausalLM.from_pretrained('dense', output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "ids = AutoTokenizer.from_pretrained('dense')('the old city', return_tensors='pt').input_ids\n"
+        "torch.save(model(ids).logits, 'logits.pt'); torch.save(ids, 'ids.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    ids, found = torch.load(tmp_path / "ids.pt"), torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        assert off(found, AutoModelForCausalLM.from_pretrained(root / "checkpoint")(ids).logits) < 1e-4
+
+
+def test_what_is_in_the_folder(root, tmp_path):
+    done = export(root / "checkpoint", tmp_path / "dense")
+    dense = tmp_path / "dense"
+    assert sorted(done["files"]) == sorted(file.name for file in dense.iterdir()) and done["modules"] == 14
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (dense / name).read_bytes() == (root / "source" / name).read_bytes()
+    assert json.loads((dense / "config.json").read_text()) == json.loads((root / "source/config.json").read_text())
+    card = (dense / "README.md").read_text()
+    assert "| armor | 2:4 | 16 / 16 | 14 |" in card and "import armor" not in card
+    assert verify(dense)["modules"] == 0 and verify(dense)["checksums"]
+
+
+def test_shards(root, tmp_path):
+    export(root / "checkpoint", tmp_path / "one")
+    export(root / "checkpoint", tmp_path / "many", max_shard_bytes=60_000)
+    files = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(files) > 3 and not (tmp_path / "many/model.safetensors").exists()
+    together = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    whole = load_file(tmp_path / "one/model.safetensors")
+    assert together.keys() == whole.keys() and all(torch.equal(whole[name], t) for name, t in together.items())
+    assert torch.equal(logits(tmp_path / "many"), logits(tmp_path / "one"))
+
+
+def test_an_all_dense_checkpoint_is_copied(tmp_path):
+    root = packed(tmp_path, settings=LayerSettings(method="dense"))
+    export(root / "checkpoint", tmp_path / "dense")
+    assert (tmp_path / "dense/model.safetensors").read_bytes() == (root / "source/model.safetensors").read_bytes()
+
+
+def refused(checkpoint, output, *parts, **options):
+    """One line, and nothing new beside the checkpoint."""
+    before = sorted(output.parent.rglob("*"))
+    with pytest.raises(ArmorError) as error:
+        export(checkpoint, output, **options)
+    message = str(error.value)
+    assert "\n" not in message and sorted(output.parent.rglob("*")) == before
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_broken_checkpoint(checkpoint, tmp_path, defect, checksums):
+    apply, parts = DEFECTS[defect]
+    apply(checkpoint)
+    if not checksums:
+        (checkpoint / "checksums.json").unlink()
+    refused(checkpoint, tmp_path / "dense", *(() if checksums else parts))
+
+
+def test_an_output_that_is_there(root, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("years of work")
+    for output in (tmp_path / "full", tmp_path / "file", root / "checkpoint"):
+        refused(root / "checkpoint", output, output.name, "is there already")
+    (tmp_path / "empty").mkdir()
+    export(root / "checkpoint", tmp_path / "empty")
+    assert verify(tmp_path / "empty")["shards"] == 1
+
+
+def test_numbers_too_large_for_the_dtype(checkpoint, tmp_path):
+    (checkpoint / "checksums.json").unlink()
+    edit_tensors(checkpoint, lambda tensors: tensors[f"{Q}.left"].mul_(1e9))
+    refused(checkpoint, tmp_path / "dense", f"{Q}.weight", "too large for float16", dtype="float16")
+    export(checkpoint, tmp_path / "dense", "bfloat16")
+
+
+def test_a_full_disk(root, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "save_safetensors", full)
+    refused(root / "checkpoint", tmp_path / "dense", "dense: cannot be written", "No space left")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    refused(root / "checkpoint", tmp_path / "dense", "0.0 GB free")
+
+
+def test_a_dense_model_is_no_checkpoint(root, tmp_path):
+    refused(root / "source", tmp_path / "dense", "config.json", "quant_method")
+
+
+def test_what_a_killed_run_left_is_cleared_away(root, tmp_path):
+    (tmp_path / ".dense.part").mkdir()
+    save_file({"half": torch.zeros(3)}, tmp_path / ".dense.part/model-00001-of-00009.safetensors")
+    export(root / "checkpoint", tmp_path / "dense")
+    assert not (tmp_path / ".dense.part").exists() and len(list((tmp_path / "dense").glob("*.safetensors"))) == 1
