@@ -233,6 +233,14 @@ class Recipe(ModuleSettings):
     overrides: list[Override] = []
     """Exceptions by layer number and module pattern; later ones win."""
 
+    def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
+        """The recipe resolved for decoder layer `layer`."""
+        overrides = [o for o in self.overrides if o.layers is None or layer in o.layers]
+        overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
+        overrides += [Override(modules=pattern, method="dense") for pattern in self.keep_dense]
+        base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
+        return LayerSettings(**base, seed=seed, overrides=overrides)
+
 
 class EvaluationSettings(Settings):
     """Perplexity on blocks of text."""
@@ -363,12 +371,7 @@ class Config(Settings):
 
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""
-        settings = self.recipes[recipe]
-        overrides = [o for o in settings.overrides if o.layers is None or layer in o.layers]
-        overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
-        overrides += [Override(modules=pattern, method="dense") for pattern in settings.keep_dense]
-        base = {key: getattr(settings, key) for key in ModuleSettings.model_fields}
-        return LayerSettings(**base, seed=self.seed, overrides=overrides)
+        return self.recipes[recipe].for_layer(layer, self.seed)
 
 
 def _known(where: str, name: str, known: dict[str, Any]) -> None:

@@ -30,11 +30,12 @@ from armor.core.checkpoint import (
     quantization_config,
     tombstone,
 )
+from armor.core.factors import Factorization
 from armor.errors import ArmorError
 from armor.model.shards import INDEX, Shards
 from armor.runtime.linear import ArmorLinear
 
-__all__ = ["ArmorConfig", "ArmorQuantizer", "swap_linears"]
+__all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears"]
 
 _HOOK = "_adjust_missing_and_unexpected_keys"
 
@@ -154,6 +155,22 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         model.set_submodule(here, layer)
         renamed[here] = layout
     return renamed
+
+
+def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -> None:
+    """Put factorizations in the place of the linears of `model` that they are of, keeping each one's device and bias.
+
+    The model is then as one that was loaded from a checkpoint: it runs packed, and save_pretrained writes a checkpoint.
+    """
+    modules = {}
+    for name, found in factors.items():
+        linear = model.get_submodule(name)
+        layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device)
+        model.set_submodule(name, layer)
+        modules[name] = layer.layout
+    model.hf_quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.hf_quantizer.postprocess_model(model)
 
 
 def _named(name: str, prefix: str, there: Callable[[str], bool]) -> str | None:

@@ -28,7 +28,7 @@ from armor.config import TextSettings
 from armor.errors import ArmorError
 from armor.model.packages import package_file
 
-__all__ = ["clean_article", "describe", "documents", "token_blocks"]
+__all__ = ["blocks", "clean_article", "describe", "documents", "token_blocks"]
 
 SEPARATOR = "\n\n"
 CHARACTERS_PER_TOKEN = 5  # a first guess; English has a little less
@@ -41,8 +41,15 @@ def token_blocks(settings: TextSettings, tokenizer: Any, count: int | None, leng
 
     Raises ArmorError if the text is not there, unreadable, or too short (it says what was found and needed).
     """
+    return blocks(documents(settings), tokenizer, count, length, describe(settings))
+
+
+def blocks(stream: Iterator[str], tokenizer: Any, count: int | None, length: int, where: str) -> Tensor:
+    """The first `count` blocks of `length` tokens of the documents in `stream`, as `token_blocks` makes them.
+
+    Raises ArmorError, naming `where`, if there is too little text.
+    """
     needed = None if count is None else count * length
-    stream = documents(settings)
     texts: list[str] = []
     wanted = None if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
     while True:
@@ -54,7 +61,7 @@ def token_blocks(settings: TextSettings, tokenizer: Any, count: int | None, leng
     needed = needed or length
     if len(tokens) < needed:
         raise ArmorError(
-            f"{describe(settings)}: found {len(tokens)} tokens in {len(texts)} documents, needed "
+            f"{where}: found {len(tokens)} tokens in {len(texts)} documents, needed "
             f"{count or 1} x {length} = {needed}; give more text, or fewer or shorter sequences"
         )
     count = count or len(tokens) // length

@@ -14,6 +14,7 @@ STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark", "report
 GROUND = ("config", "errors", "execution", "model")
 MAY_IMPORT = {
     **{stage: (stage, "runtime", "core", "text", *GROUND) for stage in STAGES},
+    "in_memory": ("factorize", "hf", "core", "text", *GROUND),
     "runtime": ("runtime", "hf", "core", *GROUND),
     "hf": ("runtime", "core", *GROUND),
     "core": ("core", *GROUND),

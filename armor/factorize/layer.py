@@ -33,7 +33,7 @@ from armor.model.shards import Shards
 from armor.model.source import Source
 from armor.model.topology import DecoderLayer, Topology
 
-__all__ = ["factorize_layer", "seed_of"]
+__all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
 
 TRACE_POINTS = 100
 Compress: TypeAlias = Callable[[Tensor, Statistics, ModuleSettings, int], Factorization]
@@ -64,7 +64,7 @@ def factorize_layer(
     for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
         began = time.perf_counter()
         name = linear.name
-        asked, note = _possible(resolved[name], linear.out_features, linear.in_features)
+        asked, note = possible(resolved[name], linear.out_features, linear.in_features)
         if note:
             log.warning("%s: %s", name, note)
         if asked.method == "dense":
@@ -72,7 +72,7 @@ def factorize_layer(
         else:
             weight = shards.read(f"{name}.weight").to(device)
             where = f"{shards.folder / linear.shard}: {name}.weight"
-            found = factors[name] = _factorize(weight, inputs[name], asked, seed_of(settings.seed, name), where)
+            found = factors[name] = factorize_weight(weight, inputs[name], asked, seed_of(settings.seed, name), where)
         modules[name] = _entry(asked.method, found) | {
             "seed": seed_of(settings.seed, name),
             "device": str(device),
@@ -105,7 +105,9 @@ def seed_of(seed: int, module: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
 
 
-def _factorize(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str) -> Factorization:
+def factorize_weight(
+    weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str
+) -> Factorization:
     """The factors of weight (out, in) under its input's statistics, on the CPU. Raises ArmorError naming `where`."""
     if bad := int((~weight.isfinite()).sum()):
         raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
@@ -193,7 +195,7 @@ def _statistics(
     return found
 
 
-def _possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
+def possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
     """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
     if settings.method == "dense":
         return settings, None

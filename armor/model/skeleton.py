@@ -19,12 +19,22 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from armor.errors import ArmorError
 from armor.model.shards import Shards
 
-__all__ = ["Call", "Skeleton", "finite", "load_layer", "load_outside", "open_skeleton", "record", "unload_outside"]
+__all__ = [
+    "Call",
+    "Skeleton",
+    "decoder_layers",
+    "finite",
+    "load_layer",
+    "load_outside",
+    "open_skeleton",
+    "record",
+    "unload_outside",
+]
 
 
 @dataclass(frozen=True)
@@ -84,16 +94,17 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
             f"{folder / 'config.json'}: transformers makes no causal language model of it: {reason}"
         ) from error
     model.eval().requires_grad_(False)
-    prefix, layers = _decoder_layers(model, config, folder)
+    prefix, layers = decoder_layers(model, folder)
     return Skeleton(model, layers, prefix)
 
 
-def _decoder_layers(model: PreTrainedModel, config: PreTrainedConfig, folder: Path) -> tuple[str, nn.ModuleList]:
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of a model and their name in it, like model.layers. ArmorError, naming `where`, if none."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     if not lists:
         raise ArmorError(
-            f"{folder}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
+            f"{where}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
             "expected a decoder-only transformer"
         )
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))

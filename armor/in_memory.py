@@ -1,0 +1,121 @@
+"""`armor.compress`: compress a model that is already in memory, in a notebook say, without files and without Snakemake.
+
+The same statistics, solver and layers as the pipeline's. What is given up is its scale: the whole model is in memory
+and runs on the text at once, the linears are done one after the other on the device that each is on, and nothing is
+kept if the process ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from armor.config import ModuleSettings, Recipe, parse_settings
+from armor.core.factors import Factorization
+from armor.core.statistics import Accumulator, Statistics
+from armor.errors import ArmorError
+from armor.execution.log import log, progress
+from armor.factorize.layer import factorize_weight, possible, seed_of
+from armor.hf import pack_linears
+from armor.model.skeleton import decoder_layers, finite
+from armor.text import blocks
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    recipe: Recipe | dict,
+    *,
+    sequences: int = 32,
+    sequence_length: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Compress the linears of a causal language model's decoder layers, in place, and return it.
+
+    `tokenizer` is the model's; `text` (one or several documents) is what the inputs' statistics are taken on, cut into
+    `sequences` blocks of `sequence_length` tokens (unset: 1,024, or the model's context length if that is less);
+    `recipe` is one as in a configuration (config/README.md), whose `calibration` is not looked at. The model can then
+    generate and be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves
+    the model as it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else parse_settings(Recipe, recipe, "recipe")
+    if not isinstance(model, PreTrainedModel):
+        raise ArmorError(f"{type(model).__name__}: not a model of transformers; expected a causal language model")
+    where = model.name_or_path or type(model).__name__
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ArmorError(f"{where}: the model is quantized already; load it dense")
+    prefix, layers = decoder_layers(model, where)
+    linears: dict[str, nn.Linear] = {}
+    settings: dict[str, ModuleSettings] = {}
+    for index, layer in enumerate(layers):
+        resolved = chosen.for_layer(index, seed)
+        for name, module in layer.named_modules(prefix=f"{prefix}.{index}"):
+            if not isinstance(module, nn.Linear):
+                continue
+            asked, note = possible(resolved.for_module(name), module.out_features, module.in_features)
+            if note:
+                log.warning("%s: %s", name, note)
+            if asked.method != "dense":
+                linears[name], settings[name] = module, asked
+            if module.weight.is_meta:
+                raise ArmorError(f"{where}: {name}: is offloaded; load the model without offloading")
+            if not finite(module.weight):
+                raise ArmorError(f"{where}: {name}: its weight holds NaN or infinity; load the model again")
+    if not linears:
+        return model
+    tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
+    inputs = _statistics(model, linears, {name for name, s in settings.items() if s.method == "sparsegpt"}, tokens)
+    factors: dict[str, Factorization] = {}
+    for name, linear in progress(linears.items(), "factorize", total=len(linears), unit="linear"):
+        weight, chance = linear.weight.detach(), seed_of(seed, name)
+        factors[name] = factorize_weight(weight, inputs[name], settings[name], chance, f"{where}: {name}")
+    pack_linears(model, factors)
+    return model
+
+
+def _tokens(
+    model: PreTrainedModel, tokenizer: Any, text: str | Sequence[str], sequences: int, length: int | None
+) -> Tensor:
+    """The text as tokens (sequences, length) int64."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(1024, context or 1024) if length is None else length
+    if sequences < 1 or length < 2:
+        raise ArmorError(f"found {sequences} sequences of {length} tokens, expected at least 1 of at least 2")
+    if context is not None and length > context:
+        raise ArmorError(f"sequence_length: found {length}, but the model's context length is {context}; lower it")
+    documents = [text] if isinstance(text, str) else text
+    return blocks(iter(documents), tokenizer, sequences, length, "text")
+
+
+def _statistics(
+    model: PreTrainedModel, linears: dict[str, nn.Linear], with_gram: set[str], tokens: Tensor
+) -> dict[str, Statistics]:
+    """The statistics of each linear's input, by name. tokens (sequences, length)."""
+    sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, own=sums[name]: own.add(args[0]))
+        for name, linear in linears.items()
+    ]
+    was_training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for row in progress(tokens, "calibrate", unit="sequence", amount=tokens.shape[1], amount_unit="tokens"):
+                model.base_model(input_ids=row.unsqueeze(0).to(model.device), use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    for name, own in sums.items():
+        if own.tokens == 0:
+            raise ArmorError(f"{name}: no token came by; the model does not use this linear; name it in keep_dense")
+        if not own.finite():
+            raise ArmorError(f"{name}: its input holds NaN or infinity; weights or dtype are not fit for this text")
+    return {name: own.statistics() for name, own in sums.items()}

@@ -1,0 +1,148 @@
+"""armor.compress does in memory what the pipeline does through files."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import armor
+from armor.assemble.verify import verify
+from armor.assemble.writer import assemble
+from armor.calibrate.capture import calibrate
+from armor.config import CalibrationSettings, Override, Recipe, SolverSettings, TextSettings
+from armor.errors import ArmorError
+from armor.factorize.layer import factorize_layer
+from armor.model.inspect import inspect
+from armor.model.source import open_source
+from armor.model.topology import read_topology
+from armor.runtime.linear import ArmorLinear
+from tests.tiny import tiny_model, tiny_text
+
+TOKENS = torch.arange(40).view(2, 20)
+TEXT = tiny_text()
+RECIPE = {"block_size": 16, "solver": {"iterations": 2}}
+SIZES = {"sequences": 4, "sequence_length": 32}
+
+
+def loaded(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def source(request, tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "source", request.param, layers=2)
+
+
+def test_the_factors_are_those_of_the_pipeline(source, tmp_path):
+    overrides = [
+        Override(layers=[1], modules="*.up_proj", method="wanda"),
+        Override(layers=[0], modules="*.up_proj", method="sparsegpt"),
+        Override(modules="*.v_proj", block_size=8),
+    ]
+    recipe = Recipe(block_size=16, solver=SolverSettings(iterations=2), keep_dense=["*.k_proj"], overrides=overrides)
+    (tmp_path / "text.txt").write_text(TEXT)
+    inspect(open_source(source), tmp_path / "model.json")
+    stages = open_source(source), read_topology(tmp_path / "model.json")
+    settings = CalibrationSettings(text=TextSettings(files=[str(tmp_path / "text.txt")]), gram=True, **SIZES)
+    calibrate(*stages, settings, tmp_path / "calibration.json")
+    for layer in (0, 1):
+        file = f"layer_{layer}.safetensors"
+        factorize_layer(*stages, layer, tmp_path / file, recipe.for_layer(layer, 7), tmp_path / "layers" / file)
+    assemble(*stages, tmp_path / "layers", tmp_path / "checkpoint.json")
+
+    model = armor.compress(*loaded(source), TEXT, recipe, **SIZES, seed=7)
+    expected, found = loaded(tmp_path / "checkpoint")[0].state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, dtype):
+    model, tokenizer = loaded(source, dtype=dtype)
+    dense = logits(model)
+    assert armor.compress(model, tokenizer, [TEXT, TEXT], RECIPE, **SIZES) is model
+    assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == 14
+    compressed = logits(model)
+    assert compressed.dtype == dtype and not torch.equal(compressed, dense)
+    assert (compressed - dense).norm() < 0.9 * dense.norm()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 256}
+    text = model.generate(TOKENS, **options)
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path)["modules"] == 14
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(logits(again), compressed) and torch.equal(again.generate(TOKENS, **options), text)
+
+
+def test_by_default_as_long_as_the_context_and_training_goes_on(source):
+    model, tokenizer = loaded(source)
+    model.train()
+    armor.compress(model, tokenizer, TEXT, RECIPE | {"method": "wanda"}, sequences=2)  # 2 x 128 tokens
+    assert model.training
+    with pytest.raises(ArmorError, match=r"needed 1000 x 128 = 128000"):
+        armor.compress(*loaded(source), TEXT, RECIPE, sequences=1000)
+
+
+def test_an_all_dense_recipe_changes_nothing(source):
+    model, tokenizer = loaded(source)
+    assert armor.compress(model, tokenizer, "", {"method": "dense"}) is model
+    assert getattr(model, "hf_quantizer", None) is None and type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def infinite(model):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("inf")
+
+
+def broken_embedding(model):
+    model.model.embed_tokens.weight.data[:] = float("nan")
+
+
+def offloaded(model):
+    model.model.layers[1].to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (None, {"recipe": {"blok_size": 3}}, r"recipe: blok_size: unknown key; did you mean block_size\?"),
+        (None, {"text": "short"}, r"text: found 5 tokens in 1 documents, needed 4 x 32"),
+        (None, {"sequence_length": 129}, "context length is 128"),
+        (None, {"sequences": 0}, "at least 1"),
+        (infinite, {}, r"layers\.1\.mlp\.up_proj: its weight holds NaN"),
+        (broken_embedding, {}, r"layers\.0\.self_attn\.q_proj: its input holds NaN"),
+        (offloaded, {}, r"layers\.1\..*: is offloaded"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (next(iter(value), "") if isinstance(value, dict) else ""),
+)
+def test_a_mistake_is_one_line_and_leaves_the_model_dense(source, change, options, said):
+    model, tokenizer = loaded(source)
+    if change:
+        change(model)
+    given = {"text": TEXT, "recipe": RECIPE | {"method": "nowag"}} | SIZES | options
+    with pytest.raises(ArmorError, match=said) as error:
+        armor.compress(model, tokenizer, given.pop("text"), given.pop("recipe"), **given)
+    assert "\n" not in str(error.value)
+    assert not any(isinstance(module, ArmorLinear) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_is_no_dense_model_of_transformers(source):
+    with pytest.raises(ArmorError, match="Linear: not a model of transformers"):
+        armor.compress(nn.Linear(4, 4), None, TEXT, RECIPE)
+    model = armor.compress(*loaded(source), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
+    with pytest.raises(ArmorError, match="quantized already"):
+        armor.compress(model, None, TEXT, RECIPE)
+
+
+def test_importing_armor_stays_light():
+    code = "import sys, armor; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'expand'"):
+        _ = armor.expand
