@@ -7,6 +7,10 @@ traded the packed values for the dense core, in the same dtype: as fast as a den
 memory of a dense linear plus one bit a weight and the blocks. The packed values are recovered exactly: core[mask].
 
 The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
+
+To whoever asks it is an nn.Linear, for that is what libraries look for that do something with linears (PEFT puts its
+adapters on them). It has no dense weight, though: `weight` tells where and in which dtype the layer computes, and all
+else that is asked of it is one clear error instead of numbers that would be wrong.
 """
 
 from __future__ import annotations
@@ -19,12 +23,30 @@ from armor.core import blockdiag
 from armor.core.checkpoint import PackedLinear
 from armor.core.factors import Factorization
 from armor.core.packing import unpack, unpack_mask
+from armor.errors import ArmorError
 from armor.runtime import cpu
 
 __all__ = ["ArmorLinear"]
 
 
-class ArmorLinear(nn.Module):
+class _NoWeightError(ArmorError, AttributeError):
+    """Both, so that hasattr and getattr with a default may ask a weight that is not there for anything."""
+
+
+class _NoWeight:
+    """The weight of an ArmorLinear to libraries that ask for one: its device, dtype and shape (out, in)."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        self.device, self.dtype, self.shape = device, dtype, torch.Size(shape)
+
+    def __getattr__(self, name: str) -> None:
+        raise _NoWeightError(
+            f"weight.{name}: an ArmorLinear holds A, S and B, no dense weight to read or change; to merge an adapter, "
+            "load the model anew, call its dequantize(), and put the adapter on that"
+        )
+
+
+class ArmorLinear(nn.Linear):
     """A linear of the given `layout`, its tensors empty until a checkpoint or `load` fills them.
 
     Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
@@ -39,7 +61,8 @@ class ArmorLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
+        self._is_hf_initialized = True  # for transformers, which would draw a weight at random
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self.group = layout.pattern.group(layout.in_features)[1]
@@ -72,6 +95,17 @@ class ArmorLinear(nn.Module):
         if self.left is not None:
             x = blockdiag.multiply(self.left, x)
         return x if self.bias is None else x + self.bias
+
+    @property
+    def weight(self) -> _NoWeight:
+        """Device, dtype and shape of the weight that is not there; see the module's docstring."""
+        held = self.core if self.is_unpacked else self.core_values
+        return _NoWeight(held.device, held.dtype, (self.out_features, self.in_features))
+
+    @weight.setter
+    def weight(self, value: _NoWeight) -> None:
+        if not isinstance(value, _NoWeight):  # PEFT hands a layer its own when it takes an adapter off
+            raise _NoWeightError("an ArmorLinear takes no dense weight; call the model's dequantize() first")
 
     def dense_core(self) -> Tensor:
         """S, dense (out, in), in the layer's dtype."""

@@ -8,6 +8,7 @@ from armor.core import blockdiag
 from armor.core.checkpoint import PackedLinear
 from armor.core.factors import Factorization
 from armor.core.nm import Pattern, top_n_mask
+from armor.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
 
 # pattern, out, in, left block, right block
@@ -124,3 +125,18 @@ def test_weights_that_are_elsewhere_are_not_unpacked():
     with torch.device("meta"):
         layer = ArmorLinear(PackedLinear(8, 16, Pattern(2, 4), 4, 8), bias=True)
     assert not layer.unpack().is_unpacked and layer.core_values.is_meta
+
+
+def test_to_others_it_is_a_linear_without_a_weight():
+    layer = ArmorLinear.of(factorization(*LAYOUTS[0], dtype=torch.bfloat16))
+    for held in (layer, copy.deepcopy(layer).unpack()):
+        assert isinstance(held, torch.nn.Linear) and "weight" not in held.state_dict()
+        assert (held.weight.dtype, held.weight.shape) == (torch.bfloat16, (24, 32))
+        assert held.weight.device == held.core_mask.device and getattr(held.weight, "quant_state", None) is None
+        with pytest.raises(ArmorError, match=r"weight\.data: .* no dense weight"):
+            held.weight.data += 1
+        with pytest.raises(ArmorError, match="takes no dense weight"):
+            held.weight = torch.zeros(24, 32)
+        with pytest.raises(KeyError):
+            held.weight = torch.nn.Parameter(torch.zeros(24, 32))
+        held.weight = held.weight

@@ -1,0 +1,111 @@
+"""PEFT on packed linears, through nothing but its public doors: to it an ArmorLinear is an nn.Linear."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import armor.hf  # noqa: F401
+from armor.errors import ArmorError
+from armor.runtime.linear import ArmorLinear
+from tests.packed import factors_of
+
+TOKENS = torch.arange(40).view(2, 20)
+
+
+def load(root, **options):
+    return AutoModelForCausalLM.from_pretrained(root / "checkpoint", **options)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def steps(model, count=5):
+    """Losses of a few steps on TOKENS."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(count):
+        loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory):
+    """An adapter's folder, and the logits of the model it was trained on."""
+    model = get_peft_model(load(root), LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
+    losses = steps(model)
+    assert losses[-1] < 0.9 * losses[0]
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+def test_the_adapter_alone_is_trained(root):
+    model = get_peft_model(load(root), LoraConfig(target_modules="all-linear", r=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps(model, 1)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert {name.partition(".lora_")[0] for name in changed} == {f"base_model.model.{n}" for n in factors_of(root)}
+
+
+def test_every_way_to_load_the_adapter_gives_the_same_logits(root, trained):
+    folder, expected = trained
+    assert not torch.equal(expected, logits(load(root)))
+    assert torch.equal(logits(PeftModel.from_pretrained(load(root), folder)), expected)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+    model = load(root)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits(model), expected)
+
+
+def test_taking_it_off_leaves_the_packed_model(root, trained):
+    model = PeftModel.from_pretrained(load(root), trained[0])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load(root)))
+    model = model.unload()
+    assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == 14
+    assert torch.equal(logits(model), logits(load(root)))
+
+
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "unpacked"])
+def test_merging_is_refused_in_one_line_and_changes_nothing(root, trained, unpacked):
+    base = load(root)
+    if unpacked:
+        for module in base.modules():
+            if isinstance(module, ArmorLinear):
+                module.unpack()
+    model = PeftModel.from_pretrained(base, trained[0])
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(ArmorError, match=r"no dense weight .* dequantize\(\)") as error:
+            merge()
+        assert "\n" not in str(error.value) and torch.equal(logits(model), before)
+
+
+def test_merging_into_the_dequantized_model(root, trained, tmp_path):
+    folder, expected = trained
+    merged = PeftModel.from_pretrained(load(root).dequantize(), folder).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    for model in (merged, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert (logits(model) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_adapter_takes_the_dtype_and_device_of_the_layer(root):
+    model = load(root, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]), autocast_adapter_dtype=False)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(adapters) == 8 and {parameter.dtype for parameter in adapters} == {torch.bfloat16}
+    assert steps(model, 2)[1] < 10
+
+
+def test_a_start_from_the_weights_is_refused_in_one_line(root):
+    with pytest.raises(ArmorError, match="no dense weight"):
+        get_peft_model(load(root), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
