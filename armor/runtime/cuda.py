@@ -23,7 +23,7 @@ from armor.core import blockdiag, packing
 from armor.execution.log import log
 from armor.runtime import operator
 
-__all__ = ["linear", "supports", "unpack"]
+__all__ = ["available", "linear", "supports", "unpack"]
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FEW_ROWS = 8  # more are left to torch; a guess, as is the next
@@ -43,7 +43,6 @@ def _kernels() -> ModuleType | None:
 
 @cache
 def _is_able(index: int) -> bool:
-    """Whether the device has what Triton needs, and Triton is there."""
     if torch.cuda.get_device_capability(index) < (8, 0):
         name = torch.cuda.get_device_name(index)
         log.warning("%s: compute capability below 8.0, which the kernels need: layers run through torch", name)
@@ -52,7 +51,8 @@ def _is_able(index: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once and does not look inside
-def _available(index: int) -> bool:
+def available(index: int = 0) -> bool:
+    """Whether Triton is there and the CUDA device of that index can run its kernels; says once in the log why not."""
     return _is_able(index)
 
 
@@ -67,7 +67,7 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
         return False
     if bits.device != x.device or any(t.device != x.device or t.dtype != x.dtype for t in floats):
         return False
-    return _available(x.device.index)
+    return available(x.device.index)
 
 
 def linear(

@@ -104,7 +104,7 @@ def test_the_operator_knows_its_shape_without_running():
 
 def test_compile_does_not_look_into_what_the_card_can(monkeypatch):
     monkeypatch.setattr(cuda, "_is_able", lambda index: cuda.log.debug("asked") or True)
-    function = torch.compile(lambda x: x + 1 if cuda._available(0) else x, fullgraph=True, backend="eager")
+    function = torch.compile(lambda x: x + 1 if cuda.available(0) else x, fullgraph=True, backend="eager")
     assert torch.equal(function(torch.zeros(2)), torch.ones(2))
 
 
@@ -116,7 +116,7 @@ def test_missing_triton_and_old_cards_are_said_once(monkeypatch, caplog):
     for function in (cuda._kernels, cuda._is_able):
         function.cache_clear()
     with caplog.at_level(logging.WARNING, logger="armor"):
-        assert not any(cuda._available(index) for index in (0, 1, 1, 0))
+        assert not any(cuda.available(index) for index in (0, 1, 1, 0))
     assert len(caplog.messages) == 2
     assert "an old card: compute capability" in caplog.messages[0] and "pip install triton" in caplog.messages[1]
     for function in (cuda._kernels, cuda._is_able):
