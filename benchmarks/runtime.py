@@ -7,12 +7,16 @@ all of them alike, each on copies of its weights that together exceed four times
 median of the ratios of the turns. "of read" is the bandwidth a layer reaches with its own bytes, as a share of the
 bandwidth at which torch sums a large array, measured in the same turns.
 
+On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
+card's time without the host's, of which a decoding loop outside a graph has more.
+
 Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
 Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
 
     python -m benchmarks.runtime [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
     python -m benchmarks.runtime --layers --models smollm2 llama-1.1b       # only the models; 6 GB on disk
+    python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -39,7 +45,7 @@ from armor.factorize.layer import factorize_layer
 from armor.model.inspect import inspect
 from armor.model.source import fetch, open_source
 from armor.model.topology import read_topology
-from armor.runtime import cpu
+from armor.runtime import cpu, cuda
 from benchmarks.calibrate_memory import build
 
 LAYERS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
@@ -64,6 +70,13 @@ def packed(out: int, columns: int, block: int) -> list[Tensor]:
     return [values, groups[..., 0] | groups[..., 1] << 4, left, right]
 
 
+def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
+    """The weights of every kind of layer that is timed."""
+    dense = torch.randn(out, columns)
+    kinds = {f"linear {name}": [dense.to(getattr(torch, name))] for name in ("bfloat16", "float16", "float32")}
+    return kinds | {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
+
+
 def size_of(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -84,9 +97,7 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows and each kind."""
     out, columns = map(int, layer.split("x"))
     total = 4 * last_level_cache_bytes()
-    dense = torch.randn(out, columns)
-    kinds = {f"linear {name}": [dense.to(getattr(torch, name))] for name in ("bfloat16", "float16", "float32")}
-    kinds |= {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
+    kinds = kinds_of(out, columns)
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64)
     records = []
@@ -108,27 +119,83 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
                     times[kind].append(taken)
             if turn >= 0:
                 times["read"].append(seconds(to_read.sum))
-        fastest = min((kind for kind in kinds if kind.startswith("linear")), key=lambda kind: median(times[kind]))
-        for kind, tensors in kinds.items():
-            bandwidth = [size_of(tensors) / t / 1e9 for t in times[kind]]
-            read = [size_of([to_read]) / t / 1e9 for t in times["read"]]
-            records.append(
-                {
-                    "layer": layer,
-                    "rows": rows,
-                    "kind": kind,
-                    "microseconds": round(median(times[kind]) * 1e6, 1),
-                    "speedup_over_bfloat16": ratio(times["linear bfloat16"], times[kind]),
-                    "speedup_over_fastest_dense": ratio(times[fastest], times[kind]),
-                    "fastest_dense": fastest,
-                    "bytes": size_of(tensors),
-                    "gigabytes_per_second": round(median(bandwidth), 1),
-                    "read_gigabytes_per_second": round(median(read), 1),
-                    "share_of_read": ratio(bandwidth, read),
-                    "turns": len(times[kind]),
-                }
-            )
-            print(line(records[-1]), flush=True)
+        records += summarize(layer, rows, kinds, times, size_of([to_read]))
+    return records
+
+
+@torch.inference_mode()
+def measure_on_card(layer: str, rows_list: list[int]) -> list[dict]:
+    """As `measure`, on the current CUDA device."""
+    out, columns = map(int, layer.split("x"))
+    total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
+    kinds = {kind: [t.cuda() for t in tensors] for kind, tensors in kinds_of(out, columns).items()}
+    weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
+    to_read = torch.ones(total // 8, dtype=torch.int64, device="cuda")
+    records = []
+    for rows in rows_list:
+        graphs = {"read": (captured(to_read.sum), 1)}
+        for kind, all_copies in weights.items():
+            x = torch.randn(rows, columns, device="cuda").to(all_copies[0][0].dtype)
+            multiply = F.linear if kind.startswith("linear") else partial(cuda.linear, group=4)
+            graphs[kind] = captured(lambda m=multiply, x=x, c=all_copies: [m(x, *t) for t in c]), len(all_copies)
+        times: dict[str, list[float]] = {kind: [] for kind in graphs}
+        for turn in range(-1, 21):
+            for kind, (graph, calls) in random.sample(list(graphs.items()), len(graphs)):
+                taken = seconds_on_card(graph) / calls
+                if turn >= 0:
+                    times[kind].append(taken)
+        records += summarize(layer, rows, kinds, times, size_of([to_read]))
+    return records
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`function` as a graph, run once before: kernels are tuned the first time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def seconds_on_card(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def summarize(
+    layer: str, rows: int, kinds: dict[str, list[Tensor]], times: dict[str, list[float]], bytes_read: int
+) -> list[dict]:
+    """The records of one layer and number of rows, printed too."""
+    records = []
+    fastest = min((kind for kind in kinds if kind.startswith("linear")), key=lambda kind: median(times[kind]))
+    for kind, tensors in kinds.items():
+        bandwidth = [size_of(tensors) / t / 1e9 for t in times[kind]]
+        read = [bytes_read / t / 1e9 for t in times["read"]]
+        records.append(
+            {
+                "layer": layer,
+                "rows": rows,
+                "kind": kind,
+                "microseconds": round(median(times[kind]) * 1e6, 1),
+                "speedup_over_bfloat16": ratio(times["linear bfloat16"], times[kind]),
+                "speedup_over_fastest_dense": ratio(times[fastest], times[kind]),
+                "fastest_dense": fastest,
+                "bytes": size_of(tensors),
+                "gigabytes_per_second": round(median(bandwidth), 1),
+                "read_gigabytes_per_second": round(median(read), 1),
+                "share_of_read": ratio(bandwidth, read),
+                "turns": len(times[kind]),
+            }
+        )
+        print(line(records[-1]), flush=True)
     return records
 
 
@@ -144,7 +211,7 @@ def line(record: dict) -> str:
     )
 
 
-def decode(name: str, work: Path) -> dict:
+def decode(name: str, work: Path, device: str) -> dict:
     """`armor benchmark` of one of MODELS: bytes, memory, load time and tokens per second, dense and packed in turn."""
     MODELS[name](work)
     source = open_source(work / "source.json") if (work / "source.json").exists() else open_source(work / "source")
@@ -157,7 +224,7 @@ def decode(name: str, work: Path) -> dict:
         output = work / "layers" / f"layer_{layer.index}.safetensors"
         factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)
     assemble(source, topology, work / "layers", work / "checkpoint.json")
-    record = benchmark(source.path, work / "checkpoint", BenchmarkSettings(), work / "decode.json")
+    record = benchmark(source.path, work / "checkpoint", BenchmarkSettings(), work / "decode.json", device)
     dense, packed = record["dense"], record["compressed"]
     result = {
         "bits_per_weight": packed["bits_per_weight"],
@@ -180,25 +247,28 @@ MODELS = {"smollm2-135m": fetch_smollm2, "llama-1.1b": lambda work: build(work /
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--layers", nargs="*", default=LAYERS, metavar="OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     arguments = parser.parse_args()
-    if not cpu.available():
+    device = arguments.device
+    if device == "cpu" and not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
+    if device == "cuda" and not (torch.cuda.is_available() and cuda.available()):
+        raise SystemExit("benchmarks/runtime.py: --device cuda: no CUDA device here that the kernels run on")
     torch.manual_seed(0)
     random.seed(0)
-    records = [record for layer in arguments.layers for record in measure(layer, arguments.rows)]
-    result = {
-        "machine": describe() | {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()},
-        "records": records,
-        "models": {},
-    }
+    one = measure if device == "cpu" else measure_on_card
+    records = [record for layer in arguments.layers for record in one(layer, arguments.rows)]
+    kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
+    result = {"machine": describe(device) | kernel, "records": records, "models": {}}
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
-            result["models"][name] = decode(name, Path(folder))
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            result["models"][name] = decode(name, Path(folder), device)
+    usual = Path(__file__).with_name("runtime.json" if device == "cpu" else "runtime_cuda.json")
+    (arguments.output or usual).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armor.core import blockdiag, packing
+from armor.core import blockdiag
 from armor.execution.log import log
+from armor.runtime import operator
 
 __all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
 
@@ -105,66 +105,23 @@ def linear(
     (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Gradients reach x and the bias. Ask `supports` first.
     Raises ValueError if the shapes do not fit each other.
     """
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
-    if wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if operator.is_needed(x, bias):
         return torch.ops.armor.cpu_linear(x, values, bits, left, right, bias, group)
     # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of a layer.
     return _run(x, values, bits, left, right, bias, group)
-
-
-_SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
-
-
-@torch.library.custom_op("armor::cpu_linear", mutates_args=(), device_types="cpu", schema=_SCHEMA)
-def _op(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    return _run(x, values, bits, left, right, bias, group)
-
-
-@_op.register_fake
-def _(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, bits, left, right, _, _ = inputs
-    ctx.save_for_backward(values, bits, left, right)
-    ctx.columns = x.shape[-1]
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Aᵀ, Sᵀ and Bᵀ in turn, through torch: a training step has rows enough to pay for a dense core."""
-    values, bits, left, right = ctx.saved_tensors
-    bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
-    if left is not None:
-        gradient = blockdiag.multiply(left.transpose(1, 2), gradient)
-    gradient = gradient @ packing.unpack(values, bits, ctx.columns)[0]
-    if right is not None:
-        gradient = blockdiag.multiply(right.transpose(1, 2), gradient)
-    return gradient, None, None, None, None, bias, None
-
-
-_op.register_autograd(_backward, setup_context=_save)
 
 
 def _run(
     x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
-    columns, out = x.shape[-1], values.shape[0]
-    if bits.shape != (out, (columns + 7) // 8):
-        raise ValueError(f"mask {tuple(bits.shape)} does not fit a core of {out} rows and {columns} columns")
-    for name, blocks, dimension in (("left", left, out), ("right", right, columns)):
-        if blocks is not None and blocks.numel() != dimension * blocks.shape[-1]:
-            raise ValueError(f"{name} {tuple(blocks.shape)} does not cover {dimension} channels in blocks")
-    if bias is not None and bias.numel() != out:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit a core of {out} rows")
-    if _has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * columns:
+    operator.check_shapes(x, values, bits, left, right, bias)
+    if _has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1]:
         return _through_torch(x, values, bits, left, right, bias)
     return _native(x, values, bits, left, right, bias, group, _best)
+
+
+_op = operator.register("cpu", _run)
 
 
 def _native(

@@ -1,10 +1,11 @@
 """The layer that stands in for a compressed linear: y = A S B x + b, as three cheap steps.
 
 It holds the packed tensors of the checkpoint, and `state_dict` is always those. On a CPU the kernel of
-`armor.runtime.cpu` multiplies with them as they are. Elsewhere (another device or dtype, no compiler at installation)
-dense matrix products do. A layer then unpacks its core in every forward pass and keeps nothing, unless `unpack` has
-traded the packed values for the dense core, in the same dtype: as fast as a dense linear but for the blocks, in the
-memory of a dense linear plus one bit a weight and the blocks. The packed values are recovered exactly: core[mask].
+`armor.runtime.cpu` multiplies with them as they are, on a CUDA device those of `armor.runtime.cuda`. Elsewhere (another
+device or dtype, no compiler at installation, no Triton) dense matrix products do. A layer then unpacks its core in
+every forward pass and keeps nothing, unless `unpack` has traded the packed values for the dense core, in the same
+dtype: as fast as a dense linear but for the blocks, in the memory of a dense linear plus one bit a weight and the
+blocks. The packed values are recovered exactly: core[mask].
 
 The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 
@@ -24,7 +25,7 @@ from armor.core.checkpoint import PackedLinear
 from armor.core.factors import Factorization
 from armor.core.packing import unpack, unpack_mask
 from armor.errors import ArmorError
-from armor.runtime import cpu
+from armor.runtime import cpu, cuda
 
 __all__ = ["ArmorLinear"]
 
@@ -89,6 +90,8 @@ class ArmorLinear(nn.Linear):
         operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
         if cpu.supports(x, *operands):
             return cpu.linear(x, *operands, group=self.group)
+        if cuda.supports(x, *operands, group=self.group):
+            return cuda.linear(x, *operands, group=self.group)
         if self.right is not None:
             x = blockdiag.multiply(self.right, x)
         x = F.linear(x, self.dense_core())
@@ -127,7 +130,8 @@ class ArmorLinear(nn.Linear):
     @property
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
-        return cpu.supports(self.core_values, self.core_values, self.core_mask, self.left, self.right, self.bias)
+        operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
+        return cpu.supports(self.core_values, *operands) or cuda.supports(self.core_values, *operands, group=self.group)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from armor.core import blockdiag
-from armor.core.nm import Pattern, top_n_mask
-from armor.core.packing import pack, unpack
+from armor.core.packing import unpack
 from armor.runtime import cpu
+from tests.layers import layer, twin
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -30,36 +30,6 @@ SHAPES = [  # out, in, left block, right block, pattern
     (70, 64, 35, 64, "1:4"),
 ]
 ROWS = [*range(1, 18), 33, 70]
-
-
-def layer(out, columns, left, right, pattern, dtype, bias=True):
-    """x -> operands of `cpu.linear`: values, bits, left, right, bias, group."""
-    generator = torch.Generator().manual_seed(out * columns)
-    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    pattern = Pattern.parse(pattern)
-    core = random(out, columns) / columns**0.5
-    values, bits = pack(core.to(dtype), top_n_mask(random(out, columns), pattern))
-    blocks = [
-        None if d is None else (random(n // d, d, d) / d**0.5).to(dtype) for n, d in ((out, left), (columns, right))
-    ]
-    return values, bits, *blocks, random(out).to(dtype) if bias else None, pattern.group(columns)[1]
-
-
-def twin(x, values, bits, left, right, bias, group):
-    """The product in float64, and how far one in x's dtype with float32 sums may be from it, element by element."""
-    core = unpack(values, bits, x.shape[-1])[0].double()
-    rounding = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}[x.dtype]
-    summing = 2.0**-23 * (x.shape[-1] + sum(b.shape[-1] for b in (left, right) if b is not None))
-    y, size, error = x.double(), x.double().abs(), torch.zeros_like(x, dtype=torch.float64)
-    for matrix in (right, core, left):
-        if matrix is None:
-            continue
-        times = (lambda v, m: v @ m.T) if matrix is core else (lambda v, m: blockdiag.multiply(m.double(), v))
-        y, size, error = times(y, matrix), times(size, matrix.abs()), times(error, matrix.abs())
-        error = error + rounding * (y.abs() + error)
-    if bias is not None:
-        y, error = y + bias.double(), error + 2 * rounding * (y + bias.double()).abs() + rounding * bias.double().abs()
-    return y, error + summing * size
 
 
 @needs_library

@@ -1,0 +1,135 @@
+"""The Triton kernels of the CUDA backend: a layer on packed weights in two launches, and the core made dense.
+
+The kept values of a byte of the mask lie side by side, so a lane takes a byte, and one look-up tells to which of its 8
+columns each value belongs. Only kept values are multiplied, and every group that divides a byte goes the same way. Sums
+are in float32, in an order that depends on the tile sizes alone.
+
+Each value of S needs a whole block of B x, and each block of A the rows of S of that block. B x is small but needed by
+all programs, hence a launch of its own: computing it again in each would read all of B as often as there are programs,
+and waiting for it inside one launch hangs where not all programs fit on the card at once. One program for all rows of a
+block of A would leave most of the card idle (4096 rows in blocks of 128 are 32 programs). So programs take a few rows
+each, and the one that is last to finish in its block of A multiplies by it: nobody waits. The first launch needs no
+such care; both are tuned for each shape when it first comes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["blocks", "core", "unpack"]
+
+_BLOCK_CONFIGS = [
+    triton.Config({"TILE": tile, "STEP": step}, num_warps=warps) for tile, step, warps in [(16, 64, 4), (32, 32, 4)]
+]
+_CORE_CONFIGS = [
+    triton.Config({"TILE": tile, "STEP": step}, num_warps=warps)
+    for tile, step, warps in [(4, 128, 4), (8, 32, 2), (8, 64, 4), (16, 64, 4), (16, 128, 8)]
+]
+
+
+@triton.jit
+def _block_rows(
+    x, matrices, block, first, rows, dimension, size, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr
+):
+    """(ROWS, TILE): rows first, ... of one matrix of `matrices` (dimension/size, size, size), times its part of x."""
+    row, o = tl.arange(0, ROWS), first + tl.arange(0, TILE)
+    total = tl.zeros((ROWS, TILE, STEP), tl.float32)
+    for start in range(0, size, STEP):
+        i = start + tl.arange(0, STEP)
+        inside = i < size
+        weights = tl.load(
+            matrices + (block * size + o)[:, None] * size + i[None, :],
+            mask=(o < size)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        vectors = tl.load(
+            x + row[:, None] * dimension + (block * size + i)[None, :],
+            mask=(row < rows)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += weights.to(tl.float32)[None, :, :] * vectors.to(tl.float32)[:, None, :]
+    return tl.sum(total, 2)
+
+
+@triton.autotune(_BLOCK_CONFIGS, key=["dimension", "size", "ROWS"])
+@triton.jit
+def blocks(x, matrices, y, rows, dimension, size, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """y = D x for x (rows, dimension), D block diagonal. Grid: dimension/size · ceil(size/TILE)."""
+    tiles = tl.cdiv(size, TILE)
+    block, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
+    total = _block_rows(x, matrices, block, first, rows, dimension, size, ROWS, TILE, STEP)
+    row, o = tl.arange(0, ROWS)[:, None], (first + tl.arange(0, TILE))[None, :]
+    tl.store(y + row * dimension + block * size + o, total.to(y.dtype.element_ty), mask=(row < rows) & (o < size))
+
+
+@triton.autotune(_CORE_CONFIGS, key=["columns", "out", "size", "ROWS"], reset_to_zero=["finished"])
+@triton.jit
+def core(
+    x, values, bits, places, left, bias, z, y, finished,
+    rows, columns, out, kept, size,
+    KEPT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """y = A (S x) + bias for x (rows, columns). Grid: out/size · ceil(size/TILE).
+
+    S is `values` (out, kept) and `bits` (out, ceil(columns/8)), KEPT values to a full byte; `places` (256,) int32 has
+    three bits for each of them, its column. `left` (out/size, size, size) or None, and size is then any divisor of out;
+    `z` (rows, out) is scratch, `finished` (out/size,) int32 zero.
+    """
+    tiles = tl.cdiv(size, TILE)
+    block, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
+    row, local = tl.arange(0, ROWS), first + tl.arange(0, TILE)
+    o = block * size + local
+    per_row = tl.cdiv(columns, 8)
+    total = tl.zeros((ROWS, TILE, STEP), tl.float32)
+    for start in range(0, per_row, STEP):
+        j = start + tl.arange(0, STEP)
+        inside = (local < size)[:, None] & (j < per_row)[None, :]
+        byte = tl.load(bits + o.to(tl.int64)[:, None] * per_row + j[None, :], mask=inside, other=0)
+        entry = tl.load(places + byte.to(tl.int32))
+        for r in tl.static_range(KEPT):
+            k = j * KEPT + r
+            column = j[None, :] * 8 + ((entry >> 3 * r) & 7)
+            there = inside & (k < kept)[None, :] & (column < columns)
+            weights = tl.load(values + o.to(tl.int64)[:, None] * kept + k[None, :], mask=there, other=0.0)
+            vectors = tl.load(
+                x + row[:, None, None] * columns + column[None, :, :],
+                mask=(row < rows)[:, None, None] & there[None, :, :],
+                other=0.0,
+            )
+            total += weights.to(tl.float32)[None, :, :] * vectors.to(tl.float32)
+    product = tl.sum(total, 2)
+    where = row[:, None] * out + o[None, :]
+    inside = (row < rows)[:, None] & (local < size)[None, :]
+    if left is None:
+        if bias is not None:
+            product += tl.load(bias + o, mask=local < size, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + where, product.to(y.dtype.element_ty), mask=inside)
+    else:
+        tl.store(z + where, product.to(z.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # all threads have stored; the counter's release and acquire carry that to the last program
+        if tl.atomic_add(finished + block, 1, sem="acq_rel") == tiles - 1:
+            for first_row in range(0, size, TILE):
+                y_local = first_row + tl.arange(0, TILE)
+                y_column = block * size + y_local
+                y_tile = _block_rows(z, left, block, first_row, rows, out, size, ROWS, TILE, STEP)
+                if bias is not None:
+                    y_tile += tl.load(bias + y_column, mask=y_local < size, other=0.0).to(tl.float32)[None, :]
+                y_inside = (row < rows)[:, None] & (y_local < size)[None, :]
+                tl.store(y + row[:, None] * out + y_column[None, :], y_tile.to(y.dtype.element_ty), mask=y_inside)
+
+
+@triton.jit
+def unpack(values, bits, dense, columns, kept, KEPT: tl.constexpr, STEP: tl.constexpr):
+    """dense (out, columns) = S. Grid: out, ceil(columns/STEP)."""
+    o = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    inside = column < columns
+    byte = tl.load(bits + o * tl.cdiv(columns, 8) + column // 8, mask=inside, other=0).to(tl.int32)
+    place = column % 8
+    before = byte & ((1 << place) - 1)  # the bits below this column's, counted pairwise
+    before = before - ((before >> 1) & 0x55)
+    before = (before & 0x33) + ((before >> 2) & 0x33)
+    k = column // 8 * KEPT + (before & 7) + (before >> 4)
+    there = inside & ((byte >> place & 1) == 1) & (k < kept)
+    tl.store(dense + o * columns + column, tl.load(values + o * kept + k, mask=there, other=0.0), mask=inside)

@@ -1,0 +1,91 @@
+"""What only a card can show: the operator, tuning, sparse tensor cores, a model from its checkpoint to its tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import armor.hf  # noqa: F401
+from armor.core import blockdiag
+from armor.core.packing import unpack
+from armor.runtime import cuda
+from armor.runtime.linear import ArmorLinear
+from tests.layers import layer, twin
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("armor.runtime.kernels", reason="needs Triton", exc_type=ImportError)
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def on_card(*shape_and_dtype):
+    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in layer(*shape_and_dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_a_tuned_layer_is_its_twin_within_rounding(dtype, rows):
+    *operands, group = on_card(1024, 2048, 64, 128, "2:4", dtype)
+    x = torch.randn(rows, 2048, device="cuda").to(dtype)
+    expected, bound = twin(x, *operands, group)
+    for _ in range(20):  # the last program of a block is another one each time
+        assert ((cuda.linear(x, *operands, group=group).double() - expected).abs() <= bound).all()
+
+
+def test_the_operator_compiles_whole_and_under_inference_mode():
+    *operands, group = on_card(64, 128, 32, 64, "2:4", torch.bfloat16)
+    x = torch.randn(3, 128, device="cuda").bfloat16()
+    torch.library.opcheck(torch.ops.armor.cuda_linear, (x, *operands, group))
+
+    def function(x):
+        return cuda.linear(x, *operands, group=group) if cuda.supports(x, *operands, group=group) else x
+
+    with torch.inference_mode():
+        expected = function(x)
+        assert expected.shape == (3, 64)
+        assert torch.equal(torch.compile(function, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("blocks", [(32, 64), (None, 16), (8, None)], ids=str)
+def test_gradients_reach_the_input_and_the_bias(blocks):
+    values, bits, left, right, bias, group = on_card(64, 128, *blocks, "2:4", torch.float32)
+    x, bias = torch.randn(2, 3, 128, device="cuda", requires_grad=True), bias.requires_grad_()
+    found = torch.autograd.grad(cuda.linear(x, values, bits, left, right, bias, group=group).square().sum(), (x, bias))
+    y = x if right is None else blockdiag.multiply(right, x)
+    y = y @ unpack(values, bits, 128)[0].T
+    y = (y if left is None else blockdiag.multiply(left, y)) + bias
+    torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), (x, bias)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [9, 16, 100])
+def test_a_two_four_core_on_sparse_tensor_cores_is_the_dense_one(dtype, rows, monkeypatch):
+    values, bits, *_, group = on_card(256, 512, None, None, "2:4", dtype)
+    values[:, ::3] = 0  # a kept value may be zero
+    monkeypatch.setattr(cuda, "_COMPRESS_ROWS", 1)
+    x = torch.randn(rows, 512, device="cuda").to(dtype)
+    if cuda._sparse_library(x.device) is None:
+        pytest.skip("torch has no library for 2:4 on this card")
+    core = cuda._semi_structured(x, values, bits, group)
+    expected = F.linear(x, unpack(values, bits, 512)[0])
+    torch.testing.assert_close(F.linear(x, core), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(cuda.linear(x, values, bits, group=group), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_stays_packed_on_the_card_and_gives_the_tokens_of_the_cpu(root, dtype):
+    prompt = torch.arange(1, 13).view(1, 12)
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    models = [
+        AutoModelForCausalLM.from_pretrained(root / "checkpoint", dtype=kind, device_map=device).eval()
+        for kind, device in ((torch.float32, "cpu"), (dtype, "cuda"))
+    ]
+    layers = [module for module in models[1].modules() if isinstance(module, ArmorLinear)]
+    assert layers and all(module.runs_packed and not module.is_unpacked for module in layers)
+    on_cpu, on_gpu = (m.generate(prompt.to(m.device), **options) for m in models)
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3, torch.float32: 1e-3}[dtype]
+    expected, found = on_cpu.logits[0], on_gpu.logits[0].float().cpu()
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    if dtype == torch.float32:
+        assert torch.equal(on_gpu.sequences.cpu(), on_cpu.sequences)

@@ -1,0 +1,160 @@
+"""The Triton kernels against the product in float64, at shapes that fit no tile.
+
+On a CUDA device; or without one in Triton's interpreter, with TRITON_INTERPRET=1 set before Triton is imported, as
+tests/runtime/test_cuda.py runs this file.
+"""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from armor.core import blockdiag
+from armor.core.packing import unpack
+from armor.runtime import cuda
+from tests import layers
+from tests.layers import layer
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+kernels = pytest.importorskip("armor.runtime.kernels", reason="needs Triton", exc_type=ImportError)
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [  # out, in, left block, right block, pattern
+    (24, 64, 8, 32, "2:4"),
+    (12, 20, 4, 4, "2:4"),
+    (30, 36, 10, 12, "2:4"),
+    (7, 140, None, None, "2:4"),
+    (26, 44, None, 22, "2:4"),
+    (20, 580, 20, None, "2:4"),
+    (16, 24, 8, 12, "4:8"),
+    (18, 24, 9, 6, "3:4"),
+    (22, 50, 11, 10, "1:2"),
+    (14, 32, 7, 32, "1:4"),
+    (12, 40, 3, 10, "7:8"),
+]
+
+
+def one_config(monkeypatch, number):
+    """Have each kernel run with the given one of its configurations, untuned."""
+    for kernel in (kernels.blocks, kernels.core):
+        monkeypatch.setattr(kernel, "configs", [kernel.configs[number % len(kernel.configs)]])
+
+
+def twin(x, *operands):
+    """The interpreter cuts bfloat16 off where a card rounds."""
+    return layers.twin(x, *operands, ulps=2 if INTERPRETED and x.dtype == torch.bfloat16 else 1)
+
+
+def on_device(*operands):
+    return [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in operands]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_layer_is_its_twin_within_rounding(shape, dtype):
+    operands = on_device(*layer(*shape, dtype, bias=shape[0] % 4 == 0))
+    for rows in range(1 + DTYPES.index(dtype), 9, len(DTYPES)):
+        x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
+        expected, bound = twin(x, *operands)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            one_config(monkeypatch, rows)
+            y = cuda._run(x, *operands)
+        assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
+
+
+@pytest.mark.parametrize("number", range(len(kernels._CORE_CONFIGS)))
+def test_every_configuration_covers_more_than_one_tile_and_step(number, monkeypatch):
+    operands = on_device(*layer(40, 1152, 20, 96, "2:4", torch.float32))
+    x = torch.randn(3, 1152, device=DEVICE)
+    expected, bound = twin(x, *operands)
+    one_config(monkeypatch, number)
+    assert ((cuda._run(x, *operands).double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a card the other tests tune")
+def test_tuning_leaves_no_trace_in_the_result(monkeypatch):
+    operands = on_device(*layer(12, 20, 6, 10, "2:4", torch.float32))
+    calls = []
+
+    def run_twice(call, quantiles, kernel):
+        calls.extend(call() for _ in range(2))
+        kernel.nargs["y"].fill_(torch.nan)
+        return [float(len(calls))] * 3
+
+    for kernel in (kernels.blocks, kernels.core):
+        monkeypatch.setitem(kernel.__dict__, "do_bench", partial(run_twice, kernel=kernel))
+        monkeypatch.setattr(kernel, "cache", {})
+    x = torch.randn(2, 20)
+    expected, bound = twin(x, *operands)
+    for _ in range(2):  # tuned, then from the cache
+        assert ((cuda._run(x, *operands).double() - expected).abs() <= bound).all()
+    assert len(calls) == 2 * len(kernels._CORE_CONFIGS) + 2 * len(kernels._BLOCK_CONFIGS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_unpack_is_exact(shape, dtype):
+    values, bits, *_ = on_device(*layer(*shape, dtype))
+    assert torch.equal(cuda.unpack(values, bits, shape[1]), unpack(values, bits, shape[1])[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]], ids=lambda s: "x".join(map(str, s)))
+def test_more_rows_go_through_torch(shape, dtype):
+    operands = on_device(*layer(*shape, dtype))
+    for lead in [(9,), (3, 11)]:
+        x = torch.randn(*lead, shape[1], device=DEVICE).to(dtype)
+        expected, bound = twin(x, *operands)
+        slack = bound + 2.0**-12 * expected.abs().amax()  # a card may round inside its own float32 products
+        assert ((cuda._run(x, *operands).double() - expected).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_stays_in_its_row(dtype, monkeypatch):
+    one_config(monkeypatch, 0)
+    operands = on_device(*layer(36, 20, 4, 4, "2:4", dtype))
+    x = torch.zeros(3, 20, dtype=dtype, device=DEVICE)
+    x[1] = torch.nan
+    y = cuda._run(x, *operands)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+
+
+def test_what_is_not_kept_is_not_multiplied(monkeypatch):
+    """An infinite channel reaches the outputs that keep a weight for it, and no other turns into 0 · inf."""
+    one_config(monkeypatch, 0)
+    values, bits, *_, group = on_device(*layer(40, 36, None, None, "2:4", torch.float32))
+    x = torch.randn(1, 36, device=DEVICE)
+    x[0, 34] = torch.inf  # in the last byte of the mask, which is half full
+    y = cuda._run(x, values, bits, None, None, None, group)
+    assert torch.equal(y.isinf()[0], unpack(values, bits, 36)[1][:, 34]) and not y.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(60,), (2, 3, 60), (60, 5), (0, 60)], ids=str)
+def test_any_leading_dimensions_and_strides(shape, monkeypatch):
+    one_config(monkeypatch, 1)
+    operands = on_device(*layer(40, 60, 20, 12, "2:4", torch.float32))
+    x = torch.randn(shape, device=DEVICE)
+    x = x.T if shape[-1] == 5 else x
+    y, (expected, bound) = cuda._run(x, *operands), twin(x, *operands)
+    assert y.shape == expected.shape and ((y.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("name", "index"), [("mask", 1), ("left", 2), ("right", 3), ("bias", 4)])
+def test_shapes_that_do_not_fit_are_refused(name, index):
+    operands = on_device(*layer(64, 128, 32, 64, "2:4", torch.bfloat16))
+    operands[index] = operands[index][:-1]
+    with pytest.raises(ValueError, match=name):
+        cuda._run(torch.randn(3, 128, device=DEVICE).bfloat16(), *operands)
+
+
+def test_blocks_of_one_channel(monkeypatch):
+    one_config(monkeypatch, 0)
+    operands = on_device(*layer(6, 8, 1, 1, "2:4", torch.float32))
+    x = torch.randn(1, 8, device=DEVICE)
+    expected = blockdiag.multiply(operands[3], x) @ unpack(operands[0], operands[1], 8)[0].T
+    expected = blockdiag.multiply(operands[2], expected) + operands[4]
+    torch.testing.assert_close(cuda._run(x, *operands), expected)

@@ -1,0 +1,136 @@
+"""The CUDA backend as far as a machine without a card can show it; what a card must show is in tests/gpu."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from armor.core.nm import Pattern, top_n_mask
+from armor.core.packing import pack
+from armor.runtime import cuda
+from tests.layers import layer
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+FLOATS = ("x", "values", "left", "right", "bias", "matrices", "y", "z", "dense")
+
+
+@needs_triton
+def test_the_kernels_compute_the_layer_in_tritons_interpreter():
+    """tests/gpu/test_kernels.py in a process of its own: Triton reads the variable when it is imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/gpu/test_kernels.py"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and "skipped" not in ran.stdout.lower(), ran.stdout + ran.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets, it does not compile")
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("name", ["blocks", "core", "unpack"])
+def test_the_kernels_compile_for_cards_that_are_not_here(name, capability, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from armor.runtime import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = {"blocks": kernels.blocks.fn, "core": kernels.core.fn, "unpack": kernels.unpack}[name]
+    constants = {"KEPT": 4, "ROWS": 2, "TILE": 8, "STEP": 32}
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    pointers = dict.fromkeys(FLOATS, "*bf16") | {"bits": "*u8", "places": "*i32", "finished": "*i32"}
+    signature = {key: "constexpr" if key in constants else pointers.get(key, "i32") for key in function.arg_names}
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
+    assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 192), (96, 128), (160, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cutlass_reads_the_packed_values_with_the_mask_in_its_order(shape, dtype):
+    generator = torch.Generator().manual_seed(shape[0])
+    mask = top_n_mask(torch.rand(shape, generator=generator), Pattern(2, 4))
+    core = torch.randn(shape, generator=generator).to(dtype) * mask
+    values, bits = pack(core, mask)
+    expected_values, expected_mask = sparse_semi_structured_from_dense_cutlass(core)
+    found = cuda._cutlass_mask(bits)
+    assert torch.equal(values, expected_values) and torch.equal(found, expected_mask)
+    values[:, ::2] = 0  # torch cannot tell a kept zero from a zero: the mask can
+    expected = torch.zeros(shape, dtype=dtype).masked_scatter(mask, values)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, found), expected)
+
+
+def on_pretended_card(*operands):
+    return [
+        torch.empty(t.shape, dtype=t.dtype, device="cuda:0") if isinstance(t, torch.Tensor) else t for t in operands
+    ]
+
+
+def test_supports_says_when_torch_must_run(monkeypatch):
+    monkeypatch.setattr(cuda, "_is_able", lambda index: index == 0)
+    on_cpu = torch.empty(3, 128, dtype=torch.bfloat16), *layer(64, 128, 32, 64, "2:4", torch.bfloat16)[:-1]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, *operands = on_pretended_card(*on_cpu)
+        assert cuda.supports(x, *operands, group=4)
+        assert not cuda.supports(x, *operands, group=3) and not cuda.supports(x, *operands, group=128)
+        assert not cuda.supports(x.float(), *operands, group=4)
+        doubles = [t if t.dtype == torch.uint8 else t.double() for t in operands]
+        assert not cuda.supports(x.double(), *doubles, group=4)
+        assert not cuda.supports(x.cpu(), *operands, group=4)
+        assert not cuda.supports(x, None, *operands[1:], group=4)
+        assert not cuda.supports(x, operands[0], operands[1].cpu(), *operands[2:], group=4)
+        operands[2].requires_grad_()
+        assert not cuda.supports(x, *operands, group=4)
+        with torch.no_grad():
+            assert cuda.supports(x, *operands, group=4)
+
+
+def test_the_operator_knows_its_shape_without_running():
+    on_cpu = torch.empty(2, 3, 128), *layer(64, 128, 32, 64, "2:4", torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, *operands, group = on_pretended_card(*on_cpu)
+        y = torch.ops.armor.cuda_linear(x, *operands, group)
+    assert y.shape == (2, 3, 64) and y.device == torch.device("cuda:0") and y.dtype == torch.float32
+
+
+def test_compile_does_not_look_into_what_the_card_can(monkeypatch):
+    monkeypatch.setattr(cuda, "_is_able", lambda index: cuda.log.debug("asked") or True)
+    function = torch.compile(lambda x: x + 1 if cuda.available(0) else x, fullgraph=True, backend="eager")
+    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
+
+
+def test_missing_triton_and_old_cards_are_said_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "armor.runtime.kernels", None)
+    monkeypatch.delattr("armor.runtime.kernels", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (8, 6))[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an old card")
+    for function in (cuda._kernels, cuda._is_able):
+        function.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="armor"):
+        assert not any(cuda.available(index) for index in (0, 1, 1, 0))
+    assert len(caplog.messages) == 2
+    assert "an old card: compute capability" in caplog.messages[0] and "pip install triton" in caplog.messages[1]
+    for function in (cuda._kernels, cuda._is_able):
+        function.cache_clear()
+
+
+def test_where_sparse_tensor_cores_cannot_be_used_is_said_once(monkeypatch, caplog):
+    cuda._say_once.cache_clear()
+    monkeypatch.setattr(cuda, "_sparse_library", lambda device: "CUTLASS")
+    odd, good = (layer(rows, 128, None, None, "2:4", torch.bfloat16) for rows in (36, 64))
+    with caplog.at_level(logging.WARNING, logger="armor"):
+        for x in (torch.empty(n, 128, dtype=torch.bfloat16) for n in (9, 20)):
+            assert cuda._semi_structured(x, *odd[:2], group=4) is None
+            assert cuda._semi_structured(x.float(), *good[:2], group=4) is None
+            assert cuda._semi_structured(x, *good[:2], group=4).shape == (64, 128)
+    assert len(caplog.messages) == 1 and "(32, 64)" in caplog.messages[0]
+    cuda._say_once.cache_clear()
