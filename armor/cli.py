@@ -116,13 +116,13 @@ def factorize(
 ) -> None:
     """Compress the linears of one decoder layer -> layer_K.safetensors and layer_K.json."""
     device = _prepare(threads, gpus)
+    from armor.core.statistics import statistics_of
     from armor.factorize.layer import factorize_layer
     from armor.model.source import open_source
     from armor.model.topology import read_topology
 
     parsed = config.parse_settings(config.LayerSettings, settings)
-    read_json(calibration)  # it is written last: without it the statistics beside it are of a run that did not end
-    statistics = calibration.parent / f"layer_{layer}.safetensors"
+    statistics = statistics_of(calibration, layer)
     factorize_layer(open_source(source), read_topology(model), layer, statistics, parsed, output, device)
 
 
@@ -230,12 +230,25 @@ def summary(report: Annotated[Path, typer.Argument(help="The report's folder.")]
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="A configuration file.")]) -> None:
+def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
     """Check a configuration without running anything, and say what it asks for."""
-    checked = config.load_config(file)
-    pairs = checked.pairs()
-    tasks = sum(len(names) for pair in pairs.values() for names in pair.values())
-    print(f"{file}: {len(pairs)} pairs of model and recipe, {tasks} evaluations and benchmarks")
+    checked = config.load_config(*files)
+    names = " ".join(map(str, files))
+    if missing := config.missing_paths(checked):
+        for line in missing:
+            print(f"armor: error: {names}: {line}", file=sys.stderr)
+        raise typer.Exit(1)
+    pairs = checked.pairs().values()
+    counts = (
+        _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),
+        _count(sum(len(tasks["evaluations"]) for tasks in pairs), "evaluation", "evaluations"),
+        _count(sum(len(tasks["benchmarks"]) for tasks in pairs), "benchmark", "benchmarks"),
+    )
+    print(f"{names}: {', '.join(counts)}")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 @app.command()

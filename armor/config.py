@@ -12,6 +12,7 @@ import difflib
 import fnmatch
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -35,8 +36,10 @@ __all__ = [
     "ReportSettings",
     "SolverSettings",
     "TextSettings",
+    "check_patterns",
     "json_schema",
     "load_config",
+    "missing_paths",
     "parse_settings",
 ]
 
@@ -337,6 +340,12 @@ class Config(Settings):
                     f"recipes.{name}: sparsegpt needs the Gram matrices of the inputs; set "
                     f"calibrations.{self.calibration_of(name)}.gram: true"
                 )
+        pairs = self.pairs()
+        if not pairs:
+            raise ValueError("runs: no model goes with any recipe; nothing to do")
+        compresses = any(self.recipes[recipe].method != "dense" for _, recipe in pairs)
+        if not compresses and not any(any(tasks.values()) for tasks in pairs.values()):
+            raise ValueError("runs: dense recipes alone, no evaluation and no benchmark; nothing to do")
         return self
 
     def names(self, kind: str, run: Run) -> list[str]:
@@ -369,6 +378,11 @@ class Config(Settings):
             pairs.append(ReportPair(model=model, recipe=name, calibration=calibration, **settings, **tasks))
         return ReportSettings(pairs=pairs)
 
+    def module_patterns(self, recipe: str) -> list[str]:
+        """The patterns over module names that `recipe` has, each of which should match something."""
+        settings = self.recipes[recipe]
+        return [*settings.keep_dense, *(override.modules for override in settings.overrides)]
+
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""
         return self.recipes[recipe].for_layer(layer, self.seed)
@@ -386,7 +400,8 @@ def _nearest(name: str, known: Any) -> str:
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake of a ValidationError, in one line: key, what was found, what was expected."""
-    first = error.errors()[0]
+    # An unknown key first: a misspelt one leaves the right one missing, and its name says more than that.
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(first['loc'][-1], _fields_at(root, first['loc'][:-1]))}"
@@ -442,9 +457,52 @@ def _yaml(text: str, where: str) -> Any:
         raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def load_config(path: str | Path) -> Config:
-    """Read and check a configuration file (YAML). Raises ArmorError with one line for the first mistake."""
-    return parse_settings(Config, _yaml(_text(Path(path)), str(path)), str(path))
+def load_config(*paths: str | Path) -> Config:
+    """Read and check a configuration (YAML), later files over earlier ones, key by key, as snakemake's --configfile.
+
+    Raises ArmorError with one line for the first mistake.
+    """
+    value: dict = {}
+    for path in paths:
+        part = _yaml(_text(Path(path)), str(path))
+        if not isinstance(part, dict):
+            raise ArmorError(f"{path}: expected a mapping of keys to values, found {part!r}")
+        value = _merged(value, part)
+    return parse_settings(Config, value, " ".join(map(str, paths)))
+
+
+def _merged(below: dict, above: dict) -> dict:
+    both = {key: _merged(below[key], above[key]) for key in below.keys() & above.keys() if _dicts(below, above, key)}
+    return below | above | both
+
+
+def _dicts(below: dict, above: dict, key: str) -> bool:
+    return isinstance(below[key], dict) and isinstance(above[key], dict)
+
+
+def missing_paths(config: Config) -> list[str]:
+    """A line for every local path in `config` at which there is nothing: its key, the path, what was expected."""
+    named = []
+    for name, model in config.models.items():
+        named += [(f"models.{name}.folder", model.folder, True), (f"models.{name}.gguf", model.gguf, False)]
+    for kind in ("calibrations", "evaluations"):
+        for name, task in getattr(config, kind).items():
+            files = enumerate(task.text.files or [])
+            named += [(f"{kind}.{name}.text.files.{index}", file, False) for index, file in files]
+    return [
+        f"{key}: {path}: no such {'folder' if folder else 'file'}"
+        for key, path, folder in named
+        if path is not None and not (Path(path).is_dir() if folder else Path(path).is_file())
+    ]
+
+
+def check_patterns(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise ArmorError for the first of `patterns` that matches none of the full names `modules`: likely a typo."""
+    modules = list(modules)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            ends = sorted({f"*.{name.rpartition('.')[2]}" for name in modules})
+            raise ArmorError(f"{where}: {pattern!r} matches no linear of the model{_nearest(pattern, ends)}")
 
 
 def json_schema() -> str:

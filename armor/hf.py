@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,16 +23,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from armor.core.checkpoint import (
     QUANT_METHOD,
     PackedLinear,
-    check_checksums,
     check_contents,
     check_headers,
+    loaded_files,
     modules_of,
     quantization_config,
+    read_checksums,
+    start_hashing,
     tombstone,
 )
 from armor.core.factors import Factorization
 from armor.errors import ArmorError
-from armor.model.shards import INDEX, Shards
+from armor.model.shards import INDEX, SINGLE, Shards
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears"]
@@ -60,7 +62,13 @@ class ArmorConfig(QuantizationConfigMixin):
 
 
 class ArmorQuantizer(HfQuantizer):
-    """Puts ArmorLinear where config.json says, before the weights arrive, and checks them."""
+    """Puts ArmorLinear where config.json says, before the weights arrive, and checks them.
+
+    Files are hashed while transformers loads, which is Python for the most part, so that this costs next to no time;
+    the model is handed out when both are done.
+    """
+
+    _wait: Callable[[], None] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -68,8 +76,23 @@ class ArmorQuantizer(HfQuantizer):
                 "quantization_config: given for a dense model; compress it with armor, then load that folder"
             )
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The first time that transformers says where the model lies (to Auto classes); nothing to do with attention.
+
+        An edited config.json or a broken index would make it stumble later, over something that names no file.
+        """
+        folder = Path(config.name_or_path or "no folder")
+        if any((folder / name).is_file() for name in (INDEX, SINGLE)):
+            shards = Shards(folder)
+            start_hashing(shards, read_checksums(shards), {*loaded_files(shards)} - {*shards.files})()
+        return config
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: dict[str, Any] | str | None = None,
+        **kwargs: Any,
     ) -> None:
         modules = self.quantization_config.modules()
         if checkpoint_files:
@@ -81,14 +104,21 @@ class ArmorQuantizer(HfQuantizer):
                     for name, layout in modules.items()
                 }
                 check_headers(shards, modules)
-                check_checksums(shards, [*shards.files, "config.json", INDEX])
-                check_contents(shards, modules)
-        where = Path(checkpoint_files[0]).parent if checkpoint_files else model.name_or_path
+        where = shards.place if checkpoint_files else model.name_or_path
         _watch_keys(model, tombstone(modules), where)
         # So that what is saved from this model names its modules as its tensors are named.
         self.quantization_config = ArmorConfig(**quantization_config(swap_linears(model, modules)))
+        if checkpoint_files:
+            _check_shapes(model, shards)
+            if not (isinstance(device_map, dict) and set(map(str, device_map.values())) == {"meta"}):  # no numbers
+                with torch.device("cpu"):
+                    self._wait = start_hashing(shards, read_checksums(shards), loaded_files(shards))
+                    check_contents(shards, modules)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._wait is not None:
+            wait, self._wait = self._wait, None
+            wait()
         for module in model.modules():
             if isinstance(module, ArmorLinear):
                 for name in ("core_values", "left", "right"):  # transformers made them trainable
@@ -188,6 +218,34 @@ def _open(files: list[str]) -> Shards:
     return shards
 
 
+def _check_shapes(model: PreTrainedModel, shards: Shards) -> None:
+    """Hold the shapes of the dense tensors, and whether they are floats, against the model's. Raises ArmorError.
+
+    A head may differ where the class is not the checkpoint's own, as in `_watch_keys`.
+    """
+    prefix = f"{model.base_model_prefix}."
+    is_base, same_class = _kind(model)
+    expected = model.state_dict()
+    for name in shards.names():
+        here = _named(name, prefix, expected.__contains__)
+        if here is None or not (same_class or is_base or here.startswith(prefix)):
+            continue
+        where = f"{shards.folder / shards.file_of(name)}: {name}"
+        shape = tuple(expected[here].shape)
+        if shards.shape(name) != shape:
+            raise ArmorError(f"{where}: shape {shards.shape(name)}, {shape} in {type(model).__name__}; was it edited?")
+        if expected[here].is_floating_point() != ("float" in shards.dtype(name)):
+            raise ArmorError(
+                f"{where}: dtype {shards.dtype(name)}, {expected[here].dtype} in {type(model).__name__}; was it edited?"
+            )
+
+
+def _kind(model: PreTrainedModel) -> tuple[bool, bool]:
+    """Whether `model` is a base model, without a head; whether it is of the class that the checkpoint was made of."""
+    is_base = not hasattr(model, model.base_model_prefix)
+    return is_base, type(model).__name__ in (model.config.architectures or ())
+
+
 def _watch_keys(model: PreTrainedModel, guard: str, where: Path | str) -> None:
     """Make the loader refuse what it would otherwise warn of: tensors it misses, and tensors it has no place for.
 
@@ -199,8 +257,7 @@ def _watch_keys(model: PreTrainedModel, guard: str, where: Path | str) -> None:
     if adjust is None:
         return
     prefix = f"{model.base_model_prefix}."
-    is_base = not hasattr(model, model.base_model_prefix)
-    same_class = type(model).__name__ in (model.config.architectures or ())
+    is_base, same_class = _kind(model)
 
     def strict(loading_info: Any) -> None:
         delattr(model, _HOOK)

@@ -63,3 +63,33 @@ def test_verify_prints_a_table_or_json_and_export_what_it_wrote(root):
     assert json.loads(done.stdout)["modules"] == 14
     done = armor(*"export checkpoint --output dense --dtype float16".split(), folder=root)
     assert done.returncode == 0 and done.stdout.startswith("dense: 21 tensors, 14 multiplied out, "), done.stderr
+
+
+CONFIG = """
+models: {tiny: {folder: model}}
+calibrations: {words: {text: {files: [words.txt]}}}
+recipes: {armor: {}}
+evaluations: {words: {text: {files: [words.txt]}}}
+"""
+
+
+def test_check_counts_what_the_files_ask_for_together(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    (tmp_path / "two.yaml").write_text("recipes: {nowag: {method: nowag}}\nbenchmarks: {decode: {}}")
+    said = armor("check", "one.yaml", folder=tmp_path).stdout
+    assert said == "one.yaml: 1 pair of model and recipe, 1 evaluation, 0 benchmarks\n"
+    said = armor("check", "one.yaml", "two.yaml", folder=tmp_path).stdout
+    assert said == "one.yaml two.yaml: 2 pairs of model and recipe, 2 evaluations, 2 benchmarks\n"
+
+
+def test_check_names_every_path_at_which_there_is_nothing(tmp_path):
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    done = armor("check", "one.yaml", folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "armor: error: one.yaml: models.tiny.folder: model: no such folder",
+        "armor: error: one.yaml: calibrations.words.text.files.0: words.txt: no such file",
+        "armor: error: one.yaml: evaluations.words.text.files.0: words.txt: no such file",
+    ]

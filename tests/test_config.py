@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from armor.config import Config, LayerSettings, parse_settings
+from armor.config import Config, LayerSettings, check_patterns, parse_settings
 from armor.errors import ArmorError
 
 MODELS = {"tiny": {"folder": "tiny"}}
@@ -19,7 +19,8 @@ def test_a_recipe_that_compresses_needs_to_know_its_calibration(calibrations):
 
 
 def test_the_dense_model_needs_no_calibration():
-    config = parse_settings(Config, {"models": MODELS, "recipes": {"dense": {"method": "dense"}}})
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}, "benchmarks": {"decode": {}}}
+    config = parse_settings(Config, value)
     assert config.report_settings().pairs[0].calibration is None
 
 
@@ -63,3 +64,28 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
     with pytest.raises(ArmorError, match=f"recipes.mine.*{said}"):
         parse_settings(Config, value)
+
+
+@pytest.mark.parametrize(
+    "runs", [{}, {"runs": [{"models": []}]}, {"runs": [{"recipes": []}]}], ids=["dense alone", "no model", "no recipe"]
+)
+def test_a_plan_with_nothing_to_do_is_refused(runs):
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}} | runs
+    with pytest.raises(ArmorError, match="runs: .*nothing to do"):
+        parse_settings(Config, value)
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_it_leaves_missing():
+    value = {"modles": MODELS, "recipes": {"dense": {"method": "dense"}}}
+    with pytest.raises(ArmorError, match="modles: unknown key; did you mean models?"):
+        parse_settings(Config, value)
+
+
+def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+    check_patterns("here", ["*.q_proj", "model.layers.0.*", "*"], names)
+    with pytest.raises(ArmorError, match=r"here: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj?"):
+        check_patterns("here", ["*.up_proj", "*.q_porj"], names)
+    recipe = {"keep_dense": ["a"], "overrides": [{"modules": "b"}, {"layers": [0]}]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    assert config.module_patterns("mine") == ["a", "b", "*"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.assemble.verify import open_checkpoint
-from armor.core.checkpoint import SUFFIXES, check_checksums, check_tensor, read_packed
+from armor.core.checkpoint import SUFFIXES, check_tensor, read_checksums, read_packed, start_hashing
 from armor.errors import ArmorError
 from armor.execution.files import write_json
 
@@ -34,7 +34,8 @@ def export(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ArmorError(f"{output}: is there already; expected the name of a folder that is new or empty")
     config, shards, modules = open_checkpoint(folder)
-    check_checksums(shards)
+    sums = read_checksums(shards)
+    start_hashing(shards, sums, sums["files"] if sums else ())()
 
     def target(name: str) -> torch.dtype:
         own: torch.dtype = getattr(torch, shards.dtype(name))

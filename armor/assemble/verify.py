@@ -1,9 +1,10 @@
 """Verify: everything that can be wrong with a checkpoint folder, checked; no more than one linear in memory.
 
-The same checks guard loading (`armor.hf`); here they cover every file that checksums.json lists. Beside the source
-model more can be said: how far each A·S·B is from the W that it stands for, and whether all else is the source's to
-the byte. That distance is not what the solver minimises (which weights inputs by their size), so it compares modules
-and checkpoints, and does not rank methods.
+The same checks guard loading (`armor.hf`); here they cover every file and tensor that checksums.json lists, and whether
+transformers makes a model of the whole, with no tensor missing or left over. Beside the source model more can be said:
+how far each A·S·B is from the W that it stands for, and whether all else is the source's to the byte. That distance is
+not what the solver minimises (which weights inputs by their size), so it compares modules and checkpoints, and does not
+rank methods.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from armor.core.checkpoint import (
     CHECKSUMS,
     SUFFIXES,
     PackedLinear,
-    check_checksums,
     check_contents,
     check_headers,
+    loaded_files,
     modules_of,
+    read_checksums,
     read_packed,
+    start_hashing,
     tombstone,
 )
 from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.model.shards import Shards
+from armor.runtime.load import check_names
 
 __all__ = ["open_checkpoint", "table", "verify"]
 
@@ -47,6 +51,8 @@ def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedL
     dense = found is None and (folder / CHECKSUMS).is_file()
     modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")
     shards = Shards(folder)
+    sums = read_checksums(shards)
+    start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()  # an edited config.json is blamed itself
     check_headers(shards, modules)
     return config, shards, modules
 
@@ -60,8 +66,11 @@ def verify(folder: Path | str, against: Path | str | None = None) -> dict:
     """
     _, shards, modules = open_checkpoint(folder)
     source = None if against is None else _open_source(Path(against), shards, modules)
-    has_sums = check_checksums(shards)
-    check_contents(shards, modules)
+    sums = read_checksums(shards)
+    wait = start_hashing(shards, sums, sums["files"] if sums else ())
+    check_contents(shards, modules, sums and sums["tensors"])
+    wait()
+    check_names(shards.folder)
     packed = [f"{name}.{suffix}" for name in modules for suffix in SUFFIXES]
     packed_bytes = sum(shards.bytes_of(name) for name in packed if name in shards)
     weights = sum(layout.out_features * layout.in_features for layout in modules.values())
@@ -75,7 +84,7 @@ def verify(folder: Path | str, against: Path | str | None = None) -> dict:
         "modules": len(modules),
         "patterns": dict(patterns),
         "bits_per_weight": 8 * packed_bytes / weights if weights else None,
-        "checksums": has_sums,
+        "checksums": sums is not None,
     }
     return summary if source is None else summary | _compare(shards, modules, source)
 

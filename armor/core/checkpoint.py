@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +26,8 @@ from armor.core.factors import Factorization
 from armor.core.nm import Pattern, is_nm
 from armor.core.packing import unpack, unpack_mask
 from armor.errors import ArmorError
-from armor.execution.files import read_json, sha256
-from armor.model.shards import INDEX, Shards
+from armor.execution.files import read_json
+from armor.model.shards import INDEX, SINGLE, Shards
 
 __all__ = [
     "CHECKSUMS",
@@ -32,13 +35,15 @@ __all__ = [
     "QUANT_METHOD",
     "SUFFIXES",
     "PackedLinear",
-    "check_checksums",
     "check_contents",
     "check_headers",
     "check_tensor",
+    "loaded_files",
     "modules_of",
     "quantization_config",
+    "read_checksums",
     "read_packed",
+    "start_hashing",
     "tensor_sha256",
     "tombstone",
 ]
@@ -49,6 +54,7 @@ CHECKSUMS = "checksums.json"
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"
+WEIGHTS = (SINGLE, "model-*-of-*.safetensors")
 ENTRIES = 1 << 24  # of a mask that are unpacked at a time
 
 
@@ -167,8 +173,9 @@ def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
             tensor = f"{name}.{suffix}"
             if tensor not in shards:
                 dense = f"{name}.weight" in shards and f"{name}.weight" != tombstone(modules)
-                state = "a dense weight stands in its place" if dense else f"missing, expected shape {shape}"
-                raise ArmorError(f"{shards.folder}: {tensor}: {state}; {REMEDY}")
+                missing = f"missing, config.json lists it with shape {shape}"
+                state = "a dense weight stands in its place" if dense else missing
+                raise ArmorError(f"{shards.place}: {tensor}: {state}; {REMEDY}")
             where = f"{shards.folder / shards.file_of(tensor)}: {tensor}"
             if shards.shape(tensor) != shape:
                 raise ArmorError(f"{where}: shape {shards.shape(tensor)}, expected {shape}; {REMEDY}")
@@ -187,8 +194,13 @@ def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
             raise ArmorError(f"{where}: not a tensor that config.json lists; {REMEDY}")
         if suffix == "weight" and name in modules and tensor != tombstone(modules):
             raise ArmorError(f"{where}: a dense weight of a linear that config.json lists as compressed; {REMEDY}")
+    on_disk = {file.name for pattern in WEIGHTS for file in shards.folder.glob(pattern)}
+    if stale := sorted(on_disk - set(shards.files)):
+        raise ArmorError(
+            f"{shards.folder / stale[0]}: stale weights, expected {', '.join(shards.files[:3])} alone; delete it"
+        )
     index = shards.folder / INDEX
-    if index.is_file() and (unlisted := sorted(set(shards.names()) - read_json(index).get("weight_map", {}).keys())):
+    if index.is_file() and (unlisted := sorted(set(shards.names()) - read_json(index)["weight_map"].keys())):
         raise ArmorError(f"{index}: {unlisted[0]}: in {shards.file_of(unlisted[0])}, but not in the index; {REMEDY}")
     if not modules:
         return
@@ -196,7 +208,7 @@ def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
     if guard not in shards or shards.shape(guard) != (1,):
         found = shards.shape(guard) if guard in shards else "nothing"
         raise ArmorError(
-            f"{shards.folder}: {guard}: found {found}, expected shape (1,), which stops readers without armor; {REMEDY}"
+            f"{shards.place}: {guard}: found {found}, expected shape (1,), which stops readers without armor; {REMEDY}"
         )
 
 
@@ -212,10 +224,27 @@ def check_tensor(where: str, name: str, tensor: Tensor, modules: Mapping[str, Pa
         if bad is not None:
             raise ArmorError(f"{where}: {name}: row {bad} does not keep {layout.pattern} of its positions; {REMEDY}")
     elif tensor.dtype in FLOATS.values() and tensor.numel():
-        low, high = torch.aminmax(tensor)  # NaN shows in both, and this takes a tenth of the time of isfinite
-        if low.isnan() or module in modules and not (low.isfinite() and high.isfinite()):
+        largest, infinity = _magnitude(tensor), _infinity(tensor.dtype)
+        if largest > infinity or largest == infinity and module in modules:
             count = int((~torch.isfinite(tensor)).sum())
             raise ArmorError(f"{where}: {name}: {count} of {tensor.numel()} numbers are NaN or infinite; {REMEDY}")
+
+
+def _magnitude(tensor: Tensor) -> int:
+    """The largest magnitude in a float tensor, as the integer that its bits make: above infinity's lies only NaN.
+
+    As fast as memory, in the calling thread alone: torch's own reductions would share themselves out over all threads,
+    and wait for those that are hashing.
+    """
+    width = tensor.dtype.itemsize
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    positive, negative = int(bits.view(f"i{width}").max()), int(bits.view(f"u{width}").max()) - (1 << 8 * width - 1)
+    return max(positive, negative)
+
+
+@functools.cache
+def _infinity(dtype: torch.dtype) -> int:
+    return _magnitude(torch.tensor([torch.inf], dtype=dtype, device="cpu"))
 
 
 @functools.cache
@@ -231,7 +260,10 @@ def _row_off_pattern(bits: Tensor, columns: int, pattern: Pattern) -> int | None
     n, m = pattern.group(columns)
     if 8 % m == 0:  # no group crosses a byte: look every byte up
         full = columns // 8
-        sound = _byte_table(n, m, 8)[bits[:, :full].numpy()].all(1)
+        table = _byte_table(n, m, 8)
+        if columns % 8 == 0 and table[bits.numpy()].all():
+            return None
+        sound = table[bits[:, :full].numpy()].all(1)
         if columns % 8:
             sound &= _byte_table(n, m, columns % 8)[bits[:, full].numpy()]
         return None if sound.all() else int((~sound).argmax())
@@ -244,10 +276,43 @@ def _row_off_pattern(bits: Tensor, columns: int, pattern: Pattern) -> int | None
     return None
 
 
-def check_contents(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
-    """Check every tensor of a checkpoint, one in memory at a time. Raises ArmorError for the first that is broken."""
-    for name in shards.names():
-        check_tensor(str(shards.folder / shards.file_of(name)), name, shards.read(name), modules)
+def check_contents(
+    shards: Shards, modules: Mapping[str, PackedLinear], hashes: Mapping[str, str] | None = None
+) -> None:
+    """Check every tensor of a checkpoint, through mapped files, and its hash where `hashes` has any.
+
+    Raises ArmorError for the first that is broken.
+    """
+    for file in shards.files:
+        where = str(shards.folder / file)
+        for name, tensor in shards.mapped(file):
+            check_tensor(where, name, tensor, modules)
+            if hashes and tensor_sha256(tensor) != hashes[name]:
+                raise ArmorError(f"{where}: {name}: differs from its hash in {CHECKSUMS}; {REMEDY}")
+
+
+def start_hashing(shards: Shards, sums: Mapping[str, Mapping] | None, files: Iterable[str]) -> Callable[[], None]:
+    """Begin to hold `files` against their hashes in `sums` (None: there are none), and return what waits for the end.
+
+    It runs beside the caller, in as many threads as torch computes with, each file in one call that lets go of the
+    interpreter's lock. Waiting raises ArmorError that names the file and, within a shard, the tensor.
+    """
+    if sums is None:
+        return lambda: None
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    jobs = [pool.submit(_check_hash, shards, file, sums) for file in sorted(files)]
+    pool.shutdown(wait=False)
+
+    def wait() -> None:
+        for job in jobs:
+            job.result()
+
+    return wait
+
+
+def loaded_files(shards: Shards) -> list[str]:
+    """The files that a model is loaded from."""
+    return [*shards.files, "config.json", *([INDEX] if (shards.folder / INDEX).exists() else [])]
 
 
 def read_packed(shards: Shards, name: str, layout: PackedLinear) -> Factorization:
@@ -267,14 +332,11 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
-def check_checksums(shards: Shards, files: Iterable[str] | None = None) -> bool:
-    """Hold `files` of a checkpoint (None: all that checksums.json lists) against their hashes; False: it has none.
-
-    Raises ArmorError naming the file and, within a shard, the tensor.
-    """
+def read_checksums(shards: Shards) -> dict | None:
+    """The content of checksums.json, None if there is none. Raises ArmorError if it cannot be of this checkpoint."""
     path = shards.folder / CHECKSUMS
     if not path.is_file():  # transformers' save_pretrained writes none
-        return False
+        return None
     sums = read_json(path)
     _keys(sums, ("format_version", "files", "tensors"), str(path))
     if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
@@ -282,27 +344,41 @@ def check_checksums(shards: Shards, files: Iterable[str] | None = None) -> bool:
     for key in ("files", "tensors"):
         if not isinstance(sums[key], dict):
             raise ArmorError(f"{path}: {key}: found {type(sums[key]).__name__}, expected a table of hashes; {REMEDY}")
-    listed = set(sums["files"])
-    unlisted = sorted({*shards.files, "config.json", *([INDEX] if (shards.folder / INDEX).exists() else [])} - listed)
-    if unlisted:
+    for name in sums["files"]:
+        if name != Path(name).name:
+            raise ArmorError(f"{path}: files: {name}: not a file of this folder; {REMEDY}")
+    if unlisted := sorted(set(loaded_files(shards)) - set(sums["files"])):
         raise ArmorError(f"{path}: does not list {unlisted[0]}; {REMEDY}")
-    wanted = sorted(listed if files is None else listed.intersection(files))
+    if wrong := sorted(set(shards.names()) ^ set(sums["tensors"])):
+        there = f"in {shards.file_of(wrong[0])}, but not listed" if wrong[0] in shards else "listed, but in no shard"
+        raise ArmorError(f"{path}: tensors: {wrong[0]}: {there}; {REMEDY}")
+    return sums
 
-    def differs(name: str) -> bool:
-        file, expected = shards.folder / name, sums["files"][name]
-        if not file.is_file():
-            raise ArmorError(f"{file}: missing, listed in {CHECKSUMS}; {REMEDY}")
-        return {"bytes": file.stat().st_size, "sha256": sha256(file)} != expected
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashlib lets go of the interpreter's lock
-        changed = [name for name, wrong in zip(wanted, pool.map(differs, wanted), strict=True) if wrong]
-    if changed:
-        place = f"{shards.folder / changed[0]}: "
-        for name in shards.names():
-            if shards.file_of(name) == changed[0] and tensor_sha256(shards.read(name)) != sums["tensors"].get(name):
-                place += f"{name}: "
-                break
-        raise ArmorError(
-            f"{place}differs from its hash in {CHECKSUMS}; {REMEDY} (after an edit on purpose, delete {CHECKSUMS})"
-        )
-    return True
+def _check_hash(shards: Shards, name: str, sums: Mapping[str, Mapping]) -> None:
+    """Hold one file of a checkpoint against its hash. Raises ArmorError naming it and, within a shard, the tensor."""
+    file = shards.folder / name
+    if not file.is_file():
+        raise ArmorError(f"{file}: missing, listed in {CHECKSUMS}; {REMEDY}")
+    if _bytes_and_hash(file) == sums["files"][name]:
+        return
+    place = f"{file}: "
+    if name in shards.files:
+        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums["tensors"][tensor])
+        place += "".join(f"{tensor}: " for tensor in itertools.islice(found, 1))
+    raise ArmorError(
+        f"{place}differs from its hash in {CHECKSUMS}; {REMEDY} (after an edit on purpose, delete {CHECKSUMS})"
+    )
+
+
+def _bytes_and_hash(file: Path) -> dict[str, int | str]:
+    """The size and SHA-256 of a file as checksums.json lists them.
+
+    The file is mapped and hashed in one call: whoever reads it in pieces, beside a loader that is busy in Python, waits
+    for the interpreter's lock after every piece.
+    """
+    size = file.stat().st_size
+    if not size:  # cannot be mapped
+        return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return {"bytes": size, "sha256": hashlib.sha256(data).hexdigest()}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from armor.errors import ArmorError
-from armor.execution.files import open_safetensors, save_safetensors
+from armor.execution.files import open_safetensors, read_json, save_safetensors, sha256
 
-__all__ = ["FORMAT_VERSION", "Accumulator", "Statistics", "read_statistics", "write_statistics"]
+__all__ = ["FORMAT_VERSION", "Accumulator", "Statistics", "read_statistics", "statistics_of", "write_statistics"]
 
 FORMAT_VERSION = 1
 
@@ -104,3 +104,21 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
             matrix = file.get_tensor(f"{name}.gram") if gram and f"{name}.gram" in names else None
             inputs[name] = Statistics(importance, matrix, header["tokens"])
     return {linear: inputs[name] for linear, name in header["inputs"].items()}
+
+
+def statistics_of(calibration: Path, layer: int) -> Path:
+    """The file with the statistics of decoder layer `layer`, beside `calibration` (calibration.json).
+
+    calibration.json is written last: without it, or where the hash that it has of the file is another, the statistics
+    are of a run that did not end, or of another one. Raises ArmorError.
+    """
+    files = read_json(calibration).get("files")
+    path = calibration.parent / f"layer_{layer}.safetensors"
+    expected = files.get(path.name) if isinstance(files, dict) else None
+    if expected is None:
+        raise ArmorError(f"{calibration}: lists no {path.name}; calibrate again")
+    if not path.is_file():
+        raise ArmorError(f"{path}: missing, listed in {calibration.name}; calibrate again")
+    if {"bytes": path.stat().st_size, "sha256": sha256(path)} != expected:
+        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; calibrate again")
+    return path

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from armor.config import LayerSettings, ModuleSettings
+from armor.config import LayerSettings, ModuleSettings, check_patterns
 from armor.core.factors import FORMAT_VERSION, Factorization, write_factors
 from armor.core.nm import Pattern
 from armor.core.statistics import Statistics, read_statistics
@@ -51,11 +51,13 @@ def factorize_layer(
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
     `statistics` is the layer's file from calibration, not read if all stays dense. Returns the content of the JSON.
-    Raises ArmorError for NaN in a weight, and for statistics that are missing, broken or of another model.
+    Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, and for statistics that
+    are missing, broken or of another model.
     """
     start = time.perf_counter()
     output = Path(output)
     chosen = _layer(source, topology, layer)
+    check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
     inputs = _statistics(Path(statistics), topology, chosen, resolved)
     shards = Shards(source.path)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +64,7 @@ class Shards:
         self.folder = Path(folder)
         index = self.folder / INDEX
         if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
+            weight_map = _read_index(index)
             self.files = sorted(set(weight_map.values()))
         elif (self.folder / SINGLE).is_file():
             weight_map, self.files = None, [SINGLE]
@@ -82,6 +84,11 @@ class Shards:
                     raise ArmorError(
                         f"{index}: says that {name} is in {file}, which does not hold it; fetch both again"
                     )
+
+    @property
+    def place(self) -> Path:
+        """The file to name where a tensor is missing: the only one, or the index of several."""
+        return self.folder / (self.files[0] if self.files == [SINGLE] else INDEX)
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -122,6 +129,26 @@ class Shards:
             raise ArmorError(f"{self.folder}: its safetensors files hold no floating-point tensor; not a model")
         return max(total, key=lambda dtype: total[dtype])
 
+    def mapped(self, file: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one shard in the order of their bytes, as views of the mapped file: to look at, not to keep.
+
+        They count as the process's memory while the mapping is open, but the system may take them back at any time.
+        """
+        import torch
+
+        entries = [(name, entry) for name, entry in self._entries.items() if entry.file == file and entry.bytes]
+        if not entries:
+            return
+        with open(self.folder / file, "rb") as opened:
+            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants a buffer it could write to
+        for name, entry in sorted(entries, key=lambda pair: pair[1].start):
+            dtype: torch.dtype = getattr(torch, entry.dtype)
+            begin, stop = entry.start, entry.start + entry.bytes
+            # Other writers than safetensors' own may not align the data.
+            source, offset = (data, begin) if begin % dtype.itemsize == 0 else (bytearray(data[begin:stop]), 0)
+            flat = torch.frombuffer(source, dtype=dtype, offset=offset, count=entry.bytes // dtype.itemsize)
+            yield name, flat.view(entry.shape)
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
         import torch
@@ -146,6 +173,19 @@ class Shards:
         except OSError as error:
             raise ArmorError(f"{path}: {error.strerror}; fetch the model again") from None
         return out
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file of the folder holds which tensor, as the index at `path` says."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArmorError(f"{path}: its weight_map is no table of tensors and files; fetch or copy it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or file != Path(file).name:
+            raise ArmorError(
+                f"{path}: {name}: says it is in {file!r}, expected a safetensors file of this folder; fetch it again"
+            )
+    return weight_map
 
 
 def _fill(file, flat: Tensor, path: Path) -> None:
@@ -176,9 +216,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         raise ArmorError(f"{path}: this shard is missing; fetch or copy the model again") from None
     except OSError as error:
         raise ArmorError(f"{path}: {error.strerror}; expected a safetensors file") from None
-    except ValueError as error:
-        if isinstance(error, ArmorError):
-            raise
+    except ArmorError:
+        raise
+    except (ValueError, RecursionError):
         raise ArmorError(f"{path}: its safetensors header is corrupt; fetch or copy it again") from None
     entries, end = {}, 0
     try:
@@ -187,11 +227,15 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             dtype, width = DTYPES[item["dtype"]]
             begin, stop = item["data_offsets"]
             shape = tuple(item["shape"])
+            if not all(type(number) is int and number >= 0 for number in (begin, stop, *shape)):
+                raise ArmorError(f"{path}: {name}: shape or place in the file are no whole numbers; fetch it again")
             if begin != end or stop - begin != math.prod(shape) * width:
                 raise ArmorError(f"{path}: the bytes of {name} do not fit its shape {shape}; fetch or copy it again")
             entries[name] = _Entry(path.name, dtype, shape, 8 + length + begin, stop - begin)
             end = stop
-    except (KeyError, TypeError, AttributeError) as error:
+    except ArmorError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArmorError(f"{path}: its safetensors header cannot be used ({error!r}); fetch it again") from None
     if size != 8 + length + end:
         raise ArmorError(

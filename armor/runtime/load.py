@@ -7,8 +7,10 @@ would be a number about nothing, so a missing tensor is refused here.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +23,7 @@ from transformers import (
 import armor.hf  # noqa: F401  teaches transformers the ARMOR format
 from armor.errors import ArmorError
 
-__all__ = ["context_length", "load_model", "load_tokenizer"]
+__all__ = ["check_names", "context_length", "load_model", "load_tokenizer"]
 
 
 def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -32,18 +34,38 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> 
     folder = _checked(folder)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     placement = {} if device == "cpu" else {"device_map": device}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, local_files_only=True, output_loading_info=True, **placement
-        )
-    except ArmorError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArmorError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
+    model, loading = _load(AutoModelForCausalLM, folder, dtype=wanted, **placement)
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise ArmorError(f"{folder}: {missing[0]}{more} not in the checkpoint; fetch or assemble the model again")
     return model.eval().requires_grad_(False)
+
+
+def check_names(folder: Path | str) -> None:
+    """Hold the names and shapes of a checkpoint's tensors against the model that its config.json describes.
+
+    The model is loaded as ever, but onto the meta device: no number is read. Raises ArmorError for a config.json that
+    transformers cannot make a model of, and for a tensor that is missing, of another shape, or one too many.
+    """
+    folder = _checked(folder)
+    names = _config(folder).architectures or ["no class"]
+    kind = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ArmorError(f"{folder / 'config.json'}: architectures: transformers has no {names[0]}; was it edited?")
+    _, loading = _load(kind, folder, device_map="meta")
+    for what in ("missing", "unexpected", "mismatched"):
+        for name in sorted(map(str, loading[f"{what}_keys"]))[:1]:
+            raise ArmorError(f"{folder}: {name}: {what}, by the model of config.json; assemble or copy it again")
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict]:
+    """`kind.from_pretrained(folder)` and what transformers says of the tensors. Raises ArmorError where it cannot."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except ArmorError:
+        raise
+    except Exception as error:  # a config.json that was edited makes it raise of every kind
+        raise ArmorError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -63,7 +85,7 @@ def context_length(folder: Path | str) -> int | None:
 def _config(folder: Path | str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(_checked(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ArmorError(f"{folder}/config.json: transformers cannot read it: {_first_line(error)}") from error
 
 

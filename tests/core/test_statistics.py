@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armor.core.statistics import Accumulator, Statistics, read_statistics, write_statistics
+from armor.core.statistics import Accumulator, Statistics, read_statistics, statistics_of, write_statistics
 from armor.errors import ArmorError
+from armor.execution.files import sha256, write_json
 
 
 def test_any_cut_into_batches_gives_the_same_means():
@@ -54,3 +55,18 @@ def test_impossible_values_are_refused(tmp_path, value):
     write_statistics(path, {"a.q": Statistics(torch.tensor([1.0, value]), None, 1)}, {"a.q": "a.q"}, "f")
     with pytest.raises(ArmorError, match=r"a\.q\.importance holds"):
         read_statistics(path)
+
+
+def test_statistics_must_be_those_that_calibration_recorded(tmp_path):
+    calibration, path = tmp_path / "calibration.json", tmp_path / "layer_0.safetensors"
+    path.write_bytes(b"some")
+    write_json(calibration, {"files": {path.name: {"bytes": 4, "sha256": sha256(path)}}})
+    assert statistics_of(calibration, 0) == path
+    with pytest.raises(ArmorError, match=r"calibration.json: lists no layer_1.safetensors"):
+        statistics_of(calibration, 1)
+    path.write_bytes(b"same")
+    with pytest.raises(ArmorError, match=r"layer_0.safetensors: differs from its hash in calibration.json"):
+        statistics_of(calibration, 0)
+    path.unlink()
+    with pytest.raises(ArmorError, match=r"layer_0.safetensors: missing"):
+        statistics_of(calibration, 0)

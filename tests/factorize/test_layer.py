@@ -152,6 +152,14 @@ def test_long_traces_are_thinned_and_keep_their_ends(root, tmp_path):
     assert len(trace) == 100 and trace[0][0] == 0 and trace[-1][0] == 250
 
 
+def test_an_override_that_matches_nothing_is_refused(root, tmp_path):
+    with pytest.raises(
+        ArmorError, match=r"overrides: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj"
+    ):
+        run(root, tmp_path / "layer_1.safetensors", armor(overrides=[Override(modules="*.q_porj", method="dense")]))
+    assert not list(tmp_path.iterdir())
+
+
 def broken_statistics(root, path, change, fingerprint=None):
     _, topology = opened(root)
     tensors = load_file(root / "calibration/layer_1.safetensors")

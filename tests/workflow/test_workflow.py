@@ -65,6 +65,7 @@ def test_rulegraph_draws_every_stage(run):
         ({"recipes__armor__method": "amor"}, "recipes.armor.method: 'amor' is unknown; did you mean armor?"),
         ({"recipes__armor__blocksize": 8}, "recipes.armor.blocksize: unknown key; did you mean block_size?"),
         ({"recipes__armor__pattern": "3:2"}, "recipes.armor.pattern: pattern 3:2: expected n:m with 0 < n < m"),
+        ({"recipes__armor__keep_dense": ["*.q_porj"]}, "recipes.armor, model tiny: '*.q_porj' matches no linear"),
         ({"runs": [{"recipes": ["amor"]}]}, "runs.0.recipes: 'amor' is not defined; did you mean armor?"),
     ],
 )

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from armor.config import Config, parse_settings
+from armor.config import Config, check_patterns, parse_settings
 from armor.errors import ArmorError
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
@@ -58,15 +58,18 @@ def is_dense(recipe):
     return SETTINGS.recipes[recipe].method == "dense"
 
 
-def layers_of(model):
-    """The numbers of the decoder layers of `model`; known once it was inspected."""
-    topology = read_topology(checkpoints.inspect.get(model=model).output[0])
-    return range(len(topology.layers))
-
-
 def factors_of(model, recipe, suffix):
-    """The files of every decoder layer of one model and recipe: their factors (safetensors) or their records (json)."""
-    return [f"results/{model}/{recipe}/layers/layer_{layer}.{suffix}" for layer in layers_of(model)]
+    """The files of every decoder layer of one model and recipe: their factors (safetensors) or their records (json).
+
+    Known once the model was inspected; so is then whether the recipe's patterns match any of its modules.
+    """
+    topology = read_topology(checkpoints.inspect.get(model=model).output[0])
+    try:
+        names = (linear.name for linear in topology.linears())
+        check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), names)
+    except ArmorError as error:
+        raise WorkflowError(str(error)) from None
+    return [f"results/{model}/{recipe}/layers/layer_{layer.index}.{suffix}" for layer in topology.layers]
 
 
 def all_records(wildcards):
