@@ -229,6 +229,18 @@ def summary(report: Annotated[Path, typer.Argument(help="The report's folder.")]
     print(f"The report: {report / 'index.html'}")
 
 
+@app.command("devices")
+def list_devices() -> None:
+    """List the GPUs that jobs may lease, their memory, and who holds them."""
+    found = devices.list_devices()
+    if not found:
+        print("no CUDA device is visible: jobs compute on the CPU")
+    for device in found:
+        sizes = (device.used_bytes, device.memory_bytes)
+        memory = "memory unknown" if None in sizes else "{:.1f} of {:.1f} GB used".format(*(x / 1e9 for x in sizes))
+        print(f"{device.name}  {device.model or 'unknown card'}  {memory}  {device.holder or 'free'}")
+
+
 @app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
     """Check a configuration without running anything, and say what it asks for."""

@@ -1,39 +1,50 @@
 """The device lease: a job takes its CUDA devices before CUDA starts, and no other job gets them while it lives.
 
 Snakemake's `--resources gpu=N` only counts; two jobs would both see every device. So a job locks one file per device
-(flock) and sets CUDA_VISIBLE_DEVICES to what it got. The kernel drops the lock when the process dies, however it dies.
-The lock folder is local to the node, and to the scheduler's job where there is one: under a scheduler the devices in
-CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque: indices, UUIDs or MIG identifiers.
+(flock) and sets CUDA_VISIBLE_DEVICES to what it got. The kernel drops the lock when the process dies, however it dies;
+what the file says of its holder is for people. The lock folder is local to the node, and to the scheduler's job where
+there is one: under a scheduler the devices in CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque:
+indices, UUIDs or MIG identifiers; a lock bears the UUID where nvidia-smi knows it, for one device can have two names.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from armor.errors import ArmorError
 from armor.execution.log import log
 
-__all__ = ["lease", "visible_devices"]
+__all__ = ["Device", "lease", "list_devices", "visible_devices"]
 
 SECONDS_BETWEEN_TRIES = 0.5
+SECONDS_BETWEEN_LINES = 60.0
+SCHEDULER_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _held: list[int] = []  # open descriptors; closing one would drop its lock
+
+
+@dataclass(frozen=True)
+class Device:
+    """A visible device: its name, its card and memory in bytes if nvidia-smi knows them, and who leased it, if any."""
+
+    name: str
+    model: str | None
+    memory_bytes: int | None
+    used_bytes: int | None
+    holder: str | None
 
 
 def visible_devices() -> list[str]:
     """The names of the CUDA devices that this process may use, from CUDA_VISIBLE_DEVICES or else from nvidia-smi."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.split(":")[0].removeprefix("GPU ") for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return list(_visible(_cards()).values())
 
 
 def lease(count: int) -> str:
@@ -42,38 +53,102 @@ def lease(count: int) -> str:
     With `count` 0, or where there is no CUDA device at all, that is "cpu". Raises ArmorError when more devices are
     asked for than are visible.
     """
-    names = visible_devices()
-    if count == 0 or not names:
+    devices = _visible(_cards()) if count else {}
+    if not devices:
         if count:
             log.warning("no CUDA device is visible: computing on the CPU")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return "cpu"
-    if count > len(names):
-        found = f"{len(names)} visible ({', '.join(names)})"
+    if count > len(devices):
+        found = f"{len(devices)} visible ({', '.join(devices.values())})"
         raise ArmorError(f"{count} GPUs asked for, {found}; lower --gpus, or the rule's gpu resource")
-    scope = os.environ.get("SLURM_JOB_ID", "local")
-    folder = Path(tempfile.gettempdir()) / f"armor-devices-{os.getuid()}-{scope}"
+    folder = _lock_folder(next((os.environ[key] for key in SCHEDULER_JOBS if os.environ.get(key)), "local"))
     folder.mkdir(mode=0o700, exist_ok=True)
-    taken: list[str] = []
-    waiting = False
+    taken: dict[str, int] = {}
+    start = last = time.monotonic()
     while True:
-        for name in names:
-            if len(taken) < count and name not in taken and (descriptor := _try_lock(folder / name.replace("/", "_"))):
-                _held.append(descriptor)
-                taken.append(name)
+        for identity, name in devices.items():
+            if len(taken) < count and (descriptor := _try_lock(_lock(folder, identity))):
+                taken[name] = descriptor
         if len(taken) == count:
             break
         # Holding some while waiting for others could lock two jobs against each other: let go and try again.
         while taken:
-            taken.pop()
-            os.close(_held.pop())
-        if not waiting:
-            log.info("waiting for %d of %d GPUs", count, len(names))
-            waiting = True
+            os.close(taken.popitem()[1])
+        now = time.monotonic()
+        if start == last or now - last >= SECONDS_BETWEEN_LINES:
+            waited, holders = now - start, sorted({holder for identity in devices if (holder := _holder(identity))})
+            log.info("waiting for %d of %d GPUs, %.0f s so far; held by %s", count, len(devices), waited, holders)
+            last = now
         time.sleep(SECONDS_BETWEEN_TRIES)
+    for descriptor in taken.values():
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "work": _work(sys.argv[1:])}).encode())
+    _held.extend(taken.values())
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # an index then means what nvidia-smi means by it
     log.info("computing on GPU %s", ", ".join(taken))
     return "cuda:0"
+
+
+def list_devices() -> list[Device]:
+    """The visible devices, their memory, and which of this user's processes leased them, in whatever job."""
+    known = {}
+    for line in _nvidia_smi("--query-gpu=uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"):
+        uuid, model, *mebibytes = (field.strip() for field in line.split(","))
+        known[uuid] = (model, *(int(x) * 2**20 if x.isdigit() else None for x in mebibytes))
+    return [
+        Device(name, *known.get(identity, (None, None, None)), _holder(identity))
+        for identity, name in _visible(_cards()).items()
+    ]
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _cards() -> list[list[str]]:
+    """Of every card the UUIDs to compute on: its own, or those of its MIG instances if it is split."""
+    cards: list[list[str]] = []
+    for line in _nvidia_smi("--list-gpus"):
+        if match := re.match(r"(\s*)(?:GPU|MIG) .*\(UUID: (\S+)\)", line):
+            if not match[1]:
+                cards.append([match[2]])
+            elif cards[-1][0].startswith("GPU-"):
+                cards[-1] = [match[2]]
+            else:
+                cards[-1].append(match[2])
+    return cards
+
+
+def _visible(cards: list[list[str]]) -> dict[str, str]:
+    """The devices that this process may use: what a lock is named by -> what CUDA_VISIBLE_DEVICES calls it."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [uuid for card in cards for uuid in card]
+    if named is None:
+        return dict(zip(every, every, strict=True))
+    found: dict[str, str] = {}
+    for name in (part.strip() for part in named.split(",")):
+        if name in ("", "-1", "NoDevFiles"):  # CUDA reads no further; the last is some schedulers' word for none
+            break
+        if name.isdecimal():  # of a card that is split CUDA takes the first instance
+            matches = cards[int(name)][:1] if int(name) < len(cards) else []
+        else:  # the beginning of a UUID is enough
+            matches = [uuid for uuid in every if uuid.startswith(name)]
+        found.setdefault(matches[0] if len(matches) == 1 else name, name)
+    return found
+
+
+def _lock_folder(scope: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"armor-devices-{os.getuid()}-{scope}"
+
+
+def _lock(folder: Path, identity: str) -> Path:
+    return folder / identity.replace("/", "_")
 
 
 def _try_lock(path: Path) -> int | None:
@@ -84,3 +159,27 @@ def _try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _work(arguments: list[str]) -> str:
+    """What a command line is about: the stage, and the file that it writes."""
+    output = dict(zip(arguments, arguments[1:], strict=False)).get("--output")
+    return " ".join([*arguments[:1], *(["->", output] if output else [])])
+
+
+def _holder(identity: str) -> str | None:
+    """Which process holds the lock of a device, or None. A file without a lock is that of a process that has ended."""
+    pattern = _lock_folder("*")
+    for path in sorted(_lock(folder, identity) for folder in pattern.parent.glob(pattern.name)):
+        try:
+            with open(path, encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            try:
+                held = json.loads(path.read_text(encoding="utf-8"))
+                return f"pid {held['pid']}, {held['work']}"
+            except ValueError:  # it was leased a moment ago, and has not written yet
+                return "a job that is starting"
+    return None

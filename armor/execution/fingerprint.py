@@ -3,7 +3,7 @@
 The hash covers the modules that a stage executes, found by following `import armor...` statements from its entry
 module, as syntax trees without docstrings; comments and formatting do not count. Templates and C sources of the
 packages on the way count as they are. Modules that cannot change a result are left out: the settings reach a stage
-through the rule's params, and messages, devices and descriptions touch no number.
+through the rule's params, and messages, devices, descriptions and estimates touch no number.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ WITHOUT_EFFECT = (
     "armor.execution.log",
     "armor.execution.machine",
     "armor.execution.devices",
+    "armor.factorize.memory",
 )
 
 

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["describe", "peak_memory_bytes", "resident_memory_bytes", "set_threads"]
+__all__ = ["describe", "device_memory_bytes", "peak_memory_bytes", "resident_memory_bytes", "set_threads"]
 
 
 def set_threads(count: int) -> None:
@@ -35,6 +35,15 @@ def peak_memory_bytes(device: str = "cpu") -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def device_memory_bytes(device: str) -> int | None:
+    """All the memory of a CUDA device; None for the host, where jobs share and swap."""
+    if not str(device).startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def resident_memory_bytes() -> int:

@@ -25,8 +25,9 @@ from armor.core.statistics import Statistics, read_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.factorize import pruning, published, solver
+from armor.factorize.memory import peak_bytes
 from armor.factorize.objective import sizes as block_sizes
 from armor.factorize.sparsegpt import sparsegpt
 from armor.model.shards import Shards
@@ -51,14 +52,15 @@ def factorize_layer(
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
     `statistics` is the layer's file from calibration, not read if all stays dense. Returns the content of the JSON.
-    Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, and for statistics that
-    are missing, broken or of another model.
+    Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, for statistics that are
+    missing, broken or of another model, and for a device with too little memory.
     """
     start = time.perf_counter()
     output = Path(output)
     chosen = _layer(source, topology, layer)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
+    _check_memory(chosen, resolved, device)
     inputs = _statistics(Path(statistics), topology, chosen, resolved)
     shards = Shards(source.path)
     factors: dict[str, Factorization] = {}
@@ -176,6 +178,20 @@ def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
         if layer.index == index:
             return layer
     raise ArmorError(f"layer {index}: the model has layers 0 to {len(topology.layers) - 1}")
+
+
+def _check_memory(layer: DecoderLayer, resolved: dict[str, ModuleSettings], device: str) -> None:
+    """Refuse a device that cannot hold what one of the linears will need."""
+    available = device_memory_bytes(device)
+    for linear in layer.linears if available is not None else ():
+        shape = (linear.out_features, linear.in_features)
+        itemsize = getattr(torch, linear.dtype).itemsize
+        needed = peak_bytes(shape, itemsize, possible(resolved[linear.name], *shape)[0])
+        if needed > available:
+            raise ArmorError(
+                f"{linear.name}: {shape[0]} x {shape[1]} needs about {needed / 1e9:.1f} GB, {device} has "
+                f"{available / 1e9:.1f} GB; choose a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
+            )
 
 
 def _statistics(

@@ -20,9 +20,9 @@ from armor.core import blockdiag
 from armor.core.factors import Factorization
 from armor.core.nm import Pattern, top_n_mask
 
-__all__ = ["Objective", "check", "finish", "relative_loss", "sizes", "supports"]
+__all__ = ["PIECE", "Objective", "check", "finish", "relative_loss", "sizes", "supports"]
 
-_CHUNK = 1 << 22  # entries of the float64 pieces in which the loss is summed: 32 MB each
+PIECE = 1 << 22  # entries of the float64 pieces in which the loss is summed: 32 MB each
 _MOST_SUPPORTS = 70  # those of 4:8
 
 
@@ -89,7 +89,7 @@ def relative_loss(weight: Tensor, objective: Objective, factors: Factorization) 
     rows, columns = weight.shape
     left = factors.left
     size = left.shape[1] if left is not None else 1
-    step = max(_CHUNK // columns // size, 1) * size
+    step = max(PIECE // columns // size, 1) * size
     scale = objective.importance.sqrt() / objective.column  # squared only where it has met a weight, or it overflows
     error = total = 0.0
     for start in range(0, rows, step):

@@ -48,7 +48,7 @@ def test_loss_in_pieces(monkeypatch):
     left = torch.randn(4, 3, 3, dtype=torch.float64)
     factors = Factorization(weight * mask, mask, Pattern(2, 4), left, blockdiag.identity(8, 4, dtype=torch.float64))
     whole = relative_loss(weight, objective, factors)
-    monkeypatch.setattr("armor.factorize.objective._CHUNK", 1)
+    monkeypatch.setattr("armor.factorize.objective.PIECE", 1)
     assert relative_loss(weight, objective, factors) == pytest.approx(whole, rel=1e-12)
 
 
