@@ -6,14 +6,18 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-cluster lint bench clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	$(BIN)/snakemake --cores $(CORES)
 	@$(BIN)/armor summary
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
-	$(BIN)/pytest -n $(CORES) --dist loadgroup
+	$(BIN)/pytest -n $(CORES) --dist loadgroup --ignore tests/cluster
+
+test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
+	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \
+	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest tests/cluster; fi
 
 lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/ruff check .

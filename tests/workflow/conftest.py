@@ -25,13 +25,16 @@ class Run:
     folder: Path
     config: dict
     repository: Path = REPOSITORY
+    python: Path | None = None  # a folder that every Python of the run reads first
 
     def snakemake(self, *arguments: str, config: dict | None = None) -> subprocess.CompletedProcess:
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config or self.config, sort_keys=False))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2"]
         command += ["--directory", str(self.folder), "--configfile", str(path), *arguments]
-        environment = os.environ | {"PYTHONPATH": str(self.repository)}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, filter(None, (self.python, self.repository))))
+        }
         return subprocess.run(
             command, env=environment, cwd=self.repository, capture_output=True, text=True, timeout=600
         )

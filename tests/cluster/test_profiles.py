@@ -1,0 +1,131 @@
+"""The profiles `slurm` and `cluster-generic` on a real cluster: what comes out, who gets which GPU, what survives."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+
+from armor.execution.files import sha256
+from tests.cluster.conftest import LAYERS
+
+LAYER = "results/tiny/armor/layers/layer_{}.safetensors"
+
+
+@pytest.fixture(scope="session")
+def overtime(slurm, config, tmp_path_factory):
+    """One job with each profile that takes longer than it may; they sleep while the other tests run."""
+    return {
+        profile: slurm.snakemake(
+            tmp_path_factory.mktemp(profile),
+            config,
+            profile,
+            *("--set-resources", "fetch:runtime=1", "--retries", "0", "--", "results/tiny/source.json"),
+            LINGER="300",
+        )
+        for profile in ("slurm", "cluster-generic")
+    }
+
+
+@pytest.fixture(scope="session")
+def run(slurm, config, overtime, tmp_path_factory):
+    """The whole workflow with profiles/slurm: a layer's job is cancelled, then Snakemake killed, and all run again.
+
+    Returns the run that was killed, the one that ended, and the times of the files that were there between the two.
+    """
+    folder = tmp_path_factory.mktemp("slurm")
+    soon = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
+    first = slurm.snakemake(folder, config, "slurm", *soon, LINGER="1")
+
+    def running_layers():
+        lines = slurm.command("squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
+        return [line.split()[0] for line in lines if "rule_factorize" in line]
+
+    slurm.command("scancel", first.wait_for(running_layers)[0])
+    first.wait_for(lambda: "Trying to restart job" in first.said())
+    first.wait_for(lambda: [line for line in first.leases() if line["stage"] == "factorize"])
+    first.process.kill()
+    first.process.wait()
+    name = f"--name={first.run_id()}"
+    slurm.command("scancel", name)  # or its jobs would go on, beside those that start next
+    while slurm.command("squeue", "--noheader", name):
+        pass
+    finished = ("source.json", "model.json", "calibration/words/calibration.json")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "results/tiny" / name for name in finished)}
+    slurm.snakemake(folder, config, "slurm", "--unlock").finish()
+    second = slurm.snakemake(folder, config, "slurm", *soon)
+    second.finish()
+    return first, second, before
+
+
+def test_a_cluster_makes_the_same_bytes(run, local):
+    _, finished, _ = run
+    names = [file.relative_to(local) for file in sorted(local.glob("results/tiny/**/*.safetensors"))]
+    assert len(names) == 2 * LAYERS + 1
+    for name in names:
+        assert sha256(finished.folder / name) == sha256(local / name), name
+    perplexity = [
+        json.loads((folder / "results/tiny/armor/evaluation/words.json").read_text())["perplexity"]
+        for folder in (finished.folder, local)
+    ]
+    assert perplexity[0] == perplexity[1]
+    assert (finished.folder / "results/report/index.html").exists()
+
+
+def test_layers_run_at_once_each_on_the_gpu_that_it_was_given(run):
+    leases = run[0].leases()
+    assert {line["stage"] for line in leases} >= {"calibrate", "factorize", "evaluate", "benchmark"}
+    assert all(line["given"] == line["leased"] and line["leased"] in set("0123") for line in leases)
+    assert len({line["job"] for line in leases}) == len(leases)
+    layers = [line for line in leases if line["stage"] == "factorize"]
+    assert len({line["leased"] for line in layers}) > 1
+    for line in leases:
+        others = [other for other in leases if other["leased"] == line["leased"] and other is not line]
+        assert all(other["end"] <= line["begin"] or other["begin"] >= line["end"] for other in others)
+
+
+def test_a_cancelled_job_is_named_and_tried_again(run):
+    first, _, _ = run
+    assert "SLURM status is: 'CANCELLED'" in first.said()
+    assert "Trying to restart job" in first.said()
+
+
+def test_after_a_kill_what_was_finished_is_not_computed_again(run):
+    _, second, before = run
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "rule fetch" not in second.said() and "calibrate" not in second.said()
+    assert not list(second.folder.glob("results/**/*.tmp"))
+
+
+def test_small_layers_are_grouped_and_share_the_gpu_of_their_job(slurm, config, local, tmp_path):
+    for name in ("source.json", "model.json", "calibration"):
+        copy = shutil.copytree if name == "calibration" else shutil.copy
+        (tmp_path / "results/tiny").mkdir(parents=True, exist_ok=True)
+        copy(local / "results/tiny" / name, tmp_path / "results/tiny" / name)
+    layers = [LAYER.format(index) for index in range(LAYERS)]
+    grouped = slurm.snakemake(
+        *(tmp_path, config, "cluster-generic", "--latency-wait", "10"),
+        *("--groups", "factorize=layers", "--group-components", f"layers={LAYERS}"),
+        *("--resources", "gpu=1", "--set-resource-scopes", "gpu=local", "--", *layers),
+    )
+    grouped.finish()
+    leases = grouped.leases()
+    assert len(leases) == LAYERS and len({line["job"] for line in leases}) == 1
+    assert len({line[key] for line in leases for key in ("given", "leased")}) == 1
+    assert all(one["end"] <= two["begin"] for one, two in pairwise(leases))
+    for layer in layers:
+        assert sha256(tmp_path / layer) == sha256(local / layer)
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("slurm", "SLURM status is: 'TIMEOUT'"),
+        ("cluster-generic", "TIMEOUT, over its runtime; give it more with --set-resources RULE:runtime="),
+    ],
+)
+def test_a_job_over_its_runtime_is_told_and_leaves_nothing(overtime, profile, said):
+    run = overtime[profile]
+    assert run.process.wait(300) == 1
+    assert said in run.said() and "Error in rule fetch" in run.said()
+    assert not list(run.folder.glob("results/tiny/*"))
