@@ -1,7 +1,7 @@
 """The tiny workflow through a real SLURM (tests/cluster/slurm.py), or a line that says why not.
 
-The cluster's GPUs compute nothing. So a sitecustomize.py, which every Python of a job reads, lets the lease happen as
-ever, writes down what SLURM gave and what was leased, and sends the stage to the CPU.
+The cluster's GPUs compute nothing. So a sitecustomize.py, which every Python reads as it starts, lets the lease happen
+as ever, writes down what SLURM gave and what was leased, and sends the stage to the CPU.
 """
 
 import json
@@ -39,6 +39,10 @@ def lease(count, take=devices.lease):
     return "cpu"
 
 devices.lease = lease
+if "snakemake" in sys.orig_argv:
+    # SLURM's plugin waits 10 s longer each time that nothing has ended, for jobs that take hours; these take seconds.
+    from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+    RemoteExecutor.next_seconds_between_status_checks = property(lambda _: 1, lambda *_: None)
 """
 
 

@@ -1,12 +1,11 @@
 """Several GPUs, one layer each: layers of a stand-in that only takes its time, leases that are real, fake devices."""
 
-import dataclasses
 import json
 from itertools import pairwise
 
 import pytest
 
-from armor.model.topology import read_topology
+from armor.model.topology import DecoderLayer, Topology
 from tests.workflow.conftest import Run
 
 LAYERS = 12
@@ -25,26 +24,33 @@ sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
 """
 
 
+CONFIG = {
+    "models": {"deep": {"folder": "."}},
+    "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
+    "recipes": {"armor": {"method": "armor"}},
+}
+
+
 @pytest.fixture
-def layers(run, tmp_path, monkeypatch):
+def layers(tmp_path, monkeypatch):
     """A function that runs `count` layers of a model for `seconds` each, and returns (device, begin, end) of all."""
     (tmp_path / "python").mkdir()
     (tmp_path / "python/sitecustomize.py").write_text(STAND_IN)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    folder = tmp_path / "results/tiny"
+    folder = tmp_path / "results/deep"
     (folder / "calibration/words").mkdir(parents=True)
-    topology = read_topology(run.folder / "results/tiny/model.json")
-    deep = [dataclasses.replace(topology.layers[0], index=index) for index in range(LAYERS)]
+    decoder = tuple(DecoderLayer(index, f"model.layers.{index}", ()) for index in range(LAYERS))
+    topology = Topology("llama", "0", "float32", None, 64, 0, 0, False, decoder)
     (folder / "source.json").write_text("{}")
-    (folder / "model.json").write_text(json.dumps(dataclasses.replace(topology, layers=tuple(deep)).to_json()))
+    (folder / "model.json").write_text(json.dumps(topology.to_json()))
     (folder / "calibration/words/calibration.json").write_text("{}")
 
     def start(gpus: int, count: int, seconds: float) -> list[tuple[str, float, float]]:
         monkeypatch.setenv("SECONDS", str(seconds))
-        files = [f"results/tiny/armor/layers/layer_{index}.safetensors" for index in range(count)]
-        fake = Run(tmp_path, run.config, python=tmp_path / "python")
-        done = fake.snakemake("--cores", "12", "--forcerun", "factorize", "--resources", f"gpu={gpus}", "--", *files)
+        files = [f"results/deep/armor/layers/layer_{index}.safetensors" for index in range(count)]
+        fake = Run(tmp_path, CONFIG, python=tmp_path / "python")
+        done = fake.snakemake("--cores", "12", "--resources", f"gpu={gpus}", "--", *files)
         assert done.returncode == 0, done.stdout + done.stderr
         return [tuple(json.loads((tmp_path / file).with_suffix(".json").read_text())) for file in files]
 
