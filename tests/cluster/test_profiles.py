@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from itertools import pairwise
 
 import pytest
@@ -49,7 +50,7 @@ def run(slurm, config, overtime, tmp_path_factory):
     name = f"--name={first.run_id()}"
     slurm.command("scancel", name)  # or its jobs would go on, beside those that start next
     while slurm.command("squeue", "--noheader", name):
-        pass
+        time.sleep(0.2)
     finished = ("source.json", "model.json", "calibration/words/calibration.json")
     before = {path: path.stat().st_mtime_ns for path in (folder / "results/tiny" / name for name in finished)}
     slurm.snakemake(folder, config, "slurm", "--unlock").finish()

@@ -58,7 +58,7 @@ def layers(tmp_path, monkeypatch):
 
 
 def test_four_gpus_are_busy_until_the_end(layers):
-    seconds = 8
+    seconds = 12  # a start of a second or two must not count, on a busy machine too
     held = layers(4, LAYERS, seconds)
     began, ended = min(begin for _, begin, _ in held), max(end for *_, end in held)
     assert ended - began <= 1.15 * seconds * LAYERS / 4
