@@ -22,6 +22,12 @@ def peak_bytes(shape: tuple[int, int], itemsize: int, settings: ModuleSettings) 
     stored = itemsize + 1  # a core and its mask
     if settings.method == "dense":
         return 0
+    if (
+        settings.method == "sparsegpt"
+    ):  # the Gram matrix and its inverse factor, of which a float64 copy and two results
+        start = 32 * columns**2 + entries * (itemsize + 4)
+        kept = 8 * columns**2 + entries * (itemsize + 5)
+        return max(start, kept + max(entries * 16, entries * (2 * itemsize + 1) + 24 * piece))
     if settings.method != "armor":
         rank = {"wanda": 24}.get(settings.method, 16)  # scores, sorted scores, places; Wanda's scores are float64
         return entries * itemsize + max(entries * (stored + rank), entries * 2 * stored + 24 * piece)

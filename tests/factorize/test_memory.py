@@ -19,15 +19,17 @@ from tests.packed import opened, prepared
 MEASURE = """
 import gc, sys, torch
 from armor.config import ModuleSettings
+from armor.core.statistics import Statistics
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.factorize.layer import METHODS
 settings = ModuleSettings.model_validate_json(sys.argv[4])
 for shape in ((256, 256), (int(sys.argv[1]), int(sys.argv[2]))):
     before = resident_memory_bytes()
     weight = torch.randn(shape).to(getattr(torch, sys.argv[3]))
+    gram = torch.eye(shape[1]) if settings.method == "sparsegpt" else None
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")
-    METHODS[settings.method](weight, torch.rand(shape[1]) + 0.1, settings, 0)
+    METHODS[settings.method](weight, Statistics(torch.rand(shape[1]) + 0.1, gram, 1), settings, 0)
     print(peak_memory_bytes() - before)
 """
 
@@ -44,8 +46,9 @@ def settings(method="armor", algorithm="fast", **keys):
         ((2560, 2560), "bfloat16", 2, settings(block_size=128)),
         ((1024, 1024), "float32", 4, settings(algorithm="published", block_size=64)),
         ((1024, 2048), "bfloat16", 2, settings("wanda")),
+        ((1024, 1024), "float32", 4, settings("sparsegpt")),
     ],
-    ids=["small", "large", "published", "wanda"],
+    ids=["small", "large", "published", "wanda", "sparsegpt"],
 )
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(shape, dtype, itemsize, asked):
     command = [sys.executable, "-c", MEASURE, *map(str, shape), dtype, asked.model_dump_json()]
