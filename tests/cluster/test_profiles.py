@@ -98,7 +98,7 @@ def test_after_a_kill_what_was_finished_is_not_computed_again(run):
 
 def test_small_layers_are_grouped_and_share_the_gpu_of_their_job(slurm, config, local, tmp_path):
     for name in ("source.json", "model.json", "calibration"):
-        copy = shutil.copytree if name == "calibration" else shutil.copy
+        copy = shutil.copytree if name == "calibration" else shutil.copy2  # with their times
         (tmp_path / "results/tiny").mkdir(parents=True, exist_ok=True)
         copy(local / "results/tiny" / name, tmp_path / "results/tiny" / name)
     layers = [LAYER.format(index) for index in range(LAYERS)]
