@@ -8,7 +8,6 @@ CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque: indices, UUIDs
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 
 from armor.errors import ArmorError
+from armor.execution.files import try_lock
 from armor.execution.log import log
 
 __all__ = ["lease", "visible_devices"]
@@ -58,7 +58,7 @@ def lease(count: int) -> str:
     waiting = False
     while True:
         for name in names:
-            if len(taken) < count and name not in taken and (descriptor := _try_lock(folder / name.replace("/", "_"))):
+            if len(taken) < count and name not in taken and (descriptor := try_lock(folder / name.replace("/", "_"))):
                 _held.append(descriptor)
                 taken.append(name)
         if len(taken) == count:
@@ -74,13 +74,3 @@ def lease(count: int) -> str:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
     log.info("computing on GPU %s", ", ".join(taken))
     return "cuda:0"
-
-
-def _try_lock(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -210,7 +210,11 @@ def test_a_layer_that_is_not_there(root, tmp_path):
 def test_a_failed_run_leaves_no_old_json_beside_new_factors(root, tmp_path, monkeypatch):
     output = tmp_path / "layer_1.safetensors"
     run(root, output, LayerSettings(method="nowag"))
-    monkeypatch.setattr("armor.factorize.layer.write_factors", lambda *_: (_ for _ in ()).throw(OSError("full")))
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr("armor.factorize.layer.write_json", full)
     with pytest.raises(OSError, match="full"):
         run(root, output, LayerSettings(method="magnitude"))
     assert not output.with_suffix(".json").exists()
