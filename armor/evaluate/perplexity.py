@@ -5,8 +5,8 @@ before them, and perplexity = exp(m), where m is the mean negative log-likelihoo
 of one block depend on each other and blocks hardly do, so the standard error comes from the block means: that of m is
 s/√n with s their standard deviation, and the delta method makes it perplexity·s/√n. The log-softmax is float32 whatever
 the model computes in; it runs over a few tokens at a time, because the logits of one block are already the largest
-tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that. A run that was killed goes on
-at the block where it was (`armor.execution.resume`).
+tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that. A run that was killed
+goes on at the block where it was (`armor.execution.resume`).
 """
 
 from __future__ import annotations
