@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-faults lint bench clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	$(BIN)/snakemake --cores $(CORES)
@@ -14,6 +14,9 @@ demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
 	$(BIN)/pytest -n $(CORES) --dist loadgroup
+
+test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
+	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py
 
 lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/ruff check .

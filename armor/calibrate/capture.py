@@ -205,6 +205,11 @@ def _run_layer(
                 if not finite(states):
                     raise ArmorError(_not_finite(layer, inputs, index))
                 hidden.write(index, states)
+    except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
+        raise ArmorError(
+            f"{layer.prefix}: out of memory on {device} with this layer and one sequence; use shorter sequences, or "
+            "calibrate with --gpus 0"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

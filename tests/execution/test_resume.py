@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -185,3 +186,46 @@ def test_what_is_finished_is_not_done_again(stages, tmp_path, monkeypatch, stage
     stages[stage](tmp_path / "again")
     assert calls < whole / 2
     assert results_of(tmp_path / "again") == results_of(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, and a way to change its options: size=1m, ro."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("cannot mount a disk here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_is_gone_on_from(stages, tmp_path, small_disk, stage):
+    (tmp_path / "whole").mkdir()
+    stages[stage](tmp_path / "whole")
+    folder = small_disk("size=96k,nr_inodes=40")
+    (folder / "filler").write_bytes(bytes(20_000 if stage != "evaluate" else 80_000))
+    with pytest.raises((ArmorError, OSError)) as caught:
+        stages[stage](folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert "No space left" in str(caught.value) or "needed" in str(caught.value) or "need" in str(caught.value)
+    assert not list(folder.rglob("*.tmp")) and not list(folder.glob("*.json"))
+    (folder / "filler").unlink()
+    small_disk("remount,size=64m,nr_inodes=10000")
+    stages[stage](folder)
+    assert results_of(folder) == results_of(tmp_path / "whole") and left_over(folder) == []
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+def test_a_folder_that_cannot_be_written_to_is_one_line(stages, small_disk, stage):
+    folder = small_disk("ro")
+    with pytest.raises((ArmorError, OSError), match="Read-only") as caught:
+        stages[stage](folder)
+    assert str(folder) in str(caught.value)
