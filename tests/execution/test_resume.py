@@ -158,8 +158,8 @@ def test_killed_anywhere_a_stage_ends_as_if_undisturbed(stages, tmp_path, stage)
     ("stage", "patched"),
     [
         ("calibrate", "armor.calibrate.capture._run_layer"),
-        ("factorize", "armor.factorize.layer._factorize"),
-        ("assemble", "armor.assemble.writer.tensor_sha256"),
+        ("factorize", "armor.factorize.layer.factorize_weight"),
+        ("assemble", "armor.assemble.folder.tensor_sha256"),
         ("evaluate", "armor.evaluate.perplexity.token_losses"),
     ],
 )

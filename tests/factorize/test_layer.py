@@ -223,7 +223,7 @@ def test_a_failed_run_leaves_no_old_json_beside_new_factors(root, tmp_path, monk
 
 def short_of_memory(monkeypatch, everywhere):
     """Let devices have too little memory: "meta" stands in for a GPU."""
-    real = layer._factorize
+    real = layer.factorize_weight
 
     def factorize(weight, *arguments):
         if weight.is_meta:
@@ -232,7 +232,7 @@ def short_of_memory(monkeypatch, everywhere):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return real(weight, *arguments)
 
-    monkeypatch.setattr(layer, "_factorize", factorize)
+    monkeypatch.setattr(layer, "factorize_weight", factorize)
 
 
 def test_what_the_gpu_has_no_memory_for_is_left_to_the_cpu(root, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(small, tmp
         begun = time.monotonic()
         while (process := started(killed)) and rounds and kills < KILLS:
             try:
-                process.wait(moments.uniform(0.05, 0.4) * seconds)
+                process.wait(moments.uniform(0.02, 0.25) * seconds)
                 break
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
