@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster lint bench clean
+.PHONY: demo test test-cluster test-faults lint bench clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	$(BIN)/snakemake --cores $(CORES)
@@ -18,6 +18,9 @@ test: .venv/installed  ## the whole test suite, the workflow on a tiny random mo
 test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
 	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \
 	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest tests/cluster; fi
+
+test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
+	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py
 
 lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/ruff check .

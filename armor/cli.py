@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ from armor import config
 from armor.errors import ArmorError
 from armor.execution import devices, machine
 from armor.execution.files import read_json
+from armor.status import ERROR, read_status
 
 app = typer.Typer(
     name="armor",
@@ -242,6 +244,22 @@ def list_devices() -> None:
 
 
 @app.command()
+def status(
+    results: Annotated[Path, typer.Argument(help="The folder with all results.")] = Path("results"),
+    configuration: Annotated[
+        Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
+    ] = None,
+) -> None:
+    """Say what is done, running, failed or missing, while a run goes on or after it."""
+    from rich.console import Console
+
+    found = read_status(results, configuration and config.load_config(configuration))
+    Console(soft_wrap=True).print(found.table())
+    for text in found.details():
+        print(text)
+
+
+@app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
     """Check a configuration without running anything, and say what it asks for."""
     checked = config.load_config(*files)
@@ -290,13 +308,14 @@ def _line(error: Exception) -> str:
 
 
 def main() -> None:
-    """The `armor` command: one line for an error, a traceback only with --debug."""
+    """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
     try:
         app(standalone_mode=True)
-    except (ArmorError, OSError, MemoryError) as error:
-        if getattr(app, "debug", False):
-            raise
-        print(f"armor: error: {_line(error)}", file=sys.stderr)
+    except Exception as error:
+        foreseen = isinstance(error, ArmorError | OSError | MemoryError)
+        if getattr(app, "debug", False) or not foreseen:
+            traceback.print_exc()
+        print(f"{ERROR}{'' if foreseen else f'{type(error).__name__}: '}{_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "model": GROUND,
     "execution": ("execution", "errors"),
     "config": ("core", "errors"),
+    "status": GROUND,
 }
 
 
@@ -44,7 +45,9 @@ def test_a_part_imports_only_what_it_may(part):
     assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in MAY_IMPORT[part]] == []
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "execution.devices", "execution.fingerprint", "model.topology"])
+@pytest.mark.parametrize(
+    "module", ["cli", "config", "execution.devices", "execution.fingerprint", "model.topology", "status"]
+)
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,8 @@
 
 So an interrupted run leaves no folder, never half a one. Tensors come one by one from a function and go to disk shard
 by shard, so no more than one shard is in memory; which tensor goes where is planned from sizes alone, and the room for
-all of them is looked for first. The same tensors give the same bytes.
+all of them is looked for first. The same tensors give the same bytes. Where the steps of the work are kept
+(`armor.execution.resume`), a run that was interrupted keeps the shards that are finished, and the next one goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from armor.core.checkpoint import CHECKSUMS, FORMAT_VERSION, tensor_sha256
 from armor.errors import ArmorError
 from armor.execution.files import save_safetensors, sha256, write_json
 from armor.execution.log import progress
+from armor.execution.resume import Steps
 from armor.model.shards import INDEX, SINGLE
 
 __all__ = ["MAX_SHARD_BYTES", "copy_others", "growing", "natural", "seal", "write_tensors"]
@@ -32,21 +34,24 @@ NOT_COPIED = ("config.json", "*.index.json", CHECKSUMS, "training_args*", "train
 
 
 @contextlib.contextmanager
-def growing(target: Path) -> Iterator[Path]:
+def growing(target: Path, steps: Steps | None = None) -> Iterator[Path]:
     """A folder to fill that becomes `target`, which must be absent or empty then, or vanishes if the block raises.
 
-    Raises ArmorError where the disk, or a file that is read, does not let it.
+    With `steps` it is kept among them until it is complete. Raises ArmorError where the disk, or a file that is read,
+    does not let it.
     """
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part = target.with_name(f".{target.name}.part") if steps is None else steps.folder / target.name
+    if steps is None:
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
         raise ArmorError(f"{target}: cannot be written: {error}; make room or choose another folder") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if steps is None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def natural(name: str) -> list[int | str]:
@@ -55,25 +60,38 @@ def natural(name: str) -> list[int | str]:
 
 
 def write_tensors(
-    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], max_shard_bytes: int, description: str
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int,
+    description: str,
+    steps: Steps | None = None,
 ) -> dict[str, str]:
     """Write the tensors that `sizes` names (in bytes), in its order, as shards, and the index if there are several.
 
-    Returns the SHA-256 of every tensor. Raises ArmorError if the disk has no room for all.
+    Shards that `steps` knows are not written again. Returns the SHA-256 of every tensor. Raises ArmorError if the disk
+    has no room for all.
     """
-    free, needed = shutil.disk_usage(folder).free, sum(sizes.values())
+    plan = _split(sizes, max_shard_bytes)
+    finished = {file: steps.get(file) for file in plan if (folder / file).is_file()} if steps is not None else {}
+    finished = {file: sums for file, sums in finished.items() if sums is not None}
+    free = shutil.disk_usage(folder).free
+    needed = sum(sizes[name] for file, names in plan.items() if file not in finished for name in names)
     if free < needed:
         raise ArmorError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; make room there")
-    plan = _split(sizes, max_shard_bytes)
     sums: dict[str, str] = {}
     for file, names in progress(plan.items(), description, total=len(plan), unit="shard"):
-        tensors = {name: read(name) for name in names}
-        sums |= {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
-        save_safetensors(folder / file, tensors, {"format": "pt"})  # one entry: several come in random order
-        del tensors
+        if file not in finished:
+            tensors = {name: read(name) for name in names}
+            finished[file] = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+            save_safetensors(folder / file, tensors, {"format": "pt"})  # one entry: several come in random order
+            del tensors
+            if steps is not None:
+                steps.put(file, finished[file])
+        sums |= finished[file]
     if len(plan) > 1:
         weight_map = {name: file for file, names in plan.items() for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": needed}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     return sums
 
 
@@ -101,7 +119,7 @@ def copy_others(source: Path, folder: Path) -> None:
 
 def seal(folder: Path, sums: Mapping[str, str]) -> dict[str, dict]:
     """Write checksums.json over the files there and the tensors' hashes; returns size and hash of all files."""
-    files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
+    files = {file.name: _describe(file) for file in sorted(folder.iterdir()) if file.name != CHECKSUMS}
     write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files, "tensors": dict(sums)})
     return files | {CHECKSUMS: _describe(folder / CHECKSUMS)}
 

@@ -2,14 +2,14 @@
 
 Tensors are copied shard by shard (`armor.assemble.folder`), so no more than one shard is in memory. Every factors file
 is checked before the first byte is written, and checkpoint.json comes after all else: an interrupted run leaves no
-checkpoint, never half a one. The same input gives the same bytes. The format is in docs/FORMAT.md.
+checkpoint, never half a one, and the next run keeps the shards that are finished. The same input gives the same bytes.
+The format is in docs/FORMAT.md.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from armor.core.nm import Pattern
 from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
+from armor.execution.resume import resumable
 from armor.model.shards import DTYPES, Shards
 from armor.model.source import Source
 from armor.model.topology import DecoderLayer, Linear, Topology
@@ -55,7 +56,6 @@ def assemble(
     Returns the content of `output`. Raises ArmorError if factors are missing, broken or of another model, if a tensor
     holds NaN, or if the disk is full; what `output` and checkpoint/ held before is then gone or untouched, never mixed.
     """
-    start = time.perf_counter()
     factors, output = Path(factors), Path(output)
     if source.fingerprint != topology.fingerprint:
         raise ArmorError(
@@ -82,31 +82,39 @@ def assemble(
         raise ArmorError(
             f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
         )
-    output.unlink(missing_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-    with growing(target) as part:
-        sums = write_tensors(part, _sizes(shards, layers, modules), read, max_shard_bytes, "assemble")
-        copy_others(source.path, part)
-        config = read_json(source.path / "config.json")
-        if modules:
-            config["quantization_config"] = quantization_config(modules)
-        write_json(part / "config.json", config)
-        statistics = _statistics(topology, layers, shards)
-        (part / "README.md").write_text(_card(topology, layers, statistics), encoding="utf-8")
-        files = seal(part, sums)
-    result = {
-        "format_version": FORMAT_VERSION,
+    sizes = _sizes(shards, layers, modules)
+    work = {
         "fingerprint": source.fingerprint,
-        "checkpoint_bytes": sum(file["bytes"] for file in files.values()),
-        **statistics,
-        "modules": len(modules),
-        "kept_dense": [linear.name for linear in topology.linears() if linear.name not in modules],
-        "files": files,
-        "seconds": time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "factors": [layer.record["sha256"] for layer in layers],
+        "sizes": list(sizes.items()),
+        "max_shard_bytes": max_shard_bytes,
     }
-    write_json(output, result)
+    with resumable(output, __name__, "cpu", **work) as steps:
+        output.unlink(missing_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        with growing(target, steps) as part:
+            sums = write_tensors(part, sizes, read, max_shard_bytes, "assemble", steps)
+            copy_others(source.path, part)
+            config = read_json(source.path / "config.json")
+            if modules:
+                config["quantization_config"] = quantization_config(modules)
+            write_json(part / "config.json", config)
+            statistics = _statistics(topology, layers, shards)
+            (part / "README.md").write_text(_card(topology, layers, statistics), encoding="utf-8")
+            files = seal(part, sums)
+        result = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": source.fingerprint,
+            "checkpoint_bytes": sum(file["bytes"] for file in files.values()),
+            **statistics,
+            "modules": len(modules),
+            "kept_dense": [linear.name for linear in topology.linears() if linear.name not in modules],
+            "files": files,
+            "seconds": steps.seconds(),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(output, result)
     return result
 
 

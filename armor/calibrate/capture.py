@@ -4,7 +4,8 @@ The model's own forward runs on each token sequence with recorders in place of t
 (`armor.model.skeleton`), which gives the hidden states before the first layer. Then layer by layer: read its weights,
 run it on the hidden states of every sequence while hooks sum x² of each distinct input, write its statistics, and let
 its output be the next layer's input. So memory holds one layer and the hidden states, whatever the model's size, and
-those go to disk past a limit.
+past a limit those are on disk alone. They are on disk in any case, so that a run that was killed goes on at the layer
+where it was: `armor.calibrate.hidden` says at what cost.
 
 Computation is in the model's own dtype where the device multiplies in it: on a GPU, and for bfloat16 on a CPU with
 AVX-512 BF16 or AMX, where the whole stage was 1.2 times as fast as in float32 (SmolLM2-135M, one core). Elsewhere on a
@@ -16,15 +17,15 @@ as a rule, and by 24% in the worst of all 210 linears.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from armor.calibrate.hidden import HiddenStates
+from armor.calibrate.hidden import HiddenStates, states_file
 from armor.config import CalibrationSettings
 from armor.core.statistics import Accumulator, write_statistics
 from armor.errors import ArmorError
@@ -32,6 +33,7 @@ from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import describe as describe_machine
 from armor.execution.machine import peak_memory_bytes
+from armor.execution.resume import Steps, resumable
 from armor.model.shards import Shards
 from armor.model.skeleton import Call, Skeleton, finite, load_layer, load_outside, open_skeleton, record, unload_outside
 from armor.model.source import Source
@@ -60,7 +62,6 @@ def calibrate(
     `output` comes last, with the files' hashes, speed and memory; its content is returned. `device` is a torch device.
     Raises ArmorError for a topology of another model, too little text, or NaN or infinity (it names the module).
     """
-    start = time.monotonic()
     output = Path(output)
     if topology.fingerprint != source.fingerprint:
         raise ArmorError(
@@ -74,50 +75,76 @@ def calibrate(
             f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
         )
     tokens = _tokens(source, settings, length)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for old in (output, *output.parent.glob("layer_*.safetensors")):
-        old.unlink(missing_ok=True)
-
-    shards = Shards(source.path)
-    skeleton = open_skeleton(source.path, compute_dtype(source.dtype, device))
-    load_outside(skeleton, shards)
-    files = {}
-    with _embed(skeleton, tokens, settings.hidden_states_memory_gb * 1e9, output.parent) as (hidden, calls):
-        unload_outside(skeleton)
-        if hidden.spilled_bytes:
-            log.info("%.3g of %.3g GB of hidden states are on disk", hidden.spilled_bytes / 1e9, hidden.bytes / 1e9)
-        share = tokens.numel() / len(topology.layers)  # a token that has passed all layers counts as one
-        for layer in progress(topology.layers, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
-            module = load_layer(skeleton, layer.index, shards, device)
-            inputs = _run_layer(
-                module, layer, [of_layers[layer.index] for of_layers in calls], hidden, settings.gram, device
-            )
-            module.to("meta")
-            path = output.parent / f"layer_{layer.index}.safetensors"
-            users = {linear.name: group[0].name for group in layer.groups() for linear in group}
-            write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    seconds = time.monotonic() - start
-    value = {
-        "format_version": FORMAT_VERSION,
+    text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    dtype = compute_dtype(source.dtype, device)
+    work = {
         "fingerprint": source.fingerprint,
-        "text_fingerprint": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "layers": [dataclasses.asdict(layer) for layer in topology.layers],
+        "text": text_fingerprint,
         "settings": settings.model_dump(mode="json"),
-        "sequences": tokens.shape[0],
-        "length": tokens.shape[1],
-        "tokens": tokens.numel(),
-        "dtype": str(hidden.dtype).removeprefix("torch."),
-        "device": device,
-        "files": files,
-        "hidden_states_bytes": hidden.bytes,
-        "spilled_bytes": hidden.spilled_bytes,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens.numel() / seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "machine": describe_machine(device),
+        "dtype": str(dtype),
     }
-    write_json(output, value)
+    with resumable(output, __name__, device, **work) as steps:
+        files = _finished(steps, output.parent)
+        for old in (output, *output.parent.glob("layer_*.safetensors")):
+            if old.name not in files:
+                old.unlink(missing_ok=True)
+        shards = Shards(source.path)
+        skeleton = open_skeleton(source.path, dtype)
+        load_outside(skeleton, shards)
+        limit = settings.hidden_states_memory_gb * 1e9
+        with _embed(skeleton, tokens, limit, steps.folder, len(files)) as (hidden, calls):
+            unload_outside(skeleton)
+            if hidden.spilled_bytes:
+                log.info("%.3g of %.3g GB of hidden states are on disk", hidden.spilled_bytes / 1e9, hidden.bytes / 1e9)
+            share = tokens.numel() / len(topology.layers)  # a token that has passed all layers counts as one
+            left = topology.layers[len(files) :]
+            for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
+                module = load_layer(skeleton, layer.index, shards, device)
+                own = [of_layers[layer.index] for of_layers in calls]
+                inputs = _run_layer(module, layer, own, hidden, settings.gram, device)
+                module.to("meta")
+                path = output.parent / f"layer_{layer.index}.safetensors"
+                users = {linear.name: group[0].name for group in layer.groups() for linear in group}
+                write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                hidden.turn()
+                steps.put(path.name, files[path.name])
+                hidden.forget()
+        seconds = steps.seconds()
+        value = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": source.fingerprint,
+            "text_fingerprint": text_fingerprint,
+            "settings": settings.model_dump(mode="json"),
+            "sequences": tokens.shape[0],
+            "length": tokens.shape[1],
+            "tokens": tokens.numel(),
+            "dtype": str(hidden.dtype).removeprefix("torch."),
+            "device": device,
+            "files": files,
+            "hidden_states_bytes": hidden.bytes,
+            "spilled_bytes": hidden.spilled_bytes,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens.numel() / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "machine": describe_machine(device),
+        }
+        write_json(output, value)
     return value
+
+
+def _finished(steps: Steps, folder: Path) -> dict[str, dict]:
+    """The files of the leading decoder layers that are finished, as `calibrate` describes them.
+
+    None, if the hidden states behind them are not there.
+    """
+    files: dict[str, dict] = {}
+    while found := steps.get(name := f"layer_{len(files)}.safetensors"):
+        if not (folder / name).is_file() or (folder / name).stat().st_size != found["bytes"]:
+            break
+        files[name] = found
+    return files if files and states_file(steps.folder, len(files)).is_file() else {}
 
 
 def _tokens(source: Source, settings: CalibrationSettings, length: int) -> Tensor:
@@ -135,21 +162,25 @@ def _tokens(source: Source, settings: CalibrationSettings, length: int) -> Tenso
 
 @contextlib.contextmanager
 def _embed(
-    skeleton: Skeleton, tokens: Tensor, limit: float, folder: Path
+    skeleton: Skeleton, tokens: Tensor, limit: float, folder: Path, layer: int
 ) -> Iterator[tuple[HiddenStates, list[list[Call]]]]:
-    """The hidden states before the first decoder layer, and per sequence what each layer is called with.
+    """The hidden states before decoder layer `layer`, and per sequence what each layer is called with.
 
-    tokens (sequences, length). Sequences of one length are mostly called with equal masks and rotary embeddings: those
-    are kept once.
+    tokens (sequences, length). Those before layer 0 are made here, those of a later one lie in `folder`. Sequences of
+    one length are mostly called with equal masks and rotary embeddings: those are kept once.
     """
     first, shared = record(skeleton, tokens[:1])
     calls = [shared]
-    with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder) as hidden:
-        hidden.write(0, first)
+    with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder, layer) as hidden:
+        if layer == 0:
+            hidden.write(0, first)
         for index in range(1, len(tokens)):
             states, own = record(skeleton, tokens[index : index + 1])
-            hidden.write(index, states)
+            if layer == 0:
+                hidden.write(index, states)
             calls.append([a if a.equals(b) else b for a, b in zip(shared, own, strict=True)])
+        if layer == 0:
+            hidden.turn()
         yield hidden, calls
 
 
@@ -174,6 +205,11 @@ def _run_layer(
                 if not finite(states):
                     raise ArmorError(_not_finite(layer, inputs, index))
                 hidden.write(index, states)
+    except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
+        raise ArmorError(
+            f"{layer.prefix}: out of memory on {device} with this layer and one sequence; use shorter sequences, or "
+            "calibrate with --gpus 0"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,13 +5,14 @@ before them, and perplexity = exp(m), where m is the mean negative log-likelihoo
 of one block depend on each other and blocks hardly do, so the standard error comes from the block means: that of m is
 s/√n with s their standard deviation, and the delta method makes it perplexity·s/√n. The log-softmax is float32 whatever
 the model computes in; it runs over a few tokens at a time, because the logits of one block are already the largest
-tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that.
+tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that. A run that was killed
+goes on at the block where it was (`armor.execution.resume`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import progress
 from armor.execution.machine import describe, peak_memory_bytes
+from armor.execution.resume import Steps, resumable
 from armor.runtime.load import context_length, load_model, load_tokenizer
 from armor.text import token_blocks
 
@@ -51,10 +53,13 @@ def perplexity(block_means: Tensor) -> tuple[float, float | None]:
 
 
 @torch.inference_mode()
-def _block_means(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+def _block_means(model: PreTrainedModel, blocks: Tensor, steps: Steps) -> Tensor:
     """The mean loss of each block, (n,) float64 in nats, from tokens (n, L). Raises ArmorError on NaN logits."""
     means = []
     for index, block in enumerate(progress(blocks, "perplexity", unit="block")):
+        if known := steps.get(str(index)):
+            means.append(known["mean"])
+            continue
         tokens = block.to(model.device)
         # No cache: each block is read once, and keys and values of long blocks take room.
         losses = token_losses(model(input_ids=tokens[None], use_cache=False).logits[0], tokens)
@@ -65,6 +70,7 @@ def _block_means(model: PreTrainedModel, blocks: Tensor) -> Tensor:
                 f"{model.name_or_path}: the logits are not finite (block {index}, token {position}), computed in "
                 f"{str(model.dtype).removeprefix('torch.')}; check it with armor verify, or set the dtype to float32"
             )
+        steps.put(str(index), {"mean": mean})
         means.append(mean)
     return torch.tensor(means, dtype=torch.float64)
 
@@ -75,7 +81,6 @@ def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | st
     `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
     loading. Raises ArmorError for a folder that is not a model, a text too short, and logits that are not finite.
     """
-    start = time.perf_counter()
     folder, output = Path(folder), Path(output)
     # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
     tokenizer = load_tokenizer(folder)
@@ -86,23 +91,34 @@ def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | st
     if longest is not None and length > longest:
         raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
-    model = load_model(folder, settings.dtype, device)
-    means = _block_means(model, blocks)
-    value, error = perplexity(means)
-    result = {
-        "format_version": 1,
-        "task": output.stem,
-        "metric": "perplexity",
-        "value": value,
-        "standard_error": error,
-        "tokens": blocks.shape[0] * (blocks.shape[1] - 1),
-        "blocks": blocks.shape[0],
-        "length": blocks.shape[1],
-        "block_means": means.tolist(),
-        "seconds": time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory_bytes(device),
+    work = {
+        "model": _identity(folder),
+        "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
         "settings": settings.model_dump(mode="json", exclude_none=True),
-        "machine": describe(device),
     }
-    write_json(output, result)
+    with resumable(output, __name__, device, **work) as steps:
+        model = load_model(folder, settings.dtype, device)
+        means = _block_means(model, blocks, steps)
+        value, error = perplexity(means)
+        result = {
+            "format_version": 1,
+            "task": output.stem,
+            "metric": "perplexity",
+            "value": value,
+            "standard_error": error,
+            "tokens": blocks.shape[0] * (blocks.shape[1] - 1),
+            "blocks": blocks.shape[0],
+            "length": blocks.shape[1],
+            "block_means": means.tolist(),
+            "seconds": steps.seconds(),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "settings": settings.model_dump(mode="json", exclude_none=True),
+            "machine": describe(device),
+        }
+        write_json(output, result)
     return result
+
+
+def _identity(folder: Path) -> list:
+    """What tells this model from another in the same place, without reading it: every file's name, size and time."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]

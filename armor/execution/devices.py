@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armor.errors import ArmorError
+from armor.execution.files import try_lock
 from armor.execution.log import log
 
 __all__ = ["Device", "lease", "list_devices", "visible_devices"]
@@ -68,7 +69,7 @@ def lease(count: int) -> str:
     start = last = time.monotonic()
     while True:
         for identity, name in devices.items():
-            if len(taken) < count and (descriptor := _try_lock(_lock(folder, identity))):
+            if len(taken) < count and (descriptor := try_lock(_lock(folder, identity))):
                 taken[name] = descriptor
         if len(taken) == count:
             break
@@ -149,16 +150,6 @@ def _lock_folder(scope: str) -> Path:
 
 def _lock(folder: Path, identity: str) -> Path:
     return folder / identity.replace("/", "_")
-
-
-def _try_lock(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _work(arguments: list[str]) -> str:

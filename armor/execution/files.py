@@ -1,47 +1,97 @@
 """Atomic files: a reader sees the old content, the new content or nothing, never a half.
 
-Every write goes to a temporary name in the same folder and is renamed over the target once it is on disk. Two processes
-that write the same file do no harm: the last rename wins, and each writes under a name of its own.
+Every write goes to a temporary folder beside the target (writers like safetensors' have temporary files of their own),
+and is renamed over the target once it is on disk. Two processes that write the same file do no harm: the last rename
+wins. The folder holds a lock (flock), which the kernel drops however the process dies: so the next write of the same
+file knows what a killed one left, and removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from armor.errors import ArmorError
 
-__all__ = ["atomic_path", "open_safetensors", "read_json", "save_safetensors", "sha256", "write_json"]
+__all__ = ["atomic_path", "open_safetensors", "read_json", "save_safetensors", "sha256", "try_lock", "write_json"]
+
+LOCK = "lock"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` at the end, or vanishes if the block raises."""
+    """A temporary path near `path`, to write to, that becomes `path` at the end, or vanishes if the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    _sweep(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        with _temporary_folder(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ArmorError(f"{path}: cannot be written ({error.strerror}); make room and run again") from error
         raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def try_lock(path: Path | str) -> int | None:
+    """Lock the file `path`, made if need be, until this process ends; a descriptor, or None if another one holds it.
+
+    Closing the descriptor drops the lock too. Whoever holds it may delete the file. Where the file system has no locks,
+    nobody is kept out.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # no locks here
+            return descriptor
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # its holder deleted it between the two calls
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked, that is gone at the end."""
+    lock = None
+    while lock is None:  # until no other process sweeps it before it is locked
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                lock = try_lock(folder / LOCK)
+            if lock is not None:
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary folders of `path` that belong to nobody any more."""
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
+            folder = path.parent / name
+            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                if (lock := try_lock(folder / LOCK)) is not None:
+                    shutil.rmtree(folder)
+                    os.close(lock)
 
 
 def _umask() -> int:

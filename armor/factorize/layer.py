@@ -1,12 +1,14 @@
 """Factorize the linears of one decoder layer: the unit that the pipeline spreads over devices and machines.
 
-One linear's weight is in memory at a time, besides the factors found so far. What cannot be done as asked is done in
-the nearest way that can, said in the log and noted in the JSON: a linear whose rows cannot hold the pattern stays
-dense, and one that no blocks fit is pruned without them.
+One linear's weight is in memory at a time, besides the factors found so far, and a linear that is finished stays so if
+the job dies (`armor.execution.resume`). What cannot be done as asked is done in the nearest way that can, said in the
+log and noted in the JSON: a linear whose rows cannot hold the pattern stays dense, one that no blocks fit is pruned
+without them, and one that the GPU has no memory for is left to the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor
 
 from armor.config import LayerSettings, ModuleSettings, check_patterns
-from armor.core.factors import FORMAT_VERSION, Factorization, write_factors
+from armor.core.factors import FORMAT_VERSION, Factorization, read_factors, write_factors
 from armor.core.nm import Pattern
 from armor.core.statistics import Statistics, read_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
+from armor.execution.resume import resumable
 from armor.factorize import pruning, published, solver
 from armor.factorize.memory import peak_bytes
 from armor.factorize.objective import sizes as block_sizes
@@ -55,7 +58,6 @@ def factorize_layer(
     Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, for statistics that are
     missing, broken or of another model, and for a device with too little memory.
     """
-    start = time.perf_counter()
     output = Path(output)
     chosen = _layer(source, topology, layer)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
@@ -63,50 +65,81 @@ def factorize_layer(
     _check_memory(chosen, resolved, device)
     inputs = _statistics(Path(statistics), topology, chosen, resolved)
     shards = Shards(source.path)
+    work = {
+        "layer": dataclasses.asdict(chosen),
+        "fingerprint": topology.fingerprint,
+        "statistics": sha256(statistics) if inputs else None,
+        "settings": settings.model_dump(mode="json"),
+    }
     factors: dict[str, Factorization] = {}
     modules: dict[str, dict] = {}
-    for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
-        began = time.perf_counter()
-        name = linear.name
-        asked, note = possible(resolved[name], linear.out_features, linear.in_features)
-        if note:
-            log.warning("%s: %s", name, note)
-        if asked.method == "dense":
-            found = None
-        else:
-            weight = shards.read(f"{name}.weight").to(device)
-            where = f"{shards.folder / linear.shard}: {name}.weight"
-            found = factors[name] = factorize_weight(weight, inputs[name], asked, seed_of(settings.seed, name), where)
-        modules[name] = _entry(asked.method, found) | {
-            "seed": seed_of(settings.seed, name),
-            "device": str(device),
-            "seconds": time.perf_counter() - began,
-            "peak_memory_bytes": peak_memory_bytes(device),  # of the process so far
-            "note": note,
+    with resumable(output, __name__, device, **work) as steps:
+        for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
+            name, file = linear.name, steps.folder / f"{linear.name}.safetensors"
+            entry = steps.get(name)
+            if entry is None or not file.is_file():
+                began = time.perf_counter()
+                asked, note = possible(resolved[name], linear.out_features, linear.in_features)
+                seed = seed_of(settings.seed, name)
+                found, place = None, device
+                if asked.method != "dense":
+                    weight = shards.read(f"{name}.weight")
+                    where = f"{shards.folder / linear.shard}: {name}.weight"
+                    found, place = _factorize_somewhere(weight, inputs[name], asked, seed, where, device)
+                    if place != device:
+                        note = "computed on the CPU: the GPU had too little memory"
+                if note:
+                    log.warning("%s: %s", name, note)
+                entry = _entry(asked.method, found) | {
+                    "seed": seed,
+                    "device": place,
+                    "seconds": time.perf_counter() - began,
+                    "peak_memory_bytes": peak_memory_bytes(place),  # of the process so far
+                    "note": note,
+                }
+                write_factors(file, {name: found} if found else {}, {})
+                steps.put(name, entry)
+            modules[name] = entry
+            factors |= read_factors(file)[0]
+        described = output.with_suffix(".json")
+        described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
+        write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})
+        record = {
+            "format_version": FORMAT_VERSION,
+            "layer": layer,
+            "fingerprint": topology.fingerprint,
+            "sha256": sha256(output),
+            "settings": settings.model_dump(mode="json"),
+            "seed": settings.seed,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "seconds": steps.seconds(),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "modules": modules,
         }
-    described = output.with_suffix(".json")
-    described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
-    write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})
-    record = {
-        "format_version": FORMAT_VERSION,
-        "layer": layer,
-        "fingerprint": topology.fingerprint,
-        "sha256": sha256(output),
-        "settings": settings.model_dump(mode="json"),
-        "seed": settings.seed,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "seconds": time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "modules": modules,
-    }
-    write_json(described, record)
+        write_json(described, record)
     return record
 
 
 def seed_of(seed: int, module: str) -> int:
     """The seed of one linear: the same on every machine, and another for every linear and every `seed`."""
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
+
+
+def _factorize_somewhere(
+    weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str, device: str
+) -> tuple[Factorization, str]:
+    """`factorize_weight` on `device`, or on the CPU if the GPU's memory is too small; and where it was done."""
+    if device != "cpu":
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return factorize_weight(weight.to(device), of_input, settings, seed, where), device
+        torch.cuda.empty_cache()
+    try:
+        return factorize_weight(weight, of_input, settings, seed, where), "cpu"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's words, on a CPU
+            raise
+        raise ArmorError(f"{where}: out of memory; give the job more, or take fewer jobs at a time") from error
 
 
 def factorize_weight(

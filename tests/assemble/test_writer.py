@@ -238,8 +238,10 @@ def test_a_folder_that_is_no_checkpoint_is_not_deleted(copy):
     refused(copy, "in the way, and not a checkpoint")
 
 
-def test_what_an_interrupted_run_left_is_cleared_away(copy):
-    (copy / ".checkpoint.part").mkdir()
-    (copy / ".checkpoint.part/model-00001-of-00009.safetensors").write_bytes(b"half")
+def test_what_a_run_of_other_work_left_is_cleared_away(copy):
+    part = copy / ".checkpoint.json.part"
+    (part / "checkpoint").mkdir(parents=True)
+    (part / "checkpoint/model.safetensors").write_bytes(b"half")
+    (part / "model.safetensors.json").write_text('{"value": {}, "seconds": 1}')
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
-    assert not (copy / ".checkpoint.part").exists() and verify(copy / "checkpoint")["shards"] == 1
+    assert not part.exists() and verify(copy / "checkpoint")["shards"] == 1

@@ -159,7 +159,17 @@ def test_activations_that_overflow_are_named_by_module(tmp_path, text):
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     with pytest.raises(ArmorError, match=r"model\.layers\.1\.mlp\.down_proj: its input holds NaN or infinity"):
         run(folder, text, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["layer_0.safetensors"]
+    kept = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert kept == [".calibration.json.part", "layer_0.safetensors"]  # what is finished, for the next run
+
+
+def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(capture, "finite", full)
+    with pytest.raises(ArmorError, match=r"model\.layers\.0: out of memory on cpu with this layer and one sequence"):
+        run(tiny_model(tmp_path / "model", layers=2), text, tmp_path / "out")
 
 
 def test_another_model_than_the_inspected_one_is_refused(tmp_path, text):

@@ -1,4 +1,4 @@
-"""Hidden states: what was written is read, wherever it is kept, and a full disk is one clear line."""
+"""Hidden states: what was written is read, wherever it is kept and after a restart; a full disk is one clear line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from armor.calibrate.hidden import HiddenStates
+from armor.calibrate.hidden import HiddenStates, states_file
 from armor.errors import ArmorError
 
 
@@ -17,34 +17,48 @@ def test_what_was_written_is_read(tmp_path, dtype, kept):
     each = 2 * 5 * dtype.itemsize
     states = torch.randn(3, 2, 5).to(dtype)
     with HiddenStates(3, (2, 5), dtype, kept * each, tmp_path) as hidden:
-        for _ in range(2):
+        for layer in range(3):
             states += 1
             for index in (2, 0, 1):
                 hidden.write(index, states[index])
+            hidden.turn()
+            hidden.forget()
             assert all(torch.equal(hidden.read(index), states[index]) for index in range(3))
+            assert list(tmp_path.iterdir()) == [states_file(tmp_path, layer)]
         assert hidden.bytes == 3 * each and hidden.spilled_bytes == max(0, 3 - kept) * each
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_a_layers_input_outlives_a_process_that_dies_while_it_writes_the_output(tmp_path, kept):
+    states = torch.randn(3, 4)
+    with HiddenStates(3, (4,), torch.float32, kept * 16, tmp_path) as hidden:
+        for layer in range(2):
+            for index in range(3):
+                hidden.write(index, states[index] + layer)
+            hidden.turn()
+        hidden.write(0, torch.zeros(4))
+    with HiddenStates(3, (4,), torch.float32, kept * 16, tmp_path, layer=1) as again:
+        assert all(torch.equal(again.read(index), states[index] + 1) for index in range(3))
+        assert list(tmp_path.iterdir()) == [states_file(tmp_path, 1)]
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path):
+    class Full:
+        def seek(self, position):
+            pass
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
     with HiddenStates(2, (4,), torch.float32, 0, tmp_path) as hidden:
-        file = hidden._file
-
-        class Full:
-            def seek(self, position):
-                file.seek(position)
-
-            def write(self, data):
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-            def close(self):
-                file.close()
-
-        hidden._file = Full()
+        hidden._written = Full()
         with pytest.raises(ArmorError, match="No space left on device; free it"):
             hidden.write(0, torch.zeros(4))
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(tmp_path):
-    with pytest.raises(ArmorError, match="need 4e\\+06 GB on this disk: .* GB are free"):
+    with pytest.raises(ArmorError, match="need 8e\\+06 GB on this disk: .* GB are free"):
         HiddenStates(1_000_000_000, (1_000_000,), torch.float32, 0, tmp_path)

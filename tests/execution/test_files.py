@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from armor.errors import ArmorError
-from armor.execution.files import atomic_path, open_safetensors, read_json, save_safetensors, sha256, write_json
+from armor.execution.files import (
+    atomic_path,
+    open_safetensors,
+    read_json,
+    save_safetensors,
+    sha256,
+    try_lock,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -70,3 +78,42 @@ except ArmorError as error:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.startswith(f"{tmp_path / 'file'}: cannot be written (") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", ["write_json(path, 1)", "save_safetensors(path, {'x': torch.zeros(3)})"])
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
+    path = tmp_path / "file"
+    code = f"""
+import os, signal, torch
+from pathlib import Path
+from armor.execution.files import atomic_path
+with atomic_path(Path({str(path)!r})) as temporary:
+    temporary.write_text("half")
+    (temporary.parent / "of a library").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    exec(write, {"path": path, "torch": torch, "write_json": write_json, "save_safetensors": save_safetensors})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_two_writers_of_one_file_do_no_harm(tmp_path):
+    with atomic_path(tmp_path / "a") as slow:
+        slow.write_text("slow")
+        write_json(tmp_path / "a", "fast")
+        assert (tmp_path / "a").read_text() == '"fast"\n'
+    assert (tmp_path / "a").read_text() == "slow" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = f"""
+import os, signal
+from armor.execution.files import try_lock
+assert try_lock({str(tmp_path / "lock")!r}) is not None and try_lock({str(tmp_path / "lock")!r}) is None
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    descriptor = try_lock(tmp_path / "lock")
+    assert descriptor is not None and try_lock(tmp_path / "lock") is None
+    os.close(descriptor)

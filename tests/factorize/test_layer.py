@@ -10,6 +10,7 @@ from armor.core.factors import read_factors
 from armor.core.nm import Pattern, is_nm
 from armor.core.statistics import Statistics, write_statistics
 from armor.errors import ArmorError
+from armor.factorize import layer
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.factorize.objective import Objective, relative_loss
 from armor.factorize.pruning import magnitude
@@ -210,7 +211,45 @@ def test_a_layer_that_is_not_there(root, tmp_path):
 def test_a_failed_run_leaves_no_old_json_beside_new_factors(root, tmp_path, monkeypatch):
     output = tmp_path / "layer_1.safetensors"
     run(root, output, LayerSettings(method="nowag"))
-    monkeypatch.setattr("armor.factorize.layer.write_factors", lambda *_: (_ for _ in ()).throw(OSError("full")))
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr("armor.factorize.layer.write_json", full)
     with pytest.raises(OSError, match="full"):
         run(root, output, LayerSettings(method="magnitude"))
     assert not output.with_suffix(".json").exists()
+
+
+def short_of_memory(monkeypatch, everywhere):
+    """Let devices have too little memory: "meta" stands in for a GPU."""
+    real = layer.factorize_weight
+
+    def factorize(weight, *arguments):
+        if weight.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if everywhere:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(weight, *arguments)
+
+    monkeypatch.setattr(layer, "factorize_weight", factorize)
+
+
+def test_what_the_gpu_has_no_memory_for_is_left_to_the_cpu(root, tmp_path, monkeypatch):
+    short_of_memory(monkeypatch, everywhere=False)
+    statistics = root / "calibration/layer_1.safetensors"
+    for device in ("cpu", "meta"):
+        record = factorize_layer(
+            *opened(root), 1, statistics, armor(), tmp_path / device / "layer_1.safetensors", device
+        )
+    assert {entry["device"] for entry in record["modules"].values()} == {"cpu"}
+    assert all("the GPU had too little memory" in entry["note"] for entry in record["modules"].values())
+    files = [tmp_path / device / "layer_1.safetensors" for device in ("cpu", "meta")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_no_memory_anywhere_names_the_module_and_keeps_what_is_finished(root, tmp_path, monkeypatch):
+    short_of_memory(monkeypatch, everywhere=True)
+    with pytest.raises(ArmorError, match=rf"model.safetensors: {Q}.weight: out of memory"):
+        run(root, tmp_path / "layer_1.safetensors", armor())
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from armor.config import json_schema, load_config
+from armor.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
 COLUMNS = (
@@ -35,6 +36,16 @@ def test_every_job_kept_to_its_threads(run):
     records = list(run.folder.glob("results/tiny/*/layers/layer_*.json"))
     assert len(records) == 2 * LAYERS
     assert {json.loads(file.read_text())["threads"] for file in records} == {1}
+
+
+def test_the_status_knows_every_job_of_the_workflow(run):
+    found = read_status(run.folder / "results")
+    assert set(found.states.values()) == {"done"} and found.details() == []
+    outputs = {str(output.relative_to(run.folder)) for job in found.states for output in job.outputs}
+    told = run.snakemake("--summary").stdout.splitlines()[1:]
+    assert outputs | {f"results/report/summary.{suffix}" for suffix in ("csv", "json")} == {
+        line.split("\t")[0] for line in told
+    }
 
 
 def test_a_dry_run_answers_quickly(run):

@@ -15,6 +15,7 @@ from armor.config import Config, check_patterns, parse_settings
 from armor.errors import ArmorError
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
+from armor.status import read_status, start_run
 
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
@@ -37,6 +38,17 @@ except WorkflowError:  # not given: --unlock, --summary, a cluster
 def any_of(names):
     """A regular expression that matches exactly these names."""
     return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+onstart:
+    try:
+        start_run(Path("results"), SETTINGS, sys.argv)
+    except ArmorError as error:
+        raise WorkflowError(str(error)) from None
+
+
+onerror:
+    print(*read_status(Path("results"), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
 
 
 wildcard_constraints:

@@ -1,0 +1,122 @@
+"""Resume: what a stage has finished outlives it, and the next run of the same work goes on from there.
+
+A stage is a loop over steps: decoder layers, linears, shards, blocks of text. `resumable` gives it a folder beside its
+output, `.{output}.part/`, to leave in it what a step made; a step is finished once its record, a small JSON file that
+is written last, is there. The folder belongs to one piece of work. It holds a fingerprint of all that can change a byte
+of the result (what the stage says, its code, the threads, the device, the versions of the libraries), and a folder of
+other work is emptied: so a resumed result is that of an undisturbed run. It vanishes when the stage succeeds, or fails
+before its first step is finished. A lock in it, which the kernel drops when the process dies, keeps a second process
+from the same work. Snakemake deletes the declared outputs of a job that failed; this name it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from armor.errors import ArmorError
+from armor.execution.files import LOCK, read_json, try_lock, write_json
+from armor.execution.fingerprint import code_hash
+from armor.execution.log import log
+from armor.execution.machine import describe
+
+__all__ = ["Steps", "part_of", "resumable"]
+
+WORK = "work"
+
+
+def part_of(output: Path | str) -> Path:
+    """The folder that keeps the finished steps toward `output`."""
+    output = Path(output)
+    return output.with_name(f".{output.name}.part")
+
+
+class Steps:
+    """The finished steps of one piece of work, and `folder` for the files they made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._start = time.monotonic()
+        self._records: dict[str, dict] = {}
+        for file in folder.glob("*.json"):
+            with contextlib.suppress(ArmorError):  # lost in a power cut: the step is done again
+                self._records[file.stem] = read_json(file)
+        self._before = max((record["seconds"] for record in self._records.values()), default=0.0)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, step: str) -> dict | None:
+        """What was recorded of `step`; None if it is not finished."""
+        return self._records[step]["value"] if step in self._records else None
+
+    def put(self, step: str, value: dict) -> None:
+        """Record that `step` is finished, with a JSON object to remember. Its files must be on disk by now."""
+        self._records[step] = {"value": value, "seconds": self.seconds()}
+        write_json(self.folder / f"{step}.json", self._records[step])
+
+    def seconds(self) -> float:
+        """The seconds spent on this work, those of the runs before included as far as their steps are kept."""
+        return self._before + time.monotonic() - self._start
+
+
+@contextlib.contextmanager
+def resumable(output: Path | str, stage: str, device: str, **work: object) -> Iterator[Steps]:
+    """The steps toward `output` that are finished already; `stage` is the module whose code they run.
+
+    `work` is JSON: whatever else decides the result, as settings and hashes. Raises ArmorError if another process is
+    doing the same work.
+    """
+    folder = part_of(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(folder / LOCK)
+    if lock is None:
+        raise ArmorError(f"{output}: another process is at work on it; wait for its end, or end it, and run again")
+    steps = None
+    try:
+        fingerprint = _fingerprint({"code": code_hash(stage), "machine": _machine(device), **work})
+        if _read(folder / WORK) != fingerprint:
+            _empty(folder)
+            write_json(folder / WORK, {"fingerprint": fingerprint})
+        steps = Steps(folder)
+        if len(steps):
+            log.info("going on after %d finished steps (%s)", len(steps), folder)
+        yield steps
+    except BaseException:
+        if not steps:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _fingerprint(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _machine(device: str) -> dict:
+    """What of the machine decides about bytes: on a GPU, the processor does not."""
+    described = describe(device)
+    return {key: described[key] for key in ("threads", "device", "versions", *(["processor"] * (device == "cpu")))}
+
+
+def _read(file: Path) -> str | None:
+    with contextlib.suppress(ArmorError):
+        return read_json(file).get("fingerprint")
+    return None
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

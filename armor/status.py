@@ -1,0 +1,183 @@
+"""What is done, running, failed or missing in a results folder, from its files alone: while a run goes on, and after.
+
+A run of the workflow notes in results/run.json its configuration and its command, and locks that file as long as it
+lives: so a second run on the same results stops at once, and a killed one leaves nothing that has to be unlocked.
+`jobs` names what the configuration asks for as workflow/rules does (a test holds the two together): the outputs that
+prove a job done, and its log. Of a job that is not done the log tells more: it ends with an error (failed), it is of
+the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). Whether what is done is up to
+date is for `snakemake --dry-run` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from armor.config import Config, parse_settings
+from armor.errors import ArmorError
+from armor.execution.files import read_json, try_lock
+from armor.model.topology import read_topology
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ERROR", "STATES", "Job", "Status", "jobs", "read_status", "start_run"]
+
+RUN = "run.json"
+ERROR = "armor: error: "
+"""How the line begins with which a failed `armor` command ends."""
+STATES = ("done", "running", "failed", "stopped", "missing")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the workflow: its stage, the names that tell it from others, what it writes, its log."""
+
+    stage: str
+    names: tuple[str, ...]
+    outputs: tuple[Path, ...]
+    log: Path
+
+    def __str__(self) -> str:
+        return " ".join((self.stage, *self.names))
+
+
+def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
+    """Note that this process, started as `command`, works on `results` until it ends; the lock's descriptor.
+
+    Raises ArmorError if another run does.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / RUN
+    descriptor = try_lock(file)
+    if descriptor is None:
+        other = read_json(file)
+        raise ArmorError(
+            f"{results.absolute()}: another run is at work here (process {other['process']} on {other['host']}); wait "
+            "for its end, or choose another folder with --directory"
+        )
+    value = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "command": list(command),
+        "config": config.model_dump(mode="json", exclude_unset=True),
+    }
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    return descriptor
+
+
+def jobs(config: Config, results: Path) -> Iterator[Job]:
+    """Every job that `config` asks for, in the order of the stages; layer "?" where their number is not known yet."""
+    logs = results / "logs"
+    pairs = config.pairs()
+    compressed = [(model, recipe) for model, recipe in pairs if config.recipes[recipe].method != "dense"]
+    models = list(dict.fromkeys(model for model, _ in pairs))
+    for model in models:
+        yield Job("fetch", (model,), (results / model / "source.json",), logs / model / "fetch.log")
+        yield Job("inspect", (model,), (results / model / "model.json",), logs / model / "inspect.log")
+    for model, name in dict.fromkeys((model, config.calibration_of(recipe)) for model, recipe in compressed):
+        output = results / model / "calibration" / name / "calibration.json"
+        yield Job("calibrate", (model, name), (output,), logs / model / "calibration" / f"{name}.log")
+    for model, recipe in compressed:
+        inspected = results / model / "model.json"
+        layers = range(len(read_topology(inspected).layers)) if inspected.is_file() else ("?",)
+        for layer in layers:
+            stem = results / model / recipe / "layers" / f"layer_{layer}"
+            outputs = (stem.with_suffix(".safetensors"), stem.with_suffix(".json"))
+            log = logs / model / recipe / f"layer_{layer}.log"
+            yield Job("factorize", (model, recipe, f"layer {layer}"), outputs, log)
+    for model, recipe in compressed:
+        output = results / model / recipe / "checkpoint.json"
+        yield Job("assemble", (model, recipe), (output,), logs / model / recipe / "assemble.log")
+    for (model, recipe), tasks in pairs.items():
+        for stage, names in (("evaluation", tasks["evaluations"]), ("benchmark", tasks["benchmarks"])):
+            for name in names:
+                output = results / model / recipe / stage / f"{name}.json"
+                log = logs / model / recipe / stage / f"{name}.log"
+                yield Job(stage.replace("evaluation", "evaluate"), (model, recipe, name), (output,), log)
+    yield Job("report", (), (results / "report" / "index.html",), logs / "report.log")
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of every job, the last line of the log of those that are not done, and the command of the last run."""
+
+    states: dict[Job, str]
+    lines: dict[Job, str]
+    command: tuple[str, ...]
+
+    def table(self) -> Table:
+        """The jobs by stage, model and recipe, counted by state."""
+        from rich.table import Table
+
+        groups: dict[tuple[str, str], Counter] = {}
+        for job, state in self.states.items():
+            groups.setdefault((job.stage, " ".join(job.names[:2])), Counter())[state] += 1
+        table = Table("stage", "of", box=None, pad_edge=False)
+        for state in STATES:
+            table.add_column(state, justify="right")
+        for (stage, of), counts in groups.items():
+            table.add_row(stage, of, *(str(counts[state] or "") for state in STATES))
+        return table
+
+    def details(self) -> list[str]:
+        """Of every job that runs, where it is; of every one that failed or was stopped, the cause, and how to go on."""
+        text = []
+        for job, state in self.states.items():
+            if state == "running":
+                text.append(f"{job}: {self.lines[job]}")
+            elif state in ("failed", "stopped"):
+                why = self.lines[job] if state == "failed" else "stopped without a word: killed, or out of memory"
+                again = shlex.join(["snakemake", str(job.outputs[0]), *self.command[1:]])
+                text.append(f"{job}: {why}\n  log:   {job.log}\n  again: {again}")
+        return text
+
+
+def read_status(results: Path, config: Config | None = None, running: bool | None = None) -> Status:
+    """The state of every job of `config`, or of the last run's configuration; `running`: whether that is going on.
+
+    Raises ArmorError if there was no run and no `config` is given.
+    """
+    file = results / RUN
+    last = read_json(file) if file.is_file() else {}
+    if config is None:
+        if not last:
+            raise ArmorError(f"{file}: no such file, so no run was started here; name another folder, or give --config")
+        config = parse_settings(Config, last["config"], str(file))
+    if running is None:
+        running = bool(last) and (lock := try_lock(file)) is None
+        if last and not running:
+            os.close(lock)
+    states, lines = {}, {}
+    for job in jobs(config, results):
+        lines[job] = _last_line(job.log)
+        if all(output.is_file() for output in job.outputs):
+            states[job] = "done"
+        elif lines[job].startswith(ERROR):
+            states[job], lines[job] = "failed", lines[job].removeprefix(ERROR)
+        elif not job.log.is_file():
+            states[job] = "missing"
+        elif running and job.log.stat().st_mtime >= file.stat().st_mtime:
+            states[job] = "running"
+        else:
+            states[job] = "stopped"
+    return Status(states, lines, tuple(last.get("command", ("snakemake",))))
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that is not empty; none if there is no log."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

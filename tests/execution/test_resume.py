@@ -1,0 +1,231 @@
+"""Resume: work goes on where it was killed, only if it is the same work, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from armor.assemble.writer import assemble
+from armor.calibrate.capture import calibrate
+from armor.config import CalibrationSettings, EvaluationSettings, LayerSettings, SolverSettings, TextSettings
+from armor.errors import ArmorError
+from armor.evaluate.perplexity import evaluate
+from armor.execution.resume import part_of, resumable
+from armor.factorize.layer import factorize_layer
+from tests.killed import left_over, results_of
+from tests.packed import opened, packed
+from tests.tiny import tiny_text
+
+STAGE = "armor.core.nm"
+
+
+def steps_of(output, steps=(), **work):
+    """The steps that are finished before `steps` are added, of work that then fails."""
+    with pytest.raises(KeyboardInterrupt), resumable(output, STAGE, "cpu", **work) as kept:
+        names = [file.stem for file in kept.folder.glob("*.json")]
+        for name in steps:
+            kept.put(name, {"of": name})
+        raise KeyboardInterrupt
+    return sorted(names)
+
+
+def test_steps_are_kept_until_the_work_succeeds(tmp_path):
+    output = tmp_path / "a.json"
+    assert steps_of(output, ["x.y", "z"], seed=1) == []
+    assert steps_of(output, seed=1) == ["x.y", "z"]
+    with resumable(output, STAGE, "cpu", seed=1) as steps:
+        assert steps.get("x.y") == {"of": "x.y"} and steps.get("w") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_that_fails_before_its_first_step_leaves_nothing(tmp_path):
+    assert steps_of(tmp_path / "a.json") == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("other", ["work", "code", "threads"])
+def test_steps_of_other_work_are_not_taken(tmp_path, monkeypatch, other):
+    output = tmp_path / "a.json"
+    steps_of(output, ["x"], seed=1)
+    (part_of(output) / "x.safetensors").touch()
+    (part_of(output) / "checkpoint").mkdir()
+    if other == "code":
+        monkeypatch.setattr("armor.execution.resume.code_hash", lambda _: "another")
+    if other == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    with resumable(output, STAGE, "cpu", seed=1 + (other == "work")) as steps:
+        assert len(steps) == 0 and sorted(file.name for file in steps.folder.iterdir()) == ["lock", "work"]
+
+
+def test_the_seconds_of_earlier_runs_count(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    steps_of(tmp_path / "a", ["x"])
+    with resumable(tmp_path / "a", STAGE, "cpu") as steps:
+        assert steps.seconds() == 20
+
+
+def test_a_step_whose_record_is_damaged_is_done_again(tmp_path):
+    steps_of(tmp_path / "a", ["x", "y"])
+    (part_of(tmp_path / "a") / "x.json").write_text("{")
+    with resumable(tmp_path / "a", STAGE, "cpu") as steps:
+        assert steps.get("x") is None and steps.get("y") == {"of": "y"}
+
+
+def test_a_second_process_is_kept_from_the_same_work(tmp_path):
+    with resumable(tmp_path / "a", STAGE, "cpu") as steps:
+        steps.put("x", {})
+        with pytest.raises(ArmorError, match="a: another process is at work on it"):
+            with resumable(tmp_path / "a", STAGE, "cpu"):
+                pass
+        assert len(list(steps.folder.iterdir())) == 3
+
+
+def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
+    """Do `work` in a process of its own, killed after `seconds`; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(120)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status == 0
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Every stage that resumes, as a function of the folder to write to; several steps each."""
+    root = packed(tmp_path_factory.mktemp("model"), layers=3)
+    (root / "text.txt").write_text(tiny_text())
+    text = TextSettings(files=[str(root / "text.txt")])
+    source, topology = opened(root)
+    calibration = CalibrationSettings(text=text, sequences=6, sequence_length=64, hidden_states_memory_gb=5e-5)
+    layer = LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=10))
+    evaluation = EvaluationSettings(text=text, sequences=12, sequence_length=64)
+    return {
+        "calibrate": lambda folder: calibrate(source, topology, calibration, folder / "calibration.json"),
+        "factorize": lambda folder: factorize_layer(
+            source, topology, 1, root / "calibration/layer_1.safetensors", layer, folder / "layer_1.safetensors"
+        ),
+        "assemble": lambda folder: assemble(
+            source, topology, root / "layers", folder / "checkpoint.json", max_shard_bytes=40_000
+        ),
+        "evaluate": lambda folder: evaluate(root / "checkpoint", evaluation, folder / "text.json"),
+    }
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+def test_killed_anywhere_a_stage_ends_as_if_undisturbed(stages, tmp_path, stage):
+    work = stages[stage]
+    (tmp_path / "whole").mkdir()
+    assert forked(lambda: work(tmp_path / "whole"))
+    start = time.monotonic()
+    assert forked(lambda: work(tmp_path / "again"))
+    seconds = time.monotonic() - start
+    assert results_of(tmp_path / "whole") == results_of(tmp_path / "again") != {}
+    shutil.rmtree(tmp_path / "again")
+    moments = random.Random(stage)
+    gone_on = kills = 0
+    while kills < 6 or gone_on == 0:
+        kills += 1
+        assert kills < 60
+        if forked(lambda: work(tmp_path / "killed"), moments.uniform(0.1, 0.9) * seconds):
+            assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "killed")
+        gone_on += any((tmp_path / "killed").glob(".*.part/*.json"))
+    assert forked(lambda: work(tmp_path / "killed"))
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+    assert left_over(tmp_path / "killed") == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "patched"),
+    [
+        ("calibrate", "armor.calibrate.capture._run_layer"),
+        ("factorize", "armor.factorize.layer.factorize_weight"),
+        ("assemble", "armor.assemble.folder.tensor_sha256"),
+        ("evaluate", "armor.evaluate.perplexity.token_losses"),
+    ],
+)
+def test_what_is_finished_is_not_done_again(stages, tmp_path, monkeypatch, stage, patched):
+    module, name = patched.rsplit(".", 1)
+    real = getattr(__import__(module, fromlist=[name]), name)
+    calls = 0
+    limit = None
+
+    def counted(*arguments):
+        nonlocal calls
+        if calls == limit:
+            raise KeyboardInterrupt
+        calls += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(patched, counted)
+    stages[stage](tmp_path / "whole")
+    whole, calls = calls, 0
+    limit = whole - 1  # it dies in the last step
+    with pytest.raises(KeyboardInterrupt):
+        stages[stage](tmp_path / "again")
+    limit, calls = None, 0
+    stages[stage](tmp_path / "again")
+    assert calls < whole / 2
+    assert results_of(tmp_path / "again") == results_of(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, and a way to change its options: size=1m, ro."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("cannot mount a disk here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_is_gone_on_from(stages, tmp_path, small_disk, stage):
+    (tmp_path / "whole").mkdir()
+    stages[stage](tmp_path / "whole")
+    folder = small_disk("size=96k,nr_inodes=40")
+    (folder / "filler").write_bytes(bytes(20_000 if stage != "evaluate" else 80_000))
+    with pytest.raises((ArmorError, OSError)) as caught:
+        stages[stage](folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert "No space left" in str(caught.value) or "needed" in str(caught.value) or "need" in str(caught.value)
+    assert not list(folder.rglob("*.tmp")) and not list(folder.glob("*.json"))
+    (folder / "filler").unlink()
+    small_disk("remount,size=64m,nr_inodes=10000")
+    stages[stage](folder)
+    assert results_of(folder) == results_of(tmp_path / "whole") and left_over(folder) == []
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+def test_a_folder_that_cannot_be_written_to_is_one_line(stages, small_disk, stage):
+    folder = small_disk("ro")
+    with pytest.raises((ArmorError, OSError), match="Read-only") as caught:
+        stages[stage](folder)
+    assert str(folder) in str(caught.value)

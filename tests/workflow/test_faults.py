@@ -1,0 +1,113 @@
+"""Kills, failures, a full disk, two runs at once: nothing is lost, nothing is half-written, and one command goes on."""
+
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from armor.config import Config
+from armor.status import start_run
+from tests.killed import left_over, results_of
+from tests.workflow.conftest import REPOSITORY, Run
+
+KILLS = int(os.environ.get("ARMOR_KILLS", "5"))  # `make test-faults`: 50
+
+
+def command(run):
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
+    return [*command, "--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
+
+
+def started(run, *arguments):
+    """The workflow, in a process group of its own."""
+    log = open(run.folder / "run.log", "ab")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [*command(run), *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def status(folder):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    arguments = [sys.executable, "-m", "armor.cli", "status"]
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def small(config):
+    """One recipe and no benchmark: what can be compared, file by file, with the finished run."""
+    return {key: value for key, value in config.items() if key != "benchmarks"} | {
+        "recipes": {"armor": config["recipes"]["armor"]}
+    }
+
+
+def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(small, tmp_path):
+    moments = random.Random(0)
+    expected, seconds, kills, rounds = {}, 0.0, 0, 0
+    while kills < KILLS:
+        killed = Run(tmp_path / f"run{rounds}", small)
+        killed.folder.mkdir()
+        begun = time.monotonic()
+        while (process := started(killed)) and rounds and kills < KILLS:
+            try:
+                process.wait(moments.uniform(0.02, 0.25) * seconds)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                kills += 1
+        assert process.wait() == 0, (killed.folder / "run.log").read_text()[-3000:]
+        found = results_of(killed.folder / "results")
+        if rounds == 0:  # undisturbed
+            expected, seconds = found, time.monotonic() - begun
+        assert found == expected and "tiny/armor/evaluation/words.json" in found
+        assert left_over(killed.folder / "results") == []
+        assert not any((killed.folder / ".snakemake/incomplete").glob("*"))
+        assert not any((killed.folder / ".snakemake/locks").glob("*"))
+        shutil.rmtree(killed.folder)
+        rounds += 1
+    print(f"{kills} kills in {rounds - 1} runs: every output as undisturbed, no file left over")
+
+
+def test_one_layer_fails_and_the_others_go_on(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", run.config)
+    layers = again.folder / "results/tiny/armor/layers"
+    for layer in (0, 1):
+        (layers / f"layer_{layer}.safetensors").unlink()
+    statistics = again.folder / "results/tiny/calibration/words/layer_1.safetensors"
+    statistics.rename(again.folder / "elsewhere")
+    done = again.snakemake("--keep-going")
+    assert done.returncode != 0 and (layers / "layer_0.safetensors").exists() and not (layers / "layer_1.json").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("factorize tiny armor layer 1: ")]
+    assert said == [f"factorize tiny armor layer 1: {said[0].split(': ', 1)[1]}"] and "no such file" in said[0]
+    assert "calibration/words/layer_1.safetensors" in said[0]
+    line = done.stderr[done.stderr.index("again: ") :].splitlines()[0].removeprefix("again: ")
+    assert line.startswith("snakemake results/tiny/armor/layers/layer_1.safetensors --snakefile ")
+    assert said[0] in status(again.folder).stdout
+    (again.folder / "elsewhere").rename(statistics)
+    # The command as it was printed; `snakemake` may not be on PATH here.
+    arguments = [sys.executable, "-m", *shlex.split(line)]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and (layers / "layer_1.json").exists(), done.stderr
+    assert results_of(again.folder / "results/tiny/armor/layers") == results_of(
+        run.folder / "results/tiny/armor/layers"
+    )
+
+
+def test_a_second_run_on_the_same_results_stops_with_one_clear_line(run, config, tmp_path):
+    second = Run(tmp_path, config)
+    lock = start_run(tmp_path / "results", Config(**config), ["snakemake"])
+    done = second.snakemake()
+    os.close(lock)
+    assert done.returncode != 0 and not (tmp_path / "results/tiny").exists()
+    said = [line for line in done.stderr.splitlines() if "another run is at work here" in line]
+    assert len(said) == 1 and f"(process {os.getpid()} on " in said[0] and "wait for its end" in said[0]
