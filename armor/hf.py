@@ -64,8 +64,9 @@ class ArmorConfig(QuantizationConfigMixin):
 class ArmorQuantizer(HfQuantizer):
     """Puts ArmorLinear where config.json says, before the weights arrive, and checks them.
 
-    Files are hashed while transformers loads, which is Python for the most part, so that this costs next to no time;
-    the model is handed out when both are done.
+    transformers takes a third of a millisecond for a tensor, and there are four for each linear. So where a model is
+    loaded into the memory of the host they are put in their places here, as views of the mapped file where the dtype
+    stays, and hidden from it. Files are hashed meanwhile; the model is handed out when both are done.
     """
 
     _wait: Callable[[], None] | None = None
@@ -84,7 +85,9 @@ class ArmorQuantizer(HfQuantizer):
         folder = Path(config.name_or_path or "no folder")
         if any((folder / name).is_file() for name in (INDEX, SINGLE)):
             shards = Shards(folder)
-            start_hashing(shards, read_checksums(shards), {*loaded_files(shards)} - {*shards.files})()
+            sums = read_checksums(shards)
+            self._wait = start_hashing(shards, sums, shards.files)
+            start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()
         return config
 
     def _process_model_before_weight_loading(
@@ -105,15 +108,23 @@ class ArmorQuantizer(HfQuantizer):
                 }
                 check_headers(shards, modules)
         where = shards.place if checkpoint_files else model.name_or_path
-        _watch_keys(model, tombstone(modules), where)
+        known = {tombstone(modules)}
+        is_watched = _watch_keys(model, known, where)
         # So that what is saved from this model names its modules as its tensors are named.
         self.quantization_config = ArmorConfig(**quantization_config(swap_linears(model, modules)))
         if checkpoint_files:
             _check_shapes(model, shards)
-            if not (isinstance(device_map, dict) and set(map(str, device_map.values())) == {"meta"}):  # no numbers
-                with torch.device("cpu"):
-                    self._wait = start_hashing(shards, read_checksums(shards), loaded_files(shards))
+            devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
+            if devices == {"meta"}:  # no numbers are wanted
+                return
+            with torch.device("cpu"):
+                sums = read_checksums(shards)
+                if self._wait is None:
+                    self._wait = start_hashing(shards, sums, loaded_files(shards))
+                if sums is None:  # what was hashed was checked when it was written
                     check_contents(shards, modules)
+                if is_watched and devices == {"cpu"}:
+                    known |= _fill(model, shards)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._wait is not None:
@@ -121,6 +132,7 @@ class ArmorQuantizer(HfQuantizer):
             wait()
         for module in model.modules():
             if isinstance(module, ArmorLinear):
+                module.hide_packed = False
                 for name in ("core_values", "left", "right"):  # transformers made them trainable
                     if (parameter := getattr(module, name)) is not None:
                         parameter.requires_grad_(False)
@@ -218,6 +230,26 @@ def _open(files: list[str]) -> Shards:
     return shards
 
 
+def _fill(model: PreTrainedModel, shards: Shards) -> set[str]:
+    """Give every ArmorLinear its packed tensors from `shards`, hide them, and return their names in the checkpoint."""
+    prefix = f"{model.base_model_prefix}."
+    places = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ArmorLinear):
+            module.hide_packed = True
+            for suffix in module.layout.shapes():
+                places[_named(f"{name}.{suffix}", prefix, shards.__contains__)] = module, suffix
+    for file in shards.files:
+        for tensor, value in shards.mapped(file):
+            if tensor in places:
+                module, suffix = places[tensor]
+                empty = getattr(module, suffix)
+                if isinstance(empty, nn.Parameter):
+                    value = nn.Parameter(value.to(empty.dtype), requires_grad=False)
+                setattr(module, suffix, value)
+    return set(places)
+
+
 def _check_shapes(model: PreTrainedModel, shards: Shards) -> None:
     """Hold the shapes of the dense tensors, and whether they are floats, against the model's. Raises ArmorError.
 
@@ -230,7 +262,7 @@ def _check_shapes(model: PreTrainedModel, shards: Shards) -> None:
         here = _named(name, prefix, expected.__contains__)
         if here is None or not (same_class or is_base or here.startswith(prefix)):
             continue
-        where = f"{shards.folder / shards.file_of(name)}: {name}"
+        where = shards.where(name)
         shape = tuple(expected[here].shape)
         if shards.shape(name) != shape:
             raise ArmorError(f"{where}: shape {shards.shape(name)}, {shape} in {type(model).__name__}; was it edited?")
@@ -246,22 +278,22 @@ def _kind(model: PreTrainedModel) -> tuple[bool, bool]:
     return is_base, type(model).__name__ in (model.config.architectures or ())
 
 
-def _watch_keys(model: PreTrainedModel, guard: str, where: Path | str) -> None:
-    """Make the loader refuse what it would otherwise warn of: tensors it misses, and tensors it has no place for.
+def _watch_keys(model: PreTrainedModel, known: set[str], where: Path | str) -> bool:
+    """Make the loader refuse what it would otherwise warn of: tensors it misses, and those but `known` it cannot place.
 
     A head may be missing or left over where the class is not the checkpoint's own (a classifier on a language model);
     the base model may not. transformers shows these names in one place only, a private method, overridden here
-    for one load; in a release without it, it warns of them as for any model.
+    for one load; in a release without it (False is returned), it warns of them as for any model.
     """
     adjust = getattr(model, _HOOK, None)
     if adjust is None:
-        return
+        return False
     prefix = f"{model.base_model_prefix}."
     is_base, same_class = _kind(model)
 
     def strict(loading_info: Any) -> None:
         delattr(model, _HOOK)
-        loading_info.unexpected_keys.discard(guard)
+        loading_info.unexpected_keys -= known
         adjust(loading_info)
         missing = {key for key in loading_info.missing_keys if same_class or is_base or key.startswith(prefix)}
         unexpected = {key for key in loading_info.unexpected_keys if same_class or key.startswith(prefix)}
@@ -271,6 +303,7 @@ def _watch_keys(model: PreTrainedModel, guard: str, where: Path | str) -> None:
             raise ArmorError(f"{where}: {min(unexpected)}: {type(model).__name__} has no place for it; was it added?")
 
     setattr(model, _HOOK, strict)
+    return True
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # registering twice, as after a reload, raises

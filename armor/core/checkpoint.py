@@ -176,7 +176,7 @@ def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
                 missing = f"missing, config.json lists it with shape {shape}"
                 state = "a dense weight stands in its place" if dense else missing
                 raise ArmorError(f"{shards.place}: {tensor}: {state}; {REMEDY}")
-            where = f"{shards.folder / shards.file_of(tensor)}: {tensor}"
+            where = shards.where(tensor)
             if shards.shape(tensor) != shape:
                 raise ArmorError(f"{where}: shape {shards.shape(tensor)}, expected {shape}; {REMEDY}")
             found = shards.dtype(tensor)
@@ -189,7 +189,7 @@ def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
                 dtype = found
     for tensor in shards.names():
         name, _, suffix = tensor.rpartition(".")
-        where = f"{shards.folder / shards.file_of(tensor)}: {tensor}"
+        where = shards.where(tensor)
         if suffix in SUFFIXES and (name not in modules or suffix not in modules[name].shapes()):
             raise ArmorError(f"{where}: not a tensor that config.json lists; {REMEDY}")
         if suffix == "weight" and name in modules and tensor != tombstone(modules):

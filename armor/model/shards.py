@@ -90,6 +90,10 @@ class Shards:
         """The file to name where a tensor is missing: the only one, or the index of several."""
         return self.folder / (self.files[0] if self.files == [SINGLE] else INDEX)
 
+    def where(self, tensor: str) -> str:
+        """File and tensor, as error messages begin."""
+        return f"{self.folder}/{self.file_of(tensor)}: {tensor}"
+
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self._entries)
@@ -130,7 +134,7 @@ class Shards:
         return max(total, key=lambda dtype: total[dtype])
 
     def mapped(self, file: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one shard in the order of their bytes, as views of the mapped file: to look at, not to keep.
+        """The tensors of one shard in the order of their bytes, as views of the mapped file.
 
         They count as the process's memory while the mapping is open, but the system may take them back at any time.
         """

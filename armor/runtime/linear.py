@@ -51,8 +51,11 @@ class ArmorLinear(nn.Linear):
     """A linear of the given `layout`, its tensors empty until a checkpoint or `load` fills them.
 
     Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
-    buffer core_mask (out, ceil(in/8)) uint8. After `unpack`, core (out, in) stands in for core_values.
+    buffer core_mask (out, ceil(in/8)) uint8. After `unpack`, core (out, in) stands in for core_values. With
+    `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them.
     """
+
+    hide_packed = False
 
     def __init__(
         self,
@@ -152,6 +155,10 @@ class ArmorLinear(nn.Linear):
         return self.core[unpack_mask(self.core_mask, self.in_features)].view(self.layout.shapes()["core_values"])
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.hide_packed:
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_unpacked:
             destination[f"{prefix}core_values"] = self._packed_values()
