@@ -45,6 +45,9 @@ def growing(target: Path, steps: Steps | None = None) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
         part.mkdir(parents=True, exist_ok=True)
+        for path in part.iterdir():  # what is not a finished step: halves among it
+            if steps is not None and steps.get(path.name) is None:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield part
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
@@ -119,7 +122,7 @@ def copy_others(source: Path, folder: Path) -> None:
 
 def seal(folder: Path, sums: Mapping[str, str]) -> dict[str, dict]:
     """Write checksums.json over the files there and the tensors' hashes; returns size and hash of all files."""
-    files = {file.name: _describe(file) for file in sorted(folder.iterdir()) if file.name != CHECKSUMS}
+    files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
     write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files, "tensors": dict(sums)})
     return files | {CHECKSUMS: _describe(folder / CHECKSUMS)}
 

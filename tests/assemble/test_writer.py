@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from armor.assemble import folder
+from armor.assemble import writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config import LayerSettings, Override
@@ -245,3 +246,19 @@ def test_what_a_run_of_other_work_left_is_cleared_away(copy):
     (part / "model.safetensors.json").write_text('{"value": {}, "seconds": 1}')
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
     assert not part.exists() and verify(copy / "checkpoint")["shards"] == 1
+
+
+def test_what_a_killed_run_left_unfinished_is_not_taken(copy, monkeypatch):
+    expected = contents(copy / "checkpoint")
+
+    def killed(folder, sums):
+        (folder / "checksums.json").write_text("{}")
+        (folder / ".checksums.json.x.tmp").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer, "seal", killed)
+        assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert (copy / ".checkpoint.json.part/checkpoint/.checksums.json.x.tmp").exists()
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert contents(copy / "checkpoint") == expected and not list(copy.glob(".checkpoint*"))

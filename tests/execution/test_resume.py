@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -98,6 +99,8 @@ def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
             signal.alarm(120)
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     if seconds is not None:
