@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from armor.assemble import folder
-from armor.assemble import writer
+from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config import LayerSettings, Override
