@@ -69,5 +69,3 @@ def test_a_device_too_small_is_refused_before_work_starts(tmp_path, monkeypatch)
     with pytest.raises(ArmorError, match=r"gate_proj: 128 x 64 needs about .* GB, cuda:0 has .* choose a larger GPU"):
         factorize_layer(*opened(root), 1, root / "calibration/layer_1.safetensors", layer, output, "cuda:0")
     assert not output.parent.exists()
-    dense = LayerSettings(method="dense")
-    factorize_layer(*opened(root), 1, root / "calibration/layer_1.safetensors", dense, output, "cuda:0")

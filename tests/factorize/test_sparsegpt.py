@@ -47,7 +47,7 @@ def test_it_is_its_definition(pattern, out, columns):
 
 @pytest.mark.parametrize("pattern", ["2:4", "3:6", "50%"])
 def test_more_columns_than_are_updated_at_once(pattern):
-    weight, importance, gram = problem(8, 200, tokens=900)
+    weight, importance, gram = problem(8, 204, tokens=900)
     found = sparsegpt(weight, importance, gram, pattern=pattern)
     expected, mask = definition(weight, gram, Pattern.parse(pattern))
     assert is_nm(found.mask, Pattern.parse(pattern))

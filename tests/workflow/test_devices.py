@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from armor.execution.files import sha256
 from armor.model.topology import DecoderLayer, Topology
 from tests.workflow.conftest import Run
 
@@ -44,7 +45,11 @@ def layers(tmp_path, monkeypatch):
     topology = Topology("llama", "0", "float32", None, 64, 0, 0, False, decoder)
     (folder / "source.json").write_text("{}")
     (folder / "model.json").write_text(json.dumps(topology.to_json()))
-    (folder / "calibration/words/calibration.json").write_text("{}")
+    files = {}
+    for path in (folder / f"calibration/words/layer_{index}.safetensors" for index in range(LAYERS)):
+        path.write_text("")
+        files[path.name] = {"bytes": 0, "sha256": sha256(path)}
+    (folder / "calibration/words/calibration.json").write_text(json.dumps({"files": files}))
 
     def start(gpus: int, count: int, seconds: float) -> list[tuple[str, float, float]]:
         monkeypatch.setenv("SECONDS", str(seconds))
