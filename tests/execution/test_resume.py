@@ -206,7 +206,7 @@ def small_disk(tmp_path):
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True, check=False)
+    subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)  # mapped files keep it busy
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
