@@ -15,8 +15,9 @@ Values. With P = A S, Q = R Bᵀ the half gradients are Q Sᵀ (A), Pᵀ R (B) a
 A's by (S B)(S B)ᵀ and B's by Pᵀ P, S's approximately by AᵀA on the left and B Bᵀ on the right (scaled gradient
 descent, Tong, Ma and Chi 2021, of three factors at once). Momentum that starts small, and a cosine schedule.
 
-The safeguard: a loss that leaps means that a curvature went stale, so back to the best iterate with a smaller step. In
-the end the loss of the factors as they are stored is compared with NoWag-P's, in float64, and the better ones returned.
+The safeguard: a loss that leaps means that a curvature went stale, so back to the best iterate with a smaller step, and
+never quite up to the old one again. In the end the loss of the factors as they are stored is compared with NoWag-P's,
+in float64, and the better ones returned.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ class Search:
         began = time.perf_counter()
         n, (size_a, size_b) = settings.iterations, self.sizes
         speeds = [torch.zeros_like(x) for x in (self.a, self.s, self.b)]
-        step, best, level = settings.step, math.inf, math.inf
+        ceiling = step = settings.step
+        best = level = math.inf
         for iteration in range(n + 1):
             loss = self.residual()
             leap = iteration > 0 and not loss < min(2 * level, 4 * best)  # also when it is not a number
@@ -182,7 +184,7 @@ class Search:
                     now.copy_(kept)
                 for speed in speeds:
                     speed.zero_()
-                step, loss = step * 0.6, self.residual()
+                step, ceiling, loss = step * 0.6, ceiling * 0.8, self.residual()
             level = loss if leap or iteration == 0 else 0.9 * level + 0.1 * loss
             yield iteration, time.perf_counter() - began, best
             if iteration == n:
@@ -199,7 +201,7 @@ class Search:
 
             # The value step. P serves B's gradient, and then as a buffer.
             momentum = min(settings.momentum, (iteration + 1) / (iteration + 4))
-            step = min(step * 1.01, settings.step)
+            step = min(step * 1.01, ceiling)
             eta = step * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * time_left)))
             gradient_b = torch.bmm(by_column(self.p, size_b).transpose(1, 2), by_column(self.r, size_b))
             right(self.r, self.b.transpose(1, 2), self.q)
