@@ -1,7 +1,6 @@
 """Several GPUs, one layer each: layers of a stand-in that only takes its time, leases that are real, fake devices."""
 
 import json
-import os
 from itertools import pairwise
 
 import pytest
@@ -64,10 +63,10 @@ def layers(tmp_path, monkeypatch):
 
 
 def test_four_gpus_are_busy_until_the_end(layers):
-    seconds, is_busy = 12, os.getloadavg()[0] > 1  # a start of a job takes a second or two, and more beside other work
+    seconds = 24  # a start takes a second or two, on a busy machine three, and must not count
     held = layers(4, LAYERS, seconds)
     began, ended = min(begin for _, begin, _ in held), max(end for *_, end in held)
-    assert ended - began <= (1.6 if is_busy else 1.15) * seconds * LAYERS / 4
+    assert ended - began <= 1.15 * seconds * LAYERS / 4
     by_device = {device: sorted((b, e) for d, b, e in held if d == device) for device, *_ in held}
     assert by_device.keys() == set("0123")
     for spans in by_device.values():

@@ -70,6 +70,8 @@ def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(small, tmp
             expected, seconds = found, time.monotonic() - begun
         assert found == expected and "tiny/armor/evaluation/words.json" in found
         assert left_over(killed.folder / "results") == []
+        if KILLS >= 50:  # make test-faults: a mark of Snakemake's own stays now and then, and why is not known yet
+            assert not any((killed.folder / ".snakemake/incomplete").glob("*"))
         assert not any((killed.folder / ".snakemake/locks").glob("*"))
         shutil.rmtree(killed.folder)
         rounds += 1
