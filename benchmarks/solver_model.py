@@ -9,7 +9,8 @@ and its perplexity is taken on 16 × 1,024 tokens of the other text.
     python -m benchmarks.solver_model                                         # packages as in benchmarks.solver; hours
     python -m benchmarks.solver_model --model FOLDER --calibrate FILE --evaluate FILE
 
-One process a core with one thread each, one decoder layer at a time; an interrupted run goes on where it was.
+One process a core with one thread each, one run of one decoder layer at a time; what is interrupted goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -54,24 +55,21 @@ def solvers() -> dict[str, Callable[..., Factorization]]:
     return runs
 
 
-def solve_layer(layer: DecoderLayer, work: Path) -> None:
-    """Every run on every linear of a decoder layer -> work/layer_K.json, and work/RUN/layer_K.safetensors."""
+def solve_layer(run: str, layer: DecoderLayer, work: Path) -> None:
+    """One run on every linear of a decoder layer -> work/RUN/layer_K.safetensors, the weights, and layer_K.json."""
     torch.set_num_threads(1)
-    output = work / f"layer_{layer.index}.json"
-    rows: dict[str, dict] = {linear.name.removeprefix("model.layers."): {} for linear in layer.linears}
-    for run, solve in solvers().items():
-        weights = {}
-        for name, row in rows.items():
-            began = time.process_time()
-            found = solve(*inputs(name, work), block_size=BLOCK)
-            row["start"] = found.start_loss
-            row[run] = found.loss
-            row[f"{run} seconds"] = time.process_time() - began
-            if run == f"adam {max(ADAM)}":
-                row |= {f"adam {n}": best for n, _, best in found.trace if n in ADAM_LOSSES}
-            weights[f"model.layers.{name}.weight"] = found.reconstruct()
-        save_safetensors(work / run / f"layer_{layer.index}.safetensors", weights)
-    write_json(output, rows)
+    rows, weights = {}, {}
+    for linear in layer.linears:
+        name = linear.name.removeprefix("model.layers.")
+        began = time.process_time()
+        found = solvers()[run](*inputs(name, work), block_size=BLOCK)
+        row = {"start": found.start_loss, run: found.loss, f"{run} seconds": time.process_time() - began}
+        if run == f"adam {max(ADAM)}":
+            row |= {f"adam {n}": best for n, _, best in found.trace if n in ADAM_LOSSES}
+        rows[name] = row
+        weights[f"{linear.name}.weight"] = found.reconstruct()
+    save_safetensors(work / run / f"layer_{layer.index}.safetensors", weights)
+    write_json(work / run / f"layer_{layer.index}.json", rows)
 
 
 @torch.inference_mode()
@@ -109,13 +107,17 @@ def main() -> None:
     options = parser.parse_args()
     prepare(options.model, options.calibrate, options.work)
     layers = read_topology(options.work / "model.json").layers
-    left = [layer for layer in layers if not (options.work / f"layer_{layer.index}.json").exists()]
+    wanted = [(run, layer, options.work / run / f"layer_{layer.index}.json") for run in solvers() for layer in layers]
+    left = [job for job in wanted if not job[2].exists()]
     with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(solve_layer, layer, options.work) for layer in left]
-        for done, job in enumerate(as_completed(jobs), 1 + len(layers) - len(left)):
+        jobs = [pool.submit(solve_layer, run, layer, options.work) for run, layer, _ in left]
+        for done, job in enumerate(as_completed(jobs), 1 + len(wanted) - len(left)):
             job.result()
-            print(f"{done} of {len(layers)} layers", flush=True)
-    table = {k: v for layer in layers for k, v in read_json(options.work / f"layer_{layer.index}.json").items()}
+            print(f"{done} of {len(wanted)} layers", flush=True)
+    table: dict[str, dict] = {}
+    for _, _, output in wanted:
+        for name, row in read_json(output).items():
+            table[name] = table.get(name, {}) | row
     columns = ["start", *map(str, BUDGETS), *(f"adam {n}" for n in ADAM_LOSSES)]
     means = {
         group: {c: statistics.fmean(row[c] for name, row in table.items() if name.endswith(group)) for c in columns}

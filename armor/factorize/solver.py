@@ -46,7 +46,7 @@ class Settings:
     """iterations is the budget and the one knob: the schedule stretches with it. docs/SOLVER.md tells the others."""
 
     iterations: int = 300
-    step: float = 0.6  # of the heavy ball; the cosine takes it to 1% of that
+    step: float = 0.6  # of the heavy ball, less for a budget above 300; the cosine takes it to 1% of that
     momentum: float = 0.97  # its limit; it starts as t / (t + 3)
     core_step: float = 1.69  # S's step in units of A's and B's: its preconditioner is damped more
     core_damping: float = 0.3  # of the diagonal of AᵀA and B Bᵀ
@@ -170,7 +170,7 @@ class Search:
         began = time.perf_counter()
         n, (size_a, size_b) = settings.iterations, self.sizes
         speeds = [torch.zeros_like(x) for x in (self.a, self.s, self.b)]
-        ceiling = step = settings.step
+        ceiling = step = settings.step * min(1.0, (300 / max(n, 1)) ** 0.15)
         best = level = math.inf
         for iteration in range(n + 1):
             loss = self.residual()

@@ -82,33 +82,7 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
     mask aside) of one dtype, bfloat16 or float32, and the factors are frozen."""
     if values is None or x.device.type != "cpu" or x.dtype not in _TYPES or not available():
         return False
-    floats = [values, *(t for t in others if t is not None)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (values, *others[:2]) if t is not None):
-        return False
-    return bits.device.type == "cpu" and all(t.device.type == "cpu" and t.dtype == x.dtype for t in floats)
-
-
-def linear(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    group: int,
-) -> Tensor:
-    """y = A (S (B x)) + bias for `x` (..., in): (..., out). Sums in float32; B x and S B x are rounded to x's dtype.
-
-    `values` (out, kept) and `bits` (out, ceil(in/8)) uint8 are the core as `armor.core.packing` packs it; in every
-    `group` consecutive columns of a row it keeps kept·group/in (an unstructured core: `group` is in). `left`
-    (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Gradients reach x and the bias. Ask `supports` first.
-    Raises ValueError if the shapes do not fit each other.
-    """
-    if operator.is_needed(x, bias):
-        return torch.ops.armor.cpu_linear(x, values, bits, left, right, bias, group)
-    # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of a layer.
-    return _run(x, values, bits, left, right, bias, group)
+    return operator.fits(x, values, bits, *others)
 
 
 def _run(
@@ -121,7 +95,7 @@ def _run(
     return _native(x, values, bits, left, right, bias, group, _best)
 
 
-_op = operator.register("cpu", _run)
+linear = operator.register("cpu", _run)
 
 
 def _native(

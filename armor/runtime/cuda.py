@@ -62,34 +62,7 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
     divides 8."""
     if values is None or x.device.type != "cuda" or x.dtype not in _TYPES or 8 % group:
         return False
-    floats = [values, *(t for t in others if t is not None)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (values, *others[:2]) if t is not None):
-        return False
-    if bits.device != x.device or any(t.device != x.device or t.dtype != x.dtype for t in floats):
-        return False
-    return available(x.device.index)
-
-
-def linear(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    group: int,
-) -> Tensor:
-    """y = A (S (B x)) + bias for `x` (..., in): (..., out). Sums in float32; B x and S B x are rounded to x's dtype.
-
-    `values` (out, kept) and `bits` (out, ceil(in/8)) uint8 are the core as `armor.core.packing` packs it; in every
-    `group` consecutive columns, a divisor of 8, a row keeps kept·group/in. `left` (out/d, d, d), `right` (in/d, d, d),
-    `bias` (out,) or None. Gradients reach x and the bias. Ask `supports` first. Raises ValueError if the shapes do not
-    fit each other.
-    """
-    if operator.is_needed(x, bias):
-        return torch.ops.armor.cuda_linear(x, values, bits, left, right, bias, group)
-    return _run(x, values, bits, left, right, bias, group)
+    return operator.fits(x, values, bits, *others) and available(x.device.index)
 
 
 def _run(
@@ -104,7 +77,7 @@ def _run(
     return y.view(*x.shape[:-1], values.shape[0])
 
 
-_op = operator.register("cuda", _run)
+linear = operator.register("cuda", _run)
 
 
 def _packed(

@@ -14,22 +14,54 @@ from torch import Tensor
 
 from armor.core import blockdiag, packing
 
-__all__ = ["check_shapes", "is_needed", "register"]
+__all__ = ["check_shapes", "fits", "register"]
 
 _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
 
 
-def register(device: str, multiply: Callable[..., Tensor]) -> torch.library.CustomOpDef:
-    """`multiply` as the operator armor::{device}_linear on tensors of that device type."""
+def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`multiply` as the operator armor::{device}_linear on tensors of that device type; the function that calls it."""
     operator = torch.library.custom_op(
         f"armor::{device}_linear", multiply, mutates_args=(), device_types=device, schema=_SCHEMA
     )
     operator.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], values.shape[0]))
     operator.register_autograd(_backward, setup_context=_save)
-    return operator
+
+    def linear(
+        x: Tensor,
+        values: Tensor,
+        bits: Tensor,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        group: int,
+    ) -> Tensor:
+        """y = A (S (B x)) + bias for x (..., in): (..., out). Sums in float32; B x and S B x are rounded to x's dtype.
+
+        `values` (out, kept) and `bits` (out, ceil(in/8)) uint8 are the core as `armor.core.packing` packs it; in every
+        `group` consecutive columns of a row it keeps kept·group/in (an unstructured core: `group` is in). `left`
+        (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Gradients reach x and the bias. Ask the backend's
+        `supports` first. Raises ValueError if the shapes do not fit each other.
+        """
+        if _is_needed(x, bias):
+            return operator(x, values, bits, left, right, bias, group)
+        # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of one.
+        return multiply(x, values, bits, left, right, bias, group)
+
+    return linear
 
 
-def is_needed(x: Tensor, bias: Tensor | None) -> bool:
+def fits(x: Tensor, values: Tensor, bits: Tensor, *others: Tensor | None) -> bool:
+    """Whether all, given in the order of `linear`, are on x's device and, the mask aside, of its dtype, and the factors
+    are frozen."""
+    floats = [values, *(t for t in others if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (values, *others[:2]) if t is not None):
+        return False
+    return bits.device == x.device and all(t.device == x.device and t.dtype == x.dtype for t in floats)
+
+
+def _is_needed(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, torch.compile or a tensor subclass must see the operator; calling past it is faster."""
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
     return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
