@@ -81,7 +81,15 @@ def factors_of(model, recipe, suffix):
         check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), names)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
-    return [f"results/{model}/{recipe}/layers/layer_{layer.index}.{suffix}" for layer in topology.layers]
+    files = [f"results/{model}/{recipe}/layers/layer_{layer.index}.{suffix}" for layer in topology.layers]
+    again_if_interrupted(files)
+    return files
+
+
+def again_if_interrupted(files):
+    """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint, and so misses the
+    files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run them again."""
+    workflow.dag.forcefiles.update(workflow.persistence._filter_incomplete_keys(files))
 
 
 def all_records(wildcards):
