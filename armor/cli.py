@@ -21,6 +21,7 @@ from armor import config
 from armor.errors import ArmorError
 from armor.execution import devices, machine
 from armor.execution.files import read_json
+from armor.execution.provenance import model_fingerprint
 from armor.status import ERROR, read_status
 
 app = typer.Typer(
@@ -189,7 +190,7 @@ def evaluate(
     from armor.evaluate.perplexity import evaluate
 
     parsed = config.parse_settings(config.EvaluationSettings, settings)
-    evaluate(_folder(model), parsed, output, device)
+    evaluate(_folder(model), parsed, output, device, model_fingerprint(model))
 
 
 @app.command()
@@ -206,7 +207,9 @@ def benchmark(
     from armor.benchmark.generation import benchmark
 
     parsed = config.parse_settings(config.BenchmarkSettings, settings)
-    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device)
+    models = {"dense": source} | ({"compressed": checkpoint} if checkpoint else {})
+    fingerprints = {side: model_fingerprint(model) for side, model in models.items()}
+    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device, fingerprints)
 
 
 @app.command()
@@ -257,6 +260,36 @@ def status(
     Console(soft_wrap=True).print(found.table())
     for text in found.details():
         print(text)
+
+
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="Factors, calibration.json, a checkpoint, an evaluation, the report.")],
+    configuration: Annotated[
+        Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
+    ] = None,
+) -> None:
+    """Say what made a result, and whether and why it would run again now."""
+    from rich.console import Console
+
+    from armor.explain import Reruns, describe, newer_versions, record_of, results_of
+
+    record = record_of(file)
+    Console(soft_wrap=True).print(describe(record), markup=False, highlight=False)
+    for line in newer_versions(record):
+        print(f"other version: {line} (it does not run again for that)")
+    results = results_of(record)
+    if results is None:
+        print("It lies in no results folder of a run, so nothing can make it run again.")
+        return
+    reruns = Reruns(results, configuration and config.load_config(configuration))
+    job = reruns.job_of(record)
+    if job is None:
+        print("The configuration asks for nothing such, so it would not run again.")
+    elif reasons := reruns.reasons(job):
+        print(f"{job} would run again:", *reasons, sep="\n  ")
+    else:
+        print(f"{job} is up to date.")
 
 
 @app.command()

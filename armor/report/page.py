@@ -16,8 +16,9 @@ from markupsafe import Markup
 from armor.config import ReportSettings, parse_settings
 from armor.execution.files import atomic_path, write_json
 from armor.execution.log import log
+from armor.execution.provenance import made_by
 from armor.report.figures import figures
-from armor.report.results import ModelResults, RecipeResults, read_results
+from armor.report.results import ModelResults, RecipeResults, fingerprints, read_results
 from armor.report.tables import (
     METHODS,
     benchmark_table,
@@ -224,6 +225,7 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     for name, text in (("summary.csv", csv_text(rows)), ("index.html", page)):
         with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    write_json(output / "summary.json", {"rows": rows})
+    made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
+    write_json(output / "summary.json", {"rows": rows, **made})
     log.info("%s: %d rows", output / "index.html", len(rows))
     return {"rows": rows}
