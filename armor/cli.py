@@ -7,6 +7,7 @@ settled before torch is imported, hence the imports inside the functions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -270,12 +271,10 @@ def explain(
     ] = None,
 ) -> None:
     """Say what made a result, and whether and why it would run again now."""
-    from rich.console import Console
-
     from armor.explain import Reruns, describe, newer_versions, record_of, results_of
 
     record = record_of(file)
-    Console(soft_wrap=True).print(describe(record), markup=False, highlight=False)
+    print(*describe(record), sep="\n")
     for line in newer_versions(record):
         print(f"other version: {line} (it does not run again for that)")
     results = results_of(record)
@@ -342,14 +341,21 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
+    code = 0
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         foreseen = isinstance(error, ArmorError | OSError | MemoryError)
         if getattr(app, "debug", False) or not foreseen:
             traceback.print_exc()
         print(f"{ERROR}{'' if foreseen else f'{type(error).__name__}: '}{_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    with contextlib.suppress(OSError):  # nobody reads on
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # every file is closed by now, and torch's own way out would take 0.4 s of a job
 
 
 if __name__ == "__main__":

@@ -9,24 +9,17 @@ nothing run again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import yaml
 
 from armor.config import Config, Settings, parse_settings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.machine import versions
-from armor.execution.provenance import CHECKSUMS, PROVENANCE, model_fingerprint
+from armor.execution.provenance import CHECKSUMS, PROVENANCE, model_fingerprint, ranges
 from armor.status import RUN, Job, jobs
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
 
@@ -59,30 +52,24 @@ def results_of(record: Path) -> Path | None:
     return next((folder for folder in record.absolute().parents if (folder / RUN).is_file()), None)
 
 
-def describe(record: Path) -> Table:
-    """What made the result that `record` speaks of, one thing a row."""
-    from rich.table import Table
-
+def describe(record: Path) -> list[str]:
+    """What made the result that `record` speaks of, one thing a line."""
     value = read_json(record)
     machine = value.get("machine", {})
     inputs = value.get("inputs") or {"model": value.get("fingerprint")}
-    layers = {name: found for name, found in inputs.items() if name.startswith("layer ")}
+    layers = [name for name in inputs if name.startswith("layer ")]
     rows = [("record", str(record)), ("stage", value.get("stage")), ("code", value.get("code"))]
-    rows += [("input", f"{name} {found or 'without a fingerprint'}") for name, found in inputs.items() - layers.items()]
+    rows += [("input", f"{name} {inputs[name] or 'unknown'}") for name in inputs if name not in layers]
     rows += [("input", f"factors of {len(layers)} layers")] if layers else []
     rows += [("settings", _text(value["settings"]))] if value.get("settings") else []
     for part in value.get("factors", ()):
-        rows += [("layers", ", ".join(map(str, part["layers"]))), ("settings", _text(part["settings"]))]
-        rows += [("code", part["code"]), ("versions", _text(part["versions"]))]
+        rows += [("layers", ranges(part["layers"])), ("  settings", _text(part["settings"]))]
+        rows += [("  code", part["code"]), ("  versions", _text(part["versions"]))]
     rows += [(key, machine.get(key)) for key in ("device", "processor", "threads")]
     rows += [("versions", _text(machine["versions"]))] if machine else []
     rows += [("seconds", f"{value['seconds']:,.1f}")] if "seconds" in value else []
     rows += [("peak memory", f"{value['peak_memory_bytes'] / 1e6:,.0f} MB")] if "peak_memory_bytes" in value else []
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, said in rows:
-        if said is not None:
-            table.add_row(name, str(said))
-    return table
+    return [f"{name:<12} {said}" for name, said in rows if said is not None]
 
 
 def newer_versions(record: Path) -> list[str]:
@@ -227,4 +214,4 @@ def _flat(value: object, key: str = "") -> dict[str, object]:
 
 
 def _text(settings: dict) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(settings)), default_flow_style=True, width=10_000).strip().strip("{}")
+    return ", ".join(f"{key}: {value}" for key, value in sorted(_flat(settings).items()))

@@ -13,8 +13,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from armor.execution.log import log
+from armor.execution.provenance import ranges
 
-__all__ = ["card", "origins", "ranges"]
+__all__ = ["card", "origins"]
 
 PASSED_ON = ("license", "license_name", "license_link", "language")
 
@@ -101,17 +102,6 @@ def _said_by(source: Path) -> dict:
 def _recipe(part: dict) -> str:
     settings = yaml.safe_dump(part["settings"], sort_keys=True).rstrip()
     return f"Layers {ranges(part['layers'])}:\n\n```yaml\n{settings}\n```\n"
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers that rise, as people write them: 0 to 3, 5, 7 to 9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 CARD = """# A {model_type} model with packed sparse linears (ARMOR)

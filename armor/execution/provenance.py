@@ -16,7 +16,7 @@ from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.machine import describe
 
-__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "made_by", "model_fingerprint"]
+__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "made_by", "model_fingerprint", "ranges"]
 
 CHECKSUMS = "checksums.json"
 """The file in a packed checkpoint with the hashes of all the others."""
@@ -53,3 +53,14 @@ def model_fingerprint(path: Path) -> str | None:
         return sha256(path / CHECKSUMS) if (path / CHECKSUMS).is_file() else None
     value = read_json(path)
     return value["files"][CHECKSUMS]["sha256"] if "checkpoint_bytes" in value else value.get("fingerprint")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers that rise, as people write them: 0 to 3, 5, 7 to 9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
