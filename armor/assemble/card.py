@@ -93,7 +93,7 @@ def _said_by(source: Path) -> dict:
         return {}
     try:
         data = ModelCard.load(source / "README.md").data.to_dict()
-    except ValueError as error:  # YAML that is none
+    except (ValueError, yaml.YAMLError) as error:
         log.warning("%s: not read: %s", source / "README.md", " ".join(str(error).split()))
         return {}
     return {key: data[key] for key in PASSED_ON if data.get(key)}

@@ -178,6 +178,19 @@ def _machines(model: ModelResults) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _origins(model: ModelResults) -> list[str]:
+    """What made each compressed model: fingerprints of source and calibration, hashes of the code that factorized it."""
+    found = []
+    for recipe in model.compressed:
+        if recipe.checkpoint:
+            inputs, factors = recipe.checkpoint["inputs"], recipe.checkpoint["factors"]
+            code = " and ".join(dict.fromkeys(part["code"] for part in factors))
+            seeds = " and ".join(dict.fromkeys(str(part["settings"]["seed"]) for part in factors))
+            source, statistics = inputs["model"][:16], inputs["statistics"][:16]
+            found.append(f"{recipe.name}: source {source}, calibration {statistics}, code {code}, seed {seeds}")
+    return found
+
+
 def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
     """What the template shows of one model; `name` begins the ids of its tables and figures."""
     tables = []
@@ -204,6 +217,7 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
         "tables": [{"title": t, "table": Markup(table), "caption": c} for t, table, c in tables],
         "machines": _machines(model),
+        "origins": _origins(model),
     }
 
 

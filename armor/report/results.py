@@ -40,7 +40,7 @@ NEEDED = {
     "fetch": ("dtype", "files"),
     "calibrate": COST,
     "factorize": ("layer", "modules", *COST),
-    "assemble": ("bits_per_weight", "checkpoint_bytes", *COST),
+    "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COST),
     "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", "machine", *COST),
     "benchmark": ("dense", "compressed", "machine", *COST),
 }
