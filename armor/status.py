@@ -208,7 +208,10 @@ def cost(results: Path, job: Job) -> Cost | None:
     if not file.is_file():
         return None
     with open(file, newline="") as opened:
-        row = list(csv.DictReader(opened, delimiter="\t"))[-1]
+        rows = list(csv.DictReader(opened, delimiter="\t"))
+    if not rows or None in rows[-1].values():  # a kill cut it short
+        return None
+    row = rows[-1]
     peak = 0.0 if row["max_rss"] in ("NA", "-") else float(row["max_rss"])  # too short to be looked at
     return Cost(float(row["s"]), int(peak * 2**20), file.stat().st_mtime)
 

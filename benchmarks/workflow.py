@@ -125,7 +125,9 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
     }
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", str(cores)]
     command += ["--directory", str(folder), "--configfile", str(folder / "config.yaml")]
-    only = ["--until", "factorize"]
+    only = ["--"]
+    for recipe in config["recipes"]:
+        only += [f"results/deep/{recipe}/layers/layer_{index}.safetensors" for index in range(layers)]
     result: dict = {"layers": layers, "recipes": RECIPES, "work_seconds": work, "cores": cores}
     for name, arguments in (("dry_run", ["--dry-run"]), ("run", only), ("no_op", only)):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

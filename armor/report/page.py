@@ -179,7 +179,7 @@ def _machines(model: ModelResults) -> list[str]:
 
 
 def _origins(model: ModelResults) -> list[str]:
-    """What made each compressed model: fingerprints of source and calibration, hashes of the code that factorized it."""
+    """What made each compressed model: fingerprints of source and calibration, hash of the code, seed."""
     found = []
     for recipe in model.compressed:
         if recipe.checkpoint:

@@ -8,6 +8,7 @@ import pytest
 from armor.config import Config
 from armor.execution import fingerprint
 from armor.explain import Reruns
+from tests.killed import results_of
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
 OTHER_TEXT = REPOSITORY / "README.md"
@@ -110,3 +111,14 @@ def test_the_same_input_gives_the_same_bytes(run, tmp_path):
     for name in names:
         mine, theirs = (x.folder / "results/tiny/armor" / name for x in (run, again))
         assert mine.read_bytes() == theirs.read_bytes(), name
+
+
+def test_another_clone_in_another_folder_makes_the_same_bytes(run, clone, tmp_path):
+    other = Run(tmp_path / "elsewhere", run.config, clone.repository)
+    other.folder.mkdir()
+    done = other.snakemake("--", "results/tiny/armor/checkpoint.json")
+    assert done.returncode == 0, done.stderr
+    found, expected = (results_of(x.folder / "results") for x in (other, run))
+    assert found == {name: expected[name] for name in found}
+    for name in ("calibration/words/layer_0.safetensors", "armor/layers/layer_0.json", "armor/checkpoint/README.md"):
+        assert f"tiny/{name}" in found
