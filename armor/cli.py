@@ -7,6 +7,7 @@ settled before torch is imported, hence the imports inside the functions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from armor import config
 from armor.errors import ArmorError
 from armor.execution import devices, machine
 from armor.execution.files import read_json
+from armor.execution.provenance import model_fingerprint
 from armor.status import ERROR, read_status
 
 app = typer.Typer(
@@ -189,7 +191,7 @@ def evaluate(
     from armor.evaluate.perplexity import evaluate
 
     parsed = config.parse_settings(config.EvaluationSettings, settings)
-    evaluate(_folder(model), parsed, output, device)
+    evaluate(_folder(model), parsed, output, device, model_fingerprint(model))
 
 
 @app.command()
@@ -206,7 +208,9 @@ def benchmark(
     from armor.benchmark.generation import benchmark
 
     parsed = config.parse_settings(config.BenchmarkSettings, settings)
-    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device)
+    models = {"dense": source} | ({"compressed": checkpoint} if checkpoint else {})
+    fingerprints = {side: model_fingerprint(model) for side, model in models.items()}
+    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device, fingerprints)
 
 
 @app.command()
@@ -260,6 +264,34 @@ def status(
 
 
 @app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="Factors, calibration.json, a checkpoint, an evaluation, the report.")],
+    configuration: Annotated[
+        Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
+    ] = None,
+) -> None:
+    """Say what made a result, and whether and why it would run again now."""
+    from armor.explain import Reruns, describe, newer_versions, record_of, results_of
+
+    record = record_of(file)
+    print(*describe(record), sep="\n")
+    for line in newer_versions(record):
+        print(f"other version: {line} (it does not run again for that)")
+    results = results_of(record)
+    if results is None:
+        print("It lies in no results folder of a run, so nothing can make it run again.")
+        return
+    reruns = Reruns(results, configuration and config.load_config(configuration))
+    job = reruns.job_of(record)
+    if job is None:
+        print("The configuration asks for nothing such, so it would not run again.")
+    elif reasons := reruns.reasons(job):
+        print(f"{job} would run again:", *reasons, sep="\n  ")
+    else:
+        print(f"{job} is up to date.")
+
+
+@app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
     """Check a configuration without running anything, and say what it asks for."""
     checked = config.load_config(*files)
@@ -309,14 +341,21 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
+    code = 0
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         foreseen = isinstance(error, ArmorError | OSError | MemoryError)
         if getattr(app, "debug", False) or not foreseen:
             traceback.print_exc()
         print(f"{ERROR}{'' if foreseen else f'{type(error).__name__}: '}{_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    with contextlib.suppress(OSError):  # nobody reads on
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # every file is closed by now, and torch's own way out would take 0.4 s of a job
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ A run of the workflow notes in results/run.json its configuration and its comman
 lives: so a second run on the same results stops at once, and a killed one leaves nothing that has to be unlocked.
 `jobs` names what the configuration asks for as workflow/rules does (a test holds the two together): the outputs that
 prove a job done, and its log. Of a job that is not done the log tells more: it ends with an error (failed), it is of
-the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). Whether what is done is up to
-date is for `snakemake --dry-run` to say.
+the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). What a job cost is in the
+benchmark file that Snakemake writes when it ends, beside the log as it were. Whether what is done is up to date is for
+`armor explain` and `snakemake --dry-run` to say.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from armor.model.topology import read_topology
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ERROR", "STATES", "Job", "Status", "jobs", "read_status", "start_run"]
+__all__ = ["ERROR", "RUN", "STATES", "Cost", "Job", "Status", "cost", "jobs", "read_status", "start_run", "summary"]
 
 RUN = "run.json"
 ERROR = "armor: error: "
@@ -47,6 +50,15 @@ class Job:
 
     def __str__(self) -> str:
         return " ".join((self.stage, *self.names))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a job took, the most resident memory its processes held, and when it ended (since the epoch)."""
+
+    seconds: float
+    peak_memory_bytes: int
+    ended: float
 
 
 def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
@@ -170,6 +182,38 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
         else:
             states[job] = "stopped"
     return Status(states, lines, tuple(last.get("command", ("snakemake",))))
+
+
+def summary(results: Path, config: Config) -> list[str]:
+    """What the run that ends now did: by stage, the jobs that ran and those that it reused, seconds, memory."""
+    began = (results / RUN).stat().st_mtime
+    lines = [f"{'stage':<10}{'ran':>6}{'reused':>8}{'seconds':>11}{'peak memory':>14}"]
+    stages: dict[str, list[Job]] = {}
+    for job in jobs(config, results):
+        if all(output.is_file() for output in job.outputs):
+            stages.setdefault(job.stage, []).append(job)
+    for stage, done in stages.items():
+        costs = [found for job in done if (found := cost(results, job)) and found.ended >= began]
+        text = f"{stage:<10}{len(costs) or '':>6}{len(done) - len(costs) or '':>8}"
+        if costs:
+            seconds, peak = sum(c.seconds for c in costs), max(c.peak_memory_bytes for c in costs)
+            text += f"{seconds:>11,.1f}{peak / 1e6:>11,.0f} MB"
+        lines.append(text.rstrip())
+    return [*lines, f"{time.time() - began:,.0f} s from the start to the end"]
+
+
+def cost(results: Path, job: Job) -> Cost | None:
+    """What `job` took when it last succeeded, as Snakemake measured it; None if it did not yet."""
+    file = results / "benchmarks" / job.log.relative_to(results / "logs").with_suffix(".tsv")
+    if not file.is_file():
+        return None
+    with open(file, newline="") as opened:
+        rows = list(csv.DictReader(opened, delimiter="\t"))
+    if not rows or None in rows[-1].values():  # a kill cut it short
+        return None
+    row = rows[-1]
+    peak = 0.0 if row["max_rss"] in ("NA", "-") else float(row["max_rss"])  # too short to be looked at
+    return Cost(float(row["s"]), int(peak * 2**20), file.stat().st_mtime)
 
 
 def _last_line(log: Path) -> str:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "model": GROUND,
     "execution": ("execution", "errors"),
     "config": ("core", "errors"),
+    "explain": ("status", *GROUND),
     "status": GROUND,
 }
 
@@ -46,7 +47,7 @@ def test_a_part_imports_only_what_it_may(part):
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "config", "execution.devices", "execution.fingerprint", "model.topology", "status"]
+    "module", ["cli", "config", "execution.devices", "execution.fingerprint", "model.topology", "status", "explain"]
 )
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"

@@ -13,7 +13,7 @@ from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.status import jobs, read_status, start_run
+from armor.status import jobs, read_status, start_run, summary
 from tests.tiny import tiny_model
 
 CONFIG = Config.model_validate(
@@ -75,6 +75,21 @@ def test_a_second_run_is_refused_while_the_first_lives(results):
         start_run(results, CONFIG, ["snakemake"])
     os.close(lock)
     os.close(start_run(results, CONFIG, ["snakemake"]))
+
+
+def test_the_summary_tells_what_ran_from_what_was_there_before(results):
+    os.close(start_run(results, CONFIG, ["snakemake"]))
+    os.utime(results / "run.json", (1000, 1000))
+    folder = results / "benchmarks/tiny/armor"
+    folder.mkdir(parents=True)
+    for layer, (ended, peak) in enumerate([(900, "9000.0"), (1100, "200.0"), (1200, "NA")]):
+        for suffix in ("safetensors", "json"):
+            write_json(results / f"tiny/armor/layers/layer_{layer}.{suffix}", {})
+        (folder / f"layer_{layer}.tsv").write_text(f"s\tmax_rss\n1.5\t{peak}\n")
+        os.utime(folder / f"layer_{layer}.tsv", (ended, ended))
+    lines = [line.split() for line in summary(results, CONFIG)]
+    assert lines[:2] == [["stage", "ran", "reused", "seconds", "peak", "memory"], ["inspect", "1"]]
+    assert lines[2] == ["factorize", "2", "1", "3.0", "210", "MB"] and len(lines) == 4
 
 
 def test_the_command_prints_a_table(results):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from armor.assemble.card import card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.core.checkpoint import (
     CHECKSUMS,
@@ -30,6 +31,7 @@ from armor.core.nm import Pattern
 from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
+from armor.execution.provenance import PROVENANCE, combined, made_by
 from armor.execution.resume import resumable
 from armor.model.shards import DTYPES, Shards
 from armor.model.source import Source
@@ -89,6 +91,8 @@ def assemble(
         "sizes": list(sizes.items()),
         "max_shard_bytes": max_shard_bytes,
     }
+    records = [layer.record for layer in layers]
+    made = _made(source, records)
     with resumable(output, __name__, "cpu", **work) as steps:
         output.unlink(missing_ok=True)
         if target.exists():
@@ -101,13 +105,18 @@ def assemble(
                 config["quantization_config"] = quantization_config(modules)
             write_json(part / "config.json", config)
             statistics = _statistics(topology, layers, shards)
-            (part / "README.md").write_text(_card(topology, layers, statistics), encoding="utf-8")
+            here = {key: value for key, value in made.items() if key != "machine"}  # the same bytes on any machine
+            write_json(part / PROVENANCE, here)
+            whole = {"bytes": sum(sizes.values()), "dense_bytes": sum(map(shards.bytes_of, shards.names()))}
+            text = card(source.path, source.hub, topology.model_type, records, made, whole | statistics)
+            (part / "README.md").write_text(text, encoding="utf-8")
             files = seal(part, sums)
         result = {
             "format_version": FORMAT_VERSION,
             "fingerprint": source.fingerprint,
             "checkpoint_bytes": sum(file["bytes"] for file in files.values()),
             **statistics,
+            **made,
             "modules": len(modules),
             "kept_dense": [linear.name for linear in topology.linears() if linear.name not in modules],
             "files": files,
@@ -116,6 +125,14 @@ def assemble(
         }
         write_json(output, result)
     return result
+
+
+def _made(source: Source, records: list[dict]) -> dict:
+    """The checkpoint's provenance: that of its own making, and that of the factors."""
+    inputs = {f"layer {record['layer']}": record["sha256"] for record in records}
+    statistics = combined(record["inputs"]["statistics"] for record in records)
+    made = made_by(__name__, {}, {"model": source.fingerprint, "statistics": statistics, **inputs})
+    return {**made, "factors": origins(records)}
 
 
 def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
@@ -133,6 +150,7 @@ def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Laye
     record = read_json(described)
     if record.get("format_version") != FORMAT_VERSION:
         raise ArmorError(f"{described}: not a record of format {FORMAT_VERSION}; {again}")
+    origins([record]), record["inputs"]["statistics"]  # what its checkpoint will say of it
     if record.get("fingerprint") != fingerprint:
         raise ArmorError(f"{described}: factors of another model (its fingerprint differs); {again}")
     linears = {linear.name: linear for linear in layer.linears}
@@ -204,58 +222,3 @@ def _statistics(topology: Topology, layers: list[_Layer], shards: Shards) -> dic
         compressed += size
     weights = topology.linear_parameters
     return {"bits_per_weight": 8 * compressed / weights, "dense_bits_per_weight": 8 * dense / weights}
-
-
-def _card(topology: Topology, layers: list[_Layer], statistics: dict[str, float]) -> str:
-    """README.md: what this is, how to load it, what was done to which linears, what it cost."""
-    rows: dict[tuple, list[float]] = {}
-    for layer in layers:
-        for entry in layer.record["modules"].values():
-            blocks = entry["block_size"]
-            sizes = f"{blocks['left']} / {blocks['right']}" if blocks else "none"
-            rows.setdefault((entry["method"], entry["pattern"] or "none", sizes), []).append(entry["loss"])
-    table = "\n".join(
-        f"| {method} | {pattern} | {sizes} | {len(losses)} | {sum(losses) / len(losses):.5f} |"
-        for (method, pattern, sizes), losses in sorted(rows.items())
-    )
-    return CARD.format(
-        model_type=topology.model_type,
-        fingerprint=topology.fingerprint,
-        table=table,
-        bits=f"{statistics['bits_per_weight']:.3f}",
-        dense_bits=f"{statistics['dense_bits_per_weight']:.3f}",
-    )
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [armor, sparse, "2:4"]
----
-
-# A {model_type} model with packed sparse linears (ARMOR)
-
-Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S between two block-diagonal matrices
-(arXiv 2510.05528), or as S alone where it was only pruned. Made by ARMOR Pipeline.
-
-## Load it
-
-```python
-import armor.hf  # from ARMOR Pipeline (pip install .); teaches transformers this format
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-Without `import armor.hf` loading stops with a shape error: that is on purpose. `armor verify FOLDER` checks every file.
-
-## What was done
-
-| method | pattern | block sizes, left / right | linears | mean relative loss |
-|---|---|---|---|---|
-{table}
-
-The loss is the share of the calibration-weighted norm of W that is lost. Packed, the linears of the decoder layers take
-{bits} bits per weight, {dense_bits} in the source. Fingerprint of the source: `{fingerprint}`.
-"""

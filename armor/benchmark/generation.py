@@ -25,7 +25,8 @@ from armor.config import BenchmarkSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.execution.log import log, progress
-from armor.execution.machine import describe, peak_memory_bytes, resident_memory_bytes, set_threads
+from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads
+from armor.execution.provenance import made_by
 from armor.model.shards import Shards
 from armor.runtime.load import load_model
 
@@ -121,12 +122,14 @@ def benchmark(
     settings: BenchmarkSettings,
     output: Path | str,
     device: str = "cpu",
+    fingerprints: dict[str, str | None] | None = None,
 ) -> dict:
     """Measure the dense model in `source` and, unless None, the compressed one in `checkpoint`; write {case}.json.
 
     Both are Hugging Face folders, `output` is the file to write. Each side holds bytes_on_disk, bits_per_weight,
     resident_bytes, load_seconds and decode_tokens_per_second (median, quartiles, runs); decode_speedup is the median
-    ratio of a round. Raises ArmorError for a folder that is not a model.
+    ratio of a round; `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a
+    model.
     """
     start = time.perf_counter()
     output = Path(output)
@@ -161,8 +164,7 @@ def benchmark(
         "decode_speedup": _speedup(runs) if checkpoint is not None else None,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(device),
-        "settings": settings.model_dump(mode="json"),
-        "machine": describe(device),
+        **made_by(__name__, settings.model_dump(mode="json"), fingerprints or {}, device),
     }
     write_json(output, result)
     return result

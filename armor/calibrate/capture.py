@@ -31,8 +31,8 @@ from armor.core.statistics import Accumulator, write_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
-from armor.execution.machine import describe as describe_machine
 from armor.execution.machine import peak_memory_bytes
+from armor.execution.provenance import combined, made_by
 from armor.execution.resume import Steps, resumable
 from armor.model.shards import Shards
 from armor.model.skeleton import Call, Skeleton, finite, load_layer, load_outside, open_skeleton, record, unload_outside
@@ -116,7 +116,7 @@ def calibrate(
             "format_version": FORMAT_VERSION,
             "fingerprint": source.fingerprint,
             "text_fingerprint": text_fingerprint,
-            "settings": settings.model_dump(mode="json"),
+            "statistics_fingerprint": combined(file["sha256"] for file in files.values()),
             "sequences": tokens.shape[0],
             "length": tokens.shape[1],
             "tokens": tokens.numel(),
@@ -128,7 +128,12 @@ def calibrate(
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens.numel() / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(device),
-            "machine": describe_machine(device),
+            **made_by(
+                __name__,
+                settings.model_dump(mode="json"),
+                {"model": source.fingerprint, "text": text_fingerprint},
+                device,
+            ),
         }
         write_json(output, value)
     return value

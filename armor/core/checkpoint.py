@@ -27,6 +27,7 @@ from armor.core.nm import Pattern, is_nm
 from armor.core.packing import unpack, unpack_mask
 from armor.errors import ArmorError
 from armor.execution.files import read_json
+from armor.execution.provenance import CHECKSUMS
 from armor.model.shards import INDEX, SINGLE, Shards
 
 __all__ = [
@@ -50,7 +51,6 @@ __all__ = [
 
 QUANT_METHOD = "armor"
 FORMAT_VERSION = 1
-CHECKSUMS = "checksums.json"
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"

@@ -24,7 +24,8 @@ from armor.config import EvaluationSettings
 from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import progress
-from armor.execution.machine import describe, peak_memory_bytes
+from armor.execution.machine import peak_memory_bytes
+from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, resumable
 from armor.runtime.load import context_length, load_model, load_tokenizer
 from armor.text import token_blocks
@@ -75,11 +76,18 @@ def _block_means(model: PreTrainedModel, blocks: Tensor, steps: Steps) -> Tensor
     return torch.tensor(means, dtype=torch.float64)
 
 
-def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | str, device: str = "cpu") -> dict:
+def evaluate(
+    folder: Path | str,
+    settings: EvaluationSettings,
+    output: Path | str,
+    device: str = "cpu",
+    fingerprint: str | None = None,
+) -> dict:
     """Measure the perplexity of the model in `folder` (dense or ARMOR) and write it to `output`, {task}.json.
 
     `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
-    loading. Raises ArmorError for a folder that is not a model, a text too short, and logits that are not finite.
+    loading; `fingerprint`, the model's, is noted. Raises ArmorError for a folder that is not a model, a text too short,
+    and logits that are not finite.
     """
     folder, output = Path(folder), Path(output)
     # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
@@ -91,11 +99,9 @@ def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | st
     if longest is not None and length > longest:
         raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
-    work = {
-        "model": _identity(folder),
-        "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
-        "settings": settings.model_dump(mode="json", exclude_none=True),
-    }
+    asked = settings.model_dump(mode="json", exclude_none=True)
+    text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+    work = {"model": _identity(folder), "text": text, "settings": asked}
     with resumable(output, __name__, device, **work) as steps:
         model = load_model(folder, settings.dtype, device)
         means = _block_means(model, blocks, steps)
@@ -112,8 +118,7 @@ def evaluate(folder: Path | str, settings: EvaluationSettings, output: Path | st
             "block_means": means.tolist(),
             "seconds": steps.seconds(),
             "peak_memory_bytes": peak_memory_bytes(device),
-            "settings": settings.model_dump(mode="json", exclude_none=True),
-            "machine": describe(device),
+            **made_by(__name__, asked, {"model": fingerprint, "text": text}, device),
         }
         write_json(output, result)
     return result

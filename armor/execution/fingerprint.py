@@ -13,6 +13,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from armor.errors import ArmorError
+
 __all__ = ["code_hash"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,7 @@ WITHOUT_EFFECT = (
     "armor.errors",
     "armor.execution.log",
     "armor.execution.machine",
+    "armor.execution.provenance",
     "armor.execution.devices",
     "armor.factorize.memory",
 )
@@ -49,6 +52,8 @@ def _file(name: str) -> Path | None:
 def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
     """The hash of one module's syntax tree without docstrings, and the modules of this package that it imports."""
     file = _file(name)
+    if file is None:
+        raise ArmorError(f"{name}: no module of this release; what names it was made by another one")
     tree = ast.parse(file.read_bytes())
     imported: set[str] = set()
     for node in ast.walk(tree):

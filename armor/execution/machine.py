@@ -9,7 +9,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["describe", "device_memory_bytes", "peak_memory_bytes", "resident_memory_bytes", "set_threads"]
+import armor
+
+__all__ = [
+    "describe",
+    "device_memory_bytes",
+    "peak_memory_bytes",
+    "resident_memory_bytes",
+    "set_threads",
+    "versions",
+]
 
 
 def set_threads(count: int) -> None:
@@ -61,15 +70,21 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python, of this package and of those that it computes with."""
+    packages = ("torch", "transformers", "safetensors", "numpy")
+    own = {"python": platform.python_version(), "armor": armor.__version__}
+    return own | {name: version(name) for name in packages}
+
+
 def describe(device: str = "cpu") -> dict:
     """Processor, card, threads and versions, for the JSON beside a result."""
     import torch
 
-    packages = ("torch", "transformers", "safetensors", "numpy")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
     }

@@ -28,6 +28,7 @@ from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
+from armor.execution.provenance import made_by
 from armor.execution.resume import resumable
 from armor.factorize import pruning, published, solver
 from armor.factorize.memory import peak_bytes
@@ -65,10 +66,14 @@ def factorize_layer(
     _check_memory(chosen, resolved, device)
     inputs = _statistics(Path(statistics), topology, chosen, resolved)
     shards = Shards(source.path)
+    used = {
+        "model": topology.fingerprint,
+        "statistics": sha256(statistics) if Path(statistics).is_file() else None,
+    }
     work = {
         "layer": dataclasses.asdict(chosen),
         "fingerprint": topology.fingerprint,
-        "statistics": sha256(statistics) if inputs else None,
+        "statistics": used["statistics"] if inputs else None,
         "settings": settings.model_dump(mode="json"),
     }
     factors: dict[str, Factorization] = {}
@@ -109,13 +114,10 @@ def factorize_layer(
             "layer": layer,
             "fingerprint": topology.fingerprint,
             "sha256": sha256(output),
-            "settings": settings.model_dump(mode="json"),
-            "seed": settings.seed,
-            "device": device,
-            "threads": torch.get_num_threads(),
             "seconds": steps.seconds(),
             "peak_memory_bytes": peak_memory_bytes(device),
             "modules": modules,
+            **made_by(__name__, settings.model_dump(mode="json"), used, device),
         }
         write_json(described, record)
     return record

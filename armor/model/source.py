@@ -29,16 +29,19 @@ FORMAT_VERSION = 1
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What belongs to a model: weights, configuration, tokenizer with its chat template.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
+SAID = ("README.md", "LICENSE*", "NOTICE*")  # what it says of itself
 UNWANTED = ("*/*", "consolidated*", "training_args*", "trainer_state*", "optimizer*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model in a Hugging Face folder: `path`, the fingerprint of its content, the dtype of most of its weights."""
+    """A model in a Hugging Face folder: `path`, the fingerprint of its content, the dtype of most of its weights,
+    and its name on the Hub if it came from there."""
 
     path: Path
     fingerprint: str
     dtype: str
+    hub: str | None = None
 
 
 def fetch(settings: ModelSettings, output: Path | str) -> dict:
@@ -94,7 +97,8 @@ def open_source(path: Path | str) -> Source:
             f"{path}: format {value.get('format_version')!r}, expected {FORMAT_VERSION}; run armor fetch again"
         )
     try:
-        source = Source(path.parent / value["path"], value["fingerprint"], value["dtype"])
+        hub = value.get("settings", {}).get("hub")
+        source = Source(path.parent / value["path"], value["fingerprint"], value["dtype"], hub)
         sizes = {source.path / name: file["bytes"] for name, file in value["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ArmorError(f"{path}: not a source.json of this version ({error}); run armor fetch again") from None
@@ -183,7 +187,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*WANTED, *SAID], ignore_patterns=UNWANTED)
+        )
     except GatedRepoError:
         reason = "its owner wants you to accept terms; do so on its page, then log in with `hf auth login`"
     except RevisionNotFoundError:

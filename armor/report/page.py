@@ -16,8 +16,9 @@ from markupsafe import Markup
 from armor.config import ReportSettings, parse_settings
 from armor.execution.files import atomic_path, write_json
 from armor.execution.log import log
+from armor.execution.provenance import made_by
 from armor.report.figures import figures
-from armor.report.results import ModelResults, RecipeResults, read_results
+from armor.report.results import ModelResults, RecipeResults, fingerprints, read_results
 from armor.report.tables import (
     METHODS,
     benchmark_table,
@@ -177,6 +178,19 @@ def _machines(model: ModelResults) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _origins(model: ModelResults) -> list[str]:
+    """What made each compressed model: fingerprints of source and calibration, hash of the code, seed."""
+    found = []
+    for recipe in model.compressed:
+        if recipe.checkpoint:
+            inputs, factors = recipe.checkpoint["inputs"], recipe.checkpoint["factors"]
+            code = " and ".join(dict.fromkeys(part["code"] for part in factors))
+            seeds = " and ".join(dict.fromkeys(str(part["settings"]["seed"]) for part in factors))
+            source, statistics = inputs["model"][:16], inputs["statistics"][:16]
+            found.append(f"{recipe.name}: source {source}, calibration {statistics}, code {code}, seed {seeds}")
+    return found
+
+
 def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
     """What the template shows of one model; `name` begins the ids of its tables and figures."""
     tables = []
@@ -203,6 +217,7 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
         "tables": [{"title": t, "table": Markup(table), "caption": c} for t, table, c in tables],
         "machines": _machines(model),
+        "origins": _origins(model),
     }
 
 
@@ -224,6 +239,7 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     for name, text in (("summary.csv", csv_text(rows)), ("index.html", page)):
         with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    write_json(output / "summary.json", {"rows": rows})
+    made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
+    write_json(output / "summary.json", {"rows": rows, **made})
     log.info("%s: %d rows", output / "index.html", len(rows))
     return {"rows": rows}

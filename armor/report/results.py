@@ -16,10 +16,10 @@ from armor.config import ReportPair, ReportSettings
 from armor.core.checkpoint import PackedLinear
 from armor.core.nm import Pattern
 from armor.errors import ArmorError
-from armor.execution.files import read_json
+from armor.execution.files import read_json, sha256
 from armor.model.topology import Linear, Topology, read_topology
 
-__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "bits_of", "read_results"]
+__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "bits_of", "fingerprints", "read_results"]
 
 COLUMNS = (
     "model",
@@ -40,7 +40,7 @@ NEEDED = {
     "fetch": ("dtype", "files"),
     "calibrate": COST,
     "factorize": ("layer", "modules", *COST),
-    "assemble": ("bits_per_weight", "checkpoint_bytes", *COST),
+    "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COST),
     "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", "machine", *COST),
     "benchmark": ("dense", "compressed", "machine", *COST),
 }
@@ -280,3 +280,17 @@ def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
     if not any(r.evaluations or r.benchmarks or r.layers or r.checkpoint for model in models for r in model.recipes):
         raise ArmorError(f"{results}: holds no result of the recipes in the plan; run the other stages first")
     return models
+
+
+def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
+    """The SHA-256 of the records that the report is made of, by path; a checkpoint's stands for its layers'."""
+    found = {}
+    for pair in settings.pairs:
+        here = results / pair.model / pair.recipe
+        files = [here / "evaluation" / f"{name}.json" for name in pair.evaluations]
+        files += [here / "benchmark" / f"{name}.json" for name in pair.benchmarks]
+        if pair.method != "dense":
+            calibration = results / pair.model / "calibration" / str(pair.calibration)
+            files += [here / "checkpoint.json", calibration / "calibration.json"]
+        found |= {file.relative_to(results).as_posix(): sha256(file) for file in files if file.is_file()}
+    return found

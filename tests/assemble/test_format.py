@@ -13,6 +13,7 @@ from armor.config import LayerSettings, Override
 from armor.core.factors import Factorization, write_factors
 from armor.core.nm import Pattern
 from armor.execution.files import sha256, write_json
+from armor.execution.provenance import made_by
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed, prepared
@@ -95,8 +96,9 @@ def written(root):
     modules = {linear.name: dict(entry) for linear in topology.layers[0].linears}
     modules[q] |= {"method": "armor", "pattern": "2:4", "block_size": {"left": 8, "right": 16}, "loss": 0.25}
     modules[up] |= {"method": "wanda", "pattern": "50%", "loss": 0.5}
-    record = {"format_version": 1, "fingerprint": topology.fingerprint, "sha256": sha256(file), "modules": modules}
-    write_json(root / "layers/layer_0.json", record)
+    record = {"format_version": 1, "layer": 0, "fingerprint": topology.fingerprint, "sha256": sha256(file)}
+    made = made_by("armor.factorize.layer", {}, {"model": topology.fingerprint, "statistics": None})
+    write_json(root / "layers/layer_0.json", record | made | {"modules": modules})
     assemble(source, topology, root / "layers", root / "checkpoint.json")
     return root / "checkpoint"
 

@@ -2,9 +2,11 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,8 +59,28 @@ def test_the_files_around_the_weights(root):
     assert "sparsity_config" not in (checkpoint / "config.json").read_text()
     # One group for each distinct shape, not one entry for each of the 14 linears.
     assert len(quantization["groups"]) == 4 and sum(len(group["modules"]) for group in quantization["groups"]) == 14
-    card = (checkpoint / "README.md").read_text()
-    assert "import armor.hf" in card and "| armor | 2:4 | 16 / 16 | 14 |" in card
+
+
+def test_the_card_says_what_the_hub_and_people_ask(copy):
+    card = ModelCard.load(copy / "checkpoint/README.md")
+    tags = ["armor", "sparse", "2:4"]
+    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    assert "import armor.hf" in card.text and "| armor | 2:4 | 16 / 16 | 14 |" in card.text
+    record = json.loads((copy / "layers/layer_0.json").read_text())
+    assert record["fingerprint"] in card.text and record["code"] in card.text and "iterations: 2" in card.text
+    assert f"torch {torch.__version__}" in card.text and str(copy) not in card.text
+    # What the source says of itself is passed on.
+    said = "license: other\nlicense_name: theirs\nlicense_link: https://there\nlanguage: en\ntags: [old]"
+    (copy / "source/README.md").write_text(f"---\n{said}\n---\nTheir words.\n")
+    source, topology = opened(copy)
+    assemble(replace(source, hub="them/tiny"), topology, copy / "layers", copy / "checkpoint.json")
+    data = ModelCard.load(copy / "checkpoint/README.md").data.to_dict()
+    assert data.pop("base_model") == "them/tiny" and data.pop("base_model_relation") == "quantized"
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "https://there")
+    assert data["language"] == "en" and data["tags"] == tags
+    (copy / "source/README.md").write_text("---\n: [\n---\n")  # no YAML: as if it were not there
+    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+    assert "license" not in ModelCard.load(copy / "checkpoint/README.md").data.to_dict()
 
 
 def test_checkpoint_json(root):

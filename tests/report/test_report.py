@@ -140,6 +140,13 @@ def test_a_wrong_plan_is_one_line(own):
         build(own, wrong, own / "report")
 
 
+def test_the_page_says_what_made_the_models(results):
+    assert f"armor: source {'a' * 16}, calibration {'b' * 16}, code {'c' * 16}, seed 0" in page_of(results)
+    made = read_json(results / "report" / "summary.json")
+    assert made["stage"] == "armor.report" and made["settings"]["pairs"][0]["recipe"] == "dense"
+    assert f"{MODEL}/armor/evaluation/wikipedia.json" in made["inputs"]
+
+
 def test_the_same_json_gives_the_same_bytes(results):
     names = ("index.html", "summary.csv", "summary.json")
     first = [(results / "report" / name).read_bytes() for name in names]

@@ -39,9 +39,9 @@ class Run:
             command, env=environment, cwd=self.repository, capture_output=True, text=True, timeout=600
         )
 
-    def would_run(self, config: dict | None = None) -> dict[str, int]:
+    def would_run(self, config: dict | None = None, *arguments: str) -> dict[str, int]:
         """Jobs by rule that a run would execute now."""
-        done = self.snakemake("--dry-run", config=config)
+        done = self.snakemake("--dry-run", *arguments, config=config)
         assert done.returncode == 0, done.stderr + done.stdout
         text = done.stdout + done.stderr
         table = re.search(r"^job +count\n-+ +-+\n(.*?)^total", text, re.MULTILINE | re.DOTALL)

@@ -1,10 +1,17 @@
 """What runs again after an edit: that, and nothing else."""
 
 import shutil
+from collections import Counter
 
 import pytest
 
-from tests.workflow.conftest import LAYERS, Run
+from armor.config import Config
+from armor.execution import fingerprint
+from armor.explain import Reruns
+from tests.killed import results_of
+from tests.workflow.conftest import LAYERS, REPOSITORY, Run
+
+OTHER_TEXT = REPOSITORY / "README.md"
 
 AFTER_FACTORS = {"assemble": 1, "evaluate": 1, "benchmark": 1, "report": 1}
 ONE_RECIPE = {"factorize": LAYERS} | AFTER_FACTORS
@@ -15,45 +22,70 @@ def recipes(count):
     return {rule: jobs * (1 if rule == "report" else count) for rule, jobs in ONE_RECIPE.items()}
 
 
+def explained(run, config):
+    """Jobs by rule that `armor explain` has a reason for."""
+    reruns = Reruns(run.folder / "results", Config.model_validate(config))
+    return dict(Counter(job.stage for job in reruns.jobs.values() if reruns.reasons(job)))
+
+
 def test_nothing_to_do(run):
-    assert run.would_run() == {}
+    assert run.would_run() == explained(run, run.config) == {}
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"recipes__armor__block_size": 4}, ONE_RECIPE),
-        ({"recipes__armor__solver": {"iterations": 4}}, ONE_RECIPE),
-        ({"recipes__armor__overrides": [{"layers": [1], "block_size": 4}]}, {"factorize": 1} | AFTER_FACTORS),
-        ({"recipes__armor__keep_dense": ["*.k_proj"]}, ONE_RECIPE),
-        ({"recipes__wanda": {"method": "wanda"}}, ONE_RECIPE),
-        ({"calibrations__words__sequences": 3}, {"calibrate": 1} | recipes(2)),
-        ({"evaluations__words__sequences": 3}, {"evaluate": 3, "report": 1}),
-        ({"benchmarks__decode__repeats": 3}, {"benchmark": 3, "report": 1}),
-        ({"seed": 1}, recipes(2)),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_an_edit_of_the_configuration_reruns_what_it_touches(run, changes, expected):
-    assert run.would_run(run.edited(**changes)) == expected
+SETTINGS_EDITED = {
+    "block size of one recipe": ({"recipes__armor__block_size": 4}, ONE_RECIPE),
+    "iterations": ({"recipes__armor__solver": {"iterations": 4}}, ONE_RECIPE),
+    "override of one layer": (
+        {"recipes__armor__overrides": [{"layers": [1], "block_size": 4}]},
+        {"factorize": 1} | AFTER_FACTORS,
+    ),
+    "modules kept dense": ({"recipes__armor__keep_dense": ["*.k_proj"]}, ONE_RECIPE),
+    "a recipe more": ({"recipes__wanda": {"method": "wanda"}}, ONE_RECIPE),
+    "calibration length": ({"calibrations__words__sequence_length": 16}, {"calibrate": 1} | recipes(2)),
+    "evaluation text": ({"evaluations__words__text": {"files": [str(OTHER_TEXT)]}}, {"evaluate": 3, "report": 1}),
+    "a benchmark's setting": ({"benchmarks__decode__repeats": 3}, {"benchmark": 3, "report": 1}),
+    "seed": ({"seed": 1}, recipes(2)),
+}
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "expected"),
-    [
-        ("report/page.py", "\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ", {"report": 1}),
-        ("factorize/solver.py", "\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ", recipes(2)),
-        ("factorize/solver.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
-        ("calibrate/capture.py", "\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ", {"calibrate": 1} | recipes(2)),
-        ("evaluate/perplexity.py", "\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ", {"evaluate": 3, "report": 1}),
-        ("execution/log.py", "SECONDS_BETWEEN_LINES = 10.0", "SECONDS_BETWEEN_LINES = 5.0", {}),
-    ],
-)
-def test_an_edit_of_the_code_reruns_the_stages_that_execute_it(clone, file, old, new, expected):
+@pytest.mark.parametrize("edit", SETTINGS_EDITED)
+def test_an_edit_of_the_configuration_reruns_what_it_touches(run, edit):
+    changes, expected = SETTINGS_EDITED[edit]
+    edited = run.edited(**changes)
+    assert run.would_run(edited) == expected
+    assert explained(run, edited) == expected
+
+
+STATEMENT = ("\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ")
+CODE_EDITED = {
+    "report code": ("report/page.py", *STATEMENT, {"report": 1}),
+    "solver code": ("factorize/solver.py", *STATEMENT, recipes(2)),
+    "capture code": ("calibrate/capture.py", *STATEMENT, {"calibrate": 1} | recipes(2)),
+    "evaluation code": ("evaluate/perplexity.py", *STATEMENT, {"evaluate": 3, "report": 1}),
+    "a comment in the solver": ("factorize/solver.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
+    "a log message's setting": ("execution/log.py", "BETWEEN_LINES = 10.0", "BETWEEN_LINES = 5.0", {}),
+    "provenance code": ("execution/provenance.py", *STATEMENT, {}),
+}
+
+
+@pytest.mark.parametrize("edit", CODE_EDITED)
+def test_an_edit_of_the_code_reruns_the_stages_that_execute_it(clone, monkeypatch, edit):
+    file, old, new, expected = CODE_EDITED[edit]
     path = clone.repository / "armor" / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     assert clone.would_run() == expected
+    monkeypatch.setattr(fingerprint, "ROOT", clone.repository)
+    fingerprint._parsed.cache_clear()
+    try:
+        assert explained(clone, clone.config) == expected
+    finally:
+        fingerprint._parsed.cache_clear()
+
+
+def test_other_threads_and_resources_rerun_nothing(run):
+    threads = [f"{rule}=3" for rule in ("calibrate", "factorize", "evaluate", "benchmark")]
+    assert run.would_run(None, "--set-threads", *threads, "--set-resources", "factorize:mem_mb=9000") == {}
 
 
 @pytest.mark.parametrize("suffixes", [("safetensors",), ("json", "safetensors")])
@@ -72,7 +104,21 @@ def test_the_same_input_gives_the_same_bytes(run, tmp_path):
     (again.folder / "results/tiny/armor" / names[0]).unlink()
     done = again.snakemake()
     assert done.returncode == 0, done.stderr
-    assert again.would_run() == {}
+    told = {line.split()[0]: line.split() for line in done.stderr.splitlines() if line.strip()}
+    assert told["factorize"][1:3] == ["1", str(2 * LAYERS - 1)] and told["calibrate"][1:] == ["1"]  # ran, reused
+    assert told["assemble"][1:3] == ["1", "1"] and told["report"][-1] == "MB"
+    assert again.would_run() == explained(again, again.config) == {}
     for name in names:
         mine, theirs = (x.folder / "results/tiny/armor" / name for x in (run, again))
         assert mine.read_bytes() == theirs.read_bytes(), name
+
+
+def test_another_clone_in_another_folder_makes_the_same_bytes(run, clone, tmp_path):
+    other = Run(tmp_path / "elsewhere", run.config, clone.repository)
+    other.folder.mkdir()
+    done = other.snakemake("--", "results/tiny/armor/checkpoint.json")
+    assert done.returncode == 0, done.stderr
+    found, expected = (results_of(x.folder / "results") for x in (other, run))
+    assert found == {name: expected[name] for name in found}
+    for name in ("calibration/words/layer_0.safetensors", "armor/layers/layer_0.json", "armor/checkpoint/README.md"):
+        assert f"tiny/{name}" in found

@@ -35,7 +35,7 @@ def test_the_report_has_a_row_for_each_recipe(run):
 def test_every_job_kept_to_its_threads(run):
     records = list(run.folder.glob("results/tiny/*/layers/layer_*.json"))
     assert len(records) == 2 * LAYERS
-    assert {json.loads(file.read_text())["threads"] for file in records} == {1}
+    assert {json.loads(file.read_text())["machine"]["threads"] for file in records} == {1}
 
 
 def test_the_status_knows_every_job_of_the_workflow(run):

@@ -15,7 +15,7 @@ from armor.config import Config, check_patterns, parse_settings
 from armor.errors import ArmorError
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
-from armor.status import read_status, start_run
+from armor.status import read_status, start_run, summary
 
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
@@ -47,7 +47,12 @@ onstart:
         raise WorkflowError(str(error)) from None
 
 
+onsuccess:
+    print(*summary(Path("results"), SETTINGS), sep="\n", file=sys.stderr)
+
+
 onerror:
+    print(*summary(Path("results"), SETTINGS), sep="\n", file=sys.stderr)
     print(*read_status(Path("results"), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
 
 

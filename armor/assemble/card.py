@@ -1,0 +1,142 @@
+"""The model card of a checkpoint, README.md with the YAML that the Hub reads, from what the layers' records say.
+
+It names nothing of the place or the time it was made in, so that the same factors give the same bytes. What the source
+says of itself, its name on the Hub, its licence, its language, is passed on, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from armor.execution.log import log
+from armor.execution.provenance import ranges
+
+__all__ = ["card", "origins"]
+
+PASSED_ON = ("license", "license_name", "license_link", "language")
+
+
+def origins(records: Iterable[dict]) -> list[dict]:
+    """What made the layers that `records` describe: settings, code, versions, and which layers share them."""
+    found: list[dict] = []
+    for record in records:
+        origin = {"settings": record["settings"], "code": record["code"], "versions": record["machine"]["versions"]}
+        same = next((known for known in found if {key: known[key] for key in origin} == origin), None)
+        if same is None:
+            found.append({"layers": [record["layer"]], **origin})
+        else:
+            same["layers"].append(record["layer"])
+    return found
+
+
+def card(
+    source: Path,
+    hub: str | None,
+    model_type: str,
+    records: list[dict],
+    made: dict,
+    sizes: dict[str, float],
+) -> str:
+    """The text of README.md.
+
+    `source` is the model's folder and `hub` its name there, if it has one; `records` are the layers', `made` the
+    checkpoint's provenance; `sizes` has bytes and dense_bytes (of all tensors), bits_per_weight and
+    dense_bits_per_weight (of the decoder layers' linears).
+    """
+    rows: dict[tuple, list[float]] = {}
+    for record in records:
+        for entry in record["modules"].values():
+            blocks = entry["block_size"]
+            names = f"{blocks['left']} / {blocks['right']}" if blocks else "none"
+            rows.setdefault((entry["method"], entry["pattern"] or "none", names), []).append(entry["loss"])
+    losses = [loss for found in rows.values() for loss in found]
+    patterns = sorted({pattern for _, pattern, _ in rows} - {"none"})
+    data = ModelCardData(
+        **_said_by(source),
+        base_model=hub,
+        base_model_relation=hub and "quantized",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["armor", "sparse", *patterns],
+    )
+    table = "\n".join(
+        f"| {method} | {pattern} | {blocks} | {len(found)} | {sum(found) / len(found):.5f} |"
+        for (method, pattern, blocks), found in sorted(rows.items())
+    )
+    versions = {", ".join(f"{k} {v}" for k, v in sorted(part["versions"].items())): None for part in made["factors"]}
+    text = CARD.format(
+        model_type=model_type,
+        origin=f"[{hub}](https://huggingface.co/{hub})" if hub else f"a {model_type} model",
+        table=table,
+        loss=f"{sum(losses) / len(losses):.5f}" if losses else "0",
+        size=f"{sizes['bytes'] / 1e6:,.1f}",
+        dense_size=f"{sizes['dense_bytes'] / 1e6:,.1f}",
+        share=f"{sizes['bytes'] / sizes['dense_bytes']:.0%}",
+        bits=f"{sizes['bits_per_weight']:.3f}",
+        dense_bits=f"{sizes['dense_bits_per_weight']:.3f}",
+        recipe="\n".join(_recipe(part) for part in made["factors"]),
+        fingerprint=made["inputs"]["model"],
+        calibration=made["inputs"]["statistics"],
+        code=", ".join(dict.fromkeys(part["code"] for part in made["factors"])),
+        versions="; ".join(versions),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _said_by(source: Path) -> dict:
+    """Licence and language as the source's own card has them."""
+    if not (source / "README.md").is_file():
+        return {}
+    try:
+        data = ModelCard.load(source / "README.md").data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        log.warning("%s: not read: %s", source / "README.md", " ".join(str(error).split()))
+        return {}
+    return {key: data[key] for key in PASSED_ON if data.get(key)}
+
+
+def _recipe(part: dict) -> str:
+    settings = yaml.safe_dump(part["settings"], sort_keys=True).rstrip()
+    return f"Layers {ranges(part['layers'])}:\n\n```yaml\n{settings}\n```\n"
+
+
+CARD = """# A {model_type} model with packed sparse linears (ARMOR)
+
+Made from {origin} by ARMOR Pipeline. Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S
+between two block-diagonal matrices (arXiv 2510.05528), or as S alone where it was only pruned. All tensors take
+{size} MB, {share} of the source's {dense_size} MB.
+
+## Load it
+
+```python
+import armor.hf  # from ARMOR Pipeline (pip install .); teaches transformers this format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+Without `import armor.hf` loading stops with a shape error: that is on purpose. `armor verify FOLDER` checks every file,
+`armor explain FOLDER` says what made it.
+
+## What was done
+
+| method | pattern | block sizes, left / right | linears | mean relative loss |
+|---|---|---|---|---|
+{table}
+
+The loss is the share of the calibration-weighted norm of W that is lost, {loss} in the mean over all of these. Packed,
+the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source.
+
+{recipe}
+| made from | |
+|---|---|
+| source, its fingerprint | `{fingerprint}` |
+| calibration, its fingerprint | `{calibration}` |
+| code of factorization | `{code}` |
+| versions | {versions} |
+"""

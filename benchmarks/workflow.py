@@ -1,0 +1,191 @@
+"""What Snakemake and the start of processes cost, beside the work: of a finished run, and of many jobs that do none.
+
+    python -m benchmarks.workflow --run FOLDER     FOLDER: where the demo was run, with results/ and .snakemake/
+
+Of the finished run the files that it left say when each job ran and how long its stage worked, `seconds` in its record.
+Each moment in which no job runs is Snakemake's; a moment in which k jobs run belongs by 1/k to each of them, and where
+one of these is not at work yet, that part is start-up: Python, imports, opening the input, the end of the process. Both
+together over the whole time is the overhead. What a stage reads and checks before its clock starts is counted as
+start-up too, so the share is an upper bound.
+
+The stand-ins are the workflow itself with 80 decoder layers and 4 recipes, in which `armor factorize` only sleeps: no
+torch, no model. A dry run of everything, the run of the 320 layers, and a run with nothing to do are timed, in seconds
+of the clock and of the processors: on a busy machine only the latter mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from armor.config import Config
+from armor.execution.files import read_json, sha256, write_json
+from armor.model.topology import DecoderLayer, Topology
+from armor.status import Job, cost, jobs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = 4
+STAND_IN = """
+import os, sys, time, types
+
+def factorize_layer(source, topology, layer, statistics, settings, output, device):
+    time.sleep(float(os.environ["STAND_IN_SECONDS"]))
+    output.write_text("")
+    output.with_suffix(".json").write_text("{}")
+
+sys.modules["armor.core.statistics"] = types.SimpleNamespace(statistics_of=lambda calibration, layer: "")
+sys.modules["armor.factorize.layer"] = types.SimpleNamespace(factorize_layer=factorize_layer)
+sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
+"""
+
+
+def spans(results: Path, config: Config) -> Iterator[tuple[float, float, float]]:
+    """When each finished job began, began to work, and ended, in seconds since the epoch."""
+    for job in jobs(config, results):
+        measured = cost(results, job)
+        if measured is None:
+            continue
+        begin = measured.ended - measured.seconds
+        yield begin, measured.ended - min(measured.seconds, worked(job, measured.seconds)), measured.ended
+
+
+def worked(job: Job, seconds: float) -> float:
+    """The seconds that the stage says it worked; all of the job's where its record does not say."""
+    records = [read_json(path) for path in job.outputs if path.suffix == ".json"]
+    return next((record["seconds"] for record in records if "seconds" in record), seconds)
+
+
+def shares(found: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds in which no job runs, between the first and the last, and seconds that belong to the start of jobs."""
+    idle = starting = 0.0
+    moments = sorted({moment for span in found for moment in span})
+    for begin, end in zip(moments, moments[1:], strict=False):
+        running = [span for span in found if span[0] <= begin < span[2]]
+        if running:
+            starting += (end - begin) * sum(begin < work for _, work, _ in running) / len(running)
+        else:
+            idle += end - begin
+    return idle, starting
+
+
+def finished(folder: Path, config: Config) -> dict:
+    """The overhead of the run that left its files in `folder`."""
+    log = max((folder / ".snakemake/log").glob("*.snakemake.log"))
+    hours, minutes, seconds = re.findall(r"^Elapsed time: (\d+):(\d+):([\d.]+)$", log.read_text(), re.MULTILINE)[-1]
+    wall = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    found = list(spans(folder / "results", config))
+    idle, starting = shares(found)
+    idle += wall - (max(end for *_, end in found) - min(begin for begin, *_ in found))  # before and after all jobs
+    return {
+        "jobs": len(found),
+        "wall_seconds": wall,
+        "snakemake_seconds": idle,
+        "start_up_seconds": starting,
+        "snakemake_share": idle / wall,
+        "overhead_share": (idle + starting) / wall,
+    }
+
+
+def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
+    """Dry run, run and no-op run of `layers` decoder layers under each of RECIPES recipes, `work` seconds a layer."""
+    model = folder / "results/deep"
+    statistics = model / "calibration/words"
+    statistics.mkdir(parents=True)
+    (folder / "python").mkdir()
+    (folder / "python/sitecustomize.py").write_text(STAND_IN)
+    decoder = tuple(DecoderLayer(index, f"model.layers.{index}", ()) for index in range(layers))
+    write_json(model / "source.json", {})
+    write_json(model / "model.json", Topology("llama", "0", "float32", None, 64, 0, 0, False, decoder).to_json())
+    files = {}
+    for path in (statistics / f"layer_{index}.safetensors" for index in range(layers)):
+        path.write_text("")
+        files[path.name] = {"bytes": 0, "sha256": sha256(path)}
+    write_json(statistics / "calibration.json", {"files": files})
+    config = {
+        "models": {"deep": {"folder": "."}},
+        "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
+        "recipes": {f"armor-{k}": {"method": "armor", "block_size": 2**k} for k in range(3, 3 + RECIPES)},
+        "evaluations": {"words": {"text": {"files": ["words.txt"]}}},
+        "benchmarks": {"decode": {}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(folder / "python"), str(REPOSITORY))),
+        "STAND_IN_SECONDS": str(work),
+    }
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", str(cores)]
+    command += ["--directory", str(folder), "--configfile", str(folder / "config.yaml")]
+    only = ["--"]
+    for recipe in config["recipes"]:
+        only += [f"results/deep/{recipe}/layers/layer_{index}.safetensors" for index in range(layers)]
+    result: dict = {"layers": layers, "recipes": RECIPES, "work_seconds": work, "cores": cores}
+    for name, arguments in (("dry_run", ["--dry-run"]), ("run", only), ("no_op", only)):
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        done = subprocess.run([*command, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+        wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            raise SystemExit(f"{name}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        result[name] = {"wall_seconds": wall, "processor_seconds": processors}
+        said = done.stdout + done.stderr
+        expected = "Nothing to be done" if name == "no_op" else rf"factorize +{layers * RECIPES}\b"
+        if not re.search(expected, said):
+            raise SystemExit(f"{name}: not what was expected\n{said[-2000:]}")
+    count = layers * RECIPES
+    result["overhead_seconds_per_job"] = (result["run"]["wall_seconds"] - work * count / cores) / count
+    return result
+
+
+def table(result: dict) -> str:
+    """The numbers, one a line, beside their targets."""
+    lines = []
+    if run := result.get("run"):
+        lines += [
+            f"finished run: {run['jobs']} jobs in {run['wall_seconds']:.0f} s",
+            f"  no job runs (Snakemake)   {run['snakemake_seconds']:8.1f} s  {run['snakemake_share']:6.1%}",
+            f"  jobs start                {run['start_up_seconds']:8.1f} s",
+            f"  both                      {run['snakemake_seconds'] + run['start_up_seconds']:8.1f} s  "
+            f"{run['overhead_share']:6.1%}   target 5%",
+        ]
+    if jobs_ := result.get("stand_ins"):
+        count = jobs_["layers"] * jobs_["recipes"]
+        lines.append(f"{count} stand-in jobs of {jobs_['work_seconds']:g} s on {jobs_['cores']} cores")
+        for name, target in (("dry_run", "   target 6 s"), ("run", ""), ("no_op", "")):
+            took = jobs_[name]
+            lines.append(f"  {name:<10}{took['wall_seconds']:8.1f} s, {took['processor_seconds']:.1f} s of CPU{target}")
+        lines.append(f"  overhead  {jobs_['overhead_seconds_per_job']:8.2f} s a job")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="the folder of a finished run; unset: stand-ins alone")
+    parser.add_argument("--config", type=Path, default=REPOSITORY / "config/config.yaml", help="that of the run")
+    parser.add_argument("--layers", type=int, default=80, help="of the stand-ins; 0: none")
+    parser.add_argument("--work", type=float, default=1.0, help="seconds that a stand-in sleeps")
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    result = read_json(options.output) if options.output.is_file() else {}
+    if options.run:
+        config = Config.model_validate(yaml.safe_load(options.config.read_text()))
+        result["run"] = finished(options.run, config)
+    if options.layers:
+        with tempfile.TemporaryDirectory(prefix="workflow-") as folder:
+            result["stand_ins"] = stand_ins(Path(folder), options.layers, options.work, options.cores)
+    write_json(options.output, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
