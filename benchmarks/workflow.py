@@ -6,7 +6,7 @@ Of the finished run the files that it left say when each job ran and how long it
 Each moment in which no job runs is Snakemake's; a moment in which k jobs run belongs by 1/k to each of them, and where
 one of these is not at work yet, that part is start-up: Python, imports, opening the input, the end of the process. Both
 together over the whole time is the overhead. What a stage reads and checks before its clock starts is counted as
-start-up too, so the share is an upper bound.
+start-up too, so that part is an upper bound; a core without a job while another has one is not counted.
 
 The stand-ins are the workflow itself with 80 decoder layers and 4 recipes, in which `armor factorize` only sleeps: no
 torch, no model. A dry run of everything, the run of the 320 layers, and a run with nothing to do are timed, in seconds
@@ -137,6 +137,7 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
             raise SystemExit(f"{name}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         result[name] = {"wall_seconds": wall, "processor_seconds": processors}
+        print(f"{name}: {wall:.1f} s, {processors:.1f} s of CPU", file=sys.stderr)
         said = done.stdout + done.stderr
         expected = "Nothing to be done" if name == "no_op" else rf"factorize +{layers * RECIPES}\b"
         if not re.search(expected, said):
