@@ -181,15 +181,18 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="source.json, checkpoint.json, or a model's folder.")],
     settings: Settings,
     output: Output,
+    dense: Annotated[
+        Path | None, typer.Option(help="source.json of the dense model to compare to; unset: no KL and agreement.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Perplexity of a model, dense or packed -> evaluation/TASK.json."""
+    """Perplexity of a model, dense or packed, and how far it is from the dense one -> evaluation/TASK.json."""
     device = _prepare(threads, gpus)
     from armor.evaluate.perplexity import evaluate
 
     parsed = config.parse_settings(config.EvaluationSettings, settings)
-    evaluate(_folder(model), parsed, output, device)
+    evaluate(_folder(model), parsed, output, device, dense and _folder(dense))
 
 
 @app.command()

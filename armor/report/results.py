@@ -29,6 +29,10 @@ COLUMNS = (
     "block_size",
     "perplexity",
     "perplexity_se",
+    "kl",
+    "kl_se",
+    "top1_agreement",
+    "top1_agreement_se",
     "relative_loss",
     "bits_per_weight",
     "checkpoint_bytes",
@@ -104,6 +108,12 @@ class RecipeResults:
         first = self.evaluations.get(next(iter(self.pair.evaluations), ""))
         return first and (first["value"], first["standard_error"])
 
+    @property
+    def against_dense(self) -> dict[str, tuple[float, float | None]]:
+        """The comparison to the dense model in the first evaluation: `kl` and `top1`, value and standard error."""
+        found = self.evaluations.get(next(iter(self.pair.evaluations), ""), {}).get("against_dense") or {}
+        return {key: (found[key]["value"], found[key]["standard_error"]) for key in found}
+
     def _stages(self) -> dict[str, list[dict]]:
         """The records of each stage that this recipe needs; none where one of them is missing."""
         stages = {
@@ -128,7 +138,10 @@ class RecipeResults:
 
     def row(self) -> dict:
         """The recipe's row of the summary; None is a gap."""
-        value, error = self.perplexity or (None, None)
+        gap = (None, None)
+        value, error = self.perplexity or gap
+        divergence, divergence_error = self.against_dense.get("kl", gap)
+        agreement, agreement_error = self.against_dense.get("top1", gap)
         bits, size = None, None
         if not self.dense and self.checkpoint:
             bits, size = self.checkpoint["bits_per_weight"], self.checkpoint["checkpoint_bytes"]
@@ -145,6 +158,10 @@ class RecipeResults:
             "block_size": self.pair.block_size if self.pair.method == "armor" else None,
             "perplexity": value,
             "perplexity_se": error,
+            "kl": divergence,
+            "kl_se": divergence_error,
+            "top1_agreement": agreement,
+            "top1_agreement_se": agreement_error,
             "relative_loss": fmean(losses) if losses else None,
             "bits_per_weight": bits,
             "checkpoint_bytes": size,

@@ -1,8 +1,8 @@
 """The summary in three forms: rows for CSV and JSON, plain text for a terminal, HTML for the page.
 
 A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
-readers the best value among the compressed recipes of a model stands out: lowest perplexity, loss, size and time,
-highest speed. Values that read the same are equally good.
+readers the best value among the compressed recipes of a model stands out: lowest perplexity, KL, loss, size and time,
+highest agreement with the dense model and speed. Values that read the same are equally good.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "evaluation_table",
     "html_table",
     "number",
+    "percent",
     "plus_minus",
     "print_table",
     "size",
@@ -39,9 +40,11 @@ METHODS = {
     "sparsegpt": "SparseGPT",
     "armor": "ARMOR",
 }
-HIGHER_IS_BETTER = ("decode_tokens_per_second",)
+HIGHER_IS_BETTER = ("top1_agreement", "decode_tokens_per_second")
 COMPARED = (
     "perplexity",
+    "kl",
+    "top1_agreement",
     "relative_loss",
     "bits_per_weight",
     "checkpoint_bytes",
@@ -56,6 +59,8 @@ HEADINGS = {
     "block_size": "block",
     "perplexity": "perplexity",
     "perplexity_se": "± s.e.",
+    "kl": "KL",
+    "top1_agreement": "same top",
     "relative_loss": "rel. loss",
     "bits_per_weight": "bits/weight",
     "checkpoint_bytes": "size",
@@ -96,6 +101,13 @@ def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str
     return text if value is None or error is None else f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
 
 
+def percent(share: float | None, error: float | None = None) -> str:
+    """A share in percent, with its standard error if given; a dash for None."""
+    if share is None:
+        return GAP
+    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + "%"
+
+
 def size(count: float | None) -> str:
     """Bytes in MB or GB (powers of ten)."""
     if count is None:
@@ -121,6 +133,8 @@ def _cell(row: dict, column: str) -> str:
         return plus_minus(row["perplexity"], value).partition("± ")[2] or GAP
     shown = {
         "perplexity": number,
+        "kl": lambda v: number(v, 3),
+        "top1_agreement": percent,
         "relative_loss": lambda v: number(v, 3),
         "bits_per_weight": lambda v: GAP if v is None else f"{v:.2f}",
         "checkpoint_bytes": size,
@@ -147,7 +161,7 @@ def _best(rows: list[dict]) -> set[tuple[int, str]]:
 
 
 def print_table(rows: list[dict]) -> str:
-    """The summary for a terminal, model by model, in under 100 columns; * marks the best compressed values."""
+    """The summary for a terminal, model by model, in under 110 columns; * marks the best compressed values."""
     best = _best(rows)
     skipped = ["model"]
     if all(row["method"] in row["recipe"] for row in rows):
@@ -155,7 +169,7 @@ def print_table(rows: list[dict]) -> str:
     patterns = {row["pattern"] for row in rows} - {None}
     if len(patterns) == 1:
         skipped.append("pattern")
-    columns = [c for c in COLUMNS if c not in skipped]
+    columns = [c for c in HEADINGS if c not in skipped]
     text_columns = ("recipe", "method", "pattern")
     # The asterisk's place belongs to the column, so that digits stand under digits.
     grid = [[HEADINGS[c] + " " * (c in COMPARED) for c in columns]]
@@ -195,11 +209,15 @@ def html_table(rows: list[dict], name: str) -> str:
     What was measured stands first, for a phone shows no more than the first columns at once.
     """
     columns = [*COMPARED, "method", "pattern", "block_size"]
-    headings = {c: HEADINGS[c].capitalize() for c in columns}
+    headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
     cells = {}
     for row in rows:
         cells[row["recipe"]] = {headings[c]: _cell(row, c) for c in columns}
-        cells[row["recipe"]][headings["perplexity"]] = plus_minus(row["perplexity"], row["perplexity_se"])
+        cells[row["recipe"]] |= {
+            headings["perplexity"]: plus_minus(row["perplexity"], row["perplexity_se"]),
+            headings["kl"]: plus_minus(row["kl"], row["kl_se"], 3),
+            headings["top1_agreement"]: percent(row["top1_agreement"], row["top1_agreement_se"]),
+        }
     return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)})
 
 

@@ -22,6 +22,8 @@ LINEARS = {
     "mlp.down_proj": (576, 1536),
 }
 PERPLEXITY = {"dense": 22.75, "magnitude": 1179.0, "wanda": 128.0, "nowag": 113.2, "armor": 30.96}
+KL = {"magnitude": 4.31, "wanda": 1.76, "nowag": 1.63, "armor": 0.352}
+TOP1 = {"magnitude": 0.112, "wanda": 0.395, "nowag": 0.408, "armor": 0.701}
 LOSS = {"magnitude": 0.31, "wanda": 0.071, "nowag": 0.064, "armor": 0.0135}
 SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
 BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
@@ -131,6 +133,12 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
                 "blocks": 16,
                 "length": 1024,
                 "block_means": _block_means(rng, value),
+                "against_dense": None
+                if method == "dense"
+                else {
+                    "kl": {"value": KL[method], "standard_error": KL[method] / 40},
+                    "top1": {"value": TOP1[method], "standard_error": 0.004},
+                },
                 "settings": {"text": {"files": ["text.txt"]}},
                 "machine": MACHINE,
             }

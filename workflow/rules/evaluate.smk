@@ -1,10 +1,11 @@
-"""In: a model, dense or packed. Out: its perplexity, one file for each evaluation."""
+"""In: a model, dense or packed. Out: its perplexity and distance from the dense one, a file for each evaluation."""
 
 
 rule evaluate:
-    """Perplexity on blocks of text."""
+    """Perplexity on blocks of text; of a compressed model also KL divergence and agreement, the dense one beside it."""
     input:
-        finished_model,
+        source="results/{model}/source.json",
+        model=finished_model,
     output:
         "results/{model}/{recipe}/evaluation/{evaluation}.json",
     log:
@@ -16,13 +17,14 @@ rule evaluate:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=24000,
+        mem_mb=lambda wildcards: 24000 if is_dense(wildcards.recipe) else 40000,  # two models at once
         runtime="8h",
     params:
         settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
+        dense=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--dense {input.source}",
         code=code_hash("armor.evaluate.perplexity"),
     shell:
         """
-        armor evaluate --model {input:q} --settings {params.settings:q} --output {output:q} \
+        armor evaluate --model {input.model:q} {params.dense} --settings {params.settings:q} --output {output:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
