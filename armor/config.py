@@ -125,6 +125,10 @@ class TextSettings(Settings):
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     documents: tuple[int, int | None] = (0, None)
     """The first document to use and the first not to use, counted from 0."""
+    separator: str = "\n\n"
+    """What stands between two documents; the field joins WikiText by a blank line, and C4 by a space."""
+    detokenize: Literal["wikitext"] | None = None
+    """wikitext: undo WikiText's tokenization ("do n't @-@ know ." and the like) in the joined text, as lm-eval does."""
 
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
