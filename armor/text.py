@@ -2,8 +2,9 @@
 
 Documents are joined by a separator, the whole is tokenized as one text with the tokenizer's own defaults (so the tokens
 of a single file are `tokenizer(text).input_ids`), and no more documents are read than the blocks need. Rows of a data
-set count as they are, empty ones too: WikiText-2's blank lines are part of the field's numbers. If asked, its tokenization is
-undone in the joined text, by lm-eval's function, so that the variant means the same here and there. A MediaWiki export is parsed as it streams and only the wanted articles are cleaned: ten and more a second, so nothing is
+set count as they are, empty ones too: WikiText-2's blank lines are part of the field's numbers. If asked, its
+tokenization is undone in the joined text, by lm-eval's function, so that the variant means the same here and there. A
+MediaWiki export is parsed as it streams and only the wanted articles are cleaned: ten and more a second, so nothing is
 cached.
 """
 
