@@ -187,12 +187,17 @@ def evaluate(
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Perplexity of a model, dense or packed, and how far it is from the dense one -> evaluation/TASK.json."""
+    """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
     device = _prepare(threads, gpus)
-    from armor.evaluate.perplexity import evaluate
-
     parsed = config.parse_settings(config.EvaluationSettings, settings)
-    evaluate(_folder(model), parsed, output, device, dense and _folder(dense))
+    if parsed.tasks:
+        from armor.evaluate.tasks import evaluate_tasks
+
+        evaluate_tasks(_folder(model), parsed, output, device)
+    else:
+        from armor.evaluate.perplexity import evaluate
+
+        evaluate(_folder(model), parsed, output, device, dense and _folder(dense))
 
 
 @app.command()
@@ -271,6 +276,10 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
         for line in missing:
             print(f"armor: error: {names}: {line}", file=sys.stderr)
         raise typer.Exit(1)
+    if tasks := {task for evaluation in checked.evaluations.values() for task in evaluation.task_shots()}:
+        from armor.evaluate.tasks import check_names
+
+        check_names(sorted(tasks - {*config.BUILT_TASKS}))
     pairs = checked.pairs().values()
     counts = (
         _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),

@@ -30,7 +30,7 @@ from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import progress
 from armor.execution.machine import describe, peak_memory_bytes
-from armor.execution.resume import Steps, resumable
+from armor.execution.resume import Steps, identity, resumable
 from armor.runtime.load import context_length, load_model, load_tokenizer
 from armor.text import token_blocks
 
@@ -139,8 +139,8 @@ def evaluate(
         _check_same_tokens(folder, Path(dense))
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
     work = {
-        "model": _identity(folder),
-        "dense": dense and _identity(Path(dense)),
+        "model": identity(folder),
+        "dense": dense and identity(Path(dense)),
         "text": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
         "settings": settings.model_dump(mode="json", exclude_none=True),
     }
@@ -182,8 +182,3 @@ def _check_same_tokens(folder: Path, dense: Path) -> None:
             f"{folder}: its vocabulary ({len(own)} tokens, {sizes[0]} logits) is not that of the dense model {dense} "
             f"({len(other)} tokens, {sizes[1]} logits), so they do not compare; name the model that it was made from"
         )
-
-
-def _identity(folder: Path) -> list:
-    """What tells this model from another in the same place, without reading it: every file's name, size and time."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]

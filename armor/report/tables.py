@@ -26,9 +26,11 @@ __all__ = [
     "percent",
     "plus_minus",
     "print_table",
+    "score",
     "size",
     "stage_table",
     "summary_rows",
+    "task_table",
 ]
 
 GAP = "–"
@@ -70,14 +72,21 @@ HEADINGS = {
 
 
 def summary_rows(models: list[ModelResults]) -> list[dict]:
-    """One row per model and recipe, with the keys COLUMNS; None is a gap."""
-    return [recipe.row() for model in models for recipe in model.recipes]
+    """One row per model and recipe, with the keys COLUMNS and those of all tasks, TASK and TASK_se; None is a gap."""
+    rows = [recipe.row() for model in models for recipe in model.recipes]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(keys) | row for row in rows]
+
+
+def score(value: float | None, error: float | None) -> str:
+    """The result of a task: a share in percent, anything else as it is; with its standard error."""
+    return percent(value, error) if value is None or 0 <= value <= 1 else plus_minus(value, error)
 
 
 def csv_text(rows: list[dict]) -> str:
     """The rows as CSV with a header; a gap is an empty field."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -185,9 +194,17 @@ def print_table(rows: list[dict]) -> str:
         lines.append(" ".join(aligned).rstrip())
     heading, *body = lines
     text, rule = [], "-" * max(map(len, lines))
+    tasks = [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [line for line, row in zip(body, rows, strict=True) if row["model"] == model]
         text += [", ".join([model, *(patterns if len(patterns) == 1 else [])]), heading, rule, *own, ""]
+        cells = {
+            row["recipe"]: {task: score(row[task], row[f"{task}_se"]) for task in tasks}
+            for row in rows
+            if row["model"] == model
+        }
+        if tasks:
+            text += [pd.DataFrame.from_dict(cells, orient="index").to_string(line_width=110), ""]
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
@@ -229,6 +246,13 @@ def evaluation_table(model: ModelResults, name: str) -> str:
             result = recipe.evaluations.get(evaluation, {})
             text = plus_minus(result.get("value"), result.get("standard_error"))
             cells.setdefault(recipe.name, {})[evaluation] = text
+    return _html(cells, name)
+
+
+def task_table(model: ModelResults, name: str) -> str:
+    """The results of all recipes on all tasks, with standard errors, as an HTML table."""
+    none = (None, None)
+    cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
     return _html(cells, name)
 
 

@@ -44,6 +44,7 @@ def plan(
     models: Iterable[str] = ("smollm2-135m",),
     evaluations: Iterable[str] = ("wikipedia",),
     benchmarks: Iterable[str] = ("decode",),
+    tasks: dict[str, list[str]] | None = None,
 ) -> dict:
     """The plan of the sample's recipes, as the workflow passes it."""
     return {
@@ -57,6 +58,7 @@ def plan(
                 "block_size": 64,
                 "evaluations": list(evaluations),
                 "benchmarks": list(benchmarks),
+                "tasks": tasks or {},
             }
             | ({} if recipe == "dense" else {"calibration": "text"})
             for model in models
@@ -143,6 +145,10 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
                 "machine": MACHINE,
             }
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)
+        for name, tasks in pair["tasks"].items():
+            scores = {task: {"value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05} for task in tasks}
+            record = {"tasks": scores, "settings": {}, "machine": MACHINE}
+            write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
         sides = {}
         for side, what in {"dense": "dense", "compressed": method}.items():
             speeds = [SPEED[what] * rng.uniform(0.97, 1.03) for _ in range(5)]

@@ -299,3 +299,20 @@ def test_the_terminal_table_fits_and_marks_the_best(results):
 )
 def test_numbers_are_written_for_people(shown, expected):
     assert shown == expected
+
+
+def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
+    tasks = {"reading": ["last_word", "continuation"], "more": ["last_word"]}
+    wanted = plan(["dense", "armor"], tasks=tasks)
+    write_results(tmp_path, wanted, LAYERS)
+    (tmp_path / MODEL / "armor" / "evaluation" / "more.json").unlink()
+    rows = build(tmp_path, wanted, tmp_path / "report")["rows"]
+    names = ["last_word", "continuation", "more.last_word"]
+    assert list(rows[0])[len(COLUMNS) :] == [f"{name}{end}" for name in names for end in ("", "_se")]
+    assert [rows[0][name] for name in names] == [0.55, 0.55, 0.55]
+    assert [rows[1][name] for name in names] == [pytest.approx(0.47525), pytest.approx(0.47525), None]
+    assert (tmp_path / "report" / "summary.csv").read_text().splitlines()[2].endswith(",,")
+    assert "armor: tasks more" in page_of(tmp_path) and ">47.5 ± 5.0%</td>" in page_of(tmp_path)
+    text = print_table(rows)
+    assert re.search(r"^armor +47.5 ± 5.0% +47.5 ± 5.0% +–$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 110

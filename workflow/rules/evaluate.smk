@@ -1,4 +1,4 @@
-"""In: a model, dense or packed. Out: its perplexity and distance from the dense one, a file for each evaluation."""
+"""In: a model, dense or packed. Out: perplexity and distance from the dense one, or tasks; a file for each evaluation."""
 
 
 rule evaluate:
@@ -14,6 +14,8 @@ rule evaluate:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
     conda:
         "../../envs/armor.yaml"
+    wildcard_constraints:
+        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
     threads: 8
     resources:
         gpu=1,
@@ -26,5 +28,35 @@ rule evaluate:
     shell:
         """
         armor evaluate --model {input.model:q} {params.dense} --settings {params.settings:q} --output {output:q} \
+            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
+
+
+rule tasks:
+    """Accuracy on tasks, by lm-eval."""
+    input:
+        model=finished_model,
+        files=lambda wildcards: SETTINGS.evaluations[wildcards.evaluation].task_files(),
+    output:
+        "results/{model}/{recipe}/evaluation/{evaluation}.json",
+    log:
+        "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
+    conda:
+        "../../envs/armor.yaml"
+    wildcard_constraints:
+        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=24000,
+        runtime="24h",
+    params:
+        settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
+        code=code_hash("armor.evaluate.tasks"),
+    shell:
+        """
+        armor evaluate --model {input.model:q} --settings {params.settings:q} --output {output:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
