@@ -52,7 +52,6 @@ def evaluate_tasks(folder: Path | str, settings: EvaluationSettings, output: Pat
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     place = output.with_suffix("")
-    place.mkdir(parents=True, exist_ok=True)
     specs = {}
     for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
         if task in BUILT_TASKS:
@@ -122,7 +121,12 @@ def _load(manager: TaskManager, task: str) -> Task | Group:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArmorError(f"task {task}: cannot be loaded: {reason}; {_instead(manager, task)}") from error
     inner = {name for children in found["group_map"].values() for name in children}
-    return next(thing for name, thing in (found["groups"] | found["tasks"]).items() if name not in inner)
+    thing = next(thing for name, thing in (found["groups"] | found["tasks"]).items() if name not in inner)
+    if isinstance(thing, Group) and not thing.aggregate_metric_list:
+        raise ArmorError(
+            f"task {task}: a group without a common result; name its tasks: {', '.join(thing.child_names)}"
+        )
+    return thing
 
 
 def _instead(manager: TaskManager, task: str) -> str:
@@ -165,7 +169,8 @@ def _metrics(results: dict) -> dict[str, dict]:
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             error = results.get(f"{metric}_stderr,{kind}")
-            found[key] = {"value": float(value), "standard_error": None if error in (None, "N/A") else float(error)}
+            known = isinstance(error, float) and math.isfinite(error)
+            found[key] = {"value": float(value), "standard_error": float(error) if known else None}
     return found
 
 
@@ -173,12 +178,12 @@ def _check_finite(folder: Path, name: str, samples: dict[str, list[dict]]) -> No
     """Raise ArmorError if a log-likelihood is NaN: the best of four of them is an answer all the same."""
     for task, answers in samples.items():
         for number, answer in enumerate(answers):
-            for response in answer["filtered_resps"]:
-                if isinstance(response, list | tuple) and isinstance(response[0], float) and math.isnan(response[0]):
-                    raise ArmorError(
-                        f"{folder}: {task}: the log-likelihoods are not finite (item {number}); check the model with "
-                        "armor verify, or set the dtype to float32"
-                    )
+            values = [r[0] if isinstance(r, list | tuple) else r for r in answer["filtered_resps"]]
+            if any(isinstance(value, float) and math.isnan(value) for value in values):
+                raise ArmorError(
+                    f"{folder}: {task}: the log-likelihoods are not finite (item {number}); check the model with "
+                    "armor verify, or set the dtype to float32"
+                )
 
 
 def _write_samples(path: Path, samples: dict[str, list[dict]]) -> None:

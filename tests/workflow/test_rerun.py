@@ -29,6 +29,7 @@ def test_nothing_to_do(run):
         ({"recipes__wanda": {"method": "wanda"}}, ONE_RECIPE),
         ({"calibrations__words__sequences": 3}, {"calibrate": 1} | recipes(2)),
         ({"evaluations__words__sequences": 3}, {"evaluate": 3, "report": 1}),
+        ({"evaluations__questions": {"tasks": ["piqa"]}}, {"tasks": 3, "report": 1}),
         ({"benchmarks__decode__repeats": 3}, {"benchmark": 3, "report": 1}),
         ({"seed": 1}, recipes(2)),
     ],
