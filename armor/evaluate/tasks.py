@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from itertools import tee
 from pathlib import Path
 
 from lm_eval import simple_evaluate
@@ -52,11 +53,14 @@ def evaluate_tasks(folder: Path | str, settings: EvaluationSettings, output: Pat
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     place = output.with_suffix("")
+    texts = dict(
+        zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True)
+    )  # read and cleaned once
     specs = {}
     for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
         if task in BUILT_TASKS:
             where = describe_text(settings.text)
-            task = str(build_task(task, documents(settings.text), settings.items or ITEMS, place, where))
+            task = str(build_task(task, texts[task], settings.items or ITEMS, place, where))
         specs[name] = (task, shots)
     manager = check_names(task for task, _ in specs.values())
     work = {
@@ -73,7 +77,7 @@ def evaluate_tasks(folder: Path | str, settings: EvaluationSettings, output: Pat
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = simple_evaluate(model=model, tasks=[task], num_fewshot=specs[name][1], task_manager=manager)
-            _check_finite(folder, name, found["samples"])
+            _check_finite(folder, found["samples"])
             if settings.samples:
                 _write_samples(place / f"{name}.samples.jsonl", found["samples"])
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
@@ -174,7 +178,7 @@ def _metrics(results: dict) -> dict[str, dict]:
     return found
 
 
-def _check_finite(folder: Path, name: str, samples: dict[str, list[dict]]) -> None:
+def _check_finite(folder: Path, samples: dict[str, list[dict]]) -> None:
     """Raise ArmorError if a log-likelihood is NaN: the best of four of them is an answer all the same."""
     for task, answers in samples.items():
         for number, answer in enumerate(answers):

@@ -26,6 +26,7 @@ from armor.report.tables import (
     evaluation_table,
     html_table,
     number,
+    percent,
     plus_minus,
     size,
     stage_table,
@@ -71,6 +72,11 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
         if rival:
             second += f", where pruning makes it {plus_minus(*_ratio(rival, dense), digits=3)} times"
         sentences.append(second + ".")
+    if found := best.against_dense:
+        sentences.append(
+            f"Its predictions are {plus_minus(*found['kl'], digits=3)} nats from the dense model's (KL divergence), "
+            f"and at {percent(*found['top1'])} of the positions both find the same token the most likely."
+        )
     return sentences
 
 
