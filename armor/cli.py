@@ -183,15 +183,26 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="source.json, checkpoint.json, or a model's folder.")],
     settings: Settings,
     output: Output,
+    dense: Annotated[
+        Path | None, typer.Option(help="source.json of the dense model to compare to; unset: no KL and agreement.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Perplexity of a model, dense or packed -> evaluation/TASK.json."""
+    """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
     device = _prepare(threads, gpus)
-    from armor.evaluate.perplexity import evaluate
-
     parsed = config.parse_settings(config.EvaluationSettings, settings)
-    evaluate(_folder(model), parsed, output, device, model_fingerprint(model))
+    inputs = {"model": model_fingerprint(model)}
+    if parsed.tasks:
+        from armor.evaluate.tasks import evaluate_tasks
+
+        evaluate_tasks(_folder(model), parsed, output, device, inputs)
+    else:
+        from armor.evaluate.perplexity import evaluate
+
+        if dense is not None:
+            inputs["dense"] = model_fingerprint(dense)
+        evaluate(_folder(model), parsed, output, device, dense and _folder(dense), inputs)
 
 
 @app.command()
@@ -300,6 +311,10 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
         for line in missing:
             print(f"armor: error: {names}: {line}", file=sys.stderr)
         raise typer.Exit(1)
+    if tasks := {task for evaluation in checked.evaluations.values() for task in evaluation.task_shots()}:
+        from armor.evaluate.tasks import check_names
+
+        check_names(sorted(tasks - {*config.BUILT_TASKS}))
     pairs = checked.pairs().values()
     counts = (
         _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),

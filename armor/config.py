@@ -23,6 +23,7 @@ from armor.core.nm import Pattern
 from armor.errors import ArmorError
 
 __all__ = [
+    "BUILT_TASKS",
     "BenchmarkSettings",
     "CalibrationSettings",
     "Config",
@@ -31,6 +32,7 @@ __all__ = [
     "Method",
     "ModelSettings",
     "ModuleSettings",
+    "PAPER_TASKS",
     "Recipe",
     "ReportPair",
     "ReportSettings",
@@ -125,6 +127,10 @@ class TextSettings(Settings):
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     documents: tuple[int, int | None] = (0, None)
     """The first document to use and the first not to use, counted from 0."""
+    separator: str = "\n\n"
+    """What stands between two documents; the field joins WikiText by a blank line, and C4 by a space."""
+    detokenize: Literal["wikitext"] | None = None
+    """wikitext: undo WikiText's tokenization ("do n't @-@ know ." and the like) in the joined text, as lm-eval does."""
 
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
@@ -245,16 +251,72 @@ class Recipe(ModuleSettings):
         return LayerSettings(**base, seed=seed, overrides=overrides)
 
 
-class EvaluationSettings(Settings):
-    """Perplexity on blocks of text."""
+# What ARMOR's paper evaluates, by lm-eval's names, with the number of examples before each question.
+PAPER_TASKS = {
+    "mmlu": 5,
+    "gsm8k": 5,
+    "bbh_cot_fewshot": 3,
+    "gpqa_main_zeroshot": 0,
+    "arc_challenge": 25,
+    "winogrande": 5,
+    "hellaswag": 10,
+}
+# Tasks that are built from a text.
+BUILT_TASKS = ("last_word", "continuation")
 
-    text: TextSettings
+
+def _task(value: str) -> str:
+    return _path(value) if value.endswith((".yaml", ".yml")) else value
+
+
+class EvaluationSettings(Settings):
+    """Perplexity on blocks of a text, or accuracy on tasks of lm-eval."""
+
+    text: TextSettings | None = None
+    """What perplexity is measured on, or what the tasks last_word and continuation are built from."""
     sequences: int | None = Field(None, ge=1)
-    """How many blocks; unset: as many as the text has."""
+    """Perplexity: how many blocks; unset: as many as the text has."""
     sequence_length: int | None = Field(None, ge=2)
-    """Tokens in each; unset: the model's context length."""
+    """Perplexity: tokens in each; unset: the model's context length."""
+    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(None, min_length=1)
+    """Names of lm-eval, YAML files of your own, paper (its seven), last_word and continuation (built from the text)."""
+    shots: int | None = Field(None, ge=0)
+    """Tasks: examples before each question; unset: as the task says. The tasks of paper have their own."""
+    items: int | None = Field(None, ge=4)
+    """Tasks built from the text: how many items each has; unset: 100."""
+    samples: bool = False
+    """Tasks: keep every question, answer and log-likelihood beside the result."""
     dtype: Dtype = "auto"
     """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        built = set(BUILT_TASKS) & set(self.tasks or ())
+        others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples")
+        if given := [key for key in others if getattr(self, key)]:
+            raise ValueError(f"{given[0]}: goes with {'perplexity on a text' if self.tasks else 'tasks'}")
+        if (self.tasks is None or built) and self.text is None:
+            raise ValueError(f"text: not given; {', '.join(sorted(built)) or 'perplexity'} needs one; or name tasks")
+        if self.tasks and not built and (self.text or self.items):
+            raise ValueError(f"text and items go with {' and '.join(BUILT_TASKS)}, which are built from it")
+        if len(set(self.task_names())) < len(self.task_names()):
+            raise ValueError(f"tasks: {', '.join(self.task_names())}: each once")
+        return self
+
+    def task_shots(self) -> dict[str, int | None]:
+        """The tasks (names or YAML files), paper's spelt out, and the examples before each question."""
+        found: dict[str, int | None] = {}
+        for task in self.tasks or ():
+            found |= PAPER_TASKS if task == "paper" else {task: self.shots}
+        return found
+
+    def task_names(self) -> list[str]:
+        """What the tasks are called in results: their name, or that of their YAML file."""
+        return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.task_shots()]
+
+    def task_files(self) -> list[str]:
+        """The YAML files of tasks."""
+        return [task for task in self.tasks or () if task.endswith((".yaml", ".yml"))]
 
 
 class BenchmarkSettings(Settings):
@@ -279,6 +341,8 @@ class ReportPair(Settings):
     """The calibration that the recipe uses; unset for a recipe without one."""
     evaluations: list[Name] = []
     """Perplexities, the first of which goes into the summary."""
+    tasks: dict[Name, list[str]] = {}
+    """Evaluations on tasks, and the names of their tasks."""
     benchmarks: list[Name] = []
     """Benchmarks, the first of which goes into the summary."""
 
@@ -374,8 +438,11 @@ class Config(Settings):
         for (model, name), tasks in self.pairs().items():
             recipe = self.recipes[name]
             settings = {key: getattr(recipe, key) for key in ("method", "pattern", "block_size")}
-            calibration = self.calibration_of(name) if self.calibrations else None
-            pairs.append(ReportPair(model=model, recipe=name, calibration=calibration, **settings, **tasks))
+            settings["calibration"] = self.calibration_of(name) if self.calibrations else None
+            chosen = {name: self.evaluations[name].task_names() for name in tasks["evaluations"]}
+            settings["evaluations"] = [name for name, found in chosen.items() if not found]
+            settings["tasks"] = {name: found for name, found in chosen.items() if found}
+            pairs.append(ReportPair(model=model, recipe=name, benchmarks=tasks["benchmarks"], **settings))
         return ReportSettings(pairs=pairs)
 
     def module_patterns(self, recipe: str) -> list[str]:
@@ -487,8 +554,10 @@ def missing_paths(config: Config) -> list[str]:
         named += [(f"models.{name}.folder", model.folder, True), (f"models.{name}.gguf", model.gguf, False)]
     for kind in ("calibrations", "evaluations"):
         for name, task in getattr(config, kind).items():
-            files = enumerate(task.text.files or [])
+            files = enumerate(task.text and task.text.files or [])
             named += [(f"{kind}.{name}.text.files.{index}", file, False) for index, file in files]
+    for name, evaluation in config.evaluations.items():
+        named += [(f"evaluations.{name}.tasks", file, False) for file in evaluation.task_files()]
     return [
         f"{key}: {path}: no such {'folder' if folder else 'file'}"
         for key, path, folder in named

@@ -24,6 +24,9 @@ from armor.status import RUN, Job, jobs
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
 
 
+EVALUATIONS = ("evaluate", "tasks", "benchmark")
+
+
 def record_of(path: Path) -> Path:
     """The JSON that says what made `path`: a record, the factors or statistics beside one, a checkpoint, the report.
 
@@ -136,7 +139,7 @@ class Reruns:
     def _before(self, job: Job) -> list[Job]:
         """The jobs whose outputs `job` reads."""
         model, recipe = (*job.names, "", "")[:2]
-        dense = job.stage in ("evaluate", "benchmark") and self.config.recipes[recipe].method == "dense"
+        dense = job.stage in EVALUATIONS and self.config.recipes[recipe].method == "dense"
         source, topology = (self.jobs.get((stage, model)) for stage in ("fetch", "inspect"))
         match job.stage:
             case "inspect":
@@ -148,9 +151,9 @@ class Reruns:
             case "assemble":
                 layers = [other for key, other in self.jobs.items() if key[:3] == ("factorize", model, recipe)]
                 found = [source, topology, *layers]
-            case "evaluate" | "benchmark":
+            case "evaluate" | "tasks" | "benchmark":
                 packed = [] if dense else [self.jobs["assemble", model, recipe]]
-                found = packed if job.stage == "evaluate" and packed else [source, *packed]
+                found = packed if job.stage == "tasks" and packed else [source, *packed]
             case "report":
                 found = [other for other in self.jobs.values() if other.stage not in ("fetch", "inspect", "report")]
             case _:
@@ -168,7 +171,7 @@ class Reruns:
                 asked = self.config.calibrations[name]
             case "factorize":
                 asked = self.config.layer_settings(name, int(job.names[2].removeprefix("layer ")))
-            case "evaluate":
+            case "evaluate" | "tasks":
                 asked = self.config.evaluations[job.names[2]]
             case "benchmark":
                 asked = self.config.benchmarks[job.names[2]]
@@ -188,6 +191,8 @@ class Reruns:
                     yield file.relative_to(self.results).as_posix(), sha256(file)
             elif job.stage == "benchmark":
                 yield {"fetch": "dense", "assemble": "compressed"}[other.stage], model_fingerprint(file)
+            elif job.stage == "evaluate" and len(before) == 2:  # beside the dense model
+                yield {"fetch": "dense", "assemble": "model"}[other.stage], model_fingerprint(file)
             elif other.stage in ("fetch", "assemble"):
                 if job.stage != "inspect":
                     yield "model", model_fingerprint(file)

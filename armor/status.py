@@ -114,7 +114,10 @@ def jobs(config: Config, results: Path) -> Iterator[Job]:
             for name in names:
                 output = results / model / recipe / stage / f"{name}.json"
                 log = logs / model / recipe / stage / f"{name}.log"
-                yield Job(stage.replace("evaluation", "evaluate"), (model, recipe, name), (output,), log)
+                rule = stage
+                if stage == "evaluation":
+                    rule = "tasks" if config.evaluations[name].tasks else "evaluate"
+                yield Job(rule, (model, recipe, name), (output,), log)
     yield Job("report", (), (results / "report" / "index.html",), logs / "report.log")
 
 

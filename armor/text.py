@@ -1,7 +1,9 @@
 """From a text source to token blocks, the field's way: one stream of tokens, cut into consecutive blocks.
 
-Documents are joined by a blank line, the whole is tokenized as one text with the tokenizer's own defaults (so the
-tokens of a single file are `tokenizer(text).input_ids`), and no more documents are read than the blocks need. A
+Documents are joined by a separator, the whole is tokenized as one text with the tokenizer's own defaults (so the tokens
+of a single file are `tokenizer(text).input_ids`), and no more documents are read than the blocks need. Rows of a data
+set count as they are, empty ones too: WikiText-2's blank lines are part of the field's numbers. If asked, its
+tokenization is undone in the joined text, by lm-eval's function, so that the variant means the same here and there. A
 MediaWiki export is parsed as it streams and only the wanted articles are cleaned: ten and more a second, so nothing is
 cached.
 """
@@ -16,7 +18,7 @@ import lzma
 import re
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +32,6 @@ from armor.model.packages import package_file
 
 __all__ = ["blocks", "clean_article", "describe", "documents", "token_blocks"]
 
-SEPARATOR = "\n\n"
 CHARACTERS_PER_TOKEN = 5  # a first guess; English has a little less
 MARGIN = 16  # tokens beyond the last block: where the text was cut off, the last few may differ
 MINIMUM_ARTICLE = 1000  # characters; below it an article is a stub, or little more than a list of links
@@ -41,10 +42,22 @@ def token_blocks(settings: TextSettings, tokenizer: Any, count: int | None, leng
 
     Raises ArmorError if the text is not there, unreadable, or too short (it says what was found and needed).
     """
-    return blocks(documents(settings), tokenizer, count, length, describe(settings))
+
+    def join(texts: list[str]) -> str:
+        text = settings.separator.join(texts)
+        return _detokenize_wikitext(text) if settings.detokenize else text
+
+    return blocks(documents(settings), tokenizer, count, length, describe(settings), join)
 
 
-def blocks(stream: Iterator[str], tokenizer: Any, count: int | None, length: int, where: str) -> Tensor:
+def blocks(
+    stream: Iterator[str],
+    tokenizer: Any,
+    count: int | None,
+    length: int,
+    where: str,
+    join: Callable[[list[str]], str] = "\n\n".join,
+) -> Tensor:
     """The first `count` blocks of `length` tokens of the documents in `stream`, as `token_blocks` makes them.
 
     Raises ArmorError, naming `where`, if there is too little text.
@@ -54,7 +67,7 @@ def blocks(stream: Iterator[str], tokenizer: Any, count: int | None, length: int
     wanted = None if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
     while True:
         complete = _gather(stream, texts, wanted)
-        tokens = tokenizer(SEPARATOR.join(texts), return_attention_mask=False, verbose=False).input_ids if texts else []
+        tokens = tokenizer(join(texts), return_attention_mask=False, verbose=False).input_ids if texts else []
         if complete or (needed is not None and len(tokens) >= needed + MARGIN):
             break
         wanted *= 2
@@ -66,6 +79,12 @@ def blocks(stream: Iterator[str], tokenizer: Any, count: int | None, length: int
         )
     count = count or len(tokens) // length
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _detokenize_wikitext(text: str) -> str:
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    return wikitext_detokenizer({"page": text})
 
 
 def _gather(stream: Iterator[str], texts: list[str], characters: int | None) -> bool:
@@ -89,7 +108,7 @@ def describe(settings: TextSettings) -> str:
 
 
 def documents(settings: TextSettings) -> Iterator[str]:
-    """The documents of a text source, one by one, those in `settings.documents` only; empty ones are left out.
+    """The documents of a text source, one by one, those in `settings.documents` only, without stubs of articles.
 
     The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects).
     """
@@ -101,7 +120,7 @@ def documents(settings: TextSettings) -> Iterator[str]:
         stream = _file(package_file(settings.package or "", settings.file or ""), settings.column)
     for document in islice(stream, *settings.documents):
         text = document() if callable(document) else document
-        if text and not text.isspace():
+        if text or not callable(document):
             yield text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from armor.config import Config, LayerSettings, check_patterns, parse_settings
+from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, check_patterns, parse_settings
 from armor.errors import ArmorError
 
 MODELS = {"tiny": {"folder": "tiny"}}
@@ -89,3 +89,31 @@ def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
     recipe = {"keep_dense": ["a"], "overrides": [{"modules": "b"}, {"layers": [0]}]}
     config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
     assert config.module_patterns("mine") == ["a", "b", "*"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ({}, "text: not given; perplexity needs one; or name tasks"),
+        ({"tasks": ["last_word"]}, "text: not given; last_word needs one"),
+        ({"tasks": ["mmlu"], **TEXT}, "text and items go with last_word and continuation"),
+        ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
+        ({"samples": True, **TEXT}, "samples: goes with tasks"),
+        ({"tasks": ["mmlu", "a/mmlu.yaml"]}, "tasks: mmlu, mmlu: each once"),
+        ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
+    ],
+    ids=["nothing", "built", "text", "sequences", "samples", "twice", "variable"],
+)
+def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
+    with pytest.raises(ArmorError, match=said):
+        parse_settings(EvaluationSettings, evaluation)
+
+
+def test_the_papers_tasks_have_their_shots_and_others_those_given():
+    tasks = EvaluationSettings(tasks=["paper", "own/mine.yaml", "piqa"], shots=2)
+    assert tasks.task_shots() == PAPER_TASKS | {"own/mine.yaml": 2, "piqa": 2}
+    assert tasks.task_names() == [*PAPER_TASKS, "mine", "piqa"] and tasks.task_files() == ["own/mine.yaml"]
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}}
+    config = parse_settings(Config, value | {"evaluations": {"a": TEXT, "b": {"tasks": ["piqa"]}}})
+    pair = config.report_settings().pairs[0]
+    assert (pair.evaluations, pair.tasks) == (["a"], {"b": ["piqa"]})

@@ -21,7 +21,7 @@ CONFIG = Config.model_validate(
         "models": {"tiny": {"folder": "tiny"}},
         "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
         "recipes": {"dense": {"method": "dense"}, "armor": {"block_size": 8}},
-        "evaluations": {"words": {"text": {"files": ["words.txt"]}}},
+        "evaluations": {"words": {"text": {"files": ["words.txt"]}}, "questions": {"tasks": ["piqa"]}},
         "benchmarks": {"decode": {}},
     }
 )
@@ -40,6 +40,7 @@ def results(tmp_path):
 def test_before_anything_all_is_missing_and_layers_are_not_counted(tmp_path):
     states = by_name(read_status(tmp_path / "results", CONFIG))
     assert set(states.values()) == {"missing"} and "factorize tiny armor layer ?" in states
+    assert {"evaluate tiny armor words", "tasks tiny armor questions"} <= set(states)
     with pytest.raises(ArmorError, match="no run was started here; name another folder, or give --config"):
         read_status(tmp_path / "results")
 

@@ -72,8 +72,23 @@ def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):
     with pytest.raises(ArmorError, match="found 100 tokens in 1 documents, needed 1 x 101 = 101"):
         token_blocks(settings, tokenizer, None, 101)
     assert token_blocks(settings, tokenizer, None, 40).shape == (2, 40)
-    with pytest.raises(ArmorError, match="found 0 tokens in 0 documents"):
-        token_blocks(write(tmp_path / "b.txt", " \n"), tokenizer, 1, 4)
+    with pytest.raises(ArmorError, match="found 0 tokens in 1 documents"):
+        token_blocks(write(tmp_path / "b.txt", ""), tokenizer, 1, 4)
+
+
+def test_rows_are_joined_as_they_are_empty_ones_too(tmp_path, tokenizer):
+    rows = ["", " = Title = \n", "", ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n', ""]
+    settings = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))
+
+    def text(**changes):
+        blocks = token_blocks(settings.model_copy(update=changes), tokenizer, None, 1)
+        return tokenizer.decode(blocks.flatten())
+
+    assert text() == "\n\n".join(rows)
+    assert text(separator=" ") == " ".join(rows)
+    assert text(detokenize="wikitext") == (
+        '\n\n= Title =\n\n\n\n\nIt is, in the 1.5-mile range, the town\'s "first" .\n\n\n'
+    )
 
 
 def page(title: str, text: str, namespace: int = 0, redirect: bool = False) -> str:

@@ -7,6 +7,11 @@ s/√n with s their standard deviation, and the delta method makes it perplexity
 the model computes in; it runs over a few tokens at a time, because the logits of one block are already the largest
 tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that. A run that was killed
 goes on at the block where it was (`armor.execution.resume`).
+
+Beside its dense model, run on each block in turn, a compressed one is also compared to it at every prediction:
+KL(dense ‖ compressed) in nats, and whether both find the same token the most likely. These see every change of the
+predictions, also one that helps as often as it hurts, and so show a loss long before perplexity does. The price is two
+models in memory and the dense model's time; to keep its logits instead would take gigabytes.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
@@ -26,11 +31,11 @@ from armor.execution.files import write_json
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.provenance import made_by
-from armor.execution.resume import Steps, resumable
+from armor.execution.resume import Steps, identity, resumable
 from armor.runtime.load import context_length, load_model, load_tokenizer
 from armor.text import token_blocks
 
-__all__ = ["evaluate", "perplexity", "token_losses"]
+__all__ = ["comparison", "evaluate", "mean", "perplexity", "token_losses"]
 
 TOKENS_AT_A_TIME = 128
 
@@ -44,36 +49,69 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(piece.float(), target, reduction="none") for piece, target in pieces])
 
 
+def comparison(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense ‖ compressed) in nats, and whether both models' most likely token is the same, at all predictions.
+
+    logits and dense (L, vocabulary), any float dtype; both results (L−1,), float32 and bool: the last logits predict a
+    token that is not there.
+    """
+    divergences, same = [], []
+    for own, other in zip(logits[:-1].split(TOKENS_AT_A_TIME), dense[:-1].split(TOKENS_AT_A_TIME), strict=True):
+        own, other = own.float(), other.float()
+        pair = own.log_softmax(-1), other.log_softmax(-1)
+        divergences.append(F.kl_div(*pair, reduction="none", log_target=True).sum(-1))
+        same.append(own.argmax(-1) == other.argmax(-1))
+    return torch.cat(divergences), torch.cat(same)
+
+
+def mean(block_means: Tensor) -> tuple[float, float | None]:
+    """The mean over blocks and its standard error (None for a single block), from the mean of each block, (n,)."""
+    means = block_means.double()
+    return means.mean().item(), means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
+
+
 def perplexity(block_means: Tensor) -> tuple[float, float | None]:
     """Perplexity and its standard error (None for a single block) from the mean loss of each block, (n,) in nats."""
-    means = block_means.double()
-    value = math.exp(means.mean().item())
-    if len(means) == 1:
-        return value, None
-    return value, value * means.std().item() / math.sqrt(len(means))
+    loss, error = mean(block_means)
+    return math.exp(loss), None if error is None else math.exp(loss) * error
 
 
 @torch.inference_mode()
-def _block_means(model: PreTrainedModel, blocks: Tensor, steps: Steps) -> Tensor:
-    """The mean loss of each block, (n,) float64 in nats, from tokens (n, L). Raises ArmorError on NaN logits."""
-    means = []
+def _measure(model: PreTrainedModel, dense: PreTrainedModel | None, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
+    """The means of each block, (n,) float64, from tokens (n, L): the `loss` and, beside a dense model, `kl` and `top1`.
+
+    Raises ArmorError on NaN logits.
+    """
+    found = []
     for index, block in enumerate(progress(blocks, "perplexity", unit="block")):
-        if known := steps.get(str(index)):
-            means.append(known["mean"])
-            continue
-        tokens = block.to(model.device)
-        # No cache: each block is read once, and keys and values of long blocks take room.
-        losses = token_losses(model(input_ids=tokens[None], use_cache=False).logits[0], tokens)
-        mean = losses.double().mean().item()
-        if not math.isfinite(mean):
-            position = (~losses.isfinite()).nonzero()[0].item()
-            raise ArmorError(
-                f"{model.name_or_path}: the logits are not finite (block {index}, token {position}), computed in "
-                f"{str(model.dtype).removeprefix('torch.')}; check it with armor verify, or set the dtype to float32"
-            )
-        steps.put(str(index), {"mean": mean})
-        means.append(mean)
-    return torch.tensor(means, dtype=torch.float64)
+        if (known := steps.get(str(index))) is None:
+            tokens = block.to(model.device)
+            logits = _logits(model, tokens)
+            values = {"loss": _finite(token_losses(logits, tokens), model, index)}
+            if dense is not None:
+                divergences, values["top1"] = comparison(logits, _logits(dense, tokens))
+                values["kl"] = _finite(divergences, dense, index)
+            known = {name: value.double().mean().item() for name, value in values.items()}
+            steps.put(str(index), known)
+        found.append(known)
+    return {name: torch.tensor([means[name] for means in found], dtype=torch.float64) for name in found[0]}
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The logits of one block, (L, vocabulary)."""
+    # No cache: each block is read once, and keys and values of long blocks take room.
+    return model(input_ids=tokens[None], use_cache=False).logits[0]
+
+
+def _finite(values: Tensor, model: PreTrainedModel, block: int) -> Tensor:
+    """`values` (L−1,), computed from the logits of `model`, if they are finite."""
+    if not values.isfinite().all():
+        position = (~values.isfinite()).nonzero()[0].item()
+        raise ArmorError(
+            f"{model.name_or_path}: the logits are not finite (block {block}, token {position}), computed in "
+            f"{str(model.dtype).removeprefix('torch.')}; check it with armor verify, or set the dtype to float32"
+        )
+    return values
 
 
 def evaluate(
@@ -81,13 +119,15 @@ def evaluate(
     settings: EvaluationSettings,
     output: Path | str,
     device: str = "cpu",
-    fingerprint: str | None = None,
+    dense: Path | str | None = None,
+    fingerprints: dict[str, str | None] | None = None,
 ) -> dict:
     """Measure the perplexity of the model in `folder` (dense or ARMOR) and write it to `output`, {task}.json.
 
     `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
-    loading; `fingerprint`, the model's, is noted. Raises ArmorError for a folder that is not a model, a text too short,
-    and logits that are not finite.
+    loading; `against_dense` is the comparison to the model in the folder `dense`, None without one; `fingerprints`, of
+    model and dense, are noted. Raises ArmorError for a folder that is not a model, a dense one of other tokens, a text
+    too short, and logits that are not finite.
     """
     folder, output = Path(folder), Path(output)
     # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
@@ -98,14 +138,16 @@ def evaluate(
         raise ArmorError(f"{folder / 'config.json'}: names no context length; set sequence_length")
     if longest is not None and length > longest:
         raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
+    if dense is not None:
+        _check_same_tokens(folder, Path(dense))
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
-    asked = settings.model_dump(mode="json", exclude_none=True)
+    asked = settings.model_dump(mode="json")
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
-    work = {"model": _identity(folder), "text": text, "settings": asked}
+    work = {"model": identity(folder), "dense": dense and identity(Path(dense)), "text": text, "settings": asked}
     with resumable(output, __name__, device, **work) as steps:
         model = load_model(folder, settings.dtype, device)
-        means = _block_means(model, blocks, steps)
-        value, error = perplexity(means)
+        means = _measure(model, dense and load_model(dense, settings.dtype, device), blocks, steps)
+        value, error = perplexity(means["loss"])
         result = {
             "format_version": 1,
             "task": output.stem,
@@ -115,15 +157,27 @@ def evaluate(
             "tokens": blocks.shape[0] * (blocks.shape[1] - 1),
             "blocks": blocks.shape[0],
             "length": blocks.shape[1],
-            "block_means": means.tolist(),
+            "block_means": means["loss"].tolist(),
+            "against_dense": dense and {name: _summary(means[name]) for name in ("kl", "top1")},
             "seconds": steps.seconds(),
             "peak_memory_bytes": peak_memory_bytes(device),
-            **made_by(__name__, asked, {"model": fingerprint, "text": text}, device),
+            **made_by(__name__, asked, {**(fingerprints or {}), "text": text}, device),
         }
         write_json(output, result)
     return result
 
 
-def _identity(folder: Path) -> list:
-    """What tells this model from another in the same place, without reading it: every file's name, size and time."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
+def _summary(block_means: Tensor) -> dict:
+    value, error = mean(block_means)
+    return {"value": value, "standard_error": error, "block_means": block_means.tolist()}
+
+
+def _check_same_tokens(folder: Path, dense: Path) -> None:
+    """Raise ArmorError unless both models predict the same tokens: else their predictions do not compare."""
+    own, other = (load_tokenizer(path).get_vocab() for path in (folder, dense))
+    sizes = [AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (folder, dense)]
+    if own != other or sizes[0] != sizes[1]:
+        raise ArmorError(
+            f"{folder}: its vocabulary ({len(own)} tokens, {sizes[0]} logits) is not that of the dense model {dense} "
+            f"({len(other)} tokens, {sizes[1]} logits), so they do not compare; name the model that it was made from"
+        )

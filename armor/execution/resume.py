@@ -26,7 +26,7 @@ from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import describe
 
-__all__ = ["Steps", "part_of", "resumable"]
+__all__ = ["Steps", "identity", "part_of", "resumable"]
 
 WORK = "work"
 
@@ -35,6 +35,11 @@ def part_of(output: Path | str) -> Path:
     """The folder that keeps the finished steps toward `output`."""
     output = Path(output)
     return output.with_name(f".{output.name}.part")
+
+
+def identity(folder: Path) -> list:
+    """What tells this model from another in the same place, without reading it: every file's name, size and time."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
 
 
 class Steps:

@@ -27,10 +27,12 @@ from armor.report.tables import (
     evaluation_table,
     html_table,
     number,
+    percent,
     plus_minus,
     size,
     stage_table,
     summary_rows,
+    task_table,
 )
 
 __all__ = ["build", "missing", "summarize"]
@@ -71,6 +73,11 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
         if rival:
             second += f", where pruning makes it {plus_minus(*_ratio(rival, dense), digits=3)} times"
         sentences.append(second + ".")
+    if found := best.against_dense:
+        sentences.append(
+            f"Its predictions are {plus_minus(*found['kl'], digits=3)} nats from the dense model's (KL divergence), "
+            f"and at {percent(*found['top1'])} of the positions both find the same token the most likely."
+        )
     return sentences
 
 
@@ -130,6 +137,7 @@ def missing(model: ModelResults) -> list[str]:
     gaps = []
     for recipe in model.recipes:
         absent = [f"evaluation {name}" for name in recipe.pair.evaluations if name not in recipe.evaluations]
+        absent += [f"tasks {name}" for name in recipe.pair.tasks if name not in recipe.tasks]
         absent += [f"benchmark {name}" for name in recipe.pair.benchmarks if name not in recipe.benchmarks]
         if not recipe.dense:
             absent += ["checkpoint"] * (recipe.checkpoint is None) + ["some decoder layers"] * (not recipe.complete)
@@ -167,10 +175,10 @@ def _block_sizes(model: ModelResults) -> list[str]:
 
 
 def _machines(model: ModelResults) -> list[str]:
-    """The machines that evaluations and benchmarks ran on, each once."""
+    """The machines that evaluations, tasks and benchmarks ran on, each once."""
     found = []
     for recipe in model.recipes:
-        for record in (*recipe.evaluations.values(), *recipe.benchmarks.values()):
+        for record in (*recipe.evaluations.values(), *recipe.tasks.values(), *recipe.benchmarks.values()):
             machine = record["machine"]
             where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
             versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
@@ -197,6 +205,9 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
     if len(model.evaluation_names()) > 1:
         caption = "Perplexity on every text, with its standard error; the first one is in the summary."
         tables.append(("Perplexity on each text", evaluation_table(model, f"{name}-evaluations"), caption))
+    if model.task_names():
+        caption = "By lm-eval, with its standard errors; all recipes answered the same questions."
+        tables.append(("Accuracy on tasks", task_table(model, f"{name}-tasks"), caption))
     for index, case in enumerate(model.benchmark_names()):
         caption = (
             "Memory that the loaded model holds by itself, in a fresh process; median speed of greedy decoding and its "

@@ -29,6 +29,10 @@ COLUMNS = (
     "block_size",
     "perplexity",
     "perplexity_se",
+    "kl",
+    "kl_se",
+    "top1_agreement",
+    "top1_agreement_se",
     "relative_loss",
     "bits_per_weight",
     "checkpoint_bytes",
@@ -42,6 +46,7 @@ NEEDED = {
     "factorize": ("layer", "modules", *COST),
     "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COST),
     "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", "machine", *COST),
+    "tasks": ("tasks", "settings", "machine", *COST),
     "benchmark": ("dense", "compressed", "machine", *COST),
 }
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
@@ -66,6 +71,8 @@ class RecipeResults:
 
     pair: ReportPair
     evaluations: dict[str, dict]
+    tasks: dict[str, dict]
+    """Evaluations on tasks, as `evaluations` are those on texts."""
     benchmarks: dict[str, dict]
     checkpoint: dict | None
     layers: list[dict]
@@ -104,12 +111,37 @@ class RecipeResults:
         first = self.evaluations.get(next(iter(self.pair.evaluations), ""))
         return first and (first["value"], first["standard_error"])
 
+    @property
+    def against_dense(self) -> dict[str, tuple[float, float | None]]:
+        """The comparison to the dense model in the first evaluation: `kl` and `top1`, value and standard error."""
+        found = self.evaluations.get(next(iter(self.pair.evaluations), ""), {}).get("against_dense") or {}
+        return {key: (found[key]["value"], found[key]["standard_error"]) for key in found}
+
+    @property
+    def scores(self) -> dict[str, tuple[float | None, float | None]]:
+        """Every task that was asked for: value and standard error, None for a gap.
+
+        Of two evaluations on the same task, the second one's name precedes it.
+        """
+        found = {}
+        for evaluation, names in self.pair.tasks.items():
+            results = self.tasks.get(evaluation, {}).get("tasks", {})
+            for name in names:
+                result = results.get(name, {})
+                found[f"{evaluation}.{name}" if name in found else name] = (
+                    result.get("value"),
+                    result.get("standard_error"),
+                )
+        return found
+
     def _stages(self) -> dict[str, list[dict]]:
         """The records of each stage that this recipe needs; none where one of them is missing."""
+        evaluations = [*self.evaluations.values(), *self.tasks.values()]
+        asked = len(self.pair.evaluations) + len(self.pair.tasks)
         stages = {
             "factorize": self.layers if self.complete else [],
             "assemble": [self.checkpoint] if self.checkpoint else [],
-            "evaluate": list(self.evaluations.values()) if len(self.evaluations) == len(self.pair.evaluations) else [],
+            "evaluate": evaluations if len(evaluations) == asked else [],
             "benchmark": list(self.benchmarks.values()) if len(self.benchmarks) == len(self.pair.benchmarks) else [],
         }
         return {stage: stages[stage] for stage in stages if not self.dense or stage in ("evaluate", "benchmark")}
@@ -128,7 +160,10 @@ class RecipeResults:
 
     def row(self) -> dict:
         """The recipe's row of the summary; None is a gap."""
-        value, error = self.perplexity or (None, None)
+        gap = (None, None)
+        value, error = self.perplexity or gap
+        divergence, divergence_error = self.against_dense.get("kl", gap)
+        agreement, agreement_error = self.against_dense.get("top1", gap)
         bits, size = None, None
         if not self.dense and self.checkpoint:
             bits, size = self.checkpoint["bits_per_weight"], self.checkpoint["checkpoint_bytes"]
@@ -145,11 +180,20 @@ class RecipeResults:
             "block_size": self.pair.block_size if self.pair.method == "armor" else None,
             "perplexity": value,
             "perplexity_se": error,
+            "kl": divergence,
+            "kl_se": divergence_error,
+            "top1_agreement": agreement,
+            "top1_agreement_se": agreement_error,
             "relative_loss": fmean(losses) if losses else None,
             "bits_per_weight": bits,
             "checkpoint_bytes": size,
             "factorize_seconds": None if self.dense else self.seconds()["factorize"],
             "decode_tokens_per_second": measured and measured["decode_tokens_per_second"]["median"],
+            **{
+                f"{task}{end}": value
+                for task, pair in self.scores.items()
+                for end, value in zip(("", "_se"), pair, strict=True)
+            },
         }
 
 
@@ -214,6 +258,10 @@ class ModelResults:
         """The evaluations that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.evaluations))
 
+    def task_names(self) -> list[str]:
+        """The tasks that were asked for, in order."""
+        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.scores))
+
     def benchmark_names(self) -> list[str]:
         """The benchmarks that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
@@ -249,12 +297,14 @@ def _read_recipe(folder: Path, pair: ReportPair, topology: Topology | None) -> R
         kind: {name: _read(kind, here / kind / f"{name}.json") for name in names}
         for kind, names in (("evaluation", pair.evaluations), ("benchmark", pair.benchmarks))
     }
+    tasks = {name: _read("tasks", here / "evaluation" / f"{name}.json") for name in pair.tasks}
     numbered = {int(path.stem.removeprefix("layer_")): path for path in here.glob("layers/layer_*.json")}
     layers = [_read("factorize", numbered[number]) for number in sorted(numbered)]
     expected = len(topology.layers) if topology else max(numbered, default=-1) + 1
     return RecipeResults(
         pair=pair,
         evaluations={name: record for name, record in found["evaluation"].items() if record},
+        tasks={name: record for name, record in tasks.items() if record},
         benchmarks={name: record for name, record in found["benchmark"].items() if record},
         checkpoint=_read("assemble", here / "checkpoint.json"),
         layers=layers,
@@ -277,7 +327,9 @@ def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
         used = dict.fromkeys(pair.calibration for pair in pairs if pair.calibration)
         records = {c: _read("calibrate", folder / "calibration" / c / "calibration.json") for c in used}
         models.append(ModelResults(name, topology, {c: r for c, r in records.items() if r}, recipes))
-    if not any(r.evaluations or r.benchmarks or r.layers or r.checkpoint for model in models for r in model.recipes):
+    if not any(
+        r.evaluations or r.tasks or r.benchmarks or r.layers or r.checkpoint for model in models for r in model.recipes
+    ):
         raise ArmorError(f"{results}: holds no result of the recipes in the plan; run the other stages first")
     return models
 

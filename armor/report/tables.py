@@ -1,8 +1,8 @@
 """The summary in three forms: rows for CSV and JSON, plain text for a terminal, HTML for the page.
 
 A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
-readers the best value among the compressed recipes of a model stands out: lowest perplexity, loss, size and time,
-highest speed. Values that read the same are equally good.
+readers the best value among the compressed recipes of a model stands out: lowest perplexity, KL, loss, size and time,
+highest agreement with the dense model and speed. Values that read the same are equally good.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ __all__ = [
     "evaluation_table",
     "html_table",
     "number",
+    "percent",
     "plus_minus",
     "print_table",
+    "score",
     "size",
     "stage_table",
     "summary_rows",
+    "task_table",
 ]
 
 GAP = "–"
@@ -39,9 +42,11 @@ METHODS = {
     "sparsegpt": "SparseGPT",
     "armor": "ARMOR",
 }
-HIGHER_IS_BETTER = ("decode_tokens_per_second",)
+HIGHER_IS_BETTER = ("top1_agreement", "decode_tokens_per_second")
 COMPARED = (
     "perplexity",
+    "kl",
+    "top1_agreement",
     "relative_loss",
     "bits_per_weight",
     "checkpoint_bytes",
@@ -56,6 +61,8 @@ HEADINGS = {
     "block_size": "block",
     "perplexity": "perplexity",
     "perplexity_se": "± s.e.",
+    "kl": "KL",
+    "top1_agreement": "same top",
     "relative_loss": "rel. loss",
     "bits_per_weight": "bits/weight",
     "checkpoint_bytes": "size",
@@ -65,14 +72,21 @@ HEADINGS = {
 
 
 def summary_rows(models: list[ModelResults]) -> list[dict]:
-    """One row per model and recipe, with the keys COLUMNS; None is a gap."""
-    return [recipe.row() for model in models for recipe in model.recipes]
+    """One row per model and recipe, with the keys COLUMNS and those of all tasks, TASK and TASK_se; None is a gap."""
+    rows = [recipe.row() for model in models for recipe in model.recipes]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [dict.fromkeys(keys) | row for row in rows]
+
+
+def score(value: float | None, error: float | None) -> str:
+    """The result of a task: a share in percent, anything else as it is; with its standard error."""
+    return percent(value, error) if value is None or 0 <= value <= 1 else plus_minus(value, error)
 
 
 def csv_text(rows: list[dict]) -> str:
     """The rows as CSV with a header; a gap is an empty field."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -94,6 +108,13 @@ def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str
     """A value and its standard error with as many decimals."""
     text = number(value, digits)
     return text if value is None or error is None else f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+
+
+def percent(share: float | None, error: float | None = None) -> str:
+    """A share in percent, with its standard error if given; a dash for None."""
+    if share is None:
+        return GAP
+    return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + "%"
 
 
 def size(count: float | None) -> str:
@@ -121,6 +142,8 @@ def _cell(row: dict, column: str) -> str:
         return plus_minus(row["perplexity"], value).partition("± ")[2] or GAP
     shown = {
         "perplexity": number,
+        "kl": lambda v: number(v, 3),
+        "top1_agreement": percent,
         "relative_loss": lambda v: number(v, 3),
         "bits_per_weight": lambda v: GAP if v is None else f"{v:.2f}",
         "checkpoint_bytes": size,
@@ -147,7 +170,7 @@ def _best(rows: list[dict]) -> set[tuple[int, str]]:
 
 
 def print_table(rows: list[dict]) -> str:
-    """The summary for a terminal, model by model, in under 100 columns; * marks the best compressed values."""
+    """The summary for a terminal, model by model, in under 110 columns; * marks the best compressed values."""
     best = _best(rows)
     skipped = ["model"]
     if all(row["method"] in row["recipe"] for row in rows):
@@ -155,7 +178,7 @@ def print_table(rows: list[dict]) -> str:
     patterns = {row["pattern"] for row in rows} - {None}
     if len(patterns) == 1:
         skipped.append("pattern")
-    columns = [c for c in COLUMNS if c not in skipped]
+    columns = [c for c in HEADINGS if c not in skipped]
     text_columns = ("recipe", "method", "pattern")
     # The asterisk's place belongs to the column, so that digits stand under digits.
     grid = [[HEADINGS[c] + " " * (c in COMPARED) for c in columns]]
@@ -171,9 +194,17 @@ def print_table(rows: list[dict]) -> str:
         lines.append(" ".join(aligned).rstrip())
     heading, *body = lines
     text, rule = [], "-" * max(map(len, lines))
+    tasks = [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [line for line, row in zip(body, rows, strict=True) if row["model"] == model]
         text += [", ".join([model, *(patterns if len(patterns) == 1 else [])]), heading, rule, *own, ""]
+        cells = {
+            row["recipe"]: {task: score(row[task], row[f"{task}_se"]) for task in tasks}
+            for row in rows
+            if row["model"] == model
+        }
+        if tasks:
+            text += [pd.DataFrame.from_dict(cells, orient="index").to_string(line_width=110), ""]
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
@@ -195,11 +226,15 @@ def html_table(rows: list[dict], name: str) -> str:
     What was measured stands first, for a phone shows no more than the first columns at once.
     """
     columns = [*COMPARED, "method", "pattern", "block_size"]
-    headings = {c: HEADINGS[c].capitalize() for c in columns}
+    headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
     cells = {}
     for row in rows:
         cells[row["recipe"]] = {headings[c]: _cell(row, c) for c in columns}
-        cells[row["recipe"]][headings["perplexity"]] = plus_minus(row["perplexity"], row["perplexity_se"])
+        cells[row["recipe"]] |= {
+            headings["perplexity"]: plus_minus(row["perplexity"], row["perplexity_se"]),
+            headings["kl"]: plus_minus(row["kl"], row["kl_se"], 3),
+            headings["top1_agreement"]: percent(row["top1_agreement"], row["top1_agreement_se"]),
+        }
     return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)})
 
 
@@ -211,6 +246,13 @@ def evaluation_table(model: ModelResults, name: str) -> str:
             result = recipe.evaluations.get(evaluation, {})
             text = plus_minus(result.get("value"), result.get("standard_error"))
             cells.setdefault(recipe.name, {})[evaluation] = text
+    return _html(cells, name)
+
+
+def task_table(model: ModelResults, name: str) -> str:
+    """The results of all recipes on all tasks, with standard errors, as an HTML table."""
+    none = (None, None)
+    cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
     return _html(cells, name)
 
 

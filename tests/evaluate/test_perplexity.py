@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
-from armor.evaluate.perplexity import evaluate, perplexity, token_losses
+from armor.evaluate.perplexity import comparison, evaluate, mean, perplexity, token_losses
+from armor.runtime.load import load_model
+from tests.packed import packed
 from tests.tiny import VOCABULARY, tiny_model, tiny_text
 
 
@@ -123,3 +125,51 @@ def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, text):
 def test_a_folder_without_a_model_is_refused(tmp_path, text):
     with pytest.raises(ArmorError, match="no config.json here"):
         evaluate(tmp_path, settings(text), tmp_path / "wiki.json")
+
+
+@pytest.mark.parametrize("tokens, vocabulary", [(2, 7), (128, 33), (129, 5), (300, 50)])
+def test_comparison_equals_the_unchunked_definition(tokens, vocabulary):
+    logits, dense = torch.randn(tokens, vocabulary), torch.randn(tokens, vocabulary)
+    divergences, same = comparison(logits, dense)
+    p, q = dense[:-1].double().softmax(-1), logits[:-1].double().softmax(-1)
+    torch.testing.assert_close(divergences.double(), (p * (p / q).log()).sum(-1), atol=1e-5, rtol=1e-5)
+    assert same.tolist() == [int(a.argmax()) == int(b.argmax()) for a, b in zip(logits[:-1], dense[:-1], strict=True)]
+
+
+def test_a_model_beside_itself_has_no_divergence_and_full_agreement(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    alone = evaluate(folder, settings(text), tmp_path / "alone.json")
+    beside = evaluate(folder, settings(text), tmp_path / "beside.json", dense=folder)
+    assert alone["against_dense"] is None
+    exact = {"standard_error": 0, "block_means": [0] * 5}
+    assert beside["against_dense"]["kl"] == {"value": 0, **exact}
+    assert beside["against_dense"]["top1"] == {"value": 1, **exact, "block_means": [1] * 5}
+    assert beside["block_means"] == alone["block_means"]
+
+
+def test_a_packed_model_is_compared_to_its_source_on_the_same_blocks(tmp_path, text):
+    root = packed(tmp_path)
+    result = evaluate(root / "checkpoint", settings(text), tmp_path / "wiki.json", dense=root / "source")
+    ids = AutoTokenizer.from_pretrained(root / "source")(text.read_text(), return_tensors="pt").input_ids[0]
+    blocks = ids[: 5 * 48].view(5, 48)
+    with torch.no_grad():
+        q, p = (load_model(root / name)(blocks).logits[:, :-1].double() for name in ("checkpoint", "source"))
+    by_block = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean(-1)
+    found = result["against_dense"]
+    assert found["kl"]["block_means"] == pytest.approx(by_block.tolist(), rel=1e-4)
+    assert (found["kl"]["value"], found["kl"]["standard_error"]) == mean(
+        torch.tensor(found["kl"]["block_means"], dtype=by_block.dtype)
+    )
+    assert found["top1"]["value"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert 0 < found["top1"]["value"] < 1
+
+
+def test_a_dense_model_of_other_tokens_is_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    for dense in (tiny_model(tmp_path / "wider", vocab_size=300), tiny_model(tmp_path / "other")):
+        if dense.name == "other":
+            file = dense / "tokenizer.json"
+            file.write_text(file.read_text().replace("<|endoftext|>", "<|end|>"))
+        with pytest.raises(ArmorError, match=f"{folder}: its vocabulary .* is not that of the dense model {dense}"):
+            evaluate(folder, settings(text), tmp_path / "wiki.json", dense=dense)
+    assert not (tmp_path / "wiki.json").exists()

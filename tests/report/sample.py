@@ -22,6 +22,8 @@ LINEARS = {
     "mlp.down_proj": (576, 1536),
 }
 PERPLEXITY = {"dense": 22.75, "magnitude": 1179.0, "wanda": 128.0, "nowag": 113.2, "armor": 30.96}
+KL = {"magnitude": 4.31, "wanda": 1.76, "nowag": 1.63, "armor": 0.352}
+TOP1 = {"magnitude": 0.112, "wanda": 0.395, "nowag": 0.408, "armor": 0.701}
 LOSS = {"magnitude": 0.31, "wanda": 0.071, "nowag": 0.064, "armor": 0.0135}
 SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
 BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
@@ -42,6 +44,7 @@ def plan(
     models: Iterable[str] = ("smollm2-135m",),
     evaluations: Iterable[str] = ("wikipedia",),
     benchmarks: Iterable[str] = ("decode",),
+    tasks: dict[str, list[str]] | None = None,
 ) -> dict:
     """The plan of the sample's recipes, as the workflow passes it."""
     return {
@@ -55,6 +58,7 @@ def plan(
                 "block_size": 64,
                 "evaluations": list(evaluations),
                 "benchmarks": list(benchmarks),
+                "tasks": tasks or {},
             }
             | ({} if recipe == "dense" else {"calibration": "text"})
             for model in models
@@ -131,10 +135,20 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
                 "blocks": 16,
                 "length": 1024,
                 "block_means": _block_means(rng, value),
+                "against_dense": None
+                if method == "dense"
+                else {
+                    "kl": {"value": KL[method], "standard_error": KL[method] / 40},
+                    "top1": {"value": TOP1[method], "standard_error": 0.004},
+                },
                 "settings": {"text": {"files": ["text.txt"]}},
                 "machine": MACHINE,
             }
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)
+        for name, tasks in pair["tasks"].items():
+            scores = {task: {"value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05} for task in tasks}
+            record = {"tasks": scores, "settings": {}, "machine": MACHINE}
+            write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
         sides = {}
         for side, what in {"dense": "dense", "compressed": method}.items():
             speeds = [SPEED[what] * rng.uniform(0.97, 1.03) for _ in range(5)]

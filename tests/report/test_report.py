@@ -14,7 +14,7 @@ from armor.execution.files import read_json, write_json
 from armor.report import build, print_table
 from armor.report.page import missing, summarize
 from armor.report.results import COLUMNS, read_results
-from armor.report.tables import csv_text, duration, number, plus_minus, size, summary_rows
+from armor.report.tables import csv_text, duration, number, percent, plus_minus, size, summary_rows
 from tests.report.sample import BITS, BYTES, FILES, PERPLEXITY, plan, write_results
 
 LAYERS = 3
@@ -52,8 +52,8 @@ def test_csv_has_exactly_the_columns_and_a_row_per_recipe(results):
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert ",".join(COLUMNS) == (
-        "model,recipe,method,pattern,block_size,perplexity,perplexity_se,relative_loss,bits_per_weight,"
-        "checkpoint_bytes,factorize_seconds,decode_tokens_per_second"
+        "model,recipe,method,pattern,block_size,perplexity,perplexity_se,kl,kl_se,top1_agreement,top1_agreement_se,"
+        "relative_loss,bits_per_weight,checkpoint_bytes,factorize_seconds,decode_tokens_per_second"
     )
     assert [row["recipe"] for row in rows] == list(PERPLEXITY)
     assert {row["model"] for row in rows} == {MODEL}
@@ -81,7 +81,7 @@ def test_rows_hold_what_the_stages_wrote(results):
     dense = rows["dense"]
     assert dense["bits_per_weight"] == 16
     assert dense["checkpoint_bytes"] == sum(file["bytes"] for file in FILES.values())
-    for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds"):
+    for gap in ("pattern", "block_size", *COLUMNS[7:12], "factorize_seconds"):
         assert dense[gap] is None
     assert rows["nowag"]["block_size"] is None
 
@@ -89,7 +89,7 @@ def test_rows_hold_what_the_stages_wrote(results):
 @pytest.mark.parametrize(
     "file, gaps",
     [
-        ("evaluation/wikipedia.json", {"perplexity", "perplexity_se"}),
+        ("evaluation/wikipedia.json", {*COLUMNS[5:11]}),
         ("benchmark/decode.json", {"decode_tokens_per_second"}),
         ("checkpoint.json", {"bits_per_weight", "checkpoint_bytes"}),
         ("layers/layer_1.json", {"relative_loss", "factorize_seconds"}),
@@ -110,7 +110,7 @@ def test_a_missing_result_is_a_gap_and_never_zero(own, file, gaps):
 def test_a_recipe_without_any_result_still_has_its_row(own):
     wanted = plan(["dense", "armor", "wanda"], evaluations=["elsewhere", "wikipedia"])
     built = build(own, wanted, own / "report")["rows"]
-    assert [value for key, value in built[2].items() if key not in COLUMNS[:4]] == [None] * 8
+    assert [value for key, value in built[2].items() if key not in COLUMNS[:4]] == [None] * 12
     assert built[1]["perplexity"] is None  # of the first evaluation, which nobody ran
     gaps = "dense: evaluation elsewhere; armor: evaluation elsewhere; wanda: evaluation elsewhere, evaluation wikipedia"
     assert f"Missing, and left as gaps: {gaps}, benchmark decode, checkpoint, some decoder layers." in page_of(own)
@@ -217,7 +217,11 @@ def test_colours_follow_the_theme(results):
 
 def test_the_best_compressed_values_are_bold(results):
     bold = re.findall(r'class="[^"]*\bbest\b[^"]*" *>([^<]+)<', page_of(results))
-    assert "30.96 ± 2.79" in bold and bold.count("9.00") == 3 and bold.count("176 MB") == 3
+    assert (
+        {"30.96 ± 2.79", "0.352 ± 0.009", "70.1 ± 0.4%"} <= {*bold}
+        and bold.count("9.00") == 3
+        and bold.count("176 MB") == 3
+    )
     assert not any(text.startswith(("22.75", "16.00")) for text in bold)
 
 
@@ -226,6 +230,7 @@ def test_the_summary_says_what_was_lost_and_saved(results):
     words = " ".join(summarize(model))
     assert "ARMOR (2:4, blocks of 64) has a perplexity of 30.96 ± 2.79; the dense model has 22.75 ± 2.05" in words
     assert "the best pruning method, NoWag-P (2:4), has 113.2 ± 10.2" in words
+    assert "0.352 ± 0.009 nats from the dense model's (KL divergence), and at 70.1 ± 0.4% of the positions" in words
     assert "213 MB, 78% of the dense model's 273 MB" in words
     assert "11.74 bits instead of 16" in words
     assert "16 blocks of 1,024 tokens" in words and "measured on the same blocks" in words
@@ -272,10 +277,10 @@ def test_the_terminal_table_fits_and_marks_the_best(results):
     rows = read_json(results / "report" / "summary.json")["rows"]
     text = print_table(rows)
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 110
     assert lines[0] == f"{MODEL}, 2:4"
     armor = next(line for line in lines if line.startswith("armor"))
-    assert re.search(r"30\.96\* +2\.79 ", armor) and "213 MB " in armor
+    assert re.search(r"30\.96\* +2\.79 +0\.352\* +70\.1%\* ", armor) and "213 MB " in armor
     assert json.loads(json.dumps(rows)) == rows
 
 
@@ -290,6 +295,8 @@ def test_the_terminal_table_fits_and_marks_the_best(results):
         (number(None), "–"),
         (plus_minus(113.21, 12.44), "113.2 ± 12.4"),
         (plus_minus(5.12, None), "5.120"),
+        (percent(0.7012), "70.1%"),
+        (percent(0.7012, 0.0041), "70.1 ± 0.4%"),
         (size(269_060_552), "269 MB"),
         (size(141_000_000_000), "141 GB"),
         (size(444_100), "444 kB"),
@@ -300,3 +307,20 @@ def test_the_terminal_table_fits_and_marks_the_best(results):
 )
 def test_numbers_are_written_for_people(shown, expected):
     assert shown == expected
+
+
+def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
+    tasks = {"reading": ["last_word", "continuation"], "more": ["last_word"]}
+    wanted = plan(["dense", "armor"], tasks=tasks)
+    write_results(tmp_path, wanted, LAYERS)
+    (tmp_path / MODEL / "armor" / "evaluation" / "more.json").unlink()
+    rows = build(tmp_path, wanted, tmp_path / "report")["rows"]
+    names = ["last_word", "continuation", "more.last_word"]
+    assert list(rows[0])[len(COLUMNS) :] == [f"{name}{end}" for name in names for end in ("", "_se")]
+    assert [rows[0][name] for name in names] == [0.55, 0.55, 0.55]
+    assert [rows[1][name] for name in names] == [pytest.approx(0.47525), pytest.approx(0.47525), None]
+    assert (tmp_path / "report" / "summary.csv").read_text().splitlines()[2].endswith(",,")
+    assert "armor: tasks more" in page_of(tmp_path) and ">47.5 ± 5.0%</td>" in page_of(tmp_path)
+    text = print_table(rows)
+    assert re.search(r"^armor +47.5 ± 5.0% +47.5 ± 5.0% +–$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 110

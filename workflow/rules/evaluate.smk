@@ -1,10 +1,11 @@
-"""In: a model, dense or packed. Out: its perplexity, one file for each evaluation."""
+"""In: a model, dense or packed. Out: perplexity and distance from the dense one, or tasks; a file for each evaluation."""
 
 
 rule evaluate:
-    """Perplexity on blocks of text."""
+    """Perplexity on blocks of text; of a compressed model also KL divergence and agreement, the dense one beside it."""
     input:
-        finished_model,
+        source="results/{model}/source.json",
+        model=finished_model,
     output:
         "results/{model}/{recipe}/evaluation/{evaluation}.json",
     log:
@@ -13,16 +14,49 @@ rule evaluate:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
     conda:
         "../../envs/armor.yaml"
+    wildcard_constraints:
+        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=lambda wildcards: 24000 if is_dense(wildcards.recipe) else 40000,  # two models at once
+        runtime="8h",
+    params:
+        settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
+        dense=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--dense {input.source}",
+        code=code_hash("armor.evaluate.perplexity"),
+    shell:
+        """
+        armor evaluate --model {input.model:q} {params.dense} --settings {params.settings:q} --output {output:q} \
+            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
+
+
+rule tasks:
+    """Accuracy on tasks, by lm-eval."""
+    input:
+        model=finished_model,
+        files=lambda wildcards: SETTINGS.evaluations[wildcards.evaluation].task_files(),
+    output:
+        "results/{model}/{recipe}/evaluation/{evaluation}.json",
+    log:
+        "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
+    benchmark:
+        "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
+    conda:
+        "../../envs/armor.yaml"
+    wildcard_constraints:
+        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
     threads: 8
     resources:
         gpu=1,
         mem_mb=24000,
-        runtime="8h",
+        runtime="24h",
     params:
         settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
-        code=code_hash("armor.evaluate.perplexity"),
+        code=code_hash("armor.evaluate.tasks"),
     shell:
         """
-        armor evaluate --model {input:q} --settings {params.settings:q} --output {output:q} \
+        armor evaluate --model {input.model:q} --settings {params.settings:q} --output {output:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

@@ -1,0 +1,206 @@
+"""Accuracy on tasks, by lm-eval: its tasks, its prompts, its metrics and standard errors; ours is the model.
+
+A task is a name of lm-eval, a YAML file, or one of the two that are built from a text (`armor.evaluate.built`). Each is
+run by itself and written to a file of its own, `{evaluation}/{task}.json`, so that a run that was killed goes on with
+the next one; the record `{evaluation}.json`, written last, has all results without their details. The model is loaded
+once, after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds
+the batch size; on a CPU, where its search would run out of the host's memory, it is fixed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterable
+from itertools import tee
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from armor.config import BUILT_TASKS, EvaluationSettings
+from armor.errors import ArmorError
+from armor.evaluate.built import build_task
+from armor.execution.files import atomic_path, sha256, write_json
+from armor.execution.log import log
+from armor.execution.machine import peak_memory_bytes
+from armor.execution.provenance import combined, made_by
+from armor.execution.resume import identity, resumable
+from armor.runtime.load import load_model, load_tokenizer
+from armor.text import describe as describe_text
+from armor.text import documents
+
+__all__ = ["check_names", "evaluate_tasks"]
+
+CPU_BATCH_SIZE = 8
+ITEMS = 100
+# What stands for a task in a table: the first of these that it has, else its first metric.
+HEADLINES = ("acc_norm", "acc", "exact_match")
+
+
+def evaluate_tasks(
+    folder: Path | str,
+    settings: EvaluationSettings,
+    output: Path | str,
+    device: str = "cpu",
+    fingerprints: dict[str, str | None] | None = None,
+) -> dict:
+    """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
+
+    Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
+    {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is unknown, or whose data cannot be had, for a
+    model that is none, or whose log-likelihoods are not finite.
+    """
+    folder, output = Path(folder), Path(output)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tokenizer = load_tokenizer(folder)
+    place = output.with_suffix("")
+    texts = dict(
+        zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True)
+    )  # read and cleaned once
+    specs = {}
+    for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
+        if task in BUILT_TASKS:
+            where = describe_text(settings.text)
+            task = str(build_task(task, texts[task], settings.items or ITEMS, place, where))
+        specs[name] = (task, shots)
+    manager = check_names(task for task, _ in specs.values())
+    asked = settings.model_dump(mode="json")
+    files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
+    work = {"model": identity(folder), "settings": asked, "files": files}
+    with resumable(output, __name__, device, **work) as steps:
+        loaded = {name: _load(manager, task) for name, (task, _) in specs.items() if steps.get(name) is None}
+        if loaded:
+            model = load_model(folder, settings.dtype, device)
+            size = CPU_BATCH_SIZE if device == "cpu" else "auto"
+            model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
+            log.info("task %s (%d of %d)", name, number, len(specs))
+            found = simple_evaluate(model=model, tasks=[task], num_fewshot=specs[name][1], task_manager=manager)
+            _check_finite(folder, found["samples"])
+            if settings.samples:
+                _write_samples(place / f"{name}.samples.jsonl", found["samples"])
+            record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
+            write_json(place / f"{name}.json", record)
+            steps.put(name, record)
+        headline = ("metric", "value", "standard_error", "shots", "items")
+        result = {
+            "format_version": 1,
+            "task": output.stem,
+            "tasks": {name: {key: steps.get(name)[key] for key in headline} for name in specs},
+            "seconds": steps.seconds(),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            **made_by(__name__, asked, {**(fingerprints or {}), "files": files}, device),
+        }
+        write_json(output, result)
+    return result
+
+
+def check_names(tasks: Iterable[str]) -> TaskManager:
+    """lm-eval's register of tasks, with all that are named. Raises ArmorError for one that it does not know."""
+    tasks = list(tasks)
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    names = [task for task in tasks if task not in files]
+    manager = TaskManager(include_defaults=bool(names))  # reading all of lm-eval's YAML files takes seconds
+    for file in files:
+        if not Path(file).is_file():
+            raise ArmorError(f"{file}: no such file; expected a task of lm-eval's as YAML")
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.task_index, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "see `lm_eval ls tasks`"
+            raise ArmorError(f"task {name}: lm-eval has none of this name; {hint} A file of your own ends in .yaml")
+        if name in manager.all_tags and name not in [*manager.all_groups, *manager.all_subtasks]:
+            members = ", ".join(sorted(manager.task_index[name].tags))
+            raise ArmorError(f"task {name}: stands for several tasks without a common result; name them: {members}")
+    return manager
+
+
+def _load(manager: TaskManager, task: str) -> Task | Group:
+    """The task, or group of tasks, with its data. Raises ArmorError if that cannot be had."""
+    try:
+        found = manager.load(task)
+    except Exception as error:  # of the hub's client, of datasets, of YAML, of a task's own code
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ArmorError(f"task {task}: cannot be loaded: {reason}; {_instead(manager, task)}") from error
+    inner = {name for children in found["group_map"].values() for name in children}
+    thing = next(thing for name, thing in (found["groups"] | found["tasks"]).items() if name not in inner)
+    if isinstance(thing, Group) and not thing.aggregate_metric_list:
+        raise ArmorError(
+            f"task {task}: a group without a common result; name its tasks: {', '.join(thing.child_names)}"
+        )
+    return thing
+
+
+def _instead(manager: TaskManager, task: str) -> str:
+    """What serves where a task's data cannot be downloaded: a local file, and the YAML file that names it."""
+    if task not in manager.task_index:
+        return "check its file"
+    entry = manager.task_index[task]
+    splits = [entry.cfg[key] for key in ("training_split", "validation_split", "test_split") if entry.cfg.get(key)]
+    files = ", ".join(f"{split}: {task}.{split}.jsonl" for split in splits)
+    if not files:
+        return "run it once with a network, which fills the cache, or name YAML files of its tasks with local data"
+    return (
+        f"run it once with a network, which fills the cache, or name a file {task}_local.yaml instead, with `task: "
+        f"{task}_local`, `include: {entry.yaml_path}`, `dataset_path: json`, `dataset_name: null` and `dataset_kwargs: "
+        f"{{data_files: {{{files}}}}}`, its rows as JSON lines"
+    )
+
+
+def _record(name: str, label: str, found: dict) -> dict:
+    """What is kept of one task's results, lm-eval's `label`; `value` is its headline, `items` counts all questions."""
+    metrics = _metrics(found["results"][label])
+    first = next((key for want in HEADLINES for key in metrics if key.partition(",")[0] == want), next(iter(metrics)))
+    return {
+        "format_version": 1,
+        "task": name,
+        "metric": first.removesuffix(",none"),
+        **metrics[first],
+        "metrics": metrics,
+        "subtasks": {task: _metrics(results) for task, results in found["results"].items() if task != label},
+        "shots": max(found["n-shot"].values(), default=0),
+        "items": sum(count["effective"] for count in found["n-samples"].values()),
+        "versions": found["versions"],
+    }
+
+
+def _metrics(results: dict) -> dict[str, dict]:
+    """lm-eval's "acc,none" and "acc_stderr,none" side by side; None for a standard error that it has not."""
+    found = {}
+    for key, value in results.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = results.get(f"{metric}_stderr,{kind}")
+            known = isinstance(error, float) and math.isfinite(error)
+            found[key] = {"value": float(value), "standard_error": float(error) if known else None}
+    return found
+
+
+def _check_finite(folder: Path, samples: dict[str, list[dict]]) -> None:
+    """Raise ArmorError if a log-likelihood is NaN: the best of four of them is an answer all the same."""
+    for task, answers in samples.items():
+        for number, answer in enumerate(answers):
+            values = [r[0] if isinstance(r, list | tuple) else r for r in answer["filtered_resps"]]
+            if any(isinstance(value, float) and math.isnan(value) for value in values):
+                raise ArmorError(
+                    f"{folder}: {task}: the log-likelihoods are not finite (item {number}); check the model with "
+                    "armor verify, or set the dtype to float32"
+                )
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for task, answers in samples.items():
+            for answer in answers:
+                print(json.dumps({"task": task, **answer}, default=str, ensure_ascii=False), file=file)
+
+
+def _files(task: Path) -> list[Path]:
+    """The YAML file of a task and the data beside it, as far as they are there."""
+    return [file for file in (task, task.with_suffix(".jsonl")) if file.is_file()]

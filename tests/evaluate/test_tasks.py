@@ -1,0 +1,186 @@
+"""Tasks: our numbers are lm-eval's own, the built tasks are always the same, and what cannot be had is one line."""
+
+import json
+import math
+import random
+import re
+from functools import cache
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from armor.assemble.export import export
+from armor.config import EvaluationSettings
+from armor.errors import ArmorError
+from armor.evaluate import tasks as module
+from armor.evaluate.built import build_task, items_of
+from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
+from armor.execution.files import read_json
+from tests.killed import left_over
+from tests.packed import packed
+from tests.tiny import tiny_model
+
+BUILT = ["last_word", "continuation"]
+
+
+def words(seed: int, count: int) -> str:
+    known = "river city north stone century castle water king bridge valley market harbour".split()
+    return " ".join(random.Random(seed).choices(known, k=count))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"The {words(i, 9)}. It was {words(3 * i + 1, 8)}." for i in range(30)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_register(monkeypatch):
+    """lm-eval's register of tasks, read once for all tests."""
+    monkeypatch.setattr(module, "TaskManager", register)
+
+
+@cache
+def register(include_defaults: bool, real=module.TaskManager):
+    return real(include_defaults=include_defaults)
+
+
+def settings(text, **changes) -> EvaluationSettings:
+    return EvaluationSettings(
+        **{"text": {"files": [str(text)]}, "tasks": BUILT, "items": 10, "samples": True} | changes
+    )
+
+
+def likelihoods(folder, task) -> list:
+    """Every log-likelihood that was kept of a task, by item and choice."""
+    lines = (folder / f"{task}.samples.jsonl").read_text().splitlines()
+    return [[float(response[0]) for response in json.loads(line)["filtered_resps"]] for line in lines]
+
+
+def own(folder, file) -> dict:
+    """lm-eval by itself, from the model's folder to the result."""
+    from lm_eval import simple_evaluate
+
+    options = {"batch_size": CPU_BATCH_SIZE, "device": "cpu", "task_manager": register(include_defaults=False)}
+    return simple_evaluate("hf", f"pretrained={folder},dtype=auto", [str(file)], **options)
+
+
+def test_our_numbers_are_lm_evals_to_the_last_digit(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    result = evaluate_tasks(folder, settings(text), tmp_path / "evaluation" / "reading.json")
+    assert json.loads((tmp_path / "evaluation" / "reading.json").read_text()) == result
+    for task in BUILT:
+        place = tmp_path / "evaluation" / "reading"
+        theirs = own(folder, place / f"{task}.yaml")
+        row, record = theirs["results"][task], read_json(place / f"{task}.json")
+        assert record["metrics"]["acc,none"] == {"value": row["acc,none"], "standard_error": row["acc_stderr,none"]}
+        kept = {key: record[key] for key in ("metric", "value", "standard_error", "shots", "items")}
+        assert kept == result["tasks"][task] and (kept["metric"], kept["shots"], kept["items"]) == ("acc", 0, 10)
+        samples = theirs["samples"][task]
+        assert likelihoods(place, task) == [[r[0] for r in sample["filtered_resps"]] for sample in samples]
+    assert left_over(tmp_path / "evaluation") == []
+
+
+def test_a_packed_model_answers_as_its_dense_export(tmp_path, text):
+    root = packed(tmp_path)
+    export(root / "checkpoint", root / "dense")
+    for name in ("checkpoint", "dense"):
+        evaluate_tasks(root / name, settings(text, dtype="float32"), tmp_path / name / "reading.json")
+    for task in BUILT:
+        there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("dense", "checkpoint"))
+        assert [len(item) for item in here] == [4 if task == "continuation" else 1] * 10
+        assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
+
+
+def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):
+    folder, real, ran = tiny_model(tmp_path / "model"), module.simple_evaluate, []
+
+    def dies_in_the_second(**arguments):
+        ran.append(arguments["tasks"][0].task_name)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return real(**arguments)
+
+    monkeypatch.setattr(module, "simple_evaluate", dies_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(folder, settings(text), tmp_path / "out" / "reading.json")
+    assert not (tmp_path / "out" / "reading.json").exists()
+    again = evaluate_tasks(folder, settings(text), tmp_path / "out" / "reading.json")
+    assert ran == ["last_word", "continuation", "continuation"]
+    undisturbed = evaluate_tasks(folder, settings(text), tmp_path / "whole" / "reading.json")
+    assert again["tasks"] == undisturbed["tasks"]
+
+
+def test_built_items_are_of_the_text_and_always_the_same(tmp_path, text):
+    texts = [text.read_text()]
+    for item in items_of("last_word", texts, 30):
+        assert f"{item['passage']} {item['word']}." in texts[0].replace("\n", " ")
+    items = items_of("continuation", texts, 10)
+    for item in items:
+        assert len(set(item["choices"])) == 4 and all(len(choice.split()) == 8 for choice in item["choices"])
+        assert f"{item['context']} {item['choices'][item['label']]}" in texts[0]
+    assert len({item["label"] for item in items}) > 1
+    files = [build_task("continuation", texts, 10, tmp_path, "text").with_suffix(".jsonl").read_bytes() for _ in "ab"]
+    assert files[0] == files[1] and [json.loads(line) for line in files[0].splitlines()] == items
+    with pytest.raises(
+        ArmorError, match="here: holds 30 items for last_word, needed 31; give more text, or lower items"
+    ):
+        build_task("last_word", texts, 31, tmp_path, "here")
+
+
+def test_an_unknown_task_is_named_with_the_nearest():
+    with pytest.raises(
+        ArmorError, match="task arc_chalenge: lm-eval has none of this name; did you mean arc_challenge"
+    ):
+        check_names(["hellaswag", "arc_chalenge"])
+    with pytest.raises(ArmorError, match="task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"):
+        check_names(["ai2_arc"])
+    with pytest.raises(ArmorError, match="none.yaml: no such file"):
+        check_names(["none.yaml"])
+
+
+def test_the_papers_tasks_are_there():
+    check_names(EvaluationSettings(tasks=["paper"]).task_names())
+
+
+def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tiny_model(tmp_path / "model")
+    with pytest.raises(ArmorError, match="task arc_challenge: cannot be loaded: ") as caught:
+        evaluate_tasks(folder, EvaluationSettings(tasks=["arc_challenge"]), tmp_path / "arc.json")
+    assert "\n" not in str(caught.value) and not (tmp_path / "arc.json").exists()
+    keys = re.findall(r"`([^`]+)`", str(caught.value))
+    assert [key.partition(":")[0] for key in keys] == "task include dataset_path dataset_name dataset_kwargs".split()
+    local = yaml.safe_load("\n".join(keys))
+    files = local["dataset_kwargs"]["data_files"]
+    for split, file in files.items():
+        files[split] = str(tmp_path / file)
+        rows = [
+            {
+                "question": f"Which {words(k, 4)}?",
+                "choices": {"text": [words(k + i, 3) for i in range(4)], "label": [*"ABCD"]},
+                "answerKey": "ABCD"[k % 4],
+            }
+            for k in range(6)
+        ]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "arc_challenge_local.yaml"
+    path.write_text(yaml.safe_dump(local))
+    result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(path)], shots=1), tmp_path / "arc.json")
+    found = result["tasks"]["arc_challenge_local"]
+    assert (found["metric"], found["shots"], found["items"]) == ("acc_norm", 1, 6)
+    assert 0 <= found["value"] <= 1 and found["standard_error"] > 0
+
+
+def test_nan_likelihoods_are_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArmorError, match=f"{folder}: last_word: the log-likelihoods are not finite .item 0."):
+        evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
+    assert not (tmp_path / "reading.json").exists()
