@@ -53,8 +53,8 @@ def evaluate_tasks(
     """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
-    {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is unknown, or whose data cannot be had, for a
-    model that is none, or whose log-likelihoods are not finite.
+    {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
+    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
