@@ -60,9 +60,8 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     place = output.with_suffix("")
-    texts = dict(
-        zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True)
-    )  # read and cleaned once
+    # Articles are cleaned once for both tasks.
+    texts = dict(zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True))
     specs = {}
     for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
         if task in BUILT_TASKS:
