@@ -12,10 +12,10 @@ rule evaluate:
         "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
     benchmark:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
-    conda:
-        "../../envs/armor.yaml"
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
+    conda:
+        "../../envs/armor.yaml"
     threads: 8
     resources:
         gpu=1,
@@ -43,10 +43,10 @@ rule tasks:
         "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
     benchmark:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
-    conda:
-        "../../envs/armor.yaml"
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
+    conda:
+        "../../envs/armor.yaml"
     threads: 8
     resources:
         gpu=1,
