@@ -29,15 +29,15 @@ COLUMNS = (
     "block_size",
     "perplexity",
     "perplexity_se",
-    "kl",
-    "kl_se",
-    "top1_agreement",
-    "top1_agreement_se",
     "relative_loss",
     "bits_per_weight",
     "checkpoint_bytes",
     "factorize_seconds",
     "decode_tokens_per_second",
+    "kl",
+    "kl_se",
+    "top1_agreement",
+    "top1_agreement_se",
 )
 COST = ("seconds", "peak_memory_bytes")
 NEEDED = {
@@ -180,15 +180,15 @@ class RecipeResults:
             "block_size": self.pair.block_size if self.pair.method == "armor" else None,
             "perplexity": value,
             "perplexity_se": error,
-            "kl": divergence,
-            "kl_se": divergence_error,
-            "top1_agreement": agreement,
-            "top1_agreement_se": agreement_error,
             "relative_loss": fmean(losses) if losses else None,
             "bits_per_weight": bits,
             "checkpoint_bytes": size,
             "factorize_seconds": None if self.dense else self.seconds()["factorize"],
             "decode_tokens_per_second": measured and measured["decode_tokens_per_second"]["median"],
+            "kl": divergence,
+            "kl_se": divergence_error,
+            "top1_agreement": agreement,
+            "top1_agreement_se": agreement_error,
             **{
                 f"{task}{end}": value
                 for task, pair in self.scores.items()

@@ -17,7 +17,7 @@ from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
 COLUMNS = (
     "model recipe method pattern block_size perplexity perplexity_se relative_loss bits_per_weight checkpoint_bytes "
-    "factorize_seconds decode_tokens_per_second"
+    "factorize_seconds decode_tokens_per_second kl kl_se top1_agreement top1_agreement_se"
 ).split()
 EXAMPLES = sorted((REPOSITORY / "config/examples").glob("*.yaml"))
 
