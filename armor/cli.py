@@ -314,7 +314,10 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
     if tasks := {task for evaluation in checked.evaluations.values() for task in evaluation.task_shots()}:
         from armor.evaluate.tasks import check_names
 
-        check_names(sorted(tasks - {*config.BUILT_TASKS}))
+        try:
+            check_names(sorted(tasks - {*config.BUILT_TASKS}))
+        except ArmorError as error:
+            raise ArmorError(f"{names}: evaluations: {error}") from None
     pairs = checked.pairs().values()
     counts = (
         _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from armor.core.nm import Pattern
 from armor.errors import ArmorError
@@ -50,6 +50,11 @@ Method = Literal["dense", "magnitude", "wanda", "nowag", "sparsegpt", "armor"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
+def _of_base_60(value: Any) -> Any:
+    """YAML 1.1 reads 2:4 without quotes as a number of base 60, 124."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
 def _pattern(value: str) -> str:
     return str(Pattern.parse(value))
 
@@ -62,7 +67,7 @@ def _path(value: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_path)]
-PatternText = Annotated[str, AfterValidator(_pattern)]
+PatternText = Annotated[str, BeforeValidator(_of_base_60), AfterValidator(_pattern)]
 # A name becomes a folder under results/.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 

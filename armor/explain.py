@@ -32,6 +32,8 @@ def record_of(path: Path) -> Path:
 
     Raises ArmorError if there is none.
     """
+    if not path.exists():
+        raise ArmorError(f"{path}: no such file or folder; expected a result of the pipeline")
     if not path.is_dir() and (path.parent / CHECKSUMS).is_file():
         path = path.parent  # one of a checkpoint's files
     if path.is_dir():

@@ -82,7 +82,7 @@ def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
         "config": config.model_dump(mode="json", exclude_unset=True),
     }
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    os.write(descriptor, (json.dumps(value, indent=1) + "\n").encode())
     return descriptor
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
-from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, check_patterns, parse_settings
+from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, Recipe, check_patterns, parse_settings
 from armor.errors import ArmorError
 
 MODELS = {"tiny": {"folder": "tiny"}}
@@ -16,6 +18,14 @@ def test_a_recipe_that_compresses_needs_to_know_its_calibration(calibrations):
     value = {"models": MODELS, "calibrations": calibrations, "recipes": {"mine": {"method": "nowag"}}}
     with pytest.raises(ArmorError, match=f"recipes.mine.calibration: not given, and there are {len(calibrations)}"):
         parse_settings(Config, value)
+
+
+def test_a_pattern_needs_no_quotes_though_yaml_reads_it_as_a_number_of_base_60():
+    for text in ("1:2", "2:4", "4:8", "2:8"):
+        found = yaml.safe_load(f"pattern: {text}")["pattern"]
+        assert isinstance(found, int) and Recipe(pattern=found).pattern == text
+    with pytest.raises(ValidationError, match="expected n:m"):
+        Recipe(pattern=yaml.safe_load("3:2"))
 
 
 def test_the_dense_model_needs_no_calibration():
