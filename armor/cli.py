@@ -7,7 +7,6 @@ settled before torch is imported, hence the imports inside the functions.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -359,21 +358,14 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
-    code = 0
     try:
         app(standalone_mode=True)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         foreseen = isinstance(error, ArmorError | OSError | MemoryError)
         if getattr(app, "debug", False) or not foreseen:
             traceback.print_exc()
         print(f"{ERROR}{'' if foreseen else f'{type(error).__name__}: '}{_line(error)}", file=sys.stderr)
-        code = 1
-    with contextlib.suppress(OSError):  # nobody reads on
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)  # every file is closed by now, and torch's own way out would take 0.4 s of a job
+        sys.exit(1)
 
 
 if __name__ == "__main__":
