@@ -22,6 +22,7 @@ from armor.errors import ArmorError
 from armor.execution import devices, machine
 from armor.execution.files import read_json
 from armor.execution.provenance import model_fingerprint
+from armor.reading import load_config, missing_paths, parse_settings
 from armor.status import ERROR, read_status
 
 app = typer.Typer(
@@ -75,7 +76,7 @@ def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
     _prepare(threads)
     from armor.model.source import fetch
 
-    fetch(config.parse_settings(config.ModelSettings, settings), output)
+    fetch(parse_settings(config.ModelSettings, settings), output)
 
 
 @app.command()
@@ -102,7 +103,7 @@ def calibrate(
     from armor.model.source import open_source
     from armor.model.topology import read_topology
 
-    parsed = config.parse_settings(config.CalibrationSettings, settings)
+    parsed = parse_settings(config.CalibrationSettings, settings)
     calibrate(open_source(source), read_topology(model), parsed, output, device)
 
 
@@ -124,7 +125,7 @@ def factorize(
     from armor.model.source import open_source
     from armor.model.topology import read_topology
 
-    parsed = config.parse_settings(config.LayerSettings, settings)
+    parsed = parse_settings(config.LayerSettings, settings)
     statistics = statistics_of(calibration, layer)
     factorize_layer(open_source(source), read_topology(model), layer, statistics, parsed, output, device)
 
@@ -190,7 +191,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
     device = _prepare(threads, gpus)
-    parsed = config.parse_settings(config.EvaluationSettings, settings)
+    parsed = parse_settings(config.EvaluationSettings, settings)
     inputs = {"model": model_fingerprint(model)}
     if parsed.tasks:
         from armor.evaluate.tasks import evaluate_tasks
@@ -217,7 +218,7 @@ def benchmark(
     device = _prepare(threads, gpus)
     from armor.benchmark.generation import benchmark
 
-    parsed = config.parse_settings(config.BenchmarkSettings, settings)
+    parsed = parse_settings(config.BenchmarkSettings, settings)
     models = {"dense": source} | ({"compressed": checkpoint} if checkpoint else {})
     fingerprints = {side: model_fingerprint(model) for side, model in models.items()}
     benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device, fingerprints)
@@ -233,7 +234,7 @@ def report(
     _prepare(1)
     from armor.report import build
 
-    build(results, config.parse_settings(config.ReportSettings, settings), output)
+    build(results, parse_settings(config.ReportSettings, settings), output)
 
 
 @app.command()
@@ -267,7 +268,7 @@ def status(
     """Say what is done, running, failed or missing, while a run goes on or after it."""
     from rich.console import Console
 
-    found = read_status(results, configuration and config.load_config(configuration))
+    found = read_status(results, configuration and load_config(configuration))
     Console(soft_wrap=True).print(found.table())
     for text in found.details():
         print(text)
@@ -291,7 +292,7 @@ def explain(
     if results is None:
         print("It lies in no results folder of a run, so nothing can make it run again.")
         return
-    reruns = Reruns(results, configuration and config.load_config(configuration))
+    reruns = Reruns(results, configuration and load_config(configuration))
     job = reruns.job_of(record)
     if job is None:
         print("The configuration asks for nothing such, so it would not run again.")
@@ -304,9 +305,9 @@ def explain(
 @app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
     """Check a configuration without running anything, and say what it asks for."""
-    checked = config.load_config(*files)
+    checked = load_config(*files)
     names = " ".join(map(str, files))
-    if missing := config.missing_paths(checked):
+    if missing := missing_paths(checked):
         for line in missing:
             print(f"armor: error: {names}: {line}", file=sys.stderr)
         raise typer.Exit(1)

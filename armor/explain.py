@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from armor.config import Config, Settings, parse_settings
+from armor.config import Config, Settings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.machine import versions
 from armor.execution.provenance import CHECKSUMS, PROVENANCE, model_fingerprint, ranges
+from armor.reading import parse_settings
 from armor.status import RUN, Job, jobs
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from armor.config import ModuleSettings, Recipe, parse_settings
+from armor.config import ModuleSettings, Recipe
 from armor.core.factors import Factorization
 from armor.core.statistics import Accumulator, Statistics
 from armor.errors import ArmorError
@@ -22,6 +22,7 @@ from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.hf import pack_linears
 from armor.model.skeleton import decoder_layers, finite
+from armor.reading import parse_settings
 from armor.text import blocks
 
 __all__ = ["compress"]

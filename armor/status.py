@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from armor.config import Config, parse_settings
+from armor.config import Config
 from armor.errors import ArmorError
 from armor.execution.files import read_json, try_lock
 from armor.model.topology import read_topology
+from armor.reading import parse_settings
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, Recipe, check_patterns, parse_settings
+from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, Recipe, check_patterns
 from armor.errors import ArmorError
+from armor.reading import parse_settings
 
 MODELS = {"tiny": {"folder": "tiny"}}
 TEXT = {"text": {"files": ["words.txt"]}}

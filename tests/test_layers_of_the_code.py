@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "armor"
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark", "report")
-GROUND = ("config", "errors", "execution", "model")
+GROUND = ("config", "errors", "execution", "model", "reading")
 MAY_IMPORT = {
     **{stage: (stage, "runtime", "core", "text", *GROUND) for stage in STAGES},
     "in_memory": ("factorize", "hf", "core", "text", *GROUND),
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "model": GROUND,
     "execution": ("execution", "errors"),
     "config": ("core", "errors"),
+    "reading": ("config", "errors"),
     "explain": ("status", *GROUND),
     "status": GROUND,
 }

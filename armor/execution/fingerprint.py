@@ -22,6 +22,7 @@ WITHOUT_EFFECT = (
     "armor",
     "armor.config",
     "armor.errors",
+    "armor.reading",
     "armor.execution.log",
     "armor.execution.machine",
     "armor.execution.provenance",

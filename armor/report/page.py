@@ -13,10 +13,11 @@ from statistics import stdev
 import jinja2
 from markupsafe import Markup
 
-from armor.config import ReportSettings, parse_settings
+from armor.config import ReportSettings
 from armor.execution.files import atomic_path, write_json
 from armor.execution.log import log
 from armor.execution.provenance import made_by
+from armor.reading import parse_settings
 from armor.report.figures import figures
 from armor.report.results import ModelResults, RecipeResults, fingerprints, read_results
 from armor.report.tables import (

@@ -11,7 +11,8 @@ import time
 import pytest
 import yaml
 
-from armor.config import json_schema, load_config
+from armor.config import json_schema
+from armor.reading import load_config
 from armor.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 

@@ -11,10 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from armor.config import Config, check_patterns, parse_settings
+from armor.config import Config, check_patterns
 from armor.errors import ArmorError
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
+from armor.reading import parse_settings
 from armor.status import read_status, start_run, summary
 
 # The `armor` of this Python, also in jobs whose shell has another one.
