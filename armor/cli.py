@@ -7,6 +7,8 @@ settled before torch is imported, hence the imports inside the functions.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -359,6 +361,8 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
+    # Python ends with a search for garbage among all that torch's modules hold, 0.2 s for what goes with the process.
+    atexit.register(gc.freeze)
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -93,3 +93,16 @@ def test_check_names_every_path_at_which_there_is_nothing(tmp_path):
         "armor: error: one.yaml: calibrations.words.text.files.0: words.txt: no such file",
         "armor: error: one.yaml: evaluations.words.text.files.0: words.txt: no such file",
     ]
+
+
+def test_exit_handlers_run_and_python_then_has_no_garbage_to_look_for(tmp_path):
+    """Those that a stage registers come before the rest is frozen, those of the program around it after."""
+    code = (
+        "import atexit, gc, sys; from armor import cli\n"
+        "said = lambda when: print(when, gc.get_freeze_count() > 0, flush=True)\n"
+        "atexit.register(said, 'around')\n"
+        "cli.app.callback()(lambda: atexit.register(said, 'stage'))\n"
+        "sys.argv = ['armor', 'schema']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["stage False", "around True"]
