@@ -33,3 +33,5 @@ rule all:
         "results/report/index.html",
         all_records,
         all_factors,
+    message:
+        "all that the configuration asks for is there"

@@ -49,6 +49,17 @@ def test_the_status_knows_every_job_of_the_workflow(run):
     }
 
 
+def test_snakemake_announces_a_job_by_the_name_that_the_status_gives_it(run):
+    """And by nothing else: its inputs may be hundreds of files. The stages before a checkpoint hide those behind it."""
+    behind = "calibrate factorize assemble evaluate benchmark report".split()
+    done = run.snakemake("--dry-run", "--forcerun", *behind)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE)
+    named = {str(job) for job in read_status(run.folder / "results").states if job.stage in behind}
+    assert sorted(said) == sorted([*named, "all that the configuration asks for is there"])
+    assert not re.search(r"^ *(input|output|resources|reason|Reason):", done.stdout + done.stderr, re.MULTILINE)
+
+
 def test_a_dry_run_answers_quickly(run):
     seconds = []
     for _ in range(3):  # the best of three: other tests run beside this one
@@ -98,6 +109,8 @@ def test_bad_input_is_explained_and_leaves_nothing(run, tmp_path, changes, said)
     done = fresh.snakemake()
     explained = [line for line in (done.stdout + done.stderr).splitlines() if line.strip().startswith("armor: error:")]
     assert done.returncode != 0 and explained and said in explained[0], done.stderr
+    error = done.stderr[done.stderr.index("Error in rule ") :]  # when it happens, rule, log and cause are told
+    assert re.search(r"^ +log: results/logs/\S+\.log ", error, re.MULTILINE) and explained[0] in error
     assert not list(tmp_path.glob("results/**/*.tmp")) and not list(tmp_path.glob("results/report/*"))
 
 

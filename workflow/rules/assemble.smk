@@ -23,6 +23,8 @@ rule assemble:
     params:
         factors=lambda wildcards: f"results/{wildcards.model}/{wildcards.recipe}/layers",
         code=code_hash("armor.assemble.writer"),
+    message:
+        "assemble {wildcards.model} {wildcards.recipe}"
     shell:
         """
         armor assemble --source {input.source:q} --model {input.model:q} --factors {params.factors:q} \

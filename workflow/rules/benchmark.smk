@@ -23,6 +23,8 @@ rule benchmark:
         settings=lambda wildcards: settings_json(SETTINGS.benchmarks[wildcards.benchmark]),
         checkpoint=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--checkpoint {input.model}",
         code=code_hash("armor.benchmark.generation"),
+    message:
+        "benchmark {wildcards.model} {wildcards.recipe} {wildcards.benchmark}"
     shell:
         """
         armor benchmark --source {input.source:q} {params.checkpoint} --settings {params.settings:q} \

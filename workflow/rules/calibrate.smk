@@ -22,6 +22,8 @@ rule calibrate:
     params:
         settings=lambda wildcards: settings_json(SETTINGS.calibrations[wildcards.calibration]),
         code=code_hash("armor.calibrate.capture"),
+    message:
+        "calibrate {wildcards.model} {wildcards.calibration}"
     shell:
         """
         armor calibrate --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \

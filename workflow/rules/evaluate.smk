@@ -25,6 +25,8 @@ rule evaluate:
         settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
         dense=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--dense {input.source}",
         code=code_hash("armor.evaluate.perplexity"),
+    message:
+        "evaluate {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
         """
         armor evaluate --model {input.model:q} {params.dense} --settings {params.settings:q} --output {output:q} \
@@ -55,6 +57,8 @@ rule tasks:
     params:
         settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
         code=code_hash("armor.evaluate.tasks"),
+    message:
+        "tasks {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
         """
         armor evaluate --model {input.model:q} --settings {params.settings:q} --output {output:q} \

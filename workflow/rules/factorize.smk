@@ -26,6 +26,8 @@ rule factorize:
     params:
         settings=lambda wildcards: settings_json(SETTINGS.layer_settings(wildcards.recipe, int(wildcards.layer))),
         code=code_hash("armor.factorize.layer"),
+    message:
+        "factorize {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
         armor factorize --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \

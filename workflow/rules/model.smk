@@ -19,6 +19,8 @@ rule fetch:
     params:
         settings=lambda wildcards: settings_json(SETTINGS.models[wildcards.model]),
         code=code_hash("armor.model.source"),
+    message:
+        "fetch {wildcards.model}"
     shell:
         """
         armor fetch --settings {params.settings:q} --output {output:q} --threads {threads} >{log:q} 2>&1
@@ -44,6 +46,8 @@ checkpoint inspect:
         runtime="15m",
     params:
         code=code_hash("armor.model.inspect"),
+    message:
+        "inspect {wildcards.model}"
     shell:
         """
         armor inspect --source {input:q} --output {output:q} >{log:q} 2>&1

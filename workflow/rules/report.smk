@@ -23,6 +23,8 @@ rule report:
     params:
         settings=settings_json(SETTINGS.report_settings()),
         code=code_hash("armor.report"),
+    message:
+        "report"
     shell:
         """
         armor report --settings {params.settings:q} >{log:q} 2>&1
