@@ -60,7 +60,8 @@ def calibrate(
     """Write the statistics of every decoder layer, layer_{k}.safetensors beside `output` (calibration.json).
 
     `output` comes last, with the files' hashes, speed and memory; its content is returned. `device` is a torch device.
-    Raises ArmorError for a topology of another model, too little text, or NaN or infinity (it names the module).
+    Raises ArmorError for a topology of another model, too little text, a device with too little memory, or NaN or
+    infinity (it names the module).
     """
     output = Path(output)
     if topology.fingerprint != source.fingerprint:
@@ -100,9 +101,15 @@ def calibrate(
             share = tokens.numel() / len(topology.layers)  # a token that has passed all layers counts as one
             left = topology.layers[len(files) :]
             for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
-                module = load_layer(skeleton, layer.index, shards, device)
                 own = [of_layers[layer.index] for of_layers in calls]
-                inputs = _run_layer(module, layer, own, hidden, settings.gram, device)
+                try:
+                    module = load_layer(skeleton, layer.index, shards, device)
+                    inputs = _run_layer(module, layer, own, hidden, settings.gram, device)
+                except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
+                    raise ArmorError(
+                        f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
+                        f"{length} tokens; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
+                    ) from error
                 module.to("meta")
                 path = output.parent / f"layer_{layer.index}.safetensors"
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
@@ -210,11 +217,6 @@ def _run_layer(
                 if not finite(states):
                     raise ArmorError(_not_finite(layer, inputs, index))
                 hidden.write(index, states)
-    except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
-        raise ArmorError(
-            f"{layer.prefix}: out of memory on {device} with this layer and one sequence; use shorter sequences, or "
-            "calibrate with --gpus 0"
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -127,7 +127,7 @@ def evaluate(
     `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
     loading; `against_dense` is the comparison to the model in the folder `dense`, None without one; `fingerprints`, of
     model and dense, are noted. Raises ArmorError for a folder that is not a model, a dense one of other tokens, a text
-    too short, and logits that are not finite.
+    too short, a device with too little memory, and logits that are not finite.
     """
     folder, output = Path(folder), Path(output)
     # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
@@ -146,7 +146,15 @@ def evaluate(
     work = {"model": identity(folder), "dense": dense and identity(Path(dense)), "text": text, "settings": asked}
     with resumable(output, __name__, device, **work) as steps:
         model = load_model(folder, settings.dtype, device)
-        means = _measure(model, dense and load_model(dense, settings.dtype, device), blocks, steps)
+        beside = dense and load_model(dense, settings.dtype, device)
+        try:
+            means = _measure(model, beside, blocks, steps)
+        except torch.OutOfMemoryError as error:  # one block: there is no smaller way to the same number
+            models = f"this model and {dense}" if dense else "this model"
+            raise ArmorError(
+                f"{folder}: out of memory on {device} with {models} and one block of {length} tokens; lower "
+                "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
+            ) from error
         value, error = perplexity(means["loss"])
         result = {
             "format_version": 1,

@@ -4,7 +4,9 @@ A task is a name of lm-eval, a YAML file, or one of the two that are built from 
 run by itself and written to a file of its own, `{evaluation}/{task}.json`, so that a run that was killed goes on with
 the next one; the record `{evaluation}.json`, written last, has all results without their details. The model is loaded
 once, after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds
-the batch size; on a CPU, where its search would run out of the host's memory, it is fixed.
+the batch size; on a CPU, where its search would run out of the host's memory, it is fixed. Where one is too large all
+the same, the task is run again with batches of half the size. Items of a batch are padded, so a log-likelihood depends
+on it by the rounding of the model's dtype, as it does in lm-eval.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterable
 from itertools import tee
 from pathlib import Path
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -54,7 +57,8 @@ def evaluate_tasks(
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
     {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
-    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite.
+    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for a
+    device with too little memory.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -80,7 +84,7 @@ def evaluate_tasks(
             model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
-            found = simple_evaluate(model=model, tasks=[task], num_fewshot=specs[name][1], task_manager=manager)
+            found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
             _check_finite(folder, found["samples"])
             if settings.samples:
                 _write_samples(place / f"{name}.samples.jsonl", found["samples"])
@@ -98,6 +102,28 @@ def evaluate_tasks(
         }
         write_json(output, result)
     return result
+
+
+def _run(model: HFLM, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:
+    """lm-eval's results; where memory runs out, of batches of half the size, for the tasks that follow too.
+
+    Raises ArmorError, naming `where`, if `device` has too little memory for a single item.
+    """
+    while True:
+        try:
+            return simple_evaluate(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+        except torch.OutOfMemoryError as error:
+            size = model.batch_size
+            if size == "auto":  # what lm-eval found, for log-likelihoods, or began with
+                size = max(model.batch_sizes.values(), default=model.max_batch_size)
+            if size == 1:
+                raise ArmorError(
+                    f"{where}: out of memory on {device} with a single item; take a larger GPU, or evaluate with "
+                    "--gpus 0 (gpu=0)"
+                ) from error
+        model.batch_size_per_gpu = size // 2
+        log.warning("%s: out of memory with batches of %d; again with %d", where, size, size // 2)
+        torch.cuda.empty_cache()
 
 
 def check_names(tasks: Iterable[str]) -> TaskManager:

@@ -29,7 +29,7 @@ __all__ = ["check_names", "context_length", "load_model", "load_tokenizer"]
 def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """The causal language model in a Hugging Face folder, in `dtype` (auto: the checkpoint's own), on `device`.
 
-    Raises ArmorError if the folder is not a model or lacks tensors.
+    Raises ArmorError if the folder is not a model or lacks tensors, or if the device has too little memory for it.
     """
     folder = _checked(folder)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -64,6 +64,11 @@ def _load(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
         return kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except ArmorError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise ArmorError(
+            f"{folder}: the model does not fit into the memory of {options.get('device_map')}: {_first_line(error)}; "
+            "take a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
+        ) from error
     except Exception as error:  # a config.json that was edited makes it raise of every kind
         raise ArmorError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
 

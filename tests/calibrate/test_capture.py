@@ -163,12 +163,14 @@ def test_activations_that_overflow_are_named_by_module(tmp_path, text):
     assert kept == [".calibration.json.part", "layer_0.safetensors"]  # what is finished, for the next run
 
 
-def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("place", ["load_layer", "Accumulator", "finite"])  # weights, sums, hidden states
+def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, monkeypatch, place):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(capture, "finite", full)
-    with pytest.raises(ArmorError, match=r"model\.layers\.0: out of memory on cpu with this layer and one sequence"):
+    monkeypatch.setattr(capture, place, full)
+    said = r"model: model\.layers\.0: out of memory on cpu with this layer and one sequence of \d+ tokens; lower"
+    with pytest.raises(ArmorError, match=said):
         run(tiny_model(tmp_path / "model", layers=2), text, tmp_path / "out")
 
 

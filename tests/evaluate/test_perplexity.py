@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
+from armor.evaluate import perplexity as module
 from armor.evaluate.perplexity import comparison, evaluate, mean, perplexity, token_losses
 from armor.runtime.load import load_model
 from tests.packed import packed
@@ -173,3 +174,25 @@ def test_a_dense_model_of_other_tokens_is_refused(tmp_path, text):
         with pytest.raises(ArmorError, match=f"{folder}: its vocabulary .* is not that of the dense model {dense}"):
             evaluate(folder, settings(text), tmp_path / "wiki.json", dense=dense)
     assert not (tmp_path / "wiki.json").exists()
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB.")
+
+
+def test_a_device_too_small_for_one_block_is_one_line(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    monkeypatch.setattr(module, "comparison", full)
+    said = f"{folder}: out of memory on cpu with this model and {folder} and one block of 48 tokens; lower sequence"
+    with pytest.raises(ArmorError, match=said):
+        evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
+    assert not (tmp_path / "wiki.json").exists()
+
+
+def test_a_device_too_small_for_the_model_is_one_line(tmp_path, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    said = f"{folder}: the model does not fit into the memory of cuda:0: CUDA out of memory. Tried .* 2.00 GiB.; take"
+    with pytest.raises(ArmorError, match=said) as caught:
+        load_model(folder, device="cuda:0")
+    assert "\n" not in str(caught.value)

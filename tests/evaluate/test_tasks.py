@@ -7,6 +7,7 @@ import re
 from functools import cache
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -184,3 +185,39 @@ def test_nan_likelihoods_are_refused(tmp_path, text):
     with pytest.raises(ArmorError, match=f"{folder}: last_word: the log-likelihoods are not finite .item 0."):
         evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
     assert not (tmp_path / "reading.json").exists()
+
+
+def too_large(monkeypatch, limit: int) -> list[int]:
+    """Let memory run out for batches of more than `limit` items; the sizes that were tried."""
+    real, sizes = module.HFLM._model_call, []
+
+    def call(self, tokens, **keys):
+        sizes.append(len(tokens))
+        if len(tokens) > limit:
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
+        return real(self, tokens, **keys)
+
+    monkeypatch.setattr(module.HFLM, "_model_call", call)
+    return sizes
+
+
+@pytest.mark.parametrize("size, tried", [(8, [8, 4, 2]), ("auto", [64, 16, 8, 4, 2])])
+def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch, size, tried):
+    folder = tiny_model(tmp_path / "model")
+    whole = evaluate_tasks(folder, settings(text, items=16), tmp_path / "whole" / "reading.json")
+    monkeypatch.setattr(module, "CPU_BATCH_SIZE", size)
+    sizes = too_large(monkeypatch, 2)
+    halved = evaluate_tasks(folder, settings(text, items=16), tmp_path / "halved" / "reading.json")
+    assert halved["tasks"] == whole["tasks"]
+    assert list(dict.fromkeys(sizes)) == tried
+    for task in BUILT:
+        here, there = (sum(likelihoods(tmp_path / name / "reading", task), []) for name in ("halved", "whole"))
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    sizes = too_large(monkeypatch, 0)
+    with pytest.raises(ArmorError, match=f"{folder}: task last_word: out of memory on cpu with a single item; take"):
+        evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
+    assert sizes == [8, 4, 2, 1] and not (tmp_path / "reading.json").exists()
