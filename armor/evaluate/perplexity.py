@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +30,14 @@ from armor.config import EvaluationSettings
 from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, identity, resumable
+from armor.model.shards import Shards
 from armor.runtime.load import context_length, load_model, load_tokenizer
 from armor.text import token_blocks
 
-__all__ = ["comparison", "evaluate", "mean", "perplexity", "token_losses"]
+__all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
 
 TOKENS_AT_A_TIME = 128
 
@@ -74,6 +76,25 @@ def perplexity(block_means: Tensor) -> tuple[float, float | None]:
     """Perplexity and its standard error (None for a single block) from the mean loss of each block, (n,) in nats."""
     loss, error = mean(block_means)
     return math.exp(loss), None if error is None else math.exp(loss) * error
+
+
+def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
+    """The memory that the models in `folders` take at their peak, in `dtype`, with one block of `length` tokens.
+
+    From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
+    layer's own tensors are gone when the logits come, and smaller.
+    """
+    total = 0
+    for folder in folders:
+        shards = Shards(folder)
+        own = getattr(torch, shards.main_dtype() if dtype == "auto" else dtype)
+        for name in shards.names():
+            stored = getattr(torch, shards.dtype(name))
+            kept = stored if dtype == "auto" or not stored.is_floating_point else own
+            total += math.prod(shards.shape(name)) * kept.itemsize
+        vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        total += vocabulary * (length * own.itemsize + TOKENS_AT_A_TIME * 3 * 4)
+    return total
 
 
 @torch.inference_mode()
@@ -140,6 +161,13 @@ def evaluate(
         raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
     if dense is not None:
         _check_same_tokens(folder, Path(dense))
+    models = [folder, Path(dense)] if dense is not None else [folder]
+    available = device_memory_bytes(device)
+    if available is not None and (needed := peak_bytes(models, settings.dtype, length)) > available:
+        raise ArmorError(
+            f"{' and '.join(map(str, models))}: with one block of {length} tokens about {needed / 1e9:.1f} GB are "
+            f"needed, {device} has {available / 1e9:.1f} GB; take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
+        )
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
     asked = settings.model_dump(mode="json")
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
@@ -150,9 +178,8 @@ def evaluate(
         try:
             means = _measure(model, beside, blocks, steps)
         except torch.OutOfMemoryError as error:  # one block: there is no smaller way to the same number
-            models = f"this model and {dense}" if dense else "this model"
             raise ArmorError(
-                f"{folder}: out of memory on {device} with {models} and one block of {length} tokens; lower "
+                f"{' and '.join(map(str, models))}: out of memory on {device} with one block of {length} tokens; lower "
                 "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
             ) from error
         value, error = perplexity(means["loss"])

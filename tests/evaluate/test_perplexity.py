@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate import perplexity as module
-from armor.evaluate.perplexity import comparison, evaluate, mean, perplexity, token_losses
+from armor.evaluate.perplexity import comparison, evaluate, mean, peak_bytes, perplexity, token_losses
 from armor.runtime.load import load_model
 from tests.packed import packed
 from tests.tiny import VOCABULARY, tiny_model, tiny_text
@@ -183,7 +187,7 @@ def full(*_, **__):
 def test_a_device_too_small_for_one_block_is_one_line(tmp_path, text, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     monkeypatch.setattr(module, "comparison", full)
-    said = f"{folder}: out of memory on cpu with this model and {folder} and one block of 48 tokens; lower sequence"
+    said = f"{folder} and {folder}: out of memory on cpu with one block of 48 tokens; lower sequence_length"
     with pytest.raises(ArmorError, match=said):
         evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
     assert not (tmp_path / "wiki.json").exists()
@@ -196,3 +200,44 @@ def test_a_device_too_small_for_the_model_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ArmorError, match=said) as caught:
         load_model(folder, device="cuda:0")
     assert "\n" not in str(caught.value)
+
+
+# A small model first, so that libraries are loaded; then the kernel's high-water mark is set back.
+MEASURE = """
+import sys
+from types import SimpleNamespace
+import torch
+from armor.evaluate.perplexity import _measure
+from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
+from armor.runtime.load import load_model
+steps = SimpleNamespace(get=lambda step: None, put=lambda step, value: None)
+small, dtype, *folders = sys.argv[1:]
+for each in ([small] * len(folders), folders):
+    before = resident_memory_bytes()
+    models = [load_model(folder, dtype) for folder in each]
+    open("/proc/self/clear_refs", "w").write("5")
+    _measure(models[0], models[1] if len(models) > 1 else None, torch.arange(1024).view(2, 512) % 250, steps)
+    print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("dtype, count", [("auto", 2), ("bfloat16", 1)])
+def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, count):
+    size = {"vocab_size": 12_000, "hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 512}
+    size["tie_word_embeddings"] = True  # on a CPU the rows of an embedding that no token uses are never read
+    small, large = tiny_model(tmp_path / "small"), tiny_model(tmp_path / "large", **size)
+    command = [sys.executable, "-c", MEASURE, str(small), dtype, *[str(large)] * count]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    measured = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert peak_bytes([large] * count, dtype, 512) == pytest.approx(int(measured.split()[-1]), rel=0.2)
+
+
+def test_a_device_too_small_is_refused_before_anything_is_loaded(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    needed = peak_bytes([folder], "auto", 48)
+    monkeypatch.setattr(module, "device_memory_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(module, "load_model", None)
+    with pytest.raises(ArmorError, match=f"{folder}: with one block of 48 tokens about .* GB are needed, cuda:0 has"):
+        evaluate(folder, settings(text), tmp_path / "out" / "wiki.json", "cuda:0")
+    assert not (tmp_path / "out").exists()
