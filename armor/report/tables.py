@@ -2,7 +2,8 @@
 
 A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
 readers the best value among the compressed recipes of a model stands out: lowest perplexity, KL, loss, size and time,
-highest agreement with the dense model and speed. Values that read the same are equally good.
+highest agreement with the dense model and speed. Values that read the same are equally good. The page's summary says
+of each cell what it sorts by (an HTML `data` element), so that its script need not read numbers written for people.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import math
 
 import pandas as pd
+from markupsafe import Markup, escape
 
 from armor.report.results import COLUMNS, STAGES, ModelResults
 
@@ -208,34 +210,46 @@ def print_table(rows: list[dict]) -> str:
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
-def _html(cells: dict[str, dict[str, str]], name: str, bold: set[tuple[int, str]] = frozenset()) -> str:
+def _html(
+    cells: dict[str, dict[str, str]], name: str, bold: set[tuple[int, str]] = frozenset(), classes: str = "data"
+) -> str:
     """Texts by recipe and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
-    frame = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+    frame = pd.DataFrame.from_dict(cells, orient="index", dtype=object).fillna("")  # object: Markup stays Markup
     frame.columns.name = "Recipe"
-    styler = frame.style.set_uuid(name).set_table_attributes('class="data"')
-    styler.format(escape="html").format_index(escape="html").format_index(escape="html", axis="columns")
+    styler = frame.style.set_uuid(name).set_table_attributes(f'class="{classes}"')
+    styler.format(escape).format_index(escape="html").format_index(escape="html", axis="columns")
     styler.cell_ids = False
-    classes = [["best" if (i, column) in bold else "" for column in frame.columns] for i in range(len(frame))]
-    html = styler.set_td_classes(pd.DataFrame(classes, frame.index, frame.columns)).to_html()
+    best = [["best" if (i, column) in bold else "" for column in frame.columns] for i in range(len(frame))]
+    html = styler.set_td_classes(pd.DataFrame(best, frame.index, frame.columns)).to_html()
     return html[html.index("<table") :]  # before it stands an empty style sheet
 
 
+def _with_error(row: dict, column: str) -> str:
+    """The cell of a table that has no columns of its own for standard errors."""
+    value, error = row[column], row.get(f"{column}_se")
+    shown = {
+        "perplexity": lambda: plus_minus(value, error),
+        "kl": lambda: plus_minus(value, error, 3),
+        "top1_agreement": lambda: percent(value, error),
+    }
+    return shown[column]() if column in shown else _cell(row, column)
+
+
+def _sorted_by(row: dict, column: str) -> str:
+    """The cell with what it sorts by, in HTML; a gap has nothing to sort by."""
+    text = _with_error(row, column)
+    return text if row[column] is None else Markup('<data value="{}">{}</data>').format(row[column], text)
+
+
 def html_table(rows: list[dict], name: str) -> str:
-    """The rows of one model as an HTML table, the best compressed values in bold.
+    """The rows of one model as an HTML table for the page's script to sort, the best compressed values in bold.
 
     What was measured stands first, for a phone shows no more than the first columns at once.
     """
     columns = [*COMPARED, "method", "pattern", "block_size"]
     headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
-    cells = {}
-    for row in rows:
-        cells[row["recipe"]] = {headings[c]: _cell(row, c) for c in columns}
-        cells[row["recipe"]] |= {
-            headings["perplexity"]: plus_minus(row["perplexity"], row["perplexity_se"]),
-            headings["kl"]: plus_minus(row["kl"], row["kl_se"], 3),
-            headings["top1_agreement"]: percent(row["top1_agreement"], row["top1_agreement_se"]),
-        }
-    return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)})
+    cells = {row["recipe"]: {headings[c]: _sorted_by(row, c) for c in columns} for row in rows}
+    return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)}, "data sortable")
 
 
 def evaluation_table(model: ModelResults, name: str) -> str:

@@ -158,7 +158,7 @@ def test_the_page_loads_nothing_from_anywhere(results):
     page = page_of(results)
     addresses = set(re.findall(r"""(?:https?:)?//[^\s"'<>)]+""", page))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name space, not a place
-    assert not re.search(r"@import|url\((?!#)|<script|<link(?![^>]*href=\"data:,\")|<img|<iframe", page)
+    assert not re.search(r"@import|url\((?!#)|<script[^>]|<link(?![^>]*href=\"data:,\")|<img|<iframe", page)
 
 
 class _Page(HTMLParser):
@@ -216,13 +216,25 @@ def test_colours_follow_the_theme(results):
 
 
 def test_the_best_compressed_values_are_bold(results):
-    bold = re.findall(r'class="[^"]*\bbest\b[^"]*" *>([^<]+)<', page_of(results))
+    bold = re.findall(r'class="[^"]*\bbest\b[^"]*" *><data[^>]*>([^<]+)<', page_of(results))
     assert (
         {"30.96 ± 2.79", "0.352 ± 0.009", "70.1 ± 0.4%"} <= {*bold}
         and bold.count("9.00") == 3
         and bold.count("176 MB") == 3
     )
     assert not any(text.startswith(("22.75", "16.00")) for text in bold)
+
+
+def test_the_summary_says_what_each_cell_sorts_by_but_of_a_gap(results):
+    rows = read_json(results / "report" / "summary.json")["rows"]
+    table = re.search(r'<table[^>]*class="data sortable".*?</table>', page_of(results), re.DOTALL)[0]
+    body = table[table.index("<tbody>") :].split("<tr>")[1:]
+    for line, row in zip(body, rows, strict=True):
+        gaps = len(re.findall(">–</td>", line))
+        values = re.findall(r'<data value="([^"]+)">', line)
+        assert gaps + len(values) == line.count("<td") == 11
+        assert values[0] == str(row["perplexity"])
+        assert gaps == sum(row[c] is None for c in COLUMNS if not c.endswith("_se"))
 
 
 def test_the_summary_says_what_was_lost_and_saved(results):
