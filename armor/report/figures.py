@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import html
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def _names(field: str, order: list[str]) -> alt.Y:
 
 def _log_axis(low: float, high: float, title: str | None = None) -> dict:
     """Scale and axis from `low` to `high` on a log scale, labelled at a few round numbers."""
-    axis = alt.Axis(values=_round_numbers(low, high, 6), format=",.0f" if low >= 1 else "~g")
+    apart = {"labelOverlap": "greedy", "labelSeparation": 5}
+    axis = alt.Axis(values=_round_numbers(low, high, 6), format=",.0f" if low >= 1 else "~g", **apart)
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
 
@@ -198,6 +200,107 @@ def _perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | Non
     return Figure(name, f"Perplexity on {evaluation}", _svg(chart, name, alternative), caption)
 
 
+def _front(points: list[dict]) -> list[dict]:
+    """The Pareto front: those that no other point equals or beats in both bits and value, by rising bits."""
+    front: list[dict] = []
+    for point in sorted(points, key=lambda point: (point["bits"], point["value"])):
+        if not front or point["value"] < front[-1]["value"]:
+            front.append(point)
+    return front
+
+
+def _beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[bool, float]]:
+    """For points (x, y, text) in pixels: whether the text stands to the left, and the height to write it at.
+
+    That is a little above the point, for the front's line may go to its right. A text that would cover another one or
+    a point moves up until it does not, the lowest point's first: the best recipes are low and close together, and above
+    the worst there is room. A line will lead to one that moved.
+    """
+    taken = [(x - 5, x + 5, y) for x, y, _ in places]
+    found = {}
+    for place in sorted(set(places), key=lambda place: (-place[1], place[0], place[2])):
+        x, y, text = place
+        length, left, y = 7 * len(text), x > width / 2, y - 8
+        start = x - 8 - length if left else x + 8
+        while blocked := [t for t in taken if t[0] < start + length and start < t[1] and abs(t[2] - y) < 12]:
+            y = min(t[2] for t in blocked) - 13
+        taken.append((start, start + length, y))
+        found[place] = (left, y)
+    return [found[place] for place in places]
+
+
+def _pareto(model: ModelResults, name: str) -> Figure | None:
+    points = []
+    for recipe in model.compressed:
+        row = recipe.row()
+        if row["perplexity"] is not None and row["bits_per_weight"] is not None:
+            points.append({"recipe": recipe.name, "bits": row["bits_per_weight"], "value": row["perplexity"]})
+    if len(points) < 2:
+        return None
+    front = _front(points)
+    dense = model.dense and model.dense.perplexity
+    values = [point["value"] for point in points] + ([dense[0]] if dense else [])
+    logarithmic = max(values) > 3 * min(values)
+    forward, backward = (math.log, math.exp) if logarithmic else (float, float)
+    start, end = forward(min(values)), forward(max(values))
+    start, end = start - 0.1 * (end - start or 1), end + 0.06 * (end - start or 1)
+    if logarithmic:
+        down = _log_axis(backward(start), backward(end), "perplexity, log scale (lower is better)")
+    else:
+        scale = alt.Scale(domain=[start, end], nice=False, zero=False)
+        down = {"scale": scale, "axis": alt.Axis(tickCount=5), "title": "perplexity (lower is better)"}
+    bits = [point["bits"] for point in points]
+    margin = max(0.25, 0.08 * (max(bits) - min(bits)))
+    least, most = min(bits) - margin, max(bits) + margin
+    scale = alt.Scale(domain=[least, most], nice=False, zero=False)
+    across = {"scale": scale, "axis": alt.Axis(grid=False, tickCount=5), "title": "bits per weight"}
+    width, height = WIDTH + 40, 220
+    places = [
+        (
+            (p["bits"] - least) / (most - least) * width,
+            (end - forward(p["value"])) / (end - start) * height,
+            p["recipe"],
+        )
+        for p in points
+    ]
+    labels, moved = [], []
+    for point, (_, place, _), (left, y) in zip(points, places, _beside(places, width), strict=True):
+        near = point["bits"] + (-7 if left else 7) / width * (most - least)
+        labels.append(point | {"left": left, "label": backward(end - y / height * (end - start)), "near": near})
+        moved += labels[-1:] if place - y > 14 else []
+    x, y = alt.X("bits:Q", **across), alt.Y("value:Q", **down)
+    layers = []
+    if dense:
+        line = alt.Chart(_data([{"value": dense[0], "label": "dense"}]))
+        layers.append(line.mark_rule(color=INK, strokeDash=[3, 3]).encode(y=y))
+        text = {"align": "right", "baseline": "top", "dx": -2, "dy": 3, "fontSize": 12, "color": MUTED}
+        layers.append(line.mark_text(**text).encode(y=y, x=alt.value(width), text="label:N"))
+    if moved:
+        line = alt.Chart(_data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
+        layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
+    layers.append(alt.Chart(_data(front)).mark_line(color=ACCENT, interpolate="step-after").encode(x=x, y=y))
+    others = [point for point in points if point not in front]
+    hollow = {"filled": True, "fill": PAPER, "stroke": MUTED, "strokeWidth": 1.5}
+    if others:
+        layers.append(alt.Chart(_data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y))
+    layers.append(alt.Chart(_data(front)).mark_point(size=70, opacity=1, filled=True, color=ACCENT).encode(x=x, y=y))
+    for side, align, dx in ((False, "left", 8), (True, "right", -8)):
+        if own := [label for label in labels if label["left"] is side]:
+            text = alt.Chart(_data(own)).mark_text(align=align, dx=dx, fontSize=12, color=INK)
+            layers.append(text.encode(x=x, y=alt.Y("label:Q", **down), text="recipe:N"))
+    chart = alt.layer(*layers).properties(width=width, height=height)
+    caption = (
+        "Perplexity against the bits that a weight takes: down and to the left is better. The line is the Pareto "
+        "front: no other recipe is both as small and as good as one of its filled dots."
+    )
+    if dense:
+        caption += " The dashed line is the dense model's perplexity."
+    told = _list([(p["recipe"], f"{number(p['value'])} at {p['bits']:.2f} bits") for p in points])
+    ends = ", ".join(point["recipe"] for point in front)
+    alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
+    return Figure(name, "Quality against bits per weight", _svg(chart, name, alternative), caption)
+
+
 def _loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     rows, means = [], []
     for recipe in model.compressed:
@@ -256,7 +359,8 @@ def _heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure |
     ]
     count = max(module.layer for module in modules) + 1
     axis = alt.Axis(values=_layer_ticks(count), labelAngle=0, ticks=False, domain=False)
-    legend = alt.Legend(title="relative loss", columns=3, symbolType="square", symbolStrokeWidth=0, symbolSize=110)
+    symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
+    legend = alt.Legend(title="relative loss", columns=3, columnPadding=8, **symbols)
     width = WIDTH + 45
     chart = (
         alt.Chart(_data(rows))
@@ -388,6 +492,7 @@ def _time(model: ModelResults, name: str) -> Figure | None:
 def figures(model: ModelResults, prefix: str) -> list[Figure]:
     """The figures of one model that its results allow, with names that begin with `prefix`."""
     drawn = [_perplexity(model, e, f"{prefix}-perplexity-{i}") for i, e in enumerate(model.evaluation_names())]
+    drawn.append(_pareto(model, f"{prefix}-pareto"))
     drawn.append(_loss_by_layer(model, f"{prefix}-layers"))
     armor = [recipe for recipe in model.compressed if recipe.pair.method == "armor"]
     drawn += [_heat_map(model, recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(armor)]

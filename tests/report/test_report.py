@@ -12,6 +12,7 @@ from armor.config import ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.report import build, print_table
+from armor.report.figures import _beside, figures
 from armor.report.page import missing, summarize
 from armor.report.results import COLUMNS, read_results
 from armor.report.tables import csv_text, duration, number, percent, plus_minus, size, summary_rows
@@ -199,11 +200,36 @@ def test_the_page_is_sound_and_every_figure_has_marks_and_words(results):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert all(reference in page.ids for reference in re.findall(r"url\(#([^)]+)\)", text))
-    assert len(page.figures) == 6 == text.count("<figcaption>")
+    assert len(page.figures) == 7 == text.count("<figcaption>")
     for figure, marks in zip(page.figures, page.marks, strict=True):
         assert figure["role"] == "img" and len(figure["aria-label"]) > 30
         assert marks > 10
     assert "nan" not in re.sub(r"[a-z]+nan|nan[a-z]+", "", text.lower())
+
+
+def test_the_pareto_figure_names_its_points_and_its_front(own):
+    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
+    assert "nowag 113.2 at 9.00 bits, armor 30.96 at 11.74 bits. On the Pareto front: nowag, armor." in figure.svg
+    assert {">nowag<", ">armor<", ">dense<", ">bits per weight<"} <= set(re.findall(">[^<>]+<", figure.svg))
+    # A recipe that is larger and worse than another is not on the front.
+    path = own / MODEL / "armor" / "evaluation" / "wikipedia.json"
+    write_json(path, read_json(path) | {"value": 120.0})
+    assert "On the Pareto front: nowag." in next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto").svg
+
+
+@pytest.mark.parametrize("gap", ["armor/checkpoint.json", "nowag/evaluation/wikipedia.json"])
+def test_a_pareto_figure_needs_two_compressed_recipes_that_are_measured(own, gap):
+    (own / MODEL / gap).unlink()
+    assert not any("pareto" in figure.name for figure in figures(model_of(own), "m0"))
+
+
+def test_labels_cover_neither_each_other_nor_a_point():
+    places = [(20.0, 100.0, "wanda"), (20.0, 104.0, "nowag"), (24.0, 96.0, "magnitude"), (250.0, 100.0, "armor")]
+    beside = _beside(places, 290)
+    assert [left for left, _ in beside] == [False, False, False, True]
+    heights = sorted(y for _, y in beside[:3])
+    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
+    assert beside[3][1] == 92
 
 
 def test_colours_follow_the_theme(results):
