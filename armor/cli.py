@@ -232,7 +232,7 @@ def report(
     results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path("results"),
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("results/report"),
 ) -> None:
-    """Tables and figures -> summary.csv, summary.json and index.html."""
+    """Tables and figures -> summary.csv, .md, .tex and .json, and index.html."""
     _prepare(1)
     from armor.report import build
 

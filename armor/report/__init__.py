@@ -1,4 +1,4 @@
-"""What all the results say, for a person: summary.csv, summary.json and one self-contained page."""
+"""What all the results say, for a person: the summary as CSV, JSON, Markdown and LaTeX, and one self-contained page."""
 
 from armor.report.page import build
 from armor.report.tables import print_table

@@ -27,6 +27,8 @@ from armor.report.tables import (
     csv_text,
     evaluation_table,
     html_table,
+    latex_text,
+    markdown_text,
     number,
     percent,
     plus_minus,
@@ -234,7 +236,7 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
 
 
 def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) -> dict:
-    """Write summary.csv, summary.json and index.html to the folder `output` from the JSON under `results`.
+    """Write summary.csv, .md, .tex and .json, and index.html to the folder `output` from the JSON under `results`.
 
     Returns {"rows": [...]}, what summary.json holds: a row per model and recipe with the keys COLUMNS, None for a gap.
     Raises ArmorError for a plan or a result that cannot be read, and where there is no result at all.
@@ -248,7 +250,8 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
         loader=jinja2.PackageLoader("armor.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("page.html.j2").render(title=settings.title, models=sections)
-    for name, text in (("summary.csv", csv_text(rows)), ("index.html", page)):
+    texts = {"summary.csv": csv_text, "summary.md": markdown_text, "summary.tex": latex_text}
+    for name, text in {"index.html": page, **{name: form(rows) for name, form in texts.items()}}.items():
         with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))

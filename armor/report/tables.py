@@ -1,4 +1,4 @@
-"""The summary in three forms: rows for CSV and JSON, plain text for a terminal, HTML for the page.
+"""The summary in five forms: rows for CSV and JSON, plain text for a terminal, Markdown, LaTeX, HTML for the page.
 
 A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
 readers the best value among the compressed recipes of a model stands out: lowest perplexity, KL, loss, size and time,
@@ -11,6 +11,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
+from collections.abc import Iterator
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -24,6 +26,8 @@ __all__ = [
     "duration",
     "evaluation_table",
     "html_table",
+    "latex_text",
+    "markdown_text",
     "number",
     "percent",
     "plus_minus",
@@ -154,33 +158,63 @@ def _cell(row: dict, column: str) -> str:
     }
     if column in shown:
         return shown[column](value)
+    if column not in COLUMNS:
+        return score(value, None)
     return GAP if value is None else str(value)
 
 
+def _with_error(row: dict, column: str) -> str:
+    """The cell of a table that has no columns of its own for standard errors."""
+    value, error = row[column], row.get(f"{column}_se")
+    shown = {
+        "perplexity": lambda: plus_minus(value, error),
+        "kl": lambda: plus_minus(value, error, 3),
+        "top1_agreement": lambda: percent(value, error),
+    }
+    if column in shown:
+        return shown[column]()
+    return _cell(row, column) if column in COLUMNS else score(value, error)
+
+
+def _tasks(rows: list[dict]) -> list[str]:
+    """The columns that are results of tasks."""
+    return [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
+
+
 def _best(rows: list[dict]) -> set[tuple[int, str]]:
-    """The (row, column) of every value that no compressed recipe of the same model beats, where there are rivals."""
+    """The (row, column) of every value that no compressed recipe of the same model beats, where there are rivals.
+
+    Of a task whose results are no shares it is not known which is better.
+    """
+    shares = [t for t in _tasks(rows) if all(0 <= row[t] <= 1 for row in rows if row[t] is not None)]
     best = set()
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [i for i, row in enumerate(rows) if row["model"] == model and row["method"] != "dense"]
-        for column in COMPARED:
+        for column in (*COMPARED, *shares):
             known = [i for i in own if rows[i][column] is not None]
             texts = {_cell(rows[i], column) for i in known}
             if len(texts) > 1:
-                first = (max if column in HIGHER_IS_BETTER else min)(known, key=lambda i: rows[i][column])
+                first = (max if column in (*HIGHER_IS_BETTER, *shares) else min)(known, key=lambda i: rows[i][column])
                 best |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
     return best
 
 
+def _pattern(rows: list[dict]) -> list[str]:
+    """The pattern, if all recipes have the same: then it need not have a column."""
+    patterns = {row["pattern"] for row in rows} - {None}
+    return list(patterns) if len(patterns) == 1 else []
+
+
+def _described(rows: list[dict]) -> list[str]:
+    """The columns that say more of a recipe than its name."""
+    named = all(row["method"] in row["recipe"] for row in rows)
+    return ["method"] * (not named) + ["pattern"] * (not _pattern(rows)) + ["block_size"]
+
+
 def print_table(rows: list[dict]) -> str:
     """The summary for a terminal, model by model, in under 110 columns; * marks the best compressed values."""
-    best = _best(rows)
-    skipped = ["model"]
-    if all(row["method"] in row["recipe"] for row in rows):
-        skipped.append("method")
-    patterns = {row["pattern"] for row in rows} - {None}
-    if len(patterns) == 1:
-        skipped.append("pattern")
-    columns = [c for c in HEADINGS if c not in skipped]
+    best, described, pattern = _best(rows), _described(rows), _pattern(rows)
+    columns = [c for c in HEADINGS if c not in ("model", "method", "pattern") or c in described]
     text_columns = ("recipe", "method", "pattern")
     # The asterisk's place belongs to the column, so that digits stand under digits.
     grid = [[HEADINGS[c] + " " * (c in COMPARED) for c in columns]]
@@ -196,10 +230,10 @@ def print_table(rows: list[dict]) -> str:
         lines.append(" ".join(aligned).rstrip())
     heading, *body = lines
     text, rule = [], "-" * max(map(len, lines))
-    tasks = [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
+    tasks = _tasks(rows)
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [line for line, row in zip(body, rows, strict=True) if row["model"] == model]
-        text += [", ".join([model, *(patterns if len(patterns) == 1 else [])]), heading, rule, *own, ""]
+        text += [", ".join([model, *pattern]), heading, rule, *own, ""]
         cells = {
             row["recipe"]: {task: score(row[task], row[f"{task}_se"]) for task in tasks}
             for row in rows
@@ -208,6 +242,54 @@ def print_table(rows: list[dict]) -> str:
         if tasks:
             text += [pd.DataFrame.from_dict(cells, orient="index").to_string(line_width=110), ""]
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
+
+
+def _frames(rows: list[dict]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Of each model what stands above its table, the texts by recipe and heading, and which of them are the best."""
+    best = _best(rows)
+    columns = [*_described(rows), *COMPARED, *_tasks(rows)]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["recipe"]: (i, row) for i, row in enumerate(rows) if row["model"] == model}
+        texts = {name: {HEADINGS.get(c, c): _with_error(row, c) for c in columns} for name, (_, row) in own.items()}
+        bold = {name: {HEADINGS.get(c, c): (i, c) in best for c in columns} for name, (i, _) in own.items()}
+        frames = [
+            pd.DataFrame.from_dict(cells, orient="index").rename_axis(columns="recipe") for cells in (texts, bold)
+        ]
+        yield ", ".join([model, *_pattern(rows)]), *frames
+
+
+def markdown_text(rows: list[dict]) -> str:
+    """The summary as Markdown, a table for each model, with standard errors, the best compressed values in bold."""
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+
+    parts = []
+    for title, texts, bold in _frames(rows):
+        texts = texts.map(escaped)
+        texts = texts.where(~bold, "**" + texts + "**").rename(index=escaped, columns=escaped)
+        alignment = ["left", *["right"] * len(texts.columns)]
+        table = texts.to_markdown(disable_numparse=True, colalign=alignment, headers=["recipe", *texts.columns])
+        parts.append(f"## {escaped(title)}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def latex_text(rows: list[dict]) -> str:
+    """The summary as LaTeX, a table for each model, with standard errors, the best compressed values in bold."""
+
+    def symbols(text: str) -> str:  # that every engine and font has
+        return text.replace("±", r"$\pm$").replace(GAP, "--")
+
+    parts = ["% \\usepackage{booktabs}\n"]
+    for title, texts, bold in _frames(rows):
+        styler = texts.style.format(symbols, escape="latex").format_index(escape="latex")
+        styler.format_index(escape="latex", axis="columns")
+        styles = bold.map(lambda best: "textbf:--rwrap;" if best else "")
+        styler.apply(lambda _, styles=styles: styles, axis=None)
+        form = {"hrules": True, "position": "htbp", "position_float": "centering"}
+        caption = title.replace("_", r"\_")
+        parts.append(styler.to_latex(column_format="l" + "r" * len(texts.columns), caption=caption, **form))
+    return "\n".join(parts)
 
 
 def _html(
@@ -224,17 +306,6 @@ def _html(
     return html[html.index("<table") :]  # before it stands an empty style sheet
 
 
-def _with_error(row: dict, column: str) -> str:
-    """The cell of a table that has no columns of its own for standard errors."""
-    value, error = row[column], row.get(f"{column}_se")
-    shown = {
-        "perplexity": lambda: plus_minus(value, error),
-        "kl": lambda: plus_minus(value, error, 3),
-        "top1_agreement": lambda: percent(value, error),
-    }
-    return shown[column]() if column in shown else _cell(row, column)
-
-
 def _sorted_by(row: dict, column: str) -> str:
     """The cell with what it sorts by, in HTML; a gap has nothing to sort by."""
     text = _with_error(row, column)
@@ -246,10 +317,11 @@ def html_table(rows: list[dict], name: str) -> str:
 
     What was measured stands first, for a phone shows no more than the first columns at once.
     """
-    columns = [*COMPARED, "method", "pattern", "block_size"]
+    columns = [*COMPARED, *dict.fromkeys([*_described(rows)[:-1], "pattern", "block_size"])]
     headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
     cells = {row["recipe"]: {headings[c]: _sorted_by(row, c) for c in columns} for row in rows}
-    return _html(cells, name, {(i, headings[c]) for i, c in _best(rows)}, "data sortable")
+    best = {(i, headings[c]) for i, c in _best(rows) if c in headings}
+    return _html(cells, name, best, "data sortable")
 
 
 def evaluation_table(model: ModelResults, name: str) -> str:
@@ -267,7 +339,7 @@ def task_table(model: ModelResults, name: str) -> str:
     """The results of all recipes on all tasks, with standard errors, as an HTML table."""
     none = (None, None)
     cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
-    return _html(cells, name)
+    return _html(cells, name, _best(summary_rows([model])))
 
 
 def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:

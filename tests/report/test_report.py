@@ -15,7 +15,17 @@ from armor.report import build, print_table
 from armor.report.figures import _beside, figures
 from armor.report.page import missing, summarize
 from armor.report.results import COLUMNS, read_results
-from armor.report.tables import csv_text, duration, number, percent, plus_minus, size, summary_rows
+from armor.report.tables import (
+    csv_text,
+    duration,
+    latex_text,
+    markdown_text,
+    number,
+    percent,
+    plus_minus,
+    size,
+    summary_rows,
+)
 from tests.report.sample import BITS, BYTES, FILES, PERPLEXITY, plan, write_results
 
 LAYERS = 3
@@ -149,7 +159,7 @@ def test_the_page_says_what_made_the_models(results):
 
 
 def test_the_same_json_gives_the_same_bytes(results):
-    names = ("index.html", "summary.csv", "summary.json")
+    names = ("index.html", "summary.csv", "summary.json", "summary.md", "summary.tex")
     first = [(results / "report" / name).read_bytes() for name in names]
     build(results, ReportSettings(**plan()), results / "again")
     assert [(results / "again" / name).read_bytes() for name in names] == first
@@ -258,9 +268,9 @@ def test_the_summary_says_what_each_cell_sorts_by_but_of_a_gap(results):
     for line, row in zip(body, rows, strict=True):
         gaps = len(re.findall(">–</td>", line))
         values = re.findall(r'<data value="([^"]+)">', line)
-        assert gaps + len(values) == line.count("<td") == 11
+        assert gaps + len(values) == line.count("<td") == 10
         assert values[0] == str(row["perplexity"])
-        assert gaps == sum(row[c] is None for c in COLUMNS if not c.endswith("_se"))
+        assert gaps == sum(row[c] is None for c in COLUMNS if c != "method" and not c.endswith("_se"))
 
 
 def test_the_summary_says_what_was_lost_and_saved(results):
@@ -322,6 +332,43 @@ def test_the_terminal_table_fits_and_marks_the_best(results):
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_markdown_has_a_row_per_recipe_with_errors_gaps_and_the_best_in_bold(results):
+    lines = (results / "report" / "summary.md").read_text().splitlines()
+    assert lines[0] == f"## {MODEL}, 2:4"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    headings = "recipe, block, perplexity, KL, same top, rel. loss, bits/weight, size, factorize, tokens/s"
+    assert cells[0] == headings.split(", ")
+    assert [row[0] for row in cells[2:]] == list(PERPLEXITY)
+    dense, armor = cells[2], cells[6]
+    assert dense[2] == "22.75 ± 2.05" and dense[1] == dense[3] == dense[4] == "–"
+    assert armor[1:5] == ["64", "**30.96 ± 2.79**", "**0.352 ± 0.009**", "**70.1 ± 0.4%**"]
+    assert [row[6] for row in cells[2:]] == ["16.00", "**9.00**", "**9.00**", "**9.00**", "11.74"]
+
+
+def test_latex_is_a_table_of_booktabs_that_says_the_same_as_markdown(results):
+    text = (results / "report" / "summary.tex").read_text()
+    assert all(text.count(rule) == 1 for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"))
+    lines = [line.removesuffix(r" \\") for line in text.splitlines() if line.endswith(r"\\")]
+    plain = [
+        re.sub(r"\\textbf\{([^}]*)\}", r"**\1**", line).replace(r"$\pm$", "±").replace("--", "–").replace(r"\%", "%")
+        for line in lines
+    ]
+    table = (results / "report" / "summary.md").read_text().splitlines()[2:]
+    expected = [[cell.strip() for cell in line.strip("|").split("|")] for line in (table[0], *table[2:])]
+    assert [[cell.strip() for cell in line.split(" & ")] for line in plain] == expected
+    assert text.isascii()
+
+
+def test_names_are_escaped_in_markdown_and_latex():
+    row = dict.fromkeys(COLUMNS) | {"model": "a_b", "recipe": "nowag_1", "method": "nowag", "pattern": "2:4"}
+    rows = [row | {"x_|y": 0.5, "x_|y_se": 0.01}, row | {"recipe": "other_1", "x_|y": 0.25, "x_|y_se": None}]
+    text = markdown_text(rows)
+    assert r"## a\_b, 2:4" in text and r"| nowag\_1 " in text and r" x\_\|y |" in text and " **50.0 ± 1.0%** |" in text
+    text = latex_text(rows)
+    assert r"\caption{a\_b, 2:4}" in text and r"nowag\_1 & NoWag-P & -- &" in text and r"x\_|y" in text
+    assert r"\textbf{50.0 $\pm$ 1.0\%} \\" in text and r"25.0\% \\" in text
+
+
 @pytest.mark.parametrize(
     "shown, expected",
     [
@@ -349,7 +396,7 @@ def test_numbers_are_written_for_people(shown, expected):
 
 def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
     tasks = {"reading": ["last_word", "continuation"], "more": ["last_word"]}
-    wanted = plan(["dense", "armor"], tasks=tasks)
+    wanted = plan(["dense", "armor", "nowag"], tasks=tasks)
     write_results(tmp_path, wanted, LAYERS)
     (tmp_path / MODEL / "armor" / "evaluation" / "more.json").unlink()
     rows = build(tmp_path, wanted, tmp_path / "report")["rows"]
@@ -358,7 +405,8 @@ def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
     assert [rows[0][name] for name in names] == [0.55, 0.55, 0.55]
     assert [rows[1][name] for name in names] == [pytest.approx(0.47525), pytest.approx(0.47525), None]
     assert (tmp_path / "report" / "summary.csv").read_text().splitlines()[2].endswith(",,")
-    assert "armor: tasks more" in page_of(tmp_path) and ">47.5 ± 5.0%</td>" in page_of(tmp_path)
+    assert "armor: tasks more" in page_of(tmp_path) and 'best" >47.5 ± 5.0%</td>' in page_of(tmp_path)
+    assert ">40.2 ± 5.0%</td>" in page_of(tmp_path) and 'best" >40.2' not in page_of(tmp_path)
     text = print_table(rows)
     assert re.search(r"^armor +47.5 ± 5.0% +47.5 ± 5.0% +–$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 110

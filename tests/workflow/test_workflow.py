@@ -44,7 +44,7 @@ def test_the_status_knows_every_job_of_the_workflow(run):
     assert set(found.states.values()) == {"done"} and found.details() == []
     outputs = {str(output.relative_to(run.folder)) for job in found.states for output in job.outputs}
     told = run.snakemake("--summary").stdout.splitlines()[1:]
-    assert outputs | {f"results/report/summary.{suffix}" for suffix in ("csv", "json")} == {
+    assert outputs | {f"results/report/summary.{suffix}" for suffix in ("csv", "json", "md", "tex")} == {
         line.split("\t")[0] for line in told
     }
 

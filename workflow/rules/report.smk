@@ -2,13 +2,15 @@
 
 
 rule report:
-    """Write summary.csv, summary.json and index.html."""
+    """The page, and its summary as CSV, JSON, Markdown and LaTeX."""
     input:
         all_records,
     output:
         "results/report/index.html",
         "results/report/summary.csv",
         "results/report/summary.json",
+        "results/report/summary.md",
+        "results/report/summary.tex",
     log:
         "results/logs/report.log",
     benchmark:
