@@ -228,15 +228,27 @@ def benchmark(
 
 @app.command()
 def report(
-    settings: Settings,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[A B]", help="Two runs' results to compare.")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="What to report on: inline YAML or JSON, or a file's path. Not to compare.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path("results"),
-    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("results/report"),
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write; unset: results/report, or comparison for two runs.")
+    ] = None,
 ) -> None:
-    """Tables and figures -> summary.csv, .md, .tex and .json, and index.html."""
+    """Tables and figures -> summary.csv, .md, .tex and .json, and index.html. Or two runs, A and B, side by side."""
+    if len(runs or ()) not in (0, 2) or bool(runs) == bool(settings):
+        raise typer.BadParameter("expected --settings, or the results folders of two runs to compare")
     _prepare(1)
-    from armor.report import build
+    if runs:
+        from armor.report import compare
 
-    build(results, parse_settings(config.ReportSettings, settings), output)
+        print(compare(*runs, output or Path("comparison")))
+    else:
+        from armor.report import build
+
+        build(results, parse_settings(config.ReportSettings, settings), output or Path("results/report"))
 
 
 @app.command()

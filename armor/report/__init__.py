@@ -1,6 +1,7 @@
 """What all the results say, for a person: the summary as CSV, JSON, Markdown and LaTeX, and one self-contained page."""
 
+from armor.report.compare import compare
 from armor.report.page import build
 from armor.report.tables import print_table
 
-__all__ = ["build", "print_table"]
+__all__ = ["build", "compare", "print_table"]

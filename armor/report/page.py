@@ -38,7 +38,13 @@ from armor.report.tables import (
     task_table,
 )
 
-__all__ = ["build", "missing", "summarize"]
+__all__ = ["build", "missing", "summarize", "write_page"]
+
+CAPTION = (
+    "The best compressed value is bold; – was not measured or does not apply. Rel. loss: mean over the compressed "
+    "linears, 0 is the dense weight, 1 no weight at all. Bits/weight: in the decoder's linears. Factorize: summed over "
+    "decoder layers. Tokens/s: greedy decoding, median."
+)
 
 
 def _named(recipe: RecipeResults) -> str:
@@ -227,12 +233,26 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         "name": model.name,
         "summary": summarize(model),
         "table": Markup(html_table([row for row in rows if row["model"] == model.name], f"{name}-summary")),
+        "caption": CAPTION,
         "notes": _block_sizes(model),
         "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
         "tables": [{"title": t, "table": Markup(table), "caption": c} for t, table, c in tables],
         "machines": _machines(model),
         "origins": _origins(model),
     }
+
+
+def write_page(title: str, sections: list[dict], file: Path) -> None:
+    """Write the page of `sections`, one for each model: id, name, summary (paragraphs), table, caption and notes.
+
+    Figures, further tables, machines and origins are there or not.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("armor.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("page.html.j2").render(title=title, models=sections)
+    with atomic_path(file) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) -> dict:
@@ -246,14 +266,11 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     models = read_results(results, settings)
     rows = summary_rows(models)
     sections = [_section(model, rows, f"m{index}") for index, model in enumerate(models)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("armor.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("page.html.j2").render(title=settings.title, models=sections)
     texts = {"summary.csv": csv_text, "summary.md": markdown_text, "summary.tex": latex_text}
-    for name, text in {"index.html": page, **{name: form(rows) for name, form in texts.items()}}.items():
+    for name, form in texts.items():
         with atomic_path(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(form(rows), encoding="utf-8")
+    write_page(settings.title, sections, output / "index.html")
     made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
     write_json(output / "summary.json", {"rows": rows, **made})
     log.info("%s: %d rows", output / "index.html", len(rows))

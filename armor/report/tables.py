@@ -20,8 +20,11 @@ from markupsafe import Markup, escape
 from armor.report.results import COLUMNS, STAGES, ModelResults
 
 __all__ = [
+    "GAP",
     "METHODS",
     "benchmark_table",
+    "bits_table",
+    "cells_table",
     "csv_text",
     "duration",
     "evaluation_table",
@@ -292,7 +295,7 @@ def latex_text(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def _html(
+def cells_table(
     cells: dict[str, dict[str, str]], name: str, bold: set[tuple[int, str]] = frozenset(), classes: str = "data"
 ) -> str:
     """Texts by recipe and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
@@ -321,7 +324,7 @@ def html_table(rows: list[dict], name: str) -> str:
     headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
     cells = {row["recipe"]: {headings[c]: _sorted_by(row, c) for c in columns} for row in rows}
     best = {(i, headings[c]) for i, c in _best(rows) if c in headings}
-    return _html(cells, name, best, "data sortable")
+    return cells_table(cells, name, best, "data sortable")
 
 
 def evaluation_table(model: ModelResults, name: str) -> str:
@@ -332,14 +335,14 @@ def evaluation_table(model: ModelResults, name: str) -> str:
             result = recipe.evaluations.get(evaluation, {})
             text = plus_minus(result.get("value"), result.get("standard_error"))
             cells.setdefault(recipe.name, {})[evaluation] = text
-    return _html(cells, name)
+    return cells_table(cells, name)
 
 
 def task_table(model: ModelResults, name: str) -> str:
     """The results of all recipes on all tasks, with standard errors, as an HTML table."""
     none = (None, None)
     cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
-    return _html(cells, name, _best(summary_rows([model])))
+    return cells_table(cells, name, _best(summary_rows([model])))
 
 
 def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
@@ -357,7 +360,7 @@ def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
             "Quartiles": f"{number(low, 3)} to {number(high, 3)}" if speed else GAP,
             "Dense in turn": number(whole and whole["median"], 3),
         }
-    return _html(cells, name)
+    return cells_table(cells, name)
 
 
 def bits_table(model: ModelResults, name: str) -> str:
@@ -367,7 +370,7 @@ def bits_table(model: ModelResults, name: str) -> str:
         bits = model.module_bits(recipe)
         larger = model.larger_than_dense(recipe)
         cells[recipe.name] = {linear: f"{bits[linear]:.2f}" + "!" * (linear in larger) for linear in bits}
-    return _html(cells, name)
+    return cells_table(cells, name)
 
 
 def stage_table(model: ModelResults, name: str) -> str:
@@ -383,4 +386,4 @@ def stage_table(model: ModelResults, name: str) -> str:
     for recipe in model.recipes:
         memory = recipe.peak_memory()
         cells[recipe.name] = {stage: cell(seconds, memory[stage]) for stage, seconds in recipe.seconds().items()}
-    return _html({row: {s.capitalize(): own.get(s, "") for s in STAGES} for row, own in cells.items()}, name)
+    return cells_table({row: {s.capitalize(): own.get(s, "") for s in STAGES} for row, own in cells.items()}, name)

@@ -29,7 +29,10 @@ SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
 BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
 BITS = {"magnitude": 9.0, "wanda": 9.0, "nowag": 9.0, "armor": 11.74}
 SPEED = {"dense": 14.2, "magnitude": 13.1, "wanda": 13.2, "nowag": 13.1, "armor": 9.4}
-FILES = {"model.safetensors": {"bytes": 269_060_552}, "tokenizer.json": {"bytes": 3_522_871}}
+FILES = {
+    "model.safetensors": {"bytes": 269_060_552, "sha256": "d" * 64},
+    "tokenizer.json": {"bytes": 3_522_871, "sha256": "e" * 64},
+}
 MACHINE = {
     "processor": "A processor",
     "cores": 2,
@@ -141,7 +144,8 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
                     "kl": {"value": KL[method], "standard_error": KL[method] / 40},
                     "top1": {"value": TOP1[method], "standard_error": 0.004},
                 },
-                "settings": {"text": {"files": ["text.txt"]}},
+                "settings": {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"},
+                "inputs": {"text": f"{number:064}"},
                 "machine": MACHINE,
             }
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)

@@ -1,0 +1,204 @@
+"""Two runs side by side: every model and recipe that both have, with the difference of perplexity and how sure it is.
+
+Two perplexities compare only if both models predicted the same tokens, which the fingerprint of an evaluation's blocks
+says: so another tokenizer, text, length or dtype is named in place of a difference, and where nothing compares the two
+runs are refused. On the same blocks the difference is much surer than either perplexity, for a block that is hard for
+one model is hard for the other. What each run holds is read from its own report's summary.json and the records.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import stdev
+
+import pandas as pd
+from markupsafe import Markup
+
+from armor.config import ReportSettings
+from armor.errors import ArmorError
+from armor.execution.files import atomic_path, read_json
+from armor.reading import parse_settings
+from armor.report.page import write_page
+from armor.report.results import read_results
+from armor.report.tables import GAP, cells_table, csv_text, number, plus_minus
+
+__all__ = ["compare", "comparison"]
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+BLOCKS = ("text", "sequences", "sequence_length")
+"""The settings of an evaluation that end in its blocks of tokens, and in nothing else."""
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One evaluation, with the bits per weight of the recipe and the hashes of the tokenizer's files."""
+
+    record: dict
+    bits: float | None
+    tokenizer: dict[str, str | None]
+
+
+def _measured(run: Path) -> dict[Key, _Measured]:
+    """All perplexities of a run, by model, recipe and evaluation."""
+    files = [results / "report" / "summary.json" for results in (run, run / "results")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ArmorError(f"{run}: holds no report/summary.json; expected the results folder of a run with its report")
+    settings = parse_settings(ReportSettings, read_json(file).get("settings"), str(file))
+    found = {}
+    for model in read_results(file.parents[1], settings):
+        for recipe in model.recipes:
+            files = (recipe.source or {}).get("files", {})
+            tokenizer = {name: files[name].get("sha256") for name in TOKENIZER if name in files}
+            for name, record in recipe.evaluations.items():
+                found[model.name, recipe.name, name] = _Measured(record, recipe.row()["bits_per_weight"], tokenizer)
+    return found
+
+
+def _obstacle(a: _Measured, b: _Measured) -> str | None:
+    """Why two evaluations do not compare, or None."""
+    blocks = [(m.record.get("inputs", {}).get("text"), m.record["blocks"], m.record["length"]) for m in (a, b)]
+    same = blocks[0] == blocks[1] and blocks[0][0] is not None
+    changed = [name for name in TOKENIZER if name in a.tokenizer and a.tokenizer[name] != b.tokenizer.get(name)]
+    if changed and not same:
+        return f"different tokenizers ({', '.join(changed)})"
+    own, other = a.record["settings"], b.record["settings"]
+    keys = [key for key in own | other if own.get(key) != other.get(key) and not (same and key in BLOCKS)]
+    told = [key if key == "text" else f"{key} {own.get(key)} and {other.get(key)}" for key in keys]
+    if told:
+        return f"different settings ({', '.join(told)})"
+    return None if same else "not known to be the same text and tokens"
+
+
+def _difference(a: dict, b: dict) -> tuple[float, float | None]:
+    """How much higher the perplexity of `b` is than that of `a`, and the standard error of that.
+
+    The perplexity is the exponential of the blocks' mean, so to first order the difference changes with block i by
+    b·bᵢ − a·aᵢ (the delta method), whose mean over the n blocks has the standard error stdev / √n.
+    """
+    pairs = zip(a["block_means"], b["block_means"], strict=True)
+    changes = [b["value"] * after - a["value"] * before for before, after in pairs]
+    error = stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+    return b["value"] - a["value"], error
+
+
+def comparison(a: Path, b: Path) -> tuple[list[dict], list[str]]:
+    """A row for each model, recipe and evaluation that both runs have, and a line for each that only one has.
+
+    `a` and `b` are results folders, or folders that hold one named results. A row's `difference` is B − A in
+    perplexity, None where `not_comparable` says why. Raises ArmorError for a folder without a report, for two runs with
+    nothing in common, and for two of which nothing compares.
+    """
+    sides = [_measured(run) for run in (a, b)]
+    rows = []
+    for key in (key for key in sides[0] if key in sides[1]):
+        pair = [side[key] for side in sides]
+        obstacle = _obstacle(*pair)
+        difference, error = (None, None) if obstacle else _difference(*(side.record for side in pair))
+        row = dict(zip(("model", "recipe", "evaluation"), key, strict=True))
+        for side, name in zip(pair, "ab", strict=True):
+            row[f"perplexity_{name}"], row[f"perplexity_{name}_se"] = (
+                side.record["value"],
+                side.record["standard_error"],
+            )
+        row |= {"difference": difference, "difference_se": error}
+        row |= {f"bits_per_weight_{name}": side.bits for side, name in zip(pair, "ab", strict=True)}
+        rows.append(row | {"not_comparable": obstacle})
+    lonely = [[_name(key) for key in own if key not in other] for own, other in (sides, sides[::-1])]
+    if not rows:
+        held = [", ".join(names) or "no perplexity" for names in lonely]
+        raise ArmorError(f"{a} and {b}: no model, recipe and evaluation in common; found {held[0]}, and {held[1]}")
+    if all(row["not_comparable"] for row in rows):
+        row = rows[0]
+        where = _name((row["model"], row["recipe"], row["evaluation"]))
+        raise ArmorError(f"{a} and {b}: not comparable: {where}: {row['not_comparable']}; expected the same tokens")
+    return rows, [f"Only in {side}: {', '.join(names)}." for side, names in zip("AB", lonely, strict=True) if names]
+
+
+def _name(key: Key) -> str:
+    return "{}/{} on {}".format(*key)
+
+
+def _signed(difference: float | None, error: float | None) -> str:
+    """A difference with its sign, to the second digit of its standard error."""
+    if difference is None:
+        return "not comparable"
+    if not difference:
+        return "0"
+    text = number(error, 2) if error else number(abs(difference), 3)
+    value = f"{difference:+,.{len(text.partition('.')[2])}f}".replace("-", "−")
+    return f"{value} ± {text}" if error else value
+
+
+def _labels(rows: list[dict]) -> list[str]:
+    """What the rows of one model are called: the recipe, and the evaluation where there are several."""
+    single = len({row["evaluation"] for row in rows}) == 1
+    return [row["recipe"] if single else f"{row['recipe']} on {row['evaluation']}" for row in rows]
+
+
+def _cells(rows: list[dict]) -> dict[str, dict[str, str]]:
+    """The texts of one model's table by row and column: first the difference, for a phone shows little more."""
+    cells = {}
+    for label, row in zip(_labels(rows), rows, strict=True):
+        own = {"B − A": _signed(row["difference"], row["difference_se"])}
+        for name in "ab":
+            value = plus_minus(row[f"perplexity_{name}"], row[f"perplexity_{name}_se"])
+            own[f"Perplexity {name.upper()}"] = value
+        for name in "ab":
+            bits = row[f"bits_per_weight_{name}"]
+            own[f"Bits/weight {name.upper()}"] = GAP if bits is None else f"{bits:.2f}"
+        cells[label] = own
+    return cells
+
+
+def _summary(rows: list[dict]) -> str:
+    """What the rows of a model come to, in words."""
+    better, worse = [], []
+    for label, row in zip(_labels(rows), rows, strict=True):
+        if row["difference_se"] and abs(row["difference"]) > 2 * row["difference_se"]:
+            (better if row["difference"] < 0 else worse).append(label)
+    parts = [f"B has the lower perplexity for {', '.join(better)}"] * bool(better)
+    parts += [f"{'A' if better else 'A has the lower perplexity'} for {', '.join(worse)}"] * bool(worse)
+    if not parts:
+        return "No perplexity of the two runs differs by more than two standard errors of the difference."
+    return f"By more than two standard errors of the difference, {', '.join(parts)}."
+
+
+def compare(a: Path, b: Path, output: Path) -> str:
+    """Write index.html and comparison.csv about the runs `a` and `b` to the folder `output`; the text for a terminal.
+
+    Raises ArmorError as `comparison` does, with nothing written.
+    """
+    rows, notes = comparison(a, b)
+    caption = (
+        f"A is {a}, B is {b}. ± is one standard error: of a perplexity, over its blocks; of a difference, over the "
+        "blocks' differences, which are the same blocks in both runs."
+    )
+    sections, text = [], [f"A is {a}", f"B is {b}", ""]
+    for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = [row for row in rows if row["model"] == model]
+        refused = [
+            f"{row['recipe']} on {row['evaluation']}: not comparable: {row['not_comparable']}."
+            for row in own
+            if row["not_comparable"]
+        ]
+        cells, words = _cells(own), _summary(own)
+        sections.append(
+            {
+                "id": f"m{index}",
+                "name": model,
+                "summary": [words],
+                "table": Markup(cells_table(cells, f"m{index}-comparison")),
+                "caption": caption,
+                "notes": [*refused, *notes],
+            }
+        )
+        frame = pd.DataFrame.from_dict(cells, orient="index")
+        text += [model, frame.to_string(line_width=120), words, *refused, ""]
+    write_page("ARMOR: two runs compared", sections, output / "index.html")
+    with atomic_path(output / "comparison.csv") as temporary:
+        temporary.write_text(csv_text(rows), encoding="utf-8")
+    return "\n".join([*text, *notes, f"The page: {output / 'index.html'}"])

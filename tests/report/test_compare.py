@@ -1,0 +1,168 @@
+"""Two runs compared: the difference is that of paired blocks, and what does not compare is refused or said to."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import subprocess
+import sys
+from statistics import fmean
+
+import pytest
+
+from armor.errors import ArmorError
+from armor.execution.files import read_json, write_json
+from armor.report import build, compare
+from armor.report.compare import comparison
+from tests.report.sample import plan, write_results
+
+MODEL = "smollm2-135m"
+RECIPES = ["dense", "nowag", "armor"]
+
+
+def change(run, recipe, **changes):
+    path = run / MODEL / recipe / "evaluation" / "wikipedia.json"
+    write_json(path, read_json(path) | changes)
+
+
+def note(run, plan):
+    """What a run's report leaves that a comparison reads."""
+    write_json(run / "report" / "summary.json", {"settings": plan})
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs; ARMOR of the second is better on every block, by about a tenth."""
+    found = []
+    for name in ("a", "b"):
+        run = write_results(tmp_path / name / "results", plan(RECIPES), 1)
+        if name == "b":
+            before = read_json(run / MODEL / "armor" / "evaluation" / "wikipedia.json")["block_means"]
+            means = [mean - 0.1 + 0.01 * (-1) ** k for k, mean in enumerate(before)]
+            change(run, "armor", block_means=means, value=math.exp(fmean(means)))
+        note(run, plan(RECIPES))
+        found.append(run)
+    return found
+
+
+def rows_of(runs):
+    return {row["recipe"]: row for row in comparison(*runs)[0]}
+
+
+def test_the_difference_is_b_minus_a_and_its_error_that_of_the_paired_blocks(runs):
+    row = rows_of(runs)["armor"]
+    assert row["difference"] == pytest.approx(row["perplexity_b"] - row["perplexity_a"])
+    a, b = (read_json(run / MODEL / "armor" / "evaluation" / "wikipedia.json")["block_means"] for run in runs)
+    # Against the jackknife: each block left out in turn.
+    without = [math.exp(fmean(b[:k] + b[k + 1 :])) - math.exp(fmean(a[:k] + a[k + 1 :])) for k in range(len(a))]
+    spread = sum((value - fmean(without)) ** 2 for value in without)
+    assert row["difference_se"] == pytest.approx(math.sqrt(spread * (len(a) - 1) / len(a)), rel=0.1)
+    assert row["difference_se"] < 0.2 * row["perplexity_a_se"]
+
+
+def test_equal_results_differ_by_nothing(runs):
+    row = rows_of(runs)["nowag"]
+    assert (row["difference"], row["difference_se"], row["not_comparable"]) == (0, 0, None)
+
+
+def test_the_page_the_csv_and_the_text_say_the_same(runs, tmp_path):
+    text = compare(*runs, tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    shown = re.search(r"−2\.[0-9]+ ± 0\.[0-9]+", text)[0]
+    assert f">{shown}</td>" in page and page.count("</td>") == 15
+    words = "By more than two standard errors of the difference, B has the lower perplexity for armor."
+    assert words in text and words in page
+    with open(tmp_path / "out" / "comparison.csv") as file:
+        table = {row["recipe"]: row for row in csv.DictReader(file)}
+    for recipe, row in rows_of(runs).items():
+        assert table[recipe] == {key: "" if value is None else str(value) for key, value in row.items()}
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    for name in ("one", "two"):
+        compare(*runs, tmp_path / name)
+    for file in ("index.html", "comparison.csv"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_the_same_tokens_compare_wherever_the_text_lay(runs):
+    before = rows_of(runs)["armor"]
+    settings = {"text": {"dataset": "wikipedia"}, "sequence_length": None, "dtype": "auto"}
+    change(runs[1], "armor", settings=settings)
+    assert rows_of(runs)["armor"] == before
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"inputs": {"text": "f" * 64}}, "not known to be the same text and tokens"),
+        ({"inputs": {}}, "not known to be the same text and tokens"),
+        (
+            {"inputs": {"text": "f" * 64}, "settings": {"text": {"files": ["c4"]}, "sequence_length": 512}},
+            "different settings (dtype auto and None, sequence_length 1024 and 512, text)",
+        ),
+        (
+            {"settings": {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "float32"}},
+            "different settings (dtype auto and float32)",
+        ),
+    ],
+    ids=["text", "unknown", "settings", "dtype"],
+)
+def test_other_evaluations_are_marked_and_have_no_difference(runs, tmp_path, changes, said):
+    change(runs[1], "armor", **changes)
+    row = rows_of(runs)["armor"]
+    assert (row["difference"], row["difference_se"], row["not_comparable"]) == (None, None, said)
+    line = f"armor on wikipedia: not comparable: {said}."
+    assert line in compare(*runs, tmp_path / "out") and line in (tmp_path / "out" / "index.html").read_text()
+    assert rows_of(runs)["nowag"]["difference"] == 0
+
+
+def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(runs, tmp_path):
+    source = runs[1] / MODEL / "source.json"
+    record = read_json(source)
+    record["files"]["tokenizer.json"]["sha256"] = "f" * 64
+    write_json(source, record)
+    for recipe in RECIPES:
+        change(runs[1], recipe, inputs={"text": "f" * 64})
+    with pytest.raises(ArmorError, match=r"not comparable: .*: different tokenizers \(tokenizer.json\)") as error:
+        compare(*runs, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_only_one_run_has_is_listed(runs):
+    (runs[1] / MODEL / "nowag" / "evaluation" / "wikipedia.json").unlink()
+    rows, notes = comparison(*runs)
+    assert [row["recipe"] for row in rows] == ["dense", "armor"]
+    assert notes == [f"Only in A: {MODEL}/nowag on wikipedia."]
+
+
+def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
+    other = write_results(tmp_path / "c", plan(["wanda"]), 1)
+    note(other, plan(["wanda"]))
+    with pytest.raises(ArmorError, match=f"in common; found .*, and {MODEL}/wanda on wikipedia"):
+        comparison(runs[0], other)
+
+
+def test_a_folder_without_a_report_is_one_error(runs, tmp_path):
+    with pytest.raises(ArmorError, match="holds no report/summary.json; expected the results folder of a run"):
+        comparison(runs[0], tmp_path)
+
+
+def armor(*arguments, folder):
+    command = [sys.executable, "-m", "armor.cli", "report", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_command_takes_the_folders_of_two_runs(runs, tmp_path):
+    for run in runs:
+        build(run, plan(RECIPES), run / "report")
+    done = armor("a", "b/results", folder=tmp_path)
+    assert done.returncode == 0 and "B − A" in done.stdout
+    assert (tmp_path / "comparison" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--settings", "{}"]], ids=" ".join)
+def test_the_command_takes_two_runs_or_settings(tmp_path, arguments):
+    done = armor(*arguments, folder=tmp_path)
+    assert done.returncode == 2 and "expected --settings, or the results folders of two runs" in done.stderr
