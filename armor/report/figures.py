@@ -89,6 +89,7 @@ def _svg(chart: alt.TopLevelMixin, name: str, alternative: str) -> str:
     for place, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))):
         svg = svg.replace(f'id="{found}"', f'id="{name}-{place}"').replace(f"url(#{found})", f"url(#{name}-{place})")
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d*\.\d{3,}(?![\de])", _hundredths, tag[0]), svg)
+    svg = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg)  # of single marks, unnamed: the whole is one image
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
     label = html.escape(alternative, quote=True)
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'

@@ -1,0 +1,159 @@
+"""The report in a real browser: nothing goes wrong or over a network, it sorts, it fits a phone, anyone can read it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
+
+from armor.report import build, compare
+from tests.report.sample import KL, PERPLEXITY, plan, write_results
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)"),
+    pytest.mark.xdist_group("browser"),
+]
+FIGURES = 8
+PHONE, DESK = 380, 1280
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
+    folder = tmp_path_factory.mktemp("browser")
+    wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
+    results = write_results(folder / "results", wanted, 6)
+    build(results, wanted, results / "report")
+    compare(results, results, folder / "comparison")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        # --no-sandbox: it refuses to run as root otherwise; the others: it would look up hosts by itself.
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, folder):
+    """Opens the report, or the comparison, offline; what went wrong and what was requested is noted on the page."""
+    contexts = []
+
+    def visit(width=DESK, theme="light", file="results/report/index.html", script=True):
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, java_script_enabled=script
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.wrong, page.requested = [], []
+        page.on("console", lambda message: message.type in ("error", "warning") and page.wrong.append(message.text))
+        page.on("pageerror", lambda error: page.wrong.append(str(error)))
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.goto((folder / file).as_uri())
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+def column(page, heading):
+    """The recipes and the texts of the main table's column `heading`, as they stand."""
+    headings = page.locator("table.sortable thead th").all_inner_texts()
+    place = [text.strip() for text in headings].index(heading)
+    rows = page.locator("table.sortable tbody tr").all()
+    return [(row.locator("th").inner_text(), row.locator("th, td").nth(place).inner_text()) for row in rows]
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+def test_nothing_goes_wrong_and_nothing_is_asked_of_a_network(visit, file):
+    page = visit(file=file)
+    page.wait_for_load_state("networkidle")
+    assert page.wrong == []
+    assert [url for url in page.requested if not url.startswith("data:")] == [page.url]
+
+
+def test_a_heading_sorts_upwards_then_downwards_then_back_with_gaps_last(visit):
+    page = visit()
+    heading = page.locator("table.sortable thead th", has_text="KL")
+    rising = sorted(KL, key=KL.get)
+    for state, expected in (
+        ("ascending", [*rising, "dense"]),
+        ("descending", [*rising[::-1], "dense"]),
+        (None, list(PERPLEXITY)),
+    ):
+        heading.get_by_role("button").click()
+        assert heading.get_attribute("aria-sort") == state
+        assert [recipe for recipe, _ in column(page, "KL")] == expected
+    assert dict(column(page, "KL"))["dense"] == "–"
+
+
+def test_the_keyboard_sorts_too_and_one_column_at_a_time(visit):
+    page = visit()
+    buttons = page.locator("table.sortable thead").get_by_role("button")
+    assert buttons.count() == page.locator("table.sortable thead th").count() == 11
+    page.locator(".scroll").first.focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert [recipe for recipe, _ in column(page, "Recipe")] == sorted(PERPLEXITY)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert [recipe for recipe, _ in column(page, "Perplexity")] == sorted(PERPLEXITY, key=PERPLEXITY.get)
+    assert page.locator("[aria-sort]").all_inner_texts() == ["Perplexity"]
+
+
+def test_numbers_sort_by_value_and_not_by_how_they_are_written(visit):
+    page = visit()
+    page.locator("table.sortable thead").get_by_role("button", name="Size").click()
+    assert [text for _, text in column(page, "Size")] == ["176 MB", "176 MB", "176 MB", "213 MB", "273 MB"]
+    page.locator("table.sortable thead").get_by_role("button", name="Factorize").click()
+    assert [text.split()[1] for _, text in column(page, "Factorize")[:4]] == ["s", "s", "s", "s"]
+    assert column(page, "Factorize")[3][0] == "armor" and column(page, "Factorize")[4][1] == "–"
+
+
+def test_without_javascript_the_table_is_a_table(visit):
+    page = visit(script=False)
+    assert page.get_by_role("button").count() == 0
+    assert dict(column(page, "Perplexity"))["armor"] == "30.96 ± 2.79"
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_every_figure_has_marks_and_a_text_alternative(visit, width):
+    page = visit(width)
+    charts = page.locator("figure svg")
+    assert charts.count() == FIGURES
+    for chart in charts.all():
+        box = chart.bounding_box()
+        assert box["width"] > 250 and box["height"] > 80
+        assert len(chart.get_attribute("aria-label")) > 30
+        marks = chart.locator("[class*=mark-symbol], [class*=mark-line], [class*=mark-rect]").locator("path")
+        drawn = [mark.bounding_box() for mark in marks.all()]
+        assert any(mark["width"] > 3 and mark["height"] > 1 for mark in drawn if mark)
+    named = page.get_by_role("img").evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
+    assert len(set(named)) == FIGURES
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+def test_a_phone_need_not_scroll_sideways_but_within_a_table(visit, file):
+    page = visit(PHONE, file=file)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    table = page.locator(".scroll").first
+    assert table.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === 'auto'")
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_axe_finds_nothing_serious(visit, folder, width, theme, file):
+    page = visit(width, theme, file)
+    page.screenshot(path=folder / f"{file.partition('/')[0]}-{width}-{theme}.png", full_page=True)
+    found = Axe().run(page).response["violations"]
+    grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
+    assert [(violation["id"], violation["nodes"][0]["html"]) for violation in grave] == []
