@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from armor.core.checkpoint import CHECKSUMS, FORMAT_VERSION, tensor_sha256
+from armor.core.checkpoint import CHECKSUMS, sealed, tensor_sha256
 from armor.errors import ArmorError
 from armor.execution.files import save_safetensors, sha256, write_json
 from armor.execution.log import progress
@@ -123,7 +123,7 @@ def copy_others(source: Path, folder: Path) -> None:
 def seal(folder: Path, sums: Mapping[str, str]) -> dict[str, dict]:
     """Write checksums.json over the files there and the tensors' hashes; returns size and hash of all files."""
     files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
-    write_json(folder / CHECKSUMS, {"format_version": FORMAT_VERSION, "files": files, "tensors": dict(sums)})
+    write_json(folder / CHECKSUMS, sealed(files, sums))
     return files | {CHECKSUMS: _describe(folder / CHECKSUMS)}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +45,7 @@ __all__ = [
     "quantization_config",
     "read_checksums",
     "read_packed",
+    "sealed",
     "start_hashing",
     "tensor_sha256",
     "tombstone",
@@ -332,13 +334,24 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
 
 
+def sealed(files: Mapping[str, Mapping], tensors: Mapping[str, str]) -> dict:
+    """The content of checksums.json from sizes and hashes of files and hashes of tensors; its last entry is its own."""
+    sums = {"format_version": FORMAT_VERSION, "files": dict(files), "tensors": dict(tensors)}
+    return sums | {"sha256": _own_sha256(sums)}
+
+
+def _own_sha256(sums: Mapping) -> str:
+    text = json.dumps({key: sums[key] for key in sums if key != "sha256"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_checksums(shards: Shards) -> dict | None:
     """The content of checksums.json, None if there is none. Raises ArmorError if it cannot be of this checkpoint."""
     path = shards.folder / CHECKSUMS
     if not path.is_file():  # transformers' save_pretrained writes none
         return None
     sums = read_json(path)
-    _keys(sums, ("format_version", "files", "tensors"), str(path))
+    _keys(sums, ("format_version", "files", "tensors", "sha256"), str(path))
     if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
         raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {FORMAT_VERSION}; {REMEDY}")
     for key in ("files", "tensors"):
@@ -352,6 +365,8 @@ def read_checksums(shards: Shards) -> dict | None:
     if wrong := sorted(set(shards.names()) ^ set(sums["tensors"])):
         there = f"in {shards.file_of(wrong[0])}, but not listed" if wrong[0] in shards else "listed, but in no shard"
         raise ArmorError(f"{path}: tensors: {wrong[0]}: {there}; {REMEDY}")
+    if (own := _own_sha256(sums)) != sums["sha256"]:
+        raise ArmorError(f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY}")
     return sums
 
 
