@@ -37,6 +37,7 @@ __all__ = [
     "ReportSettings",
     "SolverSettings",
     "TextSettings",
+    "as_list",
     "check_patterns",
     "json_schema",
     "nearest",
@@ -91,10 +92,10 @@ class ModelSettings(Settings):
     """A folder with config.json, safetensors and the tokenizer."""
     gguf: LocalPath | None = None
     """A GGUF file; its weights are dequantized once."""
-    package: str | None = None
-    """A package on the Python index that carries the model, as name==version."""
-    file: str | None = None
-    """The model within the package: a GGUF file or a folder."""
+    package: str | list[str] | None = None
+    """A package on the Python index that carries the model, as name==version; several for a GGUF file in parts."""
+    file: str | list[str] | None = None
+    """The model within the package: a GGUF file or a folder; of several packages, the part in each, in order."""
     dtype: Dtype = "auto"
     """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""
 
@@ -144,10 +145,16 @@ class TextSettings(Settings):
 
 
 def _check_package(settings: Any) -> None:
-    if (settings.package is None) != (settings.file is None):
+    packages, files = as_list(settings.package), as_list(settings.file)
+    if len(packages) != len(files):
         raise ValueError("package and file go together: the package's name==version, and the file within it")
-    if settings.package is not None and "==" not in settings.package:
-        raise ValueError(f"package {settings.package}: expected name==version, so that every run reads the same bytes")
+    if wrong := [package for package in packages if "==" not in package]:
+        raise ValueError(f"package {wrong[0]}: expected name==version, so that every run reads the same bytes")
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """What may stand alone or in a list, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class CalibrationSettings(Settings):

