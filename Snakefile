@@ -34,4 +34,4 @@ rule all:
         all_records,
         all_factors,
     message:
-        "all that the configuration asks for is there"
+        "all results"

@@ -92,9 +92,9 @@ class ModelSettings(Settings):
     """A folder with config.json, safetensors and the tokenizer."""
     gguf: LocalPath | None = None
     """A GGUF file; its weights are dequantized once."""
-    package: str | list[str] | None = None
+    package: str | Annotated[list[str], Field(min_length=1)] | None = None
     """A package on the Python index that carries the model, as name==version; several for a GGUF file in parts."""
-    file: str | list[str] | None = None
+    file: str | Annotated[list[str], Field(min_length=1)] | None = None
     """The model within the package: a GGUF file or a folder; of several packages, the part in each, in order."""
     dtype: Dtype = "auto"
     """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""

@@ -366,7 +366,10 @@ def read_checksums(shards: Shards) -> dict | None:
         there = f"in {shards.file_of(wrong[0])}, but not listed" if wrong[0] in shards else "listed, but in no shard"
         raise ArmorError(f"{path}: tensors: {wrong[0]}: {there}; {REMEDY}")
     if (own := _own_sha256(sums)) != sums["sha256"]:
-        raise ArmorError(f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY}")
+        raise ArmorError(
+            f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY} (after an edit on "
+            "purpose, delete it)"
+        )
     return sums
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
@@ -34,7 +34,7 @@ from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, identity, resumable
 from armor.model.shards import Shards
-from armor.runtime.load import context_length, load_model, load_tokenizer
+from armor.runtime.load import context_length, load_model, load_tokenizer, read_config
 from armor.text import token_blocks
 
 __all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
@@ -82,18 +82,21 @@ def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
     """The memory that the models in `folders` take at their peak, in `dtype`, with one block of `length` tokens.
 
     From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
-    layer's own tensors are gone when the logits come, and smaller.
+    layer's own tensors are gone when the logits come. As transformers does, "auto" means the dtype of config.json, and
+    that of the weights only where it has none.
     """
     total = 0
     for folder in folders:
-        shards = Shards(folder)
-        own = getattr(torch, shards.main_dtype() if dtype == "auto" else dtype)
+        shards, config = Shards(folder), read_config(folder)
+        text = config.get_text_config()
+        own = config.dtype or text.dtype or shards.main_dtype() if dtype == "auto" else dtype
+        own = getattr(torch, own) if isinstance(own, str) else own
         for name in shards.names():
+            if name == "lm_head.weight" and text.tie_word_embeddings:
+                continue
             stored = getattr(torch, shards.dtype(name))
-            kept = stored if dtype == "auto" or not stored.is_floating_point else own
-            total += math.prod(shards.shape(name)) * kept.itemsize
-        vocabulary = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-        total += vocabulary * (length * own.itemsize + TOKENS_AT_A_TIME * 3 * 4)
+            total += math.prod(shards.shape(name)) * (own if stored.is_floating_point else stored).itemsize
+        total += text.vocab_size * (length * own.itemsize + TOKENS_AT_A_TIME * 3 * 4)
     return total
 
 
@@ -210,7 +213,7 @@ def _summary(block_means: Tensor) -> dict:
 def _check_same_tokens(folder: Path, dense: Path) -> None:
     """Raise ArmorError unless both models predict the same tokens: else their predictions do not compare."""
     own, other = (load_tokenizer(path).get_vocab() for path in (folder, dense))
-    sizes = [AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (folder, dense)]
+    sizes = [read_config(path).get_text_config().vocab_size for path in (folder, dense)]
     if own != other or sizes[0] != sizes[1]:
         raise ArmorError(
             f"{folder}: its vocabulary ({len(own)} tokens, {sizes[0]} logits) is not that of the dense model {dense} "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,12 @@ def fetch(settings: ModelSettings, output: Path | str) -> dict:
         origins = [Path(settings.gguf)] if settings.gguf else [package_file(*pair) for pair in pairs]
         with _making(made, output) as part:
             if len(origins) > 1:
-                origins = [_join(origins, part / "joined.gguf")]
-            if origins[0].is_dir():
+                with tempfile.TemporaryDirectory(dir=part) as place:
+                    _convert_gguf(_join(origins, Path(place)), part, settings.dtype)
+            elif origins[0].is_dir():
                 shutil.copytree(origins[0], part, dirs_exist_ok=True)
             else:
                 _convert_gguf(origins[0], part, settings.dtype)
-            (part / "joined.gguf").unlink(missing_ok=True)
             _check(part)
         folder, shards = made, Shards(made)
     files = _describe(folder)
@@ -114,8 +115,9 @@ def open_source(path: Path | str) -> Source:
     return source
 
 
-def _join(parts: list[Path], whole: Path) -> Path:
-    """The files of `parts` one after the other."""
+def _join(parts: list[Path], folder: Path) -> Path:
+    """The files of `parts` one after the other in one file, named like the first, in `folder`."""
+    whole = folder / parts[0].name
     with open(whole, "wb") as joined:
         for part in parts:
             with open(part, "rb") as opened:

@@ -47,12 +47,15 @@ def _measured(run: Path) -> dict[Key, _Measured]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ArmorError(f"{run}: holds no report/summary.json; expected the results folder of a run with its report")
-    settings = parse_settings(ReportSettings, read_json(file).get("settings"), str(file))
+    settings = read_json(file).get("settings")
+    if settings is None:
+        raise ArmorError(f"{file}: does not say what was reported on: an older release; run the report again")
+    settings = parse_settings(ReportSettings, settings, str(file))
     found = {}
     for model in read_results(file.parents[1], settings):
         for recipe in model.recipes:
-            files = (recipe.source or {}).get("files", {})
-            tokenizer = {name: files[name].get("sha256") for name in TOKENIZER if name in files}
+            own = (recipe.source or {}).get("files", {})
+            tokenizer = {name: own[name].get("sha256") for name in TOKENIZER if name in own}
             for name, record in recipe.evaluations.items():
                 found[model.name, recipe.name, name] = _Measured(record, recipe.row()["bits_per_weight"], tokenizer)
     return found
@@ -160,6 +163,8 @@ def _summary(rows: list[dict]) -> str:
     for label, row in zip(_labels(rows), rows, strict=True):
         if row["difference_se"] and abs(row["difference"]) > 2 * row["difference_se"]:
             (better if row["difference"] < 0 else worse).append(label)
+    if all(row["difference_se"] is None for row in rows):
+        return "How sure a difference is cannot be said: that takes the same blocks in both runs, two or more."
     parts = [f"B has the lower perplexity for {', '.join(better)}"] * bool(better)
     parts += [f"{'A' if better else 'A has the lower perplexity'} for {', '.join(worse)}"] * bool(worse)
     if not parts:
@@ -193,7 +198,7 @@ def compare(a: Path, b: Path, output: Path) -> str:
                 "summary": [words],
                 "table": Markup(cells_table(cells, f"m{index}-comparison")),
                 "caption": caption,
-                "notes": [*refused, *notes],
+                "notes": [*refused, *(notes if index == 0 else [])],
             }
         )
         frame = pd.DataFrame.from_dict(cells, orient="index")

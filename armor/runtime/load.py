@@ -23,7 +23,7 @@ from transformers import (
 import armor.hf  # noqa: F401  teaches transformers the ARMOR format
 from armor.errors import ArmorError
 
-__all__ = ["check_names", "context_length", "load_model", "load_tokenizer"]
+__all__ = ["check_names", "context_length", "load_model", "load_tokenizer", "read_config"]
 
 
 def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -48,7 +48,7 @@ def check_names(folder: Path | str) -> None:
     transformers cannot make a model of, and for a tensor that is missing, of another shape, or one too many.
     """
     folder = _checked(folder)
-    names = _config(folder).architectures or ["no class"]
+    names = read_config(folder).architectures or ["no class"]
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ArmorError(f"{folder / 'config.json'}: architectures: transformers has no {names[0]}; was it edited?")
@@ -84,10 +84,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 def context_length(folder: Path | str) -> int | None:
     """The number of tokens that the model in `folder` was made for, None if its config does not say."""
-    return getattr(_config(folder).get_text_config(), "max_position_embeddings", None)
+    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
-def _config(folder: Path | str) -> PreTrainedConfig:
+def read_config(folder: Path | str) -> PreTrainedConfig:
+    """The configuration of the model in a Hugging Face folder. Raises ArmorError if transformers cannot read it."""
     try:
         return AutoConfig.from_pretrained(_checked(folder), local_files_only=True)
     except Exception as error:  # as above

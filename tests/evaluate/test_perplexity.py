@@ -233,6 +233,19 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, cou
     assert peak_bytes([large] * count, dtype, 512) == pytest.approx(int(measured.split()[-1]), rel=0.2)
 
 
+def test_the_estimate_follows_the_dtype_of_the_config(tmp_path):
+    """As transformers does for "auto", whatever the weights are stored in; a tied head that is stored counts once."""
+    folder = tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    own = peak_bytes([folder], "auto", 48)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    assert peak_bytes([folder], "auto", 48) == own
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert peak_bytes([folder], "auto", 48) == peak_bytes([folder], "bfloat16", 48) < own
+
+
 def test_a_device_too_small_is_refused_before_anything_is_loaded(tmp_path, text, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     needed = peak_bytes([folder], "auto", 48)

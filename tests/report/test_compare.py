@@ -66,6 +66,14 @@ def test_equal_results_differ_by_nothing(runs):
     assert (row["difference"], row["difference_se"], row["not_comparable"]) == (0, 0, None)
 
 
+def test_of_one_block_nothing_is_said_of_how_sure_it_is(runs, tmp_path):
+    for run in runs:
+        for recipe in RECIPES:
+            change(run, recipe, block_means=[3.0], blocks=1, value=math.exp(3), standard_error=None)
+    text = compare(*runs, tmp_path / "out")
+    assert "How sure a difference is cannot be said" in text and "No perplexity" not in text
+
+
 def test_the_page_the_csv_and_the_text_say_the_same(runs, tmp_path):
     text = compare(*runs, tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()

@@ -56,8 +56,11 @@ def test_snakemake_announces_a_job_by_the_name_that_the_status_gives_it(run):
     assert done.returncode == 0, done.stderr
     said = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE)
     named = {str(job) for job in read_status(run.folder / "results").states if job.stage in behind}
-    assert sorted(said) == sorted([*named, "all that the configuration asks for is there"])
+    assert sorted(said) == sorted([*named, "all results"])
     assert not re.search(r"^ *(input|output|resources|reason|Reason):", done.stdout + done.stderr, re.MULTILINE)
+    done = run.snakemake("--dry-run", "--forcerun", "fetch", "inspect")
+    said = re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE)
+    assert {"fetch tiny", "inspect tiny"} <= set(said)
 
 
 def test_a_dry_run_answers_quickly(run):

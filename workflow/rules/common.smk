@@ -93,9 +93,9 @@ def factors_of(model, recipe, suffix):
 
 
 def again_if_interrupted(files):
-    """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint (here: nearly all), and
-    so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run them
-    again."""
+    """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint (here: nearly all),
+    and so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run
+    them again."""
     workflow.dag.forcefiles.update(workflow.persistence._filter_incomplete_keys(files))
 
 
