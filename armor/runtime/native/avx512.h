@@ -147,6 +147,32 @@ static inline void spread_pairs(int32_t *to, vec packed, const uint8_t *mask) {
     _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16((__mmask32)word, index, values));
     _mm512_storeu_si512(to + 16, _mm512_maskz_permutexvar_epi16((__mmask32)(word >> 32), high, values));
 }
+/* The six pairs of a group's four columns, from the units of columns 0 and 1 and of columns 2 and 3. */
+static inline void store_pairs(int32_t *to, vec low, vec high) {
+    __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+    const __m512i upper = _mm512_set1_epi32((int32_t)0xffff0000);
+    _mm512_store_si512(to, a);
+    _mm512_store_si512(to + 16, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_slli_epi32(b, 16)));
+    _mm512_store_si512(to + 32, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_slli_epi32(b, 16)));
+    _mm512_store_si512(to + 48, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_and_si512(upper, b)));
+    _mm512_store_si512(to + 64, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(upper, b)));
+    _mm512_store_si512(to + 80, b);
+}
+/* For each of `n` <= 64 groups of a 2:4 mask, where among its pairs the kept one stands, in 32-bit words. */
+static inline void pair_places(uint16_t *to, const uint8_t *mask, int64_t n) {
+    const __m512i table = /* 16 times the place of the pair for bits 0 .. 15; 0 for those that no 2:4 mask has */
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 16, 32, 0, 0, 48, 64, 0, 80, 0, 0, 0));
+    __m256i bytes = _mm256_maskz_loadu_epi8((__mmask32)_bzhi_u64(0xffffffff, (uint64_t)(n + 1) / 2), mask);
+    __m512i bits = _mm512_cvtepu8_epi16(bytes);
+    bits = _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi16(0x0f)),
+                           _mm512_and_si512(_mm512_slli_epi16(bits, 4), _mm512_set1_epi16(0x0f00)));
+    __m512i places = _mm512_shuffle_epi8(table, bits);
+    _mm512_store_si512(to, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(places)));
+    _mm512_store_si512(to + 32, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(places, 1)));
+}
+static inline vec broadcast_lane(vec v, int64_t lane) {
+    return _mm512_permutexvar_ps(_mm512_set1_epi32((int32_t)lane), v);
+}
 static inline vec load_floats(const weight *p, int64_t n) { return load_bf16(p, n); }
 static inline void store_floats(weight *p, vec v, int64_t n) { store_bf16(p, v, n); }
 static inline void store_elements(element *p, vec v, int64_t n) { store_bf16(p, v, n); }

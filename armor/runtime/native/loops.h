@@ -20,7 +20,8 @@
  *   store_weights(weight *, vec units, n)                    n <= STEP
  *   transpose(vec[LANES])              of 32-bit words
  *
- * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather and spread_pairs.
+ * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, spread_pairs, store_pairs,
+ * pair_places and broadcast_lane.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
@@ -405,6 +406,67 @@ static void packed_panels(const struct layer *layer, int64_t first, int64_t rows
     }
 }
 
+#ifdef GATHER
+/* Rows of a 2:4 core that are multiplied at once, groups of columns whose pairs lie in the L1 cache meanwhile. */
+enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
+
+/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of `rows` packed rows times the pairs of one panel. The values are
+ * those from `group` on; the same number of the next rows and columns is fetched meanwhile. */
+static inline void multiply_pairs(const struct layer *layer, int64_t first, int64_t rows, int64_t group, int64_t n,
+                                  const int32_t *pairs, float *sums, int64_t ahead) {
+    _Alignas(64) uint16_t places[PAIR_ROWS][PAIR_GROUPS];
+    const weight *values[PAIR_ROWS];
+    vec even[PAIR_ROWS], odd[PAIR_ROWS];
+    for (int64_t i = 0; i < PAIR_ROWS; i++) {
+        int64_t row = first + least(i, rows - 1); /* beyond the last row: it again, and not stored */
+        values[i] = (const weight *)layer->values + row * layer->kept + group * 2;
+        pair_places(places[i], layer->mask + row * layer->mask_stride + group / 2, n);
+        even[i] = group ? load_vec(sums + least(i, rows - 1) * LANES) : zero();
+        odd[i] = zero();
+        for (int64_t line = 0; line < PAIR_GROUPS * 4; line += 64)
+            __builtin_prefetch((const char *)values[i] + ahead + line, 0, L2);
+        __builtin_prefetch(layer->mask + row * layer->mask_stride + group / 2 + ahead / 8, 0, L2);
+    }
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        vec w[PAIR_ROWS];
+        for (int i = 0; i < PAIR_ROWS; i++) w[i] = load(values[i] + k * 2, STEP);
+#pragma GCC unroll 8
+        for (int l = 0; l < LANES; l += 2) {
+            const int32_t *at = pairs + (k + l) * PAIR_WORDS;
+#pragma GCC unroll 4
+            for (int i = 0; i < PAIR_ROWS; i++) {
+                even[i] = multiply_add(even[i], broadcast_lane(w[i], l), load_vec(at + places[i][k + l]));
+                odd[i] = multiply_add(odd[i], broadcast_lane(w[i], l + 1),
+                                      load_vec(at + PAIR_WORDS + places[i][k + l + 1]));
+            }
+        }
+    }
+    for (; k < n; k++)
+        for (int i = 0; i < PAIR_ROWS; i++)
+            even[i] = multiply_add(even[i], broadcast(values[i] + k * 2),
+                                   load_vec(pairs + k * PAIR_WORDS + places[i][k]));
+    for (int64_t i = 0; i < least(PAIR_ROWS, rows); i++) store_vec(sums + i * LANES, add(even[i], odd[i]));
+}
+
+/* As packed_panels, for one panel and a 2:4 core, which stays packed: of every group of columns the six pairs lie ready,
+ * and each pair of values meets the one that its mask asks for. Half of the multiply-adds. */
+static void packed_pairs(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
+    _Alignas(64) int32_t pairs[PAIR_GROUPS * PAIR_WORDS];
+    const int32_t *u = layer->u;
+    int64_t groups = layer->in / 4, row_bytes = layer->kept * (int64_t)sizeof(weight);
+    for (int64_t g = 0; g < groups; g += PAIR_GROUPS) {
+        int64_t n = least(PAIR_GROUPS, groups - g), step = n * 4;
+        for (int64_t k = 0; k < n; k++)
+            store_pairs(pairs + k * PAIR_WORDS, load_vec(u + (g + k) * 2 * LANES),
+                        load_vec(u + (g + k) * 2 * LANES + LANES));
+        if (g + n == groups) step += (rows - 1) * row_bytes; /* the same rows of the next task */
+        for (int64_t i = 0; i < rows; i += PAIR_ROWS)
+            multiply_pairs(layer, first + i, rows - i, g, n, pairs, sums + i * LANES, step);
+    }
+}
+#endif
+
 /* `rows` rows of sums become units of panels, from unit `unit` on. */
 static void emit_panels(const struct layer *layer, const float *sums, int64_t rows, int32_t *panel,
                         int64_t panel_stride) {
@@ -450,7 +512,12 @@ static void NAME(core_panel)(struct layer *layer, int64_t task) {
     struct span span = span_of(&layer->core_cut, task);
     int64_t d = layer->core_cut.size, units = units_of(d);
     int64_t first = span.block * d + span.row, rows = span.rows * span.blocks;
-    packed_panels(layer, first, rows, sums);
+#ifdef GATHER
+    if (layer->two_of_four && layer->panel_count == 1)
+        packed_pairs(layer, first, rows, sums);
+    else
+#endif
+        packed_panels(layer, first, rows, sums);
     if (!layer->left) {
         emit_transposed(layer, sums, rows, first);
         return;
