@@ -410,8 +410,8 @@ static void packed_panels(const struct layer *layer, int64_t first, int64_t rows
 /* Rows of a 2:4 core that are multiplied at once, groups of columns whose pairs lie in the L1 cache meanwhile. */
 enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
 
-/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of `rows` packed rows times the pairs of one panel. The values are
- * those from `group` on; the same number of the next rows and columns is fetched meanwhile. */
+/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of packed rows, from `group` on, times the pairs of one panel.
+ * The values that stand `ahead` bytes further are fetched meanwhile. */
 static inline void multiply_pairs(const struct layer *layer, int64_t first, int64_t rows, int64_t group, int64_t n,
                                   const int32_t *pairs, float *sums, int64_t ahead) {
     _Alignas(64) uint16_t places[PAIR_ROWS][PAIR_GROUPS];
@@ -449,8 +449,8 @@ static inline void multiply_pairs(const struct layer *layer, int64_t first, int6
     for (int64_t i = 0; i < least(PAIR_ROWS, rows); i++) store_vec(sums + i * LANES, add(even[i], odd[i]));
 }
 
-/* As packed_panels, for one panel and a 2:4 core, which stays packed: of every group of columns the six pairs lie ready,
- * and each pair of values meets the one that its mask asks for. Half of the multiply-adds. */
+/* As packed_panels, for one panel and a 2:4 core, which stays packed: of every group of columns the six pairs lie
+ * ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. */
 static void packed_pairs(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t pairs[PAIR_GROUPS * PAIR_WORDS];
     const int32_t *u = layer->u;
