@@ -1,46 +1,43 @@
-"""The figures: Vega-Lite charts by altair, drawn to SVG by vl-convert, to stand in the page itself.
+"""The figures: which charts the report shows, and what their captions say.
 
-Each is as wide as a phone, so that its text stays readable there, and grows on a larger screen. Colours are CSS
-variables of the page with a light theme's value to fall back on: the same SVG serves light, dark and print, and stands
-alone as a file too. Each SVG is one image to a screen reader, with a sentence in place of its marks; the numbers
-themselves are in the tables. Charts get exactly the values that exist: a gap in the results is a gap in the figure.
+Charts get exactly the values that exist: a gap in the results is a gap in the figure. The numbers themselves are in the
+tables. How a chart looks is said in charts.py.
 """
 
 from __future__ import annotations
 
 import bisect
-import html
 import math
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean, quantiles
 
 import altair as alt
-import vl_convert
 
+from armor.report.charts import (
+    ACCENT,
+    DASHES,
+    HEAT,
+    INK,
+    MUTED,
+    PAPER,
+    ROW,
+    SERIES,
+    STAGE_COLORS,
+    WIDTH,
+    beside,
+    columns_of,
+    data,
+    layer_ticks,
+    log_axis,
+    names_axis,
+    palette,
+    round_numbers,
+    svg_of,
+)
 from armor.report.results import STAGES, ModelResults, RecipeResults
 from armor.report.tables import duration, number, size
 
 __all__ = ["Figure", "figures"]
-
-WIDTH = 250  # of the plot itself, in CSS pixels; with axis and labels at most 360
-ROW = 26
-INK, MUTED, LINE, PAPER, ACCENT = (
-    "var(--ink, #1c2128)",
-    "var(--muted, #59636e)",
-    "var(--line, #d8dee4)",
-    "var(--paper, #ffffff)",
-    "var(--accent, #0a66c2)",
-)
-# For ARMOR first, then the others: distinct in hue and in lightness, also to the colour-blind.
-OTHERS = ("#b35900", "#1a7f5a", "#8250df", "#b3246b", "#6e7781")
-SERIES = (ACCENT, *(f"var(--series-{i}, {color})" for i, color in enumerate(OTHERS, 1)))
-DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
-STAGE_HUES = ("#6e7781", "#0a66c2", "#8250df", "#1a7f5a", "#d4a72c")
-STAGE_COLORS = tuple(f"var(--stage-{i}, {color})" for i, color in enumerate(STAGE_HUES))
-HEAT_HUES = ("#d9e7f7", "#b7d2ef", "#8fb9e6", "#669cd8", "#3f7dc2", "#235b9e", "#123c70")
-HEAT = tuple(f"var(--heat-{i}, {color})" for i, color in enumerate(HEAT_HUES))
 
 
 @dataclass(frozen=True)
@@ -53,77 +50,6 @@ class Figure:
     caption: str
 
 
-def _configured(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
-    font = "system-ui, sans-serif"
-    return (
-        chart.configure(background="transparent", font=font, padding=2, aria=False)
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelColor=INK,
-            titleColor=MUTED,
-            gridColor=LINE,
-            domainColor=LINE,
-            tickColor=LINE,
-            labelFontSize=12,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            titlePadding=8,
-        )
-        .configure_legend(
-            labelColor=INK,
-            titleColor=MUTED,
-            labelFontSize=12,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            orient="top",
-            rowPadding=5,
-            columnPadding=16,
-        )
-    )
-
-
-def _svg(chart: alt.TopLevelMixin, name: str, alternative: str) -> str:
-    """The chart as an SVG element that fills its container, its ids its own, with a text alternative."""
-    svg = vl_convert.vegalite_to_svg(_configured(chart).to_json(), vl_version=alt.SCHEMA_VERSION.rpartition(".")[0])
-    # vl-convert numbers its ids through the life of the process.
-    for place, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))):
-        svg = svg.replace(f'id="{found}"', f'id="{name}-{place}"').replace(f"url(#{found})", f"url(#{name}-{place})")
-    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d*\.\d{3,}(?![\de])", _hundredths, tag[0]), svg)
-    svg = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg)  # of single marks, unnamed: the whole is one image
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
-    label = html.escape(alternative, quote=True)
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'
-    return re.sub(r"<svg[^>]*>", f'{opening} style="max-width:{1.35 * float(width):.0f}px">', svg, count=1)
-
-
-def _hundredths(match: re.Match) -> str:
-    """Hundredths of a pixel will do."""
-    return f"{float(match[0]):.2f}"
-
-
-def _data(rows: list[dict]) -> alt.Data:
-    return alt.Data(values=rows)
-
-
-def _names(field: str, order: list[str]) -> alt.Y:
-    """The vertical axis of a figure with a row per name; room for the names is reserved, whatever font draws them."""
-    room = min(7.4 * max(map(len, order)), 110) + 6
-    axis = alt.Axis(title=None, ticks=False, domain=False, grid=False, labelLimit=110, labelPadding=6, minExtent=room)
-    return alt.Y(field, sort=order, axis=axis, scale=alt.Scale(domain=order))
-
-
-def _log_axis(low: float, high: float, title: str | None = None) -> dict:
-    """Scale and axis from `low` to `high` on a log scale, labelled at a few round numbers."""
-    apart = {"labelOverlap": "greedy", "labelSeparation": 5}
-    axis = alt.Axis(values=_round_numbers(low, high, 6), format=",.0f" if low >= 1 else "~g", **apart)
-    return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
-
-
-def _palette(values: dict[str, str], **kwargs) -> dict:
-    """Colours by name, with a legend unless legend=None is given."""
-    return {"scale": alt.Scale(domain=list(values), range=list(values.values())), **kwargs}
-
-
 def _kind(recipe: RecipeResults) -> str:
     return "dense" if recipe.dense else "armor" if recipe.pair.method == "armor" else "other"
 
@@ -134,30 +60,8 @@ def _colors(model: ModelResults) -> dict[str, int]:
     return {recipe.name: index % len(SERIES) for index, recipe in enumerate(ordered)}
 
 
-def _columns(entries: Collection) -> int:
-    """Columns of a legend: four entries look better in two rows of two than as three and one."""
-    return 2 if len(entries) in (2, 4) else 3
-
-
 def _list(pairs: list[tuple[str, str]]) -> str:
     return ", ".join(f"{name} {value}" for name, value in pairs)
-
-
-def _round_numbers(low: float, high: float, most: int) -> list[float]:
-    """At most so many round numbers from `low` to `high`, about evenly spread on a log scale."""
-    halves = tuple(half / 2 for half in range(2, 20))
-    for steps in (halves, (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{step}e{power}") for power in range(-12, 16) for step in steps]
-        found = [value for value in found if low <= value <= high]
-        if len(found) <= most:
-            return found
-    return found[-most:]
-
-
-def _layer_ticks(layers: int) -> list[int]:
-    """At most eight numbers of decoder layers."""
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if layers / step <= 8)
-    return list(range(0, layers, every))
 
 
 def _perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | None:
@@ -173,17 +77,17 @@ def _perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | Non
     rows.sort(key=lambda row: row["value"])
     order = [row["recipe"] for row in rows]
     low, high = min(row["low"] for row in rows) * 0.85, max(row["high"] for row in rows) * 1.15
-    across = _log_axis(low, high, "perplexity, log scale (lower is better)")
+    across = log_axis(low, high, "perplexity, log scale (lower is better)")
     across["scale"].domain = [low, high * (high / low) ** 0.2]  # room for the last label
-    color = alt.Color("kind:N", **_palette({"dense": INK, "armor": ACCENT, "other": MUTED}, legend=None))
-    base = alt.Chart(_data(rows)).encode(y=_names("recipe:N", order))
+    color = alt.Color("kind:N", **palette({"dense": INK, "armor": ACCENT, "other": MUTED}, legend=None))
+    base = alt.Chart(data(rows)).encode(y=names_axis("recipe:N", order))
     layers = []
     dense = next((row for row in rows if row["kind"] == "dense"), None)
     if dense:
-        line = alt.Chart(_data([dense])).mark_rule(color=INK, strokeDash=[3, 3])
+        line = alt.Chart(data([dense])).mark_rule(color=INK, strokeDash=[3, 3])
         layers.append(line.encode(x=alt.X("value:Q", **across)))
-        stems = alt.Chart(_data([row | {"dense": dense["value"]} for row in rows if row is not dense]))
-        stems = stems.mark_rule(strokeWidth=2, opacity=0.45).encode(y=_names("recipe:N", order), color=color)
+        stems = alt.Chart(data([row | {"dense": dense["value"]} for row in rows if row is not dense]))
+        stems = stems.mark_rule(strokeWidth=2, opacity=0.45).encode(y=names_axis("recipe:N", order), color=color)
         layers.append(stems.encode(x=alt.X("dense:Q", **across), x2="value:Q"))
     layers += [
         base.mark_bar(height=18, opacity=0.25).encode(x=alt.X("low:Q", **across), x2="high:Q", color=color),
@@ -198,7 +102,7 @@ def _perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | Non
         caption += " The dashed line is the dense model: the longer the stem, the more was lost."
     values = _list([(row["recipe"], row["label"]) for row in rows])
     alternative = f"Perplexity by recipe on {evaluation}, log scale: {values}."
-    return Figure(name, f"Perplexity on {evaluation}", _svg(chart, name, alternative), caption)
+    return Figure(name, f"Perplexity on {evaluation}", svg_of(chart, name, alternative), caption)
 
 
 def _front(points: list[dict]) -> list[dict]:
@@ -208,26 +112,6 @@ def _front(points: list[dict]) -> list[dict]:
         if not front or point["value"] < front[-1]["value"]:
             front.append(point)
     return front
-
-
-def _beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[bool, float]]:
-    """For points (x, y, text) in pixels: whether the text stands to the left, and the height to write it at.
-
-    That is a little above the point, for the front's line may go to its right. A text that would cover another one or
-    a point moves up until it does not, the lowest point's first: the best recipes are low and close together, and above
-    the worst there is room. A line will lead to one that moved.
-    """
-    taken = [(x - 5, x + 5, y) for x, y, _ in places]
-    found = {}
-    for place in sorted(set(places), key=lambda place: (-place[1], place[0], place[2])):
-        x, y, text = place
-        length, left, y = 7 * len(text), x > width / 2, y - 8
-        start = x - 8 - length if left else x + 8
-        while blocked := [t for t in taken if t[0] < start + length and start < t[1] and abs(t[2] - y) < 12]:
-            y = min(t[2] for t in blocked) - 13
-        taken.append((start, start + length, y))
-        found[place] = (left, y)
-    return [found[place] for place in places]
 
 
 def _pareto(model: ModelResults, name: str) -> Figure | None:
@@ -246,7 +130,7 @@ def _pareto(model: ModelResults, name: str) -> Figure | None:
     start, end = forward(min(values)), forward(max(values))
     start, end = start - 0.1 * (end - start or 1), end + 0.06 * (end - start or 1)
     if logarithmic:
-        down = _log_axis(backward(start), backward(end), "perplexity, log scale (lower is better)")
+        down = log_axis(backward(start), backward(end), "perplexity, log scale (lower is better)")
     else:
         scale = alt.Scale(domain=[start, end], nice=False, zero=False)
         down = {"scale": scale, "axis": alt.Axis(tickCount=5), "title": "perplexity (lower is better)"}
@@ -265,29 +149,29 @@ def _pareto(model: ModelResults, name: str) -> Figure | None:
         for p in points
     ]
     labels, moved = [], []
-    for point, (_, place, _), (left, y) in zip(points, places, _beside(places, width), strict=True):
+    for point, (_, place, _), (left, y) in zip(points, places, beside(places, width), strict=True):
         near = point["bits"] + (-7 if left else 7) / width * (most - least)
         labels.append(point | {"left": left, "label": backward(end - y / height * (end - start)), "near": near})
         moved += labels[-1:] if place - y > 14 else []
     x, y = alt.X("bits:Q", **across), alt.Y("value:Q", **down)
     layers = []
     if dense:
-        line = alt.Chart(_data([{"value": dense[0], "label": "dense"}]))
+        line = alt.Chart(data([{"value": dense[0], "label": "dense"}]))
         layers.append(line.mark_rule(color=INK, strokeDash=[3, 3]).encode(y=y))
         text = {"align": "right", "baseline": "top", "dx": -2, "dy": 3, "fontSize": 12, "color": MUTED}
         layers.append(line.mark_text(**text).encode(y=y, x=alt.value(width), text="label:N"))
     if moved:
-        line = alt.Chart(_data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
+        line = alt.Chart(data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
         layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
-    layers.append(alt.Chart(_data(front)).mark_line(color=ACCENT, interpolate="step-after").encode(x=x, y=y))
+    layers.append(alt.Chart(data(front)).mark_line(color=ACCENT, interpolate="step-after").encode(x=x, y=y))
     others = [point for point in points if point not in front]
     hollow = {"filled": True, "fill": PAPER, "stroke": MUTED, "strokeWidth": 1.5}
     if others:
-        layers.append(alt.Chart(_data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y))
-    layers.append(alt.Chart(_data(front)).mark_point(size=70, opacity=1, filled=True, color=ACCENT).encode(x=x, y=y))
+        layers.append(alt.Chart(data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y))
+    layers.append(alt.Chart(data(front)).mark_point(size=70, opacity=1, filled=True, color=ACCENT).encode(x=x, y=y))
     for side, align, dx in ((False, "left", 8), (True, "right", -8)):
         if own := [label for label in labels if label["left"] is side]:
-            text = alt.Chart(_data(own)).mark_text(align=align, dx=dx, fontSize=12, color=INK)
+            text = alt.Chart(data(own)).mark_text(align=align, dx=dx, fontSize=12, color=INK)
             layers.append(text.encode(x=x, y=alt.Y("label:Q", **down), text="recipe:N"))
     chart = alt.layer(*layers).properties(width=width, height=height)
     caption = (
@@ -299,7 +183,7 @@ def _pareto(model: ModelResults, name: str) -> Figure | None:
     told = _list([(p["recipe"], f"{number(p['value'])} at {p['bits']:.2f} bits") for p in points])
     ends = ", ".join(point["recipe"] for point in front)
     alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
-    return Figure(name, "Quality against bits per weight", _svg(chart, name, alternative), caption)
+    return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
 
 
 def _loss_by_layer(model: ModelResults, name: str) -> Figure | None:
@@ -317,19 +201,19 @@ def _loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     places = {recipe: place for recipe, place in _colors(model).items() if recipe in dict(means)}
     low, high = min(row["loss"] for row in rows) * 0.9, max(row["loss"] for row in rows) * 1.1
     last = max(row["layer"] for row in rows)
-    legend = alt.Legend(title=None, columns=_columns(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    legend = alt.Legend(title=None, columns=columns_of(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
     colors = {recipe: SERIES[place] for recipe, place in places.items()}
     dashes = {recipe: DASHES[place] for recipe, place in places.items()}
-    axis = alt.Axis(grid=False, values=_layer_ticks(last + 1), format="d")
+    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
     scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_line(strokeWidth=2)
         .encode(
             x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
-            y=alt.Y("loss:Q", **_log_axis(low, high, "relative loss, log scale")),
-            color=alt.Color("recipe:N", **_palette(colors, legend=legend)),
-            strokeDash=alt.StrokeDash("recipe:N", **_palette(dashes, legend=legend)),
+            y=alt.Y("loss:Q", **log_axis(low, high, "relative loss, log scale")),
+            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+            strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=legend)),
         )
         .properties(width=WIDTH + 40, height=180)
     )
@@ -338,7 +222,7 @@ def _loss_by_layer(model: ModelResults, name: str) -> Figure | None:
         "be the dense weight, 1 no weight at all. A peak is a layer that this method finds hard."
     )
     alternative = f"Relative loss by decoder layer, log scale, a line per recipe; means: {_list(means)}."
-    return Figure(name, "Loss by decoder layer", _svg(chart, name, alternative), caption)
+    return Figure(name, "Loss by decoder layer", svg_of(chart, name, alternative), caption)
 
 
 def _heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | None:
@@ -350,7 +234,7 @@ def _heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure |
     labels = short if len(set(short.values())) == len(names) else {n: n for n in names}
     # A few classes with round borders can be told apart, and their legend can be read.
     losses = [module.loss for module in modules]
-    steps = _round_numbers(min(losses), max(losses), len(HEAT) - 1)
+    steps = round_numbers(min(losses), max(losses), len(HEAT) - 1)
     borders = [f"{step:g}" for step in steps]
     classes = [f"{a} to {b}" for a, b in zip(borders, borders[1:], strict=False)]
     classes = [f"under {borders[0]}", *classes, f"over {borders[-1]}"] if borders else ["all alike"]
@@ -359,17 +243,17 @@ def _heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure |
         {"layer": m.layer, "module": labels[m.name], "loss": classes[bisect.bisect(steps, m.loss)]} for m in modules
     ]
     count = max(module.layer for module in modules) + 1
-    axis = alt.Axis(values=_layer_ticks(count), labelAngle=0, ticks=False, domain=False)
+    axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
     symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
     legend = alt.Legend(title="relative loss", columns=3, columnPadding=8, **symbols)
     width = WIDTH + 45
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_rect(stroke=PAPER, strokeWidth=min(1.0, width / count / 10))
         .encode(
             x=alt.X("layer:O", title="decoder layer", scale=alt.Scale(domain=list(range(count))), axis=axis),
-            y=_names("module:N", [labels[n] for n in names]),
-            color=alt.Color("loss:N", **_palette(dict(zip(classes, colors, strict=True)), legend=legend)),
+            y=names_axis("module:N", [labels[n] for n in names]),
+            color=alt.Color("loss:N", **palette(dict(zip(classes, colors, strict=True)), legend=legend)),
         )
         .properties(width=width, height=alt.Step(22))
     )
@@ -382,7 +266,7 @@ def _heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure |
     if len(modules) < count * len(names):
         caption += " An empty place is a linear that stayed dense or has no result."
     alternative = f"Heat map of the relative loss of {recipe.name} by decoder layer and module, {extremes}."
-    return Figure(name, f"Loss by layer and module: {recipe.name}", _svg(chart, name, alternative), caption)
+    return Figure(name, f"Loss by layer and module: {recipe.name}", svg_of(chart, name, alternative), caption)
 
 
 def _trace(model: ModelResults, name: str) -> Figure | None:
@@ -404,12 +288,12 @@ def _trace(model: ModelResults, name: str) -> Figure | None:
     if not rows:
         return None
     colors = {recipe: SERIES[place] for recipe, place in _colors(model).items() if recipe in dict(ends)}
-    legend = alt.Legend(title=None, columns=_columns(colors), symbolOpacity=1) if len(colors) > 1 else None
-    color = alt.Color("recipe:N", **_palette(colors, legend=legend))
-    down = _log_axis(
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolOpacity=1) if len(colors) > 1 else None
+    color = alt.Color("recipe:N", **palette(colors, legend=legend))
+    down = log_axis(
         min(r["low"] for r in rows) * 0.9, max(1.0, *(r["high"] for r in rows)), "share of the start's loss"
     )
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(data(rows)).encode(
         x=alt.X("iteration:Q", title="iteration", axis=alt.Axis(grid=False, tickCount=5)), color=color
     )
     chart = alt.layer(
@@ -423,7 +307,7 @@ def _trace(model: ModelResults, name: str) -> Figure | None:
     alternative = (
         f"Best loss as a share of the start's against iterations, median over linears; at the end: {_list(ends)}."
     )
-    return Figure(name, "The solver at work", _svg(chart, name, alternative), caption)
+    return Figure(name, "The solver at work", svg_of(chart, name, alternative), caption)
 
 
 def _size(model: ModelResults, name: str) -> Figure | None:
@@ -436,13 +320,13 @@ def _size(model: ModelResults, name: str) -> Figure | None:
     if not rows:
         return None
     largest = max(row["bytes"] for row in rows)
-    base = alt.Chart(_data(rows)).encode(
-        y=_names("recipe:N", [row["recipe"] for row in rows]),
+    base = alt.Chart(data(rows)).encode(
+        y=names_axis("recipe:N", [row["recipe"] for row in rows]),
         x=alt.X("bytes:Q", scale=alt.Scale(domain=[0, largest * 1.02], nice=False), axis=None),
     )
     wide = alt.datum.bytes > largest * 0.55  # such a bar has its label inside
     inside = {"align": "right", "dx": -6, "color": PAPER, "fontWeight": "bold"}
-    color = alt.Color("kind:N", **_palette({"dense": MUTED, "armor": ACCENT, "other": SERIES[-1]}, legend=None))
+    color = alt.Color("kind:N", **palette({"dense": MUTED, "armor": ACCENT, "other": SERIES[-1]}, legend=None))
     chart = alt.layer(
         base.mark_bar(height=18, cornerRadiusEnd=2).encode(color=color),
         base.transform_filter(wide).mark_text(fontSize=12, **inside).encode(text="label:N"),
@@ -452,7 +336,7 @@ def _size(model: ModelResults, name: str) -> Figure | None:
         "All files of each checkpoint, and their share of the dense model's. Embeddings and norms are not compressed."
     )
     alternative = f"Size of the checkpoints: {_list([(row['recipe'], row['label']) for row in rows])}."
-    return Figure(name, "Size on disk", _svg(chart, name, alternative), caption)
+    return Figure(name, "Size on disk", svg_of(chart, name, alternative), caption)
 
 
 def _time(model: ModelResults, name: str) -> Figure | None:
@@ -466,18 +350,18 @@ def _time(model: ModelResults, name: str) -> Figure | None:
             totals.append({"recipe": who, "seconds": sum(known.values()), "label": duration(sum(known.values()))})
     if not rows:
         return None
-    down = _names("recipe:N", [row["recipe"] for row in totals])
+    down = names_axis("recipe:N", [row["recipe"] for row in totals])
     scale = alt.Scale(domain=[0, max(row["seconds"] for row in totals) * 1.28], nice=False)
     present = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
     colors = {stage: STAGE_COLORS[STAGES.index(stage)] for stage in present}
     legend = alt.Legend(title=None, columns=3, symbolType="square", symbolStrokeWidth=0, symbolSize=140)
-    bars = alt.Chart(_data(rows)).mark_bar(height=18)
-    labels = alt.Chart(_data(totals)).mark_text(align="left", dx=5, color=INK, fontSize=12)
+    bars = alt.Chart(data(rows)).mark_bar(height=18)
+    labels = alt.Chart(data(totals)).mark_text(align="left", dx=5, color=INK, fontSize=12)
     chart = alt.layer(
         bars.encode(
             y=down,
             x=alt.X("sum(seconds):Q", scale=scale, axis=None),
-            color=alt.Color("stage:N", **_palette(colors, legend=legend)),
+            color=alt.Color("stage:N", **palette(colors, legend=legend)),
             order="place:Q",
         ),
         labels.encode(y=down, x=alt.X("seconds:Q", scale=scale, axis=None), text="label:N"),
@@ -487,7 +371,7 @@ def _time(model: ModelResults, name: str) -> Figure | None:
         "A calibration serves every recipe that uses it."
     )
     alternative = f"Time by stage; in all: {_list([(row['recipe'], row['label']) for row in totals])}."
-    return Figure(name, "Time by stage", _svg(chart, name, alternative), caption)
+    return Figure(name, "Time by stage", svg_of(chart, name, alternative), caption)
 
 
 def figures(model: ModelResults, prefix: str) -> list[Figure]:

@@ -12,7 +12,8 @@ from armor.config import ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.report import build, print_table
-from armor.report.figures import _beside, figures
+from armor.report.charts import beside
+from armor.report.figures import figures
 from armor.report.page import missing, summarize
 from armor.report.results import COLUMNS, read_results
 from armor.report.tables import (
@@ -235,11 +236,11 @@ def test_a_pareto_figure_needs_two_compressed_recipes_that_are_measured(own, gap
 
 def test_labels_cover_neither_each_other_nor_a_point():
     places = [(20.0, 100.0, "wanda"), (20.0, 104.0, "nowag"), (24.0, 96.0, "magnitude"), (250.0, 100.0, "armor")]
-    beside = _beside(places, 290)
-    assert [left for left, _ in beside] == [False, False, False, True]
-    heights = sorted(y for _, y in beside[:3])
+    labels = beside(places, 290)
+    assert [left for left, _ in labels] == [False, False, False, True]
+    heights = sorted(y for _, y in labels[:3])
     assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
-    assert beside[3][1] == 92
+    assert labels[3][1] == 92
 
 
 def test_colours_follow_the_theme(results):

@@ -1,0 +1,169 @@
+"""How a chart of the report is drawn: its colours, axes and legends, and the way to an SVG that stands in the page.
+
+Vega-Lite by altair, drawn by vl-convert. A chart is as wide as a phone, so that its text stays readable there, and
+grows on a larger screen. Colours are CSS variables of the page with a light theme's value to fall back on: the same SVG
+serves light, dark and print, and stands alone as a file too. To a screen reader it is one image with a sentence in
+place of its marks. Which charts there are, and of what, is the business of figures.py.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Collection
+
+import altair as alt
+import vl_convert
+
+__all__ = [
+    "ACCENT",
+    "DASHES",
+    "HEAT",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "ROW",
+    "SERIES",
+    "STAGE_COLORS",
+    "WIDTH",
+    "beside",
+    "columns_of",
+    "data",
+    "layer_ticks",
+    "log_axis",
+    "names_axis",
+    "palette",
+    "round_numbers",
+    "svg_of",
+]
+
+WIDTH = 250  # of the plot itself, in CSS pixels; with axis and labels at most 360
+ROW = 26
+INK, MUTED, LINE, PAPER, ACCENT = (
+    "var(--ink, #1c2128)",
+    "var(--muted, #59636e)",
+    "var(--line, #d8dee4)",
+    "var(--paper, #ffffff)",
+    "var(--accent, #0a66c2)",
+)
+# For ARMOR first, then the others: distinct in hue and in lightness, also to the colour-blind.
+OTHERS = ("#b35900", "#1a7f5a", "#8250df", "#b3246b", "#6e7781")
+SERIES = (ACCENT, *(f"var(--series-{i}, {color})" for i, color in enumerate(OTHERS, 1)))
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
+STAGE_HUES = ("#6e7781", "#0a66c2", "#8250df", "#1a7f5a", "#d4a72c")
+STAGE_COLORS = tuple(f"var(--stage-{i}, {color})" for i, color in enumerate(STAGE_HUES))
+HEAT_HUES = ("#d9e7f7", "#b7d2ef", "#8fb9e6", "#669cd8", "#3f7dc2", "#235b9e", "#123c70")
+HEAT = tuple(f"var(--heat-{i}, {color})" for i, color in enumerate(HEAT_HUES))
+
+
+def _configured(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    font = "system-ui, sans-serif"
+    return (
+        chart.configure(background="transparent", font=font, padding=2, aria=False)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=INK,
+            titleColor=MUTED,
+            gridColor=LINE,
+            domainColor=LINE,
+            tickColor=LINE,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            titlePadding=8,
+        )
+        .configure_legend(
+            labelColor=INK,
+            titleColor=MUTED,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            orient="top",
+            rowPadding=5,
+            columnPadding=16,
+        )
+    )
+
+
+def svg_of(chart: alt.TopLevelMixin, name: str, alternative: str) -> str:
+    """The chart as an SVG element that fills its container, its ids its own, with a text alternative."""
+    svg = vl_convert.vegalite_to_svg(_configured(chart).to_json(), vl_version=alt.SCHEMA_VERSION.rpartition(".")[0])
+    # vl-convert numbers its ids through the life of the process.
+    for place, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))):
+        svg = svg.replace(f'id="{found}"', f'id="{name}-{place}"').replace(f"url(#{found})", f"url(#{name}-{place})")
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d*\.\d{3,}(?![\de])", _hundredths, tag[0]), svg)
+    svg = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg)  # of single marks, unnamed: the whole is one image
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    label = html.escape(alternative, quote=True)
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'
+    return re.sub(r"<svg[^>]*>", f'{opening} style="max-width:{1.35 * float(width):.0f}px">', svg, count=1)
+
+
+def _hundredths(match: re.Match) -> str:
+    """Hundredths of a pixel will do."""
+    return f"{float(match[0]):.2f}"
+
+
+def data(rows: list[dict]) -> alt.Data:
+    return alt.Data(values=rows)
+
+
+def names_axis(field: str, order: list[str]) -> alt.Y:
+    """The vertical axis of a figure with a row per name; room for the names is reserved, whatever font draws them."""
+    room = min(7.4 * max(map(len, order)), 110) + 6
+    axis = alt.Axis(title=None, ticks=False, domain=False, grid=False, labelLimit=110, labelPadding=6, minExtent=room)
+    return alt.Y(field, sort=order, axis=axis, scale=alt.Scale(domain=order))
+
+
+def log_axis(low: float, high: float, title: str | None = None) -> dict:
+    """Scale and axis from `low` to `high` on a log scale, labelled at a few round numbers."""
+    apart = {"labelOverlap": "greedy", "labelSeparation": 5}
+    axis = alt.Axis(values=round_numbers(low, high, 6), format=",.0f" if low >= 1 else "~g", **apart)
+    return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
+
+
+def palette(values: dict[str, str], **kwargs) -> dict:
+    """Colours by name, with a legend unless legend=None is given."""
+    return {"scale": alt.Scale(domain=list(values), range=list(values.values())), **kwargs}
+
+
+def columns_of(entries: Collection) -> int:
+    """Columns of a legend: four entries look better in two rows of two than as three and one."""
+    return 2 if len(entries) in (2, 4) else 3
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """At most so many round numbers from `low` to `high`, about evenly spread on a log scale."""
+    halves = tuple(half / 2 for half in range(2, 20))
+    for steps in (halves, (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{step}e{power}") for power in range(-12, 16) for step in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= most:
+            return found
+    return found[-most:]
+
+
+def layer_ticks(layers: int) -> list[int]:
+    """At most eight numbers of decoder layers."""
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100) if layers / step <= 8)
+    return list(range(0, layers, every))
+
+
+def beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[bool, float]]:
+    """For points (x, y, text) in pixels: whether the text stands to the left, and the height to write it at.
+
+    That is a little above the point, for the front's line may go to its right. A text that would cover another one or
+    a point moves up until it does not, the lowest point's first: the best recipes are low and close together, and above
+    the worst there is room. A line will lead to one that moved.
+    """
+    taken = [(x - 5, x + 5, y) for x, y, _ in places]
+    found = {}
+    for place in sorted(set(places), key=lambda place: (-place[1], place[0], place[2])):
+        x, y, text = place
+        length, left, y = 7 * len(text), x > width / 2, y - 8
+        start = x - 8 - length if left else x + 8
+        while blocked := [t for t in taken if t[0] < start + length and start < t[1] and abs(t[2] - y) < 12]:
+            y = min(t[2] for t in blocked) - 13
+        taken.append((start, start + length, y))
+        found[place] = (left, y)
+    return [found[place] for place in places]
