@@ -376,7 +376,7 @@ def main() -> None:
     # Python ends with a search for garbage among all that torch's modules hold, 0.2 s for what goes with the process.
     atexit.register(gc.freeze)
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, prog_name="armor")
     except Exception as error:
         foreseen = isinstance(error, ArmorError | OSError | MemoryError)
         if getattr(app, "debug", False) or not foreseen:

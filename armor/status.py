@@ -207,7 +207,10 @@ def summary(results: Path, config: Config) -> list[str]:
 
 
 def cost(results: Path, job: Job) -> Cost | None:
-    """What `job` took when it last succeeded, as Snakemake measured it; None if it did not yet."""
+    """What `job` took when it last succeeded, as Snakemake measured it; None if it did not yet.
+
+    Snakemake does not see the memory of a job that ran in the fork server; the job's record tells it.
+    """
     file = results / "benchmarks" / job.log.relative_to(results / "logs").with_suffix(".tsv")
     if not file.is_file():
         return None
@@ -216,8 +219,10 @@ def cost(results: Path, job: Job) -> Cost | None:
     if not rows or None in rows[-1].values():  # a kill cut it short
         return None
     row = rows[-1]
-    peak = 0.0 if row["max_rss"] in ("NA", "-") else float(row["max_rss"])  # too short to be looked at
-    return Cost(float(row["s"]), int(peak * 2**20), file.stat().st_mtime)
+    peak = 0 if row["max_rss"] in ("NA", "-") else int(float(row["max_rss"]) * 2**20)  # too short to be looked at
+    records = (read_json(path) for path in job.outputs if path.suffix == ".json" and path.is_file())
+    peak = max(peak, *(record.get("peak_memory_bytes", 0) for record in records), 0)
+    return Cost(float(row["s"]), peak, file.stat().st_mtime)
 
 
 def _last_line(log: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from armor.config import Config, check_patterns
 from armor.errors import ArmorError
+from armor.execution import forkserver
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
 from armor.reading import parse_settings
@@ -46,6 +47,8 @@ onstart:
         start_run(Path("results"), SETTINGS, sys.argv)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
+    if workflow.local_exec:
+        forkserver.start()
 
 
 onsuccess:

@@ -1,0 +1,23 @@
+"""The `armor` command: its work is done in a fork of the run's server, where there is one, or else here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from armor.execution.forkserver import run_there
+
+
+def main() -> None:
+    status = run_there()
+    if status is None:
+        from armor.cli import main
+
+        main()
+    elif status < 0:  # the job was killed: so is its command, for whoever waits for it
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A fork server: jobs that need not import torch, which takes longer than pruning a layer of a small model.
+
+`start` begins a process that imports torch and its like once and from then on only forks. The command of a job, told of
+it by the environment, hands over its arguments, environment, folder and standard streams (`run_there`), and ends as the
+fork ends; killed, it takes the fork with it. Nothing of this package is imported beforehand: an edit counts from the
+next job on, as ever. Where no server listens for this Python the command does the work itself: on a cluster, in a conda
+environment of the rule's own, after a kill. The price: the job is no child of the shell, so Snakemake does not see its
+memory. So this is for the stages whose record tells that; the others are one job a model. Linux only, and only where no
+GPU is visible: never tried with CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+
+__all__ = ["run_there", "start"]
+
+VARIABLE = "ARMOR_FORK_SERVER"
+STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+PRELOADED = ("torch", "safetensors.torch", "pydantic.main", "typer", "yaml")
+
+
+def start() -> None:
+    """Start the server for all commands that this process will start, where there can be one; it ends with it."""
+    from armor.execution.devices import visible_devices
+
+    if not (sys.platform == "linux" and hasattr(os, "pidfd_open")) or visible_devices():
+        return
+    os.environ[VARIABLE] = secrets.token_hex(16)
+    ends, _ = os.pipe()  # the other end is closed when this process ends, however it ends
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(_address())
+        listening.listen(128)
+        command = [sys.executable, "-m", __name__, str(listening.fileno())]
+        # A thread that waits at an OpenMP barrier must sleep, as in armor.execution.machine; libgomp asks but once.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        subprocess.Popen(command, stdin=ends, pass_fds=[listening.fileno()], env=environment)
+    os.close(ends)
+
+
+def run_there() -> int | None:
+    """Let the server run this process's command; the exit status, negative for a signal, or None without a server."""
+    if VARIABLE not in os.environ or sys.argv[1:2] not in ([stage] for stage in STAGES):
+        return None
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(_address())
+        except OSError:
+            return None
+        request = json.dumps({"arguments": sys.argv, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+        socket.send_fds(connection, [struct.pack("I", len(request))], [0, 1, 2])
+        connection.sendall(request)
+        answer = connection.recv(4)
+    return struct.unpack("i", answer)[0] if answer else 1
+
+
+def _address() -> str:
+    """Where the server of this run and this Python listens: a name without a file, so nothing can be left over."""
+    python = json.dumps([os.environ[VARIABLE], sys.prefix, os.environ.get("PYTHONPATH")])
+    return f"\0armor-{hashlib.sha256(python.encode()).hexdigest()}"
+
+
+def _serve(listening: socket.socket) -> None:
+    """Answer commands until standard input ends. Returns in each fork that is to do a command's work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; Snakemake's end is what counts
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a supervisor
+    while listening in select.select([listening, sys.stdin], [], [])[0]:
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            return _supervise(connection)
+        connection.close()
+    sys.exit()
+
+
+def _supervise(connection: socket.socket) -> None:
+    """Fork the job, and tell its command how it ended; or end it when its command was killed. Returns in the job."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    head, streams, *_ = socket.recv_fds(connection, 4, 3)
+    if user != os.getuid() or len(head) != 4:
+        os._exit(1)
+    with connection.makefile("rb") as file:
+        request = json.loads(file.read(struct.unpack("I", head)[0]))
+    job = os.fork()
+    if job == 0:
+        connection.close()
+        return _become(request, streams)
+    for stream in (0, 1, 2, *streams):
+        os.close(stream)
+    ended = os.pidfd_open(job)
+    if ended not in select.select([ended, connection], [], [])[0]:
+        os.kill(job, signal.SIGTERM)
+    status = os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])
+    with contextlib.suppress(OSError):
+        connection.sendall(struct.pack("i", status))
+    os._exit(0)
+
+
+def _become(request: dict, streams: list[int]) -> None:
+    """Make this process what the command's own would be."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.argv = request["arguments"]
+
+
+if __name__ == "__main__":
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the garbage collector shall not touch, and so copy, what all forks share
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    from armor.cli import main
+
+    main()
