@@ -31,7 +31,7 @@ from armor.core.statistics import Accumulator, write_statistics
 from armor.errors import ArmorError
 from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import combined, made_by
 from armor.execution.resume import Steps, resumable
 from armor.model.shards import Shards
@@ -40,7 +40,7 @@ from armor.model.source import Source
 from armor.model.topology import DecoderLayer, Topology
 from armor.text import describe, token_blocks
 
-__all__ = ["calibrate", "compute_dtype"]
+__all__ = ["calibrate", "compute_dtype", "peak_bytes"]
 
 FORMAT_VERSION = 1
 
@@ -52,6 +52,27 @@ def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
         return own
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return own if own == torch.bfloat16 and native else torch.float32
+
+
+def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) -> int:
+    """The memory that calibration takes on its device at the peak, with one sequence of `length` tokens, from shapes.
+
+    One decoder layer and its sums; of the tokens the residual stream, its copy before the layer and the MLP's input;
+    and of the moments inside the largest: both factors of the MLP and their product, or this product in float32 with
+    its squares, twice, or with the products of a Gram matrix.
+    """
+    peaks, size = [0], dtype.itemsize
+    for layer in topology.layers:
+        weights = sum(linear.out_features * linear.in_features for linear in layer.linears) * size
+        widths = [group[0].in_features for group in layer.groups()]
+        sums = 8 * sum(width**2 for width in widths) if gram else 0
+        factors = max(sum(linear.out_features for linear in group) for group in layer.groups())
+        widest, single = max(widths), size + (4 if size < 4 else 0)
+        moments = [length * (factors + widest) * size, length * widest * (single + 12)]
+        if gram:
+            moments.append(length * widest * single + 4 * widest**2)
+        peaks.append(weights + sums + length * 3 * topology.hidden_size * size + max(moments))
+    return max(peaks)
 
 
 def calibrate(
@@ -75,9 +96,15 @@ def calibrate(
         raise ArmorError(
             f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
         )
+    dtype = compute_dtype(source.dtype, device)
+    available = device_memory_bytes(device)
+    if available is not None and (needed := peak_bytes(topology, length, dtype, settings.gram)) > available:
+        raise ArmorError(
+            f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
+            f"{device} has {available / 1e9:.1f} GB; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
+        )
     tokens = _tokens(source, settings, length)
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    dtype = compute_dtype(source.dtype, device)
     work = {
         "fingerprint": source.fingerprint,
         "layers": [dataclasses.asdict(layer) for layer in topology.layers],

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.calibrate import capture
-from armor.calibrate.capture import calibrate, compute_dtype
+from armor.calibrate.capture import calibrate, compute_dtype, peak_bytes
 from armor.config import CalibrationSettings, TextSettings
 from armor.core.statistics import read_statistics
 from armor.errors import ArmorError
@@ -219,3 +223,66 @@ def test_a_gpu_gives_the_same_statistics(tmp_path, text):
         for name, found in read_statistics(tmp_path / "gpu" / f"layer_{k}.safetensors").items():
             torch.testing.assert_close(found.importance, expected[name].importance, rtol=1e-4, atol=1e-7)
             torch.testing.assert_close(found.gram, expected[name].gram, rtol=1e-3, atol=1e-4)
+
+
+# A small model first, so that libraries are loaded; then the kernel's high-water mark is set back.
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from armor.calibrate.capture import _embed, _run_layer
+from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
+from armor.model.inspect import inspect
+from armor.model.shards import Shards
+from armor.model.skeleton import load_layer, load_outside, open_skeleton, unload_outside
+from armor.model.source import open_source
+from armor.model.topology import read_topology
+dtype, gram, *folders = sys.argv[1:]
+for folder in folders:
+    path = Path(folder)
+    inspect(open_source(path), path.with_suffix(".json"))
+    shards, skeleton = Shards(path), open_skeleton(path, getattr(torch, dtype))
+    layer = read_topology(path.with_suffix(".json")).layers[0]
+    load_outside(skeleton, shards)
+    tokens = torch.arange(2048).view(1, 2048) % 250
+    steps = path.with_suffix(".steps")
+    steps.mkdir()
+    with _embed(skeleton, tokens, 1e9, steps, 0) as (hidden, calls):
+        unload_outside(skeleton)
+        before = resident_memory_bytes()
+        open("/proc/self/clear_refs", "w").write("5")
+        _run_layer(load_layer(skeleton, 0, shards, "cpu"), layer, [of[0] for of in calls], hidden, bool(gram), "cpu")
+        print(peak_memory_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("dtype, gram", [("float32", ""), ("float32", "gram"), ("bfloat16", "")])
+def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gram):
+    size = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "max_position_embeddings": 2048}
+    small = tiny_model(tmp_path / "small", layers=1, max_position_embeddings=2048)
+    large = tiny_model(tmp_path / "large", layers=1, dtype=getattr(torch, dtype), **size)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, dtype, gram, str(small), str(large)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    topology = read_topology(tmp_path / "large.json")
+    estimate = peak_bytes(topology, 2048, getattr(torch, dtype), bool(gram))
+    assert estimate == pytest.approx(int(done.stdout.split()[-1]), rel=0.2)
+
+
+def test_a_device_too_small_is_refused_before_anything_is_read(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    inspect(open_source(folder), tmp_path / "model.json")
+    topology = read_topology(tmp_path / "model.json")
+    needed = peak_bytes(topology, LENGTH, torch.float32, False)
+    monkeypatch.setattr(capture, "device_memory_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(capture, "token_blocks", None)
+    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH)
+    said = f"{folder}: one decoder layer and a sequence of {LENGTH} tokens need about .* GB, cuda:0 has .* lower"
+    with pytest.raises(ArmorError, match=said):
+        calibrate(open_source(folder), topology, settings, tmp_path / "out/calibration.json", "cuda:0")
+    assert not (tmp_path / "out").exists()
