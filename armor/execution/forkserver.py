@@ -68,7 +68,8 @@ def run_there() -> int | None:
 
 def _address() -> str:
     """Where the server of this run and this Python listens: a name without a file, so nothing can be left over."""
-    python = json.dumps([os.environ[VARIABLE], sys.prefix, os.environ.get("PYTHONPATH")])
+    file = os.stat(sys.executable)  # the same path in a container is another Python
+    python = json.dumps([os.environ[VARIABLE], sys.prefix, file.st_dev, file.st_ino, os.environ.get("PYTHONPATH")])
     return f"\0armor-{hashlib.sha256(python.encode()).hexdigest()}"
 
 
