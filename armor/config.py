@@ -360,6 +360,8 @@ class ReportSettings(Settings):
 
     title: str = "ARMOR report"
     pairs: list[ReportPair] = Field(min_length=1)
+    config: dict[str, Any] = {}
+    """The configuration that asks for all this, without its defaults: the page offers it to those who want it again."""
 
 
 class Run(Settings):
@@ -451,7 +453,7 @@ class Config(Settings):
             settings["evaluations"] = [name for name, found in chosen.items() if not found]
             settings["tasks"] = {name: found for name, found in chosen.items() if found}
             pairs.append(ReportPair(model=model, recipe=name, benchmarks=tasks["benchmarks"], **settings))
-        return ReportSettings(pairs=pairs)
+        return ReportSettings(pairs=pairs, config=self.model_dump(mode="json", exclude_defaults=True))
 
     def module_patterns(self, recipe: str) -> list[str]:
         """The patterns over module names that `recipe` has, each of which should match something."""

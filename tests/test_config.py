@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from armor.config import PAPER_TASKS, Config, EvaluationSettings, LayerSettings, Recipe, check_patterns
 from armor.errors import ArmorError
-from armor.reading import parse_settings
+from armor.reading import load_config, parse_settings
 
+CONFIGURATIONS = sorted((Path(__file__).resolve().parents[1] / "config").rglob("*.yaml"))
 MODELS = {"tiny": {"folder": "tiny"}}
 TEXT = {"text": {"files": ["words.txt"]}}
 
@@ -33,6 +36,17 @@ def test_the_dense_model_needs_no_calibration():
     value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}, "benchmarks": {"decode": {}}}
     config = parse_settings(Config, value)
     assert config.report_settings().pairs[0].calibration is None
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
+    for folder in ("WIKITEXT2", "C4"):
+        monkeypatch.setenv(folder, "/data")
+    config = load_config(file)
+    text = yaml.safe_dump(config.report_settings().config)
+    assert parse_settings(Config, yaml.safe_load(text)) == config
+    explicit = parse_settings(Config, config.model_dump(mode="json"))  # defaults written out change nothing
+    assert explicit.report_settings() == config.report_settings()
 
 
 @pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])

@@ -7,10 +7,12 @@ words are put together sentence by sentence, each only when the results for it a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import stdev
 
 import jinja2
+import yaml
 from markupsafe import Markup
 
 from armor.config import ReportSettings
@@ -19,7 +21,7 @@ from armor.execution.log import log
 from armor.execution.provenance import made_by
 from armor.reading import parse_settings
 from armor.report.figures import figures
-from armor.report.results import ModelResults, RecipeResults, fingerprints, read_results
+from armor.report.results import STAGES, ModelResults, RecipeResults, fingerprints, read_results
 from armor.report.tables import (
     METHODS,
     benchmark_table,
@@ -183,28 +185,44 @@ def _block_sizes(model: ModelResults) -> list[str]:
     return notes
 
 
-def _machines(model: ModelResults) -> list[str]:
-    """The machines that evaluations, tasks and benchmarks ran on, each once."""
-    found = []
-    for recipe in model.recipes:
-        for record in (*recipe.evaluations.values(), *recipe.tasks.values(), *recipe.benchmarks.values()):
-            machine = record["machine"]
-            where = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-            versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
-            found.append(f"{where}, {machine['threads']} of {machine['cores']} cores used; {versions}")
-    return list(dict.fromkeys(found))
+def _by_stage(told: Iterable[tuple[str, str]]) -> list[str]:
+    """Each text once, after the stages that it is told of."""
+    stages: dict[str, dict[str, None]] = {}
+    for stage, text in told:
+        stages.setdefault(text, {})[stage] = None
+    return [f"{', '.join(names)}: {text}" for text, names in stages.items()]
 
 
-def _origins(model: ModelResults) -> list[str]:
+def _reproduce(models: list[ModelResults], config: dict) -> dict:
+    """What the template shows of how to make all this again: the configuration as YAML, cores, what it was made on."""
+    machines = [(stage, record["machine"]) for stage in STAGES for model in models for record in model.records(stage)]
+    places = [
+        (stage, f"{m['processor'] if m['device'] == 'cpu' else m['device']}, {m['threads']} of {m['cores']} cores")
+        for stage, m in machines
+    ]
+    versions = [
+        (stage, ", ".join(f"{name} {version}" for name, version in sorted(m["versions"].items())))
+        for stage, m in machines
+    ]
+    return {
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else "",
+        "cores": max((m["cores"] for _, m in machines), default=1),
+        "made": [*_by_stage(places), *_by_stage(versions), *_origins(models)],
+    }
+
+
+def _origins(models: list[ModelResults]) -> list[str]:
     """What made each compressed model: fingerprints of source and calibration, hash of the code, seed."""
     found = []
-    for recipe in model.compressed:
-        if recipe.checkpoint:
-            inputs, factors = recipe.checkpoint["inputs"], recipe.checkpoint["factors"]
-            code = " and ".join(dict.fromkeys(part["code"] for part in factors))
-            seeds = " and ".join(dict.fromkeys(str(part["settings"]["seed"]) for part in factors))
-            source, statistics = inputs["model"][:16], inputs["statistics"][:16]
-            found.append(f"{recipe.name}: source {source}, calibration {statistics}, code {code}, seed {seeds}")
+    for model in models:
+        for recipe in model.compressed:
+            if recipe.checkpoint:
+                inputs, factors = recipe.checkpoint["inputs"], recipe.checkpoint["factors"]
+                code = " and ".join(dict.fromkeys(part["code"] for part in factors))
+                seeds = " and ".join(dict.fromkeys(str(part["settings"]["seed"]) for part in factors))
+                source, statistics = inputs["model"][:16], inputs["statistics"][:16]
+                name = recipe.name if len(models) == 1 else f"{model.name}, {recipe.name}"
+                found.append(f"{name}: source {source}, calibration {statistics}, code {code}, seed {seeds}")
     return found
 
 
@@ -237,20 +255,18 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         "notes": _block_sizes(model),
         "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
         "tables": [{"title": t, "table": Markup(table), "caption": c} for t, table, c in tables],
-        "machines": _machines(model),
-        "origins": _origins(model),
     }
 
 
-def write_page(title: str, sections: list[dict], file: Path) -> None:
+def write_page(title: str, sections: list[dict], file: Path, reproduce: dict | None = None) -> None:
     """Write the page of `sections`, one for each model: id, name, summary (paragraphs), table, caption and notes.
 
-    Figures, further tables, machines and origins are there or not.
+    Figures and further tables are there or not; at the end stands how to `reproduce` it all, if given.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("armor.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("page.html.j2").render(title=title, models=sections)
+    page = environment.get_template("page.html.j2").render(title=title, models=sections, reproduce=reproduce)
     with atomic_path(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -270,7 +286,7 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     for name, form in texts.items():
         with atomic_path(output / name) as temporary:
             temporary.write_text(form(rows), encoding="utf-8")
-    write_page(settings.title, sections, output / "index.html")
+    write_page(settings.title, sections, output / "index.html", _reproduce(models, settings.config))
     made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
     write_json(output / "summary.json", {"rows": rows, **made})
     log.info("%s: %d rows", output / "index.html", len(rows))

@@ -39,15 +39,15 @@ COLUMNS = (
     "top1_agreement",
     "top1_agreement_se",
 )
-COST = ("seconds", "peak_memory_bytes")
+COMMON = ("machine", "seconds", "peak_memory_bytes")
 NEEDED = {
     "fetch": ("dtype", "files"),
-    "calibrate": COST,
-    "factorize": ("layer", "modules", *COST),
-    "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COST),
-    "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", "machine", *COST),
-    "tasks": ("tasks", "settings", "machine", *COST),
-    "benchmark": ("dense", "compressed", "machine", *COST),
+    "calibrate": COMMON,
+    "factorize": ("layer", "modules", *COMMON),
+    "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COMMON),
+    "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", *COMMON),
+    "tasks": ("tasks", "settings", *COMMON),
+    "benchmark": ("dense", "compressed", *COMMON),
 }
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
 
@@ -134,17 +134,27 @@ class RecipeResults:
                 )
         return found
 
+    def records(self, stage: str) -> list[dict]:
+        """The records of one of STAGES that are there."""
+        return {
+            "factorize": self.layers,
+            "assemble": [self.checkpoint] if self.checkpoint else [],
+            "evaluate": [*self.evaluations.values(), *self.tasks.values()],
+            "benchmark": list(self.benchmarks.values()),
+        }[stage]
+
     def _stages(self) -> dict[str, list[dict]]:
         """The records of each stage that this recipe needs; none where one of them is missing."""
-        evaluations = [*self.evaluations.values(), *self.tasks.values()]
-        asked = len(self.pair.evaluations) + len(self.pair.tasks)
-        stages = {
-            "factorize": self.layers if self.complete else [],
-            "assemble": [self.checkpoint] if self.checkpoint else [],
-            "evaluate": evaluations if len(evaluations) == asked else [],
-            "benchmark": list(self.benchmarks.values()) if len(self.benchmarks) == len(self.pair.benchmarks) else [],
+        stages = {stage: self.records(stage) for stage in STAGES if stage != "calibrate"}
+        if self.dense:
+            stages = {stage: stages[stage] for stage in ("evaluate", "benchmark")}
+        whole = {
+            "factorize": self.complete,
+            "assemble": self.checkpoint is not None,
+            "evaluate": len(stages["evaluate"]) == len(self.pair.evaluations) + len(self.pair.tasks),
+            "benchmark": len(stages["benchmark"]) == len(self.pair.benchmarks),
         }
-        return {stage: stages[stage] for stage in stages if not self.dense or stage in ("evaluate", "benchmark")}
+        return {stage: records if whole[stage] else [] for stage, records in stages.items()}
 
     def seconds(self) -> dict[str, float | None]:
         """The time that each stage took for this recipe alone, in seconds; None where a record is missing."""
@@ -218,6 +228,12 @@ class ModelResults:
         """The ARMOR recipe, or the recipe of another compressing method, with the lowest perplexity."""
         known = [r for r in self.compressed if r.perplexity and (r.pair.method == "armor") == armor]
         return min(known, key=lambda recipe: recipe.perplexity[0], default=None)
+
+    def records(self, stage: str) -> list[dict]:
+        """All records of one of STAGES, whatever else is missing."""
+        if stage == "calibrate":
+            return list(self.calibrations.values())
+        return [record for recipe in self.recipes for record in recipe.records(stage)]
 
     def calibration_rows(self) -> dict[str, dict]:
         """The calibrations' records, by what a row about them is called."""

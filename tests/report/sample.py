@@ -52,6 +52,10 @@ def plan(
     """The plan of the sample's recipes, as the workflow passes it."""
     return {
         "title": "ARMOR report",
+        "config": {
+            "models": {model: {"hub": f"someone/{model}"} for model in models},
+            "recipes": {recipe: {"method": recipe.partition("-")[0], "pattern": "2:4"} for recipe in recipes},
+        },
         "pairs": [
             {
                 "model": model,
@@ -174,10 +178,12 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
             write_json(folder / recipe / "benchmark" / f"{name}.json", _common(rng, 40, 1.6e9) | case)
         if method == "dense":
             continue
-        write_json(folder / "calibration" / "text" / "calibration.json", _common(random.Random(0), 75, 1.1e9))
+        calibration = _common(random.Random(0), 75, 1.1e9) | {"machine": MACHINE}
+        write_json(folder / "calibration" / "text" / "calibration.json", calibration)
         for layer in range(layers):
             write_json(folder / recipe / "layers" / f"layer_{layer}.json", _layer(rng, layer, method))
         checkpoint = {"bits_per_weight": BITS[method], "checkpoint_bytes": BYTES[method], "kept_dense": []}
+        checkpoint["machine"] = MACHINE
         checkpoint["inputs"] = {"model": "a" * 64, "statistics": "b" * 64}
         checkpoint["factors"] = [{"code": "c" * 16, "settings": {"seed": 0}}]
         write_json(folder / recipe / "checkpoint.json", _common(rng, 4, 6e8) | checkpoint)

@@ -1,12 +1,15 @@
 """The report: the rows are those of the JSON, a gap stays a gap, the page stands alone and is always the same."""
 
 import csv
+import html
 import json
 import math
 import re
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
+import yaml
 
 from armor.config import ReportSettings
 from armor.errors import ArmorError
@@ -27,7 +30,7 @@ from armor.report.tables import (
     size,
     summary_rows,
 )
-from tests.report.sample import BITS, BYTES, FILES, PERPLEXITY, plan, write_results
+from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, plan, write_results
 
 LAYERS = 3
 MODEL = "smollm2-135m"
@@ -157,6 +160,37 @@ def test_the_page_says_what_made_the_models(results):
     made = read_json(results / "report" / "summary.json")
     assert made["stage"] == "armor.report" and made["settings"]["pairs"][0]["recipe"] == "dense"
     assert f"{MODEL}/armor/evaluation/wikipedia.json" in made["inputs"]
+
+
+def test_the_page_gives_back_the_configuration_to_run_it_again(results):
+    page = page_of(results)
+    shown = html.unescape(re.search(r'aria-label="The configuration">(.*?)</pre>', page, re.DOTALL)[1])
+    linked = unquote(re.search(r'href="data:text/yaml;charset=utf-8,([^"]+)"', page)[1])
+    assert yaml.safe_load(shown) == yaml.safe_load(linked) == plan()["config"]  # 2:4 stays a text
+    assert list(yaml.safe_load(shown)["recipes"]) == list(PERPLEXITY)  # in their order
+    assert "snakemake --cores 2 --configfile config.yaml" in page
+
+
+def test_the_page_says_what_each_stage_ran_on_once(own):
+    file = own / MODEL / "armor" / "layers" / "layer_1.json"
+    record = read_json(file)
+    changed = {"device": "A card", "threads": 1, "versions": MACHINE["versions"] | {"torch": "2.14.0"}}
+    write_json(file, record | {"machine": record["machine"] | changed})
+    build(own, plan(["dense", "nowag", "armor"]), own / "report")
+    page = page_of(own)
+    assert re.findall("<li>(.*)</li>", page[page.index(">How to reproduce<") :])[:4] == [
+        "calibrate, factorize, assemble, evaluate, benchmark: A processor, 2 of 2 cores",
+        "factorize: A card, 1 of 2 cores",
+        "calibrate, factorize, assemble, evaluate, benchmark: python 3.11.7, torch 2.13.0, transformers 5.24.0",
+        "factorize: python 3.11.7, torch 2.14.0, transformers 5.24.0",
+    ]
+
+
+def test_a_report_by_hand_without_a_configuration_offers_none(own):
+    wanted = plan(["dense", "nowag", "armor"])
+    del wanted["config"]
+    build(own, wanted, own / "report")
+    assert "config.yaml" not in page_of(own) and "A processor, 2 of 2 cores" in page_of(own)
 
 
 def test_the_same_json_gives_the_same_bytes(results):

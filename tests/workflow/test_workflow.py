@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from urllib.parse import unquote
 
 import pytest
 import yaml
 
-from armor.config import json_schema
+from armor.config import Config, json_schema
 from armor.reading import load_config
 from armor.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
@@ -31,6 +32,13 @@ def test_the_report_has_a_row_for_each_recipe(run):
     assert float(losses["armor"]) < float(losses["nowag"])
     assert all(float(row["perplexity"]) > 1 for row in rows)
     assert (report / "index.html").stat().st_size > 10_000
+
+
+def test_the_page_holds_the_configuration_of_the_run(run):
+    page = (run.folder / "results/report/index.html").read_text()
+    held = yaml.safe_load(unquote(re.search(r'href="data:text/yaml;charset=utf-8,([^"]+)"', page)[1]))
+    assert Config.model_validate(held) == Config.model_validate(run.config)
+    assert list(held["recipes"]) == list(run.config["recipes"])
 
 
 def test_every_job_kept_to_its_threads(run):

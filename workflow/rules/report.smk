@@ -23,7 +23,7 @@ rule report:
         mem_mb=2000,
         runtime="15m",
     params:
-        settings=settings_json(SETTINGS.report_settings()),
+        settings=SETTINGS.report_settings().model_dump_json(exclude_none=True),  # the order of recipes is that of rows
         code=code_hash("armor.report"),
     message:
         "report"
