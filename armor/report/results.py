@@ -355,7 +355,7 @@ def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
     found = {}
     for pair in settings.pairs:
         here = results / pair.model / pair.recipe
-        files = [here / "evaluation" / f"{name}.json" for name in pair.evaluations]
+        files = [here / "evaluation" / f"{name}.json" for name in (*pair.evaluations, *pair.tasks)]
         files += [here / "benchmark" / f"{name}.json" for name in pair.benchmarks]
         if pair.method != "dense":
             calibration = results / pair.model / "calibration" / str(pair.calibration)

@@ -162,6 +162,17 @@ def test_the_page_says_what_made_the_models(results):
     assert f"{MODEL}/armor/evaluation/wikipedia.json" in made["inputs"]
 
 
+def test_the_report_names_every_record_that_it_is_made_of(tmp_path):
+    wanted = plan(["dense", "armor"], tasks={"reading": ["last_word"]})
+    write_results(tmp_path, wanted, LAYERS)
+    records = {
+        file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.json") if file.parent.name != "layers"
+    }
+    build(tmp_path, wanted, tmp_path / "report")
+    named = read_json(tmp_path / "report" / "summary.json")["inputs"].keys()
+    assert named == records - {f"{MODEL}/source.json", f"{MODEL}/model.json"}  # a checkpoint stands for its layers
+
+
 def test_the_page_gives_back_the_configuration_to_run_it_again(results):
     page = page_of(results)
     shown = html.unescape(re.search(r'aria-label="The configuration">(.*?)</pre>', page, re.DOTALL)[1])
