@@ -332,6 +332,12 @@ class BenchmarkSettings(Settings):
 
     prompt_tokens: int = Field(32, ge=1)
     new_tokens: int = Field(64, ge=2)
+    prompts: list[Annotated[str, Field(min_length=1)]] = [
+        "The capital of France is",
+        "Water boils when",
+        "Once upon a time, a fox",
+    ]
+    """Texts that each model goes on with by up to new_tokens tokens, for the report to show side by side."""
     repeats: int = Field(5, ge=1)
     """Rounds; each times every model once, and the report shows the median."""
     dtype: Dtype = "auto"

@@ -1,11 +1,12 @@
-"""Size and speed of a model beside its dense self: bytes, bits per weight, resident memory, load time, decode speed.
+"""A model beside its dense self: bytes, bits per weight, resident memory, load time, decode speed, and what it writes.
 
 Speeds of different processes at different hours do not compare, so both models live in one process and decode in turn,
 round by round, the order alternating; medians and quartiles over the rounds are reported. Decoding is transformers' own
 greedy `generate` with a cache, one sequence at a time; the clock runs from the first new token to the last, so the
 prompt is not in it. Memory is the opposite case: what one model leaves behind the next one reuses, so each is loaded
 alone in a fresh process, where resident memory after loading and one pass (weights that are only mapped become
-resident then), minus that before, is its own.
+resident then), minus that before, is its own. What both write after a few prompts is kept too: it shows a person what
+was lost, which a perplexity only measures, and it proves nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from armor.config import BenchmarkSettings
 from armor.errors import ArmorError
@@ -28,9 +29,9 @@ from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads
 from armor.execution.provenance import made_by
 from armor.model.shards import Shards
-from armor.runtime.load import load_model
+from armor.runtime.load import load_model, load_tokenizer
 
-__all__ = ["benchmark", "decode_speed", "measure_loading"]
+__all__ = ["benchmark", "decode_speed", "greedy_text", "measure_loading"]
 
 
 class _Clock:
@@ -56,6 +57,16 @@ def decode_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> flo
     model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clock)
     first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt
     return (len(clock.times) - 2) / (last - first)
+
+
+@torch.inference_mode()
+def greedy_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """What the model writes after `prompt`, greedily: up to `new_tokens` tokens, or to the end of the text."""
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    end = model.generation_config.eos_token_id
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=end)
+    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
+    return tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
 def _prompt(model: PreTrainedModel, tokens: int) -> Tensor:
@@ -128,13 +139,14 @@ def benchmark(
 
     Both are Hugging Face folders, `output` is the file to write. Each side holds bytes_on_disk, bits_per_weight,
     resident_bytes, load_seconds and decode_tokens_per_second (median, quartiles, runs); decode_speedup is the median
-    ratio of a round; `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a
-    model.
+    ratio of a round; `samples` holds what each side writes after the prompts; `fingerprints`, the models' by side, are
+    noted. Raises ArmorError for a folder that is not a model.
     """
     start = time.perf_counter()
     output = Path(output)
     folders = {"dense": Path(source)} | ({"compressed": Path(checkpoint)} if checkpoint is not None else {})
     disk = {side: _on_disk(folder) for side, folder in folders.items()}  # first, for it finds what is not a model
+    tokenizer = load_tokenizer(source) if settings.prompts else None
     loading = {side: measure_loading(folder, settings.dtype, device) for side, folder in folders.items()}
     models = {side: load_model(folder, settings.dtype, device) for side, folder in folders.items()}
     prompt = _prompt(models["dense"], settings.prompt_tokens)
@@ -144,6 +156,11 @@ def benchmark(
     for index in progress(range(settings.repeats), "decode", unit="round"):
         for side in list(models)[:: -1 if index % 2 else 1]:
             runs[side].append(decode_speed(models[side], prompt, settings.new_tokens))
+    samples = [
+        {"prompt": text}
+        | {side: greedy_text(model, tokenizer, text, settings.new_tokens) for side, model in models.items()}
+        for text in settings.prompts
+    ]
     sides = {
         side: {
             **disk[side],
@@ -162,6 +179,7 @@ def benchmark(
         "dense": sides["dense"],
         "compressed": sides.get("compressed"),
         "decode_speedup": _speedup(runs) if checkpoint is not None else None,
+        "samples": samples,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(device),
         **made_by(__name__, settings.model_dump(mode="json"), fingerprints or {}, device),

@@ -34,6 +34,7 @@ from armor.report.tables import (
     number,
     percent,
     plus_minus,
+    sample_table,
     size,
     stage_table,
     summary_rows,
@@ -241,6 +242,12 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
             "quartiles, and that of the dense model in the same process, in turn."
         )
         tables.append((f"Memory and speed: {case}", benchmark_table(model, case, f"{name}-benchmark-{index}"), caption))
+    if any((samples := model.samples()).values()):
+        caption = (
+            "Greedy decoding after each prompt; ↵ is the end of a line. A few samples show what was lost and prove "
+            "nothing: that is for perplexity and tasks."
+        )
+        tables.append(("What they write", sample_table(samples, f"{name}-samples"), caption))
     if model.topology and model.compressed:
         caption = "Bits per weight of each linear of a decoder layer, blocks and mask included; ! is more than dense."
         tables.append(("Bits per weight by linear", bits_table(model, f"{name}-bits"), caption))

@@ -270,6 +270,20 @@ class ModelResults:
         dense = {n: bits_of(linear.dtype) for n, linear in self._linears().items()}
         return [name for name, bits in self.module_bits(recipe).items() if bits > dense[name]]
 
+    def samples(self) -> dict[str, dict[str, str]]:
+        """What the dense model and the compressed ones write, by recipe and prompt; the first benchmark's that has it.
+
+        A dense model that is no recipe was benchmarked beside a compressed one all the same.
+        """
+        dense = self.dense.name if self.dense else "dense"
+        found: dict[str, dict[str, str]] = {dense: {}} | {recipe.name: {} for recipe in self.compressed}
+        for recipe in self.recipes:
+            for sample in (sample for record in recipe.benchmarks.values() for sample in record.get("samples", ())):
+                for name, side in ((dense, "dense"), (recipe.name, "compressed")):
+                    if side in sample:
+                        found[name].setdefault(sample["prompt"], sample[side])
+        return found
+
     def evaluation_names(self) -> list[str]:
         """The evaluations that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.evaluations))

@@ -35,6 +35,7 @@ __all__ = [
     "percent",
     "plus_minus",
     "print_table",
+    "sample_table",
     "score",
     "size",
     "stage_table",
@@ -361,6 +362,21 @@ def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
             "Dense in turn": number(whole and whole["median"], 3),
         }
     return cells_table(cells, name)
+
+
+def _visible(text: str) -> str:
+    """A text as one line; the characters that only control a terminal are replaced."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
+
+
+def sample_table(samples: dict[str, dict[str, str]], name: str) -> str:
+    """What each recipe writes after each prompt, `samples` by recipe and prompt, as an HTML table."""
+    prompts = dict.fromkeys(prompt for own in samples.values() for prompt in own)
+    cells = {
+        recipe: {f"{_visible(prompt)} …": _visible(own[prompt]) if prompt in own else GAP for prompt in prompts}
+        for recipe, own in samples.items()
+    }
+    return cells_table(cells, name, classes="data text")
 
 
 def bits_table(model: ModelResults, name: str) -> str:

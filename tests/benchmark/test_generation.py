@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from armor.benchmark import generation
-from armor.benchmark.generation import benchmark, decode_speed
+from armor.benchmark.generation import benchmark, decode_speed, greedy_text
 from armor.config import BenchmarkSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
-from armor.runtime.load import load_model
+from armor.runtime.load import load_model, load_tokenizer
 from tests.tiny import tiny_model
 
-SETTINGS = BenchmarkSettings(prompt_tokens=4, new_tokens=6, repeats=3)
+SETTINGS = BenchmarkSettings(prompt_tokens=4, new_tokens=6, repeats=3, prompts=["A fox", "42"])
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,30 @@ def test_the_record_describes_both_sides(both):
         assert min(speed["runs"]) > 0 and side["load_seconds"] > 0
 
 
+def test_the_samples_are_what_each_side_finds_the_most_likely_token_after_token(both, folder):
+    result, output = both
+    tokenizer = load_tokenizer(folder)
+    models = {"dense": load_model(folder), "compressed": load_model(output.parents[1] / "checkpoint")}
+    expected = []
+    for prompt in SETTINGS.prompts:
+        expected.append({"prompt": prompt})
+        for side, model in models.items():
+            tokens = start = tokenizer(prompt, return_tensors="pt").input_ids
+            for _ in range(SETTINGS.new_tokens):
+                tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+            assert model.config.eos_token_id not in tokens
+            expected[-1][side] = tokenizer.decode(tokens[0, start.shape[1] :])
+    assert result["samples"] == expected
+
+
+def test_a_sample_ends_with_the_text(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    last = model(tokenizer("A", return_tensors="pt").input_ids).logits[0, -1].argmax().item()
+    assert len(greedy_text(model, tokenizer, "A", 50)) > 10
+    model.generation_config.eos_token_id = [256, last]
+    assert greedy_text(model, tokenizer, "A", 50) == tokenizer.decode(last)
+
+
 def test_sizes_are_those_of_the_files(both, folder):
     result, output = both
     small = output.parents[1] / "checkpoint"
@@ -63,9 +87,10 @@ def test_bits_of_a_packed_checkpoint_are_those_of_its_record(folder, tmp_path):
 
 def test_the_dense_model_alone(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1, "load_seconds": 1.0})
-    settings = SETTINGS.model_copy(update={"repeats": 1})
+    monkeypatch.setattr(generation, "load_tokenizer", lambda _: pytest.fail("there is no text to read"))
+    settings = SETTINGS.model_copy(update={"repeats": 1, "prompts": []})
     result = benchmark(folder, None, settings, tmp_path / "decode.json")
-    assert (result["recipe"], result["compressed"]) == ("dense", None)
+    assert (result["recipe"], result["compressed"], result["samples"]) == ("dense", None, [])
     speed = result["dense"]["decode_tokens_per_second"]
     assert speed["quartiles"] == [speed["median"]] * 2
 

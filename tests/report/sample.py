@@ -29,6 +29,7 @@ SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
 BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
 BITS = {"magnitude": 9.0, "wanda": 9.0, "nowag": 9.0, "armor": 11.74}
 SPEED = {"dense": 14.2, "magnitude": 13.1, "wanda": 13.2, "nowag": 13.1, "armor": 9.4}
+PROMPTS = {"The capital of France is": "Paris", "Once upon a time, a fox": "met a crow"}
 FILES = {
     "model.safetensors": {"bytes": 269_060_552, "sha256": "d" * 64},
     "tokenizer.json": {"bytes": 3_522_871, "sha256": "e" * 64},
@@ -171,10 +172,12 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
                     "runs": speeds,
                 },
             }
+        samples = [{"prompt": p, "dense": f" {w}.", "compressed": f" {w},\n{recipe}. " * 9} for p, w in PROMPTS.items()]
         if method == "dense":
             sides["compressed"] = None
+            samples = [{key: text for key, text in sample.items() if key != "compressed"} for sample in samples]
         for name in pair["benchmarks"]:
-            case = {"case": name, "recipe": recipe, **sides, "machine": MACHINE}
+            case = {"case": name, "recipe": recipe, **sides, "samples": samples, "machine": MACHINE}
             write_json(folder / recipe / "benchmark" / f"{name}.json", _common(rng, 40, 1.6e9) | case)
         if method == "dense":
             continue

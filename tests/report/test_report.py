@@ -30,7 +30,7 @@ from armor.report.tables import (
     size,
     summary_rows,
 )
-from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, plan, write_results
+from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, PROMPTS, plan, write_results
 
 LAYERS = 3
 MODEL = "smollm2-135m"
@@ -365,6 +365,37 @@ def test_further_models_evaluations_and_benchmarks_get_their_own_sections(tmp_pa
         assert page.count(f">{title}</h3>") == 2
     assert page.count("Loss by layer and module: armor-") == 4
     assert len(_Page(page).ids) == len(set(_Page(page).ids))
+
+
+def samples_of(root):
+    """The table of samples: the texts by recipe, without their markup."""
+    table = page_of(root).partition(">What they write</h3>")[2].partition("</table>")[0]
+    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")[1:]]
+    return {html.unescape(name): [html.unescape(text) for text in texts] for name, *texts in lines}
+
+
+def test_samples_stand_side_by_side_and_a_missing_one_is_a_gap(own):
+    path = own / MODEL / "armor" / "benchmark" / "decode.json"
+    prompt, other = PROMPTS
+    changed = [{"prompt": prompt, "dense": " Paris.", "compressed": "<b>\n\n \x1b[1m_a_"}]
+    write_json(path, read_json(path) | {"samples": changed})
+    build(own, plan(["dense", "nowag", "armor"]), own / "report")
+    found = samples_of(own)
+    assert found["Recipe"] == [f"{prompt} …", f"{other} …"]
+    assert found["dense"] == ["Paris.", "met a crow."] and found["armor"] == ["<b> ↵ \ufffd[1m_a_", "–"]
+    assert found["nowag"][1].startswith("met a crow, ↵ nowag.") and list(found)[1:] == ["dense", "nowag", "armor"]
+
+
+def test_the_dense_model_writes_too_where_it_is_no_recipe(own):
+    build(own, plan(["nowag", "armor"]), own / "report")
+    assert list(samples_of(own)) == ["Recipe", "dense", "nowag", "armor"] and samples_of(own)["dense"][0] == "Paris."
+
+
+def test_without_samples_there_is_no_table_of_them(own):
+    for path in own.glob(f"{MODEL}/*/benchmark/decode.json"):
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "samples"})
+    build(own, plan(["dense", "nowag", "armor"]), own / "report")
+    assert samples_of(own) == {} and "Memory and speed: decode" in page_of(own)
 
 
 def test_the_terminal_table_fits_and_marks_the_best(results):

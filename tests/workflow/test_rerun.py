@@ -44,6 +44,7 @@ SETTINGS_EDITED = {
     "calibration length": ({"calibrations__words__sequence_length": 16}, {"calibrate": 1} | recipes(2)),
     "evaluation text": ({"evaluations__words__text": {"files": [str(OTHER_TEXT)]}}, {"evaluate": 3, "report": 1}),
     "a benchmark's setting": ({"benchmarks__decode__repeats": 3}, {"benchmark": 3, "report": 1}),
+    "prompts of the samples": ({"benchmarks__decode__prompts": ["A"]}, {"benchmark": 3, "report": 1}),
     "tasks": ({"evaluations__questions": {"tasks": ["piqa"]}}, {"tasks": 3, "report": 1}),
     "seed": ({"seed": 1}, recipes(2)),
 }
