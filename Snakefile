@@ -11,6 +11,10 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+
+report: "workflow/report/workflow.rst"
+
+
 if "models" not in config:  # a configuration given with --configfile replaces the demo's, instead of adding to it
 
     configfile: workflow.source_path("config/config.yaml")

@@ -1,5 +1,6 @@
 """The front door: what `snakemake` answers, on good input and on bad."""
 
+import base64
 import csv
 import json
 import re
@@ -91,6 +92,29 @@ def test_rulegraph_draws_every_stage(run):
     drawn = run.snakemake("--rulegraph").stdout
     stages = "fetch inspect calibrate factorize assemble evaluate benchmark report".split()
     assert all(f'label = "{stage}"' in drawn for stage in stages), drawn
+
+
+OFFLINE = """
+import socket
+
+def refuse(*_):
+    raise OSError("a network was asked for")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+"""
+
+
+def test_snakemakes_own_report_holds_the_page_and_needs_no_network(run, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(OFFLINE)
+    done = Run(run.folder, run.config, python=tmp_path).snakemake("--report", str(tmp_path / "out.html"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "out.html").read_text()
+    found = json.loads(re.search(r'<script id="results">\s*var results = (.*);\n', page)[1])
+    assert found.keys() == {"results/report/index.html", "results/report/summary.csv"}
+    for file, result in found.items():
+        assert base64.b64decode(result["data_uri"].partition("base64,")[2]) == (run.folder / file).read_bytes()
+        assert "the summary in words, the figures, all tables" in " ".join(result["caption"].split())
+    assert "One-shot compression of tiny by the recipes" in page and "dense, nowag, armor" in page
 
 
 @pytest.mark.parametrize(

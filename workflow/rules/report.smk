@@ -6,8 +6,8 @@ rule report:
     input:
         all_records,
     output:
-        "results/report/index.html",
-        "results/report/summary.csv",
+        report("results/report/index.html", caption="../report/summary.rst", category="Report"),
+        report("results/report/summary.csv", caption="../report/summary.rst", category="Report"),
         "results/report/summary.json",
         "results/report/summary.md",
         "results/report/summary.tex",
