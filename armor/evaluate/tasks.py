@@ -91,7 +91,7 @@ def evaluate_tasks(
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
             write_json(place / f"{name}.json", record)
             steps.put(name, record)
-        headline = ("metric", "value", "standard_error", "shots", "items")
+        headline = ("metric", "value", "standard_error", "higher_is_better", "shots", "items")
         result = {
             "format_version": 1,
             "task": output.stem,
@@ -180,7 +180,8 @@ def _instead(manager: TaskManager, task: str) -> str:
 
 def _record(name: str, label: str, found: dict) -> dict:
     """What is kept of one task's results, lm-eval's `label`; `value` is its headline, `items` counts all questions."""
-    metrics = _metrics(found["results"][label])
+    better = found["higher_is_better"]
+    metrics = _metrics(found["results"][label], better.get(label, {}))
     first = next((key for want in HEADLINES for key in metrics if key.partition(",")[0] == want), next(iter(metrics)))
     return {
         "format_version": 1,
@@ -188,22 +189,28 @@ def _record(name: str, label: str, found: dict) -> dict:
         "metric": first.removesuffix(",none"),
         **metrics[first],
         "metrics": metrics,
-        "subtasks": {task: _metrics(results) for task, results in found["results"].items() if task != label},
+        "subtasks": {
+            task: _metrics(results, better.get(task, {})) for task, results in found["results"].items() if task != label
+        },
         "shots": max(found["n-shot"].values(), default=0),
         "items": sum(count["effective"] for count in found["n-samples"].values()),
         "versions": found["versions"],
     }
 
 
-def _metrics(results: dict) -> dict[str, dict]:
-    """lm-eval's "acc,none" and "acc_stderr,none" side by side; None for a standard error that it has not."""
+def _metrics(results: dict, better: dict[str, bool]) -> dict[str, dict]:
+    """lm-eval's "acc,none" and "acc_stderr,none" side by side, and by `better` whether a higher value is; or None."""
     found = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             error = results.get(f"{metric}_stderr,{kind}")
             known = isinstance(error, float) and math.isfinite(error)
-            found[key] = {"value": float(value), "standard_error": float(error) if known else None}
+            found[key] = {
+                "value": float(value),
+                "standard_error": float(error) if known else None,
+                "higher_is_better": better.get(metric),
+            }
     return found
 
 

@@ -28,6 +28,7 @@ from armor.report.tables import (
     bits_table,
     csv_text,
     evaluation_table,
+    higher_is_better,
     html_table,
     latex_text,
     markdown_text,
@@ -235,6 +236,9 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         tables.append(("Perplexity on each text", evaluation_table(model, f"{name}-evaluations"), caption))
     if model.task_names():
         caption = "By lm-eval, with its standard errors; all recipes answered the same questions."
+        better = higher_is_better([model])
+        if lower := [task for task in model.task_names() if better.get(task) is False]:
+            caption += f" Lower is better: {', '.join(lower)}."
         tables.append(("Accuracy on tasks", task_table(model, f"{name}-tasks"), caption))
     for index, case in enumerate(model.benchmark_names()):
         caption = (
@@ -289,10 +293,15 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     models = read_results(results, settings)
     rows = summary_rows(models)
     sections = [_section(model, rows, f"m{index}") for index, model in enumerate(models)]
-    texts = {"summary.csv": csv_text, "summary.md": markdown_text, "summary.tex": latex_text}
-    for name, form in texts.items():
+    better = higher_is_better(models)
+    texts = {
+        "summary.csv": csv_text(rows),
+        "summary.md": markdown_text(rows, better),
+        "summary.tex": latex_text(rows, better),
+    }
+    for name, text in texts.items():
         with atomic_path(output / name) as temporary:
-            temporary.write_text(form(rows), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
     write_page(settings.title, sections, output / "index.html", _reproduce(models, settings.config))
     made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
     write_json(output / "summary.json", {"rows": rows, **made})

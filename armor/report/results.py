@@ -118,21 +118,22 @@ class RecipeResults:
         return {key: (found[key]["value"], found[key]["standard_error"]) for key in found}
 
     @property
-    def scores(self) -> dict[str, tuple[float | None, float | None]]:
-        """Every task that was asked for: value and standard error, None for a gap.
+    def task_results(self) -> dict[str, dict]:
+        """What there is of every task that was asked for; nothing of a gap.
 
         Of two evaluations on the same task, the second one's name precedes it.
         """
-        found = {}
+        found: dict[str, dict] = {}
         for evaluation, names in self.pair.tasks.items():
             results = self.tasks.get(evaluation, {}).get("tasks", {})
             for name in names:
-                result = results.get(name, {})
-                found[f"{evaluation}.{name}" if name in found else name] = (
-                    result.get("value"),
-                    result.get("standard_error"),
-                )
+                found[f"{evaluation}.{name}" if name in found else name] = results.get(name, {})
         return found
+
+    @property
+    def scores(self) -> dict[str, tuple[float | None, float | None]]:
+        """Every task that was asked for: value and standard error, None for a gap."""
+        return {task: (r.get("value"), r.get("standard_error")) for task, r in self.task_results.items()}
 
     def records(self, stage: str) -> list[dict]:
         """The records of one of STAGES that are there."""

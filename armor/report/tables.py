@@ -2,8 +2,9 @@
 
 A gap is an empty field in the CSV, null in the JSON, and a dash to a reader; it is never a zero. In the forms for
 readers the best value among the compressed recipes of a model stands out: lowest perplexity, KL, loss, size and time,
-highest agreement with the dense model and speed. Values that read the same are equally good. The page's summary says
-of each cell what it sorts by (an HTML `data` element), so that its script need not read numbers written for people.
+highest agreement with the dense model and speed, and of a task what lm-eval says is better. Values that read the same
+are equally good. The page's summary says of each cell what it sorts by (an HTML `data` element), so that its script
+need not read numbers written for people.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "csv_text",
     "duration",
     "evaluation_table",
+    "higher_is_better",
     "html_table",
     "latex_text",
     "markdown_text",
@@ -52,17 +54,17 @@ METHODS = {
     "sparsegpt": "SparseGPT",
     "armor": "ARMOR",
 }
-HIGHER_IS_BETTER = ("top1_agreement", "decode_tokens_per_second")
-COMPARED = (
-    "perplexity",
-    "kl",
-    "top1_agreement",
-    "relative_loss",
-    "bits_per_weight",
-    "checkpoint_bytes",
-    "factorize_seconds",
-    "decode_tokens_per_second",
-)
+HIGHER_IS_BETTER = {
+    "perplexity": False,
+    "kl": False,
+    "top1_agreement": True,
+    "relative_loss": False,
+    "bits_per_weight": False,
+    "checkpoint_bytes": False,
+    "factorize_seconds": False,
+    "decode_tokens_per_second": True,
+}
+COMPARED = tuple(HIGHER_IS_BETTER)
 HEADINGS = {
     "model": "model",
     "recipe": "recipe",
@@ -86,6 +88,16 @@ def summary_rows(models: list[ModelResults]) -> list[dict]:
     rows = [recipe.row() for model in models for recipe in model.recipes]
     keys = dict.fromkeys(key for row in rows for key in row)
     return [dict.fromkeys(keys) | row for row in rows]
+
+
+def higher_is_better(models: list[ModelResults]) -> dict[str, bool]:
+    """Of every column that compares, whether its best value is the highest; tasks of which that is unknown are not in.
+
+    It is unknown where lm-eval does not say, as of a group whose tasks differ.
+    """
+    results = [result for model in models for recipe in model.recipes for result in recipe.task_results.items()]
+    told = {task: result.get("higher_is_better") for task, result in results if result}
+    return HIGHER_IS_BETTER | {task: higher for task, higher in told.items() if higher is not None}
 
 
 def score(value: float | None, error: float | None) -> str:
@@ -185,20 +197,19 @@ def _tasks(rows: list[dict]) -> list[str]:
     return [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
 
 
-def _best(rows: list[dict]) -> set[tuple[int, str]]:
+def _best(rows: list[dict], better: dict[str, bool] = HIGHER_IS_BETTER) -> set[tuple[int, str]]:
     """The (row, column) of every value that no compressed recipe of the same model beats, where there are rivals.
 
-    Of a task whose results are no shares it is not known which is better.
+    The columns are those of `better`, which says of each whether the highest value is the best.
     """
-    shares = [t for t in _tasks(rows) if all(0 <= row[t] <= 1 for row in rows if row[t] is not None)]
     best = set()
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [i for i, row in enumerate(rows) if row["model"] == model and row["method"] != "dense"]
-        for column in (*COMPARED, *shares):
+        for column, highest in better.items():
             known = [i for i in own if rows[i][column] is not None]
             texts = {_cell(rows[i], column) for i in known}
             if len(texts) > 1:
-                first = (max if column in (*HIGHER_IS_BETTER, *shares) else min)(known, key=lambda i: rows[i][column])
+                first = (max if highest else min)(known, key=lambda i: rows[i][column])
                 best |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
     return best
 
@@ -248,9 +259,9 @@ def print_table(rows: list[dict]) -> str:
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
-def _frames(rows: list[dict]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+def _frames(rows: list[dict], better: dict[str, bool]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """Of each model what stands above its table, the texts by recipe and heading, and which of them are the best."""
-    best = _best(rows)
+    best = _best(rows, better)
     columns = [*_described(rows), *COMPARED, *_tasks(rows)]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = {row["recipe"]: (i, row) for i, row in enumerate(rows) if row["model"] == model}
@@ -262,14 +273,17 @@ def _frames(rows: list[dict]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]
         yield ", ".join([model, *_pattern(rows)]), *frames
 
 
-def markdown_text(rows: list[dict]) -> str:
-    """The summary as Markdown, a table for each model, with standard errors, the best compressed values in bold."""
+def markdown_text(rows: list[dict], better: dict[str, bool]) -> str:
+    """The summary as Markdown, a table for each model, with standard errors, the best compressed values in bold.
+
+    `better` is what `higher_is_better` found.
+    """
 
     def escaped(text: str) -> str:
         return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
 
     parts = []
-    for title, texts, bold in _frames(rows):
+    for title, texts, bold in _frames(rows, better):
         texts = texts.map(escaped)
         texts = texts.where(~bold, "**" + texts + "**").rename(index=escaped, columns=escaped)
         alignment = ["left", *["right"] * len(texts.columns)]
@@ -278,14 +292,14 @@ def markdown_text(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def latex_text(rows: list[dict]) -> str:
-    """The summary as LaTeX, a table for each model, with standard errors, the best compressed values in bold."""
+def latex_text(rows: list[dict], better: dict[str, bool]) -> str:
+    """The summary as LaTeX, a table for each model, as `markdown_text`."""
 
     def symbols(text: str) -> str:  # that every engine and font has
         return text.replace("±", r"$\pm$").replace(GAP, "--")
 
     parts = ["% \\usepackage{booktabs}\n"]
-    for title, texts, bold in _frames(rows):
+    for title, texts, bold in _frames(rows, better):
         styler = texts.style.format(symbols, escape="latex").format_index(escape="latex")
         styler.format_index(escape="latex", axis="columns")
         styles = bold.map(lambda best: "textbf:--rwrap;" if best else "")
@@ -343,7 +357,7 @@ def task_table(model: ModelResults, name: str) -> str:
     """The results of all recipes on all tasks, with standard errors, as an HTML table."""
     none = (None, None)
     cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
-    return cells_table(cells, name, _best(summary_rows([model])))
+    return cells_table(cells, name, _best(summary_rows([model]), higher_is_better([model])))
 
 
 def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:

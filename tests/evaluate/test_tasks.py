@@ -76,8 +76,10 @@ def test_our_numbers_are_lm_evals_to_the_last_digit(tmp_path, text):
         place = tmp_path / "evaluation" / "reading"
         theirs = own(folder, place / f"{task}.yaml")
         row, record = theirs["results"][task], read_json(place / f"{task}.json")
-        assert record["metrics"]["acc,none"] == {"value": row["acc,none"], "standard_error": row["acc_stderr,none"]}
-        kept = {key: record[key] for key in ("metric", "value", "standard_error", "shots", "items")}
+        accuracy = {"value": row["acc,none"], "standard_error": row["acc_stderr,none"], "higher_is_better": True}
+        assert record["metrics"]["acc,none"] == accuracy
+        headline = ("metric", "value", "standard_error", "higher_is_better", "shots", "items")
+        kept = {key: record[key] for key in headline}
         assert kept == result["tasks"][task] and (kept["metric"], kept["shots"], kept["items"]) == ("acc", 0, 10)
         samples = theirs["samples"][task]
         assert likelihoods(place, task) == [[r[0] for r in sample["filtered_resps"]] for sample in samples]
@@ -112,6 +114,17 @@ def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):
     assert ran == ["last_word", "continuation", "continuation"]
     undisturbed = evaluate_tasks(folder, settings(text), tmp_path / "whole" / "reading.json")
     assert again["tasks"] == undisturbed["tasks"]
+
+
+def test_whether_a_higher_value_is_better_is_what_the_task_says(tmp_path, text):
+    task = build_task("continuation", [text.read_text()], 10, tmp_path, "text")
+    asked = yaml.safe_load(task.read_text())
+    asked["metric_list"] = [{"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False}]
+    task.write_text(yaml.safe_dump(asked))
+    folder = tiny_model(tmp_path / "model")
+    result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(task)]), tmp_path / "out" / "own.json")
+    found = result["tasks"]["continuation"]
+    assert (found["metric"], found["higher_is_better"]) == ("brier_score", False) and found["value"] > 0
 
 
 def test_built_items_are_of_the_text_and_always_the_same(tmp_path, text):

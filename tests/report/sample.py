@@ -155,7 +155,8 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
             }
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)
         for name, tasks in pair["tasks"].items():
-            scores = {task: {"value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05} for task in tasks}
+            score = {"value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05}
+            scores = {task: score | {"higher_is_better": not task.endswith("loss")} for task in tasks}
             record = {"tasks": scores, "settings": {}, "machine": MACHINE}
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
         sides = {}

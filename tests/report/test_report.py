@@ -439,9 +439,10 @@ def test_latex_is_a_table_of_booktabs_that_says_the_same_as_markdown(results):
 def test_names_are_escaped_in_markdown_and_latex():
     row = dict.fromkeys(COLUMNS) | {"model": "a_b", "recipe": "nowag_1", "method": "nowag", "pattern": "2:4"}
     rows = [row | {"x_|y": 0.5, "x_|y_se": 0.01}, row | {"recipe": "other_1", "x_|y": 0.25, "x_|y_se": None}]
-    text = markdown_text(rows)
+    better = {"x_|y": True}
+    text = markdown_text(rows, better)
     assert r"## a\_b, 2:4" in text and r"| nowag\_1 " in text and r" x\_\|y |" in text and " **50.0 ± 1.0%** |" in text
-    text = latex_text(rows)
+    text = latex_text(rows, better)
     assert r"\caption{a\_b, 2:4}" in text and r"nowag\_1 & NoWag-P & -- &" in text and r"x\_|y" in text
     assert r"\textbf{50.0 $\pm$ 1.0\%} \\" in text and r"25.0\% \\" in text
 
@@ -487,3 +488,27 @@ def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
     text = print_table(rows)
     assert re.search(r"^armor +47.5 ± 5.0% +47.5 ± 5.0% +–$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_best_of_a_task_is_what_its_metric_says(tmp_path):
+    names = ["accuracy", "brier_loss", "mixed"]
+    wanted = plan(["dense", "armor", "nowag"], tasks={"questions": names})
+    write_results(tmp_path, wanted, LAYERS)
+    for path in tmp_path.glob(f"{MODEL}/*/evaluation/questions.json"):
+        record = read_json(path)
+        record["tasks"]["mixed"]["higher_is_better"] = None
+        write_json(path, record)
+    build(tmp_path, wanted, tmp_path / "report")
+    best = {"accuracy": "47.5 ± 5.0%", "brier_loss": "40.2 ± 5.0%"}  # the highest, the lowest; all values are shares
+    table = page_of(tmp_path).partition(">Accuracy on tasks</h3>")[2].partition("</div>\n</div>")[0]
+    assert re.findall('best" >([^<]+)<', table) == list(best.values())
+    assert "Lower is better: brier_loss." in page_of(tmp_path)
+    lines = (tmp_path / "report" / "summary.md").read_text().splitlines()
+    headings, _, dense, armor, nowag = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:7]]
+    bold = {h.replace("\\", ""): {*row} for h, *row in zip(headings, dense, armor, nowag, strict=True)}
+    assert {name: [cell.strip("*") for cell in bold[name] if cell.startswith("*")] for name in names} == {
+        **{name: [text] for name, text in best.items()},
+        "mixed": [],
+    }
+    tex = (tmp_path / "report" / "summary.tex").read_text()
+    assert tex.count(r"\textbf{47.5 $\pm$ 5.0\%}") == tex.count(r"\textbf{40.2 $\pm$ 5.0\%}") == 1
