@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -122,6 +123,16 @@ def test_without_javascript_the_table_is_a_table(visit):
     page = visit(script=False)
     assert page.get_by_role("button").count() == 0
     assert dict(column(page, "Perplexity"))["armor"] == "30.96 ± 2.79"
+
+
+def test_the_configuration_to_run_it_again_comes_out_of_the_page_itself(visit):
+    page = visit()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="config.yaml").click()
+    page.get_by_text("The configuration", exact=True).click()
+    shown = page.get_by_role("region", name="The configuration").inner_text()
+    assert download.value.suggested_filename == "config.yaml"
+    assert Path(download.value.path()).read_text() == shown and shown.startswith("models:")
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
