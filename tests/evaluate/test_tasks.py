@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +99,69 @@ def test_a_packed_model_answers_as_its_dense_export(tmp_path, text):
         there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("dense", "checkpoint"))
         assert [len(item) for item in here] == [4 if task == "continuation" else 1] * 10
         assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
+
+
+def arc(folder) -> Path:
+    """A task like ARC, its YAML file and its questions as JSON lines in `folder`."""
+    rows = [
+        {
+            "question": f"Which {words(k, 3 + k % 6)}?",
+            "choices": {"text": [words(50 * k + i, 2 + (k + i) % 4) for i in range(4)], "label": [*"ABCD"]},
+            "answerKey": "ABCD"[(k + k // 4) % 4],
+        }
+        for k in range(40)
+    ]
+    for split, some in {"train": rows[:8], "test": rows[8:]}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    task = {
+        "task": "own_arc",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
+        "training_split": "train",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+        "doc_to_choice": "{{choices.text}}",
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    }
+    (folder / "own_arc.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    return folder / "own_arc.yaml"
+
+
+def command_line(folder, file, shots: int, output) -> tuple[dict, list]:
+    """The results and every log-likelihood of a task, by `python -m lm_eval`."""
+    command = f"-m lm_eval --model hf --model_args pretrained={folder},dtype=float32 --device cpu --tasks {file}"
+    command += f" --num_fewshot {shots} --batch_size {CPU_BATCH_SIZE} --output_path {output} --log_samples"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, *command.split()], env=environment, check=True, capture_output=True)
+    (results,), (samples,) = (output.rglob(name) for name in ("results_*.json", "samples_*.jsonl"))
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    found = [[float(response[0]) for response in line["filtered_resps"]] for line in lines]
+    return read_json(results)["results"][file.stem], found
+
+
+def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
+    """Dense: the same to the last digit. Packed: log-likelihoods as those of the dense export in float32.
+
+    Those are compared relatively: they are sums of up to some 200 nats, where float32's own numbers lie 1.5e-5 apart.
+    """
+    root, file = packed(tmp_path), arc(tmp_path)
+    export(root / "checkpoint", root / "dense", "float32")
+    row, theirs = command_line(root / "dense", file, 2, tmp_path / "theirs")
+    asked = EvaluationSettings(tasks=[str(file)], shots=2, samples=True, dtype="float32")
+    for name in ("dense", "checkpoint"):
+        evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
+    record = read_json(tmp_path / "ours" / "dense" / "own_arc.json")
+    assert (record["items"], record["shots"]) == (32, 2)
+    for metric in ("acc", "acc_norm"):
+        expected = {"value": row[f"{metric},none"], "standard_error": row[f"{metric}_stderr,none"]}
+        assert record["metrics"][f"{metric},none"] == expected
+        assert 0 < expected["value"] < 1
+    assert likelihoods(tmp_path / "ours" / "dense", "own_arc") == theirs
+    ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
+    assert [len(item) for item in ours] == [4] * 32
+    assert sum(ours, []) == pytest.approx(sum(theirs, []), rel=1e-6, abs=0)
 
 
 def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):
