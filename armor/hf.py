@@ -37,7 +37,7 @@ from armor.errors import ArmorError
 from armor.model.shards import INDEX, SINGLE, Shards
 from armor.runtime.linear import ArmorLinear
 
-__all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears"]
+__all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears", "swap_skeleton"]
 
 _HOOK = "_adjust_missing_and_unexpected_keys"
 
@@ -197,6 +197,22 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         model.set_submodule(here, layer)
         renamed[here] = layout
     return renamed
+
+
+def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
+    """Put empty ArmorLinears into a model without weights, and check its files as loading does. Dense: do nothing.
+
+    `model` is as transformers makes one from the config.json of a checkpoint, `shards` are its tensors.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        modules = modules_of(config)
+        check_headers(shards, modules)
+        sums = read_checksums(shards)
+        start_hashing(shards, sums, loaded_files(shards))()
+        if sums is None:
+            check_contents(shards, modules)
+        swap_linears(model, modules)
 
 
 def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -> None:

@@ -33,8 +33,14 @@ from armor.execution.log import progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, identity, resumable
-from armor.model.shards import Shards
-from armor.runtime.load import context_length, load_model, load_tokenizer, read_config
+from armor.runtime.load import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    loaded_dtype,
+    read_config,
+    weights_bytes,
+)
 from armor.text import token_blocks
 
 __all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
@@ -82,21 +88,13 @@ def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
     """The memory that the models in `folders` take at their peak, in `dtype`, with one block of `length` tokens.
 
     From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
-    layer's own tensors are gone when the logits come. As transformers does, "auto" means the dtype of config.json, and
-    that of the weights only where it has none.
+    layer's own tensors are gone when the logits come.
     """
     total = 0
     for folder in folders:
-        shards, config = Shards(folder), read_config(folder)
-        text = config.get_text_config()
-        own = config.dtype or text.dtype or shards.main_dtype() if dtype == "auto" else dtype
-        own = getattr(torch, own) if isinstance(own, str) else own
-        for name in shards.names():
-            if name == "lm_head.weight" and text.tie_word_embeddings:
-                continue
-            stored = getattr(torch, shards.dtype(name))
-            total += math.prod(shards.shape(name)) * (own if stored.is_floating_point else stored).itemsize
-        total += text.vocab_size * (length * own.itemsize + TOKENS_AT_A_TIME * 3 * 4)
+        vocabulary = read_config(folder).get_text_config().vocab_size
+        logits = vocabulary * (length * loaded_dtype(folder, dtype).itemsize + TOKENS_AT_A_TIME * 3 * 4)
+        total += weights_bytes(folder, dtype) + logits
     return total
 
 

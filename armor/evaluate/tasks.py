@@ -7,6 +7,10 @@ once, after all tasks were: a data set that is not there should not wait for 70 
 the batch size; on a CPU, where its search would run out of the host's memory, it is fixed. Where one is too large all
 the same, the task is run again with batches of half the size. Items of a batch are padded, so a log-likelihood depends
 on it by the rounding of the model's dtype, as it does in lm-eval.
+
+A model whose weights are larger than the memory, of the GPU or else of the host, answers with one decoder layer in
+memory at a time (`armor.runtime.streamed`). lm-eval asks for one batch after the other, and streaming wants to know
+them all: so its code runs twice, first to see what it asks for, then with the answers.
 """
 
 from __future__ import annotations
@@ -15,26 +19,30 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import tee
 from pathlib import Path
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from armor.config import BUILT_TASKS, EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256, write_json
 from armor.execution.log import log
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import combined, made_by
 from armor.execution.resume import identity, resumable
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.load import load_model, load_tokenizer, weights_bytes
+from armor.runtime.streamed import StreamedModel
 from armor.text import describe as describe_text
 from armor.text import documents
 
@@ -57,8 +65,8 @@ def evaluate_tasks(
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
     {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
-    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for a
-    device with too little memory.
+    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, for a task
+    that generates text with a model larger than the memory, and for a device with too little memory for one item.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -79,9 +87,7 @@ def evaluate_tasks(
     with resumable(output, __name__, device, **work) as steps:
         loaded = {name: _load(manager, task) for name, (task, _) in specs.items() if steps.get(name) is None}
         if loaded:
-            model = load_model(folder, settings.dtype, device)
-            size = CPU_BATCH_SIZE if device == "cpu" else "auto"
-            model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+            model = _open(folder, tokenizer, settings.dtype, device, loaded)
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
@@ -102,6 +108,58 @@ def evaluate_tasks(
         }
         write_json(output, result)
     return result
+
+
+class StreamedLM(HFLM):
+    """lm-eval's model with a `StreamedModel` behind it."""
+
+    def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        super().__init__(pretrained=model.skeleton.model, tokenizer=tokenizer, batch_size=batch_size)
+        self._streamed = model
+
+    def _model_call(self, inps: Tensor) -> Tensor:
+        return self._answer(inps)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._twice(super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._twice(super().loglikelihood_rolling, requests)
+
+    def _twice(self, method: Callable, requests: list[Instance]) -> list:
+        batches: list[Tensor] = []
+        vocabulary = self.config.get_text_config().vocab_size
+        nothing = torch.zeros(1, dtype=self.model.dtype, device=self.device)
+
+        def note(tokens: Tensor) -> Tensor:
+            batches.append(tokens)
+            return nothing.expand(*tokens.shape, vocabulary)
+
+        self._answer = note
+        method(requests, disable_tqdm=True)
+        answers = self._streamed.logits(batches)
+        self._answer = lambda _: next(answers)
+        return method(requests, disable_tqdm=True)
+
+
+def _open(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str, tasks: dict[str, Task | Group]
+) -> HFLM:
+    """The model for lm-eval, streamed if its weights do not fit; ArmorError if one of `tasks` then generates text."""
+    needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
+    if needed <= available:
+        size = CPU_BATCH_SIZE if device == "cpu" else "auto"
+        return HFLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
+    sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
+    for name, task in tasks.items():
+        members = task.get_all_tasks() if isinstance(task, Group) else [task]
+        if any(member.OUTPUT_TYPE == "generate_until" for member in members):
+            raise ArmorError(
+                f"{folder}: task {name} generates text, for which the whole model must be in memory: {sizes}; take a "
+                "machine with more, or leave the task out"
+            )
+    log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
+    return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 
 
 def _run(model: HFLM, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -14,6 +15,7 @@ import armor
 __all__ = [
     "describe",
     "device_memory_bytes",
+    "host_memory_bytes",
     "peak_memory_bytes",
     "resident_memory_bytes",
     "set_threads",
@@ -53,6 +55,23 @@ def device_memory_bytes(device: str) -> int | None:
     import torch
 
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def host_memory_bytes(root: Path = Path("/")) -> int:
+    """All the memory that this process may take on the host: the machine's, or what its control groups allow.
+
+    These are SLURM's and a container's way to set a limit, and are looked up in the file system `root`.
+    """
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError, StopIteration):  # no Linux, or control groups of version 1
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = root / "sys/fs/cgroup" / next(line for line in lines if line.startswith("0::")).removeprefix("0::/")
+        for file in (folder / "memory.max" for folder in (own, *own.parents)):
+            if file.is_file() and (limit := file.read_text().strip()) != "max":
+                limits.append(int(limit))
+    return min(limits)
 
 
 def resident_memory_bytes() -> int:

@@ -4,12 +4,14 @@ Nothing here knows an architecture. The skeleton comes from transformers on the 
 list of as many modules as the configuration counts. What a layer is called with (masks, rotary embeddings and the like
 differ by layer, family and release) is found by recording: every decoder layer is replaced by a recorder that notes
 its arguments and passes the hidden states on, the model's own forward runs once, and each real layer is then called
-with what its recorder saw. This holds for models in which a layer's output goes straight into the next layer and layers
+with what its recorder saw. What comes after the layers is the model's own forward too, the last recorder handing out
+what the last layer made. This holds for models in which a layer's output goes straight into the next layer and layers
 do not talk to each other by other ways; `record` and `armor.model.inspect` check it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +30,12 @@ __all__ = [
     "Call",
     "Skeleton",
     "decoder_layers",
+    "finish",
     "finite",
     "load_layer",
     "load_outside",
     "open_skeleton",
+    "place_outside",
     "record",
     "unload_outside",
 ]
@@ -69,11 +73,14 @@ class Skeleton:
     layers: nn.ModuleList
     prefix: str
 
-    def outside(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-        """(full name, owner, name in the owner, tensor) of what the base model holds outside of the decoder layers."""
+    def outside(self, head: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+        """(full name, owner, name in the owner, tensor) of what the base model holds outside of the decoder layers.
+
+        With `head`, of what the whole model holds there.
+        """
         names = {id(module): name for name, module in self.model.named_modules()}
         inside = {id(module) for module in self.layers.modules()}
-        for module in self.model.base_model.modules():
+        for module in (self.model if head else self.model.base_model).modules():
             if id(module) in inside:
                 continue
             for name in module.state_dict(keep_vars=True).keys() & {*module._parameters, *module._buffers}:
@@ -112,9 +119,12 @@ def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.M
     return f"{base}.{name}" if base else name, lists[name]
 
 
-def load_outside(skeleton: Skeleton, shards: Shards) -> None:
-    """Give the base model its real tensors outside of the decoder layers: embeddings, norms."""
-    for full, owner, name, tensor in skeleton.outside():
+def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False) -> None:
+    """Give the base model its real tensors outside of the decoder layers: embeddings, norms; the `head` if asked to."""
+    tied = (getattr(skeleton.model, "all_tied_weights_keys", None) or {}) if head else {}
+    for full, owner, name, tensor in skeleton.outside(head):
+        if full in tied:
+            continue
         if full in shards:
             _place(owner, name, shards.read(full, _target(tensor)), full, shards)
         elif tensor.is_meta:
@@ -122,6 +132,14 @@ def load_outside(skeleton: Skeleton, shards: Shards) -> None:
                 f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; load the model "
                 "with transformers and save it again, so that names are those of the model"
             )
+    if head:
+        skeleton.model.tie_weights()
+
+
+def place_outside(skeleton: Skeleton, device: str) -> None:
+    """Move what `load_outside` loaded, and what is computed beside it, to `device`."""
+    with _recorders(skeleton):  # in their place, for what is on the meta device cannot be moved
+        skeleton.model.to(device)
 
 
 def unload_outside(skeleton: Skeleton) -> None:
@@ -170,7 +188,9 @@ def finite(tensor: Tensor) -> bool:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes what it is called with, and returns the hidden states as they came."""
+    """Stands in for a decoder layer: notes what it is called with, and returns `output`, or the hidden states."""
+
+    output: Tensor | None = None
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -185,7 +205,21 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.seen = (args[0] if args else None, Call(args[1:], kwargs))
-        return self.seen[0]
+        return self.seen[0] if self.output is None else self.output
+
+
+@contextlib.contextmanager
+def _recorders(skeleton: Skeleton) -> Iterator[list[_Recorder]]:
+    """Recorders, in the decoder layers' place for as long as the context lasts."""
+    layers = list(skeleton.layers)
+    recorders = [_Recorder(layer) for layer in layers]
+    try:
+        for index, recorder in enumerate(recorders):
+            skeleton.layers[index] = recorder
+        yield recorders
+    finally:
+        for index, layer in enumerate(layers):
+            skeleton.layers[index] = layer
 
 
 def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
@@ -194,16 +228,8 @@ def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     tokens (batch, length) int64. What is outside of the layers must be loaded. Raises ArmorError if the model does
     something else with hidden states between two layers than to pass them on.
     """
-    layers = list(skeleton.layers)
-    recorders = [_Recorder(layer) for layer in layers]
-    try:
-        for index, recorder in enumerate(recorders):
-            skeleton.layers[index] = recorder
-        with torch.no_grad():
-            skeleton.model.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        for index, layer in enumerate(layers):
-            skeleton.layers[index] = layer
+    with _recorders(skeleton) as recorders, torch.no_grad():
+        skeleton.model.base_model(input_ids=tokens, use_cache=False)
     hidden = recorders[0].seen[0] if recorders[0].seen else None
     for index, recorder in enumerate(recorders):
         if recorder.seen is None or not isinstance(hidden, Tensor) or recorder.seen[0] is not hidden:
@@ -212,3 +238,13 @@ def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
                 "one decoder layer to the next; its layers cannot be run one by one, and the model is not supported"
             )
     return hidden, [recorder.seen[1] for recorder in recorders]
+
+
+def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """The logits (batch, length, vocabulary) from the hidden states (batch, length, hidden) after the last layer.
+
+    tokens (batch, length) int64. What is outside of the layers must be loaded, the head too.
+    """
+    with _recorders(skeleton) as recorders, torch.no_grad():
+        recorders[-1].output = hidden
+        return skeleton.model(input_ids=tokens, use_cache=False).logits

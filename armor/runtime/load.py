@@ -6,6 +6,7 @@ would be a number about nothing, so a missing tensor is refused here.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ from transformers import (
 
 import armor.hf  # noqa: F401  teaches transformers the ARMOR format
 from armor.errors import ArmorError
+from armor.model.shards import Shards
 
-__all__ = ["check_names", "context_length", "load_model", "load_tokenizer", "read_config"]
+__all__ = [
+    "check_names",
+    "context_length",
+    "load_model",
+    "load_tokenizer",
+    "loaded_dtype",
+    "read_config",
+    "weights_bytes",
+]
 
 
 def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -39,6 +49,25 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> 
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise ArmorError(f"{folder}: {missing[0]}{more} not in the checkpoint; fetch or assemble the model again")
     return model.eval().requires_grad_(False)
+
+
+def loaded_dtype(folder: Path | str, dtype: str = "auto") -> torch.dtype:
+    """The dtype that `load_model` loads in; "auto" is that of config.json, and of the weights where it has none."""
+    if dtype == "auto":
+        config = read_config(folder)
+        dtype = config.dtype or config.get_text_config().dtype or Shards(folder).main_dtype()
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def weights_bytes(folder: Path | str, dtype: str = "auto") -> int:
+    """The memory that `load_model` fills with weights, from headers and config.json alone."""
+    shards, own, total = Shards(folder), loaded_dtype(folder, dtype), 0
+    is_tied = read_config(folder).get_text_config().tie_word_embeddings
+    for name in shards.names():
+        if not (name == "lm_head.weight" and is_tied):
+            stored = getattr(torch, shards.dtype(name))
+            total += math.prod(shards.shape(name)) * (own if stored.is_floating_point else stored).itemsize
+    return total
 
 
 def check_names(folder: Path | str) -> None:

@@ -22,6 +22,7 @@ from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
 from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
 from armor.execution.files import read_json
+from armor.runtime.load import weights_bytes
 from tests.killed import left_over
 from tests.packed import packed
 from tests.tiny import tiny_model
@@ -61,7 +62,8 @@ def settings(text, **changes) -> EvaluationSettings:
 def likelihoods(folder, task) -> list:
     """Every log-likelihood that was kept of a task, by item and choice."""
     lines = (folder / f"{task}.samples.jsonl").read_text().splitlines()
-    return [[float(response[0]) for response in json.loads(line)["filtered_resps"]] for line in lines]
+    answers = [json.loads(line)["filtered_resps"] for line in lines]
+    return [[float(one[0] if isinstance(one, list) else one) for one in answer] for answer in answers]
 
 
 def own(folder, file) -> dict:
@@ -301,3 +303,40 @@ def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text, monkeypatch
     with pytest.raises(ArmorError, match=f"{folder}: task last_word: out of memory on cpu with a single item; take"):
         evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
     assert sizes == [8, 4, 2, 1] and not (tmp_path / "reading.json").exists()
+
+
+def own_task(folder, name: str, **keys) -> str:
+    """A task over some sentences, its YAML file in `folder`."""
+    (folder / "sentences.jsonl").write_text("".join(json.dumps({"text": words(k, 5 + 9 * k)}) + "\n" for k in range(6)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "sentences.jsonl")}}}
+    task = {"task": name, **data, "test_split": "test", "doc_to_text": "", "doc_to_target": "{{text}}", **keys}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return str(folder / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_a_model_larger_than_the_memory_answers_as_when_it_is_loaded(tmp_path, text, monkeypatch, kind):
+    folder = tiny_model(tmp_path / "model") if kind == "dense" else packed(tmp_path) / "checkpoint"
+    metrics = [{"metric": "bits_per_byte"}]
+    rolling = own_task(tmp_path, "rolling", output_type="loglikelihood_rolling", metric_list=metrics)
+    asked = settings(text, tasks=[*BUILT, str(arc(tmp_path)), rolling])
+    loaded = evaluate_tasks(folder, asked, tmp_path / "loaded" / "reading.json")
+    monkeypatch.setattr(module, "host_memory_bytes", lambda: weights_bytes(folder) - 1)
+    monkeypatch.setattr(module, "load_model", None)
+    streamed = evaluate_tasks(folder, asked, tmp_path / "streamed" / "reading.json")
+    for task in asked.task_names():
+        there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("loaded", "streamed"))
+        assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 128, "rolling": 6}[task]
+        assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
+        assert streamed["tasks"][task]["value"] == pytest.approx(loaded["tasks"][task]["value"], rel=1e-6)
+
+
+def test_a_task_that_generates_is_refused_before_a_model_larger_than_the_memory_is_read(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    writes = own_task(tmp_path, "writes", output_type="generate_until", metric_list=[{"metric": "exact_match"}])
+    monkeypatch.setattr(module, "host_memory_bytes", lambda: 1e5)
+    monkeypatch.setattr(module, "StreamedModel", None)
+    said = f"{folder}: task writes generates text, .* its weights take 0.000583 GB, cpu has 0.0001 GB; take a machine"
+    with pytest.raises(ArmorError, match=said):
+        evaluate_tasks(folder, settings(text, tasks=["last_word", writes]), tmp_path / "out" / "reading.json")
+    assert not (tmp_path / "out" / "reading.json").exists()

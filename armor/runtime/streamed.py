@@ -1,0 +1,76 @@
+"""A model of which one decoder layer at a time is in memory: for models that are larger than that.
+
+It does what calibration does, on the same skeleton (`armor.model.skeleton`), for models dense and packed: a layer is
+read, all that is asked goes through it, and then the next is read. What is asked comes in batches; the hidden states of
+many wait on the host, up to a quarter of its memory, and further batches go through all layers after these. The price
+is to read every weight once for each such group. No text is generated in this way: each token would read them all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armor.execution.log import progress
+from armor.execution.machine import host_memory_bytes
+from armor.hf import swap_skeleton
+from armor.model.shards import Shards
+from armor.model.skeleton import finish, load_layer, load_outside, open_skeleton, place_outside, record
+from armor.runtime.load import loaded_dtype
+
+__all__ = ["StreamedModel"]
+
+HIDDEN_STATES = 0.25  # of the host's memory
+
+
+class StreamedModel:
+    """The causal language model in a Hugging Face folder, dense or ARMOR, computed in `dtype` on `device`.
+
+    `skeleton` is the model without its decoder layers' weights. Raises ArmorError where `load_model` would; what is
+    wrong with a dense layer shows when it is read.
+    """
+
+    def __init__(self, folder: Path | str, dtype: str = "auto", device: str = "cpu") -> None:
+        self._shards, self._device = Shards(folder), device
+        self.skeleton = open_skeleton(Path(folder), loaded_dtype(folder, dtype))
+        swap_skeleton(self.skeleton.model, self._shards)
+        load_outside(self.skeleton, self._shards, head=True)
+        place_outside(self.skeleton, device)
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The logits (batch, length, vocabulary) of every batch, in order; batches are tokens (batch, length) int64."""
+        for group in self._groups(batches):
+            hidden = [record(self.skeleton, tokens)[0].to("cpu") for tokens in group]
+            layers = range(len(self.skeleton.layers))
+            for index in progress(layers, f"{len(group)} batches", unit="layers"):
+                empty = copy.deepcopy(self.skeleton.layers[index])  # with the buffers that are computed
+                layer = load_layer(self.skeleton, index, self._shards, self._device)
+                for number, tokens in enumerate(group):
+                    # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
+                    call = record(self.skeleton, tokens)[1][index]
+                    states = layer(hidden[number].to(self._device), *call.args, **call.kwargs)
+                    hidden[number] = states.to("cpu")
+                self.skeleton.layers[index] = empty
+            for number, tokens in enumerate(group):
+                yield finish(self.skeleton, tokens, hidden[number].to(self._device))
+
+    def _groups(self, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """As many batches at a time as there is room for the hidden states of, at least one."""
+        model = self.skeleton.model
+        each = model.config.get_text_config().hidden_size * model.dtype.itemsize
+        room = host_memory_bytes() * HIDDEN_STATES / each
+        group: list[Tensor] = []
+        held = 0
+        for tokens in batches:
+            if group and held + tokens.numel() > room:
+                yield group
+                group, held = [], 0
+            group.append(tokens)
+            held += tokens.numel()
+        if group:
+            yield group

@@ -1,0 +1,32 @@
+"""What a job runs on: how much of the host's memory is its own."""
+
+import psutil
+import pytest
+
+from armor.execution.machine import host_memory_bytes
+
+
+@pytest.mark.parametrize(
+    "limits, expected",
+    [
+        ({}, None),
+        ({"job": "max\n", "": "max\n"}, None),
+        ({"job": "max\n", "": "1000000\n"}, 1_000_000),
+        ({"job/step": "2000\n", "job": "1000\n"}, 1000),
+        ({"other": "1000\n"}, None),
+        ({"": f"{1 << 60}\n"}, None),
+    ],
+    ids=["none", "no limit", "the container's", "the job's", "another job's", "more than there is"],
+)
+def test_the_smallest_limit_of_the_control_groups_counts(tmp_path, limits, expected):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n0::/job/step\n")
+    for group, text in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(text)
+    assert host_memory_bytes(tmp_path) == (expected or psutil.virtual_memory().total)
+
+
+def test_without_control_groups_all_memory_is_ones_own(tmp_path):
+    assert host_memory_bytes(tmp_path) == psutil.virtual_memory().total
