@@ -1,9 +1,9 @@
-"""A fork server: jobs that need not import torch, which takes longer than pruning a layer of a small model.
+"""A fork server: jobs that need not import torch and transformers, which takes longer than to prune a small layer.
 
-`start` begins a process that imports torch and its like once and from then on only forks. The command of a job, told of
-it by the environment, hands over its arguments, environment, folder and standard streams (`run_there`), and ends as the
-fork ends; killed, it takes the fork with it. Nothing of this package is imported beforehand: an edit counts from the
-next job on, as ever. Where no server listens for this Python the command does the work itself: on a cluster, in a conda
+`start` begins a process that imports them once and from then on only forks. The command of a job, told of it by the
+environment, hands over its arguments, environment, folder and standard streams (`run_there`), and ends as the fork
+ends; killed, it takes the fork with it. Nothing of this package is imported beforehand: an edit counts from the next
+job on, as ever. Where no server listens for this Python the command does the work itself: on a cluster, in a conda
 environment of the rule's own, after a kill. The price: the job is no child of the shell, so Snakemake does not see its
 memory. So this is for the stages whose record tells that; the others are one job a model. Linux only, and only where no
 GPU is visible: never tried with CUDA.
@@ -11,6 +11,7 @@ GPU is visible: never tried with CUDA.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -29,7 +30,17 @@ __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
-PRELOADED = ("torch", "safetensors.torch", "pydantic.main", "typer", "yaml")
+PRELOADED = (
+    "torch",
+    "safetensors.torch",
+    "pydantic.main",
+    "typer",
+    "yaml",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
 
 
 def start() -> None:
@@ -44,8 +55,9 @@ def start() -> None:
         listening.bind(_address())
         listening.listen(128)
         command = [sys.executable, "-m", __name__, str(listening.fileno())]
-        # A thread that waits at an OpenMP barrier must sleep, as in armor.execution.machine; libgomp asks but once.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        # Read when a library is loaded: a thread that waits at an OpenMP barrier must sleep, as in
+        # armor.execution.machine; and OpenBLAS, which nothing here computes with, must not have threads when it forks.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
         subprocess.Popen(command, stdin=ends, pass_fds=[listening.fileno()], env=environment)
     os.close(ends)
 
@@ -74,16 +86,25 @@ def _address() -> str:
 
 
 def _serve(listening: socket.socket) -> None:
-    """Answer commands until standard input ends. Returns in each fork that is to do a command's work."""
+    """Answer commands until standard input ends, and import while there are none.
+
+    Returns in each fork that is to do a command's work.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; Snakemake's end is what counts
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a supervisor
-    while listening in select.select([listening, sys.stdin], [], [])[0]:
-        connection, _ = listening.accept()
-        if os.fork() == 0:
-            listening.close()
-            return _supervise(connection)
-        connection.close()
-    sys.exit()
+    modules = list(PRELOADED)
+    while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [], 0 if modules else None)[0]):
+        if listening in ready:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                listening.close()
+                return _supervise(connection)
+            connection.close()
+        else:
+            importlib.import_module(modules.pop(0))
+            gc.collect()
+            gc.freeze()  # the garbage collector shall not touch, and so copy, what all forks share
+    os._exit(0)
 
 
 def _supervise(connection: socket.socket) -> None:
@@ -123,11 +144,13 @@ def _become(request: dict, streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # the garbage collector shall not touch, and so copy, what all forks share
     _serve(socket.socket(fileno=int(sys.argv[1])))
     from armor.cli import main
 
-    main()
+    try:
+        main()
+    except SystemExit as end:  # without Python's own end, which frees every object of all modules: 0.15 s
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)
