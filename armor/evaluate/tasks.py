@@ -19,7 +19,7 @@ import difflib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import tee
 from pathlib import Path
 
@@ -195,8 +195,8 @@ def check_names(tasks: Iterable[str]) -> TaskManager:
             raise ArmorError(f"{file}: no such file; expected a task of lm-eval's as YAML")
     for name in names:
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, manager.task_index, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "see `lm_eval ls tasks`"
+            near = difflib.get_close_matches(name, [*manager.task_index, *BUILT_TASKS, "paper"], n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "see `lm_eval ls tasks`."
             raise ArmorError(f"task {name}: lm-eval has none of this name; {hint} A file of your own ends in .yaml")
         if name in manager.all_tags and name not in [*manager.all_groups, *manager.all_subtasks]:
             members = ", ".join(sorted(manager.task_index[name].tags))
@@ -224,16 +224,30 @@ def _instead(manager: TaskManager, task: str) -> str:
     """What serves where a task's data cannot be downloaded: a local file, and the YAML file that names it."""
     if task not in manager.task_index:
         return "check its file"
-    entry = manager.task_index[task]
-    splits = [entry.cfg[key] for key in ("training_split", "validation_split", "test_split") if entry.cfg.get(key)]
-    files = ", ".join(f"{split}: {task}.{split}.jsonl" for split in splits)
-    if not files:
-        return "run it once with a network, which fills the cache, or name YAML files of its tasks with local data"
+    members = list(_members(manager, task)) or [task]
+    first, entry = members[0], manager.task_index[members[0]]
+    splits = [entry.cfg.get(f"{use}_split") for use in ("training", "validation", "test", "fewshot")]
+    files = ", ".join(f"{split}: {first}.{split}.jsonl" for split in dict.fromkeys(filter(None, splits)) or ["test"])
+    name = f"a file {first}_local.yaml instead"
+    if len(members) > 1:
+        name = f"a file for each of its {len(members)} tasks instead, {first}_local.yaml for the first"
     return (
-        f"run it once with a network, which fills the cache, or name a file {task}_local.yaml instead, with `task: "
-        f"{task}_local`, `include: {entry.yaml_path}`, `dataset_path: json`, `dataset_name: null` and `dataset_kwargs: "
-        f"{{data_files: {{{files}}}}}`, its rows as JSON lines"
+        f"run it once with a network, which fills the cache, or name {name}, with `task: {first}_local`, `include: "
+        f"{entry.yaml_path}`, `dataset_path: json`, `dataset_name: null` and `dataset_kwargs: {{data_files: "
+        f"{{{files}}}}}`, its rows as JSON lines"
     )
+
+
+def _members(manager: TaskManager, task: str | dict | list) -> Iterator[str]:
+    """The names of the tasks that `task`, a name of lm-eval or what a group lists, stands for; none for a file."""
+    if isinstance(task, dict):
+        task = task.get("task", [])
+    if isinstance(task, list):
+        for member in task:
+            yield from _members(manager, member)
+    elif entry := manager.task_index.get(task):
+        kind = entry.kind.name
+        yield from [task] if "TASK" in kind else _members(manager, sorted(entry.tags) if kind == "TAG" else entry.cfg)
 
 
 def _record(name: str, label: str, found: dict) -> dict:

@@ -220,6 +220,11 @@ def test_an_unknown_task_is_named_with_the_nearest():
         check_names(["hellaswag", "arc_chalenge"])
     with pytest.raises(ArmorError, match="task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"):
         check_names(["ai2_arc"])
+    for name in ("last_word", "continuation", "paper"):  # of our own
+        with pytest.raises(ArmorError, match=f"did you mean {name}"):
+            check_names([name.replace("a", "e")])
+    with pytest.raises(ArmorError, match="task zzzzqqq: lm-eval has none of this name; see `lm_eval ls tasks`"):
+        check_names(["zzzzqqq"])
     with pytest.raises(ArmorError, match="none.yaml: no such file"):
         check_names(["none.yaml"])
 
@@ -228,34 +233,42 @@ def test_the_papers_tasks_are_there():
     check_names(EvaluationSettings(tasks=["paper"]).task_names())
 
 
-def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "task, served, splits",
+    [
+        ("arc_challenge", "arc_challenge", ["train", "validation", "test"]),
+        ("mmlu", "mmlu_abstract_algebra", ["test", "dev"]),
+    ],
+)
+def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_path, monkeypatch, task, served, splits):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tiny_model(tmp_path / "model")
-    with pytest.raises(ArmorError, match="task arc_challenge: cannot be loaded: ") as caught:
-        evaluate_tasks(folder, EvaluationSettings(tasks=["arc_challenge"]), tmp_path / "arc.json")
-    assert "\n" not in str(caught.value) and not (tmp_path / "arc.json").exists()
+    with pytest.raises(ArmorError, match=f"task {task}: cannot be loaded: .*{served}_local.yaml") as caught:
+        evaluate_tasks(folder, EvaluationSettings(tasks=[task]), tmp_path / "out.json")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
+    assert ("a file for each of its 57 tasks" in str(caught.value)) == (task == "mmlu")
     keys = re.findall(r"`([^`]+)`", str(caught.value))
     assert [key.partition(":")[0] for key in keys] == "task include dataset_path dataset_name dataset_kwargs".split()
     local = yaml.safe_load("\n".join(keys))
     files = local["dataset_kwargs"]["data_files"]
+    assert list(files) == splits
     for split, file in files.items():
         files[split] = str(tmp_path / file)
-        rows = [
-            {
-                "question": f"Which {words(k, 4)}?",
-                "choices": {"text": [words(k + i, 3) for i in range(4)], "label": [*"ABCD"]},
-                "answerKey": "ABCD"[k % 4],
-            }
-            for k in range(6)
-        ]
+        rows = []
+        for k in range(6):
+            choices = [words(k + i, 3) for i in range(4)]
+            answer = {"choices": choices, "answer": k % 4}  # as in MMLU
+            if task == "arc_challenge":
+                answer = {"choices": {"text": choices, "label": [*"ABCD"]}, "answerKey": "ABCD"[k % 4]}
+            rows.append({"question": f"Which {words(k, 4)}?", **answer})
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "arc_challenge_local.yaml"
+    path = tmp_path / f"{served}_local.yaml"
     path.write_text(yaml.safe_dump(local))
-    result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(path)], shots=1), tmp_path / "arc.json")
-    found = result["tasks"]["arc_challenge_local"]
-    assert (found["metric"], found["shots"], found["items"]) == ("acc_norm", 1, 6)
+    result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(path)], shots=1), tmp_path / "out.json")
+    found = result["tasks"][f"{served}_local"]
+    assert (found["metric"], found["shots"], found["items"]) == ("acc_norm" if task != "mmlu" else "acc", 1, 6)
     assert 0 <= found["value"] <= 1 and found["standard_error"] > 0
 
 
