@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from armor.execution.forkserver import run_there
+from armor.forkserver import run_there
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ benchmark file that Snakemake writes when it ends, beside the log as it were. Wh
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -220,8 +221,9 @@ def cost(results: Path, job: Job) -> Cost | None:
         return None
     row = rows[-1]
     peak = 0 if row["max_rss"] in ("NA", "-") else int(float(row["max_rss"]) * 2**20)  # too short to be looked at
-    records = (read_json(path) for path in job.outputs if path.suffix == ".json" and path.is_file())
-    peak = max(peak, *(record.get("peak_memory_bytes", 0) for record in records), 0)
+    for record in (path for path in job.outputs if path.suffix == ".json"):
+        with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
+            peak = max(peak, read_json(record).get("peak_memory_bytes", 0))
     return Cost(float(row["s"]), peak, file.stat().st_mtime)
 
 

@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "reading": ("config", "errors"),
     "explain": ("status", *GROUND),
     "status": GROUND,
+    "forkserver": ("cli", *GROUND),
+    "__main__": ("cli", "forkserver"),
 }
 
 
@@ -48,7 +50,17 @@ def test_a_part_imports_only_what_it_may(part):
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "config", "execution.devices", "execution.fingerprint", "model.topology", "status", "explain"]
+    "module",
+    [
+        "cli",
+        "config",
+        "execution.devices",
+        "execution.fingerprint",
+        "forkserver",
+        "model.topology",
+        "status",
+        "explain",
+    ],
 )
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"

@@ -158,7 +158,7 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     assert (record["items"], record["shots"]) == (32, 2)
     for metric in ("acc", "acc_norm"):
         expected = {"value": row[f"{metric},none"], "standard_error": row[f"{metric}_stderr,none"]}
-        assert record["metrics"][f"{metric},none"] == expected
+        assert record["metrics"][f"{metric},none"] == expected | {"higher_is_better": True}
         assert 0 < expected["value"] < 1
     assert likelihoods(tmp_path / "ours" / "dense", "own_arc") == theirs
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from armor.config import Config, check_patterns
 from armor.errors import ArmorError
-from armor.execution import forkserver
+from armor import forkserver
 from armor.execution.fingerprint import code_hash
 from armor.model.topology import read_topology
 from armor.reading import parse_settings

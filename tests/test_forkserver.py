@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from armor.execution import forkserver
+from armor import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 60
 
 
@@ -23,7 +23,7 @@ def server(monkeypatch):
     """The environment of commands while a server runs, which ends with the process that started it."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     code = (
-        "import os, sys; from armor.execution import forkserver; forkserver.start(); "
+        "import os, sys; from armor import forkserver; forkserver.start(); "
         "print(os.environ[forkserver.VARIABLE], flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
@@ -99,6 +99,15 @@ def test_a_killed_job_ends_its_command_in_the_same_way(blocked):
     forks()[-1].kill()
     assert command.wait(timeout=SECONDS) == -signal.SIGKILL
     ends(lambda: not forks())
+
+
+def test_a_command_whose_job_is_lost_fails_with_one_line(blocked):
+    command, forks = blocked
+    supervisor, job = forks()
+    supervisor.kill()
+    assert command.wait(timeout=SECONDS) == 1
+    job.kill()
+    assert command.communicate() == ("", "armor: error: the process that watched this job was killed; run it again\n")
 
 
 def test_without_the_server_the_command_works_by_itself(server):

@@ -45,7 +45,7 @@ PRELOADED = (
 
 def start() -> None:
     """Start the server for all commands that this process will start, where there can be one; it ends with it."""
-    from armor.execution.devices import visible_devices
+    from armor.execution.devices import visible_devices  # not for each command
 
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")) or visible_devices():
         return
@@ -75,7 +75,10 @@ def run_there() -> int | None:
         socket.send_fds(connection, [struct.pack("I", len(request))], [0, 1, 2])
         connection.sendall(request)
         answer = connection.recv(4)
-    return struct.unpack("i", answer)[0] if answer else 1
+    if not answer:
+        print("armor: error: the process that watched this job was killed; run it again", file=sys.stderr)
+        return 1
+    return struct.unpack("i", answer)[0]
 
 
 def _address() -> str:
