@@ -1,12 +1,12 @@
-"""A fork server: jobs that need not import torch and transformers, which takes longer than to prune a small layer.
+"""A fork server: jobs that need not import torch, transformers and this package, which takes longer than a small layer.
 
 `start` begins a process that imports them once and from then on only forks. The command of a job, told of it by the
 environment, hands over its arguments, environment, folder and standard streams (`run_there`), and ends as the fork
-ends; killed, it takes the fork with it. Nothing of this package is imported beforehand: an edit counts from the next
-job on, as ever. Where no server listens for this Python the command does the work itself: on a cluster, in a conda
-environment of the rule's own, after a kill. The price: the job is no child of the shell, so Snakemake does not see its
-memory. So this is for the stages whose record tells that; the others are one job a model. Linux only, and only where no
-GPU is visible: never tried with CUDA.
+ends; killed, it takes the fork with it. So a run goes on with the code that it began with, and the hashes of the code
+in its records are those of then. Where no server listens for this Python the command does the work itself: on a
+cluster, in a conda environment of the rule's own, after a kill. The price: the job is no child of the shell, so
+Snakemake does not see its memory. So this is for the stages whose record tells that; the others are one job a model.
+Linux only, and only where no GPU is visible: never tried with CUDA.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
-PRELOADED = (
-    "torch",
-    "safetensors.torch",
-    "pydantic.main",
-    "typer",
-    "yaml",
-    "transformers",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
+ENTRIES = (
+    "armor.factorize.layer",
+    "armor.calibrate.capture",
+    "armor.assemble.writer",
+    "armor.evaluate.perplexity",
+    "armor.benchmark.generation",
 )
+"""The modules whose code the stages run; tasks are left to their job, for lm-eval's libraries begin threads."""
+PRELOADED = ("torch", "armor.cli", *ENTRIES[:1], "transformers", "transformers.modeling_utils", *ENTRIES[1:])
+"""Imported in this order; jobs that come meanwhile do not wait for all."""
 
 
 def start() -> None:
@@ -55,9 +54,11 @@ def start() -> None:
         listening.bind(_address())
         listening.listen(128)
         command = [sys.executable, "-m", __name__, str(listening.fileno())]
-        # Read when a library is loaded: a thread that waits at an OpenMP barrier must sleep, as in
-        # armor.execution.machine; and OpenBLAS, which nothing here computes with, must not have threads when it forks.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+        # Libraries read these when they are loaded. A thread that waits at an OpenMP barrier must sleep, as in
+        # armor.execution.machine; OpenBLAS, which nothing here computes with, must not have threads when it forks; a
+        # job's progress bars and warnings stay out of its log, as in armor.cli.
+        environment = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", **os.environ}
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
         subprocess.Popen(command, stdin=ends, pass_fds=[listening.fileno()], env=environment)
     os.close(ends)
 
@@ -104,10 +105,19 @@ def _serve(listening: socket.socket) -> None:
                 return _supervise(connection)
             connection.close()
         else:
-            importlib.import_module(modules.pop(0))
+            with contextlib.suppress(ImportError):  # the job that needs it says what is missing
+                _prepare(modules.pop(0))
             gc.collect()
             gc.freeze()  # the garbage collector shall not touch, and so copy, what all forks share
     os._exit(0)
+
+
+def _prepare(module: str) -> None:
+    importlib.import_module(module)
+    if module in ENTRIES:
+        from armor.execution.fingerprint import code_hash
+
+        code_hash(module)  # remembered: it is that of the code that was imported
 
 
 def _supervise(connection: socket.socket) -> None:
