@@ -15,7 +15,7 @@ made by the pipeline's own stages with one iteration of the solver, because spee
 Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
 
     python -m benchmarks.runtime [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
-    python -m benchmarks.runtime --layers --models smollm2 llama-1.1b       # only the models; 6 GB on disk
+    python -m benchmarks.runtime --layers --models smollm2-135m llama-1.1b     # only the models; 6 GB on disk
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
