@@ -5,8 +5,8 @@ lives: so a second run on the same results stops at once, and a killed one leave
 `jobs` names what the configuration asks for as workflow/rules does (a test holds the two together): the outputs that
 prove a job done, and its log. Of a job that is not done the log tells more: it ends with an error (failed), it is of
 the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). What a job cost is in the
-benchmark file that Snakemake writes when it ends, beside the log as it were. Whether what is done is up to date is for
-`armor explain` and `snakemake --dry-run` to say.
+benchmark file that Snakemake writes when it ends, beside the log as it were, and its memory in its record too. Whether
+what is done is up to date is for `armor explain` and `snakemake --dry-run` to say.
 """
 
 from __future__ import annotations
@@ -221,9 +221,10 @@ def cost(results: Path, job: Job) -> Cost | None:
         return None
     row = rows[-1]
     peak = 0 if row["max_rss"] in ("NA", "-") else int(float(row["max_rss"]) * 2**20)  # too short to be looked at
-    for record in (path for path in job.outputs if path.suffix == ".json"):
-        with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
-            peak = max(peak, read_json(record).get("peak_memory_bytes", 0))
+    for path in job.outputs:
+        if path.suffix == ".json":
+            with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
+                peak = max(peak, read_json(path).get("peak_memory_bytes", 0))
     return Cost(float(row["s"]), peak, file.stat().st_mtime)
 
 

@@ -1,5 +1,6 @@
 """The fork server: a command that it runs is the command, in what it says, how it ends, and when it is killed."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -126,6 +127,12 @@ def test_the_server_ends_with_the_process_that_started_it(server):
     process = process_of(server)
     server.kill()
     process.wait(timeout=SECONDS)
+
+
+@pytest.mark.parametrize("module", forkserver.PRELOADED)
+def test_what_it_imports_is_there(module):
+    """The server itself passes over what it cannot import: the job says what is missing."""
+    assert importlib.util.find_spec(module)
 
 
 def test_where_a_gpu_is_visible_there_is_no_server(monkeypatch):
