@@ -20,18 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from armor.core.checkpoint import (
-    QUANT_METHOD,
-    PackedLinear,
-    check_contents,
-    check_headers,
-    loaded_files,
-    modules_of,
-    quantization_config,
-    read_checksums,
-    start_hashing,
-    tombstone,
-)
+from armor.core.checkpoint import QUANT_METHOD, PackedLinear, check_headers, modules_of, quantization_config, tombstone
+from armor.core.checksums import check_contents, loaded_files, read_checksums, start_hashing
 from armor.core.factors import Factorization
 from armor.errors import ArmorError
 from armor.model.shards import INDEX, SINGLE, Shards

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.core.checkpoint import sealed
+from armor.core.checksums import sealed
 from armor.errors import ArmorError
 from tests.packed import edit_config, edit_tensors, opened
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.assemble.verify import open_checkpoint
-from armor.core.checkpoint import SUFFIXES, check_tensor, read_checksums, read_packed, start_hashing
+from armor.core.checkpoint import SUFFIXES, check_tensor, read_packed
+from armor.core.checksums import read_checksums, start_hashing
 from armor.errors import ArmorError
 from armor.execution.files import write_json
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from armor.core.checkpoint import CHECKSUMS, sealed, tensor_sha256
+from armor.core.checksums import CHECKSUMS, sealed, tensor_sha256
 from armor.errors import ArmorError
 from armor.execution.files import save_safetensors, sha256, write_json
 from armor.execution.log import progress

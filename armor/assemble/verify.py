@@ -15,19 +15,8 @@ from pathlib import Path
 import torch
 
 from armor.assemble.folder import natural
-from armor.core.checkpoint import (
-    CHECKSUMS,
-    SUFFIXES,
-    PackedLinear,
-    check_contents,
-    check_headers,
-    loaded_files,
-    modules_of,
-    read_checksums,
-    read_packed,
-    start_hashing,
-    tombstone,
-)
+from armor.core.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
+from armor.core.checksums import CHECKSUMS, check_contents, loaded_files, read_checksums, start_hashing
 from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import progress

@@ -18,15 +18,8 @@ from torch import Tensor
 
 from armor.assemble.card import card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
-from armor.core.checkpoint import (
-    CHECKSUMS,
-    FORMAT_VERSION,
-    SUFFIXES,
-    PackedLinear,
-    check_tensor,
-    quantization_config,
-    tombstone,
-)
+from armor.core.checkpoint import FORMAT_VERSION, SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
+from armor.core.checksums import CHECKSUMS
 from armor.core.nm import Pattern
 from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json

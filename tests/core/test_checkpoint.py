@@ -3,7 +3,8 @@ import hashlib
 import pytest
 import torch
 
-from armor.core.checkpoint import PackedLinear, check_tensor, modules_of, quantization_config, tensor_sha256, tombstone
+from armor.core.checkpoint import PackedLinear, check_tensor, modules_of, quantization_config, tombstone
+from armor.core.checksums import tensor_sha256
 from armor.core.nm import Pattern, is_nm, top_n_mask
 from armor.core.packing import pack_mask, unpack_mask
 from armor.errors import ArmorError

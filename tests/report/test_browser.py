@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 from armor.report import build, compare
 from tests.report.sample import KL, PERPLEXITY, plan, write_results
@@ -159,12 +159,23 @@ def test_a_phone_need_not_scroll_sideways_but_within_a_table(visit, file):
     assert table.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === 'auto'")
 
 
+def photograph(page, file):
+    """A screenshot of the whole page; Chromium on a busy machine now and then says that it cannot, and can later."""
+    for last in (False, False, True):
+        try:
+            page.screenshot(path=file, full_page=True)
+            return
+        except Error:
+            if last:
+                raise
+
+
 @pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_axe_finds_nothing_serious(visit, folder, width, theme, file):
     page = visit(width, theme, file)
-    page.screenshot(path=folder / f"{file.partition('/')[0]}-{width}-{theme}.png", full_page=True)
+    photograph(page, folder / f"{file.partition('/')[0]}-{width}-{theme}.png")
     found = Axe().run(page).response["violations"]
     grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
     assert [(violation["id"], violation["nodes"][0]["html"]) for violation in grave] == []
