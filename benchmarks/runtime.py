@@ -224,7 +224,8 @@ def decode(name: str, work: Path, device: str) -> dict:
         output = work / "layers" / f"layer_{layer.index}.safetensors"
         factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)
     assemble(source, topology, work / "layers", work / "checkpoint.json")
-    record = benchmark(source.path, work / "checkpoint", BenchmarkSettings(), work / "decode.json", device)
+    one = BenchmarkSettings(batch_sizes=[1])
+    record = benchmark(source.path, work / "checkpoint", one, work / "decode.json", device)
     dense, packed = record["dense"], record["compressed"]
     result = {
         "bits_per_weight": packed["bits_per_weight"],
