@@ -331,7 +331,11 @@ class BenchmarkSettings(Settings):
     """Greedy decoding, dense and compressed in turn in one process."""
 
     prompt_tokens: int = Field(32, ge=1)
+    """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""
     new_tokens: int = Field(64, ge=2)
+    """Tokens written in one round; the sequences of a batch share them, 8 each at least."""
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1)
+    """How many sequences at once; the speed at the smallest goes into the summary."""
     prompts: list[Annotated[str, Field(min_length=1)]] = [
         "The capital of France is",
         "Water boils when",

@@ -224,7 +224,8 @@ def decode(name: str, work: Path, device: str) -> dict:
         output = work / "layers" / f"layer_{layer.index}.safetensors"
         factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)
     assemble(source, topology, work / "layers", work / "checkpoint.json")
-    record = benchmark(source.path, work / "checkpoint", BenchmarkSettings(), work / "decode.json", device)
+    one = BenchmarkSettings(batch_sizes=[1])
+    record = benchmark(source.path, work / "checkpoint", one, work / "decode.json", device)
     dense, packed = record["dense"], record["compressed"]
     result = {
         "bits_per_weight": packed["bits_per_weight"],
@@ -232,7 +233,7 @@ def decode(name: str, work: Path, device: str) -> dict:
         "share_of_bytes_on_disk": packed["bytes_on_disk"] / dense["bytes_on_disk"],
         "share_of_resident_memory": packed["resident_bytes"] / dense["resident_bytes"],
         "load_time_ratio": packed["load_seconds"] / dense["load_seconds"],
-        "decode_speedup": record["decode_speedup"],
+        "decode_speedup": record["speedup"]["1"]["decode"]["median"],
     }
     print(name, *(f"{key} {value:.3f}" for key, value in result.items()), sep="\n  ", flush=True)
     return result | {"dense": dense, "packed": packed, "settings": record["settings"]}

@@ -1,20 +1,26 @@
-"""A model beside its dense self: bytes, bits per weight, resident memory, load time, decode speed, and what it writes.
+"""A model beside its dense self: bytes, memory, load time, speed of reading and of writing, and what it writes.
 
 Speeds of different processes at different hours do not compare, so both models live in one process and decode in turn,
 round by round, the order alternating; medians and quartiles over the rounds are reported. Decoding is transformers' own
-greedy `generate` with a cache, one sequence at a time; the clock runs from the first new token to the last, so the
-prompt is not in it. Memory is the opposite case: what one model leaves behind the next one reuses, so each is loaded
-alone in a fresh process, where resident memory after loading and one pass (weights that are only mapped become
-resident then), minus that before, is its own. What both write after a few prompts is kept too: it shows a person what
-was lost, which a perplexity only measures, and it proves nothing.
+greedy `generate` with a cache, for one sequence and for batches. A round gives both speeds: reading lasts from the
+beginning of the pass over the prompt to the first new token, writing from there to the last one; a longer prompt tells
+more of the first, and costs every round. Beside them stands what theory gives: a token's arithmetic is little, its
+weights are read from memory once, so the ratio of the bytes of these is the speed-up of two kernels that are equally
+near to the memory's speed. `armor.benchmark.linears` has the speed by shape.
+
+Memory is the opposite case: what one model leaves behind the next one reuses, so each is loaded alone in a fresh
+process, where resident memory after loading and one pass (weights that are only mapped become resident then), minus
+that before, is its own; the peak is that of loading, of a prompt of the largest batch and of a token after it. What
+both write after a few prompts is kept too: it shows a person what was lost, which a perplexity only measures, and it
+proves nothing.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
-import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,6 +29,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from armor.benchmark.linears import linear_speeds
+from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.config import BenchmarkSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
@@ -30,34 +38,40 @@ from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads
 from armor.execution.provenance import made_by
 from armor.model.shards import Shards
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 
-__all__ = ["benchmark", "decode_speed", "greedy_text", "measure_loading"]
+__all__ = ["benchmark", "bytes_per_token", "generation_speed", "greedy_text", "measure_loading"]
+
+FEWEST = 8  # new tokens of each sequence in a batch, below which their times say little
 
 
 class _Clock:
-    """A streamer for `generate` that notes when each token arrives on the host, so a card has been waited for."""
+    """A streamer for `generate` that notes when the prompt is taken and when each token arrives on the host."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, []
 
     def put(self, tokens: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.marks.append(mark(self.device))
 
     def end(self) -> None:
         pass
 
 
 @torch.inference_mode()
-def decode_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
-    """Tokens per second of greedy decoding after `prompt` (1, T): (new_tokens − 1) / time from first to last."""
-    clock = _Clock()
+def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> dict[str, float]:
+    """Tokens per second of `prefill` and of greedy `decode` after a prompt (batch, T), all sequences together.
+
+    The batch·T tokens of the prompt in the time to the first new token; the other new ones in the time from then on.
+    """
+    clock = _Clock(model.device)
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=True, pad_token_id=0
     )
     model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clock)
-    first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt
-    return (len(clock.times) - 2) / (last - first)
+    start, first, *_, last = clock.marks
+    written = len(prompt) * (len(clock.marks) - 2)
+    return {"prefill": prompt.numel() / seconds_between(start, first), "decode": written / seconds_between(first, last)}
 
 
 @torch.inference_mode()
@@ -70,39 +84,53 @@ def greedy_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
-def _prompt(model: PreTrainedModel, tokens: int) -> Tensor:
-    """Random tokens (1, tokens), the same for every model with this vocabulary; the text does not change the speed."""
+def _prompt(model: PreTrainedModel, batch_size: int, tokens: int) -> Tensor:
+    """Random tokens (batch_size, tokens), the same for every model with this vocabulary; speed is that of any text."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
 
 
-def _load_alone(folder: str, dtype: str, device: str, threads: int) -> dict:
+def _load_alone(folder: str, settings: BenchmarkSettings, device: str, threads: int) -> dict:
     """Runs in a process of its own: seconds to load a model and the bytes that it occupies then."""
     set_threads(threads)
     on_card = device.startswith("cuda")
     gc.collect()  # else the imports' garbage is collected while the model loads, or not, as chance will: 0.2 s
     before = resident_memory_bytes()
     start = time.perf_counter()
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, settings.dtype, device)
     seconds = time.perf_counter() - start
     with torch.inference_mode():
-        model(input_ids=_prompt(model, 1), use_cache=False)
+        model(input_ids=_prompt(model, 1, 1), use_cache=False)
     resident = torch.cuda.memory_allocated(device) if on_card else resident_memory_bytes() - before
-    return {"resident_bytes": resident, "load_seconds": seconds}
+    generation_speed(model, _prompt(model, max(settings.batch_sizes), settings.prompt_tokens), 2)
+    peak = peak_memory_bytes(device) - (0 if on_card else before)
+    return {"resident_bytes": resident, "peak_bytes": peak, "load_seconds": seconds}
 
 
-def measure_loading(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> dict:
-    """Load a model in a fresh process: resident_bytes (on the host, or allocated on the card) and load_seconds.
+def measure_loading(folder: Path | str, settings: BenchmarkSettings, device: str = "cpu") -> dict:
+    """Load a model in a fresh process: resident_bytes and peak_bytes (on the host, or the card's), load_seconds.
 
     Raises ArmorError if the model cannot be loaded or the process dies.
     """
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as process:
         try:
-            return process.submit(_load_alone, str(folder), dtype, device, torch.get_num_threads()).result()
+            return process.submit(_load_alone, str(folder), settings, device, torch.get_num_threads()).result()
         except BrokenProcessPool:
             raise ArmorError(f"{folder}: the process that loaded this model died; give it more memory") from None
+
+
+def bytes_per_token(folder: Path | str, model: PreTrainedModel) -> int:
+    """The bytes of weights that a decoding step reads of the model in `folder`, loaded as `model`, from its headers.
+
+    That is all but a table of embeddings that is not the head too: of that a token reads a row. Experts count as if
+    each were asked.
+    """
+    table = model.get_input_embeddings().weight
+    is_head = model.get_output_embeddings().weight is table
+    dtype = str(model.dtype).removeprefix("torch.")
+    return weights_bytes(folder, dtype) - (0 if is_head else table.numel() * table.element_size())
 
 
 def _on_disk(folder: Path) -> dict:
@@ -119,14 +147,27 @@ def _on_disk(folder: Path) -> dict:
     return {"bytes_on_disk": sum((folder / file).stat().st_size for file in shards.files), "bits_per_weight": bits}
 
 
-def _summary(runs: list[float]) -> dict:
-    quartiles = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else runs * 3
-    return {"median": statistics.median(runs), "quartiles": [quartiles[0], quartiles[2]], "runs": runs}
+def _generation_speeds(models: dict[str, PreTrainedModel], settings: BenchmarkSettings) -> dict:
+    """Tokens per second, all rounds of them, by side, batch size and phase."""
+    prompts = {size: _prompt(models["dense"], size, settings.prompt_tokens) for size in sorted(settings.batch_sizes)}
+    for prompt in prompts.values():  # the first pass pays for buffers, threads and caches
+        for model in models.values():
+            generation_speed(model, prompt, 2)
+    runs: dict = {side: {size: {"prefill": [], "decode": []} for size in prompts} for side in models}
+    for index in progress(range(settings.repeats), "decode", unit="round"):
+        for size, prompt in prompts.items():
+            new_tokens = max(settings.new_tokens // size, min(settings.new_tokens, FEWEST))
+            for side in list(models)[:: -1 if index % 2 else 1]:
+                for phase, speed in generation_speed(models[side], prompt, new_tokens).items():
+                    runs[side][size][phase].append(speed)
+    return runs
 
 
-def _speedup(runs: dict[str, list[float]]) -> float:
-    """How many times as fast as dense: the median over the rounds, so that what else ran falls on both sides."""
-    return statistics.median(ours / dense for ours, dense in zip(runs["compressed"], runs["dense"], strict=True))
+def _by_batch(function: Callable[..., dict], *runs: dict) -> dict[str, dict[str, dict]]:
+    """`function` of the rounds of each batch size and phase."""
+    return {
+        str(size): {phase: function(*(own[size][phase] for own in runs)) for phase in runs[0][size]} for size in runs[0]
+    }
 
 
 def benchmark(
@@ -140,24 +181,20 @@ def benchmark(
     """Measure the dense model in `source` and, unless None, the compressed one in `checkpoint`; write {case}.json.
 
     Both are Hugging Face folders, `output` is the file to write. Each side holds bytes_on_disk, bits_per_weight,
-    resident_bytes, load_seconds and decode_tokens_per_second (median, quartiles, runs); decode_speedup is the median
-    ratio of a round; `samples` holds what each side writes after the prompts; `fingerprints`, the models' by side, are
-    noted. Raises ArmorError for a folder that is not a model.
+    resident_bytes, peak_bytes, load_seconds, bytes_per_token, and tokens_per_second by batch size and phase (prefill,
+    decode): median, quartiles, runs. `speedup` has the ratios of a round in the same way, `theoretical_speedup` that of
+    the bytes per token, `linears` the speed by shape; `samples` holds what each side writes after the prompts;
+    `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a model.
     """
     start = time.perf_counter()
     output = Path(output)
     folders = {"dense": Path(source)} | ({"compressed": Path(checkpoint)} if checkpoint is not None else {})
     disk = {side: _on_disk(folder) for side, folder in folders.items()}  # first, for it finds what is not a model
     tokenizer = load_tokenizer(source) if settings.prompts else None
-    loading = {side: measure_loading(folder, settings.dtype, device) for side, folder in folders.items()}
+    loading = {side: measure_loading(folder, settings, device) for side, folder in folders.items()}
     models = {side: load_model(folder, settings.dtype, device) for side, folder in folders.items()}
-    prompt = _prompt(models["dense"], settings.prompt_tokens)
-    for model in models.values():  # the first pass pays for buffers, threads and caches
-        decode_speed(model, prompt, 2)
-    runs: dict[str, list[float]] = {side: [] for side in models}
-    for index in progress(range(settings.repeats), "decode", unit="round"):
-        for side in list(models)[:: -1 if index % 2 else 1]:
-            runs[side].append(decode_speed(models[side], prompt, settings.new_tokens))
+    runs = _generation_speeds(models, settings)
+    linears = linear_speeds(models["dense"], models["compressed"]) if checkpoint is not None else []
     samples = [
         {"prompt": text}
         | {side: greedy_text(model, tokenizer, text, settings.new_tokens) for side, model in models.items()}
@@ -167,20 +204,24 @@ def benchmark(
         side: {
             **disk[side],
             **loading[side],
-            "decode_tokens_per_second": _summary(runs[side]),
+            "bytes_per_token": bytes_per_token(folder, models[side]),
+            "tokens_per_second": _by_batch(summary, runs[side]),
         }
-        for side in folders
+        for side, folder in folders.items()
     }
+    dense, compressed = sides["dense"], sides.get("compressed")
     for side, measured in sides.items():
-        speed = measured["decode_tokens_per_second"]["median"]
-        log.info("%s: %.1f tokens/s, %.0f MB resident", side, speed, measured["resident_bytes"] / 1e6)
+        speeds = [f"{speed['decode']['median']:.1f}" for speed in measured["tokens_per_second"].values()]
+        log.info("%s: %s tokens/s, %.0f MB resident", side, ", ".join(speeds), measured["resident_bytes"] / 1e6)
     result = {
-        "format_version": 1,
+        "format_version": 2,
         "case": output.stem,
         "recipe": "dense" if checkpoint is None else folders["compressed"].resolve().parent.name,
-        "dense": sides["dense"],
-        "compressed": sides.get("compressed"),
-        "decode_speedup": _speedup(runs) if checkpoint is not None else None,
+        "dense": dense,
+        "compressed": compressed,
+        "speedup": compressed and _by_batch(ratios, runs["compressed"], runs["dense"]),
+        "theoretical_speedup": compressed and dense["bytes_per_token"] / compressed["bytes_per_token"],
+        "linears": linears,
         "samples": samples,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory_bytes(device),

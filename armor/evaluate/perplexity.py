@@ -12,13 +12,18 @@ Beside its dense model, run on each block in turn, a compressed one is also comp
 KL(dense ‖ compressed) in nats, and whether both find the same token the most likely. These see every change of the
 predictions, also one that helps as often as it hurts, and so show a loss long before perplexity does. The price is two
 models in memory and the dense model's time; to keep its logits instead would take gigabytes.
+
+Where these do not fit into the memory, of the GPU or else of the host, one decoder layer at a time is there
+(`armor.runtime.streamed`), of one model and then of the other: as many blocks as have room for their hidden states go
+through all layers, and then the logits of both models come block by block, the same numbers as of loaded models. A run
+that was killed goes on with the blocks that had not come, through all layers again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +34,8 @@ from transformers import PreTrainedModel
 from armor.config import EvaluationSettings
 from armor.errors import ArmorError
 from armor.execution.files import write_json
-from armor.execution.log import progress
-from armor.execution.machine import device_memory_bytes, peak_memory_bytes
+from armor.execution.log import log, progress
+from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, identity, resumable
 from armor.runtime.load import (
@@ -41,9 +46,12 @@ from armor.runtime.load import (
     read_config,
     weights_bytes,
 )
+from armor.runtime.streamed import StreamedModel
 from armor.text import token_blocks
 
 __all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
+
+Model = PreTrainedModel | StreamedModel
 
 TOKENS_AT_A_TIME = 128
 
@@ -99,19 +107,20 @@ def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
 
 
 @torch.inference_mode()
-def _measure(model: PreTrainedModel, dense: PreTrainedModel | None, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
+def _measure(model: Model, dense: Model | None, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
     """The means of each block, (n,) float64, from tokens (n, L): the `loss` and, beside a dense model, `kl` and `top1`.
 
     Raises ArmorError on NaN logits.
     """
-    found = []
-    for index, block in enumerate(progress(blocks, "perplexity", unit="block")):
+    todo = [block.to(model.device) for index, block in enumerate(blocks) if steps.get(str(index)) is None]
+    own, other = _logits(model, todo), dense and _logits(dense, todo)
+    left, found = iter(todo), []
+    for index in progress(range(len(blocks)), "perplexity", unit="block"):
         if (known := steps.get(str(index))) is None:
-            tokens = block.to(model.device)
-            logits = _logits(model, tokens)
+            tokens, logits = next(left), next(own)
             values = {"loss": _finite(token_losses(logits, tokens), model, index)}
             if dense is not None:
-                divergences, values["top1"] = comparison(logits, _logits(dense, tokens))
+                divergences, values["top1"] = comparison(logits, next(other))
                 values["kl"] = _finite(divergences, dense, index)
             known = {name: value.double().mean().item() for name, value in values.items()}
             steps.put(str(index), known)
@@ -119,13 +128,16 @@ def _measure(model: PreTrainedModel, dense: PreTrainedModel | None, blocks: Tens
     return {name: torch.tensor([means[name] for means in found], dtype=torch.float64) for name in found[0]}
 
 
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The logits of one block, (L, vocabulary)."""
+def _logits(model: Model, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The logits (L, vocabulary) of each block (L,), in order, when they are asked for."""
+    batches = (tokens[None] for tokens in blocks)
+    if isinstance(model, StreamedModel):
+        return (logits[0] for logits in model.logits(batches))
     # No cache: each block is read once, and keys and values of long blocks take room.
-    return model(input_ids=tokens[None], use_cache=False).logits[0]
+    return (model(input_ids=tokens, use_cache=False).logits[0] for tokens in batches)
 
 
-def _finite(values: Tensor, model: PreTrainedModel, block: int) -> Tensor:
+def _finite(values: Tensor, model: Model, block: int) -> Tensor:
     """`values` (L−1,), computed from the logits of `model`, if they are finite."""
     if not values.isfinite().all():
         position = (~values.isfinite()).nonzero()[0].item()
@@ -163,21 +175,14 @@ def evaluate(
     if dense is not None:
         _check_same_tokens(folder, Path(dense))
     models = [folder, Path(dense)] if dense is not None else [folder]
-    available = device_memory_bytes(device)
-    if available is not None and (needed := peak_bytes(models, settings.dtype, length)) > available:
-        raise ArmorError(
-            f"{' and '.join(map(str, models))}: with one block of {length} tokens about {needed / 1e9:.1f} GB are "
-            f"needed, {device} has {available / 1e9:.1f} GB; take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
-        )
     blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
     asked = settings.model_dump(mode="json")
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
     work = {"model": identity(folder), "dense": dense and identity(Path(dense)), "text": text, "settings": asked}
     with resumable(output, __name__, device, **work) as steps:
-        model = load_model(folder, settings.dtype, device)
-        beside = dense and load_model(dense, settings.dtype, device)
         try:
-            means = _measure(model, beside, blocks, steps)
+            model, *beside = _open(models, settings.dtype, length, device)
+            means = _measure(model, beside[0] if beside else None, blocks, steps)
         except torch.OutOfMemoryError as error:  # one block: there is no smaller way to the same number
             raise ArmorError(
                 f"{' and '.join(map(str, models))}: out of memory on {device} with one block of {length} tokens; lower "
@@ -201,6 +206,15 @@ def evaluate(
         }
         write_json(output, result)
     return result
+
+
+def _open(folders: Sequence[Path], dtype: str, length: int, device: str) -> list[Model]:
+    """The models in `folders`; streamed if together they do not fit, with one block of `length` tokens."""
+    needed, available = peak_bytes(folders, dtype, length), device_memory_bytes(device) or host_memory_bytes()
+    if needed > available:
+        sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
+        log.info("%s: %s, so one decoder layer at a time is read", " and ".join(map(str, folders)), sizes)
+    return [(StreamedModel if needed > available else load_model)(folder, dtype, device) for folder in folders]
 
 
 def _summary(block_means: Tensor) -> dict:

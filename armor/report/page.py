@@ -21,13 +21,19 @@ from armor.execution.log import log
 from armor.execution.provenance import made_by
 from armor.reading import parse_settings
 from armor.report.figures import figures
-from armor.report.results import STAGES, ModelResults, RecipeResults, fingerprints, read_results
-from armor.report.tables import (
-    METHODS,
+from armor.report.page_tables import (
     benchmark_table,
     bits_table,
-    csv_text,
     evaluation_table,
+    linear_table,
+    sample_table,
+    stage_table,
+    task_table,
+)
+from armor.report.results import STAGES, ModelResults, RecipeResults, decode_speed, fingerprints, read_results
+from armor.report.tables import (
+    METHODS,
+    csv_text,
     higher_is_better,
     html_table,
     latex_text,
@@ -35,11 +41,8 @@ from armor.report.tables import (
     number,
     percent,
     plus_minus,
-    sample_table,
     size,
-    stage_table,
     summary_rows,
-    task_table,
 )
 
 __all__ = ["build", "missing", "summarize", "write_page"]
@@ -115,7 +118,7 @@ def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None
     case = best.benchmarks.get(next(iter(best.pair.benchmarks), ""))
     if case and case["compressed"]:
         own, whole = case["compressed"], case["dense"]
-        speeds = [side["decode_tokens_per_second"]["median"] for side in (own, whole)]
+        speeds = [decode_speed(side) for side in (own, whole)]
         sentences.append(
             f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
             f"decoding in turn it writes {number(speeds[0], 3)} tokens per second beside {number(speeds[1], 3)} "
@@ -242,10 +245,19 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         tables.append(("Accuracy on tasks", task_table(model, f"{name}-tasks"), caption))
     for index, case in enumerate(model.benchmark_names()):
         caption = (
-            "Memory that the loaded model holds by itself, in a fresh process; median speed of greedy decoding and its "
-            "quartiles, and that of the dense model in the same process, in turn."
+            "Memory that the loaded model holds by itself, in a fresh process, and at the peak while it loads, reads "
+            "and writes. Tokens per second, of all sequences of a batch together, of reading the prompt (prefill) and "
+            "of greedy decoding: median (quartiles). Beside dense: how many times as fast as the dense model decodes, "
+            "in the same process, in turn. In theory: how many times fewer bytes of weights it reads for a token; more "
+            "is reached where the dense model's kernels are further from the memory's speed."
         )
         tables.append((f"Memory and speed: {case}", benchmark_table(model, case, f"{name}-benchmark-{index}"), caption))
+        if table := linear_table(model, case, f"{name}-linears-{index}"):
+            caption = (
+                "One row, as in decoding, times each linear's weights: milliseconds for a linear, median (quartiles) "
+                "of rounds in which dense and packed took turns."
+            )
+            tables.append((f"Speed by linear: {case}", table, caption))
     if any((samples := model.samples()).values()):
         caption = (
             "Greedy decoding after each prompt; ↵ is the end of a line. A few samples show what was lost and prove "

@@ -19,7 +19,17 @@ from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.model.topology import Linear, Topology, read_topology
 
-__all__ = ["COLUMNS", "STAGES", "Module", "ModelResults", "RecipeResults", "bits_of", "fingerprints", "read_results"]
+__all__ = [
+    "COLUMNS",
+    "STAGES",
+    "Module",
+    "ModelResults",
+    "RecipeResults",
+    "bits_of",
+    "decode_speed",
+    "fingerprints",
+    "read_results",
+]
 
 COLUMNS = (
     "model",
@@ -47,7 +57,7 @@ NEEDED = {
     "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COMMON),
     "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", *COMMON),
     "tasks": ("tasks", "settings", *COMMON),
-    "benchmark": ("dense", "compressed", *COMMON),
+    "benchmark": ("dense", "compressed", "speedup", "theoretical_speedup", "linears", *COMMON),
 }
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
 
@@ -195,7 +205,7 @@ class RecipeResults:
             "bits_per_weight": bits,
             "checkpoint_bytes": size,
             "factorize_seconds": None if self.dense else self.seconds()["factorize"],
-            "decode_tokens_per_second": measured and measured["decode_tokens_per_second"]["median"],
+            "decode_tokens_per_second": measured and decode_speed(measured),
             "kl": divergence,
             "kl_se": divergence_error,
             "top1_agreement": agreement,
@@ -296,6 +306,12 @@ class ModelResults:
     def benchmark_names(self) -> list[str]:
         """The benchmarks that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
+
+
+def decode_speed(side: dict) -> float:
+    """Tokens per second, the median, that one side of a benchmark writes at its smallest batch size."""
+    speeds = side["tokens_per_second"]
+    return speeds[min(speeds, key=int)]["decode"]["median"]
 
 
 def bits_of(dtype: str) -> int:

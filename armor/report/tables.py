@@ -18,17 +18,15 @@ from collections.abc import Iterator
 import pandas as pd
 from markupsafe import Markup, escape
 
-from armor.report.results import COLUMNS, STAGES, ModelResults
+from armor.report.results import COLUMNS, ModelResults
 
 __all__ = [
     "GAP",
     "METHODS",
-    "benchmark_table",
-    "bits_table",
+    "best_cells",
     "cells_table",
     "csv_text",
     "duration",
-    "evaluation_table",
     "higher_is_better",
     "html_table",
     "latex_text",
@@ -37,12 +35,9 @@ __all__ = [
     "percent",
     "plus_minus",
     "print_table",
-    "sample_table",
     "score",
     "size",
-    "stage_table",
     "summary_rows",
-    "task_table",
 ]
 
 GAP = "–"
@@ -197,12 +192,12 @@ def _tasks(rows: list[dict]) -> list[str]:
     return [key for key in rows[0] if key not in COLUMNS and f"{key}_se" in rows[0]]
 
 
-def _best(rows: list[dict], better: dict[str, bool] = HIGHER_IS_BETTER) -> set[tuple[int, str]]:
+def best_cells(rows: list[dict], better: dict[str, bool] = HIGHER_IS_BETTER) -> set[tuple[int, str]]:
     """The (row, column) of every value that no compressed recipe of the same model beats, where there are rivals.
 
     The columns are those of `better`, which says of each whether the highest value is the best.
     """
-    best = set()
+    found = set()
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [i for i, row in enumerate(rows) if row["model"] == model and row["method"] != "dense"]
         for column, highest in better.items():
@@ -210,8 +205,8 @@ def _best(rows: list[dict], better: dict[str, bool] = HIGHER_IS_BETTER) -> set[t
             texts = {_cell(rows[i], column) for i in known}
             if len(texts) > 1:
                 first = (max if highest else min)(known, key=lambda i: rows[i][column])
-                best |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
-    return best
+                found |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
+    return found
 
 
 def _pattern(rows: list[dict]) -> list[str]:
@@ -228,7 +223,7 @@ def _described(rows: list[dict]) -> list[str]:
 
 def print_table(rows: list[dict]) -> str:
     """The summary for a terminal, model by model, in under 110 columns; * marks the best compressed values."""
-    best, described, pattern = _best(rows), _described(rows), _pattern(rows)
+    best, described, pattern = best_cells(rows), _described(rows), _pattern(rows)
     columns = [c for c in HEADINGS if c not in ("model", "method", "pattern") or c in described]
     text_columns = ("recipe", "method", "pattern")
     # The asterisk's place belongs to the column, so that digits stand under digits.
@@ -261,7 +256,7 @@ def print_table(rows: list[dict]) -> str:
 
 def _frames(rows: list[dict], better: dict[str, bool]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """Of each model what stands above its table, the texts by recipe and heading, and which of them are the best."""
-    best = _best(rows, better)
+    best = best_cells(rows, better)
     columns = [*_described(rows), *COMPARED, *_tasks(rows)]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = {row["recipe"]: (i, row) for i, row in enumerate(rows) if row["model"] == model}
@@ -338,82 +333,5 @@ def html_table(rows: list[dict], name: str) -> str:
     columns = [*COMPARED, *dict.fromkeys([*_described(rows)[:-1], "pattern", "block_size"])]
     headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
     cells = {row["recipe"]: {headings[c]: _sorted_by(row, c) for c in columns} for row in rows}
-    best = {(i, headings[c]) for i, c in _best(rows) if c in headings}
+    best = {(i, headings[c]) for i, c in best_cells(rows) if c in headings}
     return cells_table(cells, name, best, "data sortable")
-
-
-def evaluation_table(model: ModelResults, name: str) -> str:
-    """The perplexities of all recipes on all evaluations, with standard errors, as an HTML table."""
-    cells: dict[str, dict[str, str]] = {}
-    for recipe in model.recipes:
-        for evaluation in model.evaluation_names():
-            result = recipe.evaluations.get(evaluation, {})
-            text = plus_minus(result.get("value"), result.get("standard_error"))
-            cells.setdefault(recipe.name, {})[evaluation] = text
-    return cells_table(cells, name)
-
-
-def task_table(model: ModelResults, name: str) -> str:
-    """The results of all recipes on all tasks, with standard errors, as an HTML table."""
-    none = (None, None)
-    cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
-    return cells_table(cells, name, _best(summary_rows([model]), higher_is_better([model])))
-
-
-def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
-    """Memory, time to load and speed of all recipes in one benchmark, as an HTML table."""
-    cells = {}
-    for recipe in model.recipes:
-        own = recipe.measured(benchmark) or {}
-        speed = own.get("decode_tokens_per_second", {})
-        low, high = speed.get("quartiles", (None, None))
-        whole = None if recipe.dense or not own else recipe.benchmarks[benchmark]["dense"]["decode_tokens_per_second"]
-        cells[recipe.name] = {
-            "Memory, loaded": size(own.get("resident_bytes")),
-            "Time to load": duration(own.get("load_seconds")),
-            "Tokens/s": number(speed.get("median"), 3),
-            "Quartiles": f"{number(low, 3)} to {number(high, 3)}" if speed else GAP,
-            "Dense in turn": number(whole and whole["median"], 3),
-        }
-    return cells_table(cells, name)
-
-
-def _visible(text: str) -> str:
-    """A text as one line; the characters that only control a terminal are replaced."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
-
-
-def sample_table(samples: dict[str, dict[str, str]], name: str) -> str:
-    """What each recipe writes after each prompt, `samples` by recipe and prompt, as an HTML table."""
-    prompts = dict.fromkeys(prompt for own in samples.values() for prompt in own)
-    cells = {
-        recipe: {f"{_visible(prompt)} …": _visible(own[prompt]) if prompt in own else GAP for prompt in prompts}
-        for recipe, own in samples.items()
-    }
-    return cells_table(cells, name, classes="data text")
-
-
-def bits_table(model: ModelResults, name: str) -> str:
-    """Bits per weight of all recipes on each linear of a decoder layer, as an HTML table; ! where dense takes less."""
-    cells = {}
-    for recipe in model.compressed:
-        bits = model.module_bits(recipe)
-        larger = model.larger_than_dense(recipe)
-        cells[recipe.name] = {linear: f"{bits[linear]:.2f}" + "!" * (linear in larger) for linear in bits}
-    return cells_table(cells, name)
-
-
-def stage_table(model: ModelResults, name: str) -> str:
-    """Seconds and peak memory of every stage of a model's recipes, as an HTML table."""
-
-    def cell(seconds: float | None, memory: int | None) -> str:
-        return duration(seconds) + (f", {size(memory)}" if memory else "")
-
-    cells = {
-        row: {"calibrate": cell(record["seconds"], record["peak_memory_bytes"])}
-        for row, record in model.calibration_rows().items()
-    }
-    for recipe in model.recipes:
-        memory = recipe.peak_memory()
-        cells[recipe.name] = {stage: cell(seconds, memory[stage]) for stage, seconds in recipe.seconds().items()}
-    return cells_table({row: {s.capitalize(): own.get(s, "") for s in STAGES} for row, own in cells.items()}, name)

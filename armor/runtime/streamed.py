@@ -30,13 +30,14 @@ HIDDEN_STATES = 0.25  # of the host's memory
 class StreamedModel:
     """The causal language model in a Hugging Face folder, dense or ARMOR, computed in `dtype` on `device`.
 
-    `skeleton` is the model without its decoder layers' weights. Raises ArmorError where `load_model` would; what is
-    wrong with a dense layer shows when it is read.
+    `skeleton` is the model without its decoder layers' weights; `name_or_path`, `dtype` and `device` are those of a
+    loaded model. Raises ArmorError where `load_model` would; what is wrong with a dense layer shows when it is read.
     """
 
     def __init__(self, folder: Path | str, dtype: str = "auto", device: str = "cpu") -> None:
-        self._shards, self._device = Shards(folder), device
-        self.skeleton = open_skeleton(Path(folder), loaded_dtype(folder, dtype))
+        self.name_or_path, self.dtype, self.device = str(folder), loaded_dtype(folder, dtype), device
+        self._shards = Shards(folder)
+        self.skeleton = open_skeleton(Path(folder), self.dtype)
         swap_skeleton(self.skeleton.model, self._shards)
         load_outside(self.skeleton, self._shards, head=True)
         place_outside(self.skeleton, device)
@@ -49,20 +50,19 @@ class StreamedModel:
             layers = range(len(self.skeleton.layers))
             for index in progress(layers, f"{len(group)} batches", unit="layers"):
                 empty = copy.deepcopy(self.skeleton.layers[index])  # with the buffers that are computed
-                layer = load_layer(self.skeleton, index, self._shards, self._device)
+                layer = load_layer(self.skeleton, index, self._shards, self.device)
                 for number, tokens in enumerate(group):
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
                     call = record(self.skeleton, tokens)[1][index]
-                    states = layer(hidden[number].to(self._device), *call.args, **call.kwargs)
+                    states = layer(hidden[number].to(self.device), *call.args, **call.kwargs)
                     hidden[number] = states.to("cpu")
                 self.skeleton.layers[index] = empty
             for number, tokens in enumerate(group):
-                yield finish(self.skeleton, tokens, hidden[number].to(self._device))
+                yield finish(self.skeleton, tokens, hidden[number].to(self.device))
 
     def _groups(self, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """As many batches at a time as there is room for the hidden states of, at least one."""
-        model = self.skeleton.model
-        each = model.config.get_text_config().hidden_size * model.dtype.itemsize
+        each = self.skeleton.model.config.get_text_config().hidden_size * self.dtype.itemsize
         room = host_memory_bytes() * HIDDEN_STATES / each
         group: list[Tensor] = []
         held = 0

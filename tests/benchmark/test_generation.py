@@ -4,17 +4,19 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from armor.benchmark import generation
-from armor.benchmark.generation import benchmark, decode_speed, greedy_text
+from armor.benchmark.generation import benchmark, bytes_per_token, generation_speed, greedy_text
 from armor.config import BenchmarkSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.runtime.load import load_model, load_tokenizer
+from tests.packed import packed
 from tests.tiny import tiny_model
 
-SETTINGS = BenchmarkSettings(prompt_tokens=4, new_tokens=6, repeats=3, prompts=["A fox", "42"])
+SETTINGS = BenchmarkSettings(prompt_tokens=4, new_tokens=6, repeats=3, batch_sizes=[3, 1], prompts=["A fox", "42"])
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,37 @@ def test_the_record_describes_both_sides(both):
     assert read_json(output) == result
     assert (result["case"], result["recipe"]) == ("decode", "recipe")
     for side in (result["dense"], result["compressed"]):
-        speed = side["decode_tokens_per_second"]
-        low, high = speed["quartiles"]
-        assert len(speed["runs"]) == SETTINGS.repeats
-        assert min(speed["runs"]) <= low <= speed["median"] <= high <= max(speed["runs"])
-        assert min(speed["runs"]) > 0 and side["load_seconds"] > 0
+        assert list(side["tokens_per_second"]) == ["1", "3"]
+        for speed in (speed for phases in side["tokens_per_second"].values() for speed in phases.values()):
+            low, high = speed["quartiles"]
+            assert len(speed["runs"]) == SETTINGS.repeats
+            assert 0 < min(speed["runs"]) <= low <= speed["median"] <= high <= max(speed["runs"])
+        assert side["load_seconds"] > 0 and side["peak_bytes"] >= side["resident_bytes"]
+    for batch, phases in result["speedup"].items():
+        for phase, ratio in phases.items():
+            own, dense = (result[side]["tokens_per_second"][batch][phase]["runs"] for side in ("compressed", "dense"))
+            assert ratio["runs"] == [a / b for a, b in zip(own, dense, strict=True)]
+    bytes_of = [result[side]["bytes_per_token"] for side in ("dense", "compressed")]
+    assert result["theoretical_speedup"] == bytes_of[0] / bytes_of[1]
+    assert result["linears"] == []  # neither side has a packed one
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_reads_every_weight_but_a_table_that_is_no_head(tmp_path, tied):
+    root = packed(tmp_path, tie_word_embeddings=tied)
+    for folder in (root / "source", root / "checkpoint"):
+        tensors = load_file(folder / "model.safetensors")
+        stored = sum(t.numel() * t.element_size() for t in tensors.values())
+        table = tensors["model.embed_tokens.weight"]
+        expected = stored - (0 if tied else table.numel() * table.element_size())
+        assert bytes_per_token(folder, load_model(folder)) == expected
+
+
+def test_speed_counts_the_tokens_of_all_sequences(folder, monkeypatch):
+    marks = iter(range(100))
+    monkeypatch.setattr(generation, "mark", lambda _: float(next(marks) ** 2))  # the prompt at 0, tokens at 1, 4, 9, 16
+    prompt = torch.ones(3, 5, dtype=torch.int64)
+    assert generation_speed(load_model(folder), prompt, 4) == {"prefill": 3 * 5 / 1, "decode": 3 * 3 / 15}
 
 
 def test_the_samples_are_what_each_side_finds_the_most_likely_token_after_token(both, folder):
@@ -86,12 +114,13 @@ def test_bits_of_a_packed_checkpoint_are_those_of_its_record(folder, tmp_path):
 
 
 def test_the_dense_model_alone(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1, "load_seconds": 1.0})
+    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1})
     monkeypatch.setattr(generation, "load_tokenizer", lambda _: pytest.fail("there is no text to read"))
     settings = SETTINGS.model_copy(update={"repeats": 1, "prompts": []})
     result = benchmark(folder, None, settings, tmp_path / "decode.json")
     assert (result["recipe"], result["compressed"], result["samples"]) == ("dense", None, [])
-    speed = result["dense"]["decode_tokens_per_second"]
+    assert (result["speedup"], result["theoretical_speedup"], result["linears"]) == (None, None, [])
+    speed = result["dense"]["tokens_per_second"]["1"]["decode"]
     assert speed["quartiles"] == [speed["median"]] * 2
 
 
@@ -100,7 +129,7 @@ def test_an_end_of_text_does_not_end_decoding(folder):
     with torch.no_grad():  # every greedy choice would be the end of the text
         model.lm_head.weight.zero_()
         model.lm_head.weight[model.config.eos_token_id] = model.model.norm.weight
-    assert decode_speed(model, torch.tensor([[5, 6]]), 8) > 0
+    assert generation_speed(model, torch.tensor([[5, 6]]), 8)["decode"] > 0
 
 
 def test_a_folder_without_a_model_is_refused(folder, tmp_path):

@@ -246,11 +246,68 @@ def test_the_estimate_follows_the_dtype_of_the_config(tmp_path):
     assert peak_bytes([folder], "auto", 48) == peak_bytes([folder], "bfloat16", 48) < own
 
 
-def test_a_device_too_small_is_refused_before_anything_is_loaded(tmp_path, text, monkeypatch):
+def larger_than_memory(monkeypatch, *folders) -> None:
+    """Let the host have a byte less than the models need; from here on none can be loaded."""
+    needed = peak_bytes(folders, "auto", 48)
+    monkeypatch.setattr(module, "host_memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(module, "load_model", None)
+
+
+@pytest.mark.parametrize("kind", ["dense", "gemma3_text", "packed"])
+def test_models_larger_than_the_memory_have_the_perplexity_of_loaded_ones(tmp_path, text, monkeypatch, kind):
+    """Bit by bit, KL and agreement too."""
+    if kind == "packed":
+        root = packed(tmp_path)
+        folder, dense = root / "checkpoint", root / "source"
+    else:
+        folder = tiny_model(tmp_path / "model", "llama" if kind == "dense" else kind)
+        dense = tiny_model(tmp_path / "other", "llama" if kind == "dense" else kind, seed=1)
+    alone = evaluate(folder, settings(text), tmp_path / "alone.json")
+    beside = evaluate(folder, settings(text), tmp_path / "beside.json", dense=dense)
+    assert alone["block_means"] == beside["block_means"]
+    larger_than_memory(monkeypatch, folder, dense)
+    streamed = evaluate(folder, settings(text), tmp_path / "streamed.json", dense=dense)
+    for key in ("value", "standard_error", "block_means", "against_dense"):
+        assert streamed[key] == beside[key]
+    assert 0 < streamed["against_dense"]["kl"]["value"]
+    larger_than_memory(monkeypatch, folder)
+    assert evaluate(folder, settings(text), tmp_path / "streamed.json")["block_means"] == alone["block_means"]
+
+
+def test_a_streamed_run_that_was_killed_asks_only_for_the_blocks_that_had_not_come(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    whole = evaluate(folder, settings(text), tmp_path / "whole.json", dense=folder)
+    larger_than_memory(monkeypatch, folder, folder)
+    asked = []
+
+    class Streamed(module.StreamedModel):
+        def logits(self, batches):
+            batches = list(batches)
+            asked.append(len(batches))
+            return super().logits(batches)
+
+    def killed(*arguments, real=module.comparison):
+        if asked == [5, 5] and len(compared) == 3:
+            raise KeyboardInterrupt
+        compared.append(arguments)
+        return real(*arguments)
+
+    compared = []
+    monkeypatch.setattr(module, "StreamedModel", Streamed)
+    monkeypatch.setattr(module, "comparison", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
+    again = evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
+    assert asked == [5, 5, 2, 2] and len(compared) == 5
+    assert again["block_means"] == whole["block_means"] and again["against_dense"] == whole["against_dense"]
+
+
+def test_the_memory_is_that_of_the_card_where_there_is_one(tmp_path, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     needed = peak_bytes([folder], "auto", 48)
-    monkeypatch.setattr(module, "device_memory_bytes", lambda _: needed - 1)
-    monkeypatch.setattr(module, "load_model", None)
-    with pytest.raises(ArmorError, match=f"{folder}: with one block of 48 tokens about .* GB are needed, cuda:0 has"):
-        evaluate(folder, settings(text), tmp_path / "out" / "wiki.json", "cuda:0")
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(module, "host_memory_bytes", lambda: pytest.fail("the model goes to the card"))
+    monkeypatch.setattr(module, "load_model", lambda *_: "loaded")
+    monkeypatch.setattr(module, "StreamedModel", lambda *_: "streamed")
+    for memory, expected in ((needed, "loaded"), (needed - 1, "streamed")):
+        monkeypatch.setattr(module, "device_memory_bytes", lambda _, memory=memory: memory)
+        assert module._open([folder], "auto", 48, "cuda:0") == [expected]

@@ -113,6 +113,44 @@ def _layer(rng: random.Random, layer: int, method: str) -> dict:
     return {**_common(rng, SECONDS[method], 7e8), "layer": layer, "modules": modules, "machine": MACHINE}
 
 
+def _runs(rng: random.Random, middle: float) -> dict:
+    low, median, high = sorted(middle * rng.uniform(0.97, 1.03) for _ in range(3))
+    return {"median": median, "quartiles": [(low + median) / 2, (median + high) / 2], "runs": [low, median, high]}
+
+
+def _side(rng: random.Random, what: str) -> dict:
+    """One side of a benchmark: the dense model, or that of a method."""
+    return {
+        "bytes_on_disk": 269_060_552 if what == "dense" else BYTES[what],
+        "bits_per_weight": 16.0 if what == "dense" else BITS[what],
+        "resident_bytes": 280_000_000,
+        "peak_bytes": 410_000_000,
+        "load_seconds": 0.4,
+        "bytes_per_token": 269_060_552 if what == "dense" else BYTES[what],
+        "tokens_per_second": {
+            str(batch): {"prefill": _runs(rng, 200 * batch), "decode": _runs(rng, SPEED[what] * (1 + batch) / 2)}
+            for batch in (1, 4)
+        },
+    }
+
+
+def _linear(out: int, columns: int, method: str) -> dict:
+    """The speed of one shape of linears."""
+    rng, block = random.Random(f"{out} {columns} {method}"), 64 if method == "armor" else None
+    return {
+        "out_features": out,
+        "in_features": columns,
+        "pattern": "2:4",
+        "left_block_size": block,
+        "right_block_size": block,
+        "count": 60,
+        "dense_milliseconds": _runs(rng, out * columns / 8e6),
+        "milliseconds": _runs(rng, out * columns / 1.6e7),
+        "speedup": _runs(rng, 2),
+        "theoretical_speedup": 16 / BITS.get(method, 16),
+    }
+
+
 def _topology(layers: int) -> Topology:
     def linears(prefix: str) -> tuple[Linear, ...]:
         return tuple(
@@ -159,26 +197,20 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
             scores = {task: score | {"higher_is_better": not task.endswith("loss")} for task in tasks}
             record = {"tasks": scores, "settings": {}, "machine": MACHINE}
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
-        sides = {}
-        for side, what in {"dense": "dense", "compressed": method}.items():
-            speeds = [SPEED[what] * rng.uniform(0.97, 1.03) for _ in range(5)]
-            sides[side] = {
-                "bytes_on_disk": 269_060_552 if what == "dense" else BYTES[what],
-                "bits_per_weight": 16.0 if what == "dense" else BITS[what],
-                "resident_bytes": 280_000_000,
-                "load_seconds": 0.4,
-                "decode_tokens_per_second": {
-                    "median": sorted(speeds)[2],
-                    "quartiles": [sorted(speeds)[1], sorted(speeds)[3]],
-                    "runs": speeds,
-                },
-            }
+        sides = {side: _side(rng, what) for side, what in {"dense": "dense", "compressed": method}.items()}
+        ratio = {"median": SPEED[method] / SPEED["dense"], "quartiles": [0.6, 0.7], "runs": [0.6, 0.7]}
+        measured = {
+            "speedup": {batch: {"prefill": ratio, "decode": ratio} for batch in ("1", "4")},
+            "theoretical_speedup": 16 / BITS.get(method, 16),
+            "linears": [_linear(out, columns, method) for out, columns in dict.fromkeys(LINEARS.values())],
+        }
         samples = [{"prompt": p, "dense": f" {w}.", "compressed": f" {w},\n{recipe}. " * 9} for p, w in PROMPTS.items()]
         if method == "dense":
             sides["compressed"] = None
+            measured = {"speedup": None, "theoretical_speedup": None, "linears": []}
             samples = [{key: text for key, text in sample.items() if key != "compressed"} for sample in samples]
         for name in pair["benchmarks"]:
-            case = {"case": name, "recipe": recipe, **sides, "samples": samples, "machine": MACHINE}
+            case = {"case": name, "recipe": recipe, **sides, **measured, "samples": samples, "machine": MACHINE}
             write_json(folder / recipe / "benchmark" / f"{name}.json", _common(rng, 40, 1.6e9) | case)
         if method == "dense":
             continue

@@ -92,7 +92,7 @@ def test_rows_hold_what_the_stages_wrote(results):
     assert armor["relative_loss"] == pytest.approx(sum(losses) / len(losses))
     assert armor["factorize_seconds"] == pytest.approx(sum(layer["seconds"] for layer in layers))
     assert (armor["bits_per_weight"], armor["checkpoint_bytes"]) == (BITS["armor"], BYTES["armor"])
-    assert armor["decode_tokens_per_second"] == decode["compressed"]["decode_tokens_per_second"]["median"]
+    assert armor["decode_tokens_per_second"] == decode["compressed"]["tokens_per_second"]["1"]["decode"]["median"]
     dense = rows["dense"]
     assert dense["bits_per_weight"] == 16
     assert dense["checkpoint_bytes"] == sum(file["bytes"] for file in FILES.values())
@@ -139,7 +139,12 @@ def test_no_result_at_all_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "file, key",
-    [("checkpoint.json", "seconds"), ("layers/layer_0.json", "modules"), ("evaluation/wikipedia.json", "value")],
+    [
+        ("checkpoint.json", "seconds"),
+        ("layers/layer_0.json", "modules"),
+        ("evaluation/wikipedia.json", "value"),
+        ("benchmark/decode.json", "speedup"),
+    ],
 )
 def test_a_record_of_something_else_is_one_error(own, file, key):
     path = own / MODEL / "armor" / file
@@ -396,6 +401,38 @@ def test_without_samples_there_is_no_table_of_them(own):
         write_json(path, {key: value for key, value in read_json(path).items() if key != "samples"})
     build(own, plan(["dense", "nowag", "armor"]), own / "report")
     assert samples_of(own) == {} and "Memory and speed: decode" in page_of(own)
+
+
+def table_of(root, title):
+    """The headings of a table, and of each row its texts by heading."""
+    table = page_of(root).partition(f">{title}</h3>")[2].partition("</table>")[0]
+    (_, *headings), *rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")[1:]]
+    return {name: dict(zip(headings, texts, strict=True)) for name, *texts in rows}
+
+
+def test_memory_and_speed_stand_side_by_side_with_their_quartiles_and_with_theory(own):
+    (own / MODEL / "nowag" / "benchmark" / "decode.json").unlink()
+    build(own, plan(["dense", "nowag", "armor"]), own / "report")
+    table = table_of(own, "Memory and speed: decode")
+    assert {*table["nowag"].values()} == {"–"}
+    record = read_json(own / MODEL / "armor" / "benchmark" / "decode.json")
+    runs = record["compressed"]["tokens_per_second"]["4"]["decode"]
+    low, high = (number(value, 3) for value in runs["quartiles"])
+    assert table["armor"]["Decode, batch 4"] == f"{number(runs['median'], 3)} ({low} to {high})"
+    assert table["armor"]["Beside dense, 1"] == "0.662 ×" and table["armor"]["In theory"] == "1.36 ×"
+    assert table["armor"]["Memory, loaded"] == "280 MB" and table["armor"]["At the peak"] == "410 MB"
+    assert table["dense"]["In theory"] == table["dense"]["Beside dense, 1"] == "–" != table["dense"]["Prefill, batch 4"]
+    shapes = ["576 × 576", "192 × 576", "1536 × 576", "576 × 1536"]
+    linears = table_of(own, "Speed by linear: decode")
+    assert list(linears) == [f"armor, {shape}, 2:4, blocks 64" for shape in shapes]
+    for shape, measured in zip(linears.values(), record["linears"], strict=True):
+        assert shape["Packed, ms"].startswith(f"{number(measured['milliseconds']['median'], 3)} (")
+        assert (shape["Linears"], shape["In theory"]) == ("60", "1.36 ×")
+
+
+def test_without_compressed_linears_there_is_no_table_of_them(own):
+    build(own, plan(["dense"]), own / "report")
+    assert "Memory and speed: decode" in page_of(own) and "Speed by linear" not in page_of(own)
 
 
 def test_the_terminal_table_fits_and_marks_the_best(results):

@@ -1,0 +1,76 @@
+"""The speed of linears: each shape once, on the model's own weights, dense and packed in turn."""
+
+from statistics import median
+
+import pytest
+import torch
+
+from armor.benchmark import linears as module
+from armor.benchmark.linears import linear_speeds
+from armor.benchmark.timing import ratios, summary
+from armor.core.checkpoint import modules_of
+from armor.execution.files import read_json
+from armor.runtime.load import load_model
+from tests.packed import packed
+
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def models(root):
+    return load_model(root / "source"), load_model(root / "checkpoint")
+
+
+def test_every_shape_is_there_once_with_the_bytes_of_its_format(root, models):
+    layouts = modules_of(read_json(root / "checkpoint" / "config.json")["quantization_config"])
+    found = linear_speeds(*models, ROUNDS)
+    assert [(r["out_features"], r["in_features"], r["count"]) for r in found] == [
+        (64, 64, 4),  # query and output of two layers
+        (32, 64, 4),
+        (128, 64, 4),
+        (64, 128, 2),
+    ]
+    assert sum(record["count"] for record in found) == len(layouts)
+    for record in found:
+        name = next(n for n, own in layouts.items() if own.shapes()["core_values"][0] == record["out_features"])
+        name = name if record["in_features"] == 64 else "model.layers.0.mlp.down_proj"
+        packed_bytes = sum(t.numel() * t.element_size() for t in models[1].get_submodule(name).state_dict().values())
+        dense_bytes = 4 * record["out_features"] * record["in_features"]
+        assert record["theoretical_speedup"] == pytest.approx(dense_bytes / packed_bytes)
+        assert (record["pattern"], record["left_block_size"], record["right_block_size"]) == ("2:4", 16, 16)
+
+
+def test_every_linear_runs_in_every_round_and_sides_take_turns(models):
+    calls = []
+    for side, model in zip(("dense", "packed"), models, strict=True):
+        for name, linear in model.named_modules():
+            if isinstance(linear, torch.nn.Linear) and "layers" in name:
+                linear.register_forward_hook(lambda _, x, __, side=side, name=name: calls.append((side, name, x[0])))
+    linear_speeds(*models, ROUNDS)
+    each = len(calls) // (ROUNDS + 1) // 2  # one round is not timed
+    sides = [side for side, *_ in calls[::each]]
+    assert sides == ["packed", "dense", *["dense", "packed", "packed", "dense", "dense", "packed"]]
+    assert all(x.shape[0] == 1 for *_, x in calls)
+    rounds = [[name for _, name, _ in calls[start : start + each]] for start in range(0, len(calls), each)]
+    assert all(names == rounds[0] and len({*names}) == each == 14 for names in rounds)
+
+
+def test_a_speed_is_that_of_one_linear_and_a_ratio_that_of_a_round(models, monkeypatch):
+    marks = iter(float(k * k) for k in range(1000))
+    monkeypatch.setattr(module, "mark", lambda _: next(marks))
+    record = linear_speeds(*models, ROUNDS)[0]
+    dense, own = record["dense_milliseconds"]["runs"], record["milliseconds"]["runs"]
+    assert dense[0] == 1e3 * (17**2 - 16**2) / 4  # four shapes on two sides have gone before, two points each
+    assert record["speedup"]["runs"] == [a / b for a, b in zip(dense, own, strict=True)]
+    assert record["speedup"]["median"] == median(record["speedup"]["runs"])
+
+
+def test_quartiles_are_those_of_the_runs():
+    assert summary([5.0, 1.0, 4.0, 2.0, 3.0])["quartiles"] == [2.0, 4.0]
+    assert summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": [7.0]}
+    assert ratios([2.0, 9.0], [1.0, 3.0])["median"] == 2.5
