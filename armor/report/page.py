@@ -212,14 +212,21 @@ def _reproduce(models: list[ModelResults], config: dict) -> dict:
     return {
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else "",
         "cores": max((m["cores"] for _, m in machines), default=1),
-        "made": [*_by_stage(places), *_by_stage(versions), *_origins(models)],
+        "made": [*_by_stage(places), *_by_stage(versions)],
+        "origins": _origins(models),
     }
 
 
-def _origins(models: list[ModelResults]) -> list[str]:
-    """What made each compressed model: fingerprints of source and calibration, hash of the code, seed."""
+def _origin_places(model: ModelResults, name: str) -> dict[str, str]:
+    """Where the page tells what made a recipe: its id by the recipe's name; `name` is the section's."""
+    return {r.name: f"{name}-origin-{i}" for i, r in enumerate(model.compressed) if r.checkpoint}
+
+
+def _origins(models: list[ModelResults]) -> list[tuple[str, str]]:
+    """What made each compressed model: fingerprints of source and calibration, hash of the code, seed; by id."""
     found = []
-    for model in models:
+    for index, model in enumerate(models):
+        places = _origin_places(model, f"m{index}")
         for recipe in model.compressed:
             if recipe.checkpoint:
                 inputs, factors = recipe.checkpoint["inputs"], recipe.checkpoint["factors"]
@@ -227,16 +234,18 @@ def _origins(models: list[ModelResults]) -> list[str]:
                 seeds = " and ".join(dict.fromkeys(str(part["settings"]["seed"]) for part in factors))
                 source, statistics = inputs["model"][:16], inputs["statistics"][:16]
                 name = recipe.name if len(models) == 1 else f"{model.name}, {recipe.name}"
-                found.append(f"{name}: source {source}, calibration {statistics}, code {code}, seed {seeds}")
+                text = f"{name}: source {source}, calibration {statistics}, code {code}, seed {seeds}"
+                found.append((places[recipe.name], text))
     return found
 
 
 def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
     """What the template shows of one model; `name` begins the ids of its tables and figures."""
+    own = [row for row in rows if row["model"] == model.name]
     tables = []
     if len(model.evaluation_names()) > 1:
-        caption = "Perplexity on every text, with its standard error; the first one is in the summary."
-        tables.append(("Perplexity on each text", evaluation_table(model, f"{name}-evaluations"), caption))
+        caption = "Perplexity and distance to the dense model, with standard errors; the first text is the summary's."
+        tables.append(("By text", evaluation_table(model, f"{name}-evaluations"), caption))
     if model.task_names():
         caption = "By lm-eval, with its standard errors; all recipes answered the same questions."
         better = higher_is_better([model])
@@ -273,7 +282,7 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
         "id": name,
         "name": model.name,
         "summary": summarize(model),
-        "table": Markup(html_table([row for row in rows if row["model"] == model.name], f"{name}-summary")),
+        "table": Markup(html_table(own, f"{name}-summary", _origin_places(model, name))),
         "caption": CAPTION,
         "notes": _block_sizes(model),
         "figures": [{**vars(figure), "svg": Markup(figure.svg)} for figure in figures(model, name)],
@@ -308,8 +317,8 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
     better = higher_is_better(models)
     texts = {
         "summary.csv": csv_text(rows),
-        "summary.md": markdown_text(rows, better),
-        "summary.tex": latex_text(rows, better),
+        "summary.md": markdown_text(rows, better, models),
+        "summary.tex": latex_text(rows, better, models),
     }
     for name, text in texts.items():
         with atomic_path(output / name) as temporary:

@@ -10,9 +10,9 @@ from armor.report.tables import (
     best_cells,
     cells_table,
     duration,
+    evaluation_cells,
     higher_is_better,
     number,
-    plus_minus,
     score,
     size,
     summary_rows,
@@ -30,14 +30,9 @@ __all__ = [
 
 
 def evaluation_table(model: ModelResults, name: str) -> str:
-    """The perplexities of all recipes on all evaluations, with standard errors, as an HTML table."""
-    cells: dict[str, dict[str, str]] = {}
-    for recipe in model.recipes:
-        for evaluation in model.evaluation_names():
-            result = recipe.evaluations.get(evaluation, {})
-            text = plus_minus(result.get("value"), result.get("standard_error"))
-            cells.setdefault(recipe.name, {})[evaluation] = text
-    return cells_table(cells, name)
+    """Perplexity, KL and agreement of all recipes on all texts, with standard errors, as an HTML table."""
+    cells, best = evaluation_cells(model)
+    return cells_table(cells, name, best)
 
 
 def task_table(model: ModelResults, name: str) -> str:

@@ -13,7 +13,9 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -27,6 +29,7 @@ __all__ = [
     "cells_table",
     "csv_text",
     "duration",
+    "evaluation_cells",
     "higher_is_better",
     "html_table",
     "latex_text",
@@ -254,31 +257,67 @@ def print_table(rows: list[dict]) -> str:
     return "\n".join([*text, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
-def _frames(rows: list[dict], better: dict[str, bool]) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """Of each model what stands above its table, the texts by recipe and heading, and which of them are the best."""
+def evaluation_cells(model: ModelResults) -> tuple[dict[str, dict[str, str]], set[tuple[int, str]]]:
+    """Perplexity, KL and agreement on every text: what stands in the cell by recipe and column, and the best of them.
+
+    The best are (row, column) of compressed recipes, where there are rivals.
+    """
+    cells: dict[str, dict[str, str]] = {recipe.name: {} for recipe in model.recipes}
+    best = set()
+    for evaluation in model.evaluation_names():
+        for end, of, text, highest in (
+            ("", lambda found: found, plus_minus, False),
+            (": KL", lambda found: (found.get("against_dense") or {}).get("kl"), partial(plus_minus, digits=3), False),
+            (": same top", lambda found: (found.get("against_dense") or {}).get("top1"), percent, True),
+        ):
+            column, values = f"{evaluation}{end}", {}
+            for index, recipe in enumerate(model.recipes):
+                found = of(recipe.evaluations.get(evaluation, {})) or {}
+                cells[recipe.name][column] = text(found.get("value"), found.get("standard_error"))
+                if found and not recipe.dense:
+                    values[index, column] = found["value"]
+            if len(set(values.values())) > 1:
+                first = (max if highest else min)(values.values())
+                best |= {place for place, value in values.items() if value == first}
+    return cells, best
+
+
+def _frames(
+    rows: list[dict], better: dict[str, bool], models: Sequence[ModelResults]
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Of each table what stands above it, the texts by recipe and heading, and which of them are the best.
+
+    Each model of the rows has its summary; those of `models` that were evaluated on several texts, a table of these.
+    """
+
+    def frame(cells: dict[str, dict]) -> pd.DataFrame:
+        return pd.DataFrame.from_dict(cells, orient="index").rename_axis(columns="recipe")
+
     best = best_cells(rows, better)
     columns = [*_described(rows), *COMPARED, *_tasks(rows)]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = {row["recipe"]: (i, row) for i, row in enumerate(rows) if row["model"] == model}
         texts = {name: {HEADINGS.get(c, c): _with_error(row, c) for c in columns} for name, (_, row) in own.items()}
         bold = {name: {HEADINGS.get(c, c): (i, c) in best for c in columns} for name, (i, _) in own.items()}
-        frames = [
-            pd.DataFrame.from_dict(cells, orient="index").rename_axis(columns="recipe") for cells in (texts, bold)
-        ]
-        yield ", ".join([model, *_pattern(rows)]), *frames
+        yield ", ".join([model, *_pattern(rows)]), frame(texts), frame(bold)
+        for results in models:
+            if results.name == model and len(results.evaluation_names()) > 1:
+                cells, places = evaluation_cells(results)
+                chosen = {name: {c: (i, c) in places for c in cells[name]} for i, name in enumerate(cells)}
+                yield f"{model}, by text", frame(cells), frame(chosen)
 
 
-def markdown_text(rows: list[dict], better: dict[str, bool]) -> str:
+def markdown_text(rows: list[dict], better: dict[str, bool], models: Sequence[ModelResults] = ()) -> str:
     """The summary as Markdown, a table for each model, with standard errors, the best compressed values in bold.
 
-    `better` is what `higher_is_better` found.
+    `better` is what `higher_is_better` found. Of `models` evaluated on several texts a table with all of them follows.
     """
 
     def escaped(text: str) -> str:
         return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
 
     parts = []
-    for title, texts, bold in _frames(rows, better):
+    for title, texts, bold in _frames(rows, better, models):
         texts = texts.map(escaped)
         texts = texts.where(~bold, "**" + texts + "**").rename(index=escaped, columns=escaped)
         alignment = ["left", *["right"] * len(texts.columns)]
@@ -287,14 +326,14 @@ def markdown_text(rows: list[dict], better: dict[str, bool]) -> str:
     return "\n".join(parts)
 
 
-def latex_text(rows: list[dict], better: dict[str, bool]) -> str:
+def latex_text(rows: list[dict], better: dict[str, bool], models: Sequence[ModelResults] = ()) -> str:
     """The summary as LaTeX, a table for each model, as `markdown_text`."""
 
     def symbols(text: str) -> str:  # that every engine and font has
         return text.replace("±", r"$\pm$").replace(GAP, "--")
 
     parts = ["% \\usepackage{booktabs}\n"]
-    for title, texts, bold in _frames(rows, better):
+    for title, texts, bold in _frames(rows, better, models):
         styler = texts.style.format(symbols, escape="latex").format_index(escape="latex")
         styler.format_index(escape="latex", axis="columns")
         styles = bold.map(lambda best: "textbf:--rwrap;" if best else "")
@@ -310,6 +349,7 @@ def cells_table(
 ) -> str:
     """Texts by recipe and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
     frame = pd.DataFrame.from_dict(cells, orient="index", dtype=object).fillna("")  # object: Markup stays Markup
+    frame.index = pd.Index(list(cells), dtype=object)
     frame.columns.name = "Recipe"
     styler = frame.style.set_uuid(name).set_table_attributes(f'class="{classes}"')
     styler.format(escape).format_index(escape="html").format_index(escape="html", axis="columns")
@@ -325,13 +365,16 @@ def _sorted_by(row: dict, column: str) -> str:
     return text if row[column] is None else Markup('<data value="{}">{}</data>').format(row[column], text)
 
 
-def html_table(rows: list[dict], name: str) -> str:
+def html_table(rows: list[dict], name: str, places: Mapping[str, str] = MappingProxyType({})) -> str:
     """The rows of one model as an HTML table for the page's script to sort, the best compressed values in bold.
 
-    What was measured stands first, for a phone shows no more than the first columns at once.
+    What was measured stands first, for a phone shows no more than the first columns at once. A recipe links to the id
+    in the page that `places` has for it.
     """
     columns = [*COMPARED, *dict.fromkeys([*_described(rows)[:-1], "pattern", "block_size"])]
     headings = {c: HEADINGS[c][0].upper() + HEADINGS[c][1:] for c in columns}
-    cells = {row["recipe"]: {headings[c]: _sorted_by(row, c) for c in columns} for row in rows}
+    link = Markup('<a href="#{}">{}</a>')
+    names = [link.format(places[r["recipe"]], r["recipe"]) if r["recipe"] in places else r["recipe"] for r in rows]
+    cells = {n: {headings[c]: _sorted_by(r, c) for c in columns} for n, r in zip(names, rows, strict=True)}
     best = {(i, headings[c]) for i, c in best_cells(rows) if c in headings}
     return cells_table(cells, name, best, "data sortable")

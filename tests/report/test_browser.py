@@ -135,6 +135,16 @@ def test_the_configuration_to_run_it_again_comes_out_of_the_page_itself(visit):
     assert Path(download.value.path()).read_text() == shown and shown.startswith("models:")
 
 
+def test_a_recipe_of_the_table_leads_to_what_made_it(visit):
+    page = visit()
+    rows = page.locator("table.sortable tbody th")
+    assert {row.inner_text() for row in rows.all() if not row.get_by_role("link").count()} == {"dense"}
+    page.locator("table.sortable").get_by_role("link", name="armor", exact=True).click()
+    target = page.locator(":target")
+    assert target.inner_text().startswith("armor: source ")
+    assert target.evaluate("one => one.getBoundingClientRect().top < innerHeight")
+
+
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_every_figure_has_marks_and_a_text_alternative(visit, width):
     page = visit(width)

@@ -366,7 +366,7 @@ def test_further_models_evaluations_and_benchmarks_get_their_own_sections(tmp_pa
     rows = build(tmp_path, wanted, tmp_path / "report")["rows"]
     assert [(row["model"], row["recipe"]) for row in rows][2:4] == [("first", "armor-b"), ("second", "dense")]
     page = page_of(tmp_path)
-    for title in ("Perplexity on wiki", "Perplexity on c4", "Perplexity on each text", "Memory and speed: long"):
+    for title in ("Perplexity on wiki", "Perplexity on c4", "By text", "Memory and speed: long"):
         assert page.count(f">{title}</h3>") == 2
     assert page.count("Loss by layer and module: armor-") == 4
     assert len(_Page(page).ids) == len(set(_Page(page).ids))
@@ -471,6 +471,26 @@ def test_latex_is_a_table_of_booktabs_that_says_the_same_as_markdown(results):
     expected = [[cell.strip() for cell in line.strip("|").split("|")] for line in (table[0], *table[2:])]
     assert [[cell.strip() for cell in line.split(" & ")] for line in plain] == expected
     assert text.isascii()
+
+
+def test_of_several_texts_each_has_perplexity_kl_and_agreement_the_best_of_each_in_bold(tmp_path):
+    wanted = plan(["dense", "nowag", "armor"], evaluations=["wiki", "c4"])
+    write_results(tmp_path, wanted, LAYERS)
+    path = tmp_path / MODEL / "armor" / "evaluation" / "c4.json"
+    write_json(path, read_json(path) | {"value": 31.5, "standard_error": 1.25})
+    (tmp_path / MODEL / "nowag" / "evaluation" / "wiki.json").unlink()
+    build(tmp_path, wanted, tmp_path / "report")
+    text = (tmp_path / "report" / "summary.md").read_text()
+    lines = text[text.index("by text") :].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    heads = [f"{text}{end}" for text in ("wiki", "c4") for end in ("", ": KL", ": same top")]
+    assert cells[0] == ["recipe", *heads]
+    dense, nowag, armor = cells[2:]
+    assert dense[2:4] == ["–", "–"] and nowag[1:4] == ["–", "–", "–"]
+    assert armor[4] == "**31.50 ± 1.25**" and armor[5].startswith("**") and "**" not in armor[1]
+    assert (
+        "31.50 ± 1.25" in page_of(tmp_path) and (tmp_path / "report" / "summary.tex").read_text().count("toprule") == 2
+    )
 
 
 def test_names_are_escaped_in_markdown_and_latex():
