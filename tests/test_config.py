@@ -49,6 +49,18 @@ def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypat
     assert explicit.report_settings() == config.report_settings()
 
 
+def test_the_ablations_mean_the_same_by_the_same_name_so_that_they_can_share_their_results():
+    found = {}
+    for config in (load_config(file) for file in CONFIGURATIONS if file.stem.startswith("ablation-")):
+        for kind in ("models", "calibrations", "evaluations", "benchmarks"):
+            for name, value in getattr(config, kind).items():
+                assert found.setdefault((kind, name), value) == value, name
+        for name in config.recipes:
+            value = config.layer_settings(name, 0), config.calibration_of(name)
+            assert found.setdefault(("recipes", name), value) == value, name
+    assert sum(kind == "recipes" for kind, _ in found) > 20
+
+
 @pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])
 def test_sparsegpt_needs_gram_matrices(recipe):
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
