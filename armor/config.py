@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 Method = Literal["dense", "magnitude", "wanda", "nowag", "sparsegpt", "armor"]
+Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -178,6 +179,9 @@ class SolverSettings(Settings):
     """The budget; the schedule adapts to it."""
     algorithm: Literal["fast", "published"] = "fast"
     """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
+    selection: Selection | None = None
+    """How published chooses the group of each block to improve: by the 1-norm or the 2-norm of the gradient on it, as a
+    probability (random) or the largest (greedy), or uniform; unset: l1-random, the paper's choice."""
 
 
 class SolverChange(Settings):
@@ -185,6 +189,7 @@ class SolverChange(Settings):
 
     iterations: int | None = Field(None, ge=1)
     algorithm: Literal["fast", "published"] | None = None
+    selection: Selection | None = None
 
 
 class ModuleSettings(Settings):
@@ -249,6 +254,13 @@ class Recipe(ModuleSettings):
     """Shell-style patterns over full module names; what matches stays as it is."""
     overrides: list[Override] = []
     """Exceptions by layer number and module pattern; later ones win."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        solvers = [self.solver, *(override.solver for override in self.overrides if override.solver)]
+        if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
+            raise ValueError("solver.selection: goes with algorithm: published")
+        return self
 
     def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
         """The recipe resolved for decoder layer `layer`."""

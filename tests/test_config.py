@@ -49,6 +49,18 @@ def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypat
     assert explicit.report_settings() == config.report_settings()
 
 
+def test_the_ablations_mean_the_same_by_the_same_name_so_that_they_can_share_their_results():
+    found = {}
+    for config in (load_config(file) for file in CONFIGURATIONS if file.stem.startswith("ablation-")):
+        for kind in ("models", "calibrations", "evaluations", "benchmarks"):
+            for name, value in getattr(config, kind).items():
+                assert found.setdefault((kind, name), value) == value, name
+        for name in config.recipes:
+            value = config.layer_settings(name, 0), config.calibration_of(name)
+            assert found.setdefault(("recipes", name), value) == value, name
+    assert sum(kind == "recipes" for kind, _ in found) > 20
+
+
 @pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])
 def test_sparsegpt_needs_gram_matrices(recipe):
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
@@ -83,6 +95,8 @@ def test_an_override_of_the_solver_changes_only_what_it_names():
         ({"method": "dense", "overrides": [{"method": "nowag"}]}, "a dense recipe has none"),
         ({"overrides": [{"layers": [-1]}]}, "greater than or equal to 0"),
         ({"pattern": "3:2"}, "expected n:m"),
+        ({"solver": {"selection": "uniform"}}, "solver.selection: goes with algorithm: published"),
+        ({"overrides": [{"solver": {"selection": "uniform"}}]}, "solver.selection: goes with algorithm: published"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
@@ -132,6 +146,11 @@ def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
 def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
     with pytest.raises(ArmorError, match=said):
         parse_settings(EvaluationSettings, evaluation)
+
+
+def test_a_setting_that_is_not_given_is_not_passed_on_so_that_a_new_one_reruns_no_layer():
+    passed_on = Recipe().for_layer(0).model_dump(mode="json", exclude_none=True)
+    assert passed_on["solver"] == {"iterations": 300, "algorithm": "fast"}
 
 
 def test_the_papers_tasks_have_their_shots_and_others_those_given():

@@ -180,9 +180,11 @@ def _entry(method: str, found: Factorization | None) -> dict:
 
 def _armor(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int) -> Factorization:
     algorithm = {"fast": solver, "published": published}[settings.solver.algorithm]
-    budget = algorithm.Settings(iterations=settings.solver.iterations)
+    chosen = algorithm.Settings(iterations=settings.solver.iterations)
+    if algorithm is published and settings.solver.selection:
+        chosen = dataclasses.replace(chosen, selection=settings.solver.selection)
     sizes = {"pattern": settings.pattern, "block_size": settings.block_size}
-    return algorithm.solve(weight, of_input.importance.to(weight.device), **sizes, settings=budget, seed=seed)
+    return algorithm.solve(weight, of_input.importance.to(weight.device), **sizes, settings=chosen, seed=seed)
 
 
 def _prune(prune: Callable[..., Factorization], *needed: str) -> Compress:

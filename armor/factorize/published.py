@@ -2,10 +2,10 @@
 
 Per iteration one joint Adam step on A, B and S (learning rate 1e-4, default betas, no schedule), then one step on the
 mask: in every block one group of m, drawn with probability proportional to the 1-norm of the loss gradient on it, gets
-the best of its supports with the least-squares values there. 20,000 iterations in the paper. Nothing makes the loss
-fall, so the best iterate is kept. The gradients are written out (six block products), and a drawn group is a rank-one
-update of its block's residual, so that an iteration costs no more than it must. An unstructured pattern has no groups
-to enumerate: its mask stays NoWag's.
+the best of its supports with the least-squares values there (`draw` has the other rules of the paper's ablation).
+20,000 iterations in the paper. Nothing makes the loss fall, so the best iterate is kept. The gradients are written out
+(six block products), and a drawn group is a rank-one update of its block's residual, so that an iteration costs no more
+than it must. An unstructured pattern has no groups to enumerate: its mask stays NoWag's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ from armor.factorize.objective import Objective, check, finish, sizes, supports
 
 __all__ = ["Settings", "solve"]
 
+NORMS = {  # of groups (..., m), by the rules of `draw`
+    "l1-random": lambda groups: groups.abs().sum(-1),
+    "l2-random": lambda groups: groups.norm(dim=-1),
+    "uniform": lambda groups: torch.ones_like(groups[..., 0]),
+    "l1-greedy": lambda groups: groups.abs().sum(-1),
+}
+
 
 @dataclass(frozen=True)
 class Settings:
-    """iterations: 20,000 in the paper. learning_rate and betas: Adam's, the paper's by default."""
+    """iterations: 20,000 in the paper. learning_rate, betas: Adam's. selection: of `draw`. The paper's by default."""
 
     iterations: int = 20_000
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    selection: str = "l1-random"
 
 
 @torch.no_grad()
@@ -96,21 +104,27 @@ def solve(
         torch.bmm(by_column(left).transpose(1, 2), by_column(weighted), out=b.grad)
         torch.bmm(a.transpose(1, 2), by_row(back), out=by_row(s.grad))
         if table is not None:
-            drawn = draw(s.grad, (p, size_a, q, size_b // pattern.m, pattern.m), generator)
+            shape = (p, size_a, q, size_b // pattern.m, pattern.m)
+            drawn = draw(s.grad, shape, generator, settings.selection)
         s.grad *= mask
         adam.step()
         s *= mask
     return finish(weight, objective, pattern, kept, trace, (size_a, size_b))
 
 
-def draw(gradient: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One group of every block, with probability proportional to the 1-norm of gradient (out, in) on it.
+def draw(
+    gradient: Tensor, shape: tuple[int, ...], generator: torch.Generator, selection: str = "l1-random"
+) -> tuple[Tensor, Tensor]:
+    """One group of every block, by a rule over the norms of gradient (out, in) on the groups.
 
-    shape is (out/d, d, in/d, d/m, m). Returns row and group within the block, both (out/d, in/d).
+    shape is (out/d, d, in/d, d/m, m). l1-random and l2-random draw with probability proportional to the 1-norm or the
+    2-norm, uniform any group alike; l1-greedy takes the largest 1-norm. Returns row and group within the block, both
+    (out/d, in/d).
     """
     p, size, q, groups, _ = shape
-    share = gradient.view(shape).abs().sum(-1)
-    share /= torch.empty_like(share).exponential_(generator=generator)  # the largest of these is such a draw
+    share = NORMS[selection](gradient.view(shape))
+    if selection != "l1-greedy":
+        share /= torch.empty_like(share).exponential_(generator=generator)  # the largest of these is such a draw
     index = share.transpose(1, 2).reshape(p, q, size * groups).argmax(-1)
     return index // groups, index % groups
 

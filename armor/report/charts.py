@@ -2,8 +2,9 @@
 
 Vega-Lite by altair, drawn by vl-convert. A chart is as wide as a phone, so that its text stays readable there, and
 grows on a larger screen. Colours are CSS variables of the page with a light theme's value to fall back on: the same SVG
-serves light, dark and print, and stands alone as a file too. To a screen reader it is one image with a sentence in
-place of its marks. Which charts there are, and of what, is the business of figures.py.
+serves light, dark and print. As a file of its own (`alone`) it has the light colours, on white, whatever page shows it.
+To a screen reader it is one image with a sentence in place of its marks. Which charts there are, and of what, is the
+business of figures.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "SERIES",
     "STAGE_COLORS",
     "WIDTH",
+    "alone",
     "beside",
     "columns_of",
     "data",
@@ -59,7 +61,7 @@ HEAT = tuple(f"var(--heat-{i}, {color})" for i, color in enumerate(HEAT_HUES))
 def _configured(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
     font = "system-ui, sans-serif"
     return (
-        chart.configure(background="transparent", font=font, padding=2, aria=False)
+        chart.configure(background=PAPER, font=font, padding=6, aria=False)
         .configure_view(stroke=None)
         .configure_axis(
             labelColor=INK,
@@ -95,8 +97,14 @@ def svg_of(chart: alt.TopLevelMixin, name: str, alternative: str) -> str:
     svg = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg)  # of single marks, unnamed: the whole is one image
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
     label = html.escape(alternative, quote=True)
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+    opening += f' viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'
     return re.sub(r"<svg[^>]*>", f'{opening} style="max-width:{1.35 * float(width):.0f}px">', svg, count=1)
+
+
+def alone(svg: str) -> str:
+    """What `svg_of` made, as a file for any program: not all know CSS variables."""
+    return re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", svg)
 
 
 def _hundredths(match: re.Match) -> str:

@@ -114,6 +114,16 @@ def _front(points: list[dict]) -> list[dict]:
     return front
 
 
+def _dense_line(perplexity: float, y: alt.Y, width: float) -> list[alt.Chart]:
+    """A dashed line across a figure of that width, and the word for it at its right end."""
+    line = alt.Chart(data([{"value": perplexity, "label": "dense"}])).encode(y=y)
+    text = {"align": "right", "baseline": "top", "dx": -2, "dy": 3, "fontSize": 12, "color": MUTED}
+    return [
+        line.mark_rule(color=INK, strokeDash=[3, 3]),
+        line.mark_text(**text).encode(x=alt.value(width), text="label:N"),
+    ]
+
+
 def _pareto(model: ModelResults, name: str) -> Figure | None:
     points = []
     for recipe in model.compressed:
@@ -156,10 +166,7 @@ def _pareto(model: ModelResults, name: str) -> Figure | None:
     x, y = alt.X("bits:Q", **across), alt.Y("value:Q", **down)
     layers = []
     if dense:
-        line = alt.Chart(data([{"value": dense[0], "label": "dense"}]))
-        layers.append(line.mark_rule(color=INK, strokeDash=[3, 3]).encode(y=y))
-        text = {"align": "right", "baseline": "top", "dx": -2, "dy": 3, "fontSize": 12, "color": MUTED}
-        layers.append(line.mark_text(**text).encode(y=y, x=alt.value(width), text="label:N"))
+        layers += _dense_line(dense[0], y, width)
     if moved:
         line = alt.Chart(data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
         layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
@@ -184,6 +191,42 @@ def _pareto(model: ModelResults, name: str) -> Figure | None:
     ends = ", ".join(point["recipe"] for point in front)
     alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
     return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
+
+
+def _block_sizes(model: ModelResults, name: str) -> Figure | None:
+    """Of the ARMOR recipes that differ in nothing but the block size, where there are three sizes."""
+    alike: dict[str, dict[int, float]] = {}
+    for recipe in model.compressed:
+        if recipe.pair.method == "armor" and recipe.perplexity and recipe.checkpoint:
+            settings = [made["settings"] | {"block_size": None} for made in recipe.checkpoint["factors"]]
+            sizes = alike.setdefault(f"{recipe.pair.pattern} {recipe.pair.calibration} {settings}", {})
+            sizes.setdefault(recipe.pair.block_size, recipe.perplexity[0])
+    most = max(alike.values(), key=len, default={})
+    if len(most) < 3:
+        return None
+    rows = [{"size": d, "value": value, "label": number(value)} for d, value in sorted(most.items())]
+    dense = model.dense and model.dense.perplexity
+    values = [row["value"] for row in rows] + ([dense[0]] if dense else [])
+    low, high = min(values) * 0.98, max(values) * 1.02
+    low, high = low * (low / high) ** 0.12, high * (high / low) ** 0.08  # room for the words
+    down = alt.Y("value:Q", **log_axis(low, high, "perplexity, log scale (lower is better)"))
+    axis = alt.Axis(labelAngle=0, ticks=False)
+    across = alt.X("size:O", title="block size", scale=alt.Scale(type="point"), axis=axis)
+    width, height = WIDTH + 40, 220
+    base = alt.Chart(data(rows)).encode(x=across, y=down)
+    layers = [
+        base.mark_line(color=ACCENT, strokeWidth=2),
+        base.mark_point(filled=True, size=60, opacity=1, color=ACCENT),
+        base.mark_text(align="left", dx=5, dy=-8, fontSize=12, color=INK).encode(text="label:N"),
+    ]
+    if dense:
+        layers = [*_dense_line(dense[0], down, width), *layers]
+    chart = alt.layer(*layers).properties(width=width, height=height)
+    caption = "ARMOR recipes that differ in nothing but the block size; larger blocks take more bits."
+    if dense:
+        caption += " The dashed line is the dense model."
+    alternative = f"Perplexity by block size, log scale: {_list([(str(row['size']), row['label']) for row in rows])}."
+    return Figure(name, "Perplexity by block size", svg_of(chart, name, alternative), caption)
 
 
 def _loss_by_layer(model: ModelResults, name: str) -> Figure | None:
@@ -377,7 +420,7 @@ def _time(model: ModelResults, name: str) -> Figure | None:
 def figures(model: ModelResults, prefix: str) -> list[Figure]:
     """The figures of one model that its results allow, with names that begin with `prefix`."""
     drawn = [_perplexity(model, e, f"{prefix}-perplexity-{i}") for i, e in enumerate(model.evaluation_names())]
-    drawn.append(_pareto(model, f"{prefix}-pareto"))
+    drawn += [_pareto(model, f"{prefix}-pareto"), _block_sizes(model, f"{prefix}-blocks")]
     drawn.append(_loss_by_layer(model, f"{prefix}-layers"))
     armor = [recipe for recipe in model.compressed if recipe.pair.method == "armor"]
     drawn += [_heat_map(model, recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(armor)]

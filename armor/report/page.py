@@ -1,7 +1,8 @@
 """The report: a summary in words, the table, the figures, on one page that needs nothing but itself.
 
-Only the JSON of the other stages is read. The same JSON gives the same bytes: no time of writing, no random ids. The
-words are put together sentence by sentence, each only when the results for it are there; what is missing is listed.
+Table and figures are files beside it too, for other pages and papers. Only the JSON of the other stages is read. The
+same JSON gives the same bytes: no time of writing, no random ids. The words are put together sentence by sentence, each
+only when the results for it are there; what is missing is listed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from armor.execution.files import atomic_path, write_json
 from armor.execution.log import log
 from armor.execution.provenance import made_by
 from armor.reading import parse_settings
+from armor.report.charts import alone
 from armor.report.figures import figures
 from armor.report.page_tables import (
     benchmark_table,
@@ -304,7 +306,7 @@ def write_page(title: str, sections: list[dict], file: Path, reproduce: dict | N
 
 
 def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) -> dict:
-    """Write summary.csv, .md, .tex and .json, and index.html to the folder `output` from the JSON under `results`.
+    """Write index.html, summary.csv, .md, .tex, .json and figures/ to the folder `output` from the JSON in `results`.
 
     Returns {"rows": [...]}, what summary.json holds: a row per model and recipe with the keys COLUMNS, None for a gap.
     Raises ArmorError for a plan or a result that cannot be read, and where there is no result at all.
@@ -320,6 +322,11 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
         "summary.md": markdown_text(rows, better, models),
         "summary.tex": latex_text(rows, better, models),
     }
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (output / "figures").glob("*.svg"):
+        old.unlink()
+    drawn = [figure for section in sections for figure in section["figures"]]
+    texts |= {f"figures/{figure['name']}.svg": alone(figure["svg"]) for figure in drawn}
     for name, text in texts.items():
         with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -94,6 +94,15 @@ def test_the_same_seed_gives_the_same_bytes(root, tmp_path, algorithm):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_the_rule_of_selection_reaches_the_published_optimiser(root, tmp_path):
+    made = []
+    for rule in (None, "l1-random", "l1-greedy"):
+        solver = SolverSettings(iterations=4, algorithm="published", selection=rule)
+        run(root, tmp_path / f"{rule}.safetensors", LayerSettings(method="armor", block_size=16, solver=solver))
+        made.append((tmp_path / f"{rule}.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
 def test_seeds_are_the_same_on_every_machine_and_differ_between_linears():
     assert seed_of(0, Q) == 58741623088216072
     assert len({seed_of(seed, name) for seed in (0, 1) for name in (Q, Q.replace("q_proj", "k_proj"))}) == 4

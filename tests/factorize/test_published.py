@@ -69,6 +69,28 @@ def test_draw_follows_the_gradient():
     assert (row[0, 0], group[0, 0]) == (1, 1) and (row[1, 1], group[1, 1]) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("selection", "weights"),
+    [
+        ("l1-random", [3, 4, 1, 0]),
+        ("l2-random", [3, 8**0.5, 1, 0]),
+        ("uniform", [1, 1, 1, 1]),
+        ("l1-greedy", [0, 1, 0, 0]),
+    ],
+)
+def test_draw_follows_its_rule(selection, weights):
+    """How often each of four groups is drawn, over the 4,000 blocks of one draw."""
+    blocks = 4000
+    groups = torch.tensor([[3.0, 0, 0, 0], [2, -2, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    gradient = groups.view(1, 2, 8).expand(blocks, 2, 8).reshape(2 * blocks, 8)
+    drawn = [published.draw(gradient, (blocks, 2, 1, 2, 4), torch.Generator().manual_seed(5), selection) for _ in "ab"]
+    assert all(one.equal(two) for one, two in zip(*drawn, strict=True))
+    row, group = drawn[0]
+    found = (2 * row + group).flatten().bincount(minlength=4) / blocks
+    torch.testing.assert_close(found, torch.tensor(weights) / sum(weights), rtol=0, atol=0.03)
+    assert not found[torch.tensor(weights) == 0].any()
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
 def test_lowers_the_loss(pattern):
     weight, importance = problem(16, 32)
@@ -88,8 +110,9 @@ def test_never_worse_than_nowag_where_adam_diverges():
     assert result.loss <= result.start_loss
 
 
-def test_same_seed_same_bytes():
+@pytest.mark.parametrize("selection", published.NORMS)
+def test_same_seed_same_bytes(selection):
     weight, importance = problem(16, 32)
-    settings = published.Settings(iterations=10)
+    settings = published.Settings(iterations=10, selection=selection)
     one, two = (published.solve(weight, importance, block_size=8, settings=settings, seed=5) for _ in "ab")
     assert one.core.equal(two.core) and one.left.equal(two.left) and one.right.equal(two.right)

@@ -7,6 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -282,6 +283,39 @@ def test_the_pareto_figure_names_its_points_and_its_front(own):
 def test_a_pareto_figure_needs_two_compressed_recipes_that_are_measured(own, gap):
     (own / MODEL / gap).unlink()
     assert not any("pareto" in figure.name for figure in figures(model_of(own), "m0"))
+
+
+def test_block_sizes_have_a_figure_where_three_recipes_differ_in_nothing_else(tmp_path):
+    wanted = plan(["dense", "armor-8", "armor-16", "armor-32", "armor-64"])
+    for pair in wanted["pairs"][1:]:
+        pair["block_size"] = int(pair["recipe"].partition("-")[2])
+    write_results(tmp_path, wanted, LAYERS)
+    path = tmp_path / MODEL / "armor-8/evaluation/wikipedia.json"
+    write_json(path, read_json(path) | {"value": 60.0})
+
+    def drawn():
+        found = figures(read_results(tmp_path, ReportSettings(**wanted))[0], "m0")
+        return next((figure.svg for figure in found if figure.name == "m0-blocks"), None)
+
+    assert "Perplexity by block size, log scale: 8 60.00, 16 30.96, 32 30.96, 64 30.96." in drawn()
+    assert {">8<", ">64<", ">60.00<", ">dense<", ">block size<"} <= set(re.findall(">[^<>]+<", drawn()))
+    for recipe in ("armor-8", "armor-64"):  # another seed: what is left are two
+        path = tmp_path / MODEL / recipe / "checkpoint.json"
+        write_json(path, read_json(path) | {"factors": [{"code": "c" * 16, "settings": {"seed": int(recipe[6:])}}]})
+    assert drawn() is None
+
+
+def test_figures_are_files_of_their_own_too(own):
+    """Those of the page, sized, and in colours that any program knows; none is left of an earlier report."""
+    for recipes in (["dense", "nowag", "armor"], ["dense", "nowag"]):
+        build(own, plan(recipes), own / "report")
+        files = sorted((own / "report" / "figures").glob("*"))
+        names = {figure.name for figure in figures(model_of(own, *recipes), "m0")}
+        assert {file.stem for file in files} == names and {file.suffix for file in files} == {".svg"}
+        for file in files:
+            root = ElementTree.fromstring(file.read_text())
+            assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+            assert "var(" not in file.read_text() and 'fill="#ffffff"' in file.read_text()
 
 
 def test_labels_cover_neither_each_other_nor_a_point():

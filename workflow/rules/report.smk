@@ -2,7 +2,7 @@
 
 
 rule report:
-    """The page, and its summary as CSV, JSON, Markdown and LaTeX."""
+    """The page; its summary as CSV, JSON, Markdown and LaTeX; its figures as SVG."""
     input:
         all_records,
     output:
@@ -11,6 +11,7 @@ rule report:
         "results/report/summary.json",
         "results/report/summary.md",
         "results/report/summary.tex",
+        directory("results/report/figures"),
     log:
         "results/logs/report.log",
     benchmark:
