@@ -52,7 +52,7 @@ __all__ = ["build", "missing", "summarize", "write_page"]
 CAPTION = (
     "The best compressed value is bold; – was not measured or does not apply. Rel. loss: mean over the compressed "
     "linears, 0 is the dense weight, 1 no weight at all. Bits/weight: in the decoder's linears. Factorize: summed over "
-    "decoder layers. Tokens/s: greedy decoding, median."
+    "decoder layers. Tokens/s: greedy decoding, median. A recipe's name leads to what made it."
 )
 
 
