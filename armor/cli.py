@@ -216,7 +216,7 @@ def benchmark(
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Size, memory and decoding speed, dense and packed in turn -> benchmark/CASE.json."""
+    """Size, memory and speed, dense and packed in turn -> benchmark/CASE.json."""
     device = _prepare(threads, gpus)
     from armor.benchmark.generation import benchmark
 
@@ -237,7 +237,7 @@ def report(
         Path | None, typer.Option(help="The folder to write; unset: results/report, or comparison for two runs.")
     ] = None,
 ) -> None:
-    """Tables and figures -> summary.csv, .md, .tex and .json, and index.html. Or two runs, A and B, side by side."""
+    """Tables and figures -> index.html, summary.csv, .md, .tex, .json, figures/. Or two runs, A and B, side by side."""
     if len(runs or ()) not in (0, 2) or bool(runs) == bool(settings):
         raise typer.BadParameter("expected --settings, or the results folders of two runs to compare")
     _prepare(1)

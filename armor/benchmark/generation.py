@@ -184,22 +184,29 @@ def benchmark(
     resident_bytes, peak_bytes, load_seconds, bytes_per_token, and tokens_per_second by batch size and phase (prefill,
     decode): median, quartiles, runs. `speedup` has the ratios of a round in the same way, `theoretical_speedup` that of
     the bytes per token, `linears` the speed by shape; `samples` holds what each side writes after the prompts;
-    `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a model.
+    `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a model and for a device
+    with too little memory.
     """
     start = time.perf_counter()
     output = Path(output)
     folders = {"dense": Path(source)} | ({"compressed": Path(checkpoint)} if checkpoint is not None else {})
     disk = {side: _on_disk(folder) for side, folder in folders.items()}  # first, for it finds what is not a model
     tokenizer = load_tokenizer(source) if settings.prompts else None
-    loading = {side: measure_loading(folder, settings, device) for side, folder in folders.items()}
-    models = {side: load_model(folder, settings.dtype, device) for side, folder in folders.items()}
-    runs = _generation_speeds(models, settings)
-    linears = linear_speeds(models["dense"], models["compressed"]) if checkpoint is not None else []
-    samples = [
-        {"prompt": text}
-        | {side: greedy_text(model, tokenizer, text, settings.new_tokens) for side, model in models.items()}
-        for text in settings.prompts
-    ]
+    try:
+        loading = {side: measure_loading(folder, settings, device) for side, folder in folders.items()}
+        models = {side: load_model(folder, settings.dtype, device) for side, folder in folders.items()}
+        runs = _generation_speeds(models, settings)
+        linears = linear_speeds(models["dense"], models["compressed"]) if checkpoint is not None else []
+        samples = [
+            {"prompt": text}
+            | {side: greedy_text(model, tokenizer, text, settings.new_tokens) for side, model in models.items()}
+            for text in settings.prompts
+        ]
+    except torch.OutOfMemoryError as error:
+        raise ArmorError(
+            f"{' and '.join(map(str, folders.values()))}: out of memory on {device} with batches of up to "
+            f"{max(settings.batch_sizes)} sequences; lower batch_sizes or prompt_tokens, or take a larger GPU"
+        ) from error
     sides = {
         side: {
             **disk[side],

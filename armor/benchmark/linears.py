@@ -2,9 +2,9 @@
 
 Decoding a token is this and little else, and a kernel that is fast on one shape may be slow on another, so each shape
 is timed by itself. The weights are the model's own: all linears of a shape run one after the other, and all other
-shapes, dense and packed, before any of them runs again, so that no cache has kept a weight, as in decoding. The dense
-side and the packed one take turns, round by round, the order alternating. On a card the time includes the launches by
-the host, of which a small linear has little else; `python -m benchmarks.runtime` measures without them.
+shapes, dense and packed, before any of them runs again, so that no cache has kept a weight, as in decoding: first all
+dense ones, then all packed ones, round by round. On a card the time includes the launches by the host, of which a small
+linear has little else; `python -m benchmarks.runtime` measures without them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS)
         rows[layout] = torch.randn(1, layout.in_features).to(weight.device, weight.dtype)
     times: dict[str, dict[PackedLinear, list[float]]] = {side: {layout: [] for layout in names} for side in linears}
     for index in range(-1, rounds):  # the first one only warms up
-        for side in list(linears)[:: -1 if index % 2 else 1]:
+        for side in linears:
             for layout, own in linears[side].items():
                 taken = _milliseconds(own, rows[layout])
                 if index >= 0:

@@ -46,7 +46,7 @@ from armor.runtime.load import (
     read_config,
     weights_bytes,
 )
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streamed import USABLE, StreamedModel
 from armor.text import token_blocks
 
 __all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
@@ -107,7 +107,7 @@ def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
 
 
 @torch.inference_mode()
-def _measure(model: Model, dense: Model | None, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
+def _measure(model: Model, dense: Model | None = None, *, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
     """The means of each block, (n,) float64, from tokens (n, L): the `loss` and, beside a dense model, `kl` and `top1`.
 
     Raises ArmorError on NaN logits.
@@ -180,14 +180,7 @@ def evaluate(
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
     work = {"model": identity(folder), "dense": dense and identity(Path(dense)), "text": text, "settings": asked}
     with resumable(output, __name__, device, **work) as steps:
-        try:
-            model, *beside = _open(models, settings.dtype, length, device)
-            means = _measure(model, beside[0] if beside else None, blocks, steps)
-        except torch.OutOfMemoryError as error:  # one block: there is no smaller way to the same number
-            raise ArmorError(
-                f"{' and '.join(map(str, models))}: out of memory on {device} with one block of {length} tokens; lower "
-                "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
-            ) from error
+        means = _measured(models, settings.dtype, blocks, device, steps)
         value, error = perplexity(means["loss"])
         result = {
             "format_version": 1,
@@ -208,13 +201,27 @@ def evaluate(
     return result
 
 
-def _open(folders: Sequence[Path], dtype: str, length: int, device: str) -> list[Model]:
-    """The models in `folders`; streamed if together they do not fit, with one block of `length` tokens."""
+def _measured(folders: Sequence[Path], dtype: str, blocks: Tensor, device: str, steps: Steps) -> dict[str, Tensor]:
+    """`_measure` of the first of `folders`, beside the second; streamed if both do not fit together with one block.
+
+    Memory may run out all the same, for headers do not tell all: then the blocks that are left are streamed too.
+    """
+    names, length = " and ".join(map(str, folders)), blocks.shape[1]
     needed, available = peak_bytes(folders, dtype, length), device_memory_bytes(device) or host_memory_bytes()
-    if needed > available:
-        sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
-        log.info("%s: %s, so one decoder layer at a time is read", " and ".join(map(str, folders)), sizes)
-    return [(StreamedModel if needed > available else load_model)(folder, dtype, device) for folder in folders]
+    sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
+    if needed <= USABLE * available:
+        try:
+            return _measure(*(load_model(folder, dtype, device) for folder in folders), blocks=blocks, steps=steps)
+        except torch.OutOfMemoryError:
+            sizes += ", and it ran out"
+    log.info("%s: %s, so one decoder layer at a time is read", names, sizes)
+    try:
+        return _measure(*(StreamedModel(folder, dtype, device) for folder in folders), blocks=blocks, steps=steps)
+    except torch.OutOfMemoryError as error:  # one block and one layer: there is no smaller way to the same number
+        raise ArmorError(
+            f"{names}: out of memory on {device} with one decoder layer and one block of {length} tokens; lower "
+            "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
+        ) from error
 
 
 def _summary(block_means: Tensor) -> dict:

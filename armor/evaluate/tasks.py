@@ -42,7 +42,7 @@ from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak
 from armor.execution.provenance import combined, made_by
 from armor.execution.resume import identity, resumable
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streamed import USABLE, StreamedModel
 from armor.text import describe as describe_text
 from armor.text import documents
 
@@ -147,7 +147,7 @@ def _open(
 ) -> HFLM:
     """The model for lm-eval, streamed if its weights do not fit; ArmorError if one of `tasks` then generates text."""
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
-    if needed <= available:
+    if needed <= USABLE * available:
         size = CPU_BATCH_SIZE if device == "cpu" else "auto"
         return HFLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
     sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"

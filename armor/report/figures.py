@@ -199,7 +199,9 @@ def _block_sizes(model: ModelResults, name: str) -> Figure | None:
     for recipe in model.compressed:
         if recipe.pair.method == "armor" and recipe.perplexity and recipe.checkpoint:
             settings = [made["settings"] | {"block_size": None} for made in recipe.checkpoint["factors"]]
-            sizes = alike.setdefault(f"{recipe.pair.pattern} {recipe.pair.calibration} {settings}", {})
+            measured = recipe.evaluations[recipe.pair.evaluations[0]]
+            same = [recipe.pair.pattern, recipe.pair.calibration, settings, measured["task"], measured["settings"]]
+            sizes = alike.setdefault(str(same), {})
             sizes.setdefault(recipe.pair.block_size, recipe.perplexity[0])
     most = max(alike.values(), key=len, default={})
     if len(most) < 3:

@@ -121,10 +121,11 @@ def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None
     if case and case["compressed"]:
         own, whole = case["compressed"], case["dense"]
         speeds = [decode_speed(side) for side in (own, whole)]
+        batch, ratio = min(((int(b), r) for b, r in case["speedup"].items()), key=lambda pair: pair[0])
         sentences.append(
             f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
-            f"decoding in turn it writes {number(speeds[0], 3)} tokens per second beside {number(speeds[1], 3)} "
-            f"({number(speeds[0] / speeds[1], 2)} times)."
+            f"decoding {'' if batch == 1 else f'{batch} sequences '}in turn it writes {number(speeds[0], 3)} tokens "
+            f"per second beside {number(speeds[1], 3)} ({number(ratio['decode']['median'], 2)} times)."
         )
     return sentences
 

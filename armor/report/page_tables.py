@@ -1,4 +1,4 @@
-"""The tables of the page that follow the summary, each for one model, a row for each recipe."""
+"""The tables of the page that follow the summary, each for one model, a row for each recipe or part of one."""
 
 from __future__ import annotations
 
@@ -83,9 +83,10 @@ def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
     cells = {}
     for recipe in model.compressed:
         for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ()):
-            blocks = [shape[side] for side in ("left_block_size", "right_block_size") if shape[side]]
             what = [recipe.name, f"{shape['out_features']} × {shape['in_features']}", shape["pattern"]]
-            what += [f"blocks {' and '.join(map(str, dict.fromkeys(blocks)))}"] if blocks else []
+            left, right = (shape[f"{side}_block_size"] for side in ("left", "right"))
+            if left or right:
+                what.append(f"blocks {left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
             cells[", ".join(what)] = {
                 "Linears": str(shape["count"]),
                 "Dense, ms": _middle(shape["dense_milliseconds"]),

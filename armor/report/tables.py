@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -204,12 +203,18 @@ def best_cells(rows: list[dict], better: dict[str, bool] = HIGHER_IS_BETTER) -> 
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [i for i, row in enumerate(rows) if row["model"] == model and row["method"] != "dense"]
         for column, highest in better.items():
-            known = [i for i in own if rows[i][column] is not None]
-            texts = {_cell(rows[i], column) for i in known}
-            if len(texts) > 1:
-                first = (max if highest else min)(known, key=lambda i: rows[i][column])
-                found |= {(i, column) for i in known if _cell(rows[i], column) == _cell(rows[first], column)}
+            known = {i: rows[i][column] for i in own if rows[i][column] is not None}
+            texts = {i: _cell(rows[i], column) for i in known}
+            found |= {(i, column) for i in _best(known, texts, highest)}
     return found
+
+
+def _best(values: dict[int, float], texts: dict[int, str], highest: bool) -> list[int]:
+    """The keys of the best values, by what a reader sees: none if all read the same."""
+    if len(set(texts.values())) < 2:
+        return []
+    first = (max if highest else min)(values, key=values.get)
+    return [key for key in values if texts[key] == texts[first]]
 
 
 def _pattern(rows: list[dict]) -> list[str]:
@@ -270,15 +275,13 @@ def evaluation_cells(model: ModelResults) -> tuple[dict[str, dict[str, str]], se
             (": KL", lambda found: (found.get("against_dense") or {}).get("kl"), partial(plus_minus, digits=3), False),
             (": same top", lambda found: (found.get("against_dense") or {}).get("top1"), percent, True),
         ):
-            column, values = f"{evaluation}{end}", {}
+            column, values, texts = f"{evaluation}{end}", {}, {}
             for index, recipe in enumerate(model.recipes):
                 found = of(recipe.evaluations.get(evaluation, {})) or {}
                 cells[recipe.name][column] = text(found.get("value"), found.get("standard_error"))
                 if found and not recipe.dense:
-                    values[index, column] = found["value"]
-            if len(set(values.values())) > 1:
-                first = (max if highest else min)(values.values())
-                best |= {place for place, value in values.items() if value == first}
+                    values[index], texts[index] = found["value"], text(found["value"], None)
+            best |= {(index, column) for index in _best(values, texts, highest)}
     return cells, best
 
 
@@ -365,7 +368,7 @@ def _sorted_by(row: dict, column: str) -> str:
     return text if row[column] is None else Markup('<data value="{}">{}</data>').format(row[column], text)
 
 
-def html_table(rows: list[dict], name: str, places: Mapping[str, str] = MappingProxyType({})) -> str:
+def html_table(rows: list[dict], name: str, places: Mapping[str, str]) -> str:
     """The rows of one model as an HTML table for the page's script to sort, the best compressed values in bold.
 
     What was measured stands first, for a phone shows no more than the first columns at once. A recipe links to the id

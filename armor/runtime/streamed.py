@@ -22,9 +22,10 @@ from armor.model.shards import Shards
 from armor.model.skeleton import finish, load_layer, load_outside, open_skeleton, place_outside, record
 from armor.runtime.load import loaded_dtype
 
-__all__ = ["StreamedModel"]
+__all__ = ["USABLE", "StreamedModel"]
 
 HIDDEN_STATES = 0.25  # of the host's memory
+USABLE = 0.95  # of the memory that a model may be loaded into: the rest is for what no header tells
 
 
 class StreamedModel:

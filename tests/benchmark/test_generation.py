@@ -132,6 +132,17 @@ def test_an_end_of_text_does_not_end_decoding(folder):
     assert generation_speed(model, torch.tensor([[5, 6]]), 8)["decode"] > 0
 
 
+def test_a_batch_too_large_for_the_device_is_one_line(root, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(generation, "generation_speed", full)
+    said = f"{root / 'source'}: out of memory on cpu with batches of up to 4 sequences; lower batch_sizes"
+    with pytest.raises(ArmorError, match=said):
+        benchmark(root / "source", None, BenchmarkSettings(prompts=[]), tmp_path / "decode.json")
+    assert not (tmp_path / "decode.json").exists()
+
+
 def test_a_folder_without_a_model_is_refused(folder, tmp_path):
     with pytest.raises(ArmorError, match=str(tmp_path)):
         benchmark(folder, tmp_path, SETTINGS, tmp_path / "decode.json")

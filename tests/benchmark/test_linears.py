@@ -54,7 +54,7 @@ def test_every_linear_runs_in_every_round_and_sides_take_turns(models):
     linear_speeds(*models, ROUNDS)
     each = len(calls) // (ROUNDS + 1) // 2  # one round is not timed
     sides = [side for side, *_ in calls[::each]]
-    assert sides == ["packed", "dense", *["dense", "packed", "packed", "dense", "dense", "packed"]]
+    assert sides == ["dense", "packed"] * (ROUNDS + 1)
     assert all(x.shape[0] == 1 for *_, x in calls)
     rounds = [[name for _, name, _ in calls[start : start + each]] for start in range(0, len(calls), each)]
     assert all(names == rounds[0] and len({*names}) == each == 14 for names in rounds)

@@ -1,5 +1,6 @@
 """Perplexity: the definition, computed plainly; its standard error; and what is refused."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from armor.errors import ArmorError
 from armor.evaluate import perplexity as module
 from armor.evaluate.perplexity import comparison, evaluate, mean, peak_bytes, perplexity, token_losses
 from armor.runtime.load import load_model
+from armor.runtime.streamed import USABLE
 from tests.packed import packed
 from tests.tiny import VOCABULARY, tiny_model, tiny_text
 
@@ -187,7 +189,7 @@ def full(*_, **__):
 def test_a_device_too_small_for_one_block_is_one_line(tmp_path, text, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     monkeypatch.setattr(module, "comparison", full)
-    said = f"{folder} and {folder}: out of memory on cpu with one block of 48 tokens; lower sequence_length"
+    said = f"{folder} and {folder}: out of memory on cpu with one decoder layer and one block of 48 tokens; lower"
     with pytest.raises(ArmorError, match=said):
         evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
     assert not (tmp_path / "wiki.json").exists()
@@ -216,7 +218,7 @@ for each in ([small] * len(folders), folders):
     before = resident_memory_bytes()
     models = [load_model(folder, dtype) for folder in each]
     open("/proc/self/clear_refs", "w").write("5")
-    _measure(models[0], models[1] if len(models) > 1 else None, torch.arange(1024).view(2, 512) % 250, steps)
+    _measure(*models, blocks=torch.arange(1024).view(2, 512) % 250, steps=steps)
     print(peak_memory_bytes() - before)
 """
 
@@ -302,12 +304,32 @@ def test_a_streamed_run_that_was_killed_asks_only_for_the_blocks_that_had_not_co
     assert again["block_means"] == whole["block_means"] and again["against_dense"] == whole["against_dense"]
 
 
+def test_loaded_models_for_which_memory_runs_out_are_streamed_from_the_block_where_it_did(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model")
+    whole = evaluate(folder, settings(text), tmp_path / "whole.json", dense=folder)
+    kinds = []
+
+    def full_once(model, blocks, real=module._logits):
+        kinds.append(type(model).__name__)
+        logits = real(model, blocks)
+        yield from itertools.islice(logits, 2 if kinds == ["LlamaForCausalLM"] else None)
+        if kinds == ["LlamaForCausalLM"] * 2:
+            full()
+
+    monkeypatch.setattr(module, "_logits", full_once)
+    again = evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
+    assert kinds == ["LlamaForCausalLM"] * 2 + ["StreamedModel"] * 2
+    assert again["block_means"] == whole["block_means"] and again["against_dense"] == whole["against_dense"]
+
+
 def test_the_memory_is_that_of_the_card_where_there_is_one(tmp_path, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     needed = peak_bytes([folder], "auto", 48)
     monkeypatch.setattr(module, "host_memory_bytes", lambda: pytest.fail("the model goes to the card"))
     monkeypatch.setattr(module, "load_model", lambda *_: "loaded")
     monkeypatch.setattr(module, "StreamedModel", lambda *_: "streamed")
-    for memory, expected in ((needed, "loaded"), (needed - 1, "streamed")):
+    monkeypatch.setattr(module, "_measure", lambda model, **_: model)
+    blocks = torch.zeros(1, 48, dtype=torch.int64)
+    for memory, expected in ((needed / USABLE, "loaded"), (needed, "streamed")):
         monkeypatch.setattr(module, "device_memory_bytes", lambda _, memory=memory: memory)
-        assert module._open([folder], "auto", 48, "cuda:0") == [expected]
+        assert module._measured([folder], "auto", blocks, "cuda:0", None) == expected

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
+from armor.config import Selection
 from armor.core import blockdiag
 from armor.core.nm import Pattern, is_nm
 from armor.factorize import pruning, published
@@ -16,6 +18,10 @@ from armor.factorize.objective import supports
 def problem(rows: int, columns: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator), torch.rand(columns, generator=generator) + 0.1
+
+
+def test_the_rules_are_those_of_the_configuration():
+    assert set(published.NORMS) == set(get_args(Selection))
 
 
 def test_group_update_is_the_best_support():

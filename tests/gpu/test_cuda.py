@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
+from armor.benchmark.generation import benchmark
+from armor.config import BenchmarkSettings
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cuda
@@ -89,3 +91,14 @@ def test_a_model_stays_packed_on_the_card_and_gives_the_tokens_of_the_cpu(root, 
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
     if dtype == torch.float32:
         assert torch.equal(on_gpu.sequences.cpu(), on_cpu.sequences)
+
+
+def test_a_benchmark_times_both_sides_by_the_cards_own_clock(root, tmp_path):
+    settings = BenchmarkSettings(new_tokens=8, repeats=2, batch_sizes=[1, 2], prompts=[])
+    record = benchmark(root / "source", root / "checkpoint", settings, tmp_path / "decode.json", "cuda:0")
+    for side in (record["dense"], record["compressed"]):
+        assert side["tokens_per_second"].keys() == {"1", "2"} and 0 < side["resident_bytes"] <= side["peak_bytes"]
+        assert all(
+            run > 0 for speed in side["tokens_per_second"].values() for one in speed.values() for run in one["runs"]
+        )
+    assert all(run > 0 for linear in record["linears"] for run in linear["milliseconds"]["runs"])

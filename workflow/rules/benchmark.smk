@@ -1,4 +1,4 @@
-"""In: the dense model and a packed one. Out: size, memory and decoding speed of both, timed in turn."""
+"""In: the dense model and a packed one. Out: size, memory and speed of both, timed in turn."""
 
 
 rule benchmark:
