@@ -97,8 +97,7 @@ def test_a_benchmark_times_both_sides_by_the_cards_own_clock(root, tmp_path):
     settings = BenchmarkSettings(new_tokens=8, repeats=2, batch_sizes=[1, 2], prompts=[])
     record = benchmark(root / "source", root / "checkpoint", settings, tmp_path / "decode.json", "cuda:0")
     for side in (record["dense"], record["compressed"]):
-        assert side["tokens_per_second"].keys() == {"1", "2"} and 0 < side["resident_bytes"] <= side["peak_bytes"]
-        assert all(
-            run > 0 for speed in side["tokens_per_second"].values() for one in speed.values() for run in one["runs"]
-        )
+        speeds = side["tokens_per_second"]
+        assert speeds.keys() == {"1", "2"} and 0 < side["resident_bytes"] <= side["peak_bytes"]
+        assert all(run > 0 for batch in speeds.values() for phase in batch.values() for run in phase["runs"])
     assert all(run > 0 for linear in record["linears"] for run in linear["milliseconds"]["runs"])
