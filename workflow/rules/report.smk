@@ -2,7 +2,7 @@
 
 
 rule report:
-    """The page; its summary as CSV, JSON, Markdown and LaTeX; its figures as SVG."""
+    """The page, and its summary as CSV, JSON, Markdown and LaTeX; beside them figures/, the SVGs that results allow."""
     input:
         all_records,
     output:
@@ -11,7 +11,6 @@ rule report:
         "results/report/summary.json",
         "results/report/summary.md",
         "results/report/summary.tex",
-        directory("results/report/figures"),
     log:
         "results/logs/report.log",
     benchmark:
