@@ -135,6 +135,13 @@ def test_what_it_imports_is_there(module):
     assert importlib.util.find_spec(module)
 
 
+def test_what_it_imports_makes_no_lock_that_jobs_would_share():
+    """A job that is killed while it holds one, as that of tqdm's bars, would stop all later ones."""
+    modules = "; ".join(f"import {module}" for module in forkserver.PRELOADED)
+    said = f"{modules}; import tqdm.std; assert not hasattr(tqdm.std.TqdmDefaultWriteLock, 'mp_lock')"
+    subprocess.run([sys.executable, "-c", said], check=True)
+
+
 def test_where_a_gpu_is_visible_there_is_no_server(monkeypatch):
     monkeypatch.delenv(forkserver.VARIABLE, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -7,12 +7,14 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
@@ -97,6 +99,7 @@ def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
         code = 1
         try:
             signal.alarm(120)
+            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
             work()
             code = 0
         except BaseException:
