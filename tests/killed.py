@@ -16,7 +16,7 @@ def _settled(value: object) -> object:
     """A record without what differs between two runs; of a trace's (iteration, seconds, loss) the seconds go."""
     if isinstance(value, dict):
         kept = {key: _settled(inner) for key, inner in value.items() if key not in OF_THE_RUN}
-        if "trace" in kept:
+        if isinstance(kept.get("trace"), list):  # in a tokenizer it is a word
             kept["trace"] = [[iteration, loss] for iteration, _, loss in kept["trace"]]
         return kept
     return [_settled(inner) for inner in value] if isinstance(value, list) else value
