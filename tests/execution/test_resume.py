@@ -100,6 +100,7 @@ def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
         try:
             signal.alarm(120)
             tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
+            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
             work()
             code = 0
         except BaseException:
