@@ -82,10 +82,12 @@ def resident_memory_bytes() -> int:
 
 
 def _processor() -> str:
+    """Its name, and on x86 its family and model, for a cloud's machines may say no more than "AMD EPYC"."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        facts = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
+        return "{model name} (family {cpu family}, model {model})".format_map(facts)
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 

@@ -159,19 +159,25 @@ static inline void store_pairs(int32_t *to, vec low, vec high) {
     _mm512_store_si512(to + 80, b);
 }
 /* For each of `n` <= 64 groups of a 2:4 mask, where among its pairs the kept one stands, in 32-bit words. */
-static inline void pair_places(uint16_t *to, const uint8_t *mask, int64_t n) {
+static inline void pair_places(uint8_t *to, const uint8_t *mask, int64_t n) {
     const __m512i table = /* 16 times the place of the pair for bits 0 .. 15; 0 for those that no 2:4 mask has */
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 16, 32, 0, 0, 48, 64, 0, 80, 0, 0, 0));
     __m256i bytes = _mm256_maskz_loadu_epi8((__mmask32)_bzhi_u64(0xffffffff, (uint64_t)(n + 1) / 2), mask);
     __m512i bits = _mm512_cvtepu8_epi16(bytes);
     bits = _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi16(0x0f)),
                            _mm512_and_si512(_mm512_slli_epi16(bits, 4), _mm512_set1_epi16(0x0f00)));
-    __m512i places = _mm512_shuffle_epi8(table, bits);
-    _mm512_store_si512(to, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(places)));
-    _mm512_store_si512(to + 32, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(places, 1)));
+    _mm512_store_si512(to, _mm512_shuffle_epi8(table, bits));
 }
-static inline vec broadcast_lane(vec v, int64_t lane) {
-    return _mm512_permutexvar_ps(_mm512_set1_epi32((int32_t)lane), v);
+/* The four units at `p`, four times over; unit `i` of them in every lane. */
+static inline vec repeat_four(const weight *p) {
+    return words(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p)));
+}
+static inline vec broadcast_one_of(vec four, int i) {
+    __m512i v = _mm512_castps_si512(four);
+    return words(i == 0   ? _mm512_shuffle_epi32(v, 0x00)
+                 : i == 1 ? _mm512_shuffle_epi32(v, 0x55)
+                 : i == 2 ? _mm512_shuffle_epi32(v, 0xaa)
+                          : _mm512_shuffle_epi32(v, 0xff));
 }
 static inline vec load_floats(const weight *p, int64_t n) { return load_bf16(p, n); }
 static inline void store_floats(weight *p, vec v, int64_t n) { store_bf16(p, v, n); }

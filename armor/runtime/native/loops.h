@@ -21,7 +21,7 @@
  *   transpose(vec[LANES])              of 32-bit words
  *
  * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, spread_pairs, store_pairs,
- * pair_places and broadcast_lane.
+ * pair_places, repeat_four and broadcast_one_of.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
@@ -414,7 +414,7 @@ enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
  * The values that stand `ahead` bytes further are fetched meanwhile. */
 static inline void multiply_pairs(const struct layer *layer, int64_t first, int64_t rows, int64_t group, int64_t n,
                                   const int32_t *pairs, float *sums, int64_t ahead) {
-    _Alignas(64) uint16_t places[PAIR_ROWS][PAIR_GROUPS];
+    _Alignas(64) uint8_t places[PAIR_ROWS][PAIR_GROUPS];
     const weight *values[PAIR_ROWS];
     vec even[PAIR_ROWS], odd[PAIR_ROWS];
     for (int64_t i = 0; i < PAIR_ROWS; i++) {
@@ -428,17 +428,23 @@ static inline void multiply_pairs(const struct layer *layer, int64_t first, int6
         __builtin_prefetch(layer->mask + row * layer->mask_stride + group / 2 + ahead / 8, 0, L2);
     }
     int64_t k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        vec w[PAIR_ROWS];
-        for (int i = 0; i < PAIR_ROWS; i++) w[i] = load(values[i] + k * 2, STEP);
-#pragma GCC unroll 8
-        for (int l = 0; l < LANES; l += 2) {
-            const int32_t *at = pairs + (k + l) * PAIR_WORDS;
+    for (; k + 8 <= n; k += 8) {
+        uint64_t eight[PAIR_ROWS]; /* places of a row, the next one lowest: loads are scarcer than shifts */
+        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&eight[i], places[i] + k, 8);
+#pragma GCC unroll 2
+        for (int half = 0; half < 8; half += 4) {
+            vec four[PAIR_ROWS];
+            for (int i = 0; i < PAIR_ROWS; i++) four[i] = repeat_four(values[i] + (k + half) * 2);
 #pragma GCC unroll 4
-            for (int i = 0; i < PAIR_ROWS; i++) {
-                even[i] = multiply_add(even[i], broadcast_lane(w[i], l), load_vec(at + places[i][k + l]));
-                odd[i] = multiply_add(odd[i], broadcast_lane(w[i], l + 1),
-                                      load_vec(at + PAIR_WORDS + places[i][k + l + 1]));
+            for (int m = 0; m < 4; m += 2) {
+                const int32_t *at = pairs + (k + half + m) * PAIR_WORDS;
+#pragma GCC unroll 8
+                for (int i = 0; i < PAIR_ROWS; i++) {
+                    even[i] = multiply_add(even[i], broadcast_one_of(four[i], m), load_vec(at + (uint8_t)eight[i]));
+                    odd[i] = multiply_add(odd[i], broadcast_one_of(four[i], m + 1),
+                                          load_vec(at + PAIR_WORDS + (uint8_t)(eight[i] >> 8)));
+                    eight[i] >>= 16;
+                }
             }
         }
     }
