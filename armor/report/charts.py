@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import altair as alt
 import vl_convert
@@ -27,11 +28,13 @@ __all__ = [
     "SERIES",
     "STAGE_COLORS",
     "WIDTH",
+    "Figure",
     "alone",
     "beside",
     "columns_of",
     "data",
     "layer_ticks",
+    "listed",
     "log_axis",
     "names_axis",
     "palette",
@@ -175,3 +178,17 @@ def beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[b
         taken.append((start, start + length, y))
         found[place] = (left, y)
     return [found[place] for place in places]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG for the page, its heading, and a caption that says what one sees."""
+
+    name: str
+    title: str
+    svg: str
+    caption: str
+
+
+def listed(pairs: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in pairs)

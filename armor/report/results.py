@@ -99,6 +99,11 @@ class RecipeResults:
         return self.pair.method == "dense"
 
     @property
+    def kind(self) -> str:
+        """By which a figure colours it."""
+        return self.pair.method if self.pair.method in ("dense", "armor") else "other"
+
+    @property
     def modules(self) -> list[Module]:
         """The linears of all layers, in order of layer and name."""
         found = []

@@ -1,0 +1,160 @@
+"""The figures of the layer-wise loss: by decoder layer, by layer and module, and over the solver's iterations."""
+
+from __future__ import annotations
+
+import bisect
+from statistics import fmean, quantiles
+
+import altair as alt
+
+from armor.report.charts import (
+    DASHES,
+    HEAT,
+    PAPER,
+    SERIES,
+    WIDTH,
+    Figure,
+    columns_of,
+    data,
+    layer_ticks,
+    listed,
+    log_axis,
+    names_axis,
+    palette,
+    round_numbers,
+    svg_of,
+)
+from armor.report.results import ModelResults, RecipeResults
+from armor.report.tables import number
+
+__all__ = ["heat_map", "loss_by_layer", "trace"]
+
+
+def _colors(model: ModelResults) -> dict[str, int]:
+    """Recipes to places in SERIES and DASHES, ARMOR first; beyond their length they come round again."""
+    ordered = sorted(model.compressed, key=lambda recipe: recipe.pair.method != "armor")
+    return {recipe.name: index % len(SERIES) for index, recipe in enumerate(ordered)}
+
+
+def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
+    rows, means = [], []
+    for recipe in model.compressed:
+        layers: dict[int, list[float]] = {}
+        for module in recipe.modules:
+            layers.setdefault(module.layer, []).append(module.loss)
+        points = [(layer, mean) for layer, losses in layers.items() if (mean := fmean(losses)) > 0]
+        rows += [{"recipe": recipe.name, "layer": layer, "loss": loss} for layer, loss in points]
+        if points:
+            means.append((recipe.name, number(fmean(loss for _, loss in points), 3)))
+    if not rows:
+        return None
+    places = {recipe: place for recipe, place in _colors(model).items() if recipe in dict(means)}
+    low, high = min(row["loss"] for row in rows) * 0.9, max(row["loss"] for row in rows) * 1.1
+    last = max(row["layer"] for row in rows)
+    legend = alt.Legend(title=None, columns=columns_of(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    colors = {recipe: SERIES[place] for recipe, place in places.items()}
+    dashes = {recipe: DASHES[place] for recipe, place in places.items()}
+    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
+    scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
+    chart = (
+        alt.Chart(data(rows))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
+            y=alt.Y("loss:Q", **log_axis(low, high, "relative loss, log scale")),
+            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+            strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=legend)),
+        )
+        .properties(width=WIDTH + 40, height=180)
+    )
+    caption = (
+        "The proxy loss of each decoder layer, the mean over its linears, relative to that of a zero matrix: 0 would "
+        "be the dense weight, 1 no weight at all. A peak is a layer that this method finds hard."
+    )
+    alternative = f"Relative loss by decoder layer, log scale, a line per recipe; means: {listed(means)}."
+    return Figure(name, "Loss by decoder layer", svg_of(chart, name, alternative), caption)
+
+
+def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | None:
+    modules = [module for module in recipe.modules if module.loss > 0]
+    if not modules:
+        return None
+    names = [n for n in model.module_order() if any(module.name == n for module in modules)]
+    short = {n: n.rpartition(".")[2] for n in names}
+    labels = short if len(set(short.values())) == len(names) else {n: n for n in names}
+    # A few classes with round borders can be told apart, and their legend can be read.
+    losses = [module.loss for module in modules]
+    steps = round_numbers(min(losses), max(losses), len(HEAT) - 1)
+    borders = [f"{step:g}" for step in steps]
+    classes = [f"{a} to {b}" for a, b in zip(borders, borders[1:], strict=False)]
+    classes = [f"under {borders[0]}", *classes, f"over {borders[-1]}"] if borders else ["all alike"]
+    colors = [HEAT[round(place * (len(HEAT) - 1) / max(1, len(steps)))] for place in range(len(classes))]
+    rows = [
+        {"layer": m.layer, "module": labels[m.name], "loss": classes[bisect.bisect(steps, m.loss)]} for m in modules
+    ]
+    count = max(module.layer for module in modules) + 1
+    axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
+    symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
+    legend = alt.Legend(title="relative loss", columns=3, columnPadding=8, **symbols)
+    width = WIDTH + 45
+    chart = (
+        alt.Chart(data(rows))
+        .mark_rect(stroke=PAPER, strokeWidth=min(1.0, width / count / 10))
+        .encode(
+            x=alt.X("layer:O", title="decoder layer", scale=alt.Scale(domain=list(range(count))), axis=axis),
+            y=names_axis("module:N", [labels[n] for n in names]),
+            color=alt.Color("loss:N", **palette(dict(zip(classes, colors, strict=True)), legend=legend)),
+        )
+        .properties(width=width, height=alt.Step(22))
+    )
+    best, worst = min(modules, key=lambda m: m.loss), max(modules, key=lambda m: m.loss)
+    ends = [f"{number(m.loss, 2)} (layer {m.layer}, {labels[m.name]})" for m in (best, worst)]
+    extremes = f"from {ends[0]} to {ends[1]}"
+    caption = (
+        f"Every linear of every decoder layer, {extremes}: the darker, the more was lost (the lighter on a dark page)."
+    )
+    if len(modules) < count * len(names):
+        caption += " An empty place is a linear that stayed dense or has no result."
+    alternative = f"Heat map of the relative loss of {recipe.name} by decoder layer and module, {extremes}."
+    return Figure(name, f"Loss by layer and module: {recipe.name}", svg_of(chart, name, alternative), caption)
+
+
+def trace(model: ModelResults, name: str) -> Figure | None:
+    rows, ends = [], []
+    for recipe in model.compressed:
+        modules = [module for module in recipe.modules if len(module.trace) > 1 and module.start_loss]
+        if len(modules) < 2:
+            continue
+        grid = sorted({point[0] for module in modules for point in module.trace})
+        for iteration in dict.fromkeys(grid[:: max(1, len(grid) // 60)] + grid[-1:]):
+            ratios = []
+            for module in modules:
+                # The best loss so far is a staircase: its value is that of the last point up to here.
+                place = bisect.bisect(module.trace, iteration, key=lambda point: point[0]) - 1
+                ratios.append(module.trace[max(0, place)][2] / module.start_loss)
+            low, middle, high = quantiles(ratios, n=4, method="inclusive")
+            rows.append({"recipe": recipe.name, "iteration": iteration, "low": low, "ratio": middle, "high": high})
+        ends.append((recipe.name, number(rows[-1]["ratio"], 2)))
+    if not rows:
+        return None
+    colors = {recipe: SERIES[place] for recipe, place in _colors(model).items() if recipe in dict(ends)}
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolOpacity=1) if len(colors) > 1 else None
+    color = alt.Color("recipe:N", **palette(colors, legend=legend))
+    down = log_axis(
+        min(r["low"] for r in rows) * 0.9, max(1.0, *(r["high"] for r in rows)), "share of the start's loss"
+    )
+    base = alt.Chart(data(rows)).encode(
+        x=alt.X("iteration:Q", title="iteration", axis=alt.Axis(grid=False, tickCount=5)), color=color
+    )
+    chart = alt.layer(
+        base.mark_area(opacity=0.22).encode(y=alt.Y("low:Q", **down), y2="high:Q"),
+        base.mark_line(strokeWidth=2).encode(y=alt.Y("ratio:Q", **down)),
+    ).properties(width=WIDTH + 40, height=180)
+    caption = (
+        "How far the solver has come: the best loss so far of each linear as a share of its NoWag-P start, which is 1, "
+        "on a log scale. The line is the median over all linears, the band the middle half of them."
+    )
+    alternative = (
+        f"Best loss as a share of the start's against iterations, median over linears; at the end: {listed(ends)}."
+    )
+    return Figure(name, "The solver at work", svg_of(chart, name, alternative), caption)
