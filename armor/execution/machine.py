@@ -81,14 +81,15 @@ def resident_memory_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _processor() -> str:
-    """Its name, and on x86 its family and model, for a cloud's machines may say no more than "AMD EPYC"."""
+def _processor(root: Path = Path("/")) -> str:
+    """Its name, and on x86 its family and model: a virtual machine's name may say no more than "AMD EPYC"."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        facts = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
-        return "{model name} (family {cpu family}, model {model})".format_map(facts)
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
+        first = (root / "proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        first = ""
+    facts = dict([part.strip() for part in line.split(":", 1)] for line in first.splitlines() if ":" in line)
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""What a job runs on: how much of the host's memory is its own."""
+"""What a job runs on: how much of the host's memory is its own, and the processor's name."""
+
+import platform
 
 import psutil
 import pytest
 
-from armor.execution.machine import host_memory_bytes
+from armor.execution.machine import _processor, host_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,20 @@ def test_the_smallest_limit_of_the_control_groups_counts(tmp_path, limits, expec
 
 def test_without_control_groups_all_memory_is_ones_own(tmp_path):
     assert host_memory_bytes(tmp_path) == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    "facts, expected",
+    [
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 26, model 2)"),
+        ("model name\t: ARMv7 Processor rev 4 (v7l)\n", "ARMv7 Processor rev 4 (v7l)"),
+        ("CPU implementer\t: 0x41\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+    ids=["x86", "no family", "no name", "no file"],
+)
+def test_a_processor_is_told_by_name_family_and_model(tmp_path, facts, expected):
+    if facts is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\n" + facts + "\nprocessor\t: 1\nmodel name\t: other\n")
+    assert _processor(tmp_path) == expected

@@ -121,6 +121,17 @@ def test_it_compiles_as_one_graph(layout, unpacked):
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
 
 
+def test_a_replica_whose_tensors_are_plain_attributes_computes_the_same():
+    """As nn.DataParallel makes them, and so transformers' Trainer on several GPUs."""
+    layer = ArmorLinear.of(factorization(*LAYOUTS[0]))
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters |= {name: None for name, tensor in layer._parameters.items() if tensor is None}
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        setattr(replica, name, tensor.detach())
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(replica(x), layer(x))
+
+
 def test_weights_that_are_elsewhere_are_not_unpacked():
     with torch.device("meta"):
         layer = ArmorLinear(PackedLinear(8, 16, Pattern(2, 4), 4, 8), bias=True)

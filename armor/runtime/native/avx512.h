@@ -1,5 +1,6 @@
 /* AVX-512 primitives: 16 fp32 lanes. bf16 weights become fp32 on the way in, or, with BF16_PRODUCTS, stay pairs that
- * vdpbf16ps multiplies into fp32 sums. Processors: Skylake-X and later; with BF16_PRODUCTS Zen 4, Sapphire Rapids. */
+ * vdpbf16ps multiplies into fp32 sums. Processors: Skylake-X and later; with BF16_PRODUCTS Zen 4, Sapphire
+ * Rapids and later. */
 #ifdef BF16_PRODUCTS
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,popcnt,bmi2"
 #else
@@ -168,12 +169,13 @@ static inline void pair_places(uint8_t *to, const uint8_t *mask, int64_t n) {
                            _mm512_and_si512(_mm512_slli_epi16(bits, 4), _mm512_set1_epi16(0x0f00)));
     _mm512_store_si512(to, _mm512_shuffle_epi8(table, bits));
 }
-/* The four units at `p`, four times over; unit `i` of them in every lane. */
+/* The four units at `p`, four times over. */
 static inline vec repeat_four(const weight *p) {
     return words(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p)));
 }
-static inline vec broadcast_one_of(vec four, int i) {
-    __m512i v = _mm512_castps_si512(four);
+/* Unit `i` of such four in every lane; `i` is a constant once loops are unrolled. */
+static inline vec broadcast_one_of(vec quad, int i) {
+    __m512i v = _mm512_castps_si512(quad);
     return words(i == 0   ? _mm512_shuffle_epi32(v, 0x00)
                  : i == 1 ? _mm512_shuffle_epi32(v, 0x55)
                  : i == 2 ? _mm512_shuffle_epi32(v, 0xaa)

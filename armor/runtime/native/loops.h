@@ -25,8 +25,8 @@
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
- * weights are unpacked into a tile in cache and broadcast, so that no sum over lanes is needed and the output of a step
- * is laid out as the input of the next.
+ * weights are unpacked into a tile in cache (for one panel, those of a 2:4 core stay packed: packed_pairs) and broadcast,
+ * so that no sum over lanes is needed and the output of a step is laid out as the input of the next.
  */
 #include <string.h>
 
@@ -410,7 +410,8 @@ static void packed_panels(const struct layer *layer, int64_t first, int64_t rows
 /* Rows of a 2:4 core that are multiplied at once, groups of columns whose pairs lie in the L1 cache meanwhile. */
 enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
 
-/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of packed rows, from `group` on, times the pairs of one panel.
+/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of packed rows, from `group` on (= for the first groups), times
+ * the pairs of one panel.
  * The values that stand `ahead` bytes further are fetched meanwhile. */
 static inline void multiply_pairs(const struct layer *layer, int64_t first, int64_t rows, int64_t group, int64_t n,
                                   const int32_t *pairs, float *sums, int64_t ahead) {
@@ -429,21 +430,21 @@ static inline void multiply_pairs(const struct layer *layer, int64_t first, int6
     }
     int64_t k = 0;
     for (; k + 8 <= n; k += 8) {
-        uint64_t eight[PAIR_ROWS]; /* places of a row, the next one lowest: loads are scarcer than shifts */
-        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&eight[i], places[i] + k, 8);
+        uint64_t next[PAIR_ROWS]; /* the places of eight pairs of a row, the first one lowest */
+        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&next[i], places[i] + k, 8);
 #pragma GCC unroll 2
         for (int half = 0; half < 8; half += 4) {
-            vec four[PAIR_ROWS];
-            for (int i = 0; i < PAIR_ROWS; i++) four[i] = repeat_four(values[i] + (k + half) * 2);
-#pragma GCC unroll 4
+            vec quad[PAIR_ROWS];
+            for (int i = 0; i < PAIR_ROWS; i++) quad[i] = repeat_four(values[i] + (k + half) * 2);
+#pragma GCC unroll 2
             for (int m = 0; m < 4; m += 2) {
                 const int32_t *at = pairs + (k + half + m) * PAIR_WORDS;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
                 for (int i = 0; i < PAIR_ROWS; i++) {
-                    even[i] = multiply_add(even[i], broadcast_one_of(four[i], m), load_vec(at + (uint8_t)eight[i]));
-                    odd[i] = multiply_add(odd[i], broadcast_one_of(four[i], m + 1),
-                                          load_vec(at + PAIR_WORDS + (uint8_t)(eight[i] >> 8)));
-                    eight[i] >>= 16;
+                    even[i] = multiply_add(even[i], broadcast_one_of(quad[i], m), load_vec(at + (uint8_t)next[i]));
+                    odd[i] = multiply_add(odd[i], broadcast_one_of(quad[i], m + 1),
+                                          load_vec(at + PAIR_WORDS + (uint8_t)(next[i] >> 8)));
+                    next[i] >>= 16;
                 }
             }
         }
