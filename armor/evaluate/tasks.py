@@ -10,7 +10,8 @@ on it by the rounding of the model's dtype, as it does in lm-eval.
 
 A model whose weights are larger than the memory, of the GPU or else of the host, answers with one decoder layer in
 memory at a time (`armor.runtime.streamed`). lm-eval asks for one batch after the other, and streaming wants to know
-them all: so its code runs twice, first to see what it asks for, then with the answers.
+them all: so its code runs twice, first to see what it asks for, then with the answers. Where a task generates text,
+each new token of a batch reads all weights.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def evaluate_tasks(
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
     {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
-    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, for a task
-    that generates text with a model larger than the memory, and for a device with too little memory for one item.
+    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for
+    a device with too little memory for one item.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -87,7 +88,7 @@ def evaluate_tasks(
     with resumable(output, __name__, device, **work) as steps:
         loaded = {name: _load(manager, task) for name, (task, _) in specs.items() if steps.get(name) is None}
         if loaded:
-            model = _open(folder, tokenizer, settings.dtype, device, loaded)
+            model = _open(folder, tokenizer, settings.dtype, device)
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
@@ -126,6 +127,12 @@ class StreamedLM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         return self._twice(super().loglikelihood_rolling, requests)
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        folder = self._streamed.name_or_path
+        log.warning("%s: each new token of a batch of %d reads all weights", folder, self.batch_size)
+        with self._streamed.whole():
+            return super().generate_until(requests, disable_tqdm)
+
     def _twice(self, method: Callable, requests: list[Instance]) -> list:
         batches: list[Tensor] = []
         vocabulary = self.config.get_text_config().vocab_size
@@ -142,22 +149,13 @@ class StreamedLM(HFLM):
         return method(requests, disable_tqdm=True)
 
 
-def _open(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str, tasks: dict[str, Task | Group]
-) -> HFLM:
-    """The model for lm-eval, streamed if its weights do not fit; ArmorError if one of `tasks` then generates text."""
+def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> HFLM:
+    """The model for lm-eval, streamed if its weights do not fit."""
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
     if needed <= USABLE * available:
         size = CPU_BATCH_SIZE if device == "cpu" else "auto"
         return HFLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
     sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
-    for name, task in tasks.items():
-        members = task.get_all_tasks() if isinstance(task, Group) else [task]
-        if any(member.OUTPUT_TYPE == "generate_until" for member in members):
-            raise ArmorError(
-                f"{folder}: task {name} generates text, for which the whole model must be in memory: {sizes}; take a "
-                "machine with more, or leave the task out"
-            )
     log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 

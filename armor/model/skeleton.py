@@ -12,6 +12,7 @@ do not talk to each other by other ways; `record` and `armor.model.inspect` chec
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "load_outside",
     "open_skeleton",
     "place_outside",
+    "readers",
     "record",
     "unload_outside",
 ]
@@ -154,9 +156,12 @@ def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cp
 
     Raises ArmorError, naming tensor and file, if one is missing, has another shape, or holds NaN or infinity.
     """
-    layer = skeleton.layers[index]
+    return _fill(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+
+
+def _fill(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
     for name, tensor in layer.state_dict(keep_vars=True).items():
-        full = f"{skeleton.prefix}.{index}.{name}"
+        full = f"{prefix}.{name}"
         if full not in shards and not tensor.is_meta:
             continue  # a buffer that is computed
         owner, _, last = name.rpartition(".")
@@ -187,15 +192,12 @@ def finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes what it is called with, and returns `output`, or the hidden states."""
-
-    output: Tensor | None = None
+class _StandIn(nn.Module):
+    """Stands in for a decoder layer, and has its attributes."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._layer = (layer,)  # a tuple hides it from nn.Module, whose attributes it would become
-        self.seen: tuple[Any, Call] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -203,23 +205,58 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
+
+class _Recorder(_StandIn):
+    """Notes what it is called with, and returns `output`, or the hidden states."""
+
+    output: Tensor | None = None
+    seen: tuple[Any, Call] | None = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.seen = (args[0] if args else None, Call(args[1:], kwargs))
         return self.seen[0] if self.output is None else self.output
 
 
+class _Reader(_StandIn):
+    """Reads the layer when it is called, and drops it after."""
+
+    def __init__(self, layer: nn.Module, name: str, shards: Shards, device: str) -> None:
+        super().__init__(layer)
+        self._source = name, shards, device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _fill(copy.deepcopy(self._layer[0]), *self._source)(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _recorders(skeleton: Skeleton) -> Iterator[list[_Recorder]]:
-    """Recorders, in the decoder layers' place for as long as the context lasts."""
+def _replaced(skeleton: Skeleton, stand_ins: list[_StandIn]) -> Iterator[None]:
+    """The stand-ins are in the decoder layers' place for as long as the context lasts."""
     layers = list(skeleton.layers)
-    recorders = [_Recorder(layer) for layer in layers]
     try:
-        for index, recorder in enumerate(recorders):
-            skeleton.layers[index] = recorder
-        yield recorders
+        for index, stand_in in enumerate(stand_ins):
+            skeleton.layers[index] = stand_in
+        yield
     finally:
         for index, layer in enumerate(layers):
             skeleton.layers[index] = layer
+
+
+@contextlib.contextmanager
+def _recorders(skeleton: Skeleton) -> Iterator[list[_Recorder]]:
+    recorders = [_Recorder(layer) for layer in skeleton.layers]
+    with _replaced(skeleton, recorders):
+        yield recorders
+
+
+@contextlib.contextmanager
+def readers(skeleton: Skeleton, shards: Shards, device: str = "cpu") -> Iterator[PreTrainedModel]:
+    """The model as one that runs whole, on `device`: its decoder layers are read when they are called, dropped after.
+
+    What is outside of the layers must be loaded and placed. A forward pass raises ArmorError where `load_layer` does.
+    """
+    named = [(layer, f"{skeleton.prefix}.{index}") for index, layer in enumerate(skeleton.layers)]
+    with _replaced(skeleton, [_Reader(layer, name, shards, device) for layer, name in named]):
+        yield skeleton.model
 
 
 def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:

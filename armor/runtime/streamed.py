@@ -3,23 +3,26 @@
 It does what calibration does, on the same skeleton (`armor.model.skeleton`), for models dense and packed: a layer is
 read, all that is asked goes through it, and then the next is read. What is asked comes in batches; the hidden states of
 many wait on the host, up to a quarter of its memory, and further batches go through all layers after these. The price
-is to read every weight once for each such group. No text is generated in this way: each token would read them all.
+is to read every weight once for each such group. Text can be generated too, by transformers, with the price that every
+new token of a batch reads all weights.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
 from armor.hf import swap_skeleton
 from armor.model.shards import Shards
-from armor.model.skeleton import finish, load_layer, load_outside, open_skeleton, place_outside, record
+from armor.model.skeleton import finish, load_layer, load_outside, open_skeleton, place_outside, readers, record
 from armor.runtime.load import loaded_dtype
 
 __all__ = ["USABLE", "StreamedModel"]
@@ -42,6 +45,8 @@ class StreamedModel:
         swap_skeleton(self.skeleton.model, self._shards)
         load_outside(self.skeleton, self._shards, head=True)
         place_outside(self.skeleton, device)
+        if (Path(folder) / "generation_config.json").is_file():
+            self.skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
 
     @torch.no_grad()
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -60,6 +65,10 @@ class StreamedModel:
                 self.skeleton.layers[index] = empty
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, hidden[number].to(self.device))
+
+    def whole(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model as transformers' `generate` takes it; every forward pass reads all decoder layers, one by one."""
+        return readers(self.skeleton, self._shards, self.device)
 
     def _groups(self, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """As many batches at a time as there is room for the hidden states of, at least one."""
