@@ -340,7 +340,7 @@ class EvaluationSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
-    """Memory and speed of reading and writing, dense and compressed in turn in one process."""
+    """Memory and speed of reading and writing, dense, compressed and its core alone in turn in one process."""
 
     prompt_tokens: int = Field(32, ge=1)
     """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""

@@ -8,6 +8,11 @@ more of the first, and costs every round. Beside them stands what theory gives: 
 weights are read from memory once, so the ratio of the bytes of these is the speed-up of two kernels that are equally
 near to the memory's speed. `armor.benchmark.linears` has the speed by shape.
 
+Where the compressed model has blocks, a third side takes its turn in every round: the core S alone, the same loaded
+model with every A and B taken off meanwhile. What it writes is nonsense and nobody reads it; the speed tells what the
+blocks cost. Its bytes follow from the format. Its memory and its time to load are not measured: there is no file to
+load it from.
+
 Memory is the opposite case: what one model leaves behind the next one reuses, so each is loaded alone in a fresh
 process, where resident memory after loading and one pass (weights that are only mapped become resident then), minus
 that before, is its own; the peak is that of loading, of a prompt of the largest batch and of a token after it. What
@@ -18,6 +23,7 @@ proves nothing.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -29,9 +35,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from armor.benchmark.linears import linear_speeds
+from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.config import BenchmarkSettings
+from armor.core.checkpoint import modules_of
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.execution.log import log, progress
@@ -147,18 +154,45 @@ def _on_disk(folder: Path) -> dict:
     return {"bytes_on_disk": sum((folder / file).stat().st_size for file in shards.files), "bits_per_weight": bits}
 
 
+def _core_on_disk(folder: Path, whole: dict) -> dict:
+    """What `whole`, the `_on_disk` of a packed checkpoint, would be without A and B; headers of files stay as they are.
+
+    Raises ArmorError where config.json lists no packed linears.
+    """
+    shards = Shards(folder)
+    modules = modules_of(read_json(folder / "config.json").get("quantization_config"))
+    wrappers = [f"{name}.{suffix}" for name in modules for suffix in ("left", "right")]
+    saved = sum(shards.bytes_of(name) for name in wrappers if name in shards)
+    bits = whole["bits_per_weight"]
+    if bits is not None:  # the mean over all linears of the decoder, those too that stay dense
+        kept = read_json(folder.parent / "checkpoint.json")["kept_dense"]
+        weights = sum(math.prod(shards.shape(f"{name}.weight")) for name in kept)
+        weights += sum(layout.out_features * layout.in_features for layout in modules.values())
+        bits -= 8 * saved / weights
+    return {"bytes_on_disk": whole["bytes_on_disk"] - saved, "bits_per_weight": bits}
+
+
+def _side_speed(models: dict[str, PreTrainedModel], side: str, prompt: Tensor, new_tokens: int) -> dict[str, float]:
+    """`generation_speed` of a side: one of `models`, or the core of the compressed one alone."""
+    if side != "core":
+        return generation_speed(models[side], prompt, new_tokens)
+    with core_alone(models["compressed"]) as model:
+        return generation_speed(model, prompt, new_tokens)
+
+
 def _generation_speeds(models: dict[str, PreTrainedModel], settings: BenchmarkSettings) -> dict:
-    """Tokens per second, all rounds of them, by side, batch size and phase."""
+    """Tokens per second, all rounds of them, by side (`models`, and core where there are blocks), batch and phase."""
+    sides = [*models, "core"] if "compressed" in models and wrapped(models["compressed"]) else [*models]
     prompts = {size: _prompt(models["dense"], size, settings.prompt_tokens) for size in sorted(settings.batch_sizes)}
     for prompt in prompts.values():  # the first pass pays for buffers, threads and caches
-        for model in models.values():
-            generation_speed(model, prompt, 2)
-    runs: dict = {side: {size: {"prefill": [], "decode": []} for size in prompts} for side in models}
+        for side in sides:
+            _side_speed(models, side, prompt, 2)
+    runs: dict = {side: {size: {"prefill": [], "decode": []} for size in prompts} for side in sides}
     for index in progress(range(settings.repeats), "decode", unit="round"):
         for size, prompt in prompts.items():
             new_tokens = max(settings.new_tokens // size, min(settings.new_tokens, FEWEST))
-            for side in list(models)[:: -1 if index % 2 else 1]:
-                for phase, speed in generation_speed(models[side], prompt, new_tokens).items():
+            for side in sides[:: -1 if index % 2 else 1]:
+                for phase, speed in _side_speed(models, side, prompt, new_tokens).items():
                     runs[side][size][phase].append(speed)
     return runs
 
@@ -184,8 +218,10 @@ def benchmark(
     resident_bytes, peak_bytes, load_seconds, bytes_per_token, and tokens_per_second by batch size and phase (prefill,
     decode): median, quartiles, runs. `speedup` has the ratios of a round in the same way, `theoretical_speedup` that of
     the bytes per token, `linears` the speed by shape; `samples` holds what each side writes after the prompts;
-    `fingerprints`, the models' by side, are noted. Raises ArmorError for a folder that is not a model and for a device
-    with too little memory.
+    `fingerprints`, the models' by side, are noted. `core` is the compressed model without A and B, None if it has none:
+    bytes_on_disk, bits_per_weight and bytes_per_token by computation, tokens_per_second, and its own speedup and
+    theoretical_speedup over dense; no memory and no time to load. Raises ArmorError for a folder that is not a model
+    and for a device with too little memory.
     """
     start = time.perf_counter()
     output = Path(output)
@@ -216,10 +252,20 @@ def benchmark(
         }
         for side, folder in folders.items()
     }
-    dense, compressed = sides["dense"], sides.get("compressed")
+    dense, compressed, core = sides["dense"], sides.get("compressed"), None
     for side, measured in sides.items():
         speeds = [f"{speed['decode']['median']:.1f}" for speed in measured["tokens_per_second"].values()]
         log.info("%s: %s tokens/s, %.0f MB resident", side, ", ".join(speeds), measured["resident_bytes"] / 1e6)
+    if "core" in runs:
+        tensors = [t for linear in wrapped(models["compressed"]) for t in (linear.left, linear.right) if t is not None]
+        read = compressed["bytes_per_token"] - sum(t.numel() * t.element_size() for t in tensors)
+        core = {
+            **_core_on_disk(folders["compressed"], disk["compressed"]),
+            "bytes_per_token": read,
+            "tokens_per_second": _by_batch(summary, runs["core"]),
+            "speedup": _by_batch(ratios, runs["core"], runs["dense"]),
+            "theoretical_speedup": dense["bytes_per_token"] / read,
+        }
     result = {
         "format_version": 2,
         "case": output.stem,
@@ -228,6 +274,7 @@ def benchmark(
         "compressed": compressed,
         "speedup": compressed and _by_batch(ratios, runs["compressed"], runs["dense"]),
         "theoretical_speedup": compressed and dense["bytes_per_token"] / compressed["bytes_per_token"],
+        "core": core,
         "linears": linears,
         "samples": samples,
         "seconds": time.perf_counter() - start,

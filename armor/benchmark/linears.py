@@ -1,15 +1,18 @@
-"""One row times every compressed linear of a model, beside its dense self: milliseconds by shape.
+"""One row times every compressed linear of a model, dense, packed and without its blocks: milliseconds by shape.
 
 Decoding a token is this and little else, and a kernel that is fast on one shape may be slow on another, so each shape
 is timed by itself. The weights are the model's own: all linears of a shape run one after the other, and all other
 shapes, dense and packed, before any of them runs again, so that no cache has kept a weight, as in decoding: first all
-dense ones, then all packed ones, round by round. On a card the time includes the launches by the host, of which a small
-linear has little else; `python -m benchmarks.runtime` measures without them.
+dense ones, then all packed ones, round by round. The core S alone shows what A and B cost: the same layers with both
+taken off for a turn, so nothing is in memory twice. All dense linears run once more before that turn, for it reads the
+core that the packed ones have just read. On a card the time includes the launches by the host, of which a small linear
+has little else; `python -m benchmarks.runtime` measures without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -19,9 +22,31 @@ from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.core.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 
-__all__ = ["linear_speeds"]
+__all__ = ["core_alone", "linear_speeds", "wrapped"]
 
-ROUNDS = 11  # each takes about the time of a token of both models
+ROUNDS = 11  # each takes about the time of two tokens of both models
+
+
+def wrapped(model: nn.Module) -> list[ArmorLinear]:
+    """The packed linears of `model` that have an A or a B; a pruned model has none."""
+    packed = (module for module in model.modules() if isinstance(module, ArmorLinear))
+    return [linear for linear in packed if linear.left is not None or linear.right is not None]
+
+
+@contextmanager
+def core_alone(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` with every A and B taken off, so that S multiplies alone; afterwards the same tensors are back.
+
+    What it computes meanwhile is nonsense, as fast as it would be without them.
+    """
+    held = [(linear, linear.left, linear.right) for linear in wrapped(model)]
+    try:
+        for linear, *_ in held:
+            linear.left = linear.right = None
+        yield model
+    finally:
+        for linear, left, right in held:
+            linear.left, linear.right = left, right
 
 
 def _milliseconds(linears: Sequence[nn.Module], x: Tensor) -> float:
@@ -37,7 +62,8 @@ def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS)
     """A record for each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
 
     It holds those, the `count` of linears, `dense_milliseconds`, `milliseconds` and the `speedup` of a round (medians
-    and quartiles), and `theoretical_speedup`: by the bytes of the weights. `dense` has linears of the same names.
+    and quartiles), and `theoretical_speedup`: by the bytes of the weights. A shape with blocks has `core_milliseconds`
+    and `core_speedup` too, over the dense ones of the same turn. `dense` has linears of the same names.
     """
     names: dict[PackedLinear, list[str]] = {}
     for name, module in compressed.named_modules():
@@ -51,25 +77,31 @@ def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS)
     for layout, (first, *_) in linears["compressed"].items():
         weight = first.weight
         rows[layout] = torch.randn(1, layout.in_features).to(weight.device, weight.dtype)
-    times: dict[str, dict[PackedLinear, list[float]]] = {side: {layout: [] for layout in names} for side in linears}
+    turns = ("whole", "core") if wrapped(compressed) else ("whole",)
+    times: dict[tuple[str, str, PackedLinear], list[float]] = {}
     for index in range(-1, rounds):  # the first one only warms up
-        for side in linears:
-            for layout, own in linears[side].items():
-                taken = _milliseconds(own, rows[layout])
-                if index >= 0:
-                    times[side][layout].append(taken)
+        for turn in turns:
+            with core_alone(compressed) if turn == "core" else nullcontext():
+                for side in linears:
+                    for layout, own in linears[side].items():
+                        taken = _milliseconds(own, rows[layout])
+                        if index >= 0:
+                            times.setdefault((turn, side, layout), []).append(taken)
     records = []
     for layout, own in names.items():
         bits = 8 * rows[layout].element_size()
-        records.append(
-            {
-                **asdict(layout),
-                "pattern": str(layout.pattern),
-                "count": len(own),
-                "dense_milliseconds": summary(times["dense"][layout]),
-                "milliseconds": summary(times["compressed"][layout]),
-                "speedup": ratios(times["dense"][layout], times["compressed"][layout]),
-                "theoretical_speedup": bits / layout.bits_per_weight(bits),
-            }
-        )
+        dense_times, own_times = (times["whole", side, layout] for side in linears)
+        record = {
+            **asdict(layout),
+            "pattern": str(layout.pattern),
+            "count": len(own),
+            "dense_milliseconds": summary(dense_times),
+            "milliseconds": summary(own_times),
+            "speedup": ratios(dense_times, own_times),
+            "theoretical_speedup": bits / layout.bits_per_weight(bits),
+        }
+        if layout.left_block_size or layout.right_block_size:
+            dense_times, own_times = (times["core", side, layout] for side in linears)
+            record |= {"core_milliseconds": summary(own_times), "core_speedup": ratios(dense_times, own_times)}
+        records.append(record)
     return records

@@ -260,14 +260,15 @@ def _section(model: ModelResults, rows: list[dict], name: str) -> dict:
             "Memory that the loaded model holds by itself, in a fresh process, and at the peak while it loads, reads "
             "and writes. Tokens per second, of all sequences of a batch together, of reading the prompt (prefill) and "
             "of greedy decoding: median (quartiles). Beside dense: how many times as fast as the dense model decodes, "
-            "in the same process, in turn. In theory: how many times fewer bytes of weights it reads for a token; more "
-            "is reached where the dense model's kernels are further from the memory's speed."
+            "in the same process, in turn. Without blocks: the same for the packed core alone, which is no model, so "
+            "that the difference is what the blocks cost. In theory: how many times fewer bytes of weights it reads "
+            "for a token; more is reached where the dense model's kernels are further from the memory's speed."
         )
         tables.append((f"Memory and speed: {case}", benchmark_table(model, case, f"{name}-benchmark-{index}"), caption))
         if table := linear_table(model, case, f"{name}-linears-{index}"):
             caption = (
                 "One row, as in decoding, times each linear's weights: milliseconds for a linear, median (quartiles) "
-                "of rounds in which dense and packed took turns."
+                "of rounds in which dense, packed and the packed core without its blocks took turns."
             )
             tables.append((f"Speed by linear: {case}", table, caption))
     if any((samples := model.samples()).values()):

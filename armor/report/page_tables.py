@@ -54,6 +54,11 @@ def _times(factor: float | None) -> str:
     return GAP if factor is None else f"{number(factor, 3)} ×"
 
 
+def _decoding(record: dict, batch: str) -> str:
+    """How many times as fast as dense it decodes, by the `speedup` of a record or of its core."""
+    return _times((record.get("speedup") or {}).get(batch, {}).get("decode", {}).get("median"))
+
+
 def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
     """Memory, time to load and speed by batch of all recipes in one benchmark, as an HTML table."""
     measured = {recipe.name: recipe.measured(benchmark) or {} for recipe in model.recipes}
@@ -69,17 +74,20 @@ def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
         }
         for batch in batches:
             speeds = own.get("tokens_per_second", {}).get(batch, {})
-            ratio = (record.get("speedup") or {}).get(batch, {}).get("decode", {})
             cells[recipe.name] |= {
                 f"Prefill, batch {batch}": _middle(speeds.get("prefill")),
                 f"Decode, batch {batch}": _middle(speeds.get("decode")),
-                f"Beside dense, {batch}": _times(ratio.get("median")),
+                f"Beside dense, {batch}": _decoding(record, batch),
+                f"Without blocks, {batch}": _decoding(record.get("core") or {}, batch),
             }
     return cells_table(cells, name)
 
 
 def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
-    """Milliseconds of one row through a linear of each shape, dense and packed, as an HTML table; empty without any."""
+    """Milliseconds of one row through a linear of each shape, dense, packed and without its blocks, as an HTML table.
+
+    Empty where nothing is packed.
+    """
     cells = {}
     for recipe in model.compressed:
         for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ()):
@@ -91,6 +99,7 @@ def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
                 "Linears": str(shape["count"]),
                 "Dense, ms": _middle(shape["dense_milliseconds"]),
                 "Packed, ms": _middle(shape["milliseconds"]),
+                "Without blocks, ms": _middle(shape.get("core_milliseconds")),
                 "Speed-up": _times(shape["speedup"]["median"]),
                 "In theory": _times(shape["theoretical_speedup"]),
             }

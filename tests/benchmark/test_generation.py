@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_per_token, generation_speed, greedy_text
-from armor.config import BenchmarkSettings
+from armor.config import BenchmarkSettings, LayerSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.runtime.load import load_model, load_tokenizer
+from tests.packed import SETTINGS as LAYERS
 from tests.packed import packed
 from tests.tiny import tiny_model
 
@@ -50,7 +51,7 @@ def test_the_record_describes_both_sides(both):
             assert ratio["runs"] == [a / b for a, b in zip(own, dense, strict=True)]
     bytes_of = [result[side]["bytes_per_token"] for side in ("dense", "compressed")]
     assert result["theoretical_speedup"] == bytes_of[0] / bytes_of[1]
-    assert result["linears"] == []  # neither side has a packed one
+    assert result["linears"] == [] and result["core"] is None  # neither side has a packed one
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -62,6 +63,60 @@ def test_a_token_reads_every_weight_but_a_table_that_is_no_head(tmp_path, tied):
         table = tensors["model.embed_tokens.weight"]
         expected = stored - (0 if tied else table.numel() * table.element_size())
         assert bytes_per_token(folder, load_model(folder)) == expected
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("blocks"))
+
+
+def measured(root, monkeypatch):
+    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1})
+    settings = SETTINGS.model_copy(update={"prompts": []})
+    return benchmark(root / "source", root / "checkpoint", settings, root / "decode.json")
+
+
+def test_the_core_alone_is_a_third_side_of_every_round(blocks, monkeypatch):
+    seen = []
+    speed = generation.generation_speed
+
+    def noted(model, *arguments):
+        linear = model.model.layers[0].mlp.down_proj
+        seen.append("dense" if type(linear) is torch.nn.Linear else "core" if linear.left is None else "compressed")
+        return speed(model, *arguments)
+
+    monkeypatch.setattr(generation, "generation_speed", noted)
+    result = measured(blocks, monkeypatch)
+    turns = ["dense", "compressed", "core"]
+    assert seen == turns * 2 + turns * 2 + turns[::-1] * 2 + turns * 2  # two batch sizes; the first turns warm up
+    for batch, phases in result["core"]["speedup"].items():
+        for phase, ratio in phases.items():
+            own, dense = (result[side]["tokens_per_second"][batch][phase]["runs"] for side in ("core", "dense"))
+            assert ratio["runs"] == [a / b for a, b in zip(own, dense, strict=True)]
+            assert len(own) == SETTINGS.repeats
+    assert list(result["core"]["tokens_per_second"]) == list(result["core"]["speedup"]) == ["1", "3"]
+
+
+def test_the_bytes_of_the_core_are_those_of_a_model_pruned_to_its_pattern(blocks, tmp_path, monkeypatch):
+    pruned = packed(tmp_path, settings=LayerSettings(method="magnitude"))
+    with_blocks, without = measured(blocks, monkeypatch), measured(pruned, monkeypatch)
+    core, expected = with_blocks["core"], without["compressed"]
+    assert without["core"] is None
+    assert core["bytes_per_token"] == expected["bytes_per_token"] < with_blocks["compressed"]["bytes_per_token"]
+    assert core["theoretical_speedup"] == without["theoretical_speedup"]
+    assert core["bits_per_weight"] == pytest.approx(expected["bits_per_weight"])
+    tensors = load_file(blocks / "checkpoint" / "model.safetensors")
+    saved = sum(t.nbytes for name, t in tensors.items() if name.endswith((".left", ".right")))
+    assert core["bytes_on_disk"] == with_blocks["compressed"]["bytes_on_disk"] - saved
+
+
+def test_the_bits_of_the_core_count_the_linears_that_stay_dense(tmp_path):
+    dense = [{"modules": "*.down_proj", "method": "dense"}]
+    settings = [LAYERS.model_dump() | {"method": m, "overrides": dense} for m in ("armor", "magnitude")]
+    roots = [packed(tmp_path / own["method"], settings=LayerSettings(**own)) for own in settings]
+    core, pruned = (generation._on_disk(root / "checkpoint") for root in roots)
+    core = generation._core_on_disk(roots[0] / "checkpoint", core)
+    assert core["bits_per_weight"] == pytest.approx(pruned["bits_per_weight"])
 
 
 def test_speed_counts_the_tokens_of_all_sequences(folder, monkeypatch):

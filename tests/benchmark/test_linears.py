@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from armor.benchmark import linears as module
-from armor.benchmark.linears import linear_speeds
+from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.timing import ratios, summary
+from armor.config import LayerSettings
+from armor.core import blockdiag
 from armor.core.checkpoint import modules_of
 from armor.execution.files import read_json
+from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from tests.packed import packed
 
@@ -24,6 +27,43 @@ def root(tmp_path_factory):
 @pytest.fixture
 def models(root):
     return load_model(root / "source"), load_model(root / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    root = packed(tmp_path_factory.mktemp("pruned"), settings=LayerSettings(method="magnitude"))
+    return load_model(root / "source"), load_model(root / "checkpoint")
+
+
+def blocks_of(model):
+    return {name: t for name, t in model.named_parameters() if name.endswith((".left", ".right"))}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_core_is_alone_for_a_while_and_then_the_same_tensors_are_back(models, fails):
+    model = models[1]
+    before, linear = blocks_of(model), model.model.layers[1].mlp.down_proj
+    x = torch.randn(3, linear.in_features)
+    whole = linear(x)
+    try:
+        with core_alone(model) as alone:
+            assert alone is model and blocks_of(model) == {} and wrapped(model) == []
+            torch.testing.assert_close(linear(x), x @ linear.dense_core().T)
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    after = blocks_of(model)
+    assert list(after) == list(before) and len(after) == 2 * 14
+    assert all(after[name] is before[name] for name in before)
+    assert torch.equal(linear(x), whole)
+    core = blockdiag.multiply(linear.right, x) @ linear.dense_core().T
+    torch.testing.assert_close(whole, blockdiag.multiply(linear.left, core))
+
+
+def test_a_pruned_model_has_no_blocks_to_take_off(pruned):
+    assert wrapped(pruned[1]) == []
+    assert all("core_milliseconds" not in record for record in linear_speeds(*pruned, ROUNDS))
 
 
 def test_every_shape_is_there_once_with_the_bytes_of_its_format(root, models):
@@ -46,15 +86,18 @@ def test_every_shape_is_there_once_with_the_bytes_of_its_format(root, models):
 
 
 def test_every_linear_runs_in_every_round_and_sides_take_turns(models):
-    calls = []
+    calls, has_blocks = [], []
     for side, model in zip(("dense", "packed"), models, strict=True):
         for name, linear in model.named_modules():
             if isinstance(linear, torch.nn.Linear) and "layers" in name:
                 linear.register_forward_hook(lambda _, x, __, side=side, name=name: calls.append((side, name, x[0])))
+            if isinstance(linear, ArmorLinear):
+                linear.register_forward_hook(lambda own, *_: has_blocks.append(own.left is not None))
     linear_speeds(*models, ROUNDS)
-    each = len(calls) // (ROUNDS + 1) // 2  # one round is not timed
+    each = len(calls) // (ROUNDS + 1) // 4  # one round is not timed
     sides = [side for side, *_ in calls[::each]]
-    assert sides == ["dense", "packed"] * (ROUNDS + 1)
+    assert sides == ["dense", "packed"] * 2 * (ROUNDS + 1)
+    assert has_blocks == ([True] * each + [False] * each) * (ROUNDS + 1)
     assert all(x.shape[0] == 1 for *_, x in calls)
     rounds = [[name for _, name, _ in calls[start : start + each]] for start in range(0, len(calls), each)]
     assert all(names == rounds[0] and len({*names}) == each == 14 for names in rounds)
@@ -65,7 +108,11 @@ def test_a_speed_is_that_of_one_linear_and_a_ratio_that_of_a_round(models, monke
     monkeypatch.setattr(module, "mark", lambda _: next(marks))
     record = linear_speeds(*models, ROUNDS)[0]
     dense, own = record["dense_milliseconds"]["runs"], record["milliseconds"]["runs"]
-    assert dense[0] == 1e3 * (17**2 - 16**2) / 4  # four shapes on two sides have gone before, two points each
+    assert dense[0] == 1e3 * (33**2 - 32**2) / 4  # four shapes, two sides, two turns have gone before, two points each
+    core = record["core_milliseconds"]["runs"]
+    assert core[0] == 1e3 * (57**2 - 56**2) / 4  # after the dense ones of its own turn
+    assert record["core_speedup"]["runs"][0] == 1e3 * (49**2 - 48**2) / 4 / core[0]
+    assert len(core) == len(record["core_speedup"]["runs"]) == ROUNDS
     assert record["speedup"]["runs"] == [a / b for a, b in zip(dense, own, strict=True)]
     assert record["speedup"]["median"] == median(record["speedup"]["runs"])
 

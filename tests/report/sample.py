@@ -134,6 +134,16 @@ def _side(rng: random.Random, what: str) -> dict:
     }
 
 
+def _core(rng: random.Random) -> dict:
+    """The side of a packed model without its blocks: a pruned one's, as far as it is measured."""
+    side = _side(rng, "nowag")
+    ratio = _runs(rng, 1.1)
+    return {key: side[key] for key in ("bytes_on_disk", "bits_per_weight", "bytes_per_token", "tokens_per_second")} | {
+        "speedup": {batch: {"prefill": ratio, "decode": ratio} for batch in ("1", "4")},
+        "theoretical_speedup": 16 / BITS["nowag"],
+    }
+
+
 def _linear(out: int, columns: int, method: str) -> dict:
     """The speed of one shape of linears."""
     rng, block = random.Random(f"{out} {columns} {method}"), 64 if method == "armor" else None
@@ -148,7 +158,7 @@ def _linear(out: int, columns: int, method: str) -> dict:
         "milliseconds": _runs(rng, out * columns / 1.6e7),
         "speedup": _runs(rng, 2),
         "theoretical_speedup": 16 / BITS.get(method, 16),
-    }
+    } | ({"core_milliseconds": _runs(rng, out * columns / 2e7), "core_speedup": _runs(rng, 2.5)} if block else {})
 
 
 def _topology(layers: int) -> Topology:
@@ -202,12 +212,13 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
         measured = {
             "speedup": {batch: {"prefill": ratio, "decode": ratio} for batch in ("1", "4")},
             "theoretical_speedup": 16 / BITS.get(method, 16),
+            "core": _core(rng) if method == "armor" else None,
             "linears": [_linear(out, columns, method) for out, columns in dict.fromkeys(LINEARS.values())],
         }
         samples = [{"prompt": p, "dense": f" {w}.", "compressed": f" {w},\n{recipe}. " * 9} for p, w in PROMPTS.items()]
         if method == "dense":
             sides["compressed"] = None
-            measured = {"speedup": None, "theoretical_speedup": None, "linears": []}
+            measured = {"speedup": None, "theoretical_speedup": None, "core": None, "linears": []}
             samples = [{key: text for key, text in sample.items() if key != "compressed"} for sample in samples]
         for name in pair["benchmarks"]:
             case = {"case": name, "recipe": recipe, **sides, **measured, "samples": samples, "machine": MACHINE}

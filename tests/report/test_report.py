@@ -454,6 +454,8 @@ def test_memory_and_speed_stand_side_by_side_with_their_quartiles_and_with_theor
     low, high = (number(value, 3) for value in runs["quartiles"])
     assert table["armor"]["Decode, batch 4"] == f"{number(runs['median'], 3)} ({low} to {high})"
     assert table["armor"]["Beside dense, 1"] == "0.662 ×" and table["armor"]["In theory"] == "1.36 ×"
+    core = record["core"]["speedup"]["4"]["decode"]["median"]
+    assert table["armor"]["Without blocks, 4"] == f"{number(core, 3)} ×" and table["dense"]["Without blocks, 4"] == "–"
     assert table["armor"]["Memory, loaded"] == "280 MB" and table["armor"]["At the peak"] == "410 MB"
     assert table["dense"]["In theory"] == table["dense"]["Beside dense, 1"] == "–" != table["dense"]["Prefill, batch 4"]
     shapes = ["576 × 576", "192 × 576", "1536 × 576", "576 × 1536"]
@@ -462,6 +464,19 @@ def test_memory_and_speed_stand_side_by_side_with_their_quartiles_and_with_theor
     for shape, measured in zip(linears.values(), record["linears"], strict=True):
         assert shape["Packed, ms"].startswith(f"{number(measured['milliseconds']['median'], 3)} (")
         assert (shape["Linears"], shape["In theory"]) == ("60", "1.36 ×")
+        assert shape["Without blocks, ms"].startswith(f"{number(measured['core_milliseconds']['median'], 3)} (")
+
+
+def test_a_benchmark_from_before_the_core_was_timed_has_gaps_there(own):
+    path = own / MODEL / "armor" / "benchmark" / "decode.json"
+    record = {key: value for key, value in read_json(path).items() if key != "core"}
+    for shape in record["linears"]:
+        del shape["core_milliseconds"], shape["core_speedup"]
+    write_json(path, record)
+    build(own, plan(["dense", "nowag", "armor"]), own / "report")
+    armor = table_of(own, "Memory and speed: decode")["armor"]
+    assert armor["Without blocks, 1"] == "–" and armor["Beside dense, 1"] == "0.662 ×"
+    assert {row["Without blocks, ms"] for row in table_of(own, "Speed by linear: decode").values()} == {"–"}
 
 
 def test_without_compressed_linears_there_is_no_table_of_them(own):
