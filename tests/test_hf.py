@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -133,6 +134,20 @@ def test_offloading_to_disk(root, tmp_path):
     assert near.is_unpacked != cpu.available() and not far.is_unpacked and far.core_values.is_meta
     assert close(logits(model), logits(dense(root)))
     assert not far.is_unpacked and far.core_values.is_meta
+
+
+def test_offloading_to_the_hosts_memory(root):
+    model = load(root / "checkpoint")
+    expected = logits(model)
+    offloaded = cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 64)
+    assert torch.equal(logits(offloaded), expected)
+
+
+def test_a_whole_model_compiles_without_a_break(root):
+    model = load(root / "checkpoint")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert close(logits(compiled, use_cache=False), logits(model, use_cache=False))
 
 
 def test_device_map_auto(root):

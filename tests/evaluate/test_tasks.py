@@ -131,12 +131,16 @@ def arc(folder) -> Path:
     return folder / "own_arc.yaml"
 
 
-def command_line(folder, file, shots: int, output) -> tuple[dict, list]:
-    """The results and every log-likelihood of a task, by `python -m lm_eval`."""
-    command = f"-m lm_eval --model hf --model_args pretrained={folder},dtype=float32 --device cpu --tasks {file}"
+LM_EVAL = ["-m", "lm_eval"]
+LM_EVAL_ON_PACKED = ["-c", "import armor.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()", "run"]
+
+
+def command_line(lm_eval, folder, file, shots: int, output) -> tuple[dict, list]:
+    """The results and every log-likelihood of a task, by `python` with the arguments `lm_eval`."""
+    command = f"--model hf --model_args pretrained={folder},dtype=float32 --device cpu --tasks {file}"
     command += f" --num_fewshot {shots} --batch_size {CPU_BATCH_SIZE} --output_path {output} --log_samples"
     environment = os.environ | {"HF_DATASETS_CACHE": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, *command.split()], env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, *lm_eval, *command.split()], env=environment, check=True, capture_output=True)
     (results,), (samples,) = (output.rglob(name) for name in ("results_*.json", "samples_*.jsonl"))
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
     found = [[float(response[0]) for response in line["filtered_resps"]] for line in lines]
@@ -150,7 +154,7 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     """
     root, file = packed(tmp_path), arc(tmp_path)
     export(root / "checkpoint", root / "dense", "float32")
-    row, theirs = command_line(root / "dense", file, 2, tmp_path / "theirs")
+    row, theirs = command_line(LM_EVAL, root / "dense", file, 2, tmp_path / "theirs")
     asked = EvaluationSettings(tasks=[str(file)], shots=2, samples=True, dtype="float32")
     for name in ("dense", "checkpoint"):
         evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
@@ -164,6 +168,7 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
     assert [len(item) for item in ours] == [4] * 32
     assert sum(ours, []) == pytest.approx(sum(theirs, []), rel=1e-6, abs=0)
+    assert command_line(LM_EVAL_ON_PACKED, root / "checkpoint", file, 2, tmp_path / "packed")[1] == ours
 
 
 def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):
