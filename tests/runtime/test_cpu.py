@@ -190,3 +190,15 @@ def test_sanitizers_find_nothing(tmp_path, sanitizers):
     if "unexpected memory mapping" in ran.stderr:
         pytest.skip("this kernel's address layout is beyond the compiler's thread sanitizer")
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ARM)), reason=f"needs {' and '.join(ARM)} (Debian: qemu-user)")
+def test_on_arm_the_results_are_the_twins(tmp_path):
+    sources = [*sorted((Path(cpu.__file__).parent / "native").glob("*.c")), Path(__file__).with_name("native_driver.c")]
+    build = [ARM[0], "-std=c11", "-D_GNU_SOURCE", "-pthread", "-O2", "-static", *map(str, sources), "-lm"]
+    subprocess.run([*build, "-o", str(tmp_path / "run")], check=True)
+    ran = subprocess.run([ARM[1], str(tmp_path / "run")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
