@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)"),
     pytest.mark.xdist_group("browser"),
 ]
-FIGURES = 8
+FIGURES = 12
 PHONE, DESK = 380, 1280
 
 
