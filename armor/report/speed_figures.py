@@ -45,10 +45,9 @@ def _ratios(model: ModelResults, points: list[dict]) -> alt.LayerChart:
     )
     legend = alt.Legend(title=None, columns=columns_of(colors), symbolType="circle", symbolOpacity=1, labelLimit=130)
     down = names_axis("what:N", list(dict.fromkeys(point["what"] for point in points)))
-    down.scale.paddingInner = 0.5
     base = alt.Chart(data(points)).encode(
         y=down,
-        yOffset=alt.YOffset("recipe:N", sort=list(colors), scale=alt.Scale(domain=list(colors))),
+        yOffset=alt.YOffset("recipe:N", sort=list(colors), scale=alt.Scale(domain=list(colors), paddingOuter=0.7)),
         color=alt.Color("recipe:N", **palette(colors, legend=legend)),
     )
     line = alt.Chart(data([{"value": 1}])).mark_rule(color=INK, strokeDash=[3, 3])
