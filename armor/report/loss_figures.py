@@ -92,7 +92,7 @@ def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | 
     count = max(module.layer for module in modules) + 1
     axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
     symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
-    legend = alt.Legend(title="relative loss", columns=3, columnPadding=8, **symbols)
+    legend = alt.Legend(title="relative loss", columns=2, **symbols)
     width = WIDTH + 45
     chart = (
         alt.Chart(data(rows))

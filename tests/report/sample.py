@@ -118,6 +118,11 @@ def _runs(rng: random.Random, middle: float) -> dict:
     return {"median": median, "quartiles": [(low + median) / 2, (median + high) / 2], "runs": [low, median, high]}
 
 
+def _ratio(median: float) -> dict:
+    ends = [0.97 * median, 1.03 * median]
+    return {"median": median, "quartiles": ends, "runs": ends}
+
+
 def _side(rng: random.Random, what: str) -> dict:
     """One side of a benchmark: the dense model, or that of a method."""
     return {
@@ -199,9 +204,9 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
             write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
         sides = {side: _side(rng, what) for side, what in {"dense": "dense", "compressed": method}.items()}
         ratio = SPEED[method] / SPEED["dense"]
-        ratio = {"median": ratio, "quartiles": [0.97 * ratio, 1.03 * ratio], "runs": [0.97 * ratio, 1.03 * ratio]}
+        phases = {"prefill": _ratio(0.5 * ratio), "decode": _ratio(ratio)}
         measured = {
-            "speedup": {batch: {"prefill": ratio, "decode": ratio} for batch in ("1", "4")},
+            "speedup": dict.fromkeys(("1", "4"), phases),
             "theoretical_speedup": 16 / BITS.get(method, 16),
             "linears": [_linear(out, columns, method) for out, columns in dict.fromkeys(LINEARS.values())],
         }

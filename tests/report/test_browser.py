@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
     folder = tmp_path_factory.mktemp("browser")
     wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
+    wanted["config"]["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
     results = write_results(folder / "results", wanted, 6)
     build(results, wanted, results / "report")
     compare(results, results, folder / "comparison")
@@ -174,7 +175,8 @@ COLOURS = """all => all.map(one => ["color", "backgroundColor", "fill", "stroke"
     .map(name => getComputedStyle(one)[name]))"""
 CUT = """all => all.filter(one => {
     const box = one.getBoundingClientRect(), hidden = getComputedStyle(one).overflowX !== "visible";
-    return box.right > innerWidth + 0.5 || box.left < -0.5 || hidden && one.scrollWidth > one.clientWidth;
+    const right = Math.max(box.right, box.left + one.scrollWidth);
+    return right > innerWidth + 0.5 || box.left < -0.5 || hidden && one.scrollWidth > one.clientWidth;
 }).map(one => `${one.tagName} ${one.className}: ${one.textContent.slice(0, 40)}`)"""
 
 
