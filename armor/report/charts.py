@@ -3,19 +3,21 @@
 Vega-Lite by altair, drawn by vl-convert. A chart is as wide as a phone, so that its text stays readable there, and
 grows on a larger screen. Colours are CSS variables of the page with a light theme's value to fall back on: the same SVG
 serves light, dark and print. As a file of its own (`alone`) it has the light colours, on white, whatever page shows it.
-To a screen reader it is one image with a sentence in place of its marks. Which charts there are, and of what, is the
-business of figures.py.
+To a screen reader it is one image with a sentence in place of its marks. Which charts there are is the business of
+figures.py; what is in them, of that, quality_figures.py, loss_figures.py and speed_figures.py.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import altair as alt
 import vl_convert
+
+from armor.report.results import RecipeResults
 
 __all__ = [
     "ACCENT",
@@ -34,11 +36,13 @@ __all__ = [
     "columns_of",
     "data",
     "layer_ticks",
+    "linear_axis",
     "listed",
     "log_axis",
     "names_axis",
     "palette",
     "round_numbers",
+    "series_places",
     "svg_of",
 ]
 
@@ -133,9 +137,23 @@ def log_axis(low: float, high: float, title: str | None = None) -> dict:
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
 
+def linear_axis(low: float, high: float, title: str, **kwargs) -> dict:
+    """Scale and axis from `low` to `high`, and a little more, on a linear scale; kwargs are the axis's."""
+    margin = 0.04 * (high - low) or 0.04 * abs(high) or 0.04
+    scale = alt.Scale(domain=[low - margin, high + margin], nice=False, zero=False)
+    axis = alt.Axis(tickCount=4, labelOverlap="greedy", labelSeparation=5, **kwargs)
+    return {"scale": scale, "axis": axis, "title": title}
+
+
 def palette(values: dict[str, str], **kwargs) -> dict:
     """Colours by name, with a legend unless legend=None is given."""
     return {"scale": alt.Scale(domain=list(values), range=list(values.values())), **kwargs}
+
+
+def series_places(recipes: Iterable[RecipeResults]) -> dict[str, int]:
+    """Recipes to places in SERIES and DASHES, ARMOR first; beyond their length they come round again."""
+    ordered = sorted(recipes, key=lambda recipe: recipe.pair.method != "armor")
+    return {recipe.name: index % len(SERIES) for index, recipe in enumerate(ordered)}
 
 
 def columns_of(entries: Collection) -> int:
@@ -191,4 +209,5 @@ class Figure:
 
 
 def listed(pairs: list[tuple[str, str]]) -> str:
+    """Names and their values in a row, for a text alternative."""
     return ", ".join(f"{name} {value}" for name, value in pairs)

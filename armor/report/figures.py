@@ -1,4 +1,4 @@
-"""The figures: which charts the report shows; those of size and time.
+"""Which charts the report shows, in their order, and how those of size and time are made.
 
 Charts get exactly the values that exist: a gap in the results is a gap in the figure. The numbers themselves are in the
 tables. How a chart looks is said in charts.py.
@@ -25,8 +25,9 @@ from armor.report.charts import (
     svg_of,
 )
 from armor.report.loss_figures import heat_map, loss_by_layer, trace
-from armor.report.quality_figures import block_sizes, pareto, perplexity
+from armor.report.quality_figures import accuracy, block_sizes, pareto, perplexity
 from armor.report.results import STAGES, ModelResults
+from armor.report.speed_figures import decoding, linears
 from armor.report.tables import duration, size
 
 __all__ = ["figures"]
@@ -100,6 +101,10 @@ def figures(model: ModelResults, prefix: str) -> list[Figure]:
     """The figures of one model that its results allow, with names that begin with `prefix`."""
     drawn = [perplexity(model, e, f"{prefix}-perplexity-{i}") for i, e in enumerate(model.evaluation_names())]
     drawn += [pareto(model, f"{prefix}-pareto"), block_sizes(model, f"{prefix}-blocks")]
+    drawn += [accuracy(model, task, f"{prefix}-task-{i}") for i, task in enumerate(model.task_names())]
+    for index, case in enumerate(model.benchmark_names()):
+        drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))
+        drawn.append(linears(model, case, f"{prefix}-linears-{index}"))
     drawn.append(loss_by_layer(model, f"{prefix}-layers"))
     armor = [recipe for recipe in model.compressed if recipe.pair.method == "armor"]
     drawn += [heat_map(model, recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(armor)]

@@ -22,6 +22,7 @@ from armor.report.charts import (
     names_axis,
     palette,
     round_numbers,
+    series_places,
     svg_of,
 )
 from armor.report.results import ModelResults, RecipeResults
@@ -30,13 +31,8 @@ from armor.report.tables import number
 __all__ = ["heat_map", "loss_by_layer", "trace"]
 
 
-def _colors(model: ModelResults) -> dict[str, int]:
-    """Recipes to places in SERIES and DASHES, ARMOR first; beyond their length they come round again."""
-    ordered = sorted(model.compressed, key=lambda recipe: recipe.pair.method != "armor")
-    return {recipe.name: index % len(SERIES) for index, recipe in enumerate(ordered)}
-
-
 def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
+    """The mean loss of each decoder layer, a line per recipe; None where no layer has a loss."""
     rows, means = [], []
     for recipe in model.compressed:
         layers: dict[int, list[float]] = {}
@@ -48,7 +44,7 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
             means.append((recipe.name, number(fmean(loss for _, loss in points), 3)))
     if not rows:
         return None
-    places = {recipe: place for recipe, place in _colors(model).items() if recipe in dict(means)}
+    places = {recipe: place for recipe, place in series_places(model.compressed).items() if recipe in dict(means)}
     low, high = min(row["loss"] for row in rows) * 0.9, max(row["loss"] for row in rows) * 1.1
     last = max(row["layer"] for row in rows)
     legend = alt.Legend(title=None, columns=columns_of(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
@@ -76,6 +72,7 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
 
 
 def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | None:
+    """The loss of every linear of one recipe by layer and module; None where no linear has one."""
     modules = [module for module in recipe.modules if module.loss > 0]
     if not modules:
         return None
@@ -95,7 +92,7 @@ def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | 
     count = max(module.layer for module in modules) + 1
     axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
     symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
-    legend = alt.Legend(title="relative loss", columns=3, columnPadding=8, **symbols)
+    legend = alt.Legend(title="relative loss", columns=2, **symbols)
     width = WIDTH + 45
     chart = (
         alt.Chart(data(rows))
@@ -120,6 +117,7 @@ def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | 
 
 
 def trace(model: ModelResults, name: str) -> Figure | None:
+    """The best loss so far over the iterations, a line per recipe; None where no solver left a trace of two linears."""
     rows, ends = [], []
     for recipe in model.compressed:
         modules = [module for module in recipe.modules if len(module.trace) > 1 and module.start_loss]
@@ -137,7 +135,8 @@ def trace(model: ModelResults, name: str) -> Figure | None:
         ends.append((recipe.name, number(rows[-1]["ratio"], 2)))
     if not rows:
         return None
-    colors = {recipe: SERIES[place] for recipe, place in _colors(model).items() if recipe in dict(ends)}
+    places = series_places(model.compressed)
+    colors = {recipe: SERIES[place] for recipe, place in places.items() if recipe in dict(ends)}
     legend = alt.Legend(title=None, columns=columns_of(colors), symbolOpacity=1) if len(colors) > 1 else None
     color = alt.Color("recipe:N", **palette(colors, legend=legend))
     down = log_axis(

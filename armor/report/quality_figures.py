@@ -1,4 +1,4 @@
-"""The figures of what was lost: perplexity by recipe, against the bits that a weight takes, and by block size."""
+"""The figures of what was lost: perplexity and tasks by recipe, quality against bits per weight and by block size."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from armor.report.charts import (
     Figure,
     beside,
     data,
+    linear_axis,
     listed,
     log_axis,
     names_axis,
@@ -23,12 +24,38 @@ from armor.report.charts import (
     svg_of,
 )
 from armor.report.results import ModelResults
-from armor.report.tables import number
+from armor.report.tables import higher_is_better, number, score
 
-__all__ = ["block_sizes", "pareto", "perplexity"]
+__all__ = ["accuracy", "block_sizes", "pareto", "perplexity"]
+
+
+def _by_recipe(rows: list[dict], across: dict) -> alt.LayerChart:
+    """A row for each of `rows`: a dot within the pale bar of its standard error, its value as a column at the right.
+
+    A row has recipe, kind, value, low and high (the bar's ends) and label; `across` is the horizontal axis and scale.
+    Where the dense model is among them, its dashed line crosses all rows and stems lead from it to the dots.
+    """
+    across["scale"].range = [0, WIDTH - 12 - 7 * max(len(row["label"]) for row in rows)]
+    down = names_axis("recipe:N", [row["recipe"] for row in rows])
+    color = alt.Color("kind:N", **palette({"dense": INK, "armor": ACCENT, "other": MUTED}, legend=None))
+    base = alt.Chart(data(rows)).encode(y=down)
+    layers = []
+    if dense := next((row for row in rows if row["kind"] == "dense"), None):
+        line = alt.Chart(data([dense])).mark_rule(color=INK, strokeDash=[3, 3])
+        layers.append(line.encode(x=alt.X("value:Q", **across)))
+        stems = alt.Chart(data([row | {"dense": dense["value"]} for row in rows if row is not dense]))
+        stems = stems.mark_rule(strokeWidth=2, opacity=0.45).encode(y=down, color=color)
+        layers.append(stems.encode(x=alt.X("dense:Q", **across), x2="value:Q"))
+    layers += [
+        base.mark_bar(height=18, opacity=0.25).encode(x=alt.X("low:Q", **across), x2="high:Q", color=color),
+        base.mark_point(filled=True, size=60, opacity=1).encode(x=alt.X("value:Q", **across), color=color),
+        base.mark_text(align="right", fontSize=12, color=INK).encode(x=alt.value(WIDTH), text="label:N"),
+    ]
+    return alt.layer(*layers).properties(width=WIDTH, height=alt.Step(ROW + 6))
 
 
 def perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | None:
+    """The perplexity of every recipe on one text, best on top; None where no recipe has it."""
     rows = []
     for recipe in model.recipes:
         if result := recipe.evaluations.get(evaluation):
@@ -39,34 +66,45 @@ def perplexity(model: ModelResults, evaluation: str, name: str) -> Figure | None
     if not rows:
         return None
     rows.sort(key=lambda row: row["value"])
-    order = [row["recipe"] for row in rows]
     low, high = min(row["low"] for row in rows) * 0.85, max(row["high"] for row in rows) * 1.15
-    across = log_axis(low, high, "perplexity, log scale (lower is better)")
-    across["scale"].domain = [low, high * (high / low) ** 0.2]  # room for the last label
-    color = alt.Color("kind:N", **palette({"dense": INK, "armor": ACCENT, "other": MUTED}, legend=None))
-    base = alt.Chart(data(rows)).encode(y=names_axis("recipe:N", order))
-    layers = []
-    dense = next((row for row in rows if row["kind"] == "dense"), None)
-    if dense:
-        line = alt.Chart(data([dense])).mark_rule(color=INK, strokeDash=[3, 3])
-        layers.append(line.encode(x=alt.X("value:Q", **across)))
-        stems = alt.Chart(data([row | {"dense": dense["value"]} for row in rows if row is not dense]))
-        stems = stems.mark_rule(strokeWidth=2, opacity=0.45).encode(y=names_axis("recipe:N", order), color=color)
-        layers.append(stems.encode(x=alt.X("dense:Q", **across), x2="value:Q"))
-    layers += [
-        base.mark_bar(height=18, opacity=0.25).encode(x=alt.X("low:Q", **across), x2="high:Q", color=color),
-        base.mark_point(filled=True, size=60, opacity=1).encode(x=alt.X("value:Q", **across), color=color),
-        base.mark_text(align="left", dx=8, fontSize=12, color=INK).encode(x=alt.X("high:Q", **across), text="label:N"),
-    ]
-    chart = alt.layer(*layers).properties(width=WIDTH, height=alt.Step(ROW + 6))
+    chart = _by_recipe(rows, log_axis(low, high, "perplexity, log scale (lower is better)"))
     caption = (
         "A dot is a recipe's perplexity, best on top, on a log scale; the pale bar around it is one standard error."
     )
-    if dense:
+    if any(row["kind"] == "dense" for row in rows):
         caption += " The dashed line is the dense model: the longer the stem, the more was lost."
     values = listed([(row["recipe"], row["label"]) for row in rows])
     alternative = f"Perplexity by recipe on {evaluation}, log scale: {values}."
     return Figure(name, f"Perplexity on {evaluation}", svg_of(chart, name, alternative), caption)
+
+
+def accuracy(model: ModelResults, task: str, name: str) -> Figure | None:
+    """The result of every recipe on one task, best on top, a share in percent; None where no recipe has it."""
+    known = [(recipe, result) for recipe in model.recipes if (result := recipe.task_results.get(task))]
+    if not known:
+        return None
+    rows = []
+    for recipe, result in known:
+        value, error = result["value"], result["standard_error"]
+        ends = {"low": value - (error or 0.0), "high": value + (error or 0.0)}
+        label = {"label": score(value, None), "told": score(value, error), "kind": recipe.kind}
+        rows.append({"recipe": recipe.name, "value": value, **ends, **label})
+    higher = higher_is_better([model]).get(task)
+    if higher is not None:
+        rows.sort(key=lambda row: row["value"], reverse=higher)
+    metric = known[0][1]["metric"]
+    what = "accuracy" if metric in ("acc", "acc_norm") else metric.replace("_", " ")
+    title = what + {True: " (higher is better)", False: " (lower is better)", None: ""}[higher]
+    shares = all(0 <= row["value"] <= 1 for row in rows)
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    chart = _by_recipe(rows, linear_axis(low, high, title, format="%" if shares else "~g"))
+    best = "" if higher is None else ", best on top"
+    caption = f"A dot is a recipe's {what} on {task}{best}; the pale bar around it is one standard error."
+    if any(row["kind"] == "dense" for row in rows):
+        caption += " The dashed line is the dense model, the stem the distance to it."
+    values = listed([(row["recipe"], row["told"]) for row in rows])
+    alternative = f"{what.capitalize()} by recipe on {task}: {values}."
+    return Figure(name, f"{what.capitalize()} on {task}", svg_of(chart, name, alternative), caption)
 
 
 def _front(points: list[dict]) -> list[dict]:
@@ -78,9 +116,9 @@ def _front(points: list[dict]) -> list[dict]:
     return front
 
 
-def _dense_line(perplexity: float, y: alt.Y, width: float) -> list[alt.Chart]:
+def _dense_line(value: float, y: alt.Y, width: float) -> list[alt.Chart]:
     """A dashed line across a figure of that width, and the word for it at its right end."""
-    line = alt.Chart(data([{"value": perplexity, "label": "dense"}])).encode(y=y)
+    line = alt.Chart(data([{"value": value, "label": "dense"}])).encode(y=y)
     text = {"align": "right", "baseline": "top", "dx": -2, "dy": 3, "fontSize": 12, "color": MUTED}
     return [
         line.mark_rule(color=INK, strokeDash=[3, 3]),
@@ -89,11 +127,14 @@ def _dense_line(perplexity: float, y: alt.Y, width: float) -> list[alt.Chart]:
 
 
 def pareto(model: ModelResults, name: str) -> Figure | None:
+    """Perplexity against bits per weight, with speed; None where not two compressed recipes have both."""
     points = []
     for recipe in model.compressed:
         row = recipe.row()
         if row["perplexity"] is not None and row["bits_per_weight"] is not None:
-            points.append({"recipe": recipe.name, "bits": row["bits_per_weight"], "value": row["perplexity"]})
+            speed = "" if recipe.decode_speedup is None else f"{number(recipe.decode_speedup, 2)}×"
+            point = {"recipe": recipe.name, "bits": row["bits_per_weight"], "value": row["perplexity"]}
+            points.append(point | {"speed": speed, "text": f"{recipe.name} {speed}".strip()})
     if len(points) < 2:
         return None
     front = _front(points)
@@ -118,7 +159,7 @@ def pareto(model: ModelResults, name: str) -> Figure | None:
         (
             (p["bits"] - least) / (most - least) * width,
             (end - forward(p["value"])) / (end - start) * height,
-            p["recipe"],
+            p["text"],
         )
         for p in points
     ]
@@ -143,7 +184,7 @@ def pareto(model: ModelResults, name: str) -> Figure | None:
     for side, align, dx in ((False, "left", 8), (True, "right", -8)):
         if own := [label for label in labels if label["left"] is side]:
             text = alt.Chart(data(own)).mark_text(align=align, dx=dx, fontSize=12, color=INK)
-            layers.append(text.encode(x=x, y=alt.Y("label:Q", **down), text="recipe:N"))
+            layers.append(text.encode(x=x, y=alt.Y("label:Q", **down), text="text:N"))
     chart = alt.layer(*layers).properties(width=width, height=height)
     caption = (
         "Perplexity against the bits that a weight takes: down and to the left is better. The line is the Pareto "
@@ -151,14 +192,19 @@ def pareto(model: ModelResults, name: str) -> Figure | None:
     )
     if dense:
         caption += " The dashed line is the dense model's perplexity."
-    told = listed([(p["recipe"], f"{number(p['value'])} at {p['bits']:.2f} bits") for p in points])
+    values = {p["recipe"]: f"{number(p['value'])} at {p['bits']:.2f} bits" for p in points}
+    told = listed([(p["recipe"], values[p["recipe"]] + (f" ({p['speed']})" if p["speed"] else "")) for p in points])
     ends = ", ".join(point["recipe"] for point in front)
     alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
+    if any(point["speed"] for point in points):
+        speed = "how many times as fast as the dense model it decodes, one sequence at a time."
+        caption += f" Beside a recipe's name: {speed}"
+        alternative += f" In brackets: {speed}"
     return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
 
 
 def block_sizes(model: ModelResults, name: str) -> Figure | None:
-    """Of the ARMOR recipes that differ in nothing but the block size, where there are three sizes."""
+    """Perplexity by block size of ARMOR recipes that differ in nothing else; None where there are not three sizes."""
     alike: dict[str, dict[int, float]] = {}
     for recipe in model.compressed:
         if recipe.pair.method == "armor" and recipe.perplexity and recipe.checkpoint:

@@ -100,7 +100,7 @@ class RecipeResults:
 
     @property
     def kind(self) -> str:
-        """By which a figure colours it."""
+        """ "dense", "armor" or "other"; figures colour by it."""
         return self.pair.method if self.pair.method in ("dense", "armor") else "other"
 
     @property
@@ -119,6 +119,12 @@ class RecipeResults:
         """This recipe's own side of a benchmark, the first one if none is named."""
         case = self.benchmarks.get(benchmark or next(iter(self.pair.benchmarks), ""))
         return case and case["dense" if self.dense else "compressed"]
+
+    @property
+    def decode_speedup(self) -> float | None:
+        """How many times as fast as dense it decodes one sequence, the median; of the first benchmark."""
+        speedup = self.benchmarks.get(next(iter(self.pair.benchmarks), ""), {}).get("speedup") or {}
+        return speedup["1"]["decode"]["median"] if "1" in speedup else None
 
     @property
     def perplexity(self) -> tuple[float, float | None] | None:

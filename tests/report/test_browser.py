@@ -17,8 +17,9 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)"),
     pytest.mark.xdist_group("browser"),
 ]
-FIGURES = 8
+FIGURES = 12
 PHONE, DESK = 380, 1280
+PAPER = 718  # A4 upright without Chromium's margins of a centimetre, in CSS pixels
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,7 @@ def folder(tmp_path_factory):
     """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
     folder = tmp_path_factory.mktemp("browser")
     wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
+    wanted["config"]["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
     results = write_results(folder / "results", wanted, 6)
     build(results, wanted, results / "report")
     compare(results, results, folder / "comparison")
@@ -167,6 +169,43 @@ def test_a_phone_need_not_scroll_sideways_but_within_a_table(visit, file):
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
     table = page.locator(".scroll").first
     assert table.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === 'auto'")
+
+
+COLOURS = """all => all.map(one => ["color", "backgroundColor", "fill", "stroke", "borderTopColor"]
+    .map(name => getComputedStyle(one)[name]))"""
+CUT = """all => all.filter(one => {
+    const box = one.getBoundingClientRect(), hidden = getComputedStyle(one).overflowX !== "visible";
+    const right = Math.max(box.right, box.left + one.scrollWidth);
+    return right > innerWidth + 0.5 || box.left < -0.5 || hidden && one.scrollWidth > one.clientWidth;
+}).map(one => `${one.tagName} ${one.className}: ${one.textContent.slice(0, 40)}`)"""
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+def test_print_is_light_in_dark_mode_too(visit, file):
+    light, dark = (visit(PAPER, theme, file) for theme in ("light", "dark"))
+    assert dark.locator("main, main *").evaluate_all(COLOURS) != light.locator("main, main *").evaluate_all(COLOURS)
+    for page in (light, dark):
+        page.emulate_media(media="print")
+    printed = dark.locator("html, html *").evaluate_all(COLOURS)
+    assert printed == light.locator("html, html *").evaluate_all(COLOURS)
+    assert (
+        dark.locator(".card").first.evaluate("card => getComputedStyle(card).backgroundColor") == "rgb(255, 255, 255)"
+    )
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+def test_print_cuts_nothing_off_and_unfolds_what_is_folded(visit, file, folder):
+    page = visit(PAPER, file=file)
+    everything = page.locator("main *:not(svg *)")
+    assert everything.evaluate_all(CUT) != []  # on a screen tables scroll
+    folded = page.locator("details > :not(summary)")
+    shown = "all => all.map(one => one.checkVisibility({ contentVisibilityAuto: true }) && one.offsetHeight > 100)"
+    assert not any(folded.evaluate_all(shown))
+    page.emulate_media(media="print")
+    assert everything.evaluate_all(CUT) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= PAPER
+    assert folded.evaluate_all(shown) == [True] * (1 if "report" in file else 0)
+    photograph(page, folder / f"{file.partition('/')[0]}-print.png")
 
 
 def photograph(page, file):

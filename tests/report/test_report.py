@@ -262,7 +262,7 @@ def test_the_page_is_sound_and_every_figure_has_marks_and_words(results):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert all(reference in page.ids for reference in re.findall(r"url\(#([^)]+)\)", text))
-    assert len(page.figures) == 7 == text.count("<figcaption>")
+    assert len(page.figures) == 9 == text.count("<figcaption>")
     for figure, marks in zip(page.figures, page.marks, strict=True):
         assert figure["role"] == "img" and len(figure["aria-label"]) > 30
         assert marks > 10
@@ -271,12 +271,26 @@ def test_the_page_is_sound_and_every_figure_has_marks_and_words(results):
 
 def test_the_pareto_figure_names_its_points_and_its_front(own):
     figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
-    assert "nowag 113.2 at 9.00 bits, armor 30.96 at 11.74 bits. On the Pareto front: nowag, armor." in figure.svg
-    assert {">nowag<", ">armor<", ">dense<", ">bits per weight<"} <= set(re.findall(">[^<>]+<", figure.svg))
+    points = "nowag 113.2 at 9.00 bits (0.92×), armor 30.96 at 11.74 bits (0.66×)"
+    assert f"{points}. On the Pareto front: nowag, armor. In brackets: how many times as fast" in figure.svg
+    assert {">nowag 0.92×<", ">armor 0.66×<", ">dense<", ">bits per weight<"} <= set(re.findall(">[^<>]+<", figure.svg))
     # A recipe that is larger and worse than another is not on the front.
     path = own / MODEL / "armor" / "evaluation" / "wikipedia.json"
     write_json(path, read_json(path) | {"value": 120.0})
     assert "On the Pareto front: nowag." in next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto").svg
+
+
+def test_the_pareto_figure_tells_the_speed_of_one_sequence_where_it_was_measured(own):
+    (own / MODEL / "nowag" / "benchmark" / "decode.json").unlink()
+    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
+    assert "nowag 113.2 at 9.00 bits, armor 30.96 at 11.74 bits (0.66×)." in figure.svg
+    assert {">nowag<", ">armor 0.66×<"} <= set(re.findall(">[^<>]+<", figure.svg))
+    assert "Beside a recipe's name: how many times as fast" in figure.caption
+    path = own / MODEL / "armor" / "benchmark" / "decode.json"
+    record = read_json(path)
+    write_json(path, record | {"speedup": {"4": record["speedup"]["4"]}})  # a batch is another speed
+    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
+    assert "×" not in figure.svg and "fast" not in figure.svg + figure.caption and ">armor<" in figure.svg
 
 
 @pytest.mark.parametrize("gap", ["armor/checkpoint.json", "nowag/evaluation/wikipedia.json"])
@@ -303,6 +317,77 @@ def test_block_sizes_have_a_figure_where_three_recipes_differ_in_nothing_else(tm
         path = tmp_path / MODEL / recipe / "checkpoint.json"
         write_json(path, read_json(path) | {"factors": [{"code": "c" * 16, "settings": {"seed": int(recipe[6:])}}]})
     assert drawn() is None
+
+
+def figure_of(root, name, **changes):
+    """A figure of the report on three recipes, with the texts in it; None where there is none."""
+    figure = next((f for f in figures(model_of(root, **changes), "m0") if f.name == name), None)
+    return figure and (figure, re.findall(">([^<>]+)</text>", figure.svg))
+
+
+def test_a_task_has_a_figure_with_its_best_recipe_on_top(tmp_path):
+    tasks = {"reading": ["accuracy", "brier_loss", "mixed", "points"]}
+    write_results(tmp_path, plan(["dense", "nowag", "armor"], tasks=tasks), LAYERS)
+    for path in tmp_path.glob(f"{MODEL}/*/evaluation/reading.json"):
+        record = read_json(path)
+        record["tasks"]["mixed"]["higher_is_better"] = None
+        record["tasks"]["points"] |= {"metric": "word_points", "value": -3.5, "standard_error": None}
+        write_json(path, record)
+
+    def rows(number):
+        figure, texts = figure_of(tmp_path, f"m0-task-{number}", tasks=tasks)
+        return figure, [text for text in texts if text in ("dense", "nowag", "armor")], texts
+
+    figure, order, texts = rows(0)
+    assert order == ["dense", "armor", "nowag"] and {"55.0%", "47.5%", "40.2%", "40%"} <= {*texts}
+    assert "Accuracy by recipe on accuracy: dense 55.0 ± 5.0%, armor 47.5 ± 5.0%, nowag 40.2 ± 5.0%." in figure.svg
+    assert figure.title == "Accuracy on accuracy" and "best on top" in figure.caption
+    figure, order, texts = rows(1)
+    assert order == ["nowag", "armor", "dense"] and "accuracy (lower is better)" in texts
+    figure, order, texts = rows(2)  # nobody says which is better: as they stand in the plan
+    assert order == ["dense", "nowag", "armor"] and "best" not in figure.caption and "accuracy" in texts
+    figure, order, texts = rows(3)  # no share and no error
+    assert figure.title == "Word points on points" and texts.count("-3.500") == 3 and "%" not in "".join(texts)
+    assert "points: dense -3.500, nowag -3.500, armor -3.500." in figure.svg
+
+
+def test_the_figure_of_a_task_has_gaps_and_needs_one_result(tmp_path):
+    tasks = {"reading": ["last_word"]}
+    write_results(tmp_path, plan(["dense", "nowag", "armor"], tasks=tasks), LAYERS)
+    dashed = 'stroke-dasharray="3,3"'
+    assert figure_of(tmp_path, "m0-task-0", tasks=tasks)[0].svg.count(dashed) == 1
+    (tmp_path / MODEL / "dense" / "evaluation" / "reading.json").unlink()
+    figure, texts = figure_of(tmp_path, "m0-task-0", tasks=tasks)
+    assert "dense" not in texts and "dense" not in figure.caption and dashed not in figure.svg
+    for recipe in ("nowag", "armor"):
+        (tmp_path / MODEL / recipe / "evaluation" / "reading.json").unlink()
+    assert figure_of(tmp_path, "m0-task-0", tasks=tasks) is None
+
+
+def test_figures_of_speed_have_a_dot_for_each_recipe_and_batch_or_shape(own):
+    def dots(figure):
+        """Of each recipe's colour how many circles there are, the legend's not counted."""
+        marks = figure.svg.partition('class="mark-symbol role-mark')[2].partition("</g>")[0]
+        return sorted(marks.count(f'fill="{color}"') for color in {*re.findall(r'fill="(var[^"]+)"', marks)})
+
+    figure, texts = figure_of(own, "m0-decoding-0")
+    assert "by batch size: nowag: batch 1 0.923×, batch 4 0.923×; armor: batch 1 0.662×, batch 4 0.662×." in figure.svg
+    assert {"batch 1", "batch 4", "times as fast as dense"} <= {*texts} and dots(figure) == [2, 2]
+    assert figure.svg.count('stroke-dasharray="3,3"') == 1
+    figure, texts = figure_of(own, "m0-linears-0")
+    shapes = [text for text in texts if "×" in text]
+    assert shapes == ["576 × 576", "192 × 576", "1536 × 576", "576 × 1536"] and dots(figure) == [4, 4]
+    measured = read_json(own / MODEL / "armor" / "benchmark" / "decode.json")["linears"]
+    told = ", ".join(f"{s} {number(m['speedup']['median'], 3)}×" for s, m in zip(shapes, measured, strict=True))
+    assert f"armor: {told}" in figure.svg
+
+
+def test_figures_of_speed_have_gaps_and_need_one_compressed_recipe_that_is_measured(own):
+    for recipe, left in (("nowag", {"armor"}), ("armor", None)):
+        (own / MODEL / recipe / "benchmark" / "decode.json").unlink()
+        for name in ("m0-decoding-0", "m0-linears-0"):
+            found = figure_of(own, name)
+            assert (found and {*found[1]} & {"nowag", "armor"}) == left
 
 
 def test_figures_are_files_of_their_own_too(own):

@@ -1,0 +1,101 @@
+"""The figures of speed: how many times as fast as dense the whole model decodes, and each shape of packed linears.
+
+Both sides took turns in one process, so what is drawn is the ratio of a round: its median, and the quartiles, which say
+how far rounds agreed. A row holds a batch size or a shape and a dot for each recipe, one below the other in the
+legend's order: so 4 recipes and 6 shapes fit a phone, where a number at each would not. The tables have the numbers.
+"""
+
+from __future__ import annotations
+
+import altair as alt
+
+from armor.report.charts import (
+    INK,
+    SERIES,
+    WIDTH,
+    Figure,
+    columns_of,
+    data,
+    linear_axis,
+    listed,
+    names_axis,
+    palette,
+    series_places,
+    svg_of,
+)
+from armor.report.results import ModelResults
+from armor.report.tables import number
+
+__all__ = ["decoding", "linears"]
+
+CAPTION = (
+    " by recipe, in the legend's order: right of the dashed line it is faster. A dot is the median over rounds in "
+    "which dense and packed took turns, the pale bar the middle half of them."
+)
+
+
+def _ratios(model: ModelResults, points: list[dict]) -> alt.LayerChart:
+    """A row for each `what` of the points, in it a dot and a bar for each recipe, and a dashed line at 1."""
+    present = {point["recipe"] for point in points}
+    colors = {name: SERIES[place] for name, place in series_places(model.compressed).items() if name in present}
+    across = linear_axis(
+        min(1.0, *(point["low"] for point in points)),
+        max(1.0, *(point["high"] for point in points)),
+        "times as fast as dense",
+    )
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolType="circle", symbolOpacity=1, labelLimit=130)
+    down = names_axis("what:N", list(dict.fromkeys(point["what"] for point in points)))
+    base = alt.Chart(data(points)).encode(
+        y=down,
+        yOffset=alt.YOffset("recipe:N", sort=list(colors), scale=alt.Scale(domain=list(colors), paddingOuter=0.7)),
+        color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+    )
+    line = alt.Chart(data([{"value": 1}])).mark_rule(color=INK, strokeDash=[3, 3])
+    return alt.layer(
+        line.encode(x=alt.X("value:Q", **across)),
+        base.mark_rule(strokeWidth=7, opacity=0.3).encode(x=alt.X("low:Q", **across), x2="high:Q"),
+        base.mark_point(filled=True, size=45, opacity=1).encode(x=alt.X("value:Q", **across)),
+    ).properties(width=WIDTH, height=alt.Step(11))
+
+
+def _point(recipe: str, what: str, speedup: dict) -> dict:
+    low, high = speedup["quartiles"]
+    return {"recipe": recipe, "what": what, "value": speedup["median"], "low": low, "high": high}
+
+
+def _told(points: list[dict]) -> str:
+    """The numbers, recipe by recipe."""
+    recipes = dict.fromkeys(point["recipe"] for point in points)
+    own = {r: [(p["what"], f"{number(p['value'], 3)}×") for p in points if p["recipe"] == r] for r in recipes}
+    return "; ".join(f"{recipe}: {listed(pairs)}" for recipe, pairs in own.items())
+
+
+def decoding(model: ModelResults, benchmark: str, name: str) -> Figure | None:
+    """How many times as fast as dense each recipe decodes, by batch size; None where no recipe was measured."""
+    points = [
+        _point(recipe.name, f"batch {batch}", measured["decode"])
+        for recipe in model.compressed
+        for batch, measured in (recipe.benchmarks.get(benchmark, {}).get("speedup") or {}).items()
+    ]
+    if not points:
+        return None
+    points.sort(key=lambda point: int(point["what"].removeprefix("batch ")))
+    caption = "Greedy decoding of the whole model, by batch size and" + CAPTION
+    alternative = f"How many times as fast as dense the model decodes, by batch size: {_told(points)}."
+    svg = svg_of(_ratios(model, points), name, alternative)
+    return Figure(name, f"Decoding beside dense: {benchmark}", svg, caption)
+
+
+def linears(model: ModelResults, benchmark: str, name: str) -> Figure | None:
+    """How many times as fast as dense the packed linears of each shape are; None where none was measured."""
+    points = [
+        _point(recipe.name, f"{shape['out_features']} × {shape['in_features']}", shape["speedup"])
+        for recipe in model.compressed
+        for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ())
+    ]
+    if not points:
+        return None
+    caption = "One row, as in decoding, times the linears of a shape (out × in), by shape and" + CAPTION
+    alternative = f"How many times as fast as dense a packed linear is, by shape: {_told(points)}."
+    svg = svg_of(_ratios(model, points), name, alternative)
+    return Figure(name, f"Linears beside dense: {benchmark}", svg, caption)
