@@ -252,10 +252,12 @@ def report(
 
 
 @app.command()
-def summary(report: Annotated[Path, typer.Argument(help="The report's folder.")] = Path("results/report")) -> None:
+def summary(report: Annotated[Path, typer.Argument(help="The report's folder, or the run's.")] = Path(".")) -> None:
     """Print the report's table, and where the page is."""
     from armor.report.tables import print_table
 
+    places = (report, report / "report", report / "results" / "report")
+    report = next((place for place in places if (place / "summary.json").is_file()), places[-1])
     print(print_table(read_json(report / "summary.json")["rows"]))
     print(f"The report: {report / 'index.html'}")
 
@@ -274,7 +276,7 @@ def list_devices() -> None:
 
 @app.command()
 def status(
-    results: Annotated[Path, typer.Argument(help="The folder with all results.")] = Path("results"),
+    results: Annotated[Path, typer.Argument(help="The folder with all results, or the run's.")] = Path("results"),
     configuration: Annotated[
         Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
     ] = None,

@@ -38,7 +38,7 @@ def record_of(path: Path) -> Path:
     if not path.is_dir() and (path.parent / CHECKSUMS).is_file():
         path = path.parent  # one of a checkpoint's files
     if path.is_dir():
-        candidates = [path / PROVENANCE, path / "summary.json", path / "checkpoint.json"]
+        candidates = [path / file for file in (PROVENANCE, "summary.json", "checkpoint.json", "calibration.json")]
         if (path / CHECKSUMS).is_file():
             candidates.insert(0, path.with_name(f"{path.name}.json"))
     else:
@@ -47,10 +47,10 @@ def record_of(path: Path) -> Path:
     for file in candidates:
         if file.is_file() and {"stage", "settings"} & read_json(file).keys():
             return file
-    raise ArmorError(
-        f"{path}: nothing here says what made it; expected a result of the pipeline (factors, calibration.json, "
-        "checkpoint, evaluation, benchmark, report) with its JSON"
-    )
+    hint = "expected a result of the pipeline (factors, calibration.json, checkpoint, evaluation, benchmark, report)"
+    if path.is_dir() and (files := sorted(file.name for file in path.glob("*.json"))):
+        hint = f"name one of its files: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
+    raise ArmorError(f"{path}: nothing here says what made it; {hint}")
 
 
 def results_of(record: Path) -> Path | None:
@@ -222,4 +222,5 @@ def _flat(value: object, key: str = "") -> dict[str, object]:
 
 
 def _text(settings: dict) -> str:
-    return ", ".join(f"{key}: {value}" for key, value in sorted(_flat(settings).items()))
+    """On one line, also where a setting holds line breaks."""
+    return ", ".join(f"{key}: {value}".replace("\n", r"\n") for key, value in sorted(_flat(settings).items()))

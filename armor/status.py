@@ -81,6 +81,7 @@ def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
         "process": os.getpid(),
         "host": socket.gethostname(),
         "command": list(command),
+        "folder": _shells_folder(),
         "config": config.model_dump(mode="json", exclude_unset=True),
     }
     os.ftruncate(descriptor, 0)
@@ -125,11 +126,14 @@ def jobs(config: Config, results: Path) -> Iterator[Job]:
 
 @dataclass(frozen=True)
 class Status:
-    """The state of every job, the last line of the log of those that are not done, and the command of the last run."""
+    """The state of every job, the last line of the log of those that are not done, and the last run's command."""
 
+    results: Path
     states: dict[Job, str]
     lines: dict[Job, str]
     command: tuple[str, ...]
+    folder: str
+    """Where the command was typed."""
 
     def table(self) -> Table:
         """The jobs by stage, model and recipe, counted by state."""
@@ -153,7 +157,10 @@ class Status:
                 text.append(f"{job}: {self.lines[job]}")
             elif state in ("failed", "stopped"):
                 why = self.lines[job] if state == "failed" else "stopped without a word: killed, or out of memory"
-                again = shlex.join(["snakemake", str(job.outputs[0]), *self.command[1:]])
+                target = job.outputs[0].absolute().relative_to(self.results.absolute().parent)
+                again = shlex.join(["snakemake", str(target), *self.command[1:]])
+                if self.folder != _shells_folder():
+                    again = f"cd {shlex.quote(self.folder)} && {again}"
                 text.append(f"{job}: {why}\n  log:   {job.log}\n  again: {again}")
         return text
 
@@ -161,8 +168,11 @@ class Status:
 def read_status(results: Path, config: Config | None = None, running: bool | None = None) -> Status:
     """The state of every job of `config`, or of the last run's configuration; `running`: whether that is going on.
 
-    Raises ArmorError if there was no run and no `config` is given.
+    `results` may be the folder above, that of --directory. Raises ArmorError if there was no run and no `config` is
+    given.
     """
+    if not (results / RUN).is_file() and (results / "results" / RUN).is_file():
+        results = results / "results"
     file = results / RUN
     last = read_json(file) if file.is_file() else {}
     if config is None:
@@ -186,7 +196,8 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             states[job] = "running"
         else:
             states[job] = "stopped"
-    return Status(states, lines, tuple(last.get("command", ("snakemake",))))
+    command = tuple(last.get("command", ("snakemake",)))
+    return Status(results, states, lines, command, last.get("folder", _shells_folder()))
 
 
 def summary(results: Path, config: Config) -> list[str]:
@@ -226,6 +237,11 @@ def cost(results: Path, job: Job) -> Cost | None:
             with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
                 peak = max(peak, read_json(path).get("peak_memory_bytes", 0))
     return Cost(float(row["s"]), peak, file.stat().st_mtime)
+
+
+def _shells_folder() -> str:
+    """Where a command is typed, which is not where it works if it has Snakemake's --directory."""
+    return os.environ.get("PWD", os.getcwd())
 
 
 def _last_line(log: Path) -> str:

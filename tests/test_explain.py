@@ -70,6 +70,14 @@ def test_a_file_of_no_stage_is_refused(root, tmp_path):
     for file in (tmp_path / "other.json", tmp_path, root / "tiny/model.json"):
         with pytest.raises(ArmorError, match="nothing here says what made it"):
             record_of(file)
+    with pytest.raises(ArmorError, match="name one of its files: layer_0.json, layer_1.json"):
+        record_of(root / "tiny/armor/layers")
+
+
+def test_settings_are_one_line(root, tmp_path):
+    record = read_json(root / "tiny/armor/layers/layer_0.json")
+    write_json(tmp_path / "other.json", record | {"settings": {"separator": "\n\n"}})
+    assert r"settings     separator: \n\n" in describe(tmp_path / "other.json")
 
 
 def test_differences_are_named(root, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_before_anything_all_is_missing_and_layers_are_not_counted(tmp_path):
         read_status(tmp_path / "results")
 
 
-def test_every_state(results):
+def test_every_state(results, monkeypatch):
+    monkeypatch.setenv("PWD", str(Path.cwd()))
     lock = start_run(results, CONFIG, ["/bin/snakemake", "--cores", "2"])
     os.utime(results / "run.json", (1000, 1000))
     folder, logs = results / "tiny/armor/layers", results / "logs/tiny/armor"
@@ -63,11 +65,13 @@ def test_every_state(results):
     assert by_name(status)["assemble tiny armor"] == "missing" and by_name(status)["inspect tiny"] == "done"
     running, failed, stopped = status.details()
     assert running == f"{names[1]}: 12:00:00 layer 1: 3/7"
-    again = f"again: snakemake {folder / 'layer_2.safetensors'} --cores 2"
-    assert failed.splitlines()[0] == f"{names[2]}: NaN" and failed.endswith(again)
+    again = "snakemake results/tiny/armor/layers/layer_2.safetensors --cores 2"
+    assert failed.splitlines()[0] == f"{names[2]}: NaN" and failed.endswith(f"again: {again}")
     assert stopped.startswith(f"{names[3]}: stopped without a word")
     os.close(lock)
     assert by_name(read_status(results))[names[1]] == "stopped"
+    monkeypatch.setenv("PWD", str(results))  # from anywhere, by the run's folder too, the command is the same one
+    assert read_status(results.parent).details()[-2].endswith(f"again: cd {Path.cwd()} && {again}")
 
 
 def test_a_second_run_is_refused_while_the_first_lives(results):

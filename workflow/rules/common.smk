@@ -53,6 +53,8 @@ onstart:
 
 onsuccess:
     print(*summary(Path("results"), SETTINGS), sep="\n", file=sys.stderr)
+    if os.path.isfile(page := "results/report/index.html"):
+        print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)
 
 
 onerror:

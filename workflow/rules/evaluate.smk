@@ -14,6 +14,7 @@ rule evaluate:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
+    priority: 1  # that of the dense model before the layers of others, for a mistake shows there
     conda:
         "../../envs/armor.yaml"
     threads: 8
@@ -47,6 +48,7 @@ rule tasks:
         "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
+    priority: 1  # that of the dense model before the layers of others, for a mistake shows there
     conda:
         "../../envs/armor.yaml"
     threads: 8
