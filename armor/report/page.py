@@ -125,7 +125,8 @@ def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None
         sentences.append(
             f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
             f"decoding {'' if batch == 1 else f'{batch} sequences '}in turn it writes {number(speeds[0], 3)} tokens "
-            f"per second beside {number(speeds[1], 3)} ({number(ratio['decode']['median'], 2)} times)."
+            f"per second in the median, the dense model {number(speeds[1], 3)}; within a turn it is "
+            f"{number(ratio['decode']['median'], 3)} times as fast in the median."
         )
     return sentences
 
