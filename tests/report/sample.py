@@ -239,6 +239,6 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
         checkpoint = {"bits_per_weight": BITS[method], "checkpoint_bytes": BYTES[method], "kept_dense": []}
         checkpoint["machine"] = MACHINE
         checkpoint["inputs"] = {"model": "a" * 64, "statistics": "b" * 64}
-        checkpoint["factors"] = [{"code": "c" * 16, "settings": {"seed": 0}}]
+        checkpoint["factors"] = [{"layers": [*range(layers)], "code": "c" * 16, "settings": {"seed": 0}}]
         write_json(folder / recipe / "checkpoint.json", _common(rng, 4, 6e8) | checkpoint)
     return root
