@@ -1,7 +1,8 @@
 """The model card of a checkpoint, README.md with the YAML that the Hub reads, from what the layers' records say.
 
-It names nothing of the place or the time it was made in, so that the same factors give the same bytes. What the source
-says of itself, its name on the Hub, its licence, its language, is passed on, and nothing is guessed.
+It names nothing of the place or the time it was made in but model and recipe, as the run calls them, so that the same
+factors give the same bytes. What the source says of itself, its name on the Hub, its licence, its language, is passed
+on, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def origins(records: Iterable[dict]) -> list[dict]:
 
 
 def card(
+    folder: Path,
     source: Path,
     hub: str | None,
     model_type: str,
@@ -43,8 +45,8 @@ def card(
 ) -> str:
     """The text of README.md.
 
-    `source` is the model's folder and `hub` its name there, if it has one; `records` are the layers', `made` the
-    checkpoint's provenance; `sizes` has bytes and dense_bytes (of all tensors), bits_per_weight and
+    `folder` is the checkpoint's, `source` the model's and `hub` its name there, if it has one; `records` are the
+    layers', `made` the checkpoint's provenance; `sizes` has bytes and dense_bytes (of all tensors), bits_per_weight and
     dense_bits_per_weight (of the decoder layers' linears).
     """
     rows: dict[tuple, list[float]] = {}
@@ -69,7 +71,8 @@ def card(
     )
     versions = {", ".join(f"{k} {v}" for k, v in sorted(part["versions"].items())): None for part in made["factors"]}
     text = CARD.format(
-        model_type=model_type,
+        title=_title(folder) or hub or f"A {model_type} model",
+        folder=folder.name,
         origin=f"[{hub}](https://huggingface.co/{hub})" if hub else f"a {model_type} model",
         table=table,
         loss=f"{sum(losses) / len(losses):.5f}" if losses else "0",
@@ -85,6 +88,13 @@ def card(
         versions="; ".join(versions),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _title(folder: Path) -> str | None:
+    """Model and recipe of a checkpoint in a run's results, in MODEL/RECIPE; None for one that lies elsewhere."""
+    recipe = folder.absolute().parent
+    model = recipe.parent
+    return f"{model.name}, recipe {recipe.name}" if (model / "model.json").is_file() else None
 
 
 def _said_by(source: Path) -> dict:
@@ -104,7 +114,7 @@ def _recipe(part: dict) -> str:
     return f"Layers {ranges(part['layers'])}:\n\n```yaml\n{settings}\n```\n"
 
 
-CARD = """# A {model_type} model with packed sparse linears (ARMOR)
+CARD = """# {title}: packed sparse linears (ARMOR)
 
 Made from {origin} by ARMOR Pipeline. Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S
 between two block-diagonal matrices (arXiv 2510.05528), or as S alone where it was only pruned. All tensors take
@@ -116,6 +126,7 @@ between two block-diagonal matrices (arXiv 2510.05528), or as S alone where it w
 import armor.hf  # from ARMOR Pipeline (pip install .); teaches transformers this format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "{folder}"  # this folder, seen from the one it is in
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```

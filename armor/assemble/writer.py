@@ -101,7 +101,7 @@ def assemble(
             here = {key: value for key, value in made.items() if key != "machine"}  # the same bytes on any machine
             write_json(part / PROVENANCE, here)
             whole = {"bytes": sum(sizes.values()), "dense_bytes": sum(map(shards.bytes_of, shards.names()))}
-            text = card(source.path, source.hub, topology.model_type, records, made, whole | statistics)
+            text = card(target, source.path, source.hub, topology.model_type, records, made, whole | statistics)
             (part / "README.md").write_text(text, encoding="utf-8")
             files = seal(part, sums)
         result = {

@@ -3,12 +3,14 @@
 Two perplexities compare only if both models predicted the same tokens, which the fingerprint of an evaluation's blocks
 says: so another tokenizer, text, length or dtype is named in place of a difference, and where nothing compares the two
 runs are refused. On the same blocks the difference is much surer than either perplexity, for a block that is hard for
-one model is hard for the other. What each run holds is read from its own report's summary.json and the records.
+one model is hard for the other. What each run holds is read from its own report's summary.json and the records, which
+say with which settings they were made, too: those that differ are listed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
@@ -19,9 +21,10 @@ from markupsafe import Markup
 from armor.config import ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import atomic_path, read_json
+from armor.execution.provenance import ranges
 from armor.reading import parse_settings
 from armor.report.page import write_page
-from armor.report.results import read_results
+from armor.report.results import ModelResults, read_results
 from armor.report.tables import GAP, cells_table, csv_text, number, plus_minus
 
 __all__ = ["compare", "comparison"]
@@ -29,6 +32,8 @@ __all__ = ["compare", "comparison"]
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 BLOCKS = ("text", "sequences", "sequence_length")
 """The settings of an evaluation that end in its blocks of tokens, and in nothing else."""
+UNSET = "unset"
+SETTINGS = "Of the models, recipes, calibrations and evaluations that both runs have, as their results note them."
 Key = tuple[str, str, str]
 
 
@@ -41,8 +46,8 @@ class _Measured:
     tokenizer: dict[str, str | None]
 
 
-def _measured(run: Path) -> dict[Key, _Measured]:
-    """All perplexities of a run, by model, recipe and evaluation."""
+def _models(run: Path) -> dict[str, ModelResults]:
+    """What a run's report is about, by model."""
     files = [results / "report" / "summary.json" for results in (run, run / "results")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -51,8 +56,13 @@ def _measured(run: Path) -> dict[Key, _Measured]:
     if settings is None:
         raise ArmorError(f"{file}: does not say what was reported on: an older release; run the report again")
     settings = parse_settings(ReportSettings, settings, str(file))
+    return {model.name: model for model in read_results(file.parents[1], settings)}
+
+
+def _measured(models: Iterable[ModelResults]) -> dict[Key, _Measured]:
+    """All perplexities, by model, recipe and evaluation."""
     found = {}
-    for model in read_results(file.parents[1], settings):
+    for model in models:
         for recipe in model.recipes:
             own = (recipe.source or {}).get("files", {})
             tokenizer = {name: own[name].get("sha256") for name in TOKENIZER if name in own}
@@ -88,14 +98,66 @@ def _difference(a: dict, b: dict) -> tuple[float, float | None]:
     return b["value"] - a["value"], error
 
 
-def comparison(a: Path, b: Path) -> tuple[list[dict], list[str]]:
-    """A row for each model, recipe and evaluation that both runs have, and a line for each that only one has.
+def _flat(value: object, key: str = "") -> dict[str, str]:
+    """Settings as one level of texts, keys joined by dots; what is unset is left out, a list of values is one text."""
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value, 1))
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
+    return {} if value is None else {key: repr(value) if isinstance(value, list) else str(value)}
+
+
+def _told(parts: Iterable[tuple[str, dict]]) -> dict[str, str]:
+    """One text for each setting; where the parts of a thing differ in it, each value with the parts that have it."""
+    parts = [(part, _flat(settings)) for part, settings in parts]
+    told = {}
+    for key in dict.fromkeys(key for _, settings in parts for key in settings):
+        values: dict[str, list[str]] = {}
+        for part, settings in parts:
+            values.setdefault(settings.get(key, UNSET), []).append(part)
+        single = len(values) == 1
+        told[key] = ", ".join(v if single else f"{v} ({', '.join(names)})" for v, names in values.items())
+    return told
+
+
+def _settings(model: ModelResults) -> dict[str, dict[str, str]]:
+    """The settings that the perplexities of a model were made with, by what they are settings of."""
+    found = {"model": _flat((model.recipes[0].source or {}).get("settings", {}))}
+    for recipe in (recipe for recipe in model.recipes if recipe.checkpoint):
+        parts = recipe.checkpoint["factors"]
+        made = _told((f"layers {ranges(part['layers'])}", {"code": part["code"]} | part["settings"]) for part in parts)
+        found[f"recipe {recipe.name}"] = made | _flat({"calibration": recipe.pair.calibration})
+    for name, record in model.calibrations.items():
+        found[f"calibration {name}"] = _flat(record.get("settings", {}))
+    for name in model.evaluation_names():
+        measured = [(r.name, r.evaluations[name]["settings"]) for r in model.recipes if name in r.evaluations]
+        found[f"evaluation {name}"] = _told(measured)
+    return found
+
+
+def _differing(a: ModelResults, b: ModelResults) -> dict[str, dict[str, str]]:
+    """The settings in which two runs of a model differ, in A and in B, of what both have."""
+    found = {}
+    own, other = _settings(a), _settings(b)
+    for thing in (thing for thing in own if own[thing] and other.get(thing)):
+        for key in own[thing] | other[thing]:
+            values = {name: side[thing].get(key, UNSET) for name, side in (("A", own), ("B", other))}
+            if values["A"] != values["B"]:
+                found[f"{thing}: {key}"] = values
+    return found
+
+
+def comparison(a: Path, b: Path) -> tuple[list[dict], list[str], dict[str, dict]]:
+    """A row for each model, recipe and evaluation that both runs have; a line for each that only one has; what differs.
+
+    The last is by model, and by setting the values in A and in B.
 
     `a` and `b` are results folders, or folders that hold one named results. A row's `difference` is B − A in
     perplexity, None where `not_comparable` says why. Raises ArmorError for a folder without a report, for two runs with
     nothing in common, and for two of which nothing compares.
     """
-    sides = [_measured(run) for run in (a, b)]
+    runs = [_models(run) for run in (a, b)]
+    sides = [_measured(models.values()) for models in runs]
     rows = []
     for key in (key for key in sides[0] if key in sides[1]):
         pair = [side[key] for side in sides]
@@ -118,7 +180,9 @@ def comparison(a: Path, b: Path) -> tuple[list[dict], list[str]]:
         row = rows[0]
         where = _name((row["model"], row["recipe"], row["evaluation"]))
         raise ArmorError(f"{a} and {b}: not comparable: {where}: {row['not_comparable']}; expected the same tokens")
-    return rows, [f"Only in {side}: {', '.join(names)}." for side, names in zip("AB", lonely, strict=True) if names]
+    differing = {name: _differing(model, runs[1][name]) for name, model in runs[0].items() if name in runs[1]}
+    notes = [f"Only in {side}: {', '.join(names)}." for side, names in zip("AB", lonely, strict=True) if names]
+    return rows, notes, differing
 
 
 def _name(key: Key) -> str:
@@ -177,7 +241,7 @@ def compare(a: Path, b: Path, output: Path) -> str:
 
     Raises ArmorError as `comparison` does, with nothing written.
     """
-    rows, notes = comparison(a, b)
+    rows, notes, differing = comparison(a, b)
     caption = (
         f"A is {a}, B is {b}. ± is one standard error: of a perplexity, over its blocks; of a difference, over the "
         "blocks' differences, which are the same blocks in both runs."
@@ -190,19 +254,25 @@ def compare(a: Path, b: Path, output: Path) -> str:
             for row in own
             if row["not_comparable"]
         ]
-        cells, words = _cells(own), _summary(own)
+        cells, words, settings = _cells(own), [_summary(own)], differing[model]
+        table = settings and cells_table(settings, f"m{index}-settings", classes="data text", corner="Setting")
+        if not settings:
+            words.append("The settings of the two runs, as far as their results note them, do not differ.")
         sections.append(
             {
                 "id": f"m{index}",
                 "name": model,
-                "summary": [words],
+                "summary": words,
                 "table": Markup(cells_table(cells, f"m{index}-comparison")),
                 "caption": caption,
                 "notes": [*refused, *(notes if index == 0 else [])],
+                "tables": [{"title": "What differs", "table": Markup(table), "caption": SETTINGS}] if settings else [],
             }
         )
         frame = pd.DataFrame.from_dict(cells, orient="index")
-        text += [model, frame.to_string(line_width=120), words, *refused, ""]
+        text += [model, frame.to_string(line_width=120), *words, *refused, ""]
+        if settings:
+            text += ["What differs", *(f"{name}: {v['A']} in A, {v['B']} in B" for name, v in settings.items()), ""]
     write_page("ARMOR: two runs compared", sections, output / "index.html")
     with atomic_path(output / "comparison.csv") as temporary:
         temporary.write_text(csv_text(rows), encoding="utf-8")

@@ -93,6 +93,8 @@ def _time(model: ModelResults, name: str) -> Figure | None:
         "Time spent in each stage, summed over its jobs, whether they ran side by side or not. "
         "A calibration serves every recipe that uses it."
     )
+    if model.task_names():
+        caption += " Tasks are part of evaluate."
     alternative = f"Time by stage; in all: {listed([(row['recipe'], row['label']) for row in totals])}."
     return Figure(name, "Time by stage", svg_of(chart, name, alternative), caption)
 

@@ -7,6 +7,7 @@ only when the results for it are there; what is missing is listed.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from markupsafe import Markup
 
 from armor.config import ReportSettings
-from armor.execution.files import atomic_path, write_json
+from armor.execution.files import atomic_path
 from armor.execution.log import log
 from armor.execution.provenance import made_by
 from armor.reading import parse_settings
@@ -61,7 +62,7 @@ def _named(recipe: RecipeResults) -> str:
     details = [f"recipe {recipe.name}"] if recipe.name != recipe.pair.method else []
     details.append(recipe.pair.pattern)
     if recipe.pair.method == "armor":
-        details.append(f"blocks of {recipe.pair.block_size}")
+        details.append(f"blocks of {recipe.block_size}")
     return f"{METHODS[recipe.pair.method]} ({', '.join(details)})"
 
 
@@ -125,7 +126,8 @@ def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None
         sentences.append(
             f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
             f"decoding {'' if batch == 1 else f'{batch} sequences '}in turn it writes {number(speeds[0], 3)} tokens "
-            f"per second beside {number(speeds[1], 3)} ({number(ratio['decode']['median'], 2)} times)."
+            f"per second in the median, the dense model {number(speeds[1], 3)}; within a turn it is "
+            f"{number(ratio['decode']['median'], 3)} times as fast in the median."
         )
     return sentences
 
@@ -183,9 +185,9 @@ def _block_sizes(model: ModelResults) -> list[str]:
     """Where the block size asked for does not divide a dimension or costs more than it saves: which do."""
     notes = []
     for recipe in model.compressed:
-        used = {d for module in recipe.modules for d in (module.block_size or {}).values()}
-        if recipe.pair.method == "armor" and used - {recipe.pair.block_size}:
-            asked, sizes = recipe.pair.block_size, " and ".join(map(str, sorted(used)))
+        asked, used = recipe.pair.block_size, recipe.used_block_sizes
+        if recipe.pair.method == "armor" and {*used} - {asked}:
+            sizes = " and ".join(map(str, used))
             notes.append(f"{recipe.name}: blocks of {asked} were asked for, {sizes} divide the dimensions.")
         if larger := model.larger_than_dense(recipe):
             names = ", ".join(larger)
@@ -334,6 +336,7 @@ def build(results: Path | str, plan: ReportSettings | dict, output: Path | str) 
             temporary.write_text(text, encoding="utf-8")
     write_page(settings.title, sections, output / "index.html", _reproduce(models, settings.config))
     made = made_by("armor.report", settings.model_dump(mode="json"), fingerprints(results, settings))
-    write_json(output / "summary.json", {"rows": rows, **made})
+    with atomic_path(output / "summary.json") as temporary:  # keys as they are: the columns have an order
+        temporary.write_text(json.dumps({"rows": rows, **made}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     log.info("%s: %d rows", output / "index.html", len(rows))
     return {"rows": rows}

@@ -205,25 +205,26 @@ def pareto(model: ModelResults, name: str) -> Figure | None:
 
 def block_sizes(model: ModelResults, name: str) -> Figure | None:
     """Perplexity by block size of ARMOR recipes that differ in nothing else; None where there are not three sizes."""
-    alike: dict[str, dict[int, float]] = {}
+    alike: dict[str, dict[int, tuple[str, float]]] = {}
     for recipe in model.compressed:
         if recipe.pair.method == "armor" and recipe.perplexity and recipe.checkpoint:
             settings = [made["settings"] | {"block_size": None} for made in recipe.checkpoint["factors"]]
             measured = recipe.evaluations[recipe.pair.evaluations[0]]
             same = [recipe.pair.pattern, recipe.pair.calibration, settings, measured["task"], measured["settings"]]
             sizes = alike.setdefault(str(same), {})
-            sizes.setdefault(recipe.pair.block_size, recipe.perplexity[0])
+            sizes.setdefault(recipe.pair.block_size, (str(recipe.block_size), recipe.perplexity[0]))
     most = max(alike.values(), key=len, default={})
     if len(most) < 3:
         return None
-    rows = [{"size": d, "value": value, "label": number(value)} for d, value in sorted(most.items())]
+    rows = [{"size": size, "value": value, "label": number(value)} for _, (size, value) in sorted(most.items())]
     dense = model.dense and model.dense.perplexity
     values = [row["value"] for row in rows] + ([dense[0]] if dense else [])
     low, high = min(values) * 0.98, max(values) * 1.02
     low, high = low * (low / high) ** 0.12, high * (high / low) ** 0.08  # room for the words
     down = alt.Y("value:Q", **log_axis(low, high, "perplexity, log scale (lower is better)"))
     axis = alt.Axis(labelAngle=0, ticks=False)
-    across = alt.X("size:O", title="block size", scale=alt.Scale(type="point"), axis=axis)
+    order = [row["size"] for row in rows]
+    across = alt.X("size:O", sort=order, title="block size", scale=alt.Scale(type="point"), axis=axis)
     width, height = WIDTH + 40, 220
     base = alt.Chart(data(rows)).encode(x=across, y=down)
     layers = [
@@ -237,5 +238,5 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
     caption = "ARMOR recipes that differ in nothing but the block size; larger blocks take more bits."
     if dense:
         caption += " The dashed line is the dense model."
-    alternative = f"Perplexity by block size, log scale: {listed([(str(row['size']), row['label']) for row in rows])}."
+    alternative = f"Perplexity by block size, log scale: {listed([(row['size'], row['label']) for row in rows])}."
     return Figure(name, "Perplexity by block size", svg_of(chart, name, alternative), caption)

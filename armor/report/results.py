@@ -115,6 +115,19 @@ class RecipeResults:
                 found.append(Module(record["layer"], short, loss, start, blocks, pattern, trace))
         return found
 
+    @property
+    def used_block_sizes(self) -> list[int]:
+        """The block sizes of its linears, each once; the size asked for need not divide their dimensions."""
+        return sorted({d for module in self.modules for d in (module.block_size or {}).values() if d})
+
+    @property
+    def block_size(self) -> int | str | None:
+        """The one block size that all its linears have, or "32 to 48"; before any is made, what was asked for."""
+        if self.pair.method != "armor":
+            return None
+        used = self.used_block_sizes or [self.pair.block_size]
+        return used[0] if len(used) == 1 else f"{used[0]} to {used[-1]}"
+
     def measured(self, benchmark: str | None = None) -> dict | None:
         """This recipe's own side of a benchmark, the first one if none is named."""
         case = self.benchmarks.get(benchmark or next(iter(self.pair.benchmarks), ""))
@@ -209,7 +222,7 @@ class RecipeResults:
             "recipe": self.pair.recipe,
             "method": self.pair.method,
             "pattern": None if self.dense else self.pair.pattern,
-            "block_size": self.pair.block_size if self.pair.method == "armor" else None,
+            "block_size": self.block_size,
             "perplexity": value,
             "perplexity_se": error,
             "relative_loss": fmean(losses) if losses else None,

@@ -348,12 +348,16 @@ def latex_text(rows: list[dict], better: dict[str, bool], models: Sequence[Model
 
 
 def cells_table(
-    cells: dict[str, dict[str, str]], name: str, bold: set[tuple[int, str]] = frozenset(), classes: str = "data"
+    cells: dict[str, dict[str, str]],
+    name: str,
+    bold: set[tuple[int, str]] = frozenset(),
+    classes: str = "data",
+    corner: str = "Recipe",
 ) -> str:
-    """Texts by recipe and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
+    """Texts by row and column as an HTML table with the id T_`name`; `bold` has (row, column) of the best."""
     frame = pd.DataFrame.from_dict(cells, orient="index", dtype=object).fillna("")  # object: Markup stays Markup
     frame.index = pd.Index(list(cells), dtype=object)
-    frame.columns.name = "Recipe"
+    frame.columns.name = corner
     styler = frame.style.set_uuid(name).set_table_attributes(f'class="{classes}"')
     styler.format(escape).format_index(escape="html").format_index(escape="html", axis="columns")
     styler.cell_ids = False

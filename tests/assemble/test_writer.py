@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -81,6 +83,23 @@ def test_the_card_says_what_the_hub_and_people_ask(copy):
     (copy / "source/README.md").write_text("---\n: [\n---\n")  # no YAML: as if it were not there
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
     assert "license" not in ModelCard.load(copy / "checkpoint/README.md").data.to_dict()
+
+
+def test_the_card_in_a_run_is_named_by_model_and_recipe(copy, tmp_path):
+    results = tmp_path / "results/mine"
+    (results / "fast").mkdir(parents=True)
+    shutil.copy(copy / "model.json", results)
+    assemble(*opened(copy), copy / "layers", results / "fast/checkpoint.json")
+    card = (results / "fast/checkpoint/README.md").read_text()
+    assert "\n# mine, recipe fast: packed sparse linears (ARMOR)\n" in card and str(tmp_path) not in card
+    assert "\n# A qwen2 model: packed sparse linears (ARMOR)\n" in (copy / "checkpoint/README.md").read_text()
+
+
+def test_the_card_s_snippet_runs_where_the_folder_is(root):
+    card = (root / "checkpoint/README.md").read_text()
+    snippet = card.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_checkpoint_json(root):

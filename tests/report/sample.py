@@ -90,7 +90,7 @@ def _common(rng: random.Random, seconds: float, memory: float) -> dict:
     }
 
 
-def _layer(rng: random.Random, layer: int, method: str) -> dict:
+def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> dict:
     modules = {}
     for name in LINEARS:
         kind = {"v_proj": 1.6, "o_proj": 1.8, "k_proj": 0.6, "q_proj": 0.5}.get(name.split(".")[1], 1.0)
@@ -103,7 +103,7 @@ def _layer(rng: random.Random, layer: int, method: str) -> dict:
         modules[f"model.layers.{layer}.{name}"] = {
             "method": method,
             "pattern": "2:4",
-            "block_size": {"left": 64, "right": 64} if method == "armor" else None,
+            "block_size": {"left": block_size, "right": block_size} if method == "armor" else None,
             "start_loss": start,
             "loss": loss,
             "trace": trace,
@@ -234,10 +234,11 @@ def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
         calibration = _common(random.Random(0), 75, 1.1e9) | {"machine": MACHINE}
         write_json(folder / "calibration" / "text" / "calibration.json", calibration)
         for layer in range(layers):
-            write_json(folder / recipe / "layers" / f"layer_{layer}.json", _layer(rng, layer, method))
+            record = _layer(rng, layer, method, pair["block_size"])
+            write_json(folder / recipe / "layers" / f"layer_{layer}.json", record)
         checkpoint = {"bits_per_weight": BITS[method], "checkpoint_bytes": BYTES[method], "kept_dense": []}
         checkpoint["machine"] = MACHINE
         checkpoint["inputs"] = {"model": "a" * 64, "statistics": "b" * 64}
-        checkpoint["factors"] = [{"code": "c" * 16, "settings": {"seed": 0}}]
+        checkpoint["factors"] = [{"layers": [*range(layers)], "code": "c" * 16, "settings": {"seed": 0}}]
         write_json(folder / recipe / "checkpoint.json", _common(rng, 4, 6e8) | checkpoint)
     return root

@@ -126,6 +126,35 @@ def test_other_evaluations_are_marked_and_have_no_difference(runs, tmp_path, cha
     assert rows_of(runs)["nowag"]["difference"] == 0
 
 
+def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
+    assert comparison(*runs)[2] == {MODEL: {}}
+    sentence = "The settings of the two runs, as far as their results note them, do not differ."
+    assert sentence in compare(*runs, tmp_path / "out") and sentence in (tmp_path / "out" / "index.html").read_text()
+    for run, iterations, documents in ((runs[0], 20, [45, 60]), (runs[1], 5, [45, None])):
+        path = run / MODEL / "armor" / "checkpoint.json"
+        settings = {"seed": 0, "solver": {"iterations": 20}, "overrides": [{"modules": "*.k_proj"}]}
+        first = {"layers": [0, 1, 2], "code": "c" * 16, "settings": settings}
+        second = first | {"layers": [3], "settings": settings | {"solver": {"iterations": iterations}}}
+        write_json(path, read_json(path) | {"factors": [first, second]})
+        path = run / MODEL / "calibration" / "text" / "calibration.json"
+        write_json(path, read_json(path) | {"settings": {"sequences": 8, "text": {"documents": documents}}})
+    change(runs[1], "armor", settings={"text": {"files": ["text.txt"]}, "sequence_length": 1024})
+    expected = {
+        "recipe armor: solver.iterations": {"A": "20", "B": "20 (layers 0 to 2), 5 (layers 3)"},
+        "calibration text: text.documents": {"A": "[45, 60]", "B": "[45, None]"},
+        "evaluation wikipedia: dtype": {"A": "auto", "B": "auto (dense, nowag), unset (armor)"},
+    }
+    assert comparison(*runs)[2] == {MODEL: expected}
+    text, page = compare(*runs, tmp_path / "out"), (tmp_path / "out" / "index.html").read_text()
+    table = page.partition(">What differs</h3>")[2].partition("</table>")[0]
+    assert re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)[3:6] == [
+        "recipe armor: solver.iterations",
+        *expected["recipe armor: solver.iterations"].values(),
+    ]
+    assert "recipe armor: solver.iterations: 20 in A, 20 (layers 0 to 2), 5 (layers 3) in B" in text
+    assert sentence not in text + page
+
+
 def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(runs, tmp_path):
     source = runs[1] / MODEL / "source.json"
     record = read_json(source)
@@ -140,7 +169,7 @@ def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(run
 
 def test_what_only_one_run_has_is_listed(runs):
     (runs[1] / MODEL / "nowag" / "evaluation" / "wikipedia.json").unlink()
-    rows, notes = comparison(*runs)
+    rows, notes, _ = comparison(*runs)
     assert [row["recipe"] for row in rows] == ["dense", "armor"]
     assert notes == [f"Only in A: {MODEL}/nowag on wikipedia."]
 

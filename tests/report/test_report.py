@@ -451,8 +451,29 @@ def test_the_summary_says_what_was_lost_and_saved(results):
     assert "0.352 ± 0.009 nats from the dense model's (KL divergence), and at 70.1 ± 0.4% of the positions" in words
     assert "213 MB, 78% of the dense model's 273 MB" in words
     assert "11.74 bits instead of 16" in words
+    record = read_json(results / MODEL / "armor" / "benchmark" / "decode.json")
+    own, dense = (number(record[s]["tokens_per_second"]["1"]["decode"]["median"], 3) for s in ("compressed", "dense"))
+    assert f"writes {own} tokens per second in the median, the dense model {dense}; within a turn it is 0.662" in words
     assert "16 blocks of 1,024 tokens" in words and "measured on the same blocks" in words
     assert missing(model) == []
+
+
+@pytest.mark.parametrize("left, shown", [(48, "48"), (32, "32 to 48")], ids=["one", "two"])
+def test_the_block_size_shown_is_the_one_used(tmp_path, left, shown):
+    wanted = plan(["dense", "armor"])
+    wanted["pairs"][1]["block_size"] = 50
+    write_results(tmp_path, wanted, LAYERS)
+    for path in tmp_path.glob(f"{MODEL}/armor/layers/*.json"):
+        record = read_json(path)
+        for module in record["modules"].values():
+            module["block_size"] = {"left": left, "right": 48}
+        write_json(path, record)
+    build(tmp_path, wanted, tmp_path / "report")
+    rows = read_json(tmp_path / "report" / "summary.json")["rows"]
+    assert str(rows[1]["block_size"]) == shown and re.search(rf"^armor +{shown} ", print_table(rows), re.MULTILINE)
+    page = page_of(tmp_path)
+    assert f"(2:4, blocks of {shown})" in page and f'<data value="{shown}">{shown}</data>' in page
+    assert f"armor: blocks of 50 were asked for, {shown.replace('to', 'and')} divide the dimensions." in page
 
 
 def test_linears_that_their_blocks_make_larger_are_named(results):
@@ -674,9 +695,12 @@ def test_tasks_have_their_columns_and_a_missing_result_is_a_gap(tmp_path):
     assert [rows[0][name] for name in names] == [0.55, 0.55, 0.55]
     assert [rows[1][name] for name in names] == [pytest.approx(0.47525), pytest.approx(0.47525), None]
     assert (tmp_path / "report" / "summary.csv").read_text().splitlines()[2].endswith(",,")
+    assert "Tasks are part of evaluate." in page_of(tmp_path)
     assert "armor: tasks more" in page_of(tmp_path) and 'best" >47.5 ± 5.0%</td>' in page_of(tmp_path)
     assert ">40.2 ± 5.0%</td>" in page_of(tmp_path) and 'best" >40.2' not in page_of(tmp_path)
-    text = print_table(rows)
+    assert list(read_json(tmp_path / "report" / "summary.json")["rows"][0]) == list(rows[0])
+    text = print_table(read_json(tmp_path / "report" / "summary.json")["rows"])
+    assert re.search(r"last_word +continuation +more.last_word$", text, re.MULTILINE)
     assert re.search(r"^armor +47.5 ± 5.0% +47.5 ± 5.0% +–$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 110
 
