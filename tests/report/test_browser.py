@@ -180,6 +180,24 @@ CUT = """all => all.filter(one => {
 }).map(one => `${one.tagName} ${one.className}: ${one.textContent.slice(0, 40)}`)"""
 
 
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"])
+def test_on_a_phone_the_names_that_stay_leave_room_for_values_and_nothing_shines_through(visit, file):
+    page = visit(PHONE, file=file)
+    tables = page.locator(".scroll").all()
+    assert tables
+    for table in tables:
+        room = table.bounding_box()["width"]
+        assert all(name.bounding_box()["width"] <= room / 2 for name in table.locator("th:first-child").all())
+        table.evaluate("box => box.scrollLeft = 80")
+        first = table.locator("thead th:first-child")
+        first.scroll_into_view_if_needed()
+        assert first.evaluate(
+            """cell => { const box = cell.getBoundingClientRect();
+                         const top = document.elementFromPoint(box.right - 3, box.top + box.height / 2);
+                         return cell === top || cell.contains(top); }"""
+        )
+
+
 @pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
 def test_print_is_light_in_dark_mode_too(visit, file):
     light, dark = (visit(PAPER, theme, file) for theme in ("light", "dark"))
