@@ -5,7 +5,8 @@ Layers: F.linear in bfloat16, float16 and float32, and the packed 2:4 layer in b
 For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
 median of the ratios of the turns. "of read" is the bandwidth a layer reaches with its own bytes, as a share of the
-bandwidth at which torch sums a large array, measured in the same turns.
+bandwidth at which torch sums a large array, measured in the same turns; "of an equal read" the same beside a sum over
+as many bytes as the packed layer has, for what is short is dearer: threads wake up and code is fetched for either.
 
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
 card's time without the host's, of which a decoding loop outside a graph has more.
@@ -100,10 +101,13 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
     kinds = kinds_of(out, columns)
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64)
+    for kind, tensors in list(kinds.items()):
+        if kind.startswith("armor"):
+            weights[f"as {kind}"] = copies([torch.ones(size_of(tensors) // 8, dtype=torch.int64)], total)
     records = []
     for rows in rows_list:
         x = {dtype: torch.randn(rows, columns).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-        times: dict[str, list[float]] = {kind: [] for kind in [*kinds, "read"]}
+        times: dict[str, list[float]] = {kind: [] for kind in [*weights, "read"]}
         repeats = REPEATS.get(rows, 9)
         for turn in range(-1, repeats):
             for kind, all_copies in random.sample(list(weights.items()), len(weights)):
@@ -111,7 +115,9 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
                 if kind != "linear bfloat16" and turn > 0 and sum(times[kind]) > 5:
                     continue
                 tensors = all_copies[turn % len(all_copies)]
-                if kind.startswith("linear"):
+                if kind.startswith("as "):
+                    taken = seconds(tensors[0].sum)
+                elif kind.startswith("linear"):
                     taken = seconds(F.linear, x[tensors[0].dtype], tensors[0])
                 else:
                     taken = seconds(cpu.linear, x[torch.bfloat16], *tensors, group=4)
@@ -192,6 +198,7 @@ def summarize(
                 "gigabytes_per_second": round(median(bandwidth), 1),
                 "read_gigabytes_per_second": round(median(read), 1),
                 "share_of_read": ratio(bandwidth, read),
+                "share_of_equal_read": ratio(times[f"as {kind}"], times[kind]) if f"as {kind}" in times else None,
                 "turns": len(times[kind]),
             }
         )
@@ -204,10 +211,12 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def line(record: dict) -> str:
+    equal = record["share_of_equal_read"]
     return (
         f"{record['layer']:>11} {record['rows']:5} rows  {record['kind']:<16}{record['microseconds']:10.0f} us"
         f"{record['speedup_over_bfloat16']:7.2f}x bf16{record['speedup_over_fastest_dense']:7.2f}x fastest dense"
         f"{record['gigabytes_per_second']:7.1f} GB/s {record['share_of_read']:5.0%} of read"
+        + (f" {equal:5.0%} of an equal read" if equal else "")
     )
 
 
