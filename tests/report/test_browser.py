@@ -171,6 +171,31 @@ def test_a_phone_need_not_scroll_sideways_but_within_a_table(visit, file):
     assert table.evaluate("box => box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === 'auto'")
 
 
+def test_on_a_phone_the_first_column_stays_in_front_and_leaves_room(visit):
+    page = visit(PHONE)
+    page.locator(".scroll").evaluate_all("all => all.forEach(one => { one.scrollLeft = 130 })")
+    corner = page.locator("table.sortable thead th").first
+    corner.scroll_into_view_if_needed()
+    assert corner.evaluate(
+        """cell => { const box = cell.getBoundingClientRect(), y = box.top + box.height / 2;
+            return [...Array(Math.floor(box.width)).keys()].every(
+                x => cell.contains(document.elementFromPoint(box.left + x, y))) }"""
+    )
+    names = page.locator("table.long tbody th").evaluate_all(
+        "all => all.map(one => one.offsetWidth / one.closest('.card').offsetWidth)"
+    )
+    assert len(names) == 16 and max(names) < 0.45
+
+
+@pytest.mark.parametrize("file", ["results/report/index.html", "comparison/index.html"], ids=["report", "comparison"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_row_is_whole_pixels_high_so_that_its_line_is_one(visit, width, file):
+    """A cell that stays while others scroll is rounded to pixels by itself."""
+    rows = visit(width, file=file).locator("table.data tr")
+    heights = rows.evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+    assert heights and all(height % 1 == 0 for height in heights)
+
+
 COLOURS = """all => all.map(one => ["color", "backgroundColor", "fill", "stroke", "borderTopColor"]
     .map(name => getComputedStyle(one)[name]))"""
 CUT = """all => all.filter(one => {
