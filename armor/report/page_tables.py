@@ -94,7 +94,7 @@ def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
             what = [recipe.name, f"{shape['out_features']}\u00a0×\u00a0{shape['in_features']}", shape["pattern"]]
             left, right = (shape[f"{side}_block_size"] for side in ("left", "right"))
             if left or right:
-                what.append(f"blocks {left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
+                what.append(f"blocks\u00a0{left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
             cells[", ".join(what)] = {
                 "Linears": str(shape["count"]),
                 "Dense, ms": _middle(shape["dense_milliseconds"]),

@@ -453,7 +453,7 @@ def test_the_summary_says_what_was_lost_and_saved(results):
     assert "11.74 bits instead of 16" in words
     record = read_json(results / MODEL / "armor" / "benchmark" / "decode.json")
     own, dense = (number(record[s]["tokens_per_second"]["1"]["decode"]["median"], 3) for s in ("compressed", "dense"))
-    assert f"writes {own} tokens per second in the median, the dense model {dense}; within a turn it is 0.662" in words
+    assert f"writes {own} tokens per second in the median, that one {dense}; within a turn it is 0.662" in words
     assert "16 blocks of 1,024 tokens" in words and "measured on the same blocks" in words
     assert missing(model) == []
 
