@@ -255,7 +255,7 @@ def compare(a: Path, b: Path, output: Path) -> str:
             if row["not_comparable"]
         ]
         cells, words, settings = _cells(own), [_summary(own)], differing[model]
-        table = settings and cells_table(settings, f"m{index}-settings", classes="data text", corner="Setting")
+        table = settings and cells_table(settings, f"m{index}-settings", classes="data text long", corner="Setting")
         if not settings:
             words.append("The settings of the two runs, as far as their results note them, do not differ.")
         sections.append(

@@ -53,7 +53,8 @@ __all__ = ["build", "missing", "summarize", "write_page"]
 CAPTION = (
     "The best compressed value is bold; – was not measured or does not apply. Rel. loss: mean over the compressed "
     "linears, 0 is the dense weight, 1 no weight at all. Bits/weight: in the decoder's linears. Factorize: summed over "
-    "decoder layers. Tokens/s: greedy decoding, median. A recipe's name leads to what made it."
+    "decoder layers. Tokens/s: greedy decoding, median; the dense model by itself. A recipe's name leads to what made "
+    "it."
 )
 
 
@@ -125,9 +126,9 @@ def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None
         batch, ratio = min(((int(b), r) for b, r in case["speedup"].items()), key=lambda pair: pair[0])
         sentences.append(
             f"Loaded, it holds {size(own['resident_bytes'])} of memory beside {size(whole['resident_bytes'])}, and "
-            f"decoding {'' if batch == 1 else f'{batch} sequences '}in turn it writes {number(speeds[0], 3)} tokens "
-            f"per second in the median, the dense model {number(speeds[1], 3)}; within a turn it is "
-            f"{number(ratio['decode']['median'], 3)} times as fast in the median."
+            f"decoding {'' if batch == 1 else f'{batch} sequences '}in turn with the dense model it writes "
+            f"{number(speeds[0], 3)} tokens per second in the median, that one {number(speeds[1], 3)}; within a turn "
+            f"it is {number(ratio['decode']['median'], 3)} times as fast in the median."
         )
     return sentences
 

@@ -91,10 +91,10 @@ def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
     cells = {}
     for recipe in model.compressed:
         for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ()):
-            what = [recipe.name, f"{shape['out_features']} × {shape['in_features']}", shape["pattern"]]
+            what = [recipe.name, f"{shape['out_features']}\u00a0×\u00a0{shape['in_features']}", shape["pattern"]]
             left, right = (shape[f"{side}_block_size"] for side in ("left", "right"))
             if left or right:
-                what.append(f"blocks {left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
+                what.append(f"blocks\u00a0{left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
             cells[", ".join(what)] = {
                 "Linears": str(shape["count"]),
                 "Dense, ms": _middle(shape["dense_milliseconds"]),
@@ -103,7 +103,7 @@ def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
                 "Speed-up": _times(shape["speedup"]["median"]),
                 "In theory": _times(shape["theoretical_speedup"]),
             }
-    return cells_table(cells, name) if cells else ""
+    return cells_table(cells, name, classes="data long") if cells else ""
 
 
 def _visible(text: str) -> str:
