@@ -105,16 +105,16 @@ static inline __attribute__((always_inline)) void dense_dot(const weight *weight
     }
 }
 
-/* The values 2 KB further on, and the mask if `with_mask`: into L1 while x leaves room there, else into L2. */
+/* The values 3 KB further on, and the mask if `with_mask`: into L1 while x leaves room there, else into L2. */
 static inline __attribute__((always_inline)) void fetch_ahead(const weight *values, const uint8_t *mask, int with_mask,
                                                               int into_l1) {
-    const char *next = (const char *)values + 2048;
+    const char *next = (const char *)values + 3072;
     if (into_l1) {
         __builtin_prefetch(next, 0, L1);
-        if (with_mask) __builtin_prefetch(mask + 512, 0, L1);
+        if (with_mask) __builtin_prefetch(mask + 640, 0, L1);
     } else {
         __builtin_prefetch(next, 0, L2);
-        if (with_mask) __builtin_prefetch(mask + 512, 0, L2);
+        if (with_mask) __builtin_prefetch(mask + 640, 0, L2);
     }
 }
 
