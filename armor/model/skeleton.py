@@ -37,6 +37,7 @@ __all__ = [
     "load_outside",
     "open_skeleton",
     "place_outside",
+    "read_layer",
     "readers",
     "record",
     "unload_outside",
@@ -159,6 +160,15 @@ def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cp
     return _fill(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
 
 
+def read_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
+    """As `load_layer`, but a copy: the skeleton's own layer, with the buffers that are computed, stays as it is."""
+    return _filled(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+
+
+def _filled(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
+    return _fill(copy.deepcopy(layer), prefix, shards, device)
+
+
 def _fill(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
     for name, tensor in layer.state_dict(keep_vars=True).items():
         full = f"{prefix}.{name}"
@@ -225,7 +235,7 @@ class _Reader(_StandIn):
         self._source = name, shards, device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _fill(copy.deepcopy(self._layer[0]), *self._source)(*args, **kwargs)
+        return _filled(self._layer[0], *self._source)(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from armor.errors import ArmorError
 from armor.execution.files import atomic_path, read_json
 from armor.execution.provenance import ranges
 from armor.reading import parse_settings
+from armor.report.gather import read_results
 from armor.report.page import write_page
-from armor.report.results import ModelResults, read_results
+from armor.report.results import ModelResults
 from armor.report.tables import GAP, cells_table, csv_text, number, plus_minus
 
 __all__ = ["compare", "comparison"]

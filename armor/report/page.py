@@ -24,6 +24,7 @@ from armor.execution.provenance import made_by
 from armor.reading import parse_settings
 from armor.report.charts import alone
 from armor.report.figures import figures
+from armor.report.gather import fingerprints, read_results
 from armor.report.page_tables import (
     benchmark_table,
     bits_table,
@@ -33,7 +34,7 @@ from armor.report.page_tables import (
     stage_table,
     task_table,
 )
-from armor.report.results import STAGES, ModelResults, RecipeResults, decode_speed, fingerprints, read_results
+from armor.report.results import STAGES, ModelResults, RecipeResults, decode_speed
 from armor.report.tables import (
     METHODS,
     csv_text,

@@ -1,23 +1,19 @@
-"""The JSON that the other stages left in a results folder, gathered for the report.
+"""What is known of each model and recipe, from the records of the other stages (`armor.report.gather` reads them).
 
-Only what exists is gathered: a result that is missing stays missing (None, or absent from its dictionary) all the way
-to the page, where it is a gap. Nothing is estimated, and a sum over decoder layers of which some are missing is a gap
-too.
+A result that is missing stays missing (None, or absent from its dictionary) all the way to the page, where it is a gap.
+Nothing is estimated, and a sum over decoder layers of which some are missing is a gap too.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
-from armor.config import ReportPair, ReportSettings
+from armor.config import ReportPair
 from armor.core.checkpoint import PackedLinear
 from armor.core.nm import Pattern
-from armor.errors import ArmorError
-from armor.execution.files import read_json, sha256
-from armor.model.topology import Linear, Topology, read_topology
+from armor.model.topology import Linear, Topology
 
 __all__ = [
     "COLUMNS",
@@ -27,8 +23,6 @@ __all__ = [
     "RecipeResults",
     "bits_of",
     "decode_speed",
-    "fingerprints",
-    "read_results",
 ]
 
 COLUMNS = (
@@ -49,16 +43,6 @@ COLUMNS = (
     "top1_agreement",
     "top1_agreement_se",
 )
-COMMON = ("machine", "seconds", "peak_memory_bytes")
-NEEDED = {
-    "fetch": ("dtype", "files"),
-    "calibrate": COMMON,
-    "factorize": ("layer", "modules", *COMMON),
-    "assemble": ("bits_per_weight", "checkpoint_bytes", "inputs", "factors", *COMMON),
-    "evaluation": ("value", "standard_error", "blocks", "length", "block_means", "settings", *COMMON),
-    "tasks": ("tasks", "settings", *COMMON),
-    "benchmark": ("dense", "compressed", "speedup", "theoretical_speedup", "linears", *COMMON),
-}
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
 
 
@@ -350,70 +334,3 @@ def _bits(linear: Linear, module: Module) -> float:
     sides = (blocks.get("left"), blocks.get("right"))
     layout = PackedLinear(linear.out_features, linear.in_features, Pattern.parse(module.pattern), *sides)
     return layout.bits_per_weight(bits)
-
-
-def _read(kind: str, path: Path) -> dict | None:
-    """The record of a stage, None if it is not there; ArmorError for one that lacks what the report needs."""
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    if absent := [key for key in NEEDED[kind] if key not in record]:
-        raise ArmorError(f"{path}: lacks {absent[0]}, so no {kind} of this release wrote it; run that stage again")
-    return record
-
-
-def _read_recipe(folder: Path, pair: ReportPair, topology: Topology | None) -> RecipeResults:
-    here = folder / pair.recipe
-    found = {
-        kind: {name: _read(kind, here / kind / f"{name}.json") for name in names}
-        for kind, names in (("evaluation", pair.evaluations), ("benchmark", pair.benchmarks))
-    }
-    tasks = {name: _read("tasks", here / "evaluation" / f"{name}.json") for name in pair.tasks}
-    numbered = {int(path.stem.removeprefix("layer_")): path for path in here.glob("layers/layer_*.json")}
-    layers = [_read("factorize", numbered[number]) for number in sorted(numbered)]
-    expected = len(topology.layers) if topology else max(numbered, default=-1) + 1
-    return RecipeResults(
-        pair=pair,
-        evaluations={name: record for name, record in found["evaluation"].items() if record},
-        tasks={name: record for name, record in tasks.items() if record},
-        benchmarks={name: record for name, record in found["benchmark"].items() if record},
-        checkpoint=_read("assemble", here / "checkpoint.json"),
-        layers=layers,
-        complete=0 < len(layers) == expected,
-        source=_read("fetch", folder / "source.json"),
-    )
-
-
-def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
-    """Gather what `results` holds for the pairs of `settings`, by model.
-
-    Raises ArmorError for a file that is not JSON or lacks what its stage writes, and if there is no result at all.
-    """
-    models = []
-    for name in dict.fromkeys(pair.model for pair in settings.pairs):
-        folder = results / name
-        topology = read_topology(folder / "model.json") if (folder / "model.json").is_file() else None
-        pairs = [pair for pair in settings.pairs if pair.model == name]
-        recipes = [_read_recipe(folder, pair, topology) for pair in pairs]
-        used = dict.fromkeys(pair.calibration for pair in pairs if pair.calibration)
-        records = {c: _read("calibrate", folder / "calibration" / c / "calibration.json") for c in used}
-        models.append(ModelResults(name, topology, {c: r for c, r in records.items() if r}, recipes))
-    if not any(
-        r.evaluations or r.tasks or r.benchmarks or r.layers or r.checkpoint for model in models for r in model.recipes
-    ):
-        raise ArmorError(f"{results}: holds no result of the recipes in the plan; run the other stages first")
-    return models
-
-
-def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
-    """The SHA-256 of the records that the report is made of, by path; a checkpoint's stands for its layers'."""
-    found = {}
-    for pair in settings.pairs:
-        here = results / pair.model / pair.recipe
-        files = [here / "evaluation" / f"{name}.json" for name in (*pair.evaluations, *pair.tasks)]
-        files += [here / "benchmark" / f"{name}.json" for name in pair.benchmarks]
-        if pair.method != "dense":
-            calibration = results / pair.model / "calibration" / str(pair.calibration)
-            files += [here / "checkpoint.json", calibration / "calibration.json"]
-        found |= {file.relative_to(results).as_posix(): sha256(file) for file in files if file.is_file()}
-    return found

@@ -9,7 +9,6 @@ new token of a batch reads all weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,7 +21,7 @@ from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
 from armor.hf import swap_skeleton
 from armor.model.shards import Shards
-from armor.model.skeleton import finish, load_layer, load_outside, open_skeleton, place_outside, readers, record
+from armor.model.skeleton import finish, load_outside, open_skeleton, place_outside, read_layer, readers, record
 from armor.runtime.load import loaded_dtype
 
 __all__ = ["USABLE", "StreamedModel"]
@@ -55,14 +54,12 @@ class StreamedModel:
             hidden = [record(self.skeleton, tokens)[0].to("cpu") for tokens in group]
             layers = range(len(self.skeleton.layers))
             for index in progress(layers, f"{len(group)} batches", unit="layers"):
-                empty = copy.deepcopy(self.skeleton.layers[index])  # with the buffers that are computed
-                layer = load_layer(self.skeleton, index, self._shards, self.device)
+                layer = read_layer(self.skeleton, index, self._shards, self.device)
                 for number, tokens in enumerate(group):
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
                     call = record(self.skeleton, tokens)[1][index]
                     states = layer(hidden[number].to(self.device), *call.args, **call.kwargs)
                     hidden[number] = states.to("cpu")
-                self.skeleton.layers[index] = empty
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, hidden[number].to(self.device))
 

@@ -18,8 +18,9 @@ from armor.execution.files import read_json, write_json
 from armor.report import build, print_table
 from armor.report.charts import beside
 from armor.report.figures import figures
+from armor.report.gather import read_results
 from armor.report.page import missing, summarize
-from armor.report.results import COLUMNS, read_results
+from armor.report.results import COLUMNS
 from armor.report.tables import (
     csv_text,
     duration,

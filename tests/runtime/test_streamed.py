@@ -23,12 +23,12 @@ def read(monkeypatch):
     """The numbers of the layers that are read, in order; asserts that no other is in memory then."""
     numbers = []
 
-    def load_layer(skeleton, index, *arguments, real=module.load_layer):
+    def read_layer(skeleton, index, *arguments, real=module.read_layer):
         assert all(tensor.is_meta for layer in skeleton.layers for tensor in layer.state_dict().values())
         numbers.append(index)
         return real(skeleton, index, *arguments)
 
-    monkeypatch.setattr(module, "load_layer", load_layer)
+    monkeypatch.setattr(module, "read_layer", read_layer)
     return numbers
 
 
