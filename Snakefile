@@ -34,7 +34,7 @@ rule all:
     """The report on everything that the configuration asks for."""
     default_target: True
     input:
-        "results/report/index.html",
+        R.report()[0],
         all_records,
         all_factors,
     message:

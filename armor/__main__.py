@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from armor.forkserver import run_there
+from armor.command.forkserver import run_there
 
 
 def main() -> None:
     status = run_there()
     if status is None:
-        from armor.cli import main
+        from armor.command.cli import main
 
         main()
     elif status < 0:  # the job was killed: so is its command, for whoever waits for it

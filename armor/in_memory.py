@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from armor.config import ModuleSettings, Recipe
-from armor.core.factors import Factorization
-from armor.core.statistics import Accumulator, Statistics
+from armor.config.reading import parse_settings
+from armor.config.recipes import ModuleSettings, Recipe
+from armor.core.factorization import Factorization
 from armor.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
-from armor.hf import pack_linears
-from armor.model.skeleton import decoder_layers, finite
-from armor.reading import parse_settings
-from armor.text import blocks
+from armor.format.statistics import Accumulator, Statistics
+from armor.runtime.quantizer import pack_linears
+from armor.runtime.skeleton import decoder_layers, finite
+from armor.text.blocks import blocks
 
 __all__ = ["compress"]
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from armor.execution.files import read_json, write_json
-from armor.model.shards import INDEX
+from armor.format.shards import INDEX
 from tests.tiny import tiny_text, tiny_tokenizer
 
 CONFIG = {
@@ -77,7 +77,7 @@ def build(folder: Path) -> tuple[int, int]:
 
 def armor(*arguments: object) -> int:
     """Run `armor ...` in a process of its own; its peak resident memory in bytes."""
-    process = subprocess.Popen([sys.executable, "-m", "armor.cli", *map(str, arguments)])
+    process = subprocess.Popen([sys.executable, "-m", "armor.command.cli", *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

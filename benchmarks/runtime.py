@@ -39,13 +39,15 @@ from torch import Tensor
 
 from armor.assemble.writer import assemble
 from armor.benchmark.generation import benchmark
-from armor.config import BenchmarkSettings, LayerSettings, ModelSettings
-from armor.core.statistics import Statistics, write_statistics
+from armor.config.measures import BenchmarkSettings
+from armor.config.recipes import LayerSettings
+from armor.config.sources import ModelSettings
 from armor.execution.machine import describe
 from armor.factorize.layer import factorize_layer
+from armor.format.statistics import Statistics, write_statistics
 from armor.model.inspect import inspect
 from armor.model.source import fetch, open_source
-from armor.model.topology import read_topology
+from armor.format.records.topology import Topology
 from armor.runtime import cpu, cuda
 from benchmarks.calibrate_memory import build
 
@@ -225,7 +227,7 @@ def decode(name: str, work: Path, device: str) -> dict:
     MODELS[name](work)
     source = open_source(work / "source.json") if (work / "source.json").exists() else open_source(work / "source")
     inspect(source, work / "model.json")
-    topology = read_topology(work / "model.json")
+    topology = Topology.read(work / "model.json")
     settings = LayerSettings(method="armor", block_size=64, solver={"iterations": 1})
     for layer in topology.layers:
         ones = {linear.name: Statistics(torch.ones(linear.in_features), None, 1) for linear in layer.linears}

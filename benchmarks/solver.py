@@ -29,15 +29,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from armor.calibrate.capture import calibrate
-from armor.config import CalibrationSettings, ModelSettings, TextSettings
-from armor.core.factors import Factorization
-from armor.core.statistics import read_statistics
+from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
+from armor.core.factorization import Factorization
 from armor.execution.files import read_json, write_json
-from armor.factorize import published, solver
+from armor.format.shards import Shards
+from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
-from armor.model.shards import Shards
 from armor.model.source import fetch, open_source
-from armor.model.topology import read_topology
+from armor.format.records.topology import Topology
+from armor.solver import annealed, published
 
 MATRICES = ["10.self_attn.q_proj", "0.mlp.down_proj", "20.mlp.gate_proj", "29.mlp.down_proj"]
 BLOCK = 64
@@ -61,7 +61,7 @@ def prepare(model: Path | None, text: Path | None, work: Path) -> None:
     if not done.exists() or read_json(done) != wanted:
         fetch(ModelSettings(**chosen), work / "source.json")
         inspect(open_source(work / "source.json"), work / "model.json")
-        topology = read_topology(work / "model.json")
+        topology = Topology.read(work / "model.json")
         calibrate(open_source(work / "source.json"), topology, settings, work / "calibration" / "calibration.json")
         write_json(done, wanted)
 
@@ -86,13 +86,15 @@ def compare(weight: Tensor, importance: Tensor, reference: float) -> dict:
         settings = published.Settings(iterations=300)
         slow.append(published.solve(weight, importance, block_size=BLOCK, settings=settings))
     for budget in (*BUDGETS, 300):
-        runs[budget] = solver.solve(weight, importance, block_size=BLOCK, settings=solver.Settings(iterations=budget))
+        runs[budget] = annealed.solve(
+            weight, importance, block_size=BLOCK, settings=annealed.Settings(iterations=budget)
+        )
     published_seconds = 20_000 * min(map(iteration_seconds, slow))
     reached = {n: next((s for _, s, loss in run.trace if loss <= reference), None) for n, run in runs.items()}
     reached = {n: seconds for n, seconds in reached.items() if seconds is not None}
     budget = min(reached, key=reached.get) if reached else None
     for _ in range(2 if reached else 0):  # the same iterates again; other processes disturb
-        again = solver.solve(weight, importance, block_size=BLOCK, settings=solver.Settings(iterations=budget))
+        again = annealed.solve(weight, importance, block_size=BLOCK, settings=annealed.Settings(iterations=budget))
         reached[budget] = min(reached[budget], next(s for _, s, loss in again.trace if loss <= reference))
     return {
         "shape": list(weight.shape),
@@ -117,11 +119,11 @@ def cost() -> dict:
     weight, importance = torch.randn(4096, 4096, generator=generator), torch.rand(4096, generator=generator) + 0.1
     unit = 1024 if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 40 else 1
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    settings = solver.Settings(iterations=15, early=0)  # the first 20 of hundreds cost more
-    solver.solve(weight, importance, settings=settings)
+    settings = annealed.Settings(iterations=15, early=0)  # the first 20 of hundreds cost more
+    annealed.solve(weight, importance, settings=settings)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        run = solver.solve(weight, importance, settings=settings)
+        run = annealed.solve(weight, importance, settings=settings)
     products = ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
     product_seconds = sum(e.self_cpu_time_total for e in profiler.key_averages() if e.key in products) / 1e6
     return {
@@ -137,7 +139,7 @@ def ablation(weight: Tensor, importance: Tensor) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for pattern in ("2:4", "4:8", "2:8", "50%"):
         for block in (16, 32, 64, 128):
-            run = solver.solve(weight, importance, pattern=pattern, block_size=block)
+            run = annealed.solve(weight, importance, pattern=pattern, block_size=block)
             table.setdefault(pattern, {"nowag": run.start_loss})[str(block)] = run.loss
             print(f"{pattern:4} block {block:3}: {run.loss:.5f} (NoWag-P {run.start_loss:.5f})", flush=True)
     return table

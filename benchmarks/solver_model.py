@@ -28,16 +28,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from armor.config import TextSettings
-from armor.core.factors import Factorization
+from armor.config.sources import TextSettings
+from armor.core.factorization import Factorization
 from armor.evaluate.perplexity import perplexity, token_losses
 from armor.execution.files import read_json, save_safetensors, write_json
 from armor.execution.machine import describe
-from armor.factorize import published, solver
 from armor.model.source import open_source
-from armor.model.topology import DecoderLayer, read_topology
+from armor.format.records.topology import DecoderLayer, Topology
 from armor.runtime.load import load_model, load_tokenizer
-from armor.text import token_blocks
+from armor.solver import annealed, published
+from armor.text.blocks import token_blocks
 from benchmarks.solver import BLOCK, TEXT, inputs, prepare
 
 BUDGETS = (100, 300, 1000)
@@ -48,7 +48,7 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def solvers() -> dict[str, Callable[..., Factorization]]:
     """The runs by name."""
-    runs = {str(n): partial(solver.solve, settings=solver.Settings(iterations=n)) for n in BUDGETS}
+    runs = {str(n): partial(annealed.solve, settings=annealed.Settings(iterations=n)) for n in BUDGETS}
     for n in ADAM:
         settings = published.Settings(iterations=n, learning_rate=3e-3, betas=(0.9, 0.92))
         runs[f"adam {n}"] = partial(published.solve, settings=settings)
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     prepare(options.model, options.calibrate, options.work)
-    layers = read_topology(options.work / "model.json").layers
+    layers = Topology.read(options.work / "model.json").layers
     wanted = [(run, layer, options.work / run / f"layer_{layer.index}.json") for run in solvers() for layer in layers]
     left = [job for job in wanted if not job[2].exists()]
     with ProcessPoolExecutor(options.processes) as pool:

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import yaml
 
-from armor.config import Config
+from armor.config.run import Config
 from armor.execution.files import read_json, sha256, write_json
-from armor.model.topology import DecoderLayer, Topology
-from armor.status import Job, cost, jobs
+from armor.format.records.topology import DecoderLayer, Topology
+from armor.run.status import Job, cost, jobs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = 4
@@ -43,7 +43,7 @@ def factorize_layer(source, topology, layer, statistics, settings, output, devic
     output.write_text("")
     output.with_suffix(".json").write_text("{}")
 
-sys.modules["armor.core.statistics"] = types.SimpleNamespace(statistics_of=lambda calibration, layer: "")
+sys.modules["armor.format.statistics"] = types.SimpleNamespace(statistics_of=lambda calibration, layer: "")
 sys.modules["armor.factorize.layer"] = types.SimpleNamespace(factorize_layer=factorize_layer)
 sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
 """

@@ -3,8 +3,8 @@
 import torch
 
 from armor.core import blockdiag
-from armor.core.nm import Pattern, top_n_mask
 from armor.core.packing import pack, unpack
+from armor.core.pattern import Pattern, top_n_mask
 
 
 def layer(out, columns, left, right, pattern, dtype, bias=True):

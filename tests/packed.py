@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armor.assemble.writer import assemble
-from armor.config import LayerSettings, SolverSettings
-from armor.core.factors import Factorization, read_factors
-from armor.core.statistics import Statistics, write_statistics
+from armor.config.recipes import LayerSettings
+from armor.core.factorization import Factorization
 from armor.factorize.layer import factorize_layer
+from armor.format.factors import read_factors
+from armor.format.statistics import Statistics, write_statistics
 from armor.model.inspect import inspect
 from armor.model.source import Source, open_source
-from armor.model.topology import Topology, read_topology
+from armor.format.records.topology import Topology
+from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model
 
 __all__ = [
@@ -36,7 +38,7 @@ SETTINGS = LayerSettings(method="armor", block_size=16, solver=SolverSettings(it
 
 def opened(root: Path) -> tuple[Source, Topology]:
     """The source and topology of what `prepared` made in `root`."""
-    return open_source(root / "source"), read_topology(root / "model.json")
+    return open_source(root / "source"), Topology.read(root / "model.json")
 
 
 def prepared(root: Path, family: str = "llama", layers: int = 2, seed: int = 0, **config) -> Path:
@@ -44,7 +46,7 @@ def prepared(root: Path, family: str = "llama", layers: int = 2, seed: int = 0, 
     tiny_model(root / "source", family, layers, seed, **config)
     source = open_source(root / "source")
     inspect(source, root / "model.json")
-    topology = read_topology(root / "model.json")
+    topology = Topology.read(root / "model.json")
     for layer in topology.layers:
         generator = torch.Generator().manual_seed(layer.index)
         inputs, users = {}, {}

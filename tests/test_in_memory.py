@@ -12,13 +12,15 @@ import armor
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
-from armor.config import CalibrationSettings, Override, Recipe, SolverSettings, TextSettings
+from armor.config.recipes import Override, Recipe
+from armor.config.sources import CalibrationSettings, TextSettings
 from armor.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.model.topology import read_topology
+from armor.format.records.topology import Topology
 from armor.runtime.linear import ArmorLinear
+from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model, tiny_text
 
 TOKENS = torch.arange(40).view(2, 20)
@@ -50,7 +52,7 @@ def test_the_factors_are_those_of_the_pipeline(source, tmp_path):
     recipe = Recipe(block_size=16, solver=SolverSettings(iterations=2), keep_dense=["*.k_proj"], overrides=overrides)
     (tmp_path / "text.txt").write_text(TEXT)
     inspect(open_source(source), tmp_path / "model.json")
-    stages = open_source(source), read_topology(tmp_path / "model.json")
+    stages = open_source(source), Topology.read(tmp_path / "model.json")
     settings = CalibrationSettings(text=TextSettings(files=[str(tmp_path / "text.txt")]), gram=True, **SIZES)
     calibrate(*stages, settings, tmp_path / "calibration.json")
     for layer in (0, 1):

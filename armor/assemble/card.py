@@ -8,30 +8,48 @@ on, and nothing is guessed.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from armor.execution.log import log
-from armor.execution.provenance import ranges
+from armor.format.provenance import ranges
+from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
+from armor.format.records.layer import LayerRecord
 
-__all__ = ["card", "origins"]
+__all__ = ["Sizes", "card", "origins"]
 
 PASSED_ON = ("license", "license_name", "license_link", "language")
 
 
-def origins(records: Iterable[dict]) -> list[dict]:
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of all tensors, packed and in the source; bits per weight of the decoder layers' linears, likewise."""
+
+    bytes: int
+    dense_bytes: int
+    bits_per_weight: float
+    dense_bits_per_weight: float
+
+
+def origins(records: Iterable[LayerRecord]) -> tuple[FactorsMadeBy, ...]:
     """What made the layers that `records` describe: settings, code, versions, and which layers share them."""
-    found: list[dict] = []
+    found: list[FactorsMadeBy] = []
     for record in records:
-        origin = {"settings": record["settings"], "code": record["code"], "versions": record["machine"]["versions"]}
-        same = next((known for known in found if {key: known[key] for key in origin} == origin), None)
+        made = record.made_by
+        own = FactorsMadeBy(
+            layers=(record.layer,), settings=made.settings, code=made.code, versions=record.machine.versions
+        )
+        same = next(
+            (i for i, known in enumerate(found) if known.model_copy(update={"layers": own.layers}) == own), None
+        )
         if same is None:
-            found.append({"layers": [record["layer"]], **origin})
+            found.append(own)
         else:
-            same["layers"].append(record["layer"])
-    return found
+            found[same] = own.model_copy(update={"layers": found[same].layers + own.layers})
+    return tuple(found)
 
 
 def card(
@@ -39,22 +57,21 @@ def card(
     source: Path,
     hub: str | None,
     model_type: str,
-    records: list[dict],
-    made: dict,
-    sizes: dict[str, float],
+    records: list[LayerRecord],
+    made: ProvenanceRecord,
+    sizes: Sizes,
 ) -> str:
     """The text of README.md.
 
     `folder` is the checkpoint's, `source` the model's and `hub` its name there, if it has one; `records` are the
-    layers', `made` the checkpoint's provenance; `sizes` has bytes and dense_bytes (of all tensors), bits_per_weight and
-    dense_bits_per_weight (of the decoder layers' linears).
+    layers', `made` the checkpoint's provenance.
     """
     rows: dict[tuple, list[float]] = {}
     for record in records:
-        for entry in record["modules"].values():
-            blocks = entry["block_size"]
-            names = f"{blocks['left']} / {blocks['right']}" if blocks else "none"
-            rows.setdefault((entry["method"], entry["pattern"] or "none", names), []).append(entry["loss"])
+        for entry in record.modules.values():
+            blocks = entry.block_size
+            names = f"{blocks.left} / {blocks.right}" if blocks else "none"
+            rows.setdefault((entry.method, entry.pattern or "none", names), []).append(entry.loss)
     losses = [loss for found in rows.values() for loss in found]
     patterns = sorted({pattern for _, pattern, _ in rows} - {"none"})
     data = ModelCardData(
@@ -69,22 +86,22 @@ def card(
         f"| {method} | {pattern} | {blocks} | {len(found)} | {sum(found) / len(found):.5f} |"
         for (method, pattern, blocks), found in sorted(rows.items())
     )
-    versions = {", ".join(f"{k} {v}" for k, v in sorted(part["versions"].items())): None for part in made["factors"]}
+    versions = {", ".join(f"{k} {v}" for k, v in sorted(part.versions.items())): None for part in made.factors}
     text = CARD.format(
         title=_title(folder) or hub or f"A {model_type} model",
         folder=folder.name,
         origin=f"[{hub}](https://huggingface.co/{hub})" if hub else f"a {model_type} model",
         table=table,
         loss=f"{sum(losses) / len(losses):.5f}" if losses else "0",
-        size=f"{sizes['bytes'] / 1e6:,.1f}",
-        dense_size=f"{sizes['dense_bytes'] / 1e6:,.1f}",
-        share=f"{sizes['bytes'] / sizes['dense_bytes']:.0%}",
-        bits=f"{sizes['bits_per_weight']:.3f}",
-        dense_bits=f"{sizes['dense_bits_per_weight']:.3f}",
-        recipe="\n".join(_recipe(part) for part in made["factors"]),
-        fingerprint=made["inputs"]["model"],
-        calibration=made["inputs"]["statistics"],
-        code=", ".join(dict.fromkeys(part["code"] for part in made["factors"])),
+        size=f"{sizes.bytes / 1e6:,.1f}",
+        dense_size=f"{sizes.dense_bytes / 1e6:,.1f}",
+        share=f"{sizes.bytes / sizes.dense_bytes:.0%}",
+        bits=f"{sizes.bits_per_weight:.3f}",
+        dense_bits=f"{sizes.dense_bits_per_weight:.3f}",
+        recipe="\n".join(_recipe(part) for part in made.factors),
+        fingerprint=made.fingerprint,
+        calibration=made.statistics_fingerprint,
+        code=", ".join(dict.fromkeys(part.code for part in made.factors)),
         versions="; ".join(versions),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
@@ -109,9 +126,9 @@ def _said_by(source: Path) -> dict:
     return {key: data[key] for key in PASSED_ON if data.get(key)}
 
 
-def _recipe(part: dict) -> str:
-    settings = yaml.safe_dump(part["settings"], sort_keys=True).rstrip()
-    return f"Layers {ranges(part['layers'])}:\n\n```yaml\n{settings}\n```\n"
+def _recipe(part: FactorsMadeBy) -> str:
+    settings = yaml.safe_dump(part.settings, sort_keys=True).rstrip()
+    return f"Layers {ranges(part.layers)}:\n\n```yaml\n{settings}\n```\n"
 
 
 CARD = """# {title}: packed sparse linears (ARMOR)

@@ -18,12 +18,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from armor.core.checksums import CHECKSUMS, sealed, tensor_sha256
 from armor.errors import ArmorError
-from armor.execution.files import save_safetensors, sha256, write_json
+from armor.execution.files import save_safetensors, write_json
 from armor.execution.log import progress
 from armor.execution.resume import Steps
-from armor.model.shards import INDEX, SINGLE
+from armor.format.checksums import CHECKSUMS, sealed, tensor_sha256
+from armor.format.records.base import File
+from armor.format.shards import INDEX, SINGLE
+from armor.typed import Typed
 
 __all__ = ["MAX_SHARD_BYTES", "copy_others", "growing", "natural", "seal", "write_tensors"]
 
@@ -31,6 +33,12 @@ MAX_SHARD_BYTES = 5_000_000_000
 # What a model is made of besides config.json and weights: tokenizer, chat template, generation config, licence, code.
 COPIED = ("*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = ("config.json", "*.index.json", CHECKSUMS, "training_args*", "trainer_state*", "optimizer*")
+
+
+class _Shard(Typed):
+    """A shard that is finished: the SHA-256 of its tensors by name."""
+
+    tensors: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -46,7 +54,7 @@ def growing(target: Path, steps: Steps | None = None) -> Iterator[Path]:
     try:
         part.mkdir(parents=True, exist_ok=True)
         for path in part.iterdir():  # what is not a finished step: halves among it
-            if steps is not None and steps.get(path.name) is None:
+            if steps is not None and steps.get(path.name, _Shard) is None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield part
         os.replace(part, target)
@@ -76,8 +84,10 @@ def write_tensors(
     has no room for all.
     """
     plan = _split(sizes, max_shard_bytes)
-    finished = {file: steps.get(file) for file in plan if (folder / file).is_file()} if steps is not None else {}
-    finished = {file: sums for file, sums in finished.items() if sums is not None}
+    finished: dict[str, dict[str, str]] = {}
+    for file in plan if steps is not None else ():
+        if (folder / file).is_file() and (known := steps.get(file, _Shard)):
+            finished[file] = known.tensors
     free = shutil.disk_usage(folder).free
     needed = sum(sizes[name] for file, names in plan.items() if file not in finished for name in names)
     if free < needed:
@@ -90,7 +100,7 @@ def write_tensors(
             save_safetensors(folder / file, tensors, {"format": "pt"})  # one entry: several come in random order
             del tensors
             if steps is not None:
-                steps.put(file, finished[file])
+                steps.put(file, _Shard(tensors=finished[file]))
         sums |= finished[file]
     if len(plan) > 1:
         weight_map = {name: file for file, names in plan.items() for name in names}
@@ -120,12 +130,8 @@ def copy_others(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def seal(folder: Path, sums: Mapping[str, str]) -> dict[str, dict]:
+def seal(folder: Path, sums: Mapping[str, str]) -> dict[str, File]:
     """Write checksums.json over the files there and the tensors' hashes; returns size and hash of all files."""
-    files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
+    files = {file.name: File.of(file) for file in sorted(folder.iterdir())}
     write_json(folder / CHECKSUMS, sealed(files, sums))
-    return files | {CHECKSUMS: _describe(folder / CHECKSUMS)}
-
-
-def _describe(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return files | {CHECKSUMS: File.of(folder / CHECKSUMS)}

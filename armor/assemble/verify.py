@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from armor.assemble.folder import natural
-from armor.core.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
-from armor.core.checksums import CHECKSUMS, check_contents, loaded_files, read_checksums, start_hashing
 from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import progress
-from armor.model.shards import Shards
+from armor.format.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
+from armor.format.checksums import CHECKSUMS, check_contents, loaded_files, read_checksums, start_hashing
+from armor.format.shards import Shards
 from armor.runtime.load import check_names
 
 __all__ = ["open_checkpoint", "table", "verify"]

@@ -16,19 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.assemble.card import card, origins
+from armor.assemble.card import Sizes, card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
-from armor.core.checkpoint import FORMAT_VERSION, SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
-from armor.core.checksums import CHECKSUMS
-from armor.core.nm import Pattern
+from armor.core.pattern import Pattern
 from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
-from armor.execution.provenance import PROVENANCE, combined, made_by
 from armor.execution.resume import resumable
-from armor.model.shards import DTYPES, Shards
+from armor.format.checkpoint import SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
+from armor.format.checksums import CHECKSUMS
+from armor.format.provenance import PROVENANCE, combined, machine, made_by
+from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.format.shards import DTYPES, Shards
 from armor.model.source import Source
-from armor.model.topology import DecoderLayer, Linear, Topology
 
 __all__ = ["assemble"]
 
@@ -40,15 +42,15 @@ class _Layer:
     file: Path
     modules: dict[str, PackedLinear]
     bytes: dict[str, int]
-    record: dict
+    record: LayerRecord
 
 
 def assemble(
     source: Source, topology: Topology, factors: Path | str, output: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict:
+) -> CheckpointRecord:
     """Write checkpoint/ beside `output` (checkpoint.json) from the layer_{k} files in `factors`, then `output` itself.
 
-    Returns the content of `output`. Raises ArmorError if factors are missing, broken or of another model, if a tensor
+    Returns what `output` holds. Raises ArmorError if factors are missing, broken or of another model, if a tensor
     holds NaN, or if the disk is full; what `output` and checkpoint/ held before is then gone or untouched, never mixed.
     """
     factors, output = Path(factors), Path(output)
@@ -80,7 +82,7 @@ def assemble(
     sizes = _sizes(shards, layers, modules)
     work = {
         "fingerprint": source.fingerprint,
-        "factors": [layer.record["sha256"] for layer in layers],
+        "factors": [layer.record.sha256 for layer in layers],
         "sizes": list(sizes.items()),
         "max_shard_bytes": max_shard_bytes,
     }
@@ -97,60 +99,53 @@ def assemble(
             if modules:
                 config["quantization_config"] = quantization_config(modules)
             write_json(part / "config.json", config)
-            statistics = _statistics(topology, layers, shards)
-            here = {key: value for key, value in made.items() if key != "machine"}  # the same bytes on any machine
-            write_json(part / PROVENANCE, here)
-            whole = {"bytes": sum(sizes.values()), "dense_bytes": sum(map(shards.bytes_of, shards.names()))}
-            text = card(target, source.path, source.hub, topology.model_type, records, made, whole | statistics)
+            bits, dense_bits = _bits(topology, layers, shards)
+            made.write(part / PROVENANCE)
+            whole = Sizes(sum(sizes.values()), sum(map(shards.bytes_of, shards.names())), bits, dense_bits)
+            text = card(target, source.path, source.hub, topology.model_type, records, made, whole)
             (part / "README.md").write_text(text, encoding="utf-8")
             files = seal(part, sums)
-        result = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": source.fingerprint,
-            "checkpoint_bytes": sum(file["bytes"] for file in files.values()),
-            **statistics,
-            **made,
-            "modules": len(modules),
-            "kept_dense": [linear.name for linear in topology.linears() if linear.name not in modules],
-            "files": files,
-            "seconds": steps.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        write_json(output, result)
-    return result
+        record = CheckpointRecord(
+            fingerprint=source.fingerprint,
+            statistics_fingerprint=made.statistics_fingerprint,
+            checkpoint_bytes=sum(file.bytes for file in files.values()),
+            bits_per_weight=bits,
+            dense_bits_per_weight=dense_bits,
+            made_by=made.made_by,
+            factors=made.factors,
+            machine=machine(),
+            modules=len(modules),
+            kept_dense=[linear.name for linear in topology.linears() if linear.name not in modules],
+            files=files,
+            seconds=steps.seconds(),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        record.write(output)
+    return record
 
 
-def _made(source: Source, records: list[dict]) -> dict:
+def _made(source: Source, records: list[LayerRecord]) -> ProvenanceRecord:
     """The checkpoint's provenance: that of its own making, and that of the factors."""
-    inputs = {f"layer {record['layer']}": record["sha256"] for record in records}
-    statistics = combined(record["inputs"]["statistics"] for record in records)
-    made = made_by(__name__, {}, {"model": source.fingerprint, "statistics": statistics, **inputs})
-    return {**made, "factors": origins(records)}
+    inputs = {f"layer {record.layer}": record.sha256 for record in records}
+    statistics = combined(record.statistics_fingerprint for record in records)
+    made = made_by(__name__, None, {"model": source.fingerprint, "statistics": statistics, **inputs})
+    return ProvenanceRecord(
+        fingerprint=source.fingerprint, statistics_fingerprint=statistics, made_by=made, factors=origins(records)
+    )
 
 
 def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
     """Read and check one layer's JSON and the header of its factors."""
-    try:
-        return _checked_layer(folder, layer, fingerprint)
-    except (KeyError, TypeError, AttributeError) as error:  # not what factorize writes
-        file = folder / f"layer_{layer.index}.json"
-        raise ArmorError(f"{file}: a record without {error}; factorize layer {layer.index} again") from error
-
-
-def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
     file, described = folder / f"layer_{layer.index}.safetensors", folder / f"layer_{layer.index}.json"
     again = f"factorize layer {layer.index} again"
-    record = read_json(described)
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ArmorError(f"{described}: not a record of format {FORMAT_VERSION}; {again}")
-    origins([record]), record["inputs"]["statistics"]  # what its checkpoint will say of it
-    if record.get("fingerprint") != fingerprint:
+    record = LayerRecord.read(described)
+    if record.fingerprint != fingerprint:
         raise ArmorError(f"{described}: factors of another model (its fingerprint differs); {again}")
     linears = {linear.name: linear for linear in layer.linears}
-    if different := sorted(linears.keys() ^ record["modules"].keys()):
+    if different := sorted(linears.keys() ^ record.modules.keys()):
         what = "missing" if different[0] in linears else "not in this model's layer"
         raise ArmorError(f"{described}: {different[0]}: {what}; {again}")
-    if not file.is_file() or sha256(file) != record["sha256"]:
+    if not file.is_file() or sha256(file) != record.sha256:
         raise ArmorError(f"{file}: {'not what its JSON describes' if file.is_file() else 'missing'}; {again}")
     modules: dict[str, PackedLinear] = {}
     sizes: dict[str, int] = {}
@@ -160,12 +155,12 @@ def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Laye
             raise ArmorError(f"{file}: factors of another model (its fingerprint differs); {again}")
         names = set(opened.keys())
         for name, linear in linears.items():
-            entry = record["modules"][name]
-            if entry["method"] == "dense":
+            entry = record.modules[name]
+            if entry.pattern is None:
                 continue
             found = header.get("modules", {}).get(name, {}).get("pattern")
-            if found != entry["pattern"]:
-                expected = f"expected {entry['pattern']} as {described.name} says"
+            if found != entry.pattern:
+                expected = f"expected {entry.pattern} as {described.name} says"
                 raise ArmorError(f"{file}: {name}: pattern {found}, {expected}; {again}")
             modules[name] = layout = _layout(linear, entry)
             for suffix, shape in layout.shapes().items():
@@ -182,10 +177,9 @@ def _checked_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Laye
     return _Layer(file, modules, sizes, record)
 
 
-def _layout(linear: Linear, entry: dict) -> PackedLinear:
-    blocks = entry["block_size"] or {}
-    pattern = Pattern.parse(entry["pattern"])
-    return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.get("left"), blocks.get("right"))
+def _layout(linear: Linear, entry: LinearRecord) -> PackedLinear:
+    blocks, pattern = entry.block_size or BlockSizes(), Pattern.parse(entry.pattern or "")
+    return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.left, blocks.right)
 
 
 def _sizes(shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear]) -> dict[str, int]:
@@ -203,7 +197,7 @@ def _sizes(shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear
     return sizes
 
 
-def _statistics(topology: Topology, layers: list[_Layer], shards: Shards) -> dict[str, float]:
+def _bits(topology: Topology, layers: list[_Layer], shards: Shards) -> tuple[float, float]:
     """Bits per weight over all linears of the decoder layers, compressed and dense; biases do not count."""
     packed = {name: layer for layer in layers for name in layer.modules}
     dense = compressed = 0
@@ -214,4 +208,4 @@ def _statistics(topology: Topology, layers: list[_Layer], shards: Shards) -> dic
             size = sum(packed[linear.name].bytes.get(f"{linear.name}.{suffix}", 0) for suffix in SUFFIXES)
         compressed += size
     weights = topology.linear_parameters
-    return {"bits_per_weight": 8 * compressed / weights, "dense_bits_per_weight": 8 * dense / weights}
+    return 8 * compressed / weights, 8 * dense / weights

@@ -37,14 +37,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
-from armor.config import BenchmarkSettings
-from armor.core.checkpoint import modules_of
+from armor.config.measures import BenchmarkSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads
-from armor.execution.provenance import made_by
-from armor.model.shards import Shards
+from armor.format.checkpoint import modules_of
+from armor.format.provenance import made_by
+from armor.format.shards import Shards
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 
 __all__ = ["benchmark", "bytes_per_token", "generation_speed", "greedy_text", "measure_loading"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
-from armor.core.checkpoint import PackedLinear
+from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["core_alone", "linear_speeds", "wrapped"]

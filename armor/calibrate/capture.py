@@ -1,7 +1,7 @@
 """Calibration, streamed: statistics of every linear's input with the weights of one decoder layer in memory at a time.
 
 The model's own forward runs on each token sequence with recorders in place of the decoder layers
-(`armor.model.skeleton`), which gives the hidden states before the first layer. Then layer by layer: read its weights,
+(`armor.runtime.skeleton`), which gives the hidden states before the first layer. Then layer by layer: read its weights,
 run it on the hidden states of every sequence while hooks sum x² of each distinct input, write its statistics, and let
 its output be the next layer's input. So memory holds one layer and the hidden states, whatever the model's size, and
 past a limit those are on disk alone. They are on disk in any case, so that a run that was killed goes on at the layer
@@ -17,7 +17,6 @@ as a rule, and by 24% in the worst of all 210 linears.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,23 +25,32 @@ import torch
 from torch import Tensor, nn
 
 from armor.calibrate.hidden import HiddenStates, states_file
-from armor.config import CalibrationSettings
-from armor.core.statistics import Accumulator, write_statistics
+from armor.config.sources import CalibrationSettings
 from armor.errors import ArmorError
-from armor.execution.files import sha256, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
-from armor.execution.provenance import combined, made_by
 from armor.execution.resume import Steps, resumable
-from armor.model.shards import Shards
-from armor.model.skeleton import Call, Skeleton, finite, load_layer, load_outside, open_skeleton, record, unload_outside
+from armor.format.provenance import combined, machine, made_by
+from armor.format.records.base import File
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.shards import Shards
+from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
-from armor.model.topology import DecoderLayer, Topology
-from armor.text import describe, token_blocks
+from armor.runtime.skeleton import (
+    Call,
+    Skeleton,
+    finite,
+    load_layer,
+    load_outside,
+    open_skeleton,
+    record,
+    unload_outside,
+)
+from armor.text.blocks import token_blocks
+from armor.text.sources import describe
 
 __all__ = ["calibrate", "compute_dtype", "peak_bytes"]
-
-FORMAT_VERSION = 1
 
 
 def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
@@ -77,10 +85,10 @@ def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) 
 
 def calibrate(
     source: Source, topology: Topology, settings: CalibrationSettings, output: Path | str, device: str = "cpu"
-) -> dict:
+) -> CalibrationRecord:
     """Write the statistics of every decoder layer, layer_{k}.safetensors beside `output` (calibration.json).
 
-    `output` comes last, with the files' hashes, speed and memory; its content is returned. `device` is a torch device.
+    `output` comes last, with the files' hashes, speed and memory, and is returned. `device` is a torch device.
     Raises ArmorError for a topology of another model, too little text, a device with too little memory, or NaN or
     infinity (it names the module).
     """
@@ -107,7 +115,7 @@ def calibrate(
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     work = {
         "fingerprint": source.fingerprint,
-        "layers": [dataclasses.asdict(layer) for layer in topology.layers],
+        "layers": [layer.model_dump(mode="json") for layer in topology.layers],
         "text": text_fingerprint,
         "settings": settings.model_dump(mode="json"),
         "dtype": str(dtype),
@@ -141,46 +149,41 @@ def calibrate(
                 path = output.parent / f"layer_{layer.index}.safetensors"
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
                 write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                files[path.name] = File.of(path)
                 hidden.turn()
                 steps.put(path.name, files[path.name])
                 hidden.forget()
         seconds = steps.seconds()
-        value = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": source.fingerprint,
-            "text_fingerprint": text_fingerprint,
-            "statistics_fingerprint": combined(file["sha256"] for file in files.values()),
-            "sequences": tokens.shape[0],
-            "length": tokens.shape[1],
-            "tokens": tokens.numel(),
-            "dtype": str(hidden.dtype).removeprefix("torch."),
-            "device": device,
-            "files": files,
-            "hidden_states_bytes": hidden.bytes,
-            "spilled_bytes": hidden.spilled_bytes,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens.numel() / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            **made_by(
-                __name__,
-                settings.model_dump(mode="json"),
-                {"model": source.fingerprint, "text": text_fingerprint},
-                device,
-            ),
-        }
-        write_json(output, value)
-    return value
+        record = CalibrationRecord(
+            fingerprint=source.fingerprint,
+            text_fingerprint=text_fingerprint,
+            statistics_fingerprint=combined(file.sha256 for file in files.values()),
+            sequences=tokens.shape[0],
+            length=tokens.shape[1],
+            tokens=tokens.numel(),
+            dtype=str(hidden.dtype).removeprefix("torch."),
+            device=device,
+            files=files,
+            hidden_states_bytes=hidden.bytes,
+            spilled_bytes=hidden.spilled_bytes,
+            seconds=round(seconds, 3),
+            tokens_per_second=round(tokens.numel() / seconds, 1),
+            peak_memory_bytes=peak_memory_bytes(device),
+            made_by=made_by(__name__, settings, {"model": source.fingerprint, "text": text_fingerprint}),
+            machine=machine(device),
+        )
+        record.write(output)
+    return record
 
 
-def _finished(steps: Steps, folder: Path) -> dict[str, dict]:
+def _finished(steps: Steps, folder: Path) -> dict[str, File]:
     """The files of the leading decoder layers that are finished, as `calibrate` describes them.
 
     None, if the hidden states behind them are not there.
     """
-    files: dict[str, dict] = {}
-    while found := steps.get(name := f"layer_{len(files)}.safetensors"):
-        if not (folder / name).is_file() or (folder / name).stat().st_size != found["bytes"]:
+    files: dict[str, File] = {}
+    while found := steps.get(name := f"layer_{len(files)}.safetensors", File):
+        if not (folder / name).is_file() or (folder / name).stat().st_size != found.bytes:
             break
         files[name] = found
     return files if files and states_file(steps.folder, len(files)).is_file() else {}

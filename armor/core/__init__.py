@@ -1,1 +1,1 @@
-"""The vocabulary of the project: N:M patterns, block-diagonal matrices, packed cores; what files hold of them."""
+"""N:M patterns, block-diagonal matrices, packed cores, factorizations. Nothing of the project is imported here."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from armor.core.nm import Pattern
+from armor.core.pattern import Pattern
 
 __all__ = ["pack", "pack_mask", "unpack", "unpack_mask"]
 

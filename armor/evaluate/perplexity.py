@@ -31,13 +31,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from armor.config import EvaluationSettings
+from armor.config.measures import EvaluationSettings
 from armor.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
-from armor.execution.provenance import made_by
 from armor.execution.resume import Steps, identity, resumable
+from armor.format.provenance import made_by
 from armor.runtime.load import (
     context_length,
     load_model,
@@ -47,7 +47,7 @@ from armor.runtime.load import (
     weights_bytes,
 )
 from armor.runtime.streamed import USABLE, StreamedModel
-from armor.text import token_blocks
+from armor.text.blocks import token_blocks
 
 __all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
 

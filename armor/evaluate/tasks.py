@@ -34,18 +34,18 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from armor.config import BUILT_TASKS, EvaluationSettings
+from armor.config.measures import BUILT_TASKS, EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256, write_json
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
-from armor.execution.provenance import combined, made_by
 from armor.execution.resume import identity, resumable
+from armor.format.provenance import combined, made_by
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE, StreamedModel
-from armor.text import describe as describe_text
-from armor.text import documents
+from armor.text.sources import describe as describe_text
+from armor.text.sources import documents
 
 __all__ = ["check_names", "evaluate_tasks"]
 

@@ -2,8 +2,8 @@
 
 The hash covers the modules that a stage executes, found by following `import armor...` statements from its entry
 module, as syntax trees without docstrings; comments and formatting do not count. Templates and C sources of the
-packages on the way count as they are. Modules that cannot change a result are left out: the settings reach a stage
-through the rule's params, and messages, devices, descriptions and estimates touch no number.
+packages on the way count as they are. Modules that cannot change a result are left out: messages, devices and
+provenance touch no number. What is found by name at run time, as methods are, is not followed: it is named as an entry.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ __all__ = ["code_hash"]
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_EFFECT = (
     "armor",
-    "armor.config",
     "armor.errors",
-    "armor.reading",
+    "armor.execution.devices",
     "armor.execution.log",
     "armor.execution.machine",
-    "armor.execution.provenance",
-    "armor.execution.devices",
-    "armor.factorize.memory",
+    "armor.format.provenance",
 )
 
 
-def code_hash(entry: str) -> str:
-    """A hexadecimal hash of the code that module `entry`, like "armor.factorize.layer", executes from this package."""
+def code_hash(*entries: str) -> str:
+    """A hexadecimal hash of the code that these modules, like "armor.factorize.layer", execute from this package."""
     seen: set[str] = set()
-    waiting = [entry]
+    waiting = list(entries)
     while waiting:
         name = waiting.pop()
         if name not in seen and name not in WITHOUT_EFFECT:

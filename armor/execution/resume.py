@@ -17,14 +17,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from armor.errors import ArmorError
 from armor.execution.files import LOCK, read_json, try_lock, write_json
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import describe
+from armor.typed import Typed
 
 __all__ = ["Steps", "identity", "part_of", "resumable"]
 
@@ -42,29 +46,46 @@ def identity(folder: Path) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())]
 
 
+T = TypeVar("T", bound=Typed)
+
+
+class _Step(Typed):
+    """The file that says that a step is finished."""
+
+    value: dict[str, Any]
+    seconds: float
+    """Spent on this work until then."""
+
+
+class _Work(Typed):
+    """The file that says what work the folder is of."""
+
+    fingerprint: str
+
+
 class Steps:
     """The finished steps of one piece of work, and `folder` for the files they made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._start = time.monotonic()
-        self._records: dict[str, dict] = {}
+        self._records: dict[str, _Step] = {}
         for file in folder.glob("*.json"):
-            with contextlib.suppress(ArmorError):  # lost in a power cut: the step is done again
-                self._records[file.stem] = read_json(file)
-        self._before = max((record["seconds"] for record in self._records.values()), default=0.0)
+            with contextlib.suppress(ArmorError, ValidationError):  # lost in a power cut: the step is done again
+                self._records[file.stem] = _Step.model_validate(read_json(file))
+        self._before = max((record.seconds for record in self._records.values()), default=0.0)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, step: str) -> dict | None:
-        """What was recorded of `step`; None if it is not finished."""
-        return self._records[step]["value"] if step in self._records else None
+    def get(self, step: str, kind: type[T]) -> T | None:
+        """What was recorded of `step`, which is of this `kind`; None if it is not finished."""
+        return kind.model_validate(self._records[step].value) if step in self._records else None
 
-    def put(self, step: str, value: dict) -> None:
-        """Record that `step` is finished, with a JSON object to remember. Its files must be on disk by now."""
-        self._records[step] = {"value": value, "seconds": self.seconds()}
-        write_json(self.folder / f"{step}.json", self._records[step])
+    def put(self, step: str, value: Typed) -> None:
+        """Record that `step` is finished, with something to remember. Its files must be on disk by now."""
+        self._records[step] = _Step(value=value.model_dump(mode="json"), seconds=self.seconds())
+        write_json(self.folder / f"{step}.json", self._records[step].model_dump(mode="json"))
 
     def seconds(self) -> float:
         """The seconds spent on this work, those of the runs before included as far as their steps are kept."""
@@ -72,8 +93,8 @@ class Steps:
 
 
 @contextlib.contextmanager
-def resumable(output: Path | str, stage: str, device: str, **work: object) -> Iterator[Steps]:
-    """The steps toward `output` that are finished already; `stage` is the module whose code they run.
+def resumable(output: Path | str, stage: str, device: str, also: Iterable[str] = (), **work: object) -> Iterator[Steps]:
+    """The steps toward `output` that are finished already; `stage` and `also` are the modules whose code they run.
 
     `work` is JSON: whatever else decides the result, as settings and hashes. Raises ArmorError if another process is
     doing the same work.
@@ -85,10 +106,10 @@ def resumable(output: Path | str, stage: str, device: str, **work: object) -> It
         raise ArmorError(f"{output}: another process is at work on it; wait for its end, or end it, and run again")
     steps = None
     try:
-        fingerprint = _fingerprint({"code": code_hash(stage), "machine": _machine(device), **work})
+        fingerprint = _fingerprint({"code": code_hash(stage, *also), "machine": _machine(device), **work})
         if _read(folder / WORK) != fingerprint:
             _empty(folder)
-            write_json(folder / WORK, {"fingerprint": fingerprint})
+            write_json(folder / WORK, _Work(fingerprint=fingerprint).model_dump())
         steps = Steps(folder)
         if len(steps):
             log.info("going on after %d finished steps (%s)", len(steps), folder)
@@ -114,8 +135,8 @@ def _machine(device: str) -> dict:
 
 
 def _read(file: Path) -> str | None:
-    with contextlib.suppress(ArmorError):
-        return read_json(file).get("fingerprint")
+    with contextlib.suppress(ArmorError, ValidationError):
+        return _Work.model_validate(read_json(file)).fingerprint
     return None
 
 

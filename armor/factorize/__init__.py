@@ -1,1 +1,1 @@
-"""From a weight and its calibration statistics to a factorization: pruning, the published optimiser, the solver."""
+"""The stage that compresses one decoder layer."""

@@ -13,35 +13,31 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from armor.config import LayerSettings, ModuleSettings, check_patterns
-from armor.core.factors import FORMAT_VERSION, Factorization, read_factors, write_factors
-from armor.core.nm import Pattern
-from armor.core.statistics import Statistics, read_statistics
+from armor.config.recipes import LayerSettings, ModuleSettings, check_patterns
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
 from armor.errors import ArmorError
-from armor.execution.files import sha256, write_json
+from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
-from armor.execution.provenance import made_by
 from armor.execution.resume import resumable
-from armor.factorize import pruning, published, solver
-from armor.factorize.memory import peak_bytes
-from armor.factorize.objective import sizes as block_sizes
-from armor.factorize.sparsegpt import sparsegpt
-from armor.model.shards import Shards
+from armor.format.factors import read_factors, write_factors
+from armor.format.provenance import machine, made_by
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.shards import Shards
+from armor.format.statistics import Statistics, read_statistics
+from armor.methods import METHODS
 from armor.model.source import Source
-from armor.model.topology import DecoderLayer, Topology
 
 __all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
 
 TRACE_POINTS = 100
-Compress: TypeAlias = Callable[[Tensor, Statistics, ModuleSettings, int], Factorization]
 
 
 def factorize_layer(
@@ -52,10 +48,10 @@ def factorize_layer(
     settings: LayerSettings,
     output: Path | str,
     device: str = "cpu",
-) -> dict:
+) -> LayerRecord:
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
-    `statistics` is the layer's file from calibration, not read if all stays dense. Returns the content of the JSON.
+    `statistics` is the layer's file from calibration, not read if all stays dense. Returns what the JSON holds.
     Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, for statistics that are
     missing, broken or of another model, and for a device with too little memory.
     """
@@ -71,17 +67,18 @@ def factorize_layer(
         "statistics": sha256(statistics) if Path(statistics).is_file() else None,
     }
     work = {
-        "layer": dataclasses.asdict(chosen),
+        "layer": chosen.model_dump(mode="json"),
         "fingerprint": topology.fingerprint,
         "statistics": used["statistics"] if inputs else None,
         "settings": settings.model_dump(mode="json"),
     }
     factors: dict[str, Factorization] = {}
-    modules: dict[str, dict] = {}
-    with resumable(output, __name__, device, **work) as steps:
+    modules: dict[str, LinearRecord] = {}
+    code = settings.code()
+    with resumable(output, __name__, device, code, **work) as steps:
         for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
             name, file = linear.name, steps.folder / f"{linear.name}.safetensors"
-            entry = steps.get(name)
+            entry = steps.get(name, LinearRecord)
             if entry is None or not file.is_file():
                 began = time.perf_counter()
                 asked, note = possible(resolved[name], linear.out_features, linear.in_features)
@@ -95,13 +92,19 @@ def factorize_layer(
                         note = "computed on the CPU: the GPU had too little memory"
                 if note:
                     log.warning("%s: %s", name, note)
-                entry = _entry(asked.method, found) | {
-                    "seed": seed,
-                    "device": place,
-                    "seconds": time.perf_counter() - began,
-                    "peak_memory_bytes": peak_memory_bytes(place),  # of the process so far
-                    "note": note,
-                }
+                entry = LinearRecord(
+                    method=asked.method,
+                    pattern=str(found.pattern) if found else None,
+                    block_size=_block_sizes(found) if found else None,
+                    start_loss=found.start_loss if found else 0.0,
+                    loss=found.loss if found else 0.0,
+                    trace=_thinned(found.trace) if found else (),
+                    seed=seed,
+                    device=place,
+                    seconds=time.perf_counter() - began,
+                    peak_memory_bytes=peak_memory_bytes(place),  # of the process so far
+                    note=note,
+                )
                 write_factors(file, {name: found} if found else {}, {})
                 steps.put(name, entry)
             modules[name] = entry
@@ -109,17 +112,18 @@ def factorize_layer(
         described = output.with_suffix(".json")
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})
-        record = {
-            "format_version": FORMAT_VERSION,
-            "layer": layer,
-            "fingerprint": topology.fingerprint,
-            "sha256": sha256(output),
-            "seconds": steps.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "modules": modules,
-            **made_by(__name__, settings.model_dump(mode="json"), used, device),
-        }
-        write_json(described, record)
+        record = LayerRecord(
+            layer=layer,
+            fingerprint=topology.fingerprint,
+            sha256=sha256(output),
+            statistics_fingerprint=used["statistics"],
+            seconds=steps.seconds(),
+            peak_memory_bytes=peak_memory_bytes(device),
+            modules=modules,
+            made_by=made_by(__name__, settings, used, code),
+            machine=machine(device),
+        )
+        record.write(described)
     return record
 
 
@@ -151,7 +155,7 @@ def factorize_weight(
     if bad := int((~weight.isfinite()).sum()):
         raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
     try:
-        found = METHODS[settings.method](weight, of_input, settings, seed)
+        found = METHODS[settings.method].run(weight, of_input, settings, seed)
     except ValueError as error:
         raise ArmorError(f"{where}: {error}") from error
     if not (math.isfinite(found.loss) and math.isfinite(found.start_loss)):
@@ -162,48 +166,10 @@ def factorize_weight(
     return dataclasses.replace(found, **{name: t.cpu() for name, t in tensors.items() if t is not None})
 
 
-def _entry(method: str, found: Factorization | None) -> dict:
-    """What the JSON says of one linear's factors; None: it stays dense."""
-    if found is None:
-        return {"method": method, "pattern": None, "block_size": None, "start_loss": 0.0, "loss": 0.0, "trace": []}
-    wrappers = {"left": found.left, "right": found.right}
-    sizes = {side: tensor.shape[1] for side, tensor in wrappers.items() if tensor is not None}
-    return {
-        "method": method,
-        "pattern": str(found.pattern),
-        "block_size": sizes or None,
-        "start_loss": found.start_loss,
-        "loss": found.loss,
-        "trace": _thinned(found.trace),
-    }
-
-
-def _armor(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int) -> Factorization:
-    algorithm = {"fast": solver, "published": published}[settings.solver.algorithm]
-    chosen = algorithm.Settings(iterations=settings.solver.iterations)
-    if algorithm is published and settings.solver.selection:
-        chosen = dataclasses.replace(chosen, selection=settings.solver.selection)
-    sizes = {"pattern": settings.pattern, "block_size": settings.block_size}
-    return algorithm.solve(weight, of_input.importance.to(weight.device), **sizes, settings=chosen, seed=seed)
-
-
-def _prune(prune: Callable[..., Factorization], *needed: str) -> Compress:
-    """A method of pruning as it is called here; `needed` names the statistics that it takes, in its order."""
-
-    def method(weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int) -> Factorization:
-        statistics = (getattr(of_input, name).to(weight.device) for name in needed)
-        return prune(weight, *statistics, pattern=settings.pattern)
-
-    return method
-
-
-METHODS: dict[str, Compress] = {
-    "magnitude": _prune(pruning.magnitude, "importance"),
-    "wanda": _prune(pruning.wanda, "importance"),
-    "nowag": _prune(pruning.nowag, "importance"),
-    "sparsegpt": _prune(sparsegpt, "importance", "gram"),
-    "armor": _armor,
-}
+def _block_sizes(found: Factorization) -> BlockSizes | None:
+    if found.left is None and found.right is None:
+        return None
+    return BlockSizes(**{s: f.shape[1] for s, f in (("left", found.left), ("right", found.right)) if f is not None})
 
 
 def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
@@ -223,7 +189,8 @@ def _check_memory(layer: DecoderLayer, resolved: dict[str, ModuleSettings], devi
     for linear in layer.linears if available is not None else ():
         shape = (linear.out_features, linear.in_features)
         itemsize = getattr(torch, linear.dtype).itemsize
-        needed = peak_bytes(shape, itemsize, possible(resolved[linear.name], *shape)[0])
+        chosen = possible(resolved[linear.name], *shape)[0]
+        needed = METHODS[chosen.method].peak_bytes(shape, itemsize, chosen)
         if needed > available:
             raise ArmorError(
                 f"{linear.name}: {shape[0]} x {shape[1]} needs about {needed / 1e9:.1f} GB, {device} has "
@@ -237,7 +204,7 @@ def _statistics(
     """The statistics of every linear's input, by name; empty where all stays dense."""
     if all(settings.method == "dense" for settings in resolved.values()):
         return {}
-    with_gram = {name for name, settings in resolved.items() if settings.method == "sparsegpt"}
+    with_gram = {name for name, settings in resolved.items() if "gram" in METHODS[settings.method].statistics}
     found = read_statistics(file, topology.fingerprint, gram=bool(with_gram))
     for linear in layer.linears:
         if linear.name not in found:
@@ -259,16 +226,15 @@ def possible(settings: ModuleSettings, out_features: int, in_features: int) -> t
     if not pattern.fits(in_features):
         note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
         return settings.model_copy(update={"method": "dense"}), note
-    size = settings.block_size
-    if settings.method == "armor" and size > 1 and 1 in block_sizes((out_features, in_features), pattern, size):
-        note = f"pruned by nowag: no blocks of at most {size} fit a {shape} weight and {pattern}"
-        return settings.model_copy(update={"method": "nowag"}), note
+    method = METHODS[settings.method]
+    if why := method.why_not((out_features, in_features), settings):
+        return settings.model_copy(update={"method": method.instead}), f"pruned by {method.instead}: {why}"
     return settings, None
 
 
-def _thinned(trace: list[tuple[int, float, float]]) -> list[list[float]]:
+def _thinned(trace: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
     """At most TRACE_POINTS points of `trace`, evenly spaced, the first and the last among them."""
     last = len(trace) - 1
     if last < TRACE_POINTS:
-        return [list(point) for point in trace]
-    return [list(trace[round(i * last / (TRACE_POINTS - 1))]) for i in range(TRACE_POINTS)]
+        return trace
+    return [trace[round(i * last / (TRACE_POINTS - 1))] for i in range(TRACE_POINTS)]

@@ -1,1 +1,1 @@
-"""Where a model comes from, what it is made of, and how its tensors are read one by one."""
+"""Where a model comes from, and what it is made of."""

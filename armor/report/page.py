@@ -17,11 +17,11 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from armor.config import ReportSettings
+from armor.config.reading import parse_settings
+from armor.config.report import ReportSettings
 from armor.execution.files import atomic_path
 from armor.execution.log import log
-from armor.execution.provenance import made_by
-from armor.reading import parse_settings
+from armor.format.provenance import made_by
 from armor.report.charts import alone
 from armor.report.figures import figures
 from armor.report.gather import fingerprints, read_results

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from statistics import fmean
 
-from armor.config import ReportPair
-from armor.core.checkpoint import PackedLinear
-from armor.core.nm import Pattern
-from armor.model.topology import Linear, Topology
+from armor.config.report import ReportPair
+from armor.core.pattern import Pattern
+from armor.format.checkpoint import PackedLinear
+from armor.format.records.topology import Linear, Topology
 
 __all__ = [
     "COLUMNS",

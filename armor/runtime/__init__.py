@@ -1,1 +1,1 @@
-"""Computing with packed weights: the layer that stands in for a compressed linear, and how models are loaded."""
+"""Computing with a model: packed linears and their kernels, loading, one decoder layer at a time."""

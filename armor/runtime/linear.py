@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armor.core import blockdiag
-from armor.core.checkpoint import PackedLinear
-from armor.core.factors import Factorization
+from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
 from armor.errors import ArmorError
+from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda
 
 __all__ = ["ArmorLinear"]

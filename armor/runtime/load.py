@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import armor.hf  # noqa: F401  teaches transformers the ARMOR format
+import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
 from armor.errors import ArmorError
-from armor.model.shards import Shards
+from armor.format.shards import Shards
 
 __all__ = [
     "check_names",

@@ -1,6 +1,6 @@
 """A model of which one decoder layer at a time is in memory: for models that are larger than that.
 
-It does what calibration does, on the same skeleton (`armor.model.skeleton`), for models dense and packed: a layer is
+It does what calibration does, on the same skeleton (`armor.runtime.skeleton`), for models dense and packed: a layer is
 read, all that is asked goes through it, and then the next is read. What is asked comes in batches; the hidden states of
 many wait on the host, up to a quarter of its memory, and further batches go through all layers after these. The price
 is to read every weight once for each such group. Text can be generated too, by transformers, with the price that every
@@ -19,10 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
-from armor.hf import swap_skeleton
-from armor.model.shards import Shards
-from armor.model.skeleton import finish, load_outside, open_skeleton, place_outside, read_layer, readers, record
+from armor.format.shards import Shards
 from armor.runtime.load import loaded_dtype
+from armor.runtime.quantizer import swap_skeleton
+from armor.runtime.skeleton import finish, load_outside, open_skeleton, place_outside, read_layer, readers, record
 
 __all__ = ["USABLE", "StreamedModel"]
 

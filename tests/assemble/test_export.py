@@ -16,7 +16,7 @@ import armor.hf  # noqa: F401
 from armor.assemble import folder
 from armor.assemble.export import export
 from armor.assemble.verify import verify
-from armor.config import LayerSettings
+from armor.config.recipes import LayerSettings
 from armor.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, factors_of, packed
 

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from armor.assemble.writer import assemble
-from armor.config import LayerSettings, Override
-from armor.core.factors import Factorization, write_factors
-from armor.core.nm import Pattern
+from armor.config.recipes import LayerSettings, Override
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
 from armor.execution.files import sha256, write_json
-from armor.execution.provenance import made_by
+from armor.format.provenance import made_by
+from armor.format.factors import write_factors
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed, prepared

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.config import LayerSettings, Override
+from armor.config.recipes import LayerSettings, Override
 from armor.errors import ArmorError
-from armor.model.shards import Shards
+from armor.format.shards import Shards
 from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared
 
 Q = "model.layers.0.self_attn.q_proj"

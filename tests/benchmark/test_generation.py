@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_per_token, generation_speed, greedy_text
-from armor.config import BenchmarkSettings, LayerSettings
+from armor.config.measures import BenchmarkSettings
+from armor.config.recipes import LayerSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.runtime.load import load_model, load_tokenizer

@@ -8,10 +8,10 @@ import torch
 from armor.benchmark import linears as module
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.timing import ratios, summary
-from armor.config import LayerSettings
+from armor.config.recipes import LayerSettings
 from armor.core import blockdiag
-from armor.core.checkpoint import modules_of
 from armor.execution.files import read_json
+from armor.format.checkpoint import modules_of
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from tests.packed import packed

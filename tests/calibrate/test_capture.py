@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.calibrate import capture
 from armor.calibrate.capture import calibrate, compute_dtype, peak_bytes
-from armor.config import CalibrationSettings, TextSettings
-from armor.core.statistics import read_statistics
+from armor.config.sources import CalibrationSettings, TextSettings
 from armor.errors import ArmorError
+from armor.format.shards import SINGLE, Shards
+from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
-from armor.model.shards import SINGLE, Shards
 from armor.model.source import open_source
-from armor.model.topology import read_topology
-from armor.text import token_blocks
+from armor.format.records.topology import Topology
+from armor.text.blocks import token_blocks
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 
 COUNT, LENGTH = 5, 48  # longer than the sliding windows
@@ -39,7 +39,7 @@ def text(tmp_path):
 def run(folder, text, output, **settings):
     source = open_source(folder)
     inspect(source, output.parent / "model.json")
-    topology = read_topology(output.parent / "model.json")
+    topology = Topology.read(output.parent / "model.json")
     settings = {"sequences": COUNT, "sequence_length": LENGTH} | settings
     return calibrate(
         source, topology, CalibrationSettings(text=text, **settings), output / "calibration.json"
@@ -181,7 +181,7 @@ def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text,
 def test_another_model_than_the_inspected_one_is_refused(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=1)
     inspect(open_source(folder), tmp_path / "model.json")
-    topology = read_topology(tmp_path / "model.json")
+    topology = Topology.read(tmp_path / "model.json")
     other = open_source(tiny_model(tmp_path / "other", layers=1, seed=1))
     settings = CalibrationSettings(text=text, sequences=2, sequence_length=16)
     with pytest.raises(ArmorError, match="not the model that was inspected"):
@@ -232,16 +232,16 @@ from pathlib import Path
 from armor.calibrate.capture import _embed, _run_layer
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.model.inspect import inspect
-from armor.model.shards import Shards
-from armor.model.skeleton import load_layer, load_outside, open_skeleton, unload_outside
+from armor.format.shards import Shards
+from armor.runtime.skeleton import load_layer, load_outside, open_skeleton, unload_outside
 from armor.model.source import open_source
-from armor.model.topology import read_topology
+from armor.format.records.topology import Topology
 dtype, gram, *folders = sys.argv[1:]
 for folder in folders:
     path = Path(folder)
     inspect(open_source(path), path.with_suffix(".json"))
     shards, skeleton = Shards(path), open_skeleton(path, getattr(torch, dtype))
-    layer = read_topology(path.with_suffix(".json")).layers[0]
+    layer = Topology.read(path.with_suffix(".json")).layers[0]
     load_outside(skeleton, shards)
     tokens = torch.arange(2048).view(1, 2048) % 250
     steps = path.with_suffix(".steps")
@@ -269,7 +269,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
         capture_output=True,
         text=True,
     )
-    topology = read_topology(tmp_path / "large.json")
+    topology = Topology.read(tmp_path / "large.json")
     estimate = peak_bytes(topology, 2048, getattr(torch, dtype), bool(gram))
     assert estimate == pytest.approx(int(done.stdout.split()[-1]), rel=0.2)
 
@@ -277,7 +277,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
 def test_a_device_too_small_is_refused_before_anything_is_read(tmp_path, text, monkeypatch):
     folder = tiny_model(tmp_path / "model")
     inspect(open_source(folder), tmp_path / "model.json")
-    topology = read_topology(tmp_path / "model.json")
+    topology = Topology.read(tmp_path / "model.json")
     needed = peak_bytes(topology, LENGTH, torch.float32, False)
     monkeypatch.setattr(capture, "device_memory_bytes", lambda _: needed - 1)
     monkeypatch.setattr(capture, "token_blocks", None)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from armor.core.nm import Pattern, top_n_mask
 from armor.core.packing import pack, pack_mask, unpack, unpack_mask
+from armor.core.pattern import Pattern, top_n_mask
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "4:8", "1:2", "50%"])

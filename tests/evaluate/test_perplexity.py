@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from armor.config import EvaluationSettings
+from armor.config.measures import EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate import perplexity as module
 from armor.evaluate.perplexity import comparison, evaluate, mean, peak_bytes, perplexity, token_losses

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from armor.assemble.export import export
-from armor.config import EvaluationSettings
+from armor.config.measures import EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of

@@ -172,7 +172,9 @@ def test_the_command_lists_devices_memory_and_holders(nvidia_smi, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["armor", "factorize", "--layer", "3", "--output", "layer_3.safetensors"])
     devices.lease(1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-a28ad590")
-    done = subprocess.run([sys.executable, "-m", "armor.cli", "devices"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "armor.command.cli", "devices"], capture_output=True, text=True, check=True
+    )
     first, second = done.stdout.splitlines()
     assert first == (
         f"0  NVIDIA A100-SXM4-40GB  1.1 of 42.9 GB used  pid {os.getpid()}, factorize -> layer_3.safetensors"

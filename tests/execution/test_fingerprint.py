@@ -55,5 +55,5 @@ def test_the_hash_follows_what_is_executed(project, name, old, new, changes):
 
 
 def test_the_stages_hashes_need_no_torch():
-    code = "from armor.execution.fingerprint import code_hash; code_hash('armor.cli')"
+    code = "from armor.execution.fingerprint import code_hash; code_hash('armor.command.cli')"
     subprocess.run([sys.executable, "-c", f"import sys; {code}; assert 'torch' not in sys.modules"], check=True)

@@ -18,16 +18,19 @@ from tqdm import tqdm
 
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
-from armor.config import CalibrationSettings, EvaluationSettings, LayerSettings, SolverSettings, TextSettings
+from armor.config.measures import EvaluationSettings
+from armor.config.recipes import LayerSettings
+from armor.config.sources import CalibrationSettings, TextSettings
 from armor.errors import ArmorError
 from armor.evaluate.perplexity import evaluate
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
+from armor.solver.settings import SolverSettings
 from tests.killed import left_over, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text
 
-STAGE = "armor.core.nm"
+STAGE = "armor.core.pattern"
 
 
 def steps_of(output, steps=(), **work):

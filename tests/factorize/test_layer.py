@@ -5,16 +5,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from armor.config import LayerSettings, Override, SolverSettings
-from armor.core.factors import read_factors
-from armor.core.nm import Pattern, is_nm
-from armor.core.statistics import Statistics, write_statistics
+from armor.config.recipes import LayerSettings, Override
+from armor.core.pattern import Pattern, is_nm
 from armor.errors import ArmorError
 from armor.factorize import layer
 from armor.factorize.layer import factorize_layer, seed_of
-from armor.factorize.objective import Objective, relative_loss
-from armor.factorize.pruning import magnitude
-from armor.model.shards import Shards
+from armor.format.factors import read_factors
+from armor.format.shards import Shards
+from armor.format.statistics import Statistics, write_statistics
+from armor.solver.objective import Objective, relative_loss
+from armor.solver.pruning import magnitude
+from armor.solver.settings import SolverSettings
 from tests.packed import edit_tensors, opened, prepared
 
 Q = "model.layers.1.self_attn.q_proj"

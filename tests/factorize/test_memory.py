@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from armor.factorize.memory import peak_bytes
 
-from armor.config import LayerSettings, ModuleSettings, SolverSettings
+from armor.config.recipes import LayerSettings, ModuleSettings
 from armor.errors import ArmorError
 from armor.factorize.layer import factorize_layer
-from armor.factorize.memory import peak_bytes
+from armor.solver.settings import SolverSettings
 from tests.packed import opened, prepared
 
 # A small weight first, so that libraries are loaded; then the kernel's high-water mark is set back.
 MEASURE = """
 import gc, sys, torch
-from armor.config import ModuleSettings
-from armor.core.statistics import Statistics
+from armor.config.recipes import ModuleSettings
+from armor.format.statistics import Statistics
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.factorize.layer import METHODS
 settings = ModuleSettings.model_validate_json(sys.argv[4])

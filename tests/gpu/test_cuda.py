@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
 from armor.benchmark.generation import benchmark
-from armor.config import BenchmarkSettings
+from armor.config.measures import BenchmarkSettings
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cuda

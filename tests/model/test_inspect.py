@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from armor.errors import ArmorError
 from armor.model.inspect import input_groups, inspect
-from armor.model.skeleton import Call, Skeleton, record
 from armor.model.source import open_source
-from armor.model.topology import read_topology
+from armor.format.records.topology import Topology
+from armor.runtime.skeleton import Call, Skeleton, record
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
@@ -27,7 +27,7 @@ def save(folder, family, **config):
 def test_every_linear_of_every_decoder_layer_is_found(tmp_path, family):
     folder = tiny_model(tmp_path / "model", family, layers=3, max_shard_size="150KB")
     inspect(open_source(folder), tmp_path / "model.json")
-    topology = read_topology(tmp_path / "model.json")
+    topology = Topology.read(tmp_path / "model.json")
     model = AutoModelForCausalLM.from_pretrained(folder)
     expected = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
     assert {linear.name for linear in topology.linears()} == set(expected)
@@ -52,7 +52,7 @@ def test_a_rope_that_looks_at_the_positions_is_no_obstacle(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
     tiny_model(tmp_path / "model", rope_parameters=rope)
     inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
-    assert len(read_topology(tmp_path / "model.json").layers[0].groups()) == 4
+    assert len(Topology.read(tmp_path / "model.json").layers[0].groups()) == 4
 
 
 def test_models_that_cannot_be_compressed_are_named(tmp_path):

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from armor.config import ModelSettings
+from armor.config.sources import ModelSettings
 from armor.errors import ArmorError
+from armor.format.shards import SINGLE
 from armor.model import source as module
-from armor.model.shards import SINGLE
 from armor.model.source import fetch, open_source
 from tests.tiny import tiny_gguf, tiny_model
 

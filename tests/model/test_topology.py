@@ -7,7 +7,7 @@ import json
 import pytest
 
 from armor.errors import ArmorError
-from armor.model.topology import DecoderLayer, Linear, Topology, read_topology
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 
 
 def topology() -> Topology:
@@ -20,7 +20,7 @@ def topology() -> Topology:
 
 def test_what_was_written_is_read(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(topology().to_json()))
-    assert read_topology(tmp_path / "model.json") == topology()
+    assert Topology.read(tmp_path / "model.json") == topology()
 
 
 def test_groups_keep_the_order_of_the_linears():
@@ -32,4 +32,4 @@ def test_groups_keep_the_order_of_the_linears():
 def test_another_format_is_refused(tmp_path, change):
     (tmp_path / "model.json").write_text(json.dumps(topology().to_json() | change))
     with pytest.raises(ArmorError, match="run armor inspect again"):
-        read_topology(tmp_path / "model.json")
+        Topology.read(tmp_path / "model.json")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from armor.execution.files import write_json
-from armor.model.topology import DecoderLayer, Linear, Topology
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 
 __all__ = ["plan", "write_results"]
 

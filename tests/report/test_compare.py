@@ -187,7 +187,7 @@ def test_a_folder_without_a_report_is_one_error(runs, tmp_path):
 
 
 def armor(*arguments, folder):
-    command = [sys.executable, "-m", "armor.cli", "report", *arguments]
+    command = [sys.executable, "-m", "armor.command.cli", "report", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

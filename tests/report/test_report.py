@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from armor.config import ReportSettings
+from armor.config.report import ReportSettings
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.report import build, print_table

@@ -15,8 +15,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from armor.core.nm import Pattern, top_n_mask
 from armor.core.packing import pack
+from armor.core.pattern import Pattern, top_n_mask
 from armor.runtime import cuda
 from tests.layers import layer
 

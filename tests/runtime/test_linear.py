@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from armor.core import blockdiag
-from armor.core.checkpoint import PackedLinear
-from armor.core.factors import Factorization
-from armor.core.nm import Pattern, top_n_mask
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern, top_n_mask
 from armor.errors import ArmorError
+from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 
 # pattern, out, in, left block, right block

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from armor.execution.files import sha256
-from armor.model.topology import DecoderLayer, Topology
+from armor.format.records.topology import DecoderLayer, Topology
 from tests.workflow.conftest import Run
 
 LAYERS = 12

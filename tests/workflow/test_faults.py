@@ -13,8 +13,8 @@ import time
 import pytest
 import yaml
 
-from armor.config import Config
-from armor.status import start_run
+from armor.config.run import Config
+from armor.run.status import start_run
 from tests.killed import left_over, results_of
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 from tests.workflow.test_rerun import AFTER_FACTORS
@@ -39,7 +39,7 @@ def started(run, *arguments):
 
 def status(folder):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    arguments = [sys.executable, "-m", "armor.cli", "status"]
+    arguments = [sys.executable, "-m", "armor.command.cli", "status"]
     return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from armor.config import Config
+from armor.config.run import Config
 from armor.execution import fingerprint
-from armor.explain import Reruns
+from armor.run.explain import Reruns
 from tests.killed import results_of
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 

@@ -13,9 +13,9 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from armor.config import Config, json_schema
-from armor.reading import load_config
-from armor.status import read_status
+from armor.config.loading import load_config
+from armor.config.run import Config, json_schema
+from armor.run.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
 COLUMNS = (

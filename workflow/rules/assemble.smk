@@ -4,15 +4,15 @@
 rule assemble:
     """Put the factors and the untouched tensors together, shard by shard."""
     input:
-        source="results/{model}/source.json",
-        model="results/{model}/model.json",
-        factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe, "safetensors"),
+        source=R.source(),
+        model=R.topology(),
+        factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe, R.factors),
     output:
-        "results/{model}/{recipe}/checkpoint.json",
+        R.checkpoint(),
     log:
-        "results/logs/{model}/{recipe}/assemble.log",
+        R.log("assemble", "{model}", "{recipe}"),,
     benchmark:
-        "results/benchmarks/{model}/{recipe}/assemble.tsv"
+        R.measured("assemble", "{model}", "{recipe}"),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -21,8 +21,8 @@ rule assemble:
         mem_mb=16000,
         runtime="4h",
     params:
-        factors=lambda wildcards: f"results/{wildcards.model}/{wildcards.recipe}/layers",
-        code=code_hash("armor.assemble.writer"),
+        factors=lambda wildcards: R.layers(wildcards.model, wildcards.recipe),
+        code=code("assemble"),
     message:
         "assemble {wildcards.model} {wildcards.recipe}"
     shell:

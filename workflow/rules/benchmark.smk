@@ -4,14 +4,14 @@
 rule benchmark:
     """Time dense and packed in one process; takes every core, so that nothing else runs beside it."""
     input:
-        source="results/{model}/source.json",
+        source=R.source(),
         model=finished_model,
     output:
-        "results/{model}/{recipe}/benchmark/{benchmark}.json",
+        R.benchmark(),
     log:
-        "results/logs/{model}/{recipe}/benchmark/{benchmark}.log",
+        R.log("benchmark", "{model}", "{benchmark}"),,
     benchmark:
-        "results/benchmarks/{model}/{recipe}/benchmark/{benchmark}.tsv"
+        R.measured("benchmark", "{model}", "{benchmark}"),
     conda:
         "../../envs/armor.yaml"
     threads: ALL_CORES
@@ -20,9 +20,9 @@ rule benchmark:
         mem_mb=24000,
         runtime="2h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.benchmarks[wildcards.benchmark]),
+        settings=settings("benchmark"),
         checkpoint=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--checkpoint {input.model}",
-        code=code_hash("armor.benchmark.generation"),
+        code=code("benchmark"),
     message:
         "benchmark {wildcards.model} {wildcards.recipe} {wildcards.benchmark}"
     shell:

@@ -4,14 +4,14 @@
 rule calibrate:
     """Run the text through the model, one decoder layer in memory at a time."""
     input:
-        source="results/{model}/source.json",
-        model="results/{model}/model.json",
+        source=R.source(),
+        model=R.topology(),
     output:
-        "results/{model}/calibration/{calibration}/calibration.json",
+        R.calibration(),
     log:
-        "results/logs/{model}/calibration/{calibration}.log",
+        R.log("calibrate", "{model}", "{calibration}"),,
     benchmark:
-        "results/benchmarks/{model}/calibration/{calibration}.tsv"
+        R.measured("calibrate", "{model}", "{calibration}"),
     conda:
         "../../envs/armor.yaml"
     threads: 8
@@ -20,8 +20,8 @@ rule calibrate:
         mem_mb=24000,
         runtime="8h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.calibrations[wildcards.calibration]),
-        code=code_hash("armor.calibrate.capture"),
+        settings=settings("calibrate"),
+        code=code("calibrate"),
     message:
         "calibrate {wildcards.model} {wildcards.calibration}"
     shell:

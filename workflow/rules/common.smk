@@ -1,23 +1,24 @@
 """The checked configuration and the small functions that the rules share. No rules.
 
-`SETTINGS` is the configuration as types (armor.config). A rule passes on no more of it than its stage reads, as JSON
-text in its params, so that an edit reruns just what it touches; `code` in the params is the hash of the code that the
-stage executes, so that a changed solver reruns factorize and what follows, and a changed report the report.
+`SETTINGS` is the configuration as types (armor.config.run), `R` has every path (armor.format.layout), and the table of
+jobs (armor.run.jobs) what of the configuration a stage reads and which code it executes. A rule passes on no more than
+that, as JSON text in its params, so that an edit reruns just what it touches.
 """
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
 
-from armor.config import Config, check_patterns
+from armor.command import forkserver
+from armor.config.reading import parse_settings, read_yaml
+from armor.config.recipes import check_patterns
+from armor.config.run import Config
 from armor.errors import ArmorError
-from armor import forkserver
-from armor.execution.fingerprint import code_hash
-from armor.model.topology import read_topology
-from armor.reading import parse_settings
-from armor.status import read_status, start_run, summary
+from armor.format.layout import Results
+from armor.format.records.topology import Topology
+from armor.run.jobs import Job
+from armor.run.status import read_status, start_run, summary
 
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
@@ -26,10 +27,13 @@ os.environ.update(
 )
 
 try:
+    for file in workflow.configfiles:  # Snakemake has read them, and would not say that a key stands in one twice
+        read_yaml(Path(file))
     SETTINGS = parse_settings(Config, config, "configuration")
 except ArmorError as error:
     raise WorkflowError(str(error)) from None
 PAIRS = SETTINGS.pairs()
+R = Results()
 
 try:
     ALL_CORES = workflow.cores
@@ -44,7 +48,7 @@ def any_of(names):
 
 onstart:
     try:
-        start_run(Path("results"), SETTINGS, sys.argv)
+        start_run(Path(R.root), SETTINGS, sys.argv)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
     if workflow.local_exec:
@@ -52,14 +56,14 @@ onstart:
 
 
 onsuccess:
-    print(*summary(Path("results"), SETTINGS), sep="\n", file=sys.stderr)
-    if os.path.isfile(page := "results/report/index.html"):
+    print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
+    if os.path.isfile(page := R.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)
 
 
 onerror:
-    print(*summary(Path("results"), SETTINGS), sep="\n", file=sys.stderr)
-    print(*read_status(Path("results"), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
+    print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
+    print(*read_status(Path(R.root), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
 
 
 wildcard_constraints:
@@ -71,28 +75,28 @@ wildcard_constraints:
     layer=r"\d+",
 
 
-def settings_json(settings):
-    """Settings of one stage, defaults and all, as JSON text with sorted keys: equal settings, equal text."""
-    return json.dumps(settings.model_dump(mode="json", exclude_none=True), sort_keys=True)
+def settings(stage):
+    """A job's settings as JSON text, by its wildcards."""
+    return lambda wildcards: Job(stage, tuple(wildcards)).settings_json(SETTINGS)
 
 
-def is_dense(recipe):
-    """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
-    return SETTINGS.recipes[recipe].method == "dense"
+def code(stage):
+    """The hash of the code that a job executes, by its wildcards."""
+    return lambda wildcards: Job(stage, tuple(wildcards)).code(SETTINGS)
 
 
-def factors_of(model, recipe, suffix):
-    """The files of every decoder layer of one model and recipe: their factors (safetensors) or their records (json).
+def factors_of(model, recipe, path):
+    """The files of every decoder layer of one model and recipe; `path` is R.factors or R.layer.
 
-    Known once the model was inspected; so is then whether the recipe's patterns match any of its modules.
+    Known once the model was inspected, like whether the recipe's patterns match any of its modules.
     """
-    topology = read_topology(checkpoints.inspect.get(model=model).output[0])
+    topology = Topology.read(checkpoints.inspect.get(model=model).output[0])
     try:
         names = (linear.name for linear in topology.linears())
         check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), names)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
-    files = [f"results/{model}/{recipe}/layers/layer_{layer.index}.{suffix}" for layer in topology.layers]
+    files = [path(model, recipe, layer.index) for layer in topology.layers]
     again_if_interrupted(files)
     return files
 
@@ -107,27 +111,23 @@ def again_if_interrupted(files):
 def all_records(wildcards):
     """Every JSON file that the configuration asks for: what the report is made of."""
     files = []
-    for (model, recipe), tasks in PAIRS.items():
-        folder = f"results/{model}/{recipe}"
-        files += [f"{folder}/evaluation/{name}.json" for name in tasks["evaluations"]]
-        files += [f"{folder}/benchmark/{name}.json" for name in tasks["benchmarks"]]
-        if not is_dense(recipe):
-            calibration = SETTINGS.calibration_of(recipe)
-            files += [f"results/{model}/calibration/{calibration}/calibration.json", f"{folder}/checkpoint.json"]
-            files += factors_of(model, recipe, "json")
+    for (model, recipe), asked in PAIRS.items():
+        files += [R.evaluation(model, recipe, name) for name in (*asked.texts, *asked.tasks)]
+        files += [R.benchmark(model, name) for name in asked.benchmarks]
+        if not SETTINGS.is_dense(recipe):
+            files += [R.calibration(model, SETTINGS.calibration_of(recipe)), R.checkpoint(model, recipe)]
+            files += factors_of(model, recipe, R.layer)
     again_if_interrupted(files)
     return list(dict.fromkeys(files))
 
 
 def all_factors(wildcards):
     """Every factors file. A final target too: Snakemake does not miss a deleted file that only other rules ask for."""
-    return [
-        file for model, recipe in PAIRS if not is_dense(recipe) for file in factors_of(model, recipe, "safetensors")
-    ]
+    pairs = (pair for pair in PAIRS if not SETTINGS.is_dense(pair[1]))
+    return [file for model, recipe in pairs for file in factors_of(model, recipe, R.factors)]
 
 
 def finished_model(wildcards):
     """What evaluation reads: the checkpoint of a recipe, or the source where the recipe leaves the model as it is."""
-    if is_dense(wildcards.recipe):
-        return f"results/{wildcards.model}/source.json"
-    return f"results/{wildcards.model}/{wildcards.recipe}/checkpoint.json"
+    is_dense = SETTINGS.is_dense(wildcards.recipe)
+    return R.source(wildcards.model) if is_dense else R.checkpoint(wildcards.model, wildcards.recipe)

@@ -4,14 +4,14 @@
 rule evaluate:
     """Perplexity on blocks of text; of a compressed model also KL divergence and agreement, the dense one beside it."""
     input:
-        source="results/{model}/source.json",
+        source=R.source(),
         model=finished_model,
     output:
-        "results/{model}/{recipe}/evaluation/{evaluation}.json",
+        R.evaluation(),
     log:
-        "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
+        R.log("evaluate", "{model}", "{recipe}", "{evaluation}"),,
     benchmark:
-        "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
+        R.measured("evaluate", "{model}", "{recipe}", "{evaluation}"),
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
     priority: 1  # that of the dense model before the layers of others, for a mistake shows there
@@ -20,12 +20,12 @@ rule evaluate:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=lambda wildcards: 24000 if is_dense(wildcards.recipe) else 40000,  # two models at once
+        mem_mb=lambda wildcards: 24000 if SETTINGS.is_dense(wildcards.recipe) else 40000,  # two models at once
         runtime="8h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
-        dense=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--dense {input.source}",
-        code=code_hash("armor.evaluate.perplexity"),
+        settings=settings("evaluate"),
+        dense=lambda wildcards, input: "" if SETTINGS.is_dense(wildcards.recipe) else f"--dense {input.source}",
+        code=code("evaluate"),
     message:
         "evaluate {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
@@ -41,11 +41,11 @@ rule tasks:
         model=finished_model,
         files=lambda wildcards: SETTINGS.evaluations[wildcards.evaluation].task_files(),
     output:
-        "results/{model}/{recipe}/evaluation/{evaluation}.json",
+        R.evaluation(),
     log:
-        "results/logs/{model}/{recipe}/evaluation/{evaluation}.log",
+        R.log("tasks", "{model}", "{recipe}", "{evaluation}"),,
     benchmark:
-        "results/benchmarks/{model}/{recipe}/evaluation/{evaluation}.tsv"
+        R.measured("tasks", "{model}", "{recipe}", "{evaluation}"),
     wildcard_constraints:
         evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
     priority: 1  # that of the dense model before the layers of others, for a mistake shows there
@@ -57,8 +57,8 @@ rule tasks:
         mem_mb=24000,
         runtime="24h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.evaluations[wildcards.evaluation]),
-        code=code_hash("armor.evaluate.tasks"),
+        settings=settings("tasks"),
+        code=code("tasks"),
     message:
         "tasks {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:

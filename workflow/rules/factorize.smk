@@ -4,18 +4,16 @@
 rule factorize:
     """Compress the linears of one decoder layer: one job, one device."""
     input:
-        source="results/{model}/source.json",
-        model="results/{model}/model.json",
-        calibration=lambda wildcards: "results/{model}/calibration/{calibration}/calibration.json".format(
-            model=wildcards.model, calibration=SETTINGS.calibration_of(wildcards.recipe)
-        ),
+        source=R.source(),
+        model=R.topology(),
+        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
     output:
-        factors="results/{model}/{recipe}/layers/layer_{layer}.safetensors",
-        record="results/{model}/{recipe}/layers/layer_{layer}.json",
+        factors=R.factors(),
+        record=R.layer(),
     log:
-        "results/logs/{model}/{recipe}/layer_{layer}.log",
+        R.log("factorize", "{model}", "{recipe}", "{layer}"),,
     benchmark:
-        "results/benchmarks/{model}/{recipe}/layer_{layer}.tsv"
+        R.measured("factorize", "{model}", "{recipe}", "{layer}"),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -24,8 +22,8 @@ rule factorize:
         mem_mb=16000,
         runtime="4h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.layer_settings(wildcards.recipe, int(wildcards.layer))),
-        code=code_hash("armor.factorize.layer"),
+        settings=settings("factorize"),
+        code=code("factorize"),
     message:
         "factorize {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:

@@ -4,11 +4,11 @@
 rule fetch:
     """Bring the model here as a Hugging Face folder with safetensors."""
     output:
-        "results/{model}/source.json",
+        R.source(),
     log:
-        "results/logs/{model}/fetch.log",
+        R.log("fetch", "{model}"),,
     benchmark:
-        "results/benchmarks/{model}/fetch.tsv"
+        R.measured("fetch", "{model}"),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -17,8 +17,8 @@ rule fetch:
         mem_mb=4000,
         runtime="4h",
     params:
-        settings=lambda wildcards: settings_json(SETTINGS.models[wildcards.model]),
-        code=code_hash("armor.model.source"),
+        settings=settings("fetch"),
+        code=code("fetch"),
     message:
         "fetch {wildcards.model}"
     shell:
@@ -30,13 +30,13 @@ rule fetch:
 checkpoint inspect:
     """Find the decoder layers and their linears; a checkpoint, since the number of layers decides how many jobs follow."""
     input:
-        "results/{model}/source.json",
+        R.source(),
     output:
-        "results/{model}/model.json",
+        R.topology(),
     log:
-        "results/logs/{model}/inspect.log",
+        R.log("inspect", "{model}"),,
     benchmark:
-        "results/benchmarks/{model}/inspect.tsv"
+        R.measured("inspect", "{model}"),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -45,7 +45,7 @@ checkpoint inspect:
         mem_mb=4000,
         runtime="15m",
     params:
-        code=code_hash("armor.model.inspect"),
+        code=code("inspect"),
     message:
         "inspect {wildcards.model}"
     shell:

@@ -6,15 +6,12 @@ rule report:
     input:
         all_records,
     output:
-        report("results/report/index.html", caption="../report/summary.rst", category="Report"),
-        report("results/report/summary.csv", caption="../report/summary.rst", category="Report"),
-        "results/report/summary.json",
-        "results/report/summary.md",
-        "results/report/summary.tex",
+        [report(file, caption="../report/summary.rst", category="Report") for file in R.report()[:2]],
+        R.report()[2:],
     log:
-        "results/logs/report.log",
+        R.log("report"),,
     benchmark:
-        "results/benchmarks/report.tsv"
+        R.measured("report"),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -23,8 +20,8 @@ rule report:
         mem_mb=2000,
         runtime="15m",
     params:
-        settings=SETTINGS.report_settings().model_dump_json(exclude_none=True),  # the order of recipes is that of rows
-        code=code_hash("armor.report"),
+        settings=settings("report"),
+        code=code("report"),
     message:
         "report"
     shell:

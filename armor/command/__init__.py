@@ -1,0 +1,1 @@
+"""The `armor` command, and the server that its jobs are forked from."""

@@ -1,0 +1,103 @@
+"""Settings of what is measured: perplexity, tasks, speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from armor.config.common import Dtype, local_path
+from armor.config.sources import TextSettings
+from armor.typed import Typed
+
+__all__ = ["BUILT_TASKS", "BenchmarkSettings", "EvaluationSettings", "PAPER_TASKS"]
+
+# What ARMOR's paper evaluates, by lm-eval's names, with the number of examples before each question.
+PAPER_TASKS = {
+    "mmlu": 5,
+    "gsm8k": 5,
+    "bbh_cot_fewshot": 3,
+    "gpqa_main_zeroshot": 0,
+    "arc_challenge": 25,
+    "winogrande": 5,
+    "hellaswag": 10,
+}
+
+
+# Tasks that are built from a text.
+BUILT_TASKS = ("last_word", "continuation")
+
+
+def _task(value: str) -> str:
+    return local_path(value) if value.endswith((".yaml", ".yml")) else value
+
+
+class EvaluationSettings(Typed):
+    """Perplexity on blocks of a text, or accuracy on tasks of lm-eval."""
+
+    text: TextSettings | None = None
+    """What perplexity is measured on, or what the tasks last_word and continuation are built from."""
+    sequences: int | None = Field(None, ge=1)
+    """Perplexity: how many blocks; unset: as many as the text has."""
+    sequence_length: int | None = Field(None, ge=2)
+    """Perplexity: tokens in each; unset: the model's context length."""
+    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(None, min_length=1)
+    """Names of lm-eval, YAML files of your own, paper (its seven), last_word and continuation (built from the text)."""
+    shots: int | None = Field(None, ge=0)
+    """Tasks: examples before each question; unset: as the task says. The tasks of paper have their own."""
+    items: int | None = Field(None, ge=4)
+    """Tasks built from the text: how many items each has; unset: 100."""
+    samples: bool = False
+    """Tasks: keep every question, answer and log-likelihood beside the result."""
+    dtype: Dtype = "auto"
+    """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        built = set(BUILT_TASKS) & set(self.tasks or ())
+        others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples")
+        if given := [key for key in others if getattr(self, key)]:
+            raise ValueError(f"{given[0]}: goes with {'perplexity on a text' if self.tasks else 'tasks'}")
+        if (self.tasks is None or built) and self.text is None:
+            raise ValueError(f"text: not given; {', '.join(sorted(built)) or 'perplexity'} needs one; or name tasks")
+        if self.tasks and not built and (self.text or self.items):
+            raise ValueError(f"text and items go with {' and '.join(BUILT_TASKS)}, which are built from it")
+        if len(set(self.task_names())) < len(self.task_names()):
+            raise ValueError(f"tasks: {', '.join(self.task_names())}: each once")
+        return self
+
+    def task_shots(self) -> dict[str, int | None]:
+        """The tasks (names or YAML files), paper's spelt out, and the examples before each question."""
+        found: dict[str, int | None] = {}
+        for task in self.tasks or ():
+            found |= PAPER_TASKS if task == "paper" else {task: self.shots}
+        return found
+
+    def task_names(self) -> list[str]:
+        """What the tasks are called in results: their name, or that of their YAML file."""
+        return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.task_shots()]
+
+    def task_files(self) -> list[str]:
+        """The YAML files of tasks."""
+        return [task for task in self.tasks or () if task.endswith((".yaml", ".yml"))]
+
+
+class BenchmarkSettings(Typed):
+    """Memory and speed of reading and writing, dense, compressed and its core alone in turn in one process."""
+
+    prompt_tokens: int = Field(32, ge=1)
+    """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""
+    new_tokens: int = Field(64, ge=2)
+    """Tokens written in one round; the sequences of a batch share them, 8 each at least."""
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1)
+    """How many sequences at once; the speed at the smallest goes into the summary."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = [
+        "The capital of France is",
+        "Water boils when",
+        "Once upon a time, a fox",
+    ]
+    """Texts that each model goes on with by up to new_tokens tokens, for the report to show side by side."""
+    repeats: int = Field(5, ge=1)
+    """Rounds; each times every model once, and the report shows the median."""
+    dtype: Dtype = "auto"

@@ -1,0 +1,138 @@
+"""Settings of how a model is compressed: a recipe, and what it comes to for one decoder layer and one linear."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from armor.config.common import Name, PatternText, nearest
+from armor.errors import ArmorError
+from armor.methods import METHODS
+from armor.solver.settings import Algorithm, Selection, SolverSettings
+from armor.typed import Typed
+
+__all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"{name!r} is unknown{nearest(name, METHODS)}")
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": list(METHODS)})]
+
+
+class SolverChange(Typed):
+    """The part of SolverSettings that an override changes."""
+
+    iterations: int | None = Field(None, ge=1)
+    algorithm: Algorithm | None = None
+    selection: Selection | None = None
+
+
+class ModuleSettings(Typed):
+    """How one linear is compressed."""
+
+    method: MethodName = "armor"
+    """How a weight is compressed; dense leaves it as it is. The table of methods tells what each is and takes."""
+    pattern: PatternText = "2:4"
+    """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
+    block_size: int = Field(128, ge=1)
+    """Size of the blocks around the core; where it does not divide a dimension, the largest divisor below it serves."""
+    solver: SolverSettings = SolverSettings()
+
+
+class ModuleChange(Typed):
+    """The part of ModuleSettings that an override changes."""
+
+    method: MethodName | None = None
+    pattern: PatternText | None = None
+    block_size: int | None = Field(None, ge=1)
+    solver: SolverChange | None = None
+
+    def apply(self, settings: ModuleSettings) -> ModuleSettings:
+        """`settings` with what is given here put in their place."""
+        change = {key: getattr(self, key) for key in ("method", "pattern", "block_size")}
+        if self.solver is not None:
+            change["solver"] = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
+        return settings.model_copy(update={key: value for key, value in change.items() if value is not None})
+
+
+class Override(ModuleChange):
+    """A change for some decoder layers, some modules, or some modules of some layers."""
+
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of decoder layers, from 0; unset: all."""
+    modules: str = "*"
+    """A shell-style pattern over full module names, like *.down_proj."""
+
+
+class LayerSettings(ModuleSettings):
+    """A recipe resolved for one decoder layer."""
+
+    seed: int = 0
+    overrides: list[Override] = []
+    """Those that concern this layer, their layer numbers dropped; later ones win."""
+
+    def methods(self) -> list[str]:
+        """The methods that it names, each once."""
+        return _methods(self.method, self.overrides)
+
+    def code(self) -> list[str]:
+        """The modules of the methods, for the hash of the code that a layer's job executes."""
+        return sorted({module for name in self.methods() for module in METHODS[name].modules})
+
+    def for_module(self, name: str) -> ModuleSettings:
+        """The settings of the linear with the full module name `name`."""
+        settings = ModuleSettings(**{key: getattr(self, key) for key in ModuleSettings.model_fields})
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(name, override.modules):
+                settings = override.apply(settings)
+        return settings
+
+
+class Recipe(ModuleSettings):
+    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions."""
+
+    calibration: Name | None = None
+    """The calibration whose statistics serve; unset: the only one there is."""
+    keep_dense: list[str] = []
+    """Shell-style patterns over full module names; what matches stays as it is."""
+    overrides: list[Override] = []
+    """Exceptions by layer number and module pattern; later ones win."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        solvers = [self.solver, *(override.solver for override in self.overrides if override.solver)]
+        if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
+            raise ValueError("solver.selection: goes with algorithm: published")
+        return self
+
+    def methods(self) -> list[str]:
+        """The methods that it names, each once."""
+        return _methods(self.method, [*self.overrides, *(Override(method="dense") for _ in self.keep_dense)])
+
+    def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
+        """The recipe resolved for decoder layer `layer`."""
+        overrides = [o for o in self.overrides if o.layers is None or layer in o.layers]
+        overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
+        overrides += [Override(modules=pattern, method="dense") for pattern in self.keep_dense]
+        base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
+        return LayerSettings(**base, seed=seed, overrides=overrides)
+
+
+def _methods(own: str, overrides: list[Override]) -> list[str]:
+    return sorted({own, *(override.method for override in overrides if override.method)})
+
+
+def check_patterns(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise ArmorError for the first of `patterns` that matches none of the full names `modules`: likely a typo."""
+    modules = list(modules)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            ends = sorted({f"*.{name.rpartition('.')[2]}" for name in modules})
+            raise ArmorError(f"{where}: {pattern!r} matches no linear of the model{nearest(pattern, ends)}")

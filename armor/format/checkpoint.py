@@ -1,0 +1,278 @@
+"""The packed checkpoint: which tensors stand for a compressed linear, and how a sound one is told from a broken one.
+
+A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
+`.left` and `.right`. Which linears, with which shapes, stands in config.json under `quantization_config`.
+docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
+file, so the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armor.core.factorization import Factorization
+from armor.core.packing import unpack, unpack_mask
+from armor.core.pattern import Pattern, is_nm
+from armor.errors import ArmorError
+from armor.execution.files import read_json
+from armor.format.shards import INDEX, SINGLE, Shards
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "REMEDY",
+    "SUFFIXES",
+    "PackedLinear",
+    "check_headers",
+    "check_keys",
+    "check_tensor",
+    "modules_of",
+    "quantization_config",
+    "read_packed",
+    "tombstone",
+]
+
+QUANT_METHOD = "armor"
+FORMAT_VERSION = 1
+SUFFIXES = ("core_values", "core_mask", "left", "right")
+FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+REMEDY = "assemble or copy the checkpoint again"
+WEIGHTS = (SINGLE, "model-*-of-*.safetensors")
+ENTRIES = 1 << 24  # of a mask that are unpacked at a time
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A compressed linear: the (out, in) of the weight it replaces, the core's pattern, the wrappers' block sizes.
+
+    `left_block_size` d makes `left` (out/d, d, d), `right_block_size` d makes `right` (in/d, d, d); None: no wrapper.
+    """
+
+    out_features: int
+    in_features: int
+    pattern: Pattern
+    left_block_size: int | None = None
+    right_block_size: int | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its suffix."""
+        n, m = self.pattern.group(self.in_features)
+        shapes: dict[str, tuple[int, ...]] = {
+            "core_values": (self.out_features, self.in_features // m * n),
+            "core_mask": (self.out_features, -(-self.in_features // 8)),
+        }
+        if d := self.left_block_size:
+            shapes["left"] = (self.out_features // d, d, d)
+        if d := self.right_block_size:
+            shapes["right"] = (self.in_features // d, d, d)
+        return shapes
+
+    def bits_per_weight(self, bits: int) -> float:
+        """What one entry of the weight takes, in a dtype of `bits` bits; the mask takes one bit for each column."""
+        shapes = self.shapes()
+        mask = 8 * math.prod(shapes.pop("core_mask"))
+        return (mask + bits * sum(map(math.prod, shapes.values()))) / (self.out_features * self.in_features)
+
+
+def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
+    """What config.json says of `modules`: those of the same layout listed in one group, in the order of `modules`."""
+    groups: dict[PackedLinear, list[str]] = {}
+    for name, layout in modules.items():
+        groups.setdefault(layout, []).append(name)
+    described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": described}
+
+
+def modules_of(config: object, where: str = "config.json: quantization_config") -> dict[str, PackedLinear]:
+    """The compressed linears by name, in order, from what config.json says. Raises ArmorError for anything unknown."""
+    if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
+        found = config.get("quant_method") if isinstance(config, Mapping) else config
+        raise ArmorError(
+            f"{where}: found {found!r}, expected quant_method {QUANT_METHOD!r}; is this a packed checkpoint?"
+        )
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:  # True == 1
+        raise ArmorError(f"{where}: format_version {version!r}, expected {FORMAT_VERSION}; use the armor that wrote it")
+    check_keys(config, ("quant_method", "format_version", "groups"), where)
+    if not isinstance(config["groups"], (list, tuple)) or not config["groups"]:
+        raise ArmorError(f"{where}: groups {config['groups']!r}, expected a list of groups of modules; {REMEDY}")
+    modules: dict[str, PackedLinear] = {}
+    for index, group in enumerate(config["groups"]):
+        place = f"{where}: groups.{index}"
+        layout = _layout(group, place)
+        names = group["modules"]
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise ArmorError(f"{place}.modules: found {names!r}, expected a list of names; {REMEDY}")
+        for name in names:
+            if name in modules:
+                raise ArmorError(f"{place}.modules: {name} is listed twice; {REMEDY}")
+            modules[name] = layout
+    return modules
+
+
+def check_keys(found: object, expected: Iterable[str], where: str) -> None:
+    """Raises ArmorError unless `found` is a mapping with exactly the keys `expected`; `where` begins the message."""
+    expected = set(expected)
+    keys = set(found) if isinstance(found, Mapping) else set()
+    if wrong := sorted(map(str, keys ^ expected)):
+        what = "unknown" if wrong[0] in keys else "missing"
+        raise ArmorError(f"{where}: {what} key {wrong[0]}, expected {', '.join(sorted(expected))}; {REMEDY}")
+
+
+def _layout(group: object, where: str) -> PackedLinear:
+    check_keys(group, [*PackedLinear.__dataclass_fields__, "modules"], where)
+    values = {key: group[key] for key in PackedLinear.__dataclass_fields__}  # type: ignore[index]
+    sizes = ("out_features", "in_features", "left_block_size", "right_block_size")
+    for key in sizes:
+        value = values[key]
+        if not (type(value) is int and value > 0 or value is None and key.endswith("block_size")):
+            raise ArmorError(f"{where}.{key}: found {value!r}, expected a positive integer; {REMEDY}")
+    for key, block in (("out_features", "left_block_size"), ("in_features", "right_block_size")):
+        if values[block] and values[key] % values[block]:
+            raise ArmorError(f"{where}.{block}: {values[block]} does not divide {key} {values[key]}; {REMEDY}")
+    try:
+        if not isinstance(values["pattern"], str):
+            raise ValueError(f"pattern {values['pattern']!r}: expected text, like 2:4")
+        values["pattern"] = Pattern.parse(values["pattern"])
+        values["pattern"].group(values["in_features"])
+    except ValueError as error:
+        raise ArmorError(f"{where}.pattern: {error}; {REMEDY}") from None
+    return PackedLinear(**values)
+
+
+def tombstone(modules: Mapping[str, PackedLinear]) -> str:
+    """The name of the tensor, shape (1,) uint8, that stops readers which know nothing of this format.
+
+    Named like a dense weight, its shape is an error to them; without it transformers would fill the linears with random
+    numbers and go on.
+    """
+    return f"{next(iter(modules))}.weight"
+
+
+def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
+    """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
+    for name, layout in modules.items():
+        dtype = None
+        for suffix, shape in layout.shapes().items():
+            tensor = f"{name}.{suffix}"
+            if tensor not in shards:
+                dense = f"{name}.weight" in shards and f"{name}.weight" != tombstone(modules)
+                missing = f"missing, config.json lists it with shape {shape}"
+                state = "a dense weight stands in its place" if dense else missing
+                raise ArmorError(f"{shards.place}: {tensor}: {state}; {REMEDY}")
+            where = shards.where(tensor)
+            if shards.shape(tensor) != shape:
+                raise ArmorError(f"{where}: shape {shards.shape(tensor)}, expected {shape}; {REMEDY}")
+            found = shards.dtype(tensor)
+            if suffix == "core_mask":
+                if found != "uint8":
+                    raise ArmorError(f"{where}: dtype {found}, expected uint8; {REMEDY}")
+            elif found not in FLOATS or found != (dtype or found):
+                raise ArmorError(f"{where}: dtype {found}, expected {dtype or 'a float dtype'}; {REMEDY}")
+            else:
+                dtype = found
+    for tensor in shards.names():
+        name, _, suffix = tensor.rpartition(".")
+        where = shards.where(tensor)
+        if suffix in SUFFIXES and (name not in modules or suffix not in modules[name].shapes()):
+            raise ArmorError(f"{where}: not a tensor that config.json lists; {REMEDY}")
+        if suffix == "weight" and name in modules and tensor != tombstone(modules):
+            raise ArmorError(f"{where}: a dense weight of a linear that config.json lists as compressed; {REMEDY}")
+    on_disk = {file.name for pattern in WEIGHTS for file in shards.folder.glob(pattern)}
+    if stale := sorted(on_disk - set(shards.files)):
+        raise ArmorError(
+            f"{shards.folder / stale[0]}: stale weights, expected {', '.join(shards.files[:3])} alone; delete it"
+        )
+    index = shards.folder / INDEX
+    if index.is_file() and (unlisted := sorted(set(shards.names()) - read_json(index)["weight_map"].keys())):
+        raise ArmorError(f"{index}: {unlisted[0]}: in {shards.file_of(unlisted[0])}, but not in the index; {REMEDY}")
+    if not modules:
+        return
+    guard = tombstone(modules)
+    if guard not in shards or shards.shape(guard) != (1,):
+        found = shards.shape(guard) if guard in shards else "nothing"
+        raise ArmorError(
+            f"{shards.place}: {guard}: found {found}, expected shape (1,), which stops readers without armor; {REMEDY}"
+        )
+
+
+def check_tensor(where: str, name: str, tensor: Tensor, modules: Mapping[str, PackedLinear]) -> None:
+    """Check what tensor `name` of file `where` holds: a mask of the pattern, or numbers. Raises ArmorError.
+
+    No tensor may hold NaN; those of compressed linears must be finite.
+    """
+    module, _, suffix = name.rpartition(".")
+    if suffix == "core_mask" and module in modules:
+        layout = modules[module]
+        bad = _row_off_pattern(tensor.cpu(), layout.in_features, layout.pattern)
+        if bad is not None:
+            raise ArmorError(f"{where}: {name}: row {bad} does not keep {layout.pattern} of its positions; {REMEDY}")
+    elif tensor.dtype in FLOATS.values() and tensor.numel():
+        largest, infinity = _magnitude(tensor), _infinity(tensor.dtype)
+        if largest > infinity or largest == infinity and module in modules:
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ArmorError(f"{where}: {name}: {count} of {tensor.numel()} numbers are NaN or infinite; {REMEDY}")
+
+
+def _magnitude(tensor: Tensor) -> int:
+    """The largest magnitude in a float tensor, as the integer that its bits make: above infinity's lies only NaN.
+
+    As fast as memory, in the calling thread alone: torch's own reductions would share themselves out over all threads,
+    and wait for those that are hashing.
+    """
+    width = tensor.dtype.itemsize
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    positive, negative = int(bits.view(f"i{width}").max()), int(bits.view(f"u{width}").max()) - (1 << 8 * width - 1)
+    return max(positive, negative)
+
+
+@functools.cache
+def _infinity(dtype: torch.dtype) -> int:
+    return _magnitude(torch.tensor([torch.inf], dtype=dtype, device="cpu"))
+
+
+@functools.cache
+def _byte_table(n: int, m: int, columns: int) -> np.ndarray:
+    """Which of the 256 bytes are sound for `columns` positions: n of every m kept, nothing beyond."""
+    groups = [(1 << m) - 1 << shift for shift in range(0, columns, m)]
+    sound = (all((byte & g).bit_count() == n for g in groups) and byte >> columns == 0 for byte in range(256))
+    return np.fromiter(sound, dtype=bool, count=256)
+
+
+def _row_off_pattern(bits: Tensor, columns: int, pattern: Pattern) -> int | None:
+    """The first row of `bits` (out, ceil(columns/8)) uint8 that breaks `pattern` or has bits past the end, or None."""
+    n, m = pattern.group(columns)
+    if 8 % m == 0:  # no group crosses a byte: look every byte up
+        full = columns // 8
+        table = _byte_table(n, m, 8)
+        if columns % 8 == 0 and table[bits.numpy()].all():
+            return None
+        sound = table[bits[:, :full].numpy()].all(1)
+        if columns % 8:
+            sound &= _byte_table(n, m, columns % 8)[bits[:, full].numpy()]
+        return None if sound.all() else int((~sound).argmax())
+    step = max(ENTRIES // columns, 1)
+    for start in range(0, len(bits), step):
+        mask = unpack_mask(bits[start : start + step], bits.shape[1] * 8)
+        for row in () if is_nm(mask[:, :columns], pattern) and not mask[:, columns:].any() else range(len(mask)):
+            if not is_nm(mask[row : row + 1, :columns], pattern) or mask[row, columns:].any():
+                return start + row
+    return None
+
+
+def read_packed(shards: Shards, name: str, layout: PackedLinear) -> Factorization:
+    """The factors of the compressed linear `name`, checked as they are read. Raises ArmorError if they are broken."""
+    tensors = {}
+    for suffix in layout.shapes():
+        tensor = f"{name}.{suffix}"
+        tensors[suffix] = shards.read(tensor)
+        check_tensor(str(shards.folder / shards.file_of(tensor)), tensor, tensors[suffix], {name: layout})
+    core = unpack(tensors.pop("core_values"), tensors.pop("core_mask"), layout.in_features, layout.pattern)
+    return Factorization(*core, layout.pattern, **tensors)

@@ -1,0 +1,154 @@
+"""checksums.json: the SHA-256 of a checkpoint's files and tensors, and of itself, so that no flipped bit is loaded.
+
+The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. Hashing 200 MB takes
+a tenth of a second, as long as transformers takes to make the model, so it runs beside that: each file is mapped and
+hashed in one call that lets go of the interpreter's lock. Where there are no hashes (transformers' save_pretrained
+writes none) the numbers themselves are looked at instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from armor.errors import ArmorError
+from armor.execution.files import read_json
+from armor.format.checkpoint import FORMAT_VERSION, REMEDY, PackedLinear, check_keys, check_tensor
+from armor.format.provenance import CHECKSUMS
+from armor.format.records.base import File
+from armor.format.shards import INDEX, Shards
+
+__all__ = [
+    "CHECKSUMS",
+    "check_contents",
+    "loaded_files",
+    "read_checksums",
+    "sealed",
+    "start_hashing",
+    "tensor_sha256",
+]
+
+
+def check_contents(
+    shards: Shards, modules: Mapping[str, PackedLinear], hashes: Mapping[str, str] | None = None
+) -> None:
+    """Check every tensor of a checkpoint, through mapped files, and its hash where `hashes` has any.
+
+    Raises ArmorError for the first that is broken.
+    """
+    for file in shards.files:
+        where = str(shards.folder / file)
+        for name, tensor in shards.mapped(file):
+            check_tensor(where, name, tensor, modules)
+            if hashes and tensor_sha256(tensor) != hashes[name]:
+                raise ArmorError(f"{where}: {name}: differs from its hash in {CHECKSUMS}; {REMEDY}")
+
+
+def start_hashing(shards: Shards, sums: Mapping[str, Mapping] | None, files: Iterable[str]) -> Callable[[], None]:
+    """Begin to hold `files` against their hashes in `sums` (None: there are none), and return what waits for the end.
+
+    It runs beside the caller, in as many threads as torch computes with, each file in one call that lets go of the
+    interpreter's lock. Waiting raises ArmorError that names the file and, within a shard, the tensor.
+    """
+    if sums is None:
+        return lambda: None
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    jobs = [pool.submit(_check_hash, shards, file, sums) for file in sorted(files)]
+    pool.shutdown(wait=False)
+
+    def wait() -> None:
+        for job in jobs:
+            job.result()
+
+    return wait
+
+
+def loaded_files(shards: Shards) -> list[str]:
+    """The files that a model is loaded from."""
+    return [*shards.files, "config.json", *([INDEX] if (shards.folder / INDEX).exists() else [])]
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+
+
+def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:
+    """The content of checksums.json from sizes and hashes of files and hashes of tensors; its last entry is its own."""
+    sums = {
+        "format_version": FORMAT_VERSION,
+        "files": {name: file.model_dump() for name, file in files.items()},
+        "tensors": dict(tensors),
+    }
+    return sums | {"sha256": _own_sha256(sums)}
+
+
+def _own_sha256(sums: Mapping) -> str:
+    text = json.dumps({key: sums[key] for key in sums if key != "sha256"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_checksums(shards: Shards) -> dict | None:
+    """The content of checksums.json, None if there is none. Raises ArmorError if it cannot be of this checkpoint."""
+    path = shards.folder / CHECKSUMS
+    if not path.is_file():  # transformers' save_pretrained writes none
+        return None
+    sums = read_json(path)
+    check_keys(sums, ("format_version", "files", "tensors", "sha256"), str(path))
+    if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
+        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {FORMAT_VERSION}; {REMEDY}")
+    for key in ("files", "tensors"):
+        if not isinstance(sums[key], dict):
+            raise ArmorError(f"{path}: {key}: found {type(sums[key]).__name__}, expected a table of hashes; {REMEDY}")
+    for name in sums["files"]:
+        if name != Path(name).name:
+            raise ArmorError(f"{path}: files: {name}: not a file of this folder; {REMEDY}")
+    if unlisted := sorted(set(loaded_files(shards)) - set(sums["files"])):
+        raise ArmorError(f"{path}: does not list {unlisted[0]}; {REMEDY}")
+    if wrong := sorted(set(shards.names()) ^ set(sums["tensors"])):
+        there = f"in {shards.file_of(wrong[0])}, but not listed" if wrong[0] in shards else "listed, but in no shard"
+        raise ArmorError(f"{path}: tensors: {wrong[0]}: {there}; {REMEDY}")
+    if (own := _own_sha256(sums)) != sums["sha256"]:
+        raise ArmorError(
+            f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY} (after an edit on "
+            "purpose, delete it)"
+        )
+    return sums
+
+
+def _check_hash(shards: Shards, name: str, sums: Mapping[str, Mapping]) -> None:
+    """Hold one file of a checkpoint against its hash. Raises ArmorError naming it and, within a shard, the tensor."""
+    file = shards.folder / name
+    if not file.is_file():
+        raise ArmorError(f"{file}: missing, listed in {CHECKSUMS}; {REMEDY}")
+    if _bytes_and_hash(file) == sums["files"][name]:
+        return
+    place = f"{file}: "
+    if name in shards.files:
+        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums["tensors"][tensor])
+        place += "".join(f"{tensor}: " for tensor in itertools.islice(found, 1))
+    raise ArmorError(
+        f"{place}differs from its hash in {CHECKSUMS}; {REMEDY} (after an edit on purpose, delete {CHECKSUMS})"
+    )
+
+
+def _bytes_and_hash(file: Path) -> dict[str, int | str]:
+    """The size and SHA-256 of a file as checksums.json lists them.
+
+    The file is mapped and hashed in one call: whoever reads it in pieces, beside a loader that is busy in Python, waits
+    for the interpreter's lock after every piece.
+    """
+    size = file.stat().st_size
+    if not size:  # cannot be mapped
+        return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return {"bytes": size, "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,71 @@
+"""Provenance: what made a result, in its record: stage, hash of its code, settings, inputs, machine.
+
+`made_by` and `machine` are the one place that decides what a record says of its origin, and `armor explain` reads it
+back. Inputs are named by fingerprints of their content, never by path or time, so that a result made elsewhere from the
+same things says the same. It goes into the JSON beside a result, not into tensor files: these stay equal on any machine
+that computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from armor.execution.files import read_json, sha256
+from armor.execution.fingerprint import code_hash
+from armor.execution.machine import describe
+from armor.format.records.base import Machine, MadeBy
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.records.source import SourceRecord
+from armor.typed import Typed
+
+__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "machine", "made_by", "model_fingerprint", "ranges"]
+
+CHECKSUMS = "checksums.json"
+"""The file in a packed checkpoint with the hashes of all the others."""
+PROVENANCE = "provenance.json"
+"""The file in a packed checkpoint that says what made it, wherever it is copied to."""
+
+
+def made_by(stage: str, settings: Typed | None, inputs: Mapping[str, str | None], also: Iterable[str] = ()) -> MadeBy:
+    """What made a result.
+
+    `stage` is the module that the rule's code hash starts from, `also` those beside it; `settings` the resolved ones,
+    the seed among them; `inputs` are fingerprints by name, None for one that has none.
+    """
+    said = settings.model_dump(mode="json") if settings else {}
+    return MadeBy(stage=stage, code=code_hash(stage, *also), settings=said, inputs=dict(inputs))
+
+
+def machine(device: str = "cpu") -> Machine:
+    """What this job runs on; `device` is its torch device."""
+    return Machine(**describe(device))
+
+
+def combined(hashes: Iterable[str | None]) -> str:
+    """One fingerprint for several, in their order."""
+    return hashlib.sha256("\n".join(map(str, hashes)).encode()).hexdigest()
+
+
+def model_fingerprint(path: Path) -> str | None:
+    """What tells the model behind source.json, checkpoint.json or a folder from others, without reading its weights.
+
+    None for a folder without checksums.json. Raises ArmorError if a file is missing or no such record.
+    """
+    if path.is_dir():
+        return sha256(path / CHECKSUMS) if (path / CHECKSUMS).is_file() else None
+    if "checkpoint_bytes" in read_json(path):
+        return CheckpointRecord.read(path).files[CHECKSUMS].sha256
+    return SourceRecord.read(path).fingerprint
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers that rise, as people write them: 0 to 3, 5, 7 to 9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)

@@ -1,0 +1,109 @@
+"""What all records share: a version, reading and writing, and what made the result that they speak of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import ValidationError
+
+from armor.errors import ArmorError
+from armor.execution.files import read_json, sha256, write_json
+from armor.typed import Typed
+
+__all__ = ["File", "Made", "MadeBy", "Machine", "Record"]
+
+
+class Record(Typed):
+    """A JSON file between two stages. A subclass sets `format_version: Literal[N] = N`, and AGAIN."""
+
+    AGAIN: ClassVar[str]
+    """What to do where the file is of another version, or broken."""
+
+    @classmethod
+    def version(cls) -> int:
+        """The version that this release reads and writes."""
+        return get_args(cls.model_fields["format_version"].annotation)[0]
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """The record in `path`. Raises ArmorError, one line, if it is missing, broken or of another version."""
+        value = read_json(path)
+        found = value.get("format_version")
+        if type(found) is not int or found != cls.version():  # True == 1
+            raise ArmorError(f"{path}: format {found!r}, expected {cls.version()}; {cls.AGAIN}")
+        try:
+            # JSON has no tuples: reading as JSON lets a list stand for one, and takes no text for a number.
+            return cls.model_validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            what = {"missing": "is missing", "extra_forbidden": "is unknown"}.get(first["type"], first["msg"])
+            raise ArmorError(f"{path}: {where}: {what}; no record of this release; {cls.AGAIN}") from None
+
+    @classmethod
+    def read_if_there(cls, path: Path | str) -> Self | None:
+        """As `read`; None where there is no such file."""
+        return cls.read(path) if Path(path).is_file() else None
+
+    def write(self, path: Path | str) -> None:
+        """Write it as indented JSON with sorted keys, atomically. Raises ValueError for NaN and infinity."""
+        write_json(path, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """Its content as JSON has it."""
+        return self.model_dump(mode="json")
+
+
+class File(Typed):
+    """A file by its content."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Its SHA-256, in hexadecimal."""
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """The file at `path`, which is read whole."""
+        return cls(bytes=path.stat().st_size, sha256=sha256(path))
+
+
+class Machine(Typed):
+    """What a job ran on."""
+
+    processor: str
+    """The processor's name, on x86 with family and model."""
+    cores: int | None
+    """Cores of the machine."""
+    threads: int
+    """Threads that the job computed with."""
+    device: str
+    """cpu, or the card's name."""
+    versions: dict[str, str]
+    """Versions of Python, of this package and of those that it computes with."""
+
+
+class MadeBy(Typed):
+    """What made a result: nothing in it names a path or a time."""
+
+    stage: str
+    """The module that the stage's code starts from."""
+    code: str
+    """The hash of the code that it executed."""
+    settings: dict[str, Any]
+    """The settings of the stage, resolved, the seed among them."""
+    inputs: dict[str, str | None]
+    """Fingerprints of what it read, by name; null for one that has none."""
+
+
+class Made(Record):
+    """A record of a result that a job computed."""
+
+    made_by: MadeBy
+    machine: Machine
+    seconds: float
+    """Seconds of the work; those of runs that were interrupted count as far as their steps were kept."""
+    peak_memory_bytes: int
+    """The most memory that the process held: resident on the host, or allocated on the card."""

@@ -1,0 +1,116 @@
+"""benchmark/{name}.json: size, memory and speed of a model and its compressed forms, timed in turn in one process."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from armor.format.records.base import Made
+from armor.typed import Typed
+
+__all__ = ["BenchmarkRecord", "CoreSide", "LinearSpeed", "Phases", "Runs", "Sample", "Side"]
+
+
+class Runs(Typed):
+    """A quantity that was measured in several rounds."""
+
+    median: float
+    quartiles: tuple[float, float]
+    """The first and the third."""
+    runs: tuple[float, ...]
+    """Each round's."""
+
+
+class Phases(Typed):
+    """One quantity of reading a prompt and of writing after it."""
+
+    prefill: Runs
+    decode: Runs
+
+
+class CoreSide(Typed):
+    """A packed model without its A and B: no model, so the difference is what the blocks cost."""
+
+    bytes_on_disk: int
+    """Computed from the format."""
+    bits_per_weight: float | None
+    bytes_per_token: int
+    tokens_per_second: dict[str, Phases]
+    """All sequences together, by batch size."""
+    speedup: dict[str, Phases]
+    """Over the dense model, round by round."""
+    theoretical_speedup: float
+    """The dense model's bytes for a token by its own."""
+
+
+class LinearSpeed(Typed):
+    """One row times the linears of one shape, dense, packed, and packed without blocks."""
+
+    out_features: int
+    in_features: int
+    pattern: str
+    left_block_size: int | None
+    right_block_size: int | None
+    count: int
+    """Linears of this shape."""
+    dense_milliseconds: Runs
+    """For one linear."""
+    milliseconds: Runs
+    """Packed."""
+    speedup: Runs
+    """Dense by packed, round by round."""
+    theoretical_speedup: float
+    """By the bytes of the weights."""
+    core_milliseconds: Runs | None
+    """Without blocks; null where there are none."""
+    core_speedup: Runs | None
+
+
+class Side(Typed):
+    """One model of a benchmark."""
+
+    bytes_on_disk: int
+    """The safetensors files."""
+    bits_per_weight: float | None
+    """Of the decoder layers' linears; null where no checkpoint.json says it."""
+    resident_bytes: int
+    """What the loaded model holds by itself, on the host or on the card."""
+    peak_bytes: int
+    """The most that it held while it was loaded, read a prompt of the largest batch and wrote a token."""
+    load_seconds: float
+    bytes_per_token: int
+    """Weights that are read for a token."""
+    tokens_per_second: dict[str, Phases]
+    """All sequences together, by batch size."""
+    speedup: dict[str, Phases] | None
+    """Over the dense model, round by round; null for itself."""
+    theoretical_speedup: float | None
+    """The dense model's bytes for a token by its own; null for itself."""
+    core: CoreSide | None
+    """Null where there are no blocks."""
+    linears: tuple[LinearSpeed, ...]
+    """The speed by shape."""
+
+
+class Sample(Typed):
+    """What the models write after a prompt, greedily."""
+
+    prompt: str
+    texts: dict[str, str]
+    """By recipe."""
+
+
+class BenchmarkRecord(Made):
+    """`benchmark/{name}.json`, by `armor benchmark`."""
+
+    AGAIN: ClassVar[str] = "run this benchmark again"
+
+    format_version: Literal[3] = 3
+    case: str
+    """The benchmark's name."""
+    dense: Side
+    recipes: dict[str, Side]
+    """The compressed models by recipe."""
+    turns: tuple[tuple[str, ...], ...]
+    """The recipes that were timed in turn with the dense model; in several groups where they do not fit together."""
+    samples: tuple[Sample, ...]
+    """The dense model's text is under the name dense."""

@@ -1,0 +1,38 @@
+"""calibration.json: the statistics of every decoder layer, written after all of their files."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from armor.format.records.base import File, Made
+
+__all__ = ["CalibrationRecord"]
+
+
+class CalibrationRecord(Made):
+    """`calibration.json`, by `armor calibrate`; the statistics lie beside it."""
+
+    AGAIN: ClassVar[str] = "calibrate again"
+
+    format_version: Literal[2] = 2
+    fingerprint: str
+    """That of the model."""
+    text_fingerprint: str
+    """The SHA-256 of the tokens."""
+    statistics_fingerprint: str
+    """One fingerprint for all files."""
+    sequences: int
+    length: int
+    """Tokens in a sequence."""
+    tokens: int
+    dtype: str
+    """The dtype that the model was run in."""
+    device: str
+    """The torch device that it was run on."""
+    files: dict[str, File]
+    """The statistics by file name, one file for each decoder layer."""
+    hidden_states_bytes: int
+    """The size of the hidden states between two layers."""
+    spilled_bytes: int
+    """What of them was on disk alone."""
+    tokens_per_second: float

@@ -1,0 +1,59 @@
+"""checkpoint.json and provenance.json: a packed checkpoint, and what made it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from armor.format.records.base import File, Made, MadeBy, Record
+from armor.typed import Typed
+
+__all__ = ["CheckpointRecord", "FactorsMadeBy", "ProvenanceRecord"]
+
+
+class FactorsMadeBy(Typed):
+    """What made the factors of some decoder layers."""
+
+    layers: tuple[int, ...]
+    """Their numbers."""
+    settings: dict[str, Any]
+    code: str
+    versions: dict[str, str]
+
+
+class ProvenanceRecord(Record):
+    """`provenance.json` in a packed checkpoint: what made it, wherever it is copied to."""
+
+    AGAIN: ClassVar[str] = "assemble or copy the checkpoint again"
+
+    format_version: Literal[2] = 2
+    fingerprint: str
+    """That of the source."""
+    statistics_fingerprint: str
+    """One fingerprint for the statistics of all layers."""
+    made_by: MadeBy
+    factors: tuple[FactorsMadeBy, ...]
+
+
+class CheckpointRecord(Made):
+    """`checkpoint.json`, by `armor assemble`; checkpoint/ lies beside it."""
+
+    AGAIN: ClassVar[str] = "assemble again"
+
+    format_version: Literal[2] = 2
+    fingerprint: str
+    """That of the source."""
+    statistics_fingerprint: str
+    """One fingerprint for the statistics of all layers."""
+    checkpoint_bytes: int
+    """The size of all files of the checkpoint."""
+    bits_per_weight: float
+    """What a weight of the decoder layers' linears takes, compressed or not, in the mean."""
+    dense_bits_per_weight: float
+    """The same of the source."""
+    modules: int
+    """How many linears are compressed."""
+    kept_dense: tuple[str, ...]
+    """The linears that stay dense, by full name."""
+    files: dict[str, File]
+    """The files of the checkpoint by name."""
+    factors: tuple[FactorsMadeBy, ...]

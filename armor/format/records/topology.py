@@ -1,0 +1,71 @@
+"""model.json: what a model is made of. Read without torch: the workflow needs the number of layers before any job."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from armor.format.records.base import Record
+from armor.typed import Typed
+
+__all__ = ["DecoderLayer", "Linear", "Topology"]
+
+
+class Linear(Typed):
+    """A linear y = W x (+ bias) of a decoder layer; its weight (out, in) is the tensor `{name}.weight` of `shard`."""
+
+    name: str
+    """The full name of the module, like model.layers.0.mlp.up_proj."""
+    out_features: int
+    in_features: int
+    dtype: str
+    """The dtype of the weight."""
+    bias: bool
+    shard: str
+    """The safetensors file that holds the weight."""
+    input_group: int
+    """Linears of a layer with the same number are fed the same tensor, and share their statistics."""
+
+
+class DecoderLayer(Typed):
+    """A decoder layer; its tensors are those whose name starts with `prefix` and a dot."""
+
+    index: int
+    prefix: str
+    linears: tuple[Linear, ...]
+    """The linears that can be compressed, in the model's order."""
+    dense_parameters: tuple[str, ...] = ()
+    """Matrices that stay as they are: they belong to no linear, or to one that is not called as one."""
+
+    def groups(self) -> list[list[Linear]]:
+        """The linears by shared input, in order; the first of each group gives the statistics their name."""
+        found: dict[int, list[Linear]] = {}
+        for linear in self.linears:
+            found.setdefault(linear.input_group, []).append(linear)
+        return list(found.values())
+
+
+class Topology(Record):
+    """`model.json`, by `armor inspect`: decoder layers, their linears, and which of these share an input."""
+
+    AGAIN: ClassVar[str] = "run armor inspect again"
+
+    format_version: Literal[1] = 1
+    model_type: str
+    """transformers' name of the architecture."""
+    fingerprint: str
+    """That of source.json."""
+    dtype: str
+    """The dtype of most of the weights' bytes."""
+    context_length: int | None
+    """Tokens; null if the model does not say."""
+    hidden_size: int
+    parameters: int
+    """All parameters of the model, tied ones counted once."""
+    linear_parameters: int
+    """The weights of the linears of all decoder layers."""
+    tied_embeddings: bool
+    layers: tuple[DecoderLayer, ...]
+
+    def linears(self) -> list[Linear]:
+        """All linears of all decoder layers, in order."""
+        return [linear for layer in self.layers for linear in layer.linears]

@@ -1,0 +1,118 @@
+"""The methods of compression. Each is one file of this folder: it describes itself, and nothing else lists it.
+
+A file holds a function `(weight, statistics..., *, settings...) -> Factorization` under the decorator `method`. Its
+name is the method's in a configuration. Its parameters are all there is to say of what it takes: those after `weight`
+are statistics of the input (fields of `armor.format.statistics.Statistics`), those after the star are settings of a
+recipe, or `seed`. The configuration, its schema and its reference, `armor.compress`, the checks of memory, the report
+and the table in the README read the registry `METHODS`. They do it without torch: a file here imports torch, and what
+imports torch, within its functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from armor.core.factorization import Factorization
+
+__all__ = ["METHODS", "Method", "method"]
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of compression: what it is called, what it takes, what it costs, where it is from.
+
+    `name` is that of a configuration, `title` that of a report. `function` is None where the weight stays as it is.
+    `statistics` are those of the input that it takes, `settings` the keys of a recipe. `idea` is its first paragraph.
+    `memory(shape, itemsize, **settings)` is the peak in bytes of its run on a weight of `shape` (out, in) and
+    `itemsize` bytes an entry, the weight included. `obstacle(shape, **settings)` says why a weight cannot be done as
+    asked, None where it can; the method named `instead` then takes its place.
+    """
+
+    name: str
+    title: str
+    source: str
+    idea: str
+    function: Callable[..., Factorization] | None
+    memory: Callable[..., int] = lambda shape, itemsize: 0
+    obstacle: Callable[..., str | None] = lambda shape, **settings: None
+    instead: str = ""
+    statistics: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that its run executes, for the hash of the code."""
+        return tuple(f"{__name__}.{name}" for name in (self.name, self.instead) if name)
+
+    def chosen(self, settings: Any) -> dict[str, Any]:
+        """Those of a recipe's settings that it takes, by key."""
+        return {key: getattr(settings, key) for key in self.settings if key != "seed"}
+
+    def peak_bytes(self, shape: Shape, itemsize: int, settings: Any) -> int:
+        """The peak of its memory with the settings of a recipe."""
+        return self.memory(shape, itemsize, **self.chosen(settings))
+
+    def why_not(self, shape: Shape, settings: Any) -> str | None:
+        """Why it cannot do a weight of `shape` (out, in) with the settings of a recipe; None where it can."""
+        return self.obstacle(shape, **self.chosen(settings))
+
+    def run(self, weight: Tensor, statistics: Any, settings: Any, seed: int) -> Factorization:
+        """Compress weight (out, in) under its input's statistics, on the weight's device. Raises ValueError."""
+        if self.function is None:
+            raise ValueError(f"{self.name}: leaves a weight as it is; there is nothing to run")
+        import torch
+
+        given = self.chosen(settings) | ({"seed": seed} if "seed" in self.settings else {})
+        inputs = [getattr(statistics, name).to(weight.device) for name in self.statistics]
+        with torch.no_grad():
+            return self.function(weight, *inputs, **given)
+
+
+METHODS: dict[str, Method] = {}
+"""Every method by its name."""
+
+
+def method(
+    title: str,
+    source: str,
+    memory: Callable[..., int],
+    obstacle: Callable[..., str | None] = lambda shape, **settings: None,
+    instead: str = "",
+) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
+    """Register the function below under its own name, which is that of its file."""
+
+    def register(function: Callable[..., Factorization]) -> Callable[..., Factorization]:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        METHODS[function.__name__] = Method(
+            name=function.__name__,
+            title=title,
+            source=source,
+            idea=_first_paragraph(inspect.getmodule(function)),
+            function=function,
+            memory=memory,
+            obstacle=obstacle,
+            instead=instead,
+            statistics=tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY),
+            settings=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        )
+        return function
+
+    return register
+
+
+def _first_paragraph(module: Any) -> str:
+    return " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
+
+
+for _module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")

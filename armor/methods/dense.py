@@ -1,0 +1,7 @@
+"""The weight stays as it is. For the dense model beside the compressed ones, and for modules that are left alone."""
+
+from __future__ import annotations
+
+from armor.methods import METHODS, Method
+
+METHODS["dense"] = Method(name="dense", title="dense", source="", idea=" ".join(__doc__.split()), function=None)

@@ -1,0 +1,211 @@
+"""`armor explain`: what made a result, and whether and why it would run again now, from files alone.
+
+A record says what made it (`armor.format.provenance`). Held against what the configuration, the code and the files
+before it say now, that gives the reasons to run again, of the result itself and of all that it is made from, as the
+params and inputs of the workflow's rules make Snakemake find them. A rule that was rewritten, or a file's time, only
+Snakemake sees, so `snakemake --dry-run` has the last word. Versions of packages, threads and device are said, and make
+nothing run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from armor.config.run import Config
+from armor.errors import ArmorError
+from armor.execution.files import read_json, sha256
+from armor.execution.machine import versions
+from armor.format.layout import CALIBRATION, RUN, SUMMARY
+from armor.format.provenance import CHECKSUMS, PROVENANCE, model_fingerprint, ranges
+from armor.format.records.base import Machine, MadeBy
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.checkpoint import FactorsMadeBy
+from armor.format.records.layer import LayerRecord
+from armor.format.records.source import SourceRecord
+from armor.run.jobs import Job, jobs
+from armor.run.status import last_config
+
+__all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
+
+
+class _AnyRecord(BaseModel):
+    """What is looked at of a record, of whatever stage and version."""
+
+    format_version: int | None = None
+    made_by: MadeBy | None = None
+    machine: Machine | None = None
+    factors: tuple[FactorsMadeBy, ...] = ()
+    settings: dict[str, Any] | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> _AnyRecord:
+        return cls.model_validate(read_json(path))
+
+
+def record_of(path: Path) -> Path:
+    """The JSON that says what made `path`: a record, the factors or statistics beside one, a checkpoint, the report.
+
+    Raises ArmorError if there is none.
+    """
+    if not path.exists():
+        raise ArmorError(f"{path}: no such file or folder; expected a result of the pipeline")
+    if not path.is_dir() and (path.parent / CHECKSUMS).is_file():
+        path = path.parent  # one of a checkpoint's files
+    if path.is_dir():
+        candidates = [path / file for file in (PROVENANCE, SUMMARY, CALIBRATION)]
+        if (path / CHECKSUMS).is_file():
+            candidates.insert(0, path.with_name(f"{path.name}.json"))
+    else:
+        here = [] if path.suffix == ".json" else [path.parent / CALIBRATION, path.parent / SUMMARY]
+        candidates = [path.with_suffix(".json"), *here]
+    for file in candidates:
+        if file.is_file() and (record := _AnyRecord.read(file)) and (record.made_by or record.settings is not None):
+            return file
+    hint = "expected a result of the pipeline: factors, statistics, a checkpoint, an evaluation, a benchmark, the report"
+    if path.is_dir() and (files := sorted(file.name for file in path.glob("*.json"))):
+        hint = f"name one of its files: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
+    raise ArmorError(f"{path}: nothing here says what made it; {hint}")
+
+
+def results_of(record: Path) -> Path | None:
+    """The results folder that `record` lies in, told by the run's file; None outside of one."""
+    return next((folder for folder in record.absolute().parents if (folder / RUN).is_file()), None)
+
+
+def describe(record: Path) -> list[str]:
+    """What made the result that `record` speaks of, one thing a line."""
+    value = _AnyRecord.read(record)
+    rows: list[tuple[str, object]] = [("record", str(record))]
+    if made := value.made_by:
+        layers = [name for name in made.inputs if name.startswith("layer ")]
+        rows += [("stage", made.stage), ("code", made.code)]
+        rows += [("input", f"{name} {found or 'unknown'}") for name, found in made.inputs.items() if name not in layers]
+        rows += [("input", f"factors of {len(layers)} layers")] if layers else []
+    if settings := value.settings or (made and made.settings):
+        rows.append(("settings", _text(settings)))
+    for part in value.factors:
+        rows += [("layers", ranges(part.layers)), ("  settings", _text(part.settings))]
+        rows += [("  code", part.code), ("  versions", _text(part.versions))]
+    if machine := value.machine:
+        rows += [("device", machine.device), ("processor", machine.processor), ("threads", machine.threads)]
+        rows.append(("versions", _text(machine.versions)))
+    if value.seconds is not None:
+        rows.append(("seconds", f"{value.seconds:,.1f}"))
+    if value.peak_memory_bytes is not None:
+        rows.append(("peak memory", f"{value.peak_memory_bytes / 1e6:,.0f} MB"))
+    return [f"{name:<12} {said}" for name, said in rows]
+
+
+def newer_versions(record: Path) -> list[str]:
+    """The packages whose versions are others here than where the result was made, one line each."""
+    machine = _AnyRecord.read(record).machine
+    made = machine.versions if machine else {}
+    return [f"{name} {made[name]} then, {now} here" for name, now in versions().items() if made.get(name, now) != now]
+
+
+class Reruns:
+    """Why the jobs of `config` would run again, those of the results folder `results`; unset: the last run's config."""
+
+    def __init__(self, results: Path, config: Config | None = None) -> None:
+        self.results = results
+        self.config = config or last_config(results)
+        self._known: dict[Job, list[str]] = {}
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """Every job, in the order of the stages."""
+        return list(jobs(self.config, str(self.results)))
+
+    def job_of(self, record: Path) -> Job | None:
+        """The job that writes `record`; None if the configuration asks for none such."""
+        return next((job for job in self.jobs if job.record.absolute() == record.absolute()), None)
+
+    def reasons(self, job: Job) -> list[str]:
+        """Why `job` would run again; none if it would not."""
+        if job not in self._known:
+            self._known[job] = [*self._own(job), *self._of_others(job)]
+        return self._known[job]
+
+    def _own(self, job: Job) -> Iterator[str]:
+        absent = [path for path in job.outputs if not path.is_file()]
+        if absent:
+            yield f"{absent[0]} is not there"
+            return
+        if job.stage == "inspect":  # what follows compares what it says
+            return
+        value = _AnyRecord.read(job.record)
+        then: dict[str, Any] = value.settings or {}
+        if job.stage != "fetch":
+            if (made := value.made_by) is None:
+                yield "it was made by another release, which noted no provenance"
+                return
+            then = made.settings
+            if (now := job.code(self.config)) != made.code:
+                yield f"the code of {made.stage} has changed ({made.code}, now {now})"
+            for name, found in self._inputs(job):
+                if made.inputs.get(name) != found:
+                    yield f"input {name}: its fingerprint is another"
+        if (settings := job.settings(self.config)) is not None:
+            asked = settings.model_dump(mode="json", exclude_defaults=job.stage == "fetch")
+            before, after = _flat(then), _flat(asked)
+            for key in sorted(before.keys() | after.keys()):
+                if before.get(key) != after.get(key):
+                    yield f"setting {key}: {before.get(key, 'unset')}, now {after.get(key, 'unset')}"
+
+    def _of_others(self, job: Job) -> Iterator[str]:
+        """A line for each stage that goes before, if a job of it runs again."""
+        again: dict[str, list[Job]] = {}
+        for _, other in self._before(job):
+            if self.reasons(other):
+                again.setdefault(other.stage, []).append(other)
+        for found in again.values():
+            more = f", and {len(found) - 1} more of its stage" if len(found) > 1 else ""
+            yield f"{found[0]}{more} would run again: {self.reasons(found[0])[0]}"
+
+    def _before(self, job: Job) -> list[tuple[str, Job]]:
+        """The jobs whose outputs `job` reads, by what it calls them."""
+        return [
+            (name, other)
+            for name, stage, names in job.inputs(self.config)
+            for other in self.jobs
+            if other.stage == stage and other.names[: len(names)] == names
+        ]
+
+    def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
+        """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
+        for name, other in self._before(job):
+            file = other.record
+            if not file.is_file():
+                continue
+            if job.stage == "report":
+                if other.stage != "factorize":  # a checkpoint stands for its layers
+                    yield file.relative_to(self.results).as_posix(), sha256(file)
+            elif other.stage == "fetch":
+                yield "dense" if job.stage == "benchmark" else "model", SourceRecord.read(file).fingerprint
+            elif other.stage == "assemble":
+                yield name, model_fingerprint(file)
+            elif other.stage == "calibrate":
+                statistics = CalibrationRecord.read(file).files.get(f"layer_{job.names[2]}.safetensors")
+                yield "statistics", statistics and statistics.sha256
+            elif other.stage == "factorize":
+                yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+
+
+def _flat(value: object, key: str = "") -> dict[str, object]:
+    """Settings as one level, keys joined by dots; what is unset is left out."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, inner in items for k, v in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
+    return {} if value is None else {key: value}
+
+
+def _text(settings: dict) -> str:
+    """On one line, also where a setting holds line breaks."""
+    return ", ".join(f"{key}: {value}".replace("\n", r"\n") for key, value in sorted(_flat(settings).items()))

@@ -1,0 +1,251 @@
+"""What is done, running, failed or missing in a results folder, from its files alone: while a run goes on, and after.
+
+A run of the workflow notes in results/run.json its configuration and its command, and locks that file as long as it
+lives: so a second run on the same results stops at once, and a killed one leaves nothing that has to be unlocked.
+`armor.run.jobs` has what the configuration asks for: the outputs that prove a job done, and its log. Of a job that is
+not done the log tells more: it ends with an error (failed), it is of
+the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). What a job cost is in the
+benchmark file that Snakemake writes when it ends, beside the log as it were, and its memory in its record too. Whether
+what is done is up to date is for `armor explain` and `snakemake --dry-run` to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shlex
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from armor.config.reading import parse_settings
+from armor.config.run import Config
+from armor.errors import ArmorError
+from armor.execution.files import read_json, try_lock
+from armor.format.layout import RUN
+from armor.run.jobs import Job, jobs
+from armor.typed import Typed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = [
+    "ERROR",
+    "STATES",
+    "Cost",
+    "RunRecord",
+    "Status",
+    "cost",
+    "last_config",
+    "read_status",
+    "start_run",
+    "summary",
+]
+
+ERROR = "armor: error: "
+"""How the line begins with which a failed `armor` command ends."""
+STATES = ("done", "running", "failed", "stopped", "missing")
+
+
+class RunRecord(Typed):
+    """run.json: the run that is at work on the results, or the last one. It is the lock too, so it has no version."""
+
+    process: int
+    host: str
+    command: tuple[str, ...]
+    """The command line of Snakemake."""
+    folder: str
+    """Where it was typed."""
+    config: dict[str, Any]
+    """The configuration without its defaults."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a job took, the most resident memory its processes held, and when it ended (since the epoch)."""
+
+    seconds: float
+    peak_memory_bytes: int
+    ended: float
+
+
+def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
+    """Note that this process, started as `command`, works on `results` until it ends; the lock's descriptor.
+
+    Raises ArmorError if another run does.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / RUN
+    descriptor = try_lock(file)
+    if descriptor is None:
+        other = _run(file)
+        raise ArmorError(
+            f"{results.absolute()}: another run is at work here (process {other.process} on {other.host}); wait "
+            "for its end, or choose another folder with --directory"
+        )
+    record = RunRecord(
+        process=os.getpid(),
+        host=socket.gethostname(),
+        command=command,
+        folder=_shells_folder(),
+        config=config.model_dump(mode="json", exclude_unset=True),
+    )
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, (record.model_dump_json(indent=1) + "\n").encode())
+    return descriptor
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of every job, the last line of the log of those that are not done, and the last run's command."""
+
+    results: Path
+    states: dict[Job, str]
+    lines: dict[Job, str]
+    command: tuple[str, ...]
+    folder: str
+    """Where the command was typed."""
+
+    def table(self) -> Table:
+        """The jobs by stage, model and recipe, counted by state."""
+        from rich.table import Table
+
+        groups: dict[tuple[str, str], Counter] = {}
+        for job, state in self.states.items():
+            groups.setdefault((job.stage, " ".join(job.names[:2])), Counter())[state] += 1
+        table = Table("stage", "of", box=None, pad_edge=False)
+        for state in STATES:
+            table.add_column(state, justify="right")
+        for (stage, of), counts in groups.items():
+            table.add_row(stage, of, *(str(counts[state] or "") for state in STATES))
+        return table
+
+    def details(self) -> list[str]:
+        """Of every job that runs, where it is; of every one that failed or was stopped, the cause, and how to go on."""
+        text = []
+        for job, state in self.states.items():
+            if state == "running":
+                text.append(f"{job}: {self.lines[job]}")
+            elif state in ("failed", "stopped"):
+                why = self.lines[job] if state == "failed" else "stopped without a word: killed, or out of memory"
+                target = job.outputs[0].absolute().relative_to(self.results.absolute().parent)
+                again = shlex.join(["snakemake", str(target), *self.command[1:]])
+                if self.folder != _shells_folder():
+                    again = f"cd {shlex.quote(self.folder)} && {again}"
+                text.append(f"{job}: {why}\n  log:   {job.log}\n  again: {again}")
+        return text
+
+
+def read_status(results: Path, config: Config | None = None, running: bool | None = None) -> Status:
+    """The state of every job of `config`, or of the last run's configuration; `running`: whether that is going on.
+
+    `results` may be the folder above, that of --directory. Raises ArmorError if there was no run and no `config` is
+    given.
+    """
+    if not (results / RUN).is_file() and (results / "results" / RUN).is_file():
+        results = results / "results"
+    file = results / RUN
+    last = _run(file) if file.is_file() else None
+    if config is None:
+        if last is None:
+            raise ArmorError(f"{file}: no such file, so no run was started here; name another folder, or give --config")
+        config = parse_settings(Config, last.config, str(file))
+    if running is None:
+        running = last is not None and (lock := try_lock(file)) is None
+        if last is not None and not running:
+            os.close(lock)
+    states, lines = {}, {}
+    for job in jobs(config, str(results)):
+        lines[job] = _last_line(job.log)
+        if all(output.is_file() for output in job.outputs):
+            states[job] = "done"
+        elif lines[job].startswith(ERROR):
+            states[job], lines[job] = "failed", lines[job].removeprefix(ERROR)
+        elif not job.log.is_file():
+            states[job] = "missing"
+        elif running and job.log.stat().st_mtime >= file.stat().st_mtime:
+            states[job] = "running"
+        else:
+            states[job] = "stopped"
+    command, folder = (last.command, last.folder) if last else (("snakemake",), _shells_folder())
+    return Status(results, states, lines, command, folder)
+
+
+def last_config(results: Path) -> Config:
+    """The configuration of the last run on `results`. Raises ArmorError if there was none."""
+    return parse_settings(Config, _run(results / RUN).config, str(results / RUN))
+
+
+def _run(file: Path) -> RunRecord:
+    try:
+        return RunRecord.model_validate(read_json(file))
+    except ValidationError:
+        raise ArmorError(f"{file}: not of this release; delete it, and start the run again") from None
+
+
+def summary(results: Path, config: Config) -> list[str]:
+    """What the run that ends now did: by stage, the jobs that ran and those that it reused, seconds, memory."""
+    began = (results / RUN).stat().st_mtime
+    lines = [f"{'stage':<10}{'ran':>6}{'reused':>8}{'seconds':>11}{'peak memory':>14}"]
+    stages: dict[str, list[Job]] = {}
+    for job in jobs(config, str(results)):
+        if all(output.is_file() for output in job.outputs):
+            stages.setdefault(job.stage, []).append(job)
+    for stage, done in stages.items():
+        costs = [found for job in done if (found := cost(job)) and found.ended >= began]
+        text = f"{stage:<10}{len(costs) or '':>6}{len(done) - len(costs) or '':>8}"
+        if costs:
+            seconds, peak = sum(c.seconds for c in costs), max(c.peak_memory_bytes for c in costs)
+            text += f"{seconds:>11,.1f}{peak / 1e6:>11,.0f} MB"
+        lines.append(text.rstrip())
+    return [*lines, f"{time.time() - began:,.0f} s from the start to the end"]
+
+
+def cost(job: Job) -> Cost | None:
+    """What `job` took when it last succeeded, as Snakemake measured it; None if it did not yet.
+
+    Snakemake does not see the memory of a job that ran in the fork server; the job's record tells it.
+    """
+    file = job.measured
+    if not file.is_file():
+        return None
+    with open(file, newline="") as opened:
+        rows = list(csv.DictReader(opened, delimiter="\t"))
+    if not rows or None in rows[-1].values():  # a kill cut it short
+        return None
+    row = rows[-1]
+    peak = 0 if row["max_rss"] in ("NA", "-") else int(float(row["max_rss"]) * 2**20)  # too short to be looked at
+    for path in job.outputs:
+        if path.suffix == ".json":
+            with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
+                peak = max(peak, _Peak.model_validate(read_json(path)).peak_memory_bytes)
+    return Cost(float(row["s"]), peak, file.stat().st_mtime)
+
+
+class _Peak(BaseModel):
+    """What of any record is looked at here: not all have it, and some are of an older version."""
+
+    peak_memory_bytes: int = 0
+
+
+def _shells_folder() -> str:
+    """Where a command is typed, which is not where it works if it has Snakemake's --directory."""
+    return os.environ.get("PWD", os.getcwd())
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that is not empty; none if there is no log."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

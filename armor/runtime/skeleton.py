@@ -1,0 +1,297 @@
+"""A model without its weights, whose decoder layers are filled and run one at a time.
+
+Nothing here knows an architecture. The skeleton comes from transformers on the meta device; its decoder layers are the
+list of as many modules as the configuration counts. What a layer is called with (masks, rotary embeddings and the like
+differ by layer, family and release) is found by recording: every decoder layer is replaced by a recorder that notes
+its arguments and passes the hidden states on, the model's own forward runs once, and each real layer is then called
+with what its recorder saw. What comes after the layers is the model's own forward too, the last recorder handing out
+what the last layer made. This holds for models in which a layer's output goes straight into the next layer and layers
+do not talk to each other by other ways; `record` and `armor.model.inspect` check it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from armor.errors import ArmorError
+from armor.format.shards import Shards
+
+__all__ = [
+    "Call",
+    "Skeleton",
+    "decoder_layers",
+    "finish",
+    "finite",
+    "load_layer",
+    "load_outside",
+    "open_skeleton",
+    "place_outside",
+    "read_layer",
+    "readers",
+    "record",
+    "unload_outside",
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a decoder layer is called with beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def map(self, function) -> Call:
+        """The call with `function` applied to each of its tensors."""
+        return Call(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
+
+    def equals(self, other: Call) -> bool:
+        """Whether both hold the same structure with equal values."""
+        mine, structure = pytree.tree_flatten((self.args, self.kwargs))
+        theirs, other_structure = pytree.tree_flatten((other.args, other.kwargs))
+        return structure == other_structure and all(map(_same, mine, theirs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A causal language model on the meta device and its decoder layers; `prefix` is their name, like model.layers."""
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    prefix: str
+
+    def outside(self, head: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+        """(full name, owner, name in the owner, tensor) of what the base model holds outside of the decoder layers.
+
+        With `head`, of what the whole model holds there.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        inside = {id(module) for module in self.layers.modules()}
+        for module in (self.model if head else self.model.base_model).modules():
+            if id(module) in inside:
+                continue
+            for name in module.state_dict(keep_vars=True).keys() & {*module._parameters, *module._buffers}:
+                owner = names[id(module)]
+                yield f"{owner}.{name}" if owner else name, module, name, getattr(module, name)
+
+
+def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
+    """The skeleton of the model in `folder`, to compute in `dtype`. ArmorError if transformers cannot make it."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        # Buffers are computed, not stored (rotary frequencies): they must be real.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArmorError(
+            f"{folder / 'config.json'}: transformers makes no causal language model of it: {reason}"
+        ) from error
+    model.eval().requires_grad_(False)
+    prefix, layers = decoder_layers(model, folder)
+    return Skeleton(model, layers, prefix)
+
+
+def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of a model and their name in it, like model.layers. ArmorError, naming `where`, if none."""
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    if not lists:
+        raise ArmorError(
+            f"{where}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
+            "expected a decoder-only transformer"
+        )
+    name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
+    base = next(n for n, module in model.named_modules() if module is model.base_model)
+    return f"{base}.{name}" if base else name, lists[name]
+
+
+def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False) -> None:
+    """Give the base model its real tensors outside of the decoder layers: embeddings, norms; the `head` if asked to."""
+    tied = (getattr(skeleton.model, "all_tied_weights_keys", None) or {}) if head else {}
+    for full, owner, name, tensor in skeleton.outside(head):
+        if full in tied:
+            continue
+        if full in shards:
+            _place(owner, name, shards.read(full, _target(tensor)), full, shards)
+        elif tensor.is_meta:
+            raise ArmorError(
+                f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; load the model "
+                "with transformers and save it again, so that names are those of the model"
+            )
+    if head:
+        skeleton.model.tie_weights()
+
+
+def place_outside(skeleton: Skeleton, device: str) -> None:
+    """Move what `load_outside` loaded, and what is computed beside it, to `device`."""
+    with _recorders(skeleton):  # in their place, for what is on the meta device cannot be moved
+        skeleton.model.to(device)
+
+
+def unload_outside(skeleton: Skeleton) -> None:
+    """Drop what `load_outside` loaded; `record` cannot run after it."""
+    for _, owner, name, tensor in list(skeleton.outside()):
+        store = owner._parameters if name in owner._parameters else owner._buffers
+        store[name] = tensor.to("meta") if store is owner._buffers else nn.Parameter(tensor.to("meta"), False)
+
+
+def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
+    """Fill decoder layer `index` from its shards and return it; `.to("meta")` empties it again.
+
+    Raises ArmorError, naming tensor and file, if one is missing, has another shape, or holds NaN or infinity.
+    """
+    return _fill(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+
+
+def read_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
+    """As `load_layer`, but a copy: the skeleton's own layer, with the buffers that are computed, stays as it is."""
+    return _filled(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+
+
+def _filled(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
+    return _fill(copy.deepcopy(layer), prefix, shards, device)
+
+
+def _fill(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
+    for name, tensor in layer.state_dict(keep_vars=True).items():
+        full = f"{prefix}.{name}"
+        if full not in shards and not tensor.is_meta:
+            continue  # a buffer that is computed
+        owner, _, last = name.rpartition(".")
+        _place(layer.get_submodule(owner), last, shards.read(full, _target(tensor)).to(device), full, shards)
+    return layer.to(device)
+
+
+def _target(tensor: Tensor) -> torch.dtype | None:
+    """As in transformers: floats take the model's dtype, the rest keeps its own."""
+    return tensor.dtype if tensor.is_floating_point() else None
+
+
+def _place(owner: nn.Module, name: str, tensor: Tensor, full: str, shards: Shards) -> None:
+    expected = getattr(owner, name).shape
+    where = f"{shards.folder / shards.file_of(full)}: {full}"
+    if tensor.shape != expected:
+        raise ArmorError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(expected)} by config.json")
+    if tensor.is_floating_point() and not finite(tensor):
+        raise ArmorError(f"{where} holds NaN or infinity; the weights are damaged, fetch the model again")
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; its extremes tell, in one pass and without a copy."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+class _StandIn(nn.Module):
+    """Stands in for a decoder layer, and has its attributes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # a tuple hides it from nn.Module, whose attributes it would become
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
+
+
+class _Recorder(_StandIn):
+    """Notes what it is called with, and returns `output`, or the hidden states."""
+
+    output: Tensor | None = None
+    seen: tuple[Any, Call] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = (args[0] if args else None, Call(args[1:], kwargs))
+        return self.seen[0] if self.output is None else self.output
+
+
+class _Reader(_StandIn):
+    """Reads the layer when it is called, and drops it after."""
+
+    def __init__(self, layer: nn.Module, name: str, shards: Shards, device: str) -> None:
+        super().__init__(layer)
+        self._source = name, shards, device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _filled(self._layer[0], *self._source)(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(skeleton: Skeleton, stand_ins: list[_StandIn]) -> Iterator[None]:
+    """The stand-ins are in the decoder layers' place for as long as the context lasts."""
+    layers = list(skeleton.layers)
+    try:
+        for index, stand_in in enumerate(stand_ins):
+            skeleton.layers[index] = stand_in
+        yield
+    finally:
+        for index, layer in enumerate(layers):
+            skeleton.layers[index] = layer
+
+
+@contextlib.contextmanager
+def _recorders(skeleton: Skeleton) -> Iterator[list[_Recorder]]:
+    recorders = [_Recorder(layer) for layer in skeleton.layers]
+    with _replaced(skeleton, recorders):
+        yield recorders
+
+
+@contextlib.contextmanager
+def readers(skeleton: Skeleton, shards: Shards, device: str = "cpu") -> Iterator[PreTrainedModel]:
+    """The model as one that runs whole, on `device`: its decoder layers are read when they are called, dropped after.
+
+    What is outside of the layers must be loaded and placed. A forward pass raises ArmorError where `load_layer` does.
+    """
+    named = [(layer, f"{skeleton.prefix}.{index}") for index, layer in enumerate(skeleton.layers)]
+    with _replaced(skeleton, [_Reader(layer, name, shards, device) for layer, name in named]):
+        yield skeleton.model
+
+
+def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    """The hidden states (batch, length, hidden) before the first decoder layer, and what every layer is called with.
+
+    tokens (batch, length) int64. What is outside of the layers must be loaded. Raises ArmorError if the model does
+    something else with hidden states between two layers than to pass them on.
+    """
+    with _recorders(skeleton) as recorders, torch.no_grad():
+        skeleton.model.base_model(input_ids=tokens, use_cache=False)
+    hidden = recorders[0].seen[0] if recorders[0].seen else None
+    for index, recorder in enumerate(recorders):
+        if recorder.seen is None or not isinstance(hidden, Tensor) or recorder.seen[0] is not hidden:
+            raise ArmorError(
+                f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} does not simply pass hidden states from "
+                "one decoder layer to the next; its layers cannot be run one by one, and the model is not supported"
+            )
+    return hidden, [recorder.seen[1] for recorder in recorders]
+
+
+def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """The logits (batch, length, vocabulary) from the hidden states (batch, length, hidden) after the last layer.
+
+    tokens (batch, length) int64. What is outside of the layers must be loaded, the head too.
+    """
+    with _recorders(skeleton) as recorders, torch.no_grad():
+        recorders[-1].output = hidden
+        return skeleton.model(input_ids=tokens, use_cache=False).logits

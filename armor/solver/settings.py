@@ -1,0 +1,26 @@
+"""The settings of the optimiser, for a configuration; without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from armor.typed import Typed
+
+__all__ = ["Algorithm", "Selection", "SolverSettings"]
+
+Algorithm = Literal["fast", "published"]
+Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
+
+
+class SolverSettings(Typed):
+    """The optimiser behind the method armor."""
+
+    iterations: int = Field(300, ge=1)
+    """The budget; the schedule adapts to it."""
+    algorithm: Algorithm = "fast"
+    """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
+    selection: Selection | None = None
+    """How published chooses the group of each block to improve: by the 1-norm or the 2-norm of the gradient on it, as a
+    probability (random) or the largest (greedy), or uniform; unset: l1-random, the paper's choice."""

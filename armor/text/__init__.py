@@ -1,0 +1,1 @@
+"""From a text source to blocks of tokens, for calibration and evaluation."""

@@ -1,0 +1,17 @@
+"""The ground of everything that has named fields and goes through JSON or YAML: settings, and records between stages.
+
+Unknown keys are refused and values do not change. What a field is, its unit among it, stands in the text below it: the
+schema and the reference pages are made from these texts.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Typed"]
+
+
+class Typed(BaseModel):
+    """Named, typed, documented fields: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)

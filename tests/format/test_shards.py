@@ -1,0 +1,120 @@
+"""Shards: every tensor as safetensors has it; whatever is damaged is named before a tensor is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from armor.errors import ArmorError
+from armor.format import shards as module
+from armor.format.shards import INDEX, SINGLE, Shards
+from tests.tiny import tiny_model
+
+
+def folder_with(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / SINGLE)
+    return path
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4), (0, 4)])
+def test_reads_what_was_saved(tmp_path, dtype, shape):
+    tensor = (torch.randn(shape) * 3).to(dtype)
+    shards = Shards(folder_with(tmp_path, {"first": torch.zeros(3), "x": tensor}))
+    read = shards.read("x")
+    assert read.dtype == dtype and torch.equal(read, tensor)
+    assert shards.shape("x") == tuple(shape) and shards.dtype("x") == str(dtype).removeprefix("torch.")
+    assert shards.file_of("x") == SINGLE and shards.names() == ["first", "x"]
+
+
+@pytest.mark.parametrize("elements", [1, 7, 8, 9, 40])
+def test_conversion_in_pieces_is_conversion(tmp_path, monkeypatch, elements):
+    monkeypatch.setattr(module, "PIECE", 16)  # 8 bfloat16 numbers
+    tensor = torch.randn(elements).bfloat16()
+    read = Shards(folder_with(tmp_path, {"x": tensor})).read("x", torch.float32)
+    assert read.dtype == torch.float32 and torch.equal(read, tensor.float())
+
+
+def test_several_shards_are_one_model(tmp_path):
+    tiny_model(tmp_path / "one")
+    tiny_model(tmp_path / "many", max_shard_size="100KB")
+    one, many = Shards(tmp_path / "one"), Shards(tmp_path / "many")
+    assert len(many.files) > 2 and one.names() == many.names()
+    assert all(torch.equal(one.read(name), many.read(name)) for name in one.names())
+    name = one.names()[-1]
+    assert name in load_file(tmp_path / "many" / many.file_of(name))
+
+
+def damage(kind: str, folder: Path) -> None:
+    file = folder / SINGLE
+    data = file.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    if kind == "truncated":
+        file.write_bytes(data[:-3])
+    elif kind == "truncated in the header":
+        file.write_bytes(data[: header // 2])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "too long":
+        file.write_bytes(data + b"x")
+    elif kind == "corrupt header":
+        file.write_bytes(data[:8] + b"\xff" * header + data[8 + header :])
+    elif kind == "other shape":
+        file.write_bytes(data.replace(b"[2,3]", b"[2,4]"))
+    elif kind == "unknown dtype":
+        file.write_bytes(data.replace(b'"F32"', b'"F99"'))
+    elif kind == "not safetensors":
+        file.write_bytes(b"hello, world\n" * 10)
+
+
+KINDS = ["truncated", "truncated in the header", "empty", "too long", "corrupt header", "other shape"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "unknown dtype", "not safetensors"])
+def test_a_damaged_file_is_one_clear_line(tmp_path, kind):
+    folder = folder_with(tmp_path, {"x": torch.zeros(2, 3)})
+    damage(kind, folder)
+    with pytest.raises(ArmorError) as caught:
+        Shards(folder)
+    assert str(folder / SINGLE) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_shards_and_index_must_agree(tmp_path):
+    tiny_model(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    names = list(index["weight_map"])
+    first = index["weight_map"][names[0]]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {"nothing.weight": first}}))
+    with pytest.raises(ArmorError, match="nothing.weight"):
+        Shards(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    last = index["weight_map"][names[-1]]
+    kept = (tmp_path / last).read_bytes()
+    (tmp_path / last).unlink()
+    with pytest.raises(ArmorError, match=f"{last}.*missing"):
+        Shards(tmp_path)
+    save_file(load_file(tmp_path / first), tmp_path / last)
+    with pytest.raises(ArmorError, match="is also in"):
+        Shards(tmp_path)
+    (tmp_path / last).write_bytes(kept)
+    assert Shards(tmp_path).names() == sorted(names)
+
+
+def test_a_missing_tensor_or_model_is_named(tmp_path):
+    with pytest.raises(ArmorError, match="holds neither"):
+        Shards(tmp_path)
+    with pytest.raises(ArmorError, match="no tensor y"):
+        Shards(folder_with(tmp_path, {"x": torch.zeros(1)})).read("y")
+
+
+def test_the_main_dtype_is_that_of_most_bytes(tmp_path):
+    tensors = {"w": torch.zeros(64).bfloat16(), "norm": torch.zeros(2), "mask": torch.zeros(999, dtype=torch.uint8)}
+    assert Shards(folder_with(tmp_path, tensors)).main_dtype() == "bfloat16"

@@ -1,0 +1,119 @@
+"""armor explain: every result leads to the record that says what made it, and a difference is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from armor.config.run import Config
+from armor.errors import ArmorError
+from armor.execution.files import read_json, write_json
+from armor.execution.machine import versions
+from armor.run.explain import Reruns, describe, newer_versions, record_of, results_of
+from armor.run.status import start_run
+from tests.packed import SETTINGS, packed
+
+CONFIG = Config.model_validate(
+    {
+        "models": {"tiny": {"folder": "tiny"}},
+        "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
+        "recipes": {"armor": SETTINGS.model_dump(exclude={"seed", "overrides"})},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A results folder with one model under one recipe; its calibration is made up and has no record."""
+    results = tmp_path_factory.mktemp("run") / "results"
+    packed(results / "tiny")
+    (results / "tiny/armor").mkdir()
+    for name in ("layers", "checkpoint", "checkpoint.json"):
+        (results / "tiny" / name).rename(results / "tiny/armor" / name)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("file", "record"),
+    [
+        ("layers/layer_1.safetensors", "layers/layer_1.json"),
+        ("layers/layer_1.json", "layers/layer_1.json"),
+        ("checkpoint", "checkpoint.json"),
+        ("checkpoint/", "checkpoint.json"),
+        ("checkpoint/model.safetensors", "checkpoint.json"),
+        ("checkpoint/README.md", "checkpoint.json"),
+    ],
+)
+def test_a_file_leads_to_its_record(root, file, record):
+    assert record_of(root / "tiny/armor" / file) == root / "tiny/armor" / record
+
+
+def test_a_checkpoint_that_was_copied_elsewhere_still_says_what_made_it(root, tmp_path):
+    (root / "tiny/armor/checkpoint").rename(tmp_path / "mine")
+    try:
+        record = record_of(tmp_path / "mine")
+        assert record == tmp_path / "mine/provenance.json" and results_of(record) is None
+        said = "\n".join(describe(record))
+    finally:
+        (tmp_path / "mine").rename(root / "tiny/armor/checkpoint")
+    here = read_json(root / "tiny/armor/checkpoint.json")
+    assert "layers       0 to 1" in said and "solver.iterations: 2" in said and here["inputs"]["model"] in said
+    assert "threads" not in said and str(root) not in said  # the same bytes on any machine
+
+
+def test_a_file_of_no_stage_is_refused(root, tmp_path):
+    write_json(tmp_path / "other.json", {"a": 1})
+    for file in (tmp_path / "other.json", tmp_path, root / "tiny/model.json"):
+        with pytest.raises(ArmorError, match="nothing here says what made it"):
+            record_of(file)
+    with pytest.raises(ArmorError, match="name one of its files: layer_0.json, layer_1.json"):
+        record_of(root / "tiny/armor/layers")
+
+
+def test_settings_are_one_line(root, tmp_path):
+    record = read_json(root / "tiny/armor/layers/layer_0.json")
+    write_json(tmp_path / "other.json", record | {"settings": {"separator": "\n\n"}})
+    assert r"settings     separator: \n\n" in describe(tmp_path / "other.json")
+
+
+def test_differences_are_named(root, monkeypatch):
+    record = root / "tiny/armor/layers/layer_0.json"
+    factors = root / "tiny/armor/layers/layer_0.safetensors"
+
+    def own(config=CONFIG):
+        reruns = Reruns(root, config)
+        return list(reruns._own(reruns.job_of(record)))
+
+    assert own() == []
+    wider = CONFIG.model_dump(mode="json", exclude_unset=True)
+    wider["recipes"]["armor"]["block_size"] = 8
+    assert own(Config.model_validate(wider)) == ["setting block_size: 16, now 8"]
+    content = record.read_text()
+    write_json(record, json.loads(content) | {"code": "0"})
+    assert [line.startswith("the code of armor.factorize.layer has changed (0, now ") for line in own()] == [True]
+    write_json(record, {key: value for key, value in json.loads(content).items() if key != "stage"})
+    assert own() == ["it was made by another release, which noted no provenance"]
+    changed = json.loads(content)
+    changed["sha256"] = "0"
+    write_json(record, changed)
+    reruns = Reruns(root, CONFIG)
+    assert "input layer 0: its fingerprint is another" in reruns.reasons(reruns.jobs["assemble", "tiny", "armor"])
+    changed["machine"]["versions"]["torch"] = "1.0"
+    write_json(record, changed)
+    assert newer_versions(record) == [f"torch 1.0 then, {versions()['torch']} here"]
+    record.write_text(content)
+    factors.rename(root / "away")
+    assert own() == [f"{factors} is not there"]
+    (root / "away").rename(factors)
+
+
+def test_the_command_says_it_in_lines(root):
+    os.close(start_run(root, CONFIG, ["snakemake"]))
+    arguments = [sys.executable, "-m", "armor.command.cli", "explain", str(root / "tiny/armor/checkpoint")]
+    said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert "\nstage        armor.assemble.writer\n" in said and "\ninput        factors of 2 layers\n" in said
+    assert "assemble tiny armor would run again:\n  " in said  # there is no source.json

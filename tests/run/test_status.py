@@ -1,0 +1,109 @@
+"""armor status: every state of a job from its files, and the same jobs as the workflow has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from armor.config.run import Config
+from armor.errors import ArmorError
+from armor.execution.files import write_json
+from armor.model.inspect import inspect
+from armor.model.source import open_source
+from armor.run.status import jobs, read_status, start_run, summary
+from tests.tiny import tiny_model
+
+CONFIG = Config.model_validate(
+    {
+        "models": {"tiny": {"folder": "tiny"}},
+        "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
+        "recipes": {"dense": {"method": "dense"}, "armor": {"block_size": 8}},
+        "evaluations": {"words": {"text": {"files": ["words.txt"]}}, "questions": {"tasks": ["piqa"]}},
+        "benchmarks": {"decode": {}},
+    }
+)
+
+
+def by_name(status):
+    return {str(job): state for job, state in status.states.items()}
+
+
+@pytest.fixture
+def results(tmp_path):
+    inspect(open_source(tiny_model(tmp_path / "tiny", layers=4)), tmp_path / "results/tiny/model.json")
+    return tmp_path / "results"
+
+
+def test_before_anything_all_is_missing_and_layers_are_not_counted(tmp_path):
+    states = by_name(read_status(tmp_path / "results", CONFIG))
+    assert set(states.values()) == {"missing"} and "factorize tiny armor layer ?" in states
+    assert {"evaluate tiny armor words", "tasks tiny armor questions"} <= set(states)
+    with pytest.raises(ArmorError, match="no run was started here; name another folder, or give --config"):
+        read_status(tmp_path / "results")
+
+
+def test_every_state(results, monkeypatch):
+    monkeypatch.setenv("PWD", str(Path.cwd()))
+    lock = start_run(results, CONFIG, ["/bin/snakemake", "--cores", "2"])
+    os.utime(results / "run.json", (1000, 1000))
+    folder, logs = results / "tiny/armor/layers", results / "logs/tiny/armor"
+    logs.mkdir(parents=True)
+    for layer, line in enumerate(["12:00:00 layer 0: 7/7", "12:00:00 layer 1: 3/7", "armor: error: NaN", "12:00:00 x"]):
+        (logs / f"layer_{layer}.log").write_text(f"{line}\n\n")
+    os.utime(logs / "layer_3.log", (900, 900))  # of an earlier run
+    for suffix in ("safetensors", "json"):
+        write_json(folder / f"layer_0.{suffix}", {})
+    write_json(folder / "layer_1.safetensors", {})  # its record follows
+    names = [f"factorize tiny armor layer {layer}" for layer in range(4)]
+
+    status = read_status(results)  # its configuration is the run's
+    assert [by_name(status)[name] for name in names] == ["done", "running", "failed", "stopped"]
+    assert by_name(status)["assemble tiny armor"] == "missing" and by_name(status)["inspect tiny"] == "done"
+    running, failed, stopped = status.details()
+    assert running == f"{names[1]}: 12:00:00 layer 1: 3/7"
+    again = "snakemake results/tiny/armor/layers/layer_2.safetensors --cores 2"
+    assert failed.splitlines()[0] == f"{names[2]}: NaN" and failed.endswith(f"again: {again}")
+    assert stopped.startswith(f"{names[3]}: stopped without a word")
+    os.close(lock)
+    assert by_name(read_status(results))[names[1]] == "stopped"
+    monkeypatch.setenv("PWD", str(results))  # from anywhere, by the run's folder too, the command is the same one
+    assert read_status(results.parent).details()[-2].endswith(f"again: cd {Path.cwd()} && {again}")
+
+
+def test_a_second_run_is_refused_while_the_first_lives(results):
+    lock = start_run(results, CONFIG, ["snakemake"])
+    with pytest.raises(ArmorError, match=f"another run is at work here .process {os.getpid()} on "):
+        start_run(results, CONFIG, ["snakemake"])
+    os.close(lock)
+    os.close(start_run(results, CONFIG, ["snakemake"]))
+
+
+def test_the_summary_tells_what_ran_from_what_was_there_before(results):
+    os.close(start_run(results, CONFIG, ["snakemake"]))
+    os.utime(results / "run.json", (1000, 1000))
+    folder = results / "benchmarks/tiny/armor"
+    folder.mkdir(parents=True)
+    for layer, (ended, peak) in enumerate([(900, "9000.0"), (1100, "200.0"), (1200, "NA")]):
+        write_json(results / f"tiny/armor/layers/layer_{layer}.safetensors", {})
+        # Of the last one Snakemake saw no process, as it does of a job in the fork server.
+        write_json(results / f"tiny/armor/layers/layer_{layer}.json", {"peak_memory_bytes": 3e8} if layer == 2 else {})
+        (folder / f"layer_{layer}.tsv").write_text(f"s\tmax_rss\n1.5\t{peak}\n")
+        os.utime(folder / f"layer_{layer}.tsv", (ended, ended))
+    lines = [line.split() for line in summary(results, CONFIG)]
+    assert lines[:2] == [["stage", "ran", "reused", "seconds", "peak", "memory"], ["inspect", "1"]]
+    assert lines[2] == ["factorize", "2", "1", "3.0", "300", "MB"] and len(lines) == 4
+
+
+def test_the_command_prints_a_table(results):
+    os.close(start_run(results, CONFIG, ["snakemake"]))
+    arguments = [sys.executable, "-m", "armor.command.cli", "status", str(results)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0] == ["stage", "of", "done", "running", "failed", "stopped", "missing"]
+    assert ["factorize", "tiny", "armor", "4"] in rows and len(rows) == 1 + len(
+        {(j.stage, j.names[:2]) for j in jobs(CONFIG, results)}
+    )

@@ -1,0 +1,303 @@
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    pipeline,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import armor.runtime.quantizer
+from armor.assemble.verify import verify
+from armor.assemble.writer import assemble
+from armor.errors import ArmorError
+from armor.runtime import cpu
+from armor.runtime.linear import ArmorLinear
+from tests.packed import DEFECTS, edit_config, edit_tensors, factors_of, opened, packed
+from tests.tiny import FAMILIES
+
+TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder, kind=AutoModelForCausalLM, **options):
+    return kind.from_pretrained(folder, **options)
+
+
+def dense(root, kind=AutoModelForCausalLM):
+    """The source model with every W replaced by A·S·B."""
+    model = kind.from_pretrained(root / "source")
+    for name, factors in factors_of(root).items():
+        name = name if kind is AutoModelForCausalLM else name.removeprefix("model.")
+        model.get_submodule(name).weight.data = factors.reconstruct()
+    return model
+
+
+@torch.no_grad()
+def logits(model, **options):
+    return model(input_ids=TOKENS, **options)[0]
+
+
+def close(a, b, tolerance=1e-4):
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_dense_model_with_the_product(tmp_path, family):
+    root = packed(tmp_path, family)
+    model = load(root / "checkpoint")
+    assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == len(factors_of(root))
+    assert close(logits(model), logits(dense(root)))
+
+
+def test_the_base_model_without_its_prefix(root):
+    assert close(logits(load(root / "checkpoint", AutoModel)), logits(dense(root, AutoModel)))
+
+
+def test_a_classifier_gets_a_new_head_and_keeps_the_rest(root):
+    model = load(root / "checkpoint", AutoModelForSequenceClassification, num_labels=3)
+    with torch.no_grad():
+        assert close(model.model(TOKENS)[0], dense(root, AutoModel)(TOKENS)[0])
+
+
+def test_shards(root, tmp_path):
+    assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(tmp_path / "checkpoint")), logits(load(root / "checkpoint")))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_any_dtype(tmp_path, dtype, stored):
+    model = load(packed(tmp_path, dtype=stored) / "checkpoint", dtype=dtype)
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.uint8 if name.endswith("core_mask") else wanted), name
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[wanted]
+    assert close(logits(model).float(), logits(dense(tmp_path).float()), tolerance)
+
+
+def test_generation_with_every_cache_says_the_same(root):
+    model = load(root / "checkpoint")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256}
+    expected = dense(root).generate(TOKENS, **options)
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(model.generate(TOKENS, **options, **cache), expected), cache
+
+
+def test_pipeline_by_path(root):
+    made = pipeline("text-generation", model=str(root / "checkpoint"))
+    text = made("the old city", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("the old city")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_shard_size": "5GB"}, {"max_shard_size": "100KB"}], ids=["one file", "shards"]
+)
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
+def test_save_pretrained_and_back(root, tmp_path, kind, options):
+    model = load(root / "checkpoint", kind)
+    model.save_pretrained(tmp_path, **options)
+    assert verify(tmp_path)["modules"] == 14 and not verify(tmp_path)["checksums"]
+    again = load(tmp_path, kind)
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    if kind is AutoModelForCausalLM and options["max_shard_size"] == "5GB":
+        assert (tmp_path / "model.safetensors").read_bytes() == (root / "checkpoint/model.safetensors").read_bytes()
+    if kind is AutoModel:  # saved without the prefix, it is still a language model's body
+        body = load(tmp_path, AutoModelForSequenceClassification).model
+        assert close(logits(body), logits(dense(root, AutoModel)))
+
+
+def test_dequantize_gives_a_dense_model(root, tmp_path):
+    model = load(root / "checkpoint").dequantize()
+    assert not any(isinstance(module, ArmorLinear) for module in model.modules())
+    assert close(logits(model), logits(dense(root)))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_offloading_to_disk(root, tmp_path):
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(root / "checkpoint", device_map=device_map, offload_folder=tmp_path, offload_buffers=True)
+    near, far = (model.get_submodule(f"model.layers.{k}.mlp.up_proj") for k in (0, 1))
+    assert near.is_unpacked != cpu.available() and not far.is_unpacked and far.core_values.is_meta
+    assert close(logits(model), logits(dense(root)))
+    assert not far.is_unpacked and far.core_values.is_meta
+
+
+def test_offloading_to_the_hosts_memory(root):
+    model = load(root / "checkpoint")
+    expected = logits(model)
+    offloaded = cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 64)
+    assert torch.equal(logits(offloaded), expected)
+
+
+def test_a_whole_model_compiles_without_a_break(root):
+    model = load(root / "checkpoint")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert close(logits(compiled, use_cache=False), logits(model, use_cache=False))
+
+
+def test_device_map_auto(root):
+    assert close(logits(load(root / "checkpoint", device_map="auto")), logits(dense(root)))
+
+
+def test_nothing_of_the_factors_is_trainable_and_the_rest_is(root):
+    model = load(root / "checkpoint")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    sides = ("core_values", "left", "right") if cpu.available() else ("left", "right")
+    assert frozen == {f"{module}.{side}" for module in factors_of(root) for side in sides}
+    model.train()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_importing_twice_is_harmless():
+    importlib.reload(armor.runtime.quantizer)
+    assert "armor" in AUTO_QUANTIZATION_CONFIG_MAPPING and "armor" in AUTO_QUANTIZER_MAPPING
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["assembled", "saved again"])
+def test_without_the_plugin_loading_stops(root, tmp_path, monkeypatch, saved):
+    folder = tmp_path if saved else root / "checkpoint"
+    if saved:
+        load(root / "checkpoint").save_pretrained(tmp_path)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "armor")
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "armor")
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            load(folder, kind)
+
+
+def refused(folder, *parts, kind=AutoModelForCausalLM, **options):
+    with pytest.raises(ArmorError) as error:
+        load(folder, kind, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_is_one_error(checkpoint, defect, checksums):
+    apply, parts = DEFECTS[defect]
+    apply(checkpoint)
+    if checksums:
+        refused(checkpoint)  # which of the two checks speaks first does not matter
+        refused(checkpoint, ignore_mismatched_sizes=True)
+    else:
+        (checkpoint / "checksums.json").unlink()
+        refused(checkpoint, *parts)
+
+
+def test_hashes_find_what_nothing_else_shows(checkpoint):
+    name = "model.layers.1.self_attn.v_proj.core_values"
+    edit_tensors(checkpoint, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    refused(checkpoint, "model.safetensors", name, "checksums.json")
+
+
+def test_an_edited_config_is_refused_as_long_as_the_hashes_are_there(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    refused(checkpoint, "config.json", "delete checksums.json")
+    (checkpoint / "checksums.json").unlink()
+    load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"]
+)
+def test_a_dense_tensor_that_is_missing(checkpoint, name):
+    (checkpoint / "checksums.json").unlink()
+    edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
+    refused(checkpoint, name, "missing")
+    if name != "lm_head.weight":
+        refused(checkpoint, name.removeprefix("model."), "missing", kind=AutoModel)
+        refused(checkpoint, name, "missing", kind=AutoModelForSequenceClassification)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.extra.weight", "extra"])
+def test_a_tensor_too_many(checkpoint, name):
+    (checkpoint / "checksums.json").unlink()
+    edit_tensors(checkpoint, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    refused(checkpoint, name, "no place")
+
+
+def test_a_model_with_fewer_layers_than_the_checkpoint(checkpoint):
+    (checkpoint / "checksums.json").unlink()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused(checkpoint, "model.layers.1.", "no such module")
+
+
+def test_a_module_that_is_no_linear_or_of_another_size(checkpoint):
+    (checkpoint / "checksums.json").unlink()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    refused(checkpoint, "model.layers.0.mlp.", "96")
+
+
+def test_a_dense_model_whose_config_says_armor(root, tmp_path):
+    folder = shutil.copytree(root / "source", tmp_path / "dense")
+    quantization = json.loads((root / "checkpoint/config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    refused(folder, "model.layers.0.self_attn.q_proj.core_values", "missing")
+    refused(root / "source", "dense model", quantization_config=armor.runtime.quantizer.ArmorConfig(**quantization))
+
+
+def test_stale_weights_beside_an_index(root, tmp_path):
+    assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
+    shutil.copy(root / "checkpoint/model.safetensors", tmp_path / "checkpoint/model.safetensors")
+    refused(tmp_path / "checkpoint", "model.safetensors", "stale")
+
+
+def test_another_loader_is_told_nothing_of_a_watch_that_has_ended(root):
+    model = load(root / "checkpoint")
+    assert "_adjust_missing_and_unexpected_keys" not in vars(model)
+
+
+def test_without_the_private_hook_of_transformers_it_still_loads(root, monkeypatch):
+    assert hasattr(LlamaForCausalLM, "_adjust_missing_and_unexpected_keys")  # where this fails, adapt _watch_keys
+    monkeypatch.setattr(armor.runtime.quantizer, "_HOOK", "gone in this release")
+    assert close(logits(load(root / "checkpoint")), logits(dense(root)))
+
+
+def test_the_config_alone_reads_and_writes_itself(root, tmp_path):
+    config = AutoConfig.from_pretrained(root / "checkpoint")
+    config.save_pretrained(tmp_path)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (root / "checkpoint", tmp_path))
+    assert before["quantization_config"] == after["quantization_config"]
+
+
+@pytest.mark.parametrize("kinds", [(AutoModelForCausalLM, AutoModel), (AutoModel, AutoModelForCausalLM)])
+def test_the_config_of_a_loaded_model_loads_another(root, kinds):
+    config = load(root / "checkpoint", kinds[0]).config
+    assert torch.equal(
+        logits(load(root / "checkpoint", kinds[1], config=config)), logits(load(root / "checkpoint", kinds[1]))
+    )
+
+
+def test_state_dicts_hold_the_packed_tensors_alone(root):
+    model = load(root / "checkpoint")
+    on_disk = load_file(root / "checkpoint/model.safetensors")
+    assert set(model.state_dict()) == set(on_disk) - {"model.layers.0.self_attn.q_proj.weight"}
+
+
+def test_groups_are_read_in_any_order(checkpoint):
+    (checkpoint / "checksums.json").unlink()
+    edit_config(checkpoint, lambda config: config["groups"][1:].reverse())
+    load(checkpoint)

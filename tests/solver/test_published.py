@@ -1,0 +1,124 @@
+"""The published optimiser: its group update against brute force, its bookkeeping, its guarantee."""
+
+from __future__ import annotations
+
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+
+from armor.core import blockdiag
+from armor.core.pattern import Pattern, is_nm
+from armor.solver import pruning, published
+from armor.solver.objective import supports
+from armor.solver.settings import Selection
+
+
+def problem(rows: int, columns: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator), torch.rand(columns, generator=generator) + 0.1
+
+
+def test_the_rules_are_those_of_the_configuration():
+    assert set(published.NORMS) == set(get_args(Selection))
+
+
+def test_group_update_is_the_best_support():
+    """Of every block the drawn group gets the support and values of least loss; A S and the residual follow."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, size_a, size_b, m = 4, 16, 2, 8, 4
+    w, d = problem(rows, columns)
+    a = torch.randn(rows // size_a, size_a, size_a, generator=generator)
+    b = torch.randn(columns // size_b, size_b, size_b, generator=generator)
+    mask = torch.tensor([True, True, False, False]).repeat(rows, columns // m)
+    s = torch.randn(rows, columns, generator=generator) * mask
+    dense_a, dense_b = blockdiag.expand(a), blockdiag.expand(b)
+    left, residual = dense_a @ s, dense_a @ s @ dense_b - w
+    row, group = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1, 0], [0, 1]])
+
+    expected = []
+    for i, j in itertools.product(range(2), range(2)):
+        place = (
+            size_a * i + int(row[i, j]),
+            slice(size_b * j + m * int(group[i, j]), size_b * j + m * int(group[i, j]) + m),
+        )
+        losses = []
+        for support in itertools.combinations(range(m), 2):
+            basis = []
+            for position in support:
+                unit = torch.zeros(rows, columns)
+                unit[place[0], place[1].start + position] = 1
+                basis.append(((dense_a @ unit @ dense_b) * d.sqrt()).flatten())
+            empty = s.clone()
+            empty[place] = 0
+            target = ((w - dense_a @ empty @ dense_b) * d.sqrt()).flatten()
+            matrix = torch.stack(basis, 1)
+            fit = torch.linalg.lstsq(matrix.double(), target.double().unsqueeze(1)).solution
+            values = torch.zeros(m)
+            values[list(support)] = fit.flatten().float()
+            losses.append((float((matrix.double() @ fit - target.double().unsqueeze(1)).square().sum()), values))
+        expected.append((place, min(losses, key=lambda x: x[0])[1]))
+
+    published.update_groups(a, b, s, mask, left, residual, d, (row, group), supports(Pattern(2, 4)), m)
+    for place, values in expected:
+        torch.testing.assert_close(s[place], values, rtol=1e-3, atol=1e-4)
+    assert is_nm(mask, Pattern(2, 4))
+    torch.testing.assert_close(left, dense_a @ s, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(residual, dense_a @ s @ dense_b - w, rtol=1e-4, atol=1e-4)
+
+
+def test_draw_follows_the_gradient():
+    gradient = torch.zeros(4, 16)
+    gradient[1, 4:8] = gradient[2, 12:16] = 1
+    row, group = published.draw(gradient, (2, 2, 2, 2, 4), torch.Generator().manual_seed(0))
+    assert (row[0, 0], group[0, 0]) == (1, 1) and (row[1, 1], group[1, 1]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("selection", "weights"),
+    [
+        ("l1-random", [3, 4, 1, 0]),
+        ("l2-random", [3, 8**0.5, 1, 0]),
+        ("uniform", [1, 1, 1, 1]),
+        ("l1-greedy", [0, 1, 0, 0]),
+    ],
+)
+def test_draw_follows_its_rule(selection, weights):
+    """How often each of four groups is drawn, over the 4,000 blocks of one draw."""
+    blocks = 4000
+    groups = torch.tensor([[3.0, 0, 0, 0], [2, -2, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    gradient = groups.view(1, 2, 8).expand(blocks, 2, 8).reshape(2 * blocks, 8)
+    drawn = [published.draw(gradient, (blocks, 2, 1, 2, 4), torch.Generator().manual_seed(5), selection) for _ in "ab"]
+    assert all(one.equal(two) for one, two in zip(*drawn, strict=True))
+    row, group = drawn[0]
+    found = (2 * row + group).flatten().bincount(minlength=4) / blocks
+    torch.testing.assert_close(found, torch.tensor(weights) / sum(weights), rtol=0, atol=0.03)
+    assert not found[torch.tensor(weights) == 0].any()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
+def test_lowers_the_loss(pattern):
+    weight, importance = problem(16, 32)
+    settings = published.Settings(iterations=200, learning_rate=1e-3)
+    result = published.solve(weight, importance, pattern=pattern, block_size=8, settings=settings)
+    assert result.loss < 0.95 * result.start_loss
+    assert result.start_loss == pytest.approx(pruning.nowag(weight, importance, pattern=pattern).loss)
+    assert is_nm(result.mask, Pattern.parse(pattern)) and not result.core[~result.mask].any()
+    losses = [loss for _, _, loss in result.trace]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_never_worse_than_nowag_where_adam_diverges():
+    weight, importance = problem(16, 32)
+    settings = published.Settings(iterations=20, learning_rate=10.0)
+    result = published.solve(weight, importance, block_size=8, settings=settings)
+    assert result.loss <= result.start_loss
+
+
+@pytest.mark.parametrize("selection", published.NORMS)
+def test_same_seed_same_bytes(selection):
+    weight, importance = problem(16, 32)
+    settings = published.Settings(iterations=10, selection=selection)
+    one, two = (published.solve(weight, importance, block_size=8, settings=settings, seed=5) for _ in "ab")
+    assert one.core.equal(two.core) and one.left.equal(two.left) and one.right.equal(two.right)

