@@ -23,7 +23,7 @@ from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
-from armor.config.reference import json_schema, markdown
+from armor.config.reference import json_schema
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.errors import ArmorError
@@ -96,8 +96,7 @@ def inspect(source: SourceFile, output: Output) -> None:
     from armor.model.inspect import inspect
     from armor.model.source import open_source
 
-    inspect(open_source(source), output)
-    for line in block_costs(Topology.read(output)):
+    for line in block_costs(inspect(open_source(source), output)):
         print(line)
 
 
@@ -351,11 +350,9 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 @app.command()
-def schema(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference that people read.")] = False,
-) -> None:
-    """Print the JSON schema of the configuration, or its reference."""
-    print(markdown() if as_markdown else json_schema(), end="")
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    print(json_schema(), end="")
 
 
 def _folder(path: Path) -> Path:

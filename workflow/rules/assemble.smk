@@ -10,7 +10,7 @@ rule assemble:
     output:
         R.checkpoint(),
     log:
-        R.log("assemble", "{model}", "{recipe}"),,
+        R.log("assemble", "{model}", "{recipe}"),
     benchmark:
         R.measured("assemble", "{model}", "{recipe}"),
     conda:

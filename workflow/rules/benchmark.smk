@@ -9,7 +9,7 @@ rule benchmark:
     output:
         R.benchmark(),
     log:
-        R.log("benchmark", "{model}", "{benchmark}"),,
+        R.log("benchmark", "{model}", "{benchmark}"),
     benchmark:
         R.measured("benchmark", "{model}", "{benchmark}"),
     conda:

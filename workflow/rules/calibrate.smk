@@ -9,7 +9,7 @@ rule calibrate:
     output:
         R.calibration(),
     log:
-        R.log("calibrate", "{model}", "{calibration}"),,
+        R.log("calibrate", "{model}", "{calibration}"),
     benchmark:
         R.measured("calibrate", "{model}", "{calibration}"),
     conda:

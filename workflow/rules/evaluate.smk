@@ -9,7 +9,7 @@ rule evaluate:
     output:
         R.evaluation(),
     log:
-        R.log("evaluate", "{model}", "{recipe}", "{evaluation}"),,
+        R.log("evaluate", "{model}", "{recipe}", "{evaluation}"),
     benchmark:
         R.measured("evaluate", "{model}", "{recipe}", "{evaluation}"),
     wildcard_constraints:
@@ -43,7 +43,7 @@ rule tasks:
     output:
         R.evaluation(),
     log:
-        R.log("tasks", "{model}", "{recipe}", "{evaluation}"),,
+        R.log("tasks", "{model}", "{recipe}", "{evaluation}"),
     benchmark:
         R.measured("tasks", "{model}", "{recipe}", "{evaluation}"),
     wildcard_constraints:

@@ -11,7 +11,7 @@ rule factorize:
         factors=R.factors(),
         record=R.layer(),
     log:
-        R.log("factorize", "{model}", "{recipe}", "{layer}"),,
+        R.log("factorize", "{model}", "{recipe}", "{layer}"),
     benchmark:
         R.measured("factorize", "{model}", "{recipe}", "{layer}"),
     conda:

@@ -6,7 +6,7 @@ rule fetch:
     output:
         R.source(),
     log:
-        R.log("fetch", "{model}"),,
+        R.log("fetch", "{model}"),
     benchmark:
         R.measured("fetch", "{model}"),
     conda:
@@ -34,7 +34,7 @@ checkpoint inspect:
     output:
         R.topology(),
     log:
-        R.log("inspect", "{model}"),,
+        R.log("inspect", "{model}"),
     benchmark:
         R.measured("inspect", "{model}"),
     conda:

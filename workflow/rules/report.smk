@@ -9,7 +9,7 @@ rule report:
         [report(file, caption="../report/summary.rst", category="Report") for file in R.report()[:2]],
         R.report()[2:],
     log:
-        R.log("report"),,
+        R.log("report"),
     benchmark:
         R.measured("report"),
     conda:
