@@ -183,12 +183,25 @@ def export(
 
 
 @app.command()
+def predict(source: SourceFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0) -> None:
+    """The dense model's predictions on the text of an evaluation -> a record and, beside it, the logits."""
+    device = _prepare(threads, gpus)
+    from armor.evaluate.predictions import predict
+
+    parsed = parse_settings(EvaluationSettings, settings)
+    predict(_folder(source), parsed, output, device, model_fingerprint(source))
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help=f"{layout.SOURCE}, {layout.CHECKPOINT}, or a model's folder.")],
     settings: Settings,
     output: Output,
     dense: Annotated[
         Path | None, typer.Option(help="source.json of the dense model to compare to; unset: no KL and agreement.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="What `armor predict` wrote, instead of running the dense model.")
     ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
@@ -206,7 +219,7 @@ def evaluate(
 
         if dense is not None:
             inputs["dense"] = model_fingerprint(dense)
-        evaluate(_folder(model), parsed, output, device, dense and _folder(dense), inputs)
+        evaluate(_folder(model), parsed, output, device, dense and _folder(dense), inputs, predictions)
 
 
 @app.command()

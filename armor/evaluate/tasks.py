@@ -20,6 +20,7 @@ import difflib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import tee
 from pathlib import Path
@@ -37,11 +38,12 @@ from transformers import PreTrainedTokenizerBase
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
 from armor.errors import ArmorError
 from armor.evaluate.built import build_task
-from armor.execution.files import atomic_path, sha256, write_json
+from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
-from armor.format.provenance import combined, made_by
+from armor.format.provenance import combined, machine, made_by
+from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE, StreamedModel
 from armor.text.sources import describe as describe_text
@@ -61,7 +63,7 @@ def evaluate_tasks(
     output: Path | str,
     device: str = "cpu",
     fingerprints: dict[str, str | None] | None = None,
-) -> dict:
+) -> TasksRecord:
     """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
@@ -82,11 +84,11 @@ def evaluate_tasks(
             task = str(build_task(task, texts[task], settings.items or ITEMS, place, where))
         specs[name] = (task, shots)
     manager = check_names(task for task, _ in specs.values())
-    asked = settings.model_dump(mode="json")
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
-    work = {"model": identity(folder), "settings": asked, "files": files}
+    work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
     with resumable(output, __name__, device, **work) as steps:
-        loaded = {name: _load(manager, task) for name, (task, _) in specs.items() if steps.get(name) is None}
+        left = [name for name in specs if steps.get(name, TaskRecord) is None]
+        loaded = {name: _load(manager, specs[name][0]) for name in left}
         if loaded:
             model = _open(folder, tokenizer, settings.dtype, device)
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
@@ -96,22 +98,35 @@ def evaluate_tasks(
             if settings.samples:
                 _write_samples(place / f"{name}.samples.jsonl", found["samples"])
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
-            write_json(place / f"{name}.json", record)
+            record.write(place / f"{name}.json")
             steps.put(name, record)
-        headline = ("metric", "value", "standard_error", "higher_is_better", "shots", "items")
-        result = {
-            "format_version": 1,
-            "task": output.stem,
-            "tasks": {name: {key: steps.get(name)[key] for key in headline} for name in specs},
-            "seconds": steps.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            **made_by(__name__, asked, {**(fingerprints or {}), "files": files}, device),
-        }
-        write_json(output, result)
+        records = {name: steps.get(name, TaskRecord) for name in specs}
+        result = TasksRecord(
+            task=output.stem,
+            tasks={name: record.headline() for name, record in records.items() if record},
+            seconds=steps.seconds(),
+            peak_memory_bytes=peak_memory_bytes(device),
+            made_by=made_by(__name__, settings, {**(fingerprints or {}), "files": files}),
+            machine=machine(device),
+        )
+        result.write(output)
     return result
 
 
-class StreamedLM(HFLM):
+class PlainLM(HFLM):
+    """lm-eval's model, whose progress bars stay out of log files."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm or not sys.stderr.isatty())
+
+
+class StreamedLM(PlainLM):
     """lm-eval's model with a `StreamedModel` behind it."""
 
     def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -154,7 +169,7 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: 
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
     if needed <= USABLE * available:
         size = CPU_BATCH_SIZE if device == "cpu" else "auto"
-        return HFLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
+        return PlainLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
     sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
     log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
@@ -248,39 +263,39 @@ def _members(manager: TaskManager, task: str | dict | list) -> Iterator[str]:
         yield from [task] if "TASK" in kind else _members(manager, sorted(entry.tags) if kind == "TAG" else entry.cfg)
 
 
-def _record(name: str, label: str, found: dict) -> dict:
+def _record(name: str, label: str, found: dict) -> TaskRecord:
     """What is kept of one task's results, lm-eval's `label`; `value` is its headline, `items` counts all questions."""
     better = found["higher_is_better"]
     metrics = _metrics(found["results"][label], better.get(label, {}))
     first = next((key for want in HEADLINES for key in metrics if key.partition(",")[0] == want), next(iter(metrics)))
-    return {
-        "format_version": 1,
-        "task": name,
-        "metric": first.removesuffix(",none"),
-        **metrics[first],
-        "metrics": metrics,
-        "subtasks": {
+    return TaskRecord(
+        task=name,
+        metric=first.removesuffix(",none"),
+        value=metrics[first].value,
+        standard_error=metrics[first].standard_error,
+        higher_is_better=metrics[first].higher_is_better,
+        metrics=metrics,
+        subtasks={
             task: _metrics(results, better.get(task, {})) for task, results in found["results"].items() if task != label
         },
-        "shots": max(found["n-shot"].values(), default=0),
-        "items": sum(count["effective"] for count in found["n-samples"].values()),
-        "versions": found["versions"],
-    }
+        shots=max(found["n-shot"].values(), default=0),
+        items=sum(count["effective"] for count in found["n-samples"].values()),
+        versions=found["versions"],
+    )
 
 
-def _metrics(results: dict, better: dict[str, bool]) -> dict[str, dict]:
+def _metrics(results: dict, better: dict[str, bool]) -> dict[str, Metric]:
     """lm-eval's "acc,none" and "acc_stderr,none" side by side, and by `better` whether a higher value is; or None."""
     found = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             error = results.get(f"{metric}_stderr,{kind}")
-            known = isinstance(error, float) and math.isfinite(error)
-            found[key] = {
-                "value": float(value),
-                "standard_error": float(error) if known else None,
-                "higher_is_better": better.get(metric),
-            }
+            found[key] = Metric(
+                value=float(value),
+                standard_error=float(error) if isinstance(error, float) and math.isfinite(error) else None,
+                higher_is_better=better.get(metric),
+            )
     return found
 
 

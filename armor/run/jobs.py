@@ -40,6 +40,7 @@ class Stage:
     settings: Callable[..., Typed | None] = lambda config, *names: None
     methods: Callable[..., list[str]] = lambda config, *names: []
 
+
 def _model(*names: str) -> list[Needed]:
     """The inputs of nearly every stage: where the model is, and what it is made of."""
     return [("source", "fetch", names[:1]), ("model", "inspect", names[:1])]
@@ -99,7 +100,7 @@ STAGES = {
         outputs=lambda results, *names: (results.evaluation(*names),),
         entry="armor.evaluate.perplexity",
         inputs=_text_inputs,
-        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation].without_budget(),
     ),
     "tasks": Stage(
         outputs=lambda results, *names: (results.evaluation(*names),),
