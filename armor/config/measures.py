@@ -25,6 +25,8 @@ PAPER_TASKS = {
 }
 
 
+PREDICTIONS_GB = 8.0
+
 # Tasks that are built from a text.
 BUILT_TASKS = ("last_word", "continuation")
 
@@ -53,7 +55,7 @@ class EvaluationSettings(Typed):
     dtype: Dtype = "auto"
     """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
 
-    predictions_gb: float = Field(8.0, ge=0)
+    predictions_gb: float = Field(PREDICTIONS_GB, ge=0)
     """Perplexity: the disk, in GB, that the dense model's logits may take while recipes are held against them. With less
     the dense model is run again beside each recipe."""
 
@@ -61,7 +63,8 @@ class EvaluationSettings(Typed):
     def _check(self) -> EvaluationSettings:
         built = set(BUILT_TASKS) & set(self.tasks or ())
         others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples")
-        others += ("predictions_gb",) * bool(self.tasks and self != self.without_budget())
+        if self.tasks and self.predictions_gb != PREDICTIONS_GB:
+            others += ("predictions_gb",)
         if given := [key for key in others if getattr(self, key)]:
             raise ValueError(f"{given[0]}: goes with {'perplexity on a text' if self.tasks else 'tasks'}")
         if (self.tasks is None or built) and self.text is None:
@@ -71,10 +74,6 @@ class EvaluationSettings(Typed):
         if len(set(self.task_names())) < len(self.task_names()):
             raise ValueError(f"tasks: {', '.join(self.task_names())}: each once")
         return self
-
-    def without_budget(self) -> EvaluationSettings:
-        """These settings with the default `predictions_gb`, which changes no number of an evaluation."""
-        return self.model_copy(update={"predictions_gb": EvaluationSettings.model_fields["predictions_gb"].default})
 
     def task_shots(self) -> dict[str, int | None]:
         """The tasks (names or YAML files), paper's spelt out, and the examples before each question."""

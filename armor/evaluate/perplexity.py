@@ -35,7 +35,7 @@ from armor.evaluate.logits import (
     with_models,
 )
 from armor.evaluate.predictions import fitting
-from armor.execution.log import progress
+from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
 from armor.format.layout import logits_beside
@@ -84,7 +84,7 @@ def evaluate(
     """Measure the perplexity of the model in `folder` (dense or ARMOR); write `output`, evaluation/{evaluation}.json.
 
     It is compared to the model in the folder `dense`, by its logits beside the record `predictions` if that is given
-    and has them; with `predictions` of the model itself its losses are taken from there, and no model is run.
+    and they are there; with `predictions` of the model itself its losses are taken from there, and no model is run.
     `fingerprints`, those of "model" and "dense", are noted, and held against `predictions`. Raises ArmorError for a
     folder that is not a model, a dense one of other tokens, predictions of other things, a text too short, a device
     with too little memory, and logits that are not finite.
@@ -104,10 +104,13 @@ def evaluate(
         if own and dense is None:
             means = [BlockMeans(loss=loss) for loss in known.block_means]
             return _write(output, settings, blocks, means, inputs, device, time.monotonic() - start)
-        if known.hashes is None and dense is None:
-            raise ArmorError(f"{predictions}: has no logits ({known.not_stored}); name the dense model with --dense")
         inputs["dense"] = known.fingerprint
-    stored = known if known is not None and known.hashes is not None else None
+    stored = known if known is not None and _has_logits(known, Path(predictions or "")) else None
+    if known is not None and stored is None:
+        why = known.not_stored or "they were removed"
+        if dense is None:
+            raise ArmorError(f"{predictions}: without logits ({why}); name the dense model with --dense")
+        log.info("%s: without logits (%s), so the dense model is run too", predictions, why)
     folders = [folder] if stored is not None or dense is None else [folder, dense]
     held: object = combined(stored.hashes) if stored is not None and stored.hashes else dense and identity(dense)
     work = {
@@ -153,6 +156,10 @@ def measure(models: Sequence[Model], blocks: Blocks, steps: Steps, stored: Store
             steps.put(str(index), known)
         found.append(known)
     return found
+
+
+def _has_logits(record: PredictionsRecord, path: Path) -> bool:
+    return record.hashes is not None and logits_beside(path).is_file()
 
 
 def _reader(stored: PredictionsRecord | None, predictions: Path | None) -> Stored | None:

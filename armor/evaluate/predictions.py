@@ -4,9 +4,10 @@ KL divergence and agreement need the dense model's logits at every prediction. H
 the record, which is all that its own perplexity needs, and its logits, in the dtype that it computes in, into a file
 beside the record: so an evaluation that reads them has the same numbers as one that runs the dense model beside, bit by
 bit. The price is disk: blocks · length · vocabulary numbers, 1.6 GB for 8 × 1,024 tokens of 49,152 in float32. Where
-that is more than the evaluation allows (`predictions_gb`), or than half of the free disk, nothing is stored, the record
-says why, and an evaluation runs the dense model as if there were no record. A run that was killed goes on after the
-last block (`armor.execution.resume`).
+that is more than the evaluation allows (`predictions_gb`), or than half of the free disk, nothing is stored and the
+record says why. The logits are a help and no result: a run of the workflow that succeeds removes them, and where they
+are not there an evaluation runs the dense model too. A run that was killed goes on after the last block
+(`armor.execution.resume`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
 from armor.format.layout import logits_beside
-from armor.format.logits import LogitsFile, write_none
+from armor.format.logits import LogitsFile
 from armor.format.provenance import machine, made_by
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype
@@ -60,9 +61,8 @@ def predict(
 ) -> PredictionsRecord:
     """Run the dense model in `folder`, whose `fingerprint` is noted, and write `output`, predictions/{evaluation}.json.
 
-    The logits go beside it (`logits_beside`), before it; a file without tensors where they are not stored. Raises
-    ArmorError for a folder that is no model, a text too short, a device with too little memory, and logits that are
-    not finite.
+    The logits go beside it (`logits_beside`), before it. Raises ArmorError for a folder that is no model, a text too
+    short, a device with too little memory, and logits that are not finite.
     """
     folder, output = Path(folder), Path(output)
     blocks = blocks_of(folder, settings)
@@ -85,8 +85,7 @@ def predict(
         if stored is not None:
             os.replace(stored.path, logits_beside(output))
         else:
-            file.path.unlink(missing_ok=True)
-            write_none(logits_beside(output))
+            logits_beside(output).unlink(missing_ok=True)
         record = PredictionsRecord(
             task=output.stem,
             fingerprint=fingerprint,

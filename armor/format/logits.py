@@ -2,7 +2,7 @@
 
 Tensor `logits.{k}` (length, vocabulary) is block k. All sizes are known before the first block, so the header is
 written first and the file grows behind it: no more than one block is in memory, and a run that was killed goes on
-after the last whole block. A file without tensors says that nothing was stored.
+after the last whole block.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from armor.errors import ArmorError
-from armor.execution.files import open_safetensors, save_safetensors
+from armor.execution.files import open_safetensors
 from armor.format.checksums import tensor_sha256
 
-__all__ = ["FORMAT_VERSION", "LogitsFile", "read_logits", "write_none"]
+__all__ = ["FORMAT_VERSION", "LogitsFile", "read_logits"]
 
 FORMAT_VERSION = 1
 """Of the file, in its metadata."""
@@ -92,11 +92,6 @@ class LogitsFile:
         except OSError as error:
             raise ArmorError(f"{self.path}: cannot be written ({error.strerror}); make room and run again") from error
         return tensor_sha256(logits)
-
-
-def write_none(path: Path) -> None:
-    """Write the file of logits that were not stored."""
-    save_safetensors(path, {}, {"format_version": str(FORMAT_VERSION)})
 
 
 def read_logits(path: Path, hashes: Sequence[str], wanted: Iterable[int]) -> Iterator[Tensor]:

@@ -100,7 +100,7 @@ STAGES = {
         outputs=lambda results, *names: (results.evaluation(*names),),
         entry="armor.evaluate.perplexity",
         inputs=_text_inputs,
-        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation].without_budget(),
+        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
     ),
     "tasks": Stage(
         outputs=lambda results, *names: (results.evaluation(*names),),

@@ -99,14 +99,27 @@ def test_over_the_budget_nothing_is_stored_and_the_dense_model_runs_beside(root,
     path = predicted(root, asked, tmp_path)
     record = PredictionsRecord.read(path)
     assert record.hashes is None and "predictions_gb is 0.000104" in record.not_stored
-    assert load_file(logits_beside(path)) == {}
+    assert not logits_beside(path).exists()
     common = {"fingerprints": dict(DENSE), "predictions": path}
     found = evaluate(root / "checkpoint", asked, tmp_path / "found.json", dense=root / "source", **common)
     assert same(found, evaluate(root / "checkpoint", asked, tmp_path / "beside.json", dense=root / "source"))
-    with pytest.raises(ArmorError, match=r"wiki.json: has no logits \(they take .*\); name the dense model"):
+    with pytest.raises(ArmorError, match=r"wiki.json: without logits \(they take .*\); name the dense"):
         evaluate(root / "checkpoint", asked, tmp_path / "found.json", **common)
-    at = settings(text, predictions_gb=needed)
-    assert PredictionsRecord.read(predicted(root, at, tmp_path)).hashes is not None
+    path = predicted(root, settings(text, predictions_gb=needed), tmp_path)
+    assert PredictionsRecord.read(path).hashes is not None
+    predicted(root, asked, tmp_path)  # with less room again: what was stored does not stay
+    assert not logits_beside(path).exists()
+
+
+def test_without_its_logits_a_record_lets_the_dense_model_run_beside(root, tmp_path, text):
+    path = predicted(root, settings(text), tmp_path)
+    common = {"fingerprints": dict(DENSE), "predictions": path}
+    stored = evaluate(root / "checkpoint", settings(text), tmp_path / "stored.json", **common)
+    logits_beside(path).unlink()
+    beside = evaluate(root / "checkpoint", settings(text), tmp_path / "beside.json", dense=root / "source", **common)
+    assert same(beside, stored) and beside.made_by == stored.made_by
+    with pytest.raises(ArmorError, match=r"wiki.json: without logits \(they were removed\); name the dense model"):
+        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", **common)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from armor.errors import ArmorError
-from armor.format.logits import LogitsFile, read_logits, write_none
+from armor.format.logits import LogitsFile, read_logits
 
 
 def written(path, dtype=torch.float32, blocks=3):
@@ -53,10 +53,13 @@ def test_another_byte_is_refused(tmp_path):
         list(read_logits(file.path, hashes, (0, 1, 2)))
 
 
-def test_a_file_without_logits_is_refused(tmp_path):
-    write_none(tmp_path / "none.safetensors")
-    with pytest.raises(ArmorError, match="none.safetensors: holds no block 0; run armor predict again"):
-        list(read_logits(tmp_path / "none.safetensors", ["0"], [0]))
+def test_a_file_without_the_block_is_refused(tmp_path):
+    file, _, hashes = written(tmp_path / "logits.safetensors")
+    with pytest.raises(ArmorError, match="logits.safetensors: holds no block 3; run armor predict again"):
+        list(read_logits(file.path, hashes, [3]))
+    save_file({}, tmp_path / "other.safetensors")
+    with pytest.raises(ArmorError, match="other.safetensors: format None, expected 1; run armor predict again"):
+        list(read_logits(tmp_path / "other.safetensors", ["0"], [0]))
     with pytest.raises(ArmorError, match="missing.safetensors: no such file"):
         list(read_logits(tmp_path / "missing.safetensors", ["0"], [0]))
 

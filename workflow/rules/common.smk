@@ -56,6 +56,8 @@ onstart:
 
 
 onsuccess:
+    for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
+        Path(R.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
     print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
     if os.path.isfile(page := R.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)

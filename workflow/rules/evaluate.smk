@@ -4,18 +4,16 @@ TEXTS = any_of(name for name, settings in SETTINGS.evaluations.items() if not se
 TASKS = any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks)
 
 
-def dense_logits(wildcards):
-    """What only a compressed model is held against. Both files are ancient: made again, they are the same."""
-    return [] if SETTINGS.is_dense(wildcards.recipe) else ancient(R.logits(wildcards.model, wildcards.evaluation))
-
-
 rule predict:
-    """Run the dense model on the text of an evaluation, once for all recipes; its logits stay while they are needed."""
+    """Run the dense model on the text of an evaluation, once for all recipes. Beside the record lie its logits.
+
+    They are no output: if Snakemake made them again for one recipe, it would run every recipe's evaluation again. A run
+    that succeeds removes them, and an evaluation that finds none runs the dense model too.
+    """
     input:
         source=R.source(),
     output:
-        record=R.predictions(),
-        logits=temp(R.logits()),
+        R.predictions(),
     log:
         R.log("predict", "{model}", "{evaluation}"),
     benchmark:
@@ -37,7 +35,7 @@ rule predict:
         "predict {wildcards.model} {wildcards.evaluation}"
     shell:
         """
-        armor predict --source {input.source:q} --settings {params.settings:q} --output {output.record:q} \
+        armor predict --source {input.source:q} --settings {params.settings:q} --output {output:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
 
@@ -47,8 +45,7 @@ rule evaluate:
     input:
         source=R.source(),
         model=finished_model,
-        predictions=ancient(R.predictions()),
-        logits=dense_logits,
+        predictions=R.predictions(),
     output:
         R.evaluation(),
     log:
