@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.format.checkpoint import PackedLinear
+from armor.format.records.benchmark import LinearSpeed
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["core_alone", "linear_speeds", "wrapped"]
@@ -58,12 +58,10 @@ def _milliseconds(linears: Sequence[nn.Module], x: Tensor) -> float:
 
 
 @torch.inference_mode()
-def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS) -> list[dict]:
-    """A record for each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
+def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS) -> list[LinearSpeed]:
+    """The speed of each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
 
-    It holds those, the `count` of linears, `dense_milliseconds`, `milliseconds` and the `speedup` of a round (medians
-    and quartiles), and `theoretical_speedup`: by the bytes of the weights. A shape with blocks has `core_milliseconds`
-    and `core_speedup` too, over the dense ones of the same turn. `dense` has linears of the same names.
+    The core's is over the dense ones of its own turn. `dense` has linears of the same names.
     """
     names: dict[PackedLinear, list[str]] = {}
     for name, module in compressed.named_modules():
@@ -91,17 +89,22 @@ def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS)
     for layout, own in names.items():
         bits = 8 * rows[layout].element_size()
         dense_times, own_times = (times["whole", side, layout] for side in linears)
-        record = {
-            **asdict(layout),
-            "pattern": str(layout.pattern),
-            "count": len(own),
-            "dense_milliseconds": summary(dense_times),
-            "milliseconds": summary(own_times),
-            "speedup": ratios(dense_times, own_times),
-            "theoretical_speedup": bits / layout.bits_per_weight(bits),
-        }
-        if layout.left_block_size or layout.right_block_size:
-            dense_times, own_times = (times["core", side, layout] for side in linears)
-            record |= {"core_milliseconds": summary(own_times), "core_speedup": ratios(dense_times, own_times)}
-        records.append(record)
+        has_blocks = layout.left_block_size or layout.right_block_size
+        beside, alone = (times["core", side, layout] for side in linears) if has_blocks else (None, None)
+        records.append(
+            LinearSpeed(
+                out_features=layout.out_features,
+                in_features=layout.in_features,
+                pattern=str(layout.pattern),
+                left_block_size=layout.left_block_size,
+                right_block_size=layout.right_block_size,
+                count=len(own),
+                dense_milliseconds=summary(dense_times),
+                milliseconds=summary(own_times),
+                speedup=ratios(dense_times, own_times),
+                theoretical_speedup=bits / layout.bits_per_weight(bits),
+                core_milliseconds=alone and summary(alone),
+                core_speedup=alone and beside and ratios(beside, alone),
+            )
+        )
     return records

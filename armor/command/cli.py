@@ -227,18 +227,28 @@ def benchmark(
     source: SourceFile,
     output: Output,
     settings: Settings = "{}",
-    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint.json; unset: the dense model alone.")] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="A recipe's checkpoint.json; may be given again. Unset: the dense model.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Size, memory and speed, dense and packed in turn -> benchmark/CASE.json."""
+    """Size, memory and speed of the dense model and its recipes, timed in turn -> benchmark/CASE.json."""
     device = _prepare(threads, gpus)
-    from armor.benchmark.generation import benchmark
+    from armor.benchmark.generation import DENSE, benchmark
 
     parsed = parse_settings(BenchmarkSettings, settings)
-    models = {"dense": source} | ({"compressed": checkpoint} if checkpoint else {})
-    fingerprints = {side: model_fingerprint(model) for side, model in models.items()}
-    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device, fingerprints)
+    recipes: dict[str, Path] = {}
+    for path in checkpoint or ():
+        name = path.absolute().parent.name
+        if name in recipes:
+            raise ArmorError(
+                f"{path}: {recipes[name]} is in a folder called {name} too; each recipe needs its own name"
+            )
+        recipes[name] = path
+    fingerprints = {name: model_fingerprint(path) for name, path in {DENSE: source, **recipes}.items()}
+    folders = {name: _folder(path) for name, path in recipes.items()}
+    benchmark(_folder(source), folders, parsed, output, device, fingerprints)
 
 
 @app.command()
