@@ -8,6 +8,7 @@ kept if the process ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,10 +105,7 @@ def _statistics(
 ) -> dict[str, Statistics]:
     """The statistics of each linear's input, by name. tokens (sequences, length)."""
     sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, own=sums[name]: own.add(args[0]))
-        for name, linear in linears.items()
-    ]
+    hooks = [linear.register_forward_pre_hook(partial(_add, sums[name])) for name, linear in linears.items()]
     was_training = model.training
     try:
         model.eval()
@@ -124,3 +122,7 @@ def _statistics(
         if not own.finite():
             raise ArmorError(f"{name}: its input holds NaN or infinity; weights or dtype are not fit for this text")
     return {name: own.statistics() for name, own in sums.items()}
+
+
+def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    sums.add(args[0])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -235,7 +236,7 @@ def _run_layer(
     for first, *_ in layer.groups():
         inputs[first.name] = Accumulator(first.in_features, gram, device)
         linear = module.get_submodule(first.name.removeprefix(layer.prefix + "."))
-        hooks.append(linear.register_forward_pre_hook(lambda _, args, sums=inputs[first.name]: sums.add(args[0])))
+        hooks.append(linear.register_forward_pre_hook(partial(_add, inputs[first.name])))
     on_device: dict[int, Call] = {}
     try:
         with torch.no_grad():
@@ -256,6 +257,10 @@ def _run_layer(
         if not sums.finite():
             raise ArmorError(_not_finite(layer, inputs, None))
     return inputs
+
+
+def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    sums.add(args[0])
 
 
 def _not_finite(layer: DecoderLayer, inputs: dict[str, Accumulator], sequence: int | None) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class HiddenStates:
 
     def turn(self) -> None:
         """What was written is the next layer's input, whole and on disk: from now on it is read."""
+        assert self._written is not None  # all of them were written
         os.fsync(self._written.fileno())
         self._written.close()
         if self._read is not None:
@@ -98,7 +99,8 @@ class HiddenStates:
         states_file(self._folder, self._layer - 1).unlink(missing_ok=True)
 
     def _transfer(self, file: BinaryIO | None, what: str, index: int, tensor: Tensor) -> None:
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        assert file is not None
         try:
             file.seek(index * self._each)
             while view:

@@ -246,11 +246,11 @@ def report(
     if runs:
         from armor.report import compare
 
-        print(compare(*runs, output or Path("comparison")))
+        print(compare(runs[0], runs[1], output or Path("comparison")))
     else:
         from armor.report import build
 
-        build(results, parse_settings(ReportSettings, settings), output or Path("results/report"))
+        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path("results/report"))
 
 
 @app.command()
@@ -271,8 +271,10 @@ def list_devices() -> None:
     if not found:
         print("no CUDA device is visible: jobs compute on the CPU")
     for device in found:
-        sizes = (device.used_bytes, device.memory_bytes)
-        memory = "memory unknown" if None in sizes else "{:.1f} of {:.1f} GB used".format(*(x / 1e9 for x in sizes))
+        used, total = device.used_bytes, device.memory_bytes
+        memory = "memory unknown"
+        if used is not None and total is not None:
+            memory = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB used"
         print(f"{device.name}  {device.model or 'unknown card'}  {memory}  {device.holder or 'free'}")
 
 

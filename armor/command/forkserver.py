@@ -166,4 +166,4 @@ if __name__ == "__main__":
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code or 0)
+        os._exit(end.code if isinstance(end.code, int) else 0)

@@ -38,15 +38,15 @@ class EvaluationSettings(Typed):
 
     text: TextSettings | None = None
     """What perplexity is measured on, or what the tasks last_word and continuation are built from."""
-    sequences: int | None = Field(None, ge=1)
+    sequences: int | None = Field(default=None, ge=1)
     """Perplexity: how many blocks; unset: as many as the text has."""
-    sequence_length: int | None = Field(None, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2)
     """Perplexity: tokens in each; unset: the model's context length."""
-    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(None, min_length=1)
+    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(default=None, min_length=1)
     """Names of lm-eval, YAML files of your own, paper (its seven), last_word and continuation (built from the text)."""
-    shots: int | None = Field(None, ge=0)
+    shots: int | None = Field(default=None, ge=0)
     """Tasks: examples before each question; unset: as the task says. The tasks of paper have their own."""
-    items: int | None = Field(None, ge=4)
+    items: int | None = Field(default=None, ge=4)
     """Tasks built from the text: how many items each has; unset: 100."""
     samples: bool = False
     """Tasks: keep every question, answer and log-likelihood beside the result."""
@@ -86,11 +86,11 @@ class EvaluationSettings(Typed):
 class BenchmarkSettings(Typed):
     """Memory and speed of reading and writing, dense, compressed and its core alone in turn in one process."""
 
-    prompt_tokens: int = Field(32, ge=1)
+    prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""
-    new_tokens: int = Field(64, ge=2)
+    new_tokens: int = Field(default=64, ge=2)
     """Tokens written in one round; the sequences of a batch share them, 8 each at least."""
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4], min_length=1)
     """How many sequences at once; the speed at the smallest goes into the summary."""
     prompts: list[Annotated[str, Field(min_length=1)]] = [
         "The capital of France is",
@@ -98,6 +98,6 @@ class BenchmarkSettings(Typed):
         "Once upon a time, a fox",
     ]
     """Texts that each model goes on with by up to new_tokens tokens, for the report to show side by side."""
-    repeats: int = Field(5, ge=1)
+    repeats: int = Field(default=5, ge=1)
     """Rounds; each times every model once, and the report shows the median."""
     dtype: Dtype = "auto"

@@ -29,7 +29,7 @@ MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_ext
 class SolverChange(Typed):
     """The part of SolverSettings that an override changes."""
 
-    iterations: int | None = Field(None, ge=1)
+    iterations: int | None = Field(default=None, ge=1)
     algorithm: Algorithm | None = None
     selection: Selection | None = None
 
@@ -41,7 +41,7 @@ class ModuleSettings(Typed):
     """How a weight is compressed; dense leaves it as it is. The table of methods tells what each is and takes."""
     pattern: PatternText = "2:4"
     """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
-    block_size: int = Field(128, ge=1)
+    block_size: int = Field(default=128, ge=1)
     """Size of the blocks around the core; where it does not divide a dimension, the largest divisor below it serves."""
     solver: SolverSettings = SolverSettings()
 
@@ -51,7 +51,7 @@ class ModuleChange(Typed):
 
     method: MethodName | None = None
     pattern: PatternText | None = None
-    block_size: int | None = Field(None, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
     solver: SolverChange | None = None
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:

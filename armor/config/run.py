@@ -55,7 +55,7 @@ class Config(Typed):
     recipes: dict[Name, Recipe] = Field(min_length=1)
     evaluations: dict[Name, EvaluationSettings] = {}
     benchmarks: dict[Name, BenchmarkSettings] = {}
-    runs: list[Run] = Field([Run()], min_length=1)
+    runs: list[Run] = Field(default=[Run()], min_length=1)
     """Which of the above go together; left out: everything with everything."""
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ class TextSettings(Typed):
     """The split of the dataset."""
     streaming: bool = False
     """Read the dataset as it downloads, instead of downloading all of it first."""
-    files: list[LocalPath] | None = Field(None, min_length=1)
+    files: list[LocalPath] | None = Field(default=None, min_length=1)
     """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
     column: str = "text"
     """The column of the dataset, or the key of the JSON lines, that holds the text."""
@@ -87,11 +87,11 @@ class CalibrationSettings(Typed):
     """The text that the statistics are taken on."""
 
     text: TextSettings
-    sequences: int = Field(128, ge=1)
+    sequences: int = Field(default=128, ge=1)
     """How many token sequences."""
-    sequence_length: int | None = Field(None, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: the model's context length."""
     gram: bool = False
     """Also keep the full Gram matrix of every input: in² float32 numbers each."""
-    hidden_states_memory_gb: float = Field(8.0, gt=0)
+    hidden_states_memory_gb: float = Field(default=8.0, gt=0)
     """Hidden states are kept on the host up to this size, in gigabytes, and on disk beyond."""

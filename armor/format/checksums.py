@@ -79,7 +79,7 @@ def loaded_files(shards: Shards) -> list[str]:
 def tensor_sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:

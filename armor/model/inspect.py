@@ -112,7 +112,7 @@ def _decoder_layer(
 ) -> DecoderLayer:
     weights = {f"{name}.weight" for name in linears}
     matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
-    described = [
+    described = tuple(
         Linear(
             name=name,
             out_features=module.out_features,
@@ -123,8 +123,8 @@ def _decoder_layer(
             input_group=groups[name],
         )
         for name, module in linears.items()
-    ]
-    dense = [name for name in matrices if name not in weights]
+    )
+    dense = tuple(name for name in matrices if name not in weights)
     return DecoderLayer(index=index, prefix=prefix, linears=described, dense_parameters=dense)
 
 

@@ -170,6 +170,7 @@ class Search:
         began = time.perf_counter()
         n, (size_a, size_b) = settings.iterations, self.sizes
         speeds = [torch.zeros_like(x) for x in (self.a, self.s, self.b)]
+        inverse_a = inverse_b = inverse_left = inverse_right = torch.empty(0)  # made anew in the first iteration
         ceiling = step = settings.step * min(1.0, (300 / max(n, 1)) ** 0.15)
         best = level = math.inf
         for iteration in range(n + 1):

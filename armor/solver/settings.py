@@ -17,7 +17,7 @@ Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
 class SolverSettings(Typed):
     """The optimiser behind the method armor."""
 
-    iterations: int = Field(300, ge=1)
+    iterations: int = Field(default=300, ge=1)
     """The budget; the schedule adapts to it."""
     algorithm: Algorithm = "fast"
     """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
