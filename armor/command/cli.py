@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from armor.config import reference
 from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
-from armor.config.reference import json_schema
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.errors import ArmorError
@@ -350,9 +350,22 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration."""
-    print(json_schema(), end="")
+def schema(
+    markdown: Annotated[bool, typer.Option(help="Print every key of the configuration, and the methods.")] = False,
+    methods: Annotated[bool, typer.Option(help="Print a short table of the methods.")] = False,
+    records: Annotated[bool, typer.Option(help="Print what lies where in results/, and the records' fields.")] = False,
+    write: Annotated[
+        list[Path] | None, typer.Option(help="Make the generated parts of this page anew; may be given again.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the configuration, or what people read instead, as Markdown."""
+    asked = {"--markdown": markdown, "--methods": methods, "--records": records}
+    for page in write or ():
+        page.write_text(reference.fresh(page.read_text(encoding="utf-8"), str(page)), encoding="utf-8")
+    for option in (option for option, given in asked.items() if given):
+        print(reference.PARTS[f"armor schema {option}"]())
+    if not write and not any(asked.values()):
+        print(reference.json_schema(), end="")
 
 
 def _folder(path: Path) -> Path:
