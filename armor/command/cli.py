@@ -390,7 +390,7 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
-    # Python ends with a search for garbage among all that torch's modules hold, 0.2 s for what goes with the process.
+    # Python ends with a search for garbage among all that torch's modules hold, though all goes with the process.
     atexit.register(gc.freeze)
     try:
         app(standalone_mode=True, prog_name="armor")
