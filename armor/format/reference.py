@@ -25,8 +25,8 @@ __all__ = ["field_table", "layout_tree", "record_reference", "record_types", "ta
 
 ORDER = ("source", "topology", "calibration", "layer", "checkpoint", "predictions", "evaluation", "benchmark", "report")
 """The modules of records in the order of the data; others follow by name, and what they share comes last."""
-PLAIN = {"string": "text", "boolean": "true or false", "null": "null", "object": "mapping", "array": "list"}
-PLAIN |= {"integer": "integer", "number": "number"}
+PLAIN = {"string": "text", "boolean": "true or false", "object": "mapping", "integer": "integer", "number": "number"}
+"""JSON schema's names of types in plain words."""
 
 
 def words(schema: dict[str, Any]) -> str:
