@@ -351,9 +351,11 @@ def _count(number: int, one: str, many: str) -> str:
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option(help="Print every key of the configuration, and the methods.")] = False,
-    methods: Annotated[bool, typer.Option(help="Print a short table of the methods.")] = False,
-    records: Annotated[bool, typer.Option(help="Print what lies where in results/, and the records' fields.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print every key of the configuration, and the methods.")
+    ] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Print a short table of the methods.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="Print what lies in results/, file by file.")] = False,
     write: Annotated[
         list[Path] | None, typer.Option(help="Make the generated parts of this page anew; may be given again.")
     ] = None,
