@@ -21,6 +21,7 @@ from armor.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.format.statistics import Accumulator, Statistics
+from armor.model.by_hand import is_taken
 from armor.runtime.quantizer import pack_linears
 from armor.runtime.skeleton import decoder_layers, finite
 from armor.text.blocks import blocks
@@ -59,6 +60,9 @@ def compress(
         resolved = chosen.for_layer(index, seed)
         for name, module in layer.named_modules(prefix=f"{prefix}.{index}"):
             if not isinstance(module, nn.Linear):
+                continue
+            if is_taken(layer, name.removeprefix(f"{prefix}.{index}.")):
+                log.warning("%s: stays dense, for another module multiplies with its weight", name)
                 continue
             asked, note = possible(resolved.for_module(name), module.out_features, module.in_features)
             if note:

@@ -16,9 +16,12 @@ else that is asked of it is one clear error instead of numbers that would be wro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
@@ -27,24 +30,37 @@ from armor.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda
 
-__all__ = ["ArmorLinear"]
+__all__ = ["ArmorLinear", "NoWeight", "NoWeightError"]
 
 
-class _NoWeightError(ArmorError, AttributeError):
-    """Both, so that hasattr and getattr with a default may ask a weight that is not there for anything."""
+class NoWeightError(ArmorError, AttributeError):
+    """Both, so that hasattr and getattr with a default may ask a weight that is not there for anything.
+
+    `module` is the name of the linear, if the weight was given one.
+    """
+
+    module = ""
 
 
-class _NoWeight:
+class NoWeight:
     """The weight of an ArmorLinear to libraries that ask for one: its device, dtype and shape (out, in)."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-        self.device, self.dtype, self.shape = device, dtype, torch.Size(shape)
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], module: str = "") -> None:
+        self.device, self.dtype, self.shape, self._module = device, dtype, torch.Size(shape), module
 
     def __getattr__(self, name: str) -> None:
-        raise _NoWeightError(
+        error = NoWeightError(
             f"weight.{name}: an ArmorLinear holds A, S and B, no dense weight to read or change; to merge an adapter, "
             "load the model anew, call its dequantize(), and put the adapter on that"
         )
+        error.module = self._module
+        raise error
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
+        """A function of torch was given it: the same error."""
+        leaves, _ = pytree.tree_flatten((args, kwargs))
+        getattr(next(leaf for leaf in leaves if isinstance(leaf, cls)), getattr(function, "__name__", "product"))
 
 
 class ArmorLinear(nn.Linear):
@@ -103,15 +119,15 @@ class ArmorLinear(nn.Linear):
         return x if self.bias is None else x + self.bias
 
     @property
-    def weight(self) -> _NoWeight:
+    def weight(self) -> NoWeight:
         """Device, dtype and shape of the weight that is not there; see the module's docstring."""
         held = self.core if self.is_unpacked else self.core_values
-        return _NoWeight(held.device, held.dtype, (self.out_features, self.in_features))
+        return NoWeight(held.device, held.dtype, (self.out_features, self.in_features))
 
     @weight.setter
-    def weight(self, value: _NoWeight) -> None:
-        if not isinstance(value, _NoWeight):  # PEFT hands a layer its own when it takes an adapter off
-            raise _NoWeightError("an ArmorLinear takes no dense weight; call the model's dequantize() first")
+    def weight(self, value: NoWeight) -> None:
+        if not isinstance(value, NoWeight):  # PEFT hands a layer its own when it takes an adapter off
+            raise NoWeightError("an ArmorLinear takes no dense weight; call the model's dequantize() first")
 
     def dense_core(self) -> Tensor:
         """S, dense (out, in), in the layer's dtype."""

@@ -9,7 +9,7 @@ names that transformers could not match after; each defect is one ArmorError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ class ArmorQuantizer(HfQuantizer):
         known = {tombstone(modules)}
         is_watched = _watch_keys(model, known, where)
         # So that what is saved from this model names its modules as its tensors are named.
-        self.quantization_config = ArmorConfig(**quantization_config(swap_linears(model, modules)))
+        renamed = swap_linears(model, modules)
+        _keep_from_initialization(model, renamed)
+        self.quantization_config = ArmorConfig(**quantization_config(renamed))
         if checkpoint_files:
             _check_shapes(model, shards)
             devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
@@ -194,6 +196,16 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         model.set_submodule(here, layer)
         renamed[here] = layout
     return renamed
+
+
+def _keep_from_initialization(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Let transformers draw no random numbers for what holds a packed linear: Mamba's draw weights of their parts.
+
+    What a checkpoint lacks of them is refused in any case.
+    """
+    for name in names:
+        while name := name.rpartition(".")[0]:
+            model.get_submodule(name)._is_hf_initialized = True
 
 
 def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
