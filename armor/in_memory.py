@@ -30,7 +30,7 @@ from armor.text.blocks import blocks
 __all__ = ["compress"]
 
 
-def compress(
+def compress(  # noqa: C901  all that can be wrong is looked for before any work starts
     model: PreTrainedModel,
     tokenizer: Any,
     text: str | Sequence[str],

@@ -19,11 +19,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from armor.config import reference
 from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
-from armor.config.reference import json_schema
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.errors import ArmorError
@@ -352,9 +352,24 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration."""
-    print(json_schema(), end="")
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print every key of the configuration, and the methods.")
+    ] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Print a short table of the methods.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="Print what lies in results/, file by file.")] = False,
+    write: Annotated[
+        list[Path] | None, typer.Option(help="Make the generated parts of this page anew; may be given again.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the configuration, or what people read instead, as Markdown."""
+    asked = {"--markdown": markdown, "--methods": methods, "--records": records}
+    for page in write or ():
+        page.write_text(reference.fresh(page.read_text(encoding="utf-8"), str(page)), encoding="utf-8")
+    for option in (option for option, given in asked.items() if given):
+        print(reference.PARTS[f"armor schema {option}"]())
+    if not write and not any(asked.values()):
+        print(reference.json_schema(), end="")
 
 
 def _folder(path: Path) -> Path:
@@ -379,7 +394,7 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
-    # Python ends with a search for garbage among all that torch's modules hold, 0.2 s for what goes with the process.
+    # Python ends with a search for garbage among all that torch's modules hold, though all goes with the process.
     atexit.register(gc.freeze)
     try:
         app(standalone_mode=True, prog_name="armor")

@@ -37,7 +37,7 @@ class EvaluationSettings(Typed):
     """Perplexity on blocks of a text, or accuracy on tasks of lm-eval."""
 
     text: TextSettings | None = None
-    """What perplexity is measured on, or what the tasks last_word and continuation are built from."""
+    """The text that perplexity is measured on, or that the tasks last_word and continuation are built from."""
     sequences: int | None = Field(default=None, ge=1)
     """Perplexity: how many blocks; unset: as many as the text has."""
     sequence_length: int | None = Field(default=None, ge=2)
@@ -84,20 +84,21 @@ class EvaluationSettings(Typed):
 
 
 class BenchmarkSettings(Typed):
-    """Memory and speed of reading and writing, dense, compressed and its core alone in turn in one process."""
+    """Speed and memory: the dense model and its compressed ones, timed in turn in one process."""
 
     prompt_tokens: int = Field(default=32, ge=1)
-    """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""
+    """Tokens of the prompt. The speed of prefill is their number by the seconds to the first new token."""
     new_tokens: int = Field(default=64, ge=2)
-    """Tokens written in one round; the sequences of a batch share them, 8 each at least."""
+    """Tokens written in one round. The sequences of a batch share them; each writes 8 at least."""
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4], min_length=1)
-    """How many sequences at once; the speed at the smallest goes into the summary."""
+    """How many sequences at once. The speed at the smallest number goes into the summary."""
     prompts: list[Annotated[str, Field(min_length=1)]] = [
         "The capital of France is",
         "Water boils when",
         "Once upon a time, a fox",
     ]
-    """Texts that each model goes on with by up to new_tokens tokens, for the report to show side by side."""
+    """Texts that each model goes on with, by up to new_tokens tokens; the report shows them side by side. []: none."""
     repeats: int = Field(default=5, ge=1)
-    """Rounds; each times every model once, and the report shows the median."""
+    """Rounds. Each times every model once; the report shows the median."""
     dtype: Dtype = "auto"
+    """The dtype to compute in; auto is the checkpoint's own."""

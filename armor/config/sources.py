@@ -26,7 +26,7 @@ class ModelSettings(Typed):
     package: str | Annotated[list[str], Field(min_length=1)] | None = None
     """A package on the Python index that carries the model, as name==version; several for a GGUF file in parts."""
     file: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """The model within the package: a GGUF file or a folder; of several packages, the part in each, in order."""
+    """The GGUF file or the folder of the model within the package; for several packages the part in each, in order."""
     dtype: Dtype = "auto"
     """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""
 
@@ -59,11 +59,11 @@ class TextSettings(Typed):
     file: str | None = None
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     documents: tuple[int, int | None] = (0, None)
-    """The first document to use and the first not to use, counted from 0."""
+    """The first document to use and the first not to use, counted from 0; null: to the end."""
     separator: str = "\n\n"
-    """What stands between two documents; the field joins WikiText by a blank line, and C4 by a space."""
+    """What stands between two documents: a blank line for WikiText, a space for C4, as papers have it."""
     detokenize: Literal["wikitext"] | None = None
-    """wikitext: undo WikiText's tokenization ("do n't @-@ know ." and the like) in the joined text, as lm-eval does."""
+    """wikitext: undo WikiText's tokenization (1 @.@ 5, town 's) in the joined text, by lm-eval's rules."""
 
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
@@ -87,6 +87,7 @@ class CalibrationSettings(Typed):
     """The text that the statistics are taken on."""
 
     text: TextSettings
+    """The text to run through the model."""
     sequences: int = Field(default=128, ge=1)
     """How many token sequences."""
     sequence_length: int | None = Field(default=None, ge=2)

@@ -1,9 +1,8 @@
 """checksums.json: the SHA-256 of a checkpoint's files and tensors, and of itself, so that no flipped bit is loaded.
 
-The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. Hashing 200 MB takes
-a tenth of a second, as long as transformers takes to make the model, so it runs beside that: each file is mapped and
-hashed in one call that lets go of the interpreter's lock. Where there are no hashes (transformers' save_pretrained
-writes none) the numbers themselves are looked at instead.
+The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. They are computed
+while transformers makes the model: each file is mapped and hashed in one call that lets go of the interpreter's lock.
+Where there are no hashes (transformers' save_pretrained writes none) the numbers themselves are looked at instead.
 """
 
 from __future__ import annotations

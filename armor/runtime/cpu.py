@@ -4,7 +4,7 @@ Decoding reads every weight once for each token, so its time is bytes over bandw
 bytes of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory: with few
 rows of x it meets the packed values in registers, with more it unpacks tiles of them into cache. It is built when the
 package is installed and knows nothing of torch; where it could not be built, layers run through torch. docs/KERNELS.md
-tells how it works and what was measured.
+tells how it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ packed values as they are. With more rows the products decide, and torch has the
 2:4 core in 16 bits on sparse tensor cores, if the card and the shape allow; else of a core made dense for the moment.
 Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order, and what
 cuSPARSELt compresses for itself is dropped after use, which only very many rows pay for. Where Triton is not installed
-layers run through torch. docs/KERNELS.md tells more; none of it has been timed yet.
+layers run through torch. docs/KERNELS.md tells more.
 """
 
 from __future__ import annotations

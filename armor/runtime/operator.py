@@ -47,7 +47,7 @@ def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tens
         """
         if _is_needed(x, bias):
             return operator(x, values, bits, left, right, bias, group)
-        # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of one.
+        # The same, past torch's dispatcher, whose code each layer sweeps from the caches (docs/log/kernels.md).
         return multiply(x, values, bits, left, right, bias, group)
 
     return linear

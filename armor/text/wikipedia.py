@@ -1,6 +1,6 @@
 """The prose of Wikipedia: a MediaWiki export is parsed as it streams, and only the wanted articles are cleaned.
 
-Ten and more articles are cleaned in a second, so nothing is cached.
+Nothing is cached: cleaning takes little time (docs/log/workflow.md).
 """
 
 from __future__ import annotations
