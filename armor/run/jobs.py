@@ -61,7 +61,7 @@ MEASURED = ("calibrate", "factorize", "assemble", "evaluate", "tasks", "benchmar
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
-        entry="armor.model.source",
+        entry="armor.model.fetch",
         settings=lambda config, model: config.models[model],
     ),
     "inspect": Stage(

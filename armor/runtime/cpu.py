@@ -21,7 +21,7 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.execution.log import log
-from armor.runtime import operator
+from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
 __all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
 
@@ -32,7 +32,9 @@ _TILE_ROWS = 32  # rows of x from which torch's products, on processors that mul
 
 
 def _load() -> ctypes.CDLL | None:
-    path = next((p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None)
+    path = next(
+        (p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None
+    )
     try:
         library = None if path is None else ctypes.CDLL(str(path))
     except OSError:  # built for another machine
