@@ -1,4 +1,4 @@
-"""Who may import whom (CONTRIBUTING.md): downward only, stages meet in files, and what the Snakefile imports is light."""
+"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
 from armor.format.provenance import model_fingerprint

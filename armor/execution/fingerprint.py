@@ -13,14 +13,14 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["code_hash", "modules_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_EFFECT = (
     "armor",
-    "armor.errors",
+    "armor.core.errors",
     "armor.execution.devices",
     "armor.execution.log",
     "armor.execution.machine",

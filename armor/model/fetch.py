@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from armor.config.sources import ModelSettings, as_list
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import log
 from armor.execution.packages import package_file

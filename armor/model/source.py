@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.base import File
 from armor.format.records.source import SourceRecord
 from armor.format.shards import Shards

@@ -32,9 +32,7 @@ _TILE_ROWS = 32  # rows of x from which torch's products, on processors that mul
 
 
 def _load() -> ctypes.CDLL | None:
-    path = next(
-        (p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None
-    )
+    path = next((p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None)
     try:
         library = None if path is None else ctypes.CDLL(str(path))
     except OSError:  # built for another machine

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["NoWeight", "NoWeightError"]
 

@@ -12,7 +12,7 @@ from armor.config.loading import load_config, parse_settings
 from armor.config.measures import PAPER_TASKS, EvaluationSettings
 from armor.config.recipes import LayerSettings, Recipe, check_patterns
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "config").rglob("*.yaml"))
 MODELS = {"tiny": {"folder": "tiny"}}

@@ -1,4 +1,4 @@
-"""The table of jobs and the rules of the workflow say the same, and the hash of a stage's code covers what it executes."""
+"""The table of jobs and the rules say the same, and the hash of a stage's code covers what it executes."""
 
 from __future__ import annotations
 
