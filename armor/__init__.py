@@ -10,5 +10,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`armor.compress`, imported when it is first asked for: importing armor alone stays light (PEP 562)."""
     if name == "compress":
-        return importlib.import_module("armor.command.in_memory").compress
+        return importlib.import_module(".command.in_memory", __name__).compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
