@@ -35,7 +35,7 @@ from armor.benchmark.loading import Loading, measure_loading
 from armor.benchmark.speed import generation_speed, random_prompt
 from armor.benchmark.timing import ratios, summary
 from armor.config.measures import BenchmarkSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes

@@ -20,7 +20,7 @@ import torch
 
 from armor.benchmark.speed import generation_speed, random_prompt
 from armor.config.measures import BenchmarkSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads
 from armor.runtime.load import load_model
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.evaluate.logits import (
     Blocks,
     Model,
@@ -44,7 +45,6 @@ from armor.format.provenance import combined, machine, made_by
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import load_tokenizer
-from armor.typed import Typed
 
 __all__ = ["BlockMeans", "evaluate", "mean", "measure", "perplexity"]
 

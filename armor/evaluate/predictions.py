@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.evaluate.logits import (
     Blocks,
     Model,
@@ -38,7 +39,6 @@ from armor.format.logits import LogitsFile
 from armor.format.provenance import machine, made_by
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype
-from armor.typed import Typed
 
 __all__ = ["fitting", "predict"]
 

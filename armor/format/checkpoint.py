@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
 from armor.core.pattern import Pattern, is_nm
-from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.shards import INDEX, SINGLE, Shards
 
@@ -156,7 +156,9 @@ def tombstone(modules: Mapping[str, PackedLinear]) -> str:
     return f"{next(iter(modules))}.weight"
 
 
-def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
+def check_headers(  # noqa: C901, PLR0912  one defect after another, each with its own line
+    shards: Shards, modules: Mapping[str, PackedLinear]
+) -> None:
     """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
     for name, layout in modules.items():
         dtype = None

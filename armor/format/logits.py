@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors
 from armor.format.checksums import tensor_sha256
 

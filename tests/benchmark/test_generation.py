@@ -14,7 +14,7 @@ from armor.benchmark.loading import measure_loading
 from armor.benchmark.speed import generation_speed, random_prompt
 from armor.config.measures import BenchmarkSettings
 from armor.config.recipes import LayerSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.benchmark import BenchmarkRecord
 from armor.runtime.load import load_model, load_tokenizer
 from tests.packed import SETTINGS as LAYERS

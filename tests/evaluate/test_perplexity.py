@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate import logits as module
 from armor.evaluate import perplexity as stage
 from armor.evaluate.logits import comparison, peak_bytes, token_losses, with_models

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate.perplexity import evaluate
 from armor.evaluate.predictions import predict
 from armor.execution.resume import part_of

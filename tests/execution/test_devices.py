@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution import devices
 
 # Takes a lease, writes into a file per device who holds it, again and again, and lets go by ending.

@@ -21,7 +21,7 @@ from armor.calibrate.capture import calibrate
 from armor.config.measures import EvaluationSettings
 from armor.config.recipes import LayerSettings
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate.perplexity import evaluate
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.logits import LogitsFile, read_logits
 
 

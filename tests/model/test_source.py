@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.sources import ModelSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.shards import SINGLE
 from armor.model import source as module
 from armor.model.source import fetch, open_source

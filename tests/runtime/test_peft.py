@@ -6,7 +6,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
 from tests.packed import factors_of
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers import processors
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.text import blocks as module
 from armor.text.blocks import token_blocks
 from armor.text.sources import documents
