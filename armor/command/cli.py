@@ -317,6 +317,16 @@ def status(
         print(text)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def progress(
+    command: Annotated[list[str], typer.Argument(metavar="-- snakemake ...", help="Snakemake and its arguments.")],
+) -> None:
+    """Run Snakemake and, on a terminal, show one line with the time left; elsewhere a line for each job, as ever."""
+    from armor.run.progress import follow
+
+    raise typer.Exit(follow(command))
+
+
 @app.command()
 def explain(
     file: Annotated[Path, typer.Argument(help="Factors, statistics, a checkpoint, an evaluation, the report.")],
