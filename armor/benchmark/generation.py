@@ -25,6 +25,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.loading import Loading, measure_loading
-from armor.benchmark.speed import generation_speed, random_prompt
+from armor.benchmark.speed import generation_speed, random_prompt, written_after
 from armor.benchmark.timing import ratios, summary
 from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
@@ -66,8 +67,8 @@ def greedy_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     end = model.generation_config.eos_token_id
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=end)
-    written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)
-    return tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
+    written = written_after(model, tokens, greedy)
+    return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))
 
 
 def bytes_per_token(folder: Path | str, model: PreTrainedModel) -> int:
@@ -76,10 +77,16 @@ def bytes_per_token(folder: Path | str, model: PreTrainedModel) -> int:
     That is all but a table of embeddings that is not the head too: of that a token reads a row. Experts count as if
     each were asked.
     """
-    table = model.get_input_embeddings().weight
-    is_head = model.get_output_embeddings().weight is table
+    table, head = (embeddings.weight for embeddings in _embeddings(model))
     dtype = str(model.dtype).removeprefix("torch.")
-    return weights_bytes(folder, dtype) - (0 if is_head else table.numel() * table.element_size())
+    return weights_bytes(folder, dtype) - (0 if head is table else table.numel() * table.element_size())
+
+
+def _embeddings(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The table of the input's embeddings and the head, which transformers types as less than they are."""
+    inputs: Any = model.get_input_embeddings
+    outputs: Any = model.get_output_embeddings
+    return inputs(), outputs()
 
 
 def bytes_on_disk(folder: Path) -> tuple[int, float | None]:
@@ -206,6 +213,13 @@ def _side(
     )
 
 
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: BenchmarkSettings) -> list[str]:
+    """What the model writes after each prompt; without prompts there is no tokenizer."""
+    if tokenizer is None:
+        return []
+    return [greedy_text(model, tokenizer, text, settings.new_tokens) for text in settings.prompts]
+
+
 def _together(parts: Sequence[Speeds]) -> Speeds:
     """The rounds of several groups, one after the other."""
     return {
@@ -252,9 +266,7 @@ def benchmark(
                 own, core = runs[name, False], runs.get((name, True))
                 sides[name] = _side(folders[name], loading[name], models[name], own, beside, core)
             for name in models.keys() - texts.keys():
-                texts[name] = [
-                    greedy_text(models[name], tokenizer, text, settings.new_tokens) for text in settings.prompts
-                ]
+                texts[name] = _texts(models[name], tokenizer, settings)
             del models
     except torch.OutOfMemoryError as error:
         raise ArmorError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from armor.benchmark.timing import Mark, mark, seconds_between
 
-__all__ = ["generation_speed", "random_prompt"]
+__all__ = ["generation_speed", "random_prompt", "written_after"]
 
 
 class _Clock:
@@ -25,6 +27,12 @@ class _Clock:
         pass
 
 
+def written_after(model: PreTrainedModel, prompt: Tensor, how: GenerationConfig, clock: _Clock | None = None) -> Tensor:
+    """The tokens (batch, T + new) of `prompt` (batch, T), all of which count, and of what `model` writes after it."""
+    generate: Any = model.generate
+    return generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=clock)
+
+
 @torch.inference_mode()
 def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> dict[str, float]:
     """Tokens per second of `prefill` and of greedy `decode` after a prompt (batch, T), all sequences together.
@@ -35,7 +43,7 @@ def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) ->
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, use_cache=True, pad_token_id=0
     )
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clock)
+    written_after(model, prompt, greedy, clock)
     start, first, *_, last = clock.marks
     written = len(prompt) * (len(clock.marks) - 2)
     return {"prefill": prompt.numel() / seconds_between(start, first), "decode": written / seconds_between(first, last)}

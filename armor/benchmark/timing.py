@@ -31,10 +31,12 @@ def mark(device: torch.device | str) -> Mark:
 
 def seconds_between(start: Mark, end: Mark) -> float:
     """Seconds from one point to a later one; on a card it is waited for."""
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) or isinstance(end, torch.cuda.Event):
+        raise TypeError("two points of one device are needed")
+    return end - start
 
 
 def summary(runs: Sequence[float]) -> Runs:

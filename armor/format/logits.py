@@ -85,7 +85,7 @@ class LogitsFile:
                 if not index:
                     file.write(head)
                 file.seek(len(head) + index * self.block_bytes)
-                file.write(logits.view(torch.uint8).numpy())
+                file.write(logits.view(torch.uint8).numpy().data)
                 file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
