@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import tee
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
@@ -36,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
+from armor.config.sources import TextSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
@@ -53,6 +55,8 @@ __all__ = ["check_names", "evaluate_tasks"]
 
 CPU_BATCH_SIZE = 8
 ITEMS = 100
+Base: Any = HFLM
+"""lm-eval's decorators hide what it is from a type checker."""
 # What stands for a task in a table: the first of these that it has, else its first metric.
 HEADLINES = ("acc_norm", "acc", "exact_match")
 
@@ -75,22 +79,18 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     place = output.with_suffix("")
-    # Articles are cleaned once for both tasks.
-    texts = dict(zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True))
-    specs = {}
-    for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
-        if task in BUILT_TASKS:
-            where = describe_text(settings.text)
-            task = str(build_task(task, texts[task], settings.items or ITEMS, place, where))
-        specs[name] = (task, shots)
+    built = {} if settings.text is None else _built(settings.text, settings, place)
+    specs = {
+        name: (built.get(task, task), shots)
+        for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True)
+    }
     manager = check_names(task for task, _ in specs.values())
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
     work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
     with resumable(output, __name__, device, **work) as steps:
         left = [name for name in specs if steps.get(name, TaskRecord) is None]
         loaded = {name: _load(manager, specs[name][0]) for name in left}
-        if loaded:
-            model = _open(folder, tokenizer, settings.dtype, device)
+        model = _open(folder, tokenizer, settings.dtype, device) if loaded else None
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
@@ -113,7 +113,15 @@ def evaluate_tasks(
     return result
 
 
-class PlainLM(HFLM):
+def _built(text: TextSettings, settings: EvaluationSettings, place: Path) -> dict[str, str]:
+    """The YAML files of the tasks that are built from `text`, by their names; articles are cleaned once for both."""
+    texts = zip(BUILT_TASKS, tee(documents(text), len(BUILT_TASKS)), strict=True)
+    count, where = settings.items or ITEMS, describe_text(text)
+    asked = settings.task_shots()
+    return {task: str(build_task(task, stream, count, place, where)) for task, stream in texts if task in asked}
+
+
+class PlainLM(Base):
     """lm-eval's model, whose progress bars stay out of log files."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -164,7 +172,7 @@ class StreamedLM(PlainLM):
         return method(requests, disable_tqdm=True)
 
 
-def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> HFLM:
+def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> PlainLM:
     """The model for lm-eval, streamed if its weights do not fit."""
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
     if needed <= USABLE * available:
@@ -175,14 +183,15 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: 
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 
 
-def _run(model: HFLM, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:
+def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:
     """lm-eval's results; where memory runs out, of batches of half the size, for the tasks that follow too.
 
     Raises ArmorError, naming `where`, if `device` has too little memory for a single item.
     """
+    evaluated: Any = simple_evaluate
     while True:
         try:
-            return simple_evaluate(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+            return evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
         except torch.OutOfMemoryError as error:
             size = model.batch_size
             if size == "auto":  # what lm-eval found, for log-likelihoods, or began with
@@ -219,6 +228,7 @@ def check_names(tasks: Iterable[str]) -> TaskManager:
 
 def _load(manager: TaskManager, task: str) -> Task | Group:
     """The task, or group of tasks, with its data. Raises ArmorError if that cannot be had."""
+    found: Any
     try:
         found = manager.load(task)
     except Exception as error:  # of the hub's client, of datasets, of YAML, of a task's own code
@@ -238,7 +248,8 @@ def _instead(manager: TaskManager, task: str) -> str:
     if task not in manager.task_index:
         return "check its file"
     members = list(_members(manager, task)) or [task]
-    first, entry = members[0], manager.task_index[members[0]]
+    first = members[0]
+    entry: Any = manager.task_index[first]
     splits = [entry.cfg.get(f"{use}_split") for use in ("training", "validation", "test", "fewshot")]
     files = ", ".join(f"{split}: {first}.{split}.jsonl" for split in dict.fromkeys(filter(None, splits)) or ["test"])
     name = f"a file {first}_local.yaml instead"
@@ -251,7 +262,7 @@ def _instead(manager: TaskManager, task: str) -> str:
     )
 
 
-def _members(manager: TaskManager, task: str | dict | list) -> Iterator[str]:
+def _members(manager: TaskManager, task: Any) -> Iterator[str]:
     """The names of the tasks that `task`, a name of lm-eval or what a group lists, stands for; none for a file."""
     if isinstance(task, dict):
         task = task.get("task", [])
