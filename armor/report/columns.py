@@ -19,6 +19,9 @@ from armor.report.results import ModelResults, RecipeResults, decode_speed
 
 __all__ = ["COLUMNS", "Column", "shown_columns", "summary_rows", "task_columns"]
 
+LOWEST, HIGHEST = False, True
+"""Which value is the best."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -64,40 +67,26 @@ def _title(method: str) -> str:
     return METHODS[method].title if method in METHODS else method
 
 
-# In the order of the tables.
 COLUMNS = (
     Column("method", "method", lambda recipe: recipe.pair.method, _title),
     Column("pattern", "pattern", lambda recipe: None if recipe.dense else recipe.pair.pattern),
     Column("block_size", "block", lambda recipe: recipe.block_size),
-    Column("perplexity", "perplexity", lambda recipe: recipe.evaluation, plus_minus, False, by_text=True),
-    Column(
-        "kl",
-        "KL",
-        lambda recipe: recipe.against_dense and recipe.against_dense.kl,
-        partial(plus_minus, digits=3),
-        False,
-        by_text=True,
-    ),
-    Column(
-        "top1_agreement",
-        "same top",
-        lambda recipe: recipe.against_dense and recipe.against_dense.top1,
-        percent,
-        True,
-        by_text=True,
-    ),
-    Column("relative_loss", "rel. loss", lambda recipe: recipe.relative_loss, partial(number, digits=3), False),
-    Column("bits_per_weight", "bits/weight", lambda recipe: recipe.bits_per_weight, "{:.2f}".format, False),
-    Column("checkpoint_bytes", "size", lambda recipe: recipe.checkpoint_bytes, size, False),
-    Column("factorize_seconds", "factorize", lambda recipe: recipe.factorize_seconds, duration, False),
+    Column("perplexity", "perplexity", lambda recipe: recipe.evaluation, plus_minus, LOWEST, by_text=True),
+    Column("kl", "KL", lambda recipe: recipe.kl, partial(plus_minus, digits=3), LOWEST, by_text=True),
+    Column("top1_agreement", "same top", lambda recipe: recipe.top1, percent, HIGHEST, by_text=True),
+    Column("relative_loss", "rel. loss", lambda recipe: recipe.relative_loss, partial(number, digits=3), LOWEST),
+    Column("bits_per_weight", "bits/weight", lambda recipe: recipe.bits_per_weight, "{:.2f}".format, LOWEST),
+    Column("checkpoint_bytes", "size", lambda recipe: recipe.checkpoint_bytes, size, LOWEST),
+    Column("factorize_seconds", "factorize", lambda recipe: recipe.factorize_seconds, duration, LOWEST),
     Column(
         "decode_tokens_per_second",
         "tokens/s",
         lambda recipe: recipe.benchmark and decode_speed(recipe.benchmark),
         partial(number, digits=3),
-        True,
+        HIGHEST,
     ),
 )
+"""All columns but the names of model and recipe, in the order of the tables."""
 
 
 def summary_rows(models: list[ModelResults]) -> tuple[Row, ...]:
@@ -109,7 +98,7 @@ def summary_rows(models: list[ModelResults]) -> tuple[Row, ...]:
 def _row(model: ModelResults, recipe: RecipeResults, tasks: list[str]) -> Row:
     fields: dict[str, Any] = {}
     for column in COLUMNS:
-        found = column.of(recipe)
+        found = column.of(recipe) if column.of else None
         if f"{column.name}_se" not in Row.model_fields:
             fields[column.name] = found
         elif found is not None:

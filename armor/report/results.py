@@ -18,7 +18,7 @@ from armor.format.records.base import Made
 from armor.format.records.benchmark import BenchmarkRecord, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
-from armor.format.records.evaluation import AgainstDense, EvaluationRecord, TaskResult, TasksRecord
+from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
@@ -160,9 +160,16 @@ class RecipeResults:
         return self.evaluations.get(next(iter(self.pair.evaluations), ""))
 
     @property
-    def against_dense(self) -> AgainstDense | None:
-        """The comparison to the dense model in the first evaluation."""
-        return self.evaluation.against_dense if self.evaluation else None
+    def kl(self) -> Mean | None:
+        """The divergence from the dense model in the first evaluation."""
+        found = self.evaluation and self.evaluation.against_dense
+        return found.kl if found else None
+
+    @property
+    def top1(self) -> Mean | None:
+        """The agreement with the dense model in the first evaluation."""
+        found = self.evaluation and self.evaluation.against_dense
+        return found.top1 if found else None
 
     @property
     def benchmark(self) -> Side | None:

@@ -97,9 +97,9 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
         if rival:
             second += f", where pruning makes it {_ratio(rival.evaluation, dense.evaluation)} times"
         sentences.append(second + ".")
-    if found := best.against_dense:
-        divergence = plus_minus(found.kl.value, found.kl.standard_error, digits=3)
-        agreement = percent(found.top1.value, found.top1.standard_error)
+    if best.kl and best.top1:
+        divergence = plus_minus(best.kl.value, best.kl.standard_error, digits=3)
+        agreement = percent(best.top1.value, best.top1.standard_error)
         sentences.append(
             f"Its predictions are {divergence} nats from the dense model's (KL divergence), and at {agreement} of the "
             "positions both find the same token the most likely."

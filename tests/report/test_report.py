@@ -2,8 +2,10 @@
 
 import csv
 import html
+import importlib
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -11,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+import armor.methods
 from armor.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
@@ -19,6 +22,7 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord
 from armor.format.records.report import ReportRecord, Row, Score
+from armor.methods import METHODS
 from armor.report import build, print_table
 from armor.report.charts import beside
 from armor.report.columns import COLUMNS, summary_rows
@@ -490,6 +494,35 @@ def test_the_block_size_shown_is_the_one_used(tmp_path, left, shown):
     assert f"armor: blocks of 50 were asked for, {shown.replace('to', 'and')} divide the dimensions." in page
 
 
+TOY = '''"""Nothing is kept."""
+
+from armor.methods import method
+
+
+@method("Toy & Co", source="nowhere", memory=lambda shape, itemsize, **settings: 0)
+def toy(weight, *, pattern, {setting}=0):
+    return weight
+'''
+
+
+@pytest.mark.parametrize("setting, blocks", [("seed", ""), ("block_size", ", blocks of 64")])
+def test_a_method_that_is_one_file_is_reported_with_its_title(own, tmp_path, setting, blocks):
+    (tmp_path / "toy.py").write_text(TOY.format(setting=setting))
+    armor.methods.__path__.append(str(tmp_path))
+    try:
+        importlib.import_module("armor.methods.toy")
+        wanted = plan(["dense", "nowag"])
+        pair = wanted.pairs[1].model_copy(update={"method": "toy"})
+        report = build(own, wanted.model_copy(update={"pairs": [wanted.pairs[0], pair]}), own / "report")
+        assert report.rows[1].method == "toy" and "Toy & Co" in print_table(report.rows)
+        assert "| Toy & Co |" in (own / "report" / "summary.md").read_text()
+        assert f"Toy &amp; Co (recipe nowag, 2:4{blocks}) has a perplexity of" in page_of(own)
+        assert ("Loss by layer and module: nowag" in page_of(own)) is bool(blocks)
+    finally:
+        armor.methods.__path__.remove(str(tmp_path))
+        del METHODS["toy"], sys.modules["armor.methods.toy"]
+
+
 def test_linears_that_their_blocks_make_larger_are_named(results):
     page = page_of(results)
     assert "armor: the blocks make self_attn.k_proj, self_attn.v_proj larger than dense" in page
@@ -665,13 +698,15 @@ def test_of_several_texts_each_has_perplexity_kl_and_agreement_the_best_of_each_
 
 
 def test_names_are_escaped_in_markdown_and_latex():
-    scores = [
-        Score(task="x_|y", value=v, standard_error=e, higher_is_better=True) for v, e in ((0.5, 0.01), (0.25, None))
-    ]
-    names = ("nowag_1", "other_1")
     rows = [
-        Row(model="a_b", recipe=name, method="nowag", pattern="2:4", tasks=[score])
-        for name, score in zip(names, scores, strict=True)
+        Row(
+            model="a_b",
+            recipe=recipe,
+            method="nowag",
+            pattern="2:4",
+            tasks=[Score(task="x_|y", value=value, standard_error=error, higher_is_better=True)],
+        )
+        for recipe, value, error in (("nowag_1", 0.5, 0.01), ("other_1", 0.25, None))
     ]
     text = markdown_text(rows)
     assert r"## a\_b, 2:4" in text and r"| nowag\_1 " in text and r" x\_\|y |" in text and " **50.0 ± 1.0%** |" in text
