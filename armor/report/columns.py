@@ -39,8 +39,20 @@ class Column:
     higher_is_better: bool | None = None
     by_text: bool = False
 
+    @property
+    def has_error(self) -> bool:
+        """Whether rows have a field for its standard error."""
+        return f"{self.name}_se" in Row.model_fields
+
+    def measure(self, recipe: RecipeResults) -> tuple[Any, float | None]:
+        """What it says of a recipe, and the standard error; None for a gap and for what has none."""
+        found = self.of(recipe) if self.of else None
+        if found is None or not self.has_error:
+            return found, None
+        return found.value, found.standard_error
+
     def read(self, row: Row) -> tuple[Any, float | None]:
-        """The value and its standard error; None for a gap and for what has none."""
+        """What a row holds of it, as `measure`."""
         if self.of is None:
             found = row.score(self.name)
             return found.value, found.standard_error
@@ -98,12 +110,9 @@ def summary_rows(models: list[ModelResults]) -> tuple[Row, ...]:
 def _row(model: ModelResults, recipe: RecipeResults, tasks: list[str]) -> Row:
     fields: dict[str, Any] = {}
     for column in COLUMNS:
-        found = column.of(recipe) if column.of else None
-        if f"{column.name}_se" not in Row.model_fields:
-            fields[column.name] = found
-        elif found is not None:
-            fields |= {column.name: found.value, f"{column.name}_se": found.standard_error}
-    scores = [_score(recipe, task) for task in tasks]
+        value, error = column.measure(recipe)
+        fields |= {column.name: value} | ({f"{column.name}_se": error} if column.has_error else {})
+    scores = tuple(_score(recipe, task) for task in tasks)
     return Row(model=model.name, recipe=recipe.name, **fields, tasks=scores)
 
 

@@ -21,7 +21,8 @@ from armor.report.results import ModelResults, RecipeResults
 
 __all__ = ["fingerprints", "read_results"]
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def _there(records: dict[K, T | None]) -> dict[K, T]:

@@ -13,7 +13,7 @@ from armor.report.columns import summary_rows, task_columns
 from armor.report.numbers import GAP, duration, number, size
 from armor.report.results import STAGES, ModelResults
 from armor.report.table import Table
-from armor.report.tables import by_text, task_table
+from armor.report.tables import by_text, rows_table
 
 __all__ = ["PageTable", "page_tables"]
 
@@ -36,20 +36,13 @@ def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
         yield PageTable("By text", by_text(model).html(f"{prefix}-evaluations"), caption)
     if model.task_names():
         rows = summary_rows([model])
+        tasks = task_columns(rows)
         caption = "By lm-eval, with its standard errors; all recipes answered the same questions."
-        if lower := [task.name for task in task_columns(rows) if task.higher_is_better is False]:
+        if lower := [task.name for task in tasks if task.higher_is_better is False]:
             caption += f" Lower is better: {', '.join(lower)}."
-        yield PageTable("Accuracy on tasks", task_table(rows).html(f"{prefix}-tasks"), caption)
+        yield PageTable("Accuracy on tasks", rows_table(rows, tasks).html(f"{prefix}-tasks"), caption)
     for index, name in enumerate(model.benchmark_names()):
-        if any(name in recipe.benchmarks for recipe in model.recipes):
-            yield _speeds(model, name, f"{prefix}-benchmark-{index}")
-        if cells := _linears(model, name):
-            caption = (
-                "One row, as in decoding, times each linear's weights: milliseconds for a linear, median (quartiles) "
-                "of rounds in which dense, packed and the packed core without its blocks took turns."
-            )
-            html = Table(cells).html(f"{prefix}-linears-{index}", "data long")
-            yield PageTable(f"Speed by linear: {name}", html, caption)
+        yield from _benchmark(model, name, prefix, index)
     if any((samples := model.samples()).values()):
         caption = (
             "Greedy decoding after each prompt; ↵ is the end of a line. A few samples show what was lost and prove "
@@ -64,6 +57,18 @@ def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
         "dense model and all recipes."
     )
     yield PageTable("Time and memory by stage", Table(_stages(model)).html(f"{prefix}-stages"), caption)
+
+
+def _benchmark(model: ModelResults, name: str, prefix: str, index: int) -> Iterator[PageTable]:
+    if any(name in recipe.benchmarks for recipe in model.recipes):
+        yield _speeds(model, name, f"{prefix}-benchmark-{index}")
+    if cells := _linears(model, name):
+        caption = (
+            "One row, as in decoding, times each linear's weights: milliseconds for a linear, median (quartiles) of "
+            "rounds in which dense, packed and the packed core without its blocks took turns."
+        )
+        html = Table(cells).html(f"{prefix}-linears-{index}", "data long")
+        yield PageTable(f"Speed by linear: {name}", html, caption)
 
 
 def _middle(runs: Runs | None) -> str:
@@ -98,7 +103,7 @@ def _speeds(model: ModelResults, benchmark: str, name: str) -> PageTable:
         "dense model's kernels are further from the memory's speed."
     )
     caption += _turns(model.benchmarks.get(benchmark))
-    return PageTable(f"Memory and speed: {benchmark}", Table(cells, gap=GAP).html(name), caption)
+    return PageTable(f"Memory and speed: {benchmark}", Table(cells).html(name), caption)
 
 
 def _turns(record: BenchmarkRecord | None) -> str:
@@ -159,9 +164,8 @@ def _visible(text: str) -> str:
 
 def _samples(samples: dict[str, dict[str, str]]) -> Cells:
     """What each recipe writes after each prompt, `samples` by recipe and prompt."""
-    prompts = dict.fromkeys(prompt for own in samples.values() for prompt in own)
     return {
-        recipe: {f"{_visible(prompt)} …": _visible(own[prompt]) if prompt in own else GAP for prompt in prompts}
+        recipe: {f"{_visible(prompt)} …": _visible(text) for prompt, text in own.items()}
         for recipe, own in samples.items()
     }
 

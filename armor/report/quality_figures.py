@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -32,7 +34,7 @@ from armor.report.results import ModelResults, RecipeResults
 __all__ = ["accuracy", "block_sizes", "pareto", "perplexity"]
 
 
-def _by_recipe(rows: list[Mark], across: dict[str, Any]) -> alt.LayerChart:
+def _by_recipe(rows: list[Mark], across: dict[str, Any]) -> alt.TopLevelMixin:
     """A row for each of `rows`: a dot within the pale bar of its standard error, its value as a column at the right.
 
     A row has recipe, kind, value, low and high (the bar's ends) and label; `across` is the horizontal axis and scale.
@@ -113,15 +115,6 @@ def accuracy(model: ModelResults, task: str, name: str) -> Figure | None:
     return Figure(name, f"{what.capitalize()} on {task}", svg_of(chart, name, alternative), caption)
 
 
-def _front(points: list[Mark]) -> list[Mark]:
-    """The Pareto front: those that no other point equals or beats in both bits and value, by rising bits."""
-    front: list[Mark] = []
-    for point in sorted(points, key=lambda point: (point.bits, point.value)):
-        if not front or point.value < front[-1].value:
-            front.append(point)
-    return front
-
-
 def _dense_line(value: float, y: alt.Y, width: float) -> list[alt.Chart]:
     """A dashed line across a figure of that width, and the word for it at its right end."""
     line = alt.Chart(data([Mark(value=value, label="dense")])).encode(y=y)
@@ -132,105 +125,151 @@ def _dense_line(value: float, y: alt.Y, width: float) -> list[alt.Chart]:
     ]
 
 
+@dataclass(frozen=True)
+class _Perplexities:
+    """A vertical axis from `start` at the bottom to `end`: of perplexities, or of their logarithms if far apart."""
+
+    start: float
+    end: float
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> _Perplexities:
+        logarithmic = max(values) > 3 * min(values)
+        start, end = (math.log(value) if logarithmic else value for value in (min(values), max(values)))
+        length = end - start or 1
+        return cls(start - 0.1 * length, end + 0.06 * length, logarithmic)
+
+    @property
+    def axis(self) -> dict[str, Any]:
+        if self.logarithmic:
+            return log_axis(math.exp(self.start), math.exp(self.end), "perplexity, log scale (lower is better)")
+        scale = alt.Scale(domain=[self.start, self.end], nice=False, zero=False)
+        return {"scale": scale, "axis": alt.Axis(tickCount=5), "title": "perplexity (lower is better)"}
+
+    def depth(self, value: float) -> float:
+        """How far below the top a value is, as a share of the height."""
+        return (self.end - (math.log(value) if self.logarithmic else value)) / (self.end - self.start)
+
+    def at(self, depth: float) -> float:
+        """The value there."""
+        place = self.end - depth * (self.end - self.start)
+        return math.exp(place) if self.logarithmic else place
+
+
+def _front(points: list[Mark]) -> list[Mark]:
+    """The Pareto front: those that no other point equals or beats in both bits and value, by rising bits."""
+    front: list[Mark] = []
+    for point in sorted(points, key=lambda point: (point.bits, point.value)):
+        if not front or point.value < front[-1].value:
+            front.append(point)
+    return front
+
+
 def _speed(recipe: RecipeResults) -> str:
     """How many times as fast as dense it decodes one sequence, the median; of the first benchmark."""
     speedup = recipe.benchmark.speedup if recipe.benchmark else None
     return f"{number(speedup['1'].decode.median, 2)}×" if speedup and "1" in speedup else ""
 
 
-def pareto(model: ModelResults, name: str) -> Figure | None:
-    """Perplexity against bits per weight, with speed; None where not two compressed recipes have both."""
-    points = []
-    for recipe in model.compressed:
-        if recipe.evaluation and recipe.bits_per_weight is not None:
-            text = f"{recipe.name} {_speed(recipe)}".strip()
-            measured = {"bits": recipe.bits_per_weight, "value": recipe.evaluation.value}
-            points.append(Mark(recipe=recipe.name, **measured, speed=_speed(recipe), text=text))
-    if len(points) < 2:
+def _measured(recipe: RecipeResults) -> Mark | None:
+    """A point of the figure; None where a recipe lacks one of the two."""
+    if not recipe.evaluation or recipe.bits_per_weight is None:
         return None
-    front = _front(points)
-    dense = model.dense and model.dense.evaluation
-    values = [point.value for point in points] + ([dense.value] if dense else [])
-    logarithmic = max(values) > 3 * min(values)
-    forward, backward = (math.log, math.exp) if logarithmic else (float, float)
-    start, end = forward(min(values)), forward(max(values))
-    start, end = start - 0.1 * (end - start or 1), end + 0.06 * (end - start or 1)
-    if logarithmic:
-        down = log_axis(backward(start), backward(end), "perplexity, log scale (lower is better)")
-    else:
-        scale = alt.Scale(domain=[start, end], nice=False, zero=False)
-        down = {"scale": scale, "axis": alt.Axis(tickCount=5), "title": "perplexity (lower is better)"}
-    bits = [point.bits for point in points]
-    margin = max(0.25, 0.08 * (max(bits) - min(bits)))
-    least, most = min(bits) - margin, max(bits) + margin
-    scale = alt.Scale(domain=[least, most], nice=False, zero=False)
-    across = {"scale": scale, "axis": alt.Axis(grid=False, tickCount=5), "title": "bits per weight"}
-    width, height = WIDTH + 40, 220
-    places = [
-        (
-            (p.bits - least) / (most - least) * width,
-            (end - forward(p.value)) / (end - start) * height,
-            p.text,
-        )
-        for p in points
-    ]
-    labels, moved = [], []
+    speed = _speed(recipe)
+    text = f"{recipe.name} {speed}".strip()
+    return Mark(recipe=recipe.name, bits=recipe.bits_per_weight, value=recipe.evaluation.value, speed=speed, text=text)
+
+
+def _texts(points: list[Mark], bits: tuple[float, float], down: _Perplexities, size: tuple[int, int]) -> list[Mark]:
+    """The points with the places of their texts: the side, the height as a value, and whether a line leads there.
+
+    `bits` are the ends of the horizontal axis, `size` is the figure's; `near` is where the line ends.
+    """
+    (least, most), (width, height) = bits, size
+    places = [((p.bits - least) / (most - least) * width, down.depth(p.value) * height, p.text) for p in points]
+    found = []
     for point, (_, place, _), (left, y) in zip(points, places, beside(places, width), strict=True):
         near = point.bits + (-7 if left else 7) / width * (most - least)
-        label = backward(end - y / height * (end - start))
-        labels.append(Mark(**vars(point), left=left, label=label, near=near))
-        moved += labels[-1:] if place - y > 14 else []
-    x, y = alt.X("bits:Q", **across), alt.Y("value:Q", **down)
-    layers = []
-    if dense:
-        layers += _dense_line(dense.value, y, width)
-    if moved:
-        line = alt.Chart(data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
-        layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
-    layers.append(alt.Chart(data(front)).mark_line(color=ACCENT, interpolate="step-after").encode(x=x, y=y))
+        found.append(Mark(**vars(point), left=left, label=down.at(y / height), near=near, moved=place - y > 14))
+    return found
+
+
+def _dots(points: list[Mark], front: list[Mark], x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """The front as a line with filled dots, the other points hollow."""
     others = [point for point in points if point not in front]
     hollow = {"filled": True, "fill": PAPER, "stroke": MUTED, "strokeWidth": 1.5}
-    if others:
-        layers.append(alt.Chart(data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y))
-    layers.append(alt.Chart(data(front)).mark_point(size=70, opacity=1, filled=True, color=ACCENT).encode(x=x, y=y))
-    for side, align, dx in ((False, "left", 8), (True, "right", -8)):
-        if own := [label for label in labels if label.left is side]:
-            text = alt.Chart(data(own)).mark_text(align=align, dx=dx, fontSize=12, color=INK)
-            layers.append(text.encode(x=x, y=alt.Y("label:Q", **down), text="text:N"))
-    chart = alt.layer(*layers).properties(width=width, height=height)
+    line, filled = (alt.Chart(data(front)).encode(x=x, y=y) for _ in range(2))
+    return [
+        line.mark_line(color=ACCENT, interpolate="step-after"),
+        *([alt.Chart(data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y)] if others else []),
+        filled.mark_point(size=70, opacity=1, filled=True, color=ACCENT),
+    ]
+
+
+def pareto(model: ModelResults, name: str) -> Figure | None:
+    """Perplexity against bits per weight, with speed; None where not two compressed recipes have both."""
+    points = [point for recipe in model.compressed if (point := _measured(recipe))]
+    if len(points) < 2:
+        return None
+    front, dense = _front(points), model.dense and model.dense.evaluation
+    down = _Perplexities.of([point.value for point in points] + ([dense.value] if dense else []))
+    bits = [point.bits for point in points]
+    margin = max(0.25, 0.08 * (max(bits) - min(bits)))
+    ends, size = (min(bits) - margin, max(bits) + margin), (WIDTH + 40, 220)
+    scale = alt.Scale(domain=list(ends), nice=False, zero=False)
+    x = alt.X("bits:Q", scale=scale, axis=alt.Axis(grid=False, tickCount=5), title="bits per weight")
+    y = alt.Y("value:Q", **down.axis)
+    layers = _dense_line(dense.value, y, size[0]) if dense else []
+    texts = _texts(points, ends, down, size)
+    if moved := [text for text in texts if text.moved]:
+        line = alt.Chart(data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
+        layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
+    layers += _dots(points, front, x, y)
+    for left in (False, True):
+        if own := [text for text in texts if text.left is left]:
+            written = alt.Chart(data(own)).encode(x=x, y=alt.Y("label:Q", **down.axis), text="text:N")
+            beside_dot = {"align": "right", "dx": -8} if left else {"align": "left", "dx": 8}
+            layers.append(written.mark_text(fontSize=12, color=INK, **beside_dot))
+    chart = alt.layer(*layers).properties(width=size[0], height=size[1])
+    caption, alternative = _told(points, front, dense is not None)
+    return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
+
+
+def _told(points: list[Mark], front: list[Mark], dense: bool) -> tuple[str, str]:
+    """The caption of the figure, and its text alternative."""
     caption = (
         "Perplexity against the bits that a weight takes: down and to the left is better. The line is the Pareto "
         "front: no other recipe is both as small and as good as one of its filled dots."
     )
     if dense:
         caption += " The dashed line is the dense model's perplexity."
-    speeds = [f" ({p.speed})" if p.speed else "" for p in points]
+    speeds = [f" ({point.speed})" if point.speed else "" for point in points]
     values = [f"{number(p.value)} at {p.bits:.2f} bits{speed}" for p, speed in zip(points, speeds, strict=True)]
-    told = listed([(p.recipe, value) for p, value in zip(points, values, strict=True)])
+    told = listed([(point.recipe, value) for point, value in zip(points, values, strict=True)])
     ends = ", ".join(point.recipe for point in front)
     alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
     if any(speeds):
         speed = "how many times as fast as the dense model it decodes, one sequence at a time."
         caption += f" Beside a recipe's name: {speed}"
         alternative += f" In brackets: {speed}"
-    return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
+    return caption, alternative
 
 
 def block_sizes(model: ModelResults, name: str) -> Figure | None:
     """Perplexity by block size of recipes that differ in nothing else; None where there are not three sizes."""
-    alike: dict[str, dict[int, RecipeResults]] = {}
+    alike: dict[str, dict[int, Mark]] = {}
     for recipe in model.compressed:
-        if recipe.has_blocks and recipe.evaluation and recipe.checkpoint:
+        measured = recipe.evaluation
+        if recipe.has_blocks and measured and recipe.checkpoint:
             settings = [made.settings | {"block_size": None} for made in recipe.checkpoint.factors]
-            measured = recipe.evaluation
-            same = [recipe.pair.method, recipe.pair.pattern, recipe.pair.calibration, settings]
+            same = [recipe.method.title, recipe.pair.pattern, recipe.pair.calibration, settings]
             sizes = alike.setdefault(str([*same, measured.task, measured.made_by.settings]), {})
-            sizes.setdefault(recipe.pair.block_size, recipe)
-    most = [recipe for _, recipe in sorted(max(alike.values(), key=len, default={}).items())]
-    if len(most) < 3:
+            text = {"size": str(recipe.block_size), "label": number(measured.value), "method": recipe.method.title}
+            sizes.setdefault(recipe.pair.block_size, Mark(value=measured.value, **text))
+    rows = [mark for _, mark in sorted(max(alike.values(), key=len, default={}).items())]
+    if len(rows) < 3:
         return None
-    measured = [(str(recipe.block_size), recipe.evaluation.value) for recipe in most]
-    rows = [Mark(size=size, value=value, label=number(value)) for size, value in measured]
     dense = model.dense and model.dense.evaluation
     values = [row.value for row in rows] + ([dense.value] if dense else [])
     low, high = min(values) * 0.98, max(values) * 1.02
@@ -249,7 +288,7 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
     if dense:
         layers = [*_dense_line(dense.value, down, width), *layers]
     chart = alt.layer(*layers).properties(width=width, height=height)
-    caption = f"{most[0].method.title} recipes that differ in nothing but the block size; larger blocks take more bits."
+    caption = f"{rows[0].method} recipes that differ in nothing but the block size; larger blocks take more bits."
     if dense:
         caption += " The dashed line is the dense model."
     alternative = f"Perplexity by block size, log scale: {listed([(row.size, row.label) for row in rows])}."

@@ -36,7 +36,7 @@ CAPTION = (
 )
 
 
-def _ratios(model: ModelResults, points: list[Mark]) -> alt.LayerChart:
+def _ratios(model: ModelResults, points: list[Mark]) -> alt.TopLevelMixin:
     """A row for each `what` of the points, in it a dot and a bar for each recipe, and a dashed line at 1."""
     present = {point.recipe for point in points}
     colors = {name: SERIES[place] for name, place in series_places(model.compressed).items() if name in present}

@@ -16,8 +16,8 @@ __all__ = ["Table", "escaped"]
 class Table:
     """Texts by row and column, some of which stand out as the best.
 
-    `best` holds (row, column) of those, `corner` is the heading of the rows' names, `gap` stands where a row lacks a
-    column.
+    `best` holds (row, column) of those, `corner` is the heading of the rows' names. A row that lacks a column has a
+    dash there.
     """
 
     def __init__(
@@ -25,12 +25,11 @@ class Table:
         cells: Mapping[str, Mapping[str, str]],
         best: Collection[tuple[str, str]] = (),
         corner: str = "recipe",
-        gap: str = "",
     ) -> None:
         # Objects: so Markup stays Markup, and may name a row.
         index = pd.Index(list(cells), dtype=object)
-        texts = pd.DataFrame(list(cells.values()), index=index, dtype=object).fillna(gap)
-        self.texts = texts.rename_axis(columns=corner)
+        texts = pd.DataFrame(list(cells.values()), index=index, dtype=object).fillna(GAP)
+        self.texts, self.corner = texts.rename_axis(columns=corner), corner
         marks = [[(row, column) in best for column in self.texts.columns] for row in cells]
         self.best = pd.DataFrame(marks, self.texts.index, self.texts.columns)
 
@@ -43,13 +42,15 @@ class Table:
         texts = self.texts.map(escaped)
         texts = texts.where(~self.best, "**" + texts + "**").rename(index=escaped, columns=escaped)
         alignment = ["left", *["right"] * len(texts.columns)]
-        headings = [self.texts.columns.name, *texts.columns]
+        headings = [self.corner, *texts.columns]
         return texts.to_markdown(disable_numparse=True, colalign=alignment, headers=headings)
 
     def latex(self, caption: str) -> str:
         """With the rules of booktabs, in ASCII; the best are bold."""
-        styler = self.texts.style.format(_symbols, escape="latex").format_index(escape="latex")
-        styler.format_index(escape="latex", axis="columns")
+        styler = self.texts.style
+        styler.format(_symbols, escape="latex").format_index(escape="latex").format_index(
+            escape="latex", axis="columns"
+        )
         styler.apply(lambda _: self.best.map(lambda best: "textbf:--rwrap;" if best else ""), axis=None)
         form = {"hrules": True, "position": "htbp", "position_float": "centering"}
         columns = "l" + "r" * len(self.texts.columns)
@@ -57,11 +58,8 @@ class Table:
 
     def html(self, name: str, classes: str = "data") -> Markup:
         """With the id T_`name`; the best have the class best."""
-        styler = (
-            self.texts.rename_axis(columns=self.texts.columns.name.capitalize())
-            .style.set_uuid(name)
-            .set_table_attributes(f'class="{classes}"')
-        )
+        styler = self.texts.rename_axis(columns=self.corner.capitalize()).style
+        styler.set_uuid(name).set_table_attributes(f'class="{classes}"')
         styler.format(escape).format_index(escape="html").format_index(escape="html", axis="columns")
         styler.cell_ids = False
         html = styler.set_td_classes(self.best.map(lambda best: "best" if best else "")).to_html()

@@ -8,6 +8,7 @@ among the compressed recipes of a model stands out. The page's summary says of e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -18,12 +19,12 @@ from armor.report.numbers import GAP
 from armor.report.results import ModelResults
 from armor.report.table import Table, escaped
 
-__all__ = ["by_text", "csv_text", "html_table", "latex_text", "markdown_text", "print_table", "task_table"]
+__all__ = ["by_text", "csv_text", "html_table", "latex_text", "markdown_text", "print_table", "rows_table"]
 
 Cells = dict[str, dict[str, str]]
 
 
-def csv_text(rows: Sequence[dict]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows, each by column, as CSV with a header; a gap is an empty field."""
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
@@ -39,7 +40,7 @@ def _best(rows: Sequence[Row], columns: Sequence[Column]) -> set[tuple[str, str]
     return {(recipe, heading) for heading, recipes in values.items() for recipe in recipes}
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+def rows_table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     """The rows of one model, with standard errors."""
     cells = {row.recipe: {column.heading: column.text(*column.read(row)) for column in columns} for row in rows}
     return Table(cells, _best(rows, columns))
@@ -47,7 +48,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
 
 def _title(model: str, rows: Sequence[Row]) -> str:
     """The model, and the pattern if all recipes have the same."""
-    patterns = {row.pattern for row in rows} - {None}
+    patterns = {row.pattern for row in rows if row.pattern}
     return ", ".join([model, *(patterns if len(patterns) == 1 else [])])
 
 
@@ -64,7 +65,7 @@ def print_table(rows: Sequence[Row]) -> str:
         heading, *lines = Table(cells, _best(own, columns)).plain().splitlines()
         parts += [_title(model, rows), heading, "-" * len(heading), *lines, ""]
         if tasks:
-            parts += [_table(own, tasks).plain(width=110), ""]
+            parts += [rows_table(own, tasks).plain(width=110), ""]
     return "\n".join([*parts, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 
@@ -75,17 +76,12 @@ def by_text(model: ModelResults) -> Table:
     for evaluation in model.evaluation_names():
         for place, column in enumerate(column for column in COLUMNS if column.by_text):
             heading = f"{evaluation}: {column.heading}" if place else evaluation
-            found = {recipe.name: column.of(recipe.on(evaluation)) for recipe in model.recipes}
-            for name, result in found.items():
-                cells[name][heading] = column.text(result.value, result.standard_error) if result else GAP
-            values = {recipe.name: found[recipe.name] and found[recipe.name].value for recipe in model.compressed}
+            found = {recipe.name: column.measure(recipe.on(evaluation)) for recipe in model.recipes}
+            for name, (value, error) in found.items():
+                cells[name][heading] = column.text(value, error)
+            values = {recipe.name: found[recipe.name][0] for recipe in model.compressed}
             best |= {(name, heading) for name in column.best(values)}
     return Table(cells, best)
-
-
-def task_table(rows: Sequence[Row]) -> Table:
-    """The results of the rows of one model on all tasks, with standard errors."""
-    return _table(rows, task_columns(rows))
 
 
 def _tables(rows: Sequence[Row], models: Sequence[ModelResults]) -> Iterator[tuple[str, Table]]:
@@ -95,7 +91,7 @@ def _tables(rows: Sequence[Row], models: Sequence[ModelResults]) -> Iterator[tup
     """
     columns = [*shown_columns(rows), *task_columns(rows)]
     for name, own in _by_model(rows).items():
-        yield _title(name, rows), _table(own, columns)
+        yield _title(name, rows), rows_table(own, columns)
         for model in models:
             if model.name == name and len(model.evaluation_names()) > 1:
                 yield f"{name}, by text", by_text(model)

@@ -63,8 +63,8 @@ def _named(recipe: RecipeResults) -> str:
     return f"{recipe.method.title} ({', '.join(details)})"
 
 
-def _perplexity(recipe: RecipeResults) -> str:
-    return plus_minus(recipe.evaluation.value, recipe.evaluation.standard_error)
+def _perplexity(record: EvaluationRecord) -> str:
+    return plus_minus(record.value, record.standard_error)
 
 
 def _ratio(own: EvaluationRecord, dense: EvaluationRecord) -> str:
@@ -86,16 +86,16 @@ def _conditions(record: EvaluationRecord) -> tuple[object, ...]:
 
 
 def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None) -> list[str]:
-    dense = model.dense if model.dense and model.dense.evaluation else None
-    first = f"On {best.pair.evaluations[0]}, {_named(best)} has a perplexity of {_perplexity(best)}"
-    others = [f"the dense model has {_perplexity(dense)}"] if dense else []
-    if rival:
-        others.append(f"the best pruning method, {_named(rival)}, has {_perplexity(rival)}")
-    sentences = ["; ".join([first, *others]) + "."]
+    own, dense, other = (recipe and recipe.evaluation for recipe in (best, model.dense, rival))
+    if own is None:
+        return []
+    facts = [f"On {own.task}, {_named(best)} has a perplexity of {_perplexity(own)}"]
+    facts += [f"the dense model has {_perplexity(dense)}"] if dense else []
+    facts += [f"the best pruning method, {_named(rival)}, has {_perplexity(other)}"] if rival and other else []
+    sentences = ["; ".join(facts) + "."]
     if dense:
-        second = f"That is {_ratio(best.evaluation, dense.evaluation)} times the dense model's"
-        if rival:
-            second += f", where pruning makes it {_ratio(rival.evaluation, dense.evaluation)} times"
+        second = f"That is {_ratio(own, dense)} times the dense model's"
+        second += f", where pruning makes it {_ratio(other, dense)} times" if other else ""
         sentences.append(second + ".")
     if best.kl and best.top1:
         divergence = plus_minus(best.kl.value, best.kl.standard_error, digits=3)

@@ -197,6 +197,14 @@ def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
         comparison(runs[0], other)
 
 
+def test_a_report_on_what_this_release_does_not_know_is_one_error(runs):
+    made = MadeBy(stage="armor.report", code="", settings={"pairs": []}, inputs={})
+    file = runs[1] / "report" / "summary.json"
+    change(ReportRecord, file, made_by=made)
+    with pytest.raises(ArmorError, match=f"^{file}: made_by.settings.pairs: .*; run the report again$"):
+        comparison(*runs)
+
+
 def test_a_folder_without_a_report_is_one_error(runs, tmp_path):
     with pytest.raises(ArmorError, match="holds no report/summary.json; expected the results folder of a run"):
         comparison(runs[0], tmp_path)

@@ -621,7 +621,7 @@ def test_memory_and_speed_stand_side_by_side_with_their_quartiles_and_with_theor
 def test_where_the_core_was_not_timed_there_are_gaps(own):
     linears = benchmark_of(own).recipes["armor"].linears
     gaps = {"core_milliseconds": None, "core_speedup": None}
-    change_side(own, "armor", core=None, linears=[shape.model_copy(update=gaps) for shape in linears])
+    change_side(own, "armor", core=None, linears=tuple(shape.model_copy(update=gaps) for shape in linears))
     build(own, plan(["dense", "nowag", "armor"]), own / "report")
     armor = table_of(own, "Memory and speed: decode")["armor"]
     assert armor["Without blocks, 1"] == "–" and armor["Beside dense, 1"] == "0.662 ×"
