@@ -1,15 +1,76 @@
-"""Ways to kill a run at any moment and to tell whether its result is that of an undisturbed one."""
+"""Kills at named points, counted and never timed, and ways to tell whether a result is that of an undisturbed run.
+
+A run is disturbed only by what it finds on disk, and there it changes something where it writes. So it dies in the
+middle of a write, between a write and its rename, or after it, at the n-th such point: a loaded machine comes to the
+same one. A run that dies a point later each time comes to its end.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["left_over", "results_of"]
+__all__ = ["POINTS", "die_at", "left_over", "passed", "results_of", "sitecustomize"]
+
+HALF, WRITTEN, SAVED = POINTS = ("in the middle of a write", "between write and replace", "after the save")
 
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "tokens_per_second")
 """Keys of records that say how it went, and so differ between two runs."""
+
+
+def die_at(point: str, number: int, counter: Path | str) -> None:
+    """Kill this process and its group when they come to `point`, one of POINTS, for the `number`-th time (0: never).
+
+    Processes that share the file `counter` count together; see `passed`. A test's own process must not be in the group.
+    """
+    fsync, replace = os.fsync, os.replace
+
+    def is_now(here: str) -> bool:
+        if here != point:
+            return False
+        with open(counter, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b".")
+            return file.tell() == number
+
+    def dying_fsync(descriptor: int) -> None:
+        if is_now(HALF):
+            os.truncate(f"/proc/self/fd/{descriptor}", os.fstat(descriptor).st_size // 2)
+            _die()
+        fsync(descriptor)
+
+    def dying_replace(source: os.PathLike, target: os.PathLike, **options: int) -> None:
+        if is_now(WRITTEN):
+            _die()
+        replace(source, target, **options)
+        if is_now(SAVED):
+            _die()
+
+    os.fsync, os.replace = dying_fsync, dying_replace
+
+
+def _die() -> NoReturn:
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError
+
+
+def passed(counter: Path) -> int:
+    """How often processes came to their point."""
+    return counter.stat().st_size if counter.exists() else 0
+
+
+def sitecustomize(folder: Path, point: str, number: int) -> Path:
+    """Make `folder` one that a Python which has it on its path first does `die_at` by; returns the counter in it."""
+    folder.mkdir()
+    counter = folder / "counter"
+    call = f"die_at({point!r}, {number}, {str(counter)!r})"
+    (folder / "sitecustomize.py").write_text(f"from tests.killed import die_at\n\n{call}\n")
+    return counter
 
 
 def _settled(value: object) -> object:
