@@ -64,19 +64,49 @@ def test_unpack_is_exact(shape, dtype, level):
     assert torch.equal(cpu.unpack(values, bits, shape[1], level), unpack(values, bits, shape[1])[0])
 
 
-@needs_library
-@pytest.mark.parametrize("rows", [1, 16, 300])
-def test_threads_do_not_change_a_bit(rows):
-    operands = layer(512, 1024, 64, 128, "2:4", torch.bfloat16)
-    x, before = torch.randn(rows, 1024).bfloat16(), torch.get_num_threads()
+def with_threads(multiply):
+    """What `multiply` returns with one thread, two and five."""
+    before, results = torch.get_num_threads(), []
     try:
-        results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(cpu.linear(x, *operands[:-1], group=operands[-1]))
+            results.append(multiply())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(results[0], r) for r in results)
+    return results
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 31, 32, 300])
+def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
+    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+    x = torch.randn(rows, 1024).to(dtype)
+    first, *others = with_threads(lambda: cpu._native(x, *operands, level))
+    assert all(torch.equal(first, y) for y in others)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 31, 32, 300])
+def test_the_layer_keeps_its_bits_where_it_runs_in_c_and_is_near_its_twin_everywhere(rows, dtype):
+    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+    x = torch.randn(rows, 1024).to(dtype)
+    expected, bound = twin(x, *operands)
+    first, *others = results = with_threads(lambda: cpu.linear(x, *operands[:-1], group=operands[-1]))
+    assert all(((y.double() - expected).abs() <= bound).all() for y in results)
+    assert not cpu.runs_in_c(x) or all(torch.equal(first, y) for y in others)
+
+
+@needs_library
+def test_only_many_rows_of_bf16_on_intels_processors_leave_the_c_loops():
+    def stays(rows, dtype):
+        return cpu.runs_in_c(torch.empty(rows, 20, dtype=dtype))
+
+    assert stays(31, torch.bfloat16) and stays(300, torch.float32)
+    assert stays(32, torch.bfloat16) == stays(300, torch.bfloat16)
+    assert stays(32, torch.bfloat16) or "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 @needs_library
@@ -96,7 +126,8 @@ def test_what_torch_multiplies_is_the_twin():
     operands = layer(100, 60, 20, 12, "2:4", torch.bfloat16)
     x = torch.randn(2, 33, 60).bfloat16()
     expected, bound = twin(x, *operands)
-    assert ((cpu._through_torch(x, *operands[:-1]).double() - expected).abs() <= bound).all()
+    for y in with_threads(lambda: cpu._through_torch(x, *operands[:-1])):
+        assert ((y.double() - expected).abs() <= bound).all()
 
 
 @needs_library
