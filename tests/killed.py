@@ -12,11 +12,15 @@ import hashlib
 import json
 import os
 import signal
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["POINTS", "die_at", "left_over", "passed", "results_of", "sitecustomize"]
+__all__ = ["POINTS", "REPOSITORY", "die_at", "forked", "left_over", "passed", "results_of", "sitecustomize"]
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 HALF, WRITTEN, SAVED = POINTS = ("in the middle of a write", "between write and replace", "after the save")
 
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "tokens_per_second")
@@ -57,6 +61,35 @@ def die_at(point: str, number: int, counter: Path | str) -> None:
 def _die() -> NoReturn:
     os.killpg(0, signal.SIGKILL)
     raise AssertionError
+
+
+def forked(work: Callable[[], object], counter: Path, point: str = SAVED, number: int = 0) -> bool:
+    """Do `work` in a process of its own that dies at `point` for the `number`-th time; whether it came to its end.
+
+    How often it came to `point` is in `counter` then.
+    """
+    counter.unlink(missing_ok=True)
+    import torch  # sitecustomize.py needs none of it
+    from tqdm import tqdm
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            signal.alarm(3600)  # only if it hangs
+            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
+            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
+            die_at(point, number, counter)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status == 0
 
 
 def passed(counter: Path) -> int:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import threading
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
@@ -26,7 +19,7 @@ from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
 from armor.solver.settings import SolverSettings
 from armor.typed import Typed
-from tests.killed import POINTS, SAVED, die_at, left_over, passed, results_of
+from tests.killed import POINTS, SAVED, forked, left_over, passed, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text
 
@@ -72,7 +65,9 @@ def test_steps_of_other_work_are_not_taken(tmp_path, other):
     (part_of(output) / "checkpoint").mkdir()
     try:
         torch.set_num_threads(threads + (other == "threads"))
-        with resumable(output, STAGE, "cpu", ["armor.core.packing"] * (other == "code"), seed=1 + (other == "work")) as steps:
+        with resumable(
+            output, STAGE, "cpu", ["armor.core.packing"] * (other == "code"), seed=1 + (other == "work")
+        ) as steps:
             assert len(steps) == 0 and sorted(file.name for file in steps.folder.iterdir()) == ["lock", "work"]
     finally:
         torch.set_num_threads(threads)
@@ -103,32 +98,6 @@ def test_a_second_process_is_kept_from_the_same_work(tmp_path):
             with resumable(tmp_path / "a", STAGE, "cpu"):
                 pass
         assert len(list(steps.folder.iterdir())) == 3
-
-
-def forked(work: Callable[[], object], counter: Path, point: str = SAVED, number: int = 0) -> bool:
-    """Do `work` in a process of its own that dies at `point` for the `number`-th time; whether it came to its end.
-
-    How often it came to `point` is in `counter` then.
-    """
-    counter.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setsid()
-            signal.alarm(3600)  # only if it hangs
-            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
-            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
-            die_at(point, number, counter)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status == 0
 
 
 @pytest.fixture(scope="module")
