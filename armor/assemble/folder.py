@@ -85,8 +85,8 @@ def write_tensors(
     """
     plan = _split(sizes, max_shard_bytes)
     finished: dict[str, dict[str, str]] = {}
-    for file in plan if steps is not None else ():
-        if (folder / file).is_file() and (known := steps.get(file, _Shard)):
+    for file in plan:
+        if steps is not None and (folder / file).is_file() and (known := steps.get(file, _Shard)):
             finished[file] = known.tensors
     free = shutil.disk_usage(folder).free
     needed = sum(sizes[name] for file, names in plan.items() if file not in finished for name in names)

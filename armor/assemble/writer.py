@@ -115,7 +115,7 @@ def assemble(
             factors=made.factors,
             machine=machine(),
             modules=len(modules),
-            kept_dense=[linear.name for linear in topology.linears() if linear.name not in modules],
+            kept_dense=tuple(linear.name for linear in topology.linears() if linear.name not in modules),
             files=files,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(),

@@ -158,7 +158,9 @@ def tombstone(modules: Mapping[str, PackedLinear]) -> str:
     return f"{next(iter(modules))}.weight"
 
 
-def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
+def check_headers(  # noqa: C901, PLR0912  one defect after another, each with its own line
+    shards: Shards, modules: Mapping[str, PackedLinear]
+) -> None:
     """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
     for name, layout in modules.items():
         dtype = None

@@ -1,9 +1,8 @@
 """checksums.json: the SHA-256 of a checkpoint's files and tensors, and of itself, so that no flipped bit is loaded.
 
-The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. Hashing 200 MB takes
-a tenth of a second, as long as transformers takes to make the model, so it runs beside that: each file is mapped and
-hashed in one call that lets go of the interpreter's lock. Where there are no hashes (transformers' save_pretrained
-writes none) the numbers themselves are looked at instead.
+The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. They are computed
+while transformers makes the model: each file is mapped and hashed in one call that lets go of the interpreter's lock.
+Where there are no hashes (transformers' save_pretrained writes none) the numbers themselves are looked at instead.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def loaded_files(shards: Shards) -> list[str]:
 def tensor_sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:

@@ -196,7 +196,7 @@ def _fill(file, flat: Tensor, path: Path) -> None:
     """Fill `flat` (n,) with the next bytes of `file`."""
     import torch
 
-    target = memoryview(flat.view(torch.uint8).numpy())
+    target = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  numpy has a buffer
     while target:
         count = file.readinto(target)
         if not count:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from armor.config.common import as_list
 from armor.config.sources import ModelSettings
@@ -33,7 +34,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "sp
 # What belongs to a model: weights, configuration, tokenizer with its chat template.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
 SAID = ("README.md", "LICENSE*", "NOTICE*")  # what it says of itself
-UNWANTED = ("*/*", "consolidated*", "training_args*", "trainer_state*", "optimizer*")
+UNWANTED = ["*/*", "consolidated*", "training_args*", "trainer_state*", "optimizer*"]
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def _download(name: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*WANTED, *SAID], ignore_patterns=UNWANTED)
+            snapshot_download(
+                repo_id=name, revision=revision, allow_patterns=[*WANTED, *SAID], ignore_patterns=UNWANTED
+            )
         )
     except GatedRepoError:
         reason = "its owner wants you to accept terms; do so on its page, then log in with `hf auth login`"
@@ -233,7 +236,8 @@ def _convert_gguf(file: Path, folder: Path, dtype: str) -> None:
     target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     try:
         with _quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(**place, dtype=target, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=target, output_loading_info=True)
+            model, report = loaded
             missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
             if missing:  # transformers would go on with random numbers
                 raise ArmorError(f"{file}: holds no usable {missing[0]} ({len(missing)} such); get the file again")

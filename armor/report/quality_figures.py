@@ -126,7 +126,7 @@ def _dense_line(value: float, y: alt.Y, width: float) -> list[alt.Chart]:
     ]
 
 
-def pareto(model: ModelResults, name: str) -> Figure | None:
+def pareto(model: ModelResults, name: str) -> Figure | None:  # noqa: C901, PLR0912, PLR0915  one chart, layer by layer
     """Perplexity against bits per weight, with speed; None where not two compressed recipes have both."""
     points = []
     for recipe in model.compressed:

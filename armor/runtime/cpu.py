@@ -4,7 +4,7 @@ Decoding reads every weight once for each token, so its time is bytes over bandw
 bytes of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory: with few
 rows of x it meets the packed values in registers, with more it unpacks tiles of them into cache. It is built when the
 package is installed and knows nothing of torch; where it could not be built, layers run through torch. docs/KERNELS.md
-tells how it works and what was measured.
+tells how it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _library = _load()
 _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
-_has_tiles = _built and bool(_library.armor_has_tiles())
+_has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 
 @cache
@@ -121,6 +121,7 @@ def _native(
     left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
     columns, (out, kept) = x.shape[-1], values.shape
     y = x.new_empty(*x.shape[:-1], out)
+    assert _library is not None  # `supports` said so
     error = _library.armor_linear(
         level,
         _TYPES[x.dtype],
@@ -145,6 +146,7 @@ def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Te
     values, bits = values.contiguous(), bits.contiguous()
     out, kept = values.shape
     dense = values.new_empty(out, columns)
+    assert _library is not None
     _library.armor_unpack(
         level,
         _TYPES[values.dtype],

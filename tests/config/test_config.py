@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from armor.config.measures import PAPER_TASKS, EvaluationSettings
 from armor.config.loading import load_config, parse_settings
+from armor.config.measures import PAPER_TASKS, EvaluationSettings
 from armor.config.recipes import LayerSettings, Recipe, check_patterns
 from armor.config.run import Config
 from armor.errors import ArmorError

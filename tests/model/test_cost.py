@@ -5,8 +5,8 @@ import torch
 
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
-from armor.model.cost import block_costs
 from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.model.cost import block_costs
 
 
 def topology(*linears):

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from armor.errors import ArmorError
+from armor.format.records.topology import Topology
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
-from armor.format.records.topology import Topology
 from armor.runtime.skeleton import Call, Skeleton, record
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 

@@ -102,7 +102,9 @@ class Made(Record):
     """A record of a result that a job computed."""
 
     made_by: MadeBy
+    """What made the result."""
     machine: Machine
+    """What the job ran on."""
     seconds: float
     """Seconds of the work; those of runs that were interrupted count as far as their steps were kept."""
     peak_memory_bytes: int

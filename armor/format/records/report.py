@@ -16,6 +16,8 @@ class ReportRecord(Record):
 
     format_version: Literal[2] = 2
     rows: tuple[dict[str, Any], ...]
-    """Columns by name: docs/RECORDS.md lists them; those of tasks are named by the task; null is a gap."""
+    """Values by column; docs/RECORDS.md lists the columns. A task's column has its name. Null is a gap."""
     made_by: MadeBy
+    """What made the report."""
     machine: Machine
+    """What the job ran on."""
