@@ -34,11 +34,8 @@ def project(tmp_path):
         file.write_text(file.read_text().replace(old, new))
 
     def code_hash():
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", PRINT], env=environment, capture_output=True, text=True, check=True
-        )
-        return done.stdout
+        command = [sys.executable, "-c", PRINT]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
 
     return edit, code_hash
 
