@@ -18,7 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["POINTS", "REPOSITORY", "die_at", "forked", "left_over", "passed", "results_of", "sitecustomize"]
+__all__ = [
+    "HALF",
+    "POINTS",
+    "REPOSITORY",
+    "SAVED",
+    "WRITTEN",
+    "die_at",
+    "forked",
+    "left_over",
+    "passed",
+    "results_of",
+    "sitecustomize",
+]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HALF, WRITTEN, SAVED = POINTS = ("in the middle of a write", "between write and replace", "after the save")
