@@ -46,7 +46,7 @@ def test_the_operator_compiles_whole_and_under_inference_mode():
     with torch.inference_mode():
         expected = function(x)
         assert expected.shape == (3, 64)
-        assert torch.equal(torch.compile(function, fullgraph=True)(x), expected)
+        torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
 
 
 @pytest.mark.parametrize("blocks", [(32, 64), (None, 16), (8, None)], ids=str)
@@ -61,18 +61,17 @@ def test_gradients_reach_the_input_and_the_bias(blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [9, 16, 100])
-def test_a_two_four_core_on_sparse_tensor_cores_is_the_dense_one(dtype, rows, monkeypatch):
+@pytest.mark.parametrize("rows", [9, 16, 100, 8192])
+def test_a_two_four_core_on_sparse_tensor_cores_is_the_dense_one(dtype, rows):
     values, bits, *_, group = on_card(256, 512, None, None, "2:4", dtype)
     values[:, ::3] = 0  # a kept value may be zero
-    monkeypatch.setattr(cuda, "_COMPRESS_ROWS", 1)
     x = torch.randn(rows, 512, device="cuda").to(dtype)
-    if cuda._sparse_library(x.device) is None:
-        pytest.skip("torch has no library for 2:4 on this card")
-    core = cuda._semi_structured(x, values, bits, group)
     expected = F.linear(x, unpack(values, bits, 512)[0])
-    torch.testing.assert_close(F.linear(x, core), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(cuda.linear(x, values, bits, group=group), expected, rtol=2e-2, atol=2e-2)
+    core = cuda._semi_structured(x, values, bits, group)
+    if core is None:
+        pytest.skip("torch has no library for 2:4 on this card, or only one that pays for more rows")
+    torch.testing.assert_close(F.linear(x, core), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
