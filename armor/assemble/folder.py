@@ -18,14 +18,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import save_safetensors, write_json
 from armor.execution.log import progress
 from armor.execution.resume import Steps
 from armor.format.checksums import CHECKSUMS, sealed, tensor_sha256
 from armor.format.records.base import File
 from armor.format.shards import INDEX, SINGLE
-from armor.typed import Typed
 
 __all__ = ["MAX_SHARD_BYTES", "copy_others", "growing", "natural", "seal", "write_tensors"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from armor.assemble.card import Sizes, card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
+from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable

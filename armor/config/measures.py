@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Dtype, local_path
 from armor.config.sources import TextSettings
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["BUILT_TASKS", "BenchmarkSettings", "EvaluationSettings", "PAPER_TASKS"]
 

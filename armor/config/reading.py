@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from armor.config.common import nearest
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["parse_settings", "read_yaml"]
 

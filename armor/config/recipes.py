@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Name, PatternText, nearest
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.methods import METHODS
 from armor.solver.settings import Algorithm, Selection, SolverSettings
-from armor.typed import Typed
 
 __all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
 

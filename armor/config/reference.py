@@ -14,7 +14,7 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.recipes import Override, Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.reference import field_table, record_reference, table
 from armor.methods import METHODS, Method
 from armor.solver.settings import SolverSettings

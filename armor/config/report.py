@@ -8,7 +8,7 @@ from pydantic import Field
 
 from armor.config.common import Name, PatternText
 from armor.config.recipes import MethodName
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["ReportPair", "ReportSettings"]
 

@@ -12,9 +12,9 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.recipes import LayerSettings, Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS
-from armor.typed import Typed
 
 __all__ = ["Asked", "Config", "Run"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from armor.config.common import Dtype, LocalPath, as_list, exactly_one
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["CalibrationSettings", "ModelSettings", "TextSettings"]
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from armor.config.recipes import LayerSettings, ModuleSettings, check_patterns
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes

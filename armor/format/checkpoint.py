@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
 from armor.core.pattern import Pattern, is_nm
-from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.shards import INDEX, SINGLE, Shards
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.checkpoint import REMEDY, PackedLinear, check_keys, check_tensor
 from armor.format.provenance import CHECKSUMS

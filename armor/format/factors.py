@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 
 __all__ = ["FACTORS_VERSION", "read_factors", "write_factors"]

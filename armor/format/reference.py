@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from armor.core.typed import Typed
 from armor.format import layout, records
 from armor.format.records.base import Record
-from armor.typed import Typed
 
 __all__ = ["field_table", "layout_tree", "record_reference", "record_types", "table", "words"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 
 if TYPE_CHECKING:

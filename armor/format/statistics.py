@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord

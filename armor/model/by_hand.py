@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from armor.runtime.linear import NoWeight, NoWeightError
+from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["by_hand", "is_taken"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards

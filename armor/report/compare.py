@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from armor.config.reading import parse_settings
 from armor.config.report import ReportSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path, read_json
 from armor.format.provenance import ranges
 from armor.report.gather import read_results

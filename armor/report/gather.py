@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.config.report import ReportPair, ReportSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.format.records.topology import Topology
 from armor.report.results import ModelResults, RecipeResults

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
 from armor.format.layout import CALIBRATION, RUN, SUMMARY

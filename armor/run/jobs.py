@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armor.config.run import Config
+from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
 from armor.format.layout import Results
 from armor.format.records.topology import Topology
-from armor.typed import Typed
 
 __all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
 
@@ -61,7 +61,7 @@ MEASURED = ("calibrate", "factorize", "assemble", "evaluate", "tasks", "benchmar
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
-        entry="armor.model.source",
+        entry="armor.model.fetch",
         settings=lambda config, model: config.models[model],
     ),
     "inspect": Stage(

@@ -27,11 +27,11 @@ from pydantic import BaseModel, ValidationError
 
 from armor.config.reading import parse_settings
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import read_json, try_lock
 from armor.format.layout import RUN
 from armor.run.jobs import Job, jobs
-from armor.typed import Typed
 
 if TYPE_CHECKING:
     from rich.table import Table

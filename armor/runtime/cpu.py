@@ -21,7 +21,7 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.execution.log import log
-from armor.runtime import operator
+from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
 __all__ = ["LEVELS", "available", "level", "linear", "runs_in_c", "supports", "unpack"]
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 
 __all__ = [

@@ -24,8 +24,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.format.checkpoint import (
     QUANT_METHOD,
     PackedLinear,

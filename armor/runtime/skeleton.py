@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 
 __all__ = [

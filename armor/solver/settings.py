@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["Algorithm", "Selection", "SolverSettings"]
 

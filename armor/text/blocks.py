@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.text.sources import describe, documents
 
 __all__ = ["blocks", "token_blocks"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.packages import package_file
 from armor.text.wikipedia import articles
 

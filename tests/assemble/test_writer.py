@@ -16,7 +16,7 @@ from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings, Override
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards

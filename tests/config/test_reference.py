@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from armor.config import reference
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.reference import record_types, words
 from armor.methods import METHODS
 from armor.report.results import COLUMNS

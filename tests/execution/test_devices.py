@@ -8,7 +8,7 @@ from itertools import groupby
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.devices import SCHEDULER_JOBS, lease, visible_devices
 from tests.killed import REPOSITORY
 
@@ -16,7 +16,7 @@ from tests.killed import REPOSITORY
 # lets go by ending. Its last words are what it got.
 JOB = """
 import logging, os, sys, time
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.devices import lease
 logging.basicConfig(level="INFO")
 try:

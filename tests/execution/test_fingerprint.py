@@ -25,7 +25,7 @@ def project(tmp_path):
         file.write_text(text)
     (package / "core" / "page.html.j2").write_text("<p>")
     (package / "execution").mkdir()
-    for name in ("errors.py", "execution/fingerprint.py"):
+    for name in ("core/errors.py", "execution/fingerprint.py"):
         shutil.copy(REPOSITORY / "armor" / name, package / name)
 
     def edit(name, old, new):

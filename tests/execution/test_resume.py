@@ -12,13 +12,13 @@ from armor.calibrate.capture import calibrate
 from armor.config.measures import EvaluationSettings
 from armor.config.recipes import LayerSettings
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.evaluate.perplexity import evaluate
 from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
 from armor.solver.settings import SolverSettings
-from armor.typed import Typed
 from tests.killed import POINTS, SAVED, forked, left_over, passed, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.topology import Topology
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source

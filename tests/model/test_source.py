@@ -18,10 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.sources import ModelSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.source import SourceRecord
 from armor.format.shards import SINGLE
-from armor.model.source import fetch, open_source
+from armor.model.fetch import fetch
+from armor.model.source import open_source
 from tests.killed import REPOSITORY, SAVED, WRITTEN, forked
 from tests.tiny import tiny_gguf, tiny_model
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 
 

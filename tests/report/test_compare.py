@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.report import build, compare
 from armor.report.compare import comparison

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from armor.config.report import ReportSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.report import build, print_table
 from armor.report.charts import beside

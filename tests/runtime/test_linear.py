@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from armor.core import blockdiag
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
 from tests.packed import factors_of
 

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import armor.runtime.quantizer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from tests.packed import DEFECTS, edit_config, edit_tensors, factors_of, opened, packed

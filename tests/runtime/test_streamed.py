@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime import streamed as module
 from armor.runtime.load import load_model, loaded_dtype
 from armor.runtime.streamed import StreamedModel

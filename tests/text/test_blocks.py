@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.text.blocks import token_blocks
 from armor.text.sources import documents
 from armor.text.wikipedia import clean_article

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self, get_args
 
 from pydantic import ValidationError
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256, write_json
-from armor.typed import Typed
 
 __all__ = ["File", "Made", "MadeBy", "Machine", "Record"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Record
-from armor.typed import Typed
 
 __all__ = ["DecoderLayer", "Linear", "Topology"]
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from armor.config.reading import parse_settings
 from armor.config.recipes import ModuleSettings, Recipe
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.format.statistics import Accumulator, Statistics
