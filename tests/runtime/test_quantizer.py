@@ -90,9 +90,11 @@ def test_any_dtype(tmp_path, dtype, stored):
 def test_generation_with_every_cache_says_the_same(root):
     model = load(root / "checkpoint")
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256}
-    expected = dense(root).generate(TOKENS, **options)
+    expected = dense(root).generate(TOKENS, **options, return_dict_in_generate=True, output_logits=True)
+    first, second = torch.stack(expected.logits).topk(2).values.unbind(-1)
+    assert (first - second).min() > 1e-3 * first.abs().max()  # rounding changes no choice
     for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
-        assert torch.equal(model.generate(TOKENS, **options, **cache), expected), cache
+        assert torch.equal(model.generate(TOKENS, **options, **cache), expected.sequences), cache
 
 
 def test_pipeline_by_path(root):
