@@ -92,11 +92,12 @@ def test_a_model_stays_packed_on_the_card_and_gives_the_tokens_of_the_cpu(root, 
         assert torch.equal(on_gpu.sequences.cpu(), on_cpu.sequences)
 
 
-def test_a_benchmark_times_both_sides_by_the_cards_own_clock(root, tmp_path):
+def test_a_benchmark_times_all_models_by_the_cards_own_clock(root, tmp_path):
     settings = BenchmarkSettings(new_tokens=8, repeats=2, batch_sizes=[1, 2], prompts=[])
-    record = benchmark(root / "source", root / "checkpoint", settings, tmp_path / "decode.json", "cuda:0")
-    for side in (record["dense"], record["compressed"]):
-        speeds = side["tokens_per_second"]
-        assert speeds.keys() == {"1", "2"} and 0 < side["resident_bytes"] <= side["peak_bytes"]
-        assert all(run > 0 for batch in speeds.values() for phase in batch.values() for run in phase["runs"])
-    assert all(run > 0 for linear in record["linears"] for run in linear["milliseconds"]["runs"])
+    recipes = {"armor": root / "checkpoint"}
+    record = benchmark(root / "source", recipes, settings, tmp_path / "decode.json", "cuda:0")
+    for side in (record.dense, record.recipes["armor"]):
+        assert side.tokens_per_second.keys() == {"1", "2"} and 0 < side.resident_bytes <= side.peak_bytes
+        phases = side.tokens_per_second.values()
+        assert all(run > 0 for phase in phases for runs in (phase.prefill, phase.decode) for run in runs.runs)
+    assert all(run > 0 for linear in record.recipes["armor"].linears for run in linear.milliseconds.runs)
