@@ -20,13 +20,14 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.checkpoint import FORMAT_VERSION, REMEDY, PackedLinear, check_keys, check_tensor
+from armor.format.checkpoint import REMEDY, PackedLinear, check_keys, check_tensor
 from armor.format.provenance import CHECKSUMS
 from armor.format.records.base import File
 from armor.format.shards import INDEX, Shards
 
 __all__ = [
     "CHECKSUMS",
+    "CHECKSUMS_VERSION",
     "check_contents",
     "loaded_files",
     "read_checksums",
@@ -34,6 +35,8 @@ __all__ = [
     "start_hashing",
     "tensor_sha256",
 ]
+
+CHECKSUMS_VERSION = 1
 
 
 def check_contents(
@@ -84,7 +87,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:
     """The content of checksums.json from sizes and hashes of files and hashes of tensors; its last entry is its own."""
     sums = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CHECKSUMS_VERSION,
         "files": {name: file.model_dump() for name, file in files.items()},
         "tensors": dict(tensors),
     }
@@ -103,8 +106,8 @@ def read_checksums(shards: Shards) -> dict | None:
         return None
     sums = read_json(path)
     check_keys(sums, ("format_version", "files", "tensors", "sha256"), str(path))
-    if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
-        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {FORMAT_VERSION}; {REMEDY}")
+    if type(sums["format_version"]) is not int or sums["format_version"] != CHECKSUMS_VERSION:
+        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {CHECKSUMS_VERSION}; {REMEDY}")
     for key in ("files", "tensors"):
         if not isinstance(sums[key], dict):
             raise ArmorError(f"{path}: {key}: found {type(sums[key]).__name__}, expected a table of hashes; {REMEDY}")
