@@ -14,10 +14,10 @@ from armor.config.recipes import LayerSettings
 from armor.core.factorization import Factorization
 from armor.factorize.layer import factorize_layer
 from armor.format.factors import read_factors
+from armor.format.records.topology import Topology
 from armor.format.statistics import Statistics, write_statistics
 from armor.model.inspect import inspect
 from armor.model.source import Source, open_source
-from armor.format.records.topology import Topology
 from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model
 
@@ -45,8 +45,7 @@ def prepared(root: Path, family: str = "llama", layers: int = 2, seed: int = 0, 
     """A tiny model with its topology and made-up statistics: source/, model.json, calibration/."""
     tiny_model(root / "source", family, layers, seed, **config)
     source = open_source(root / "source")
-    inspect(source, root / "model.json")
-    topology = Topology.read(root / "model.json")
+    topology = inspect(source, root / "model.json")
     for layer in topology.layers:
         generator = torch.Generator().manual_seed(layer.index)
         inputs, users = {}, {}

@@ -64,7 +64,7 @@ def tiny_model(folder: Path | str, family: str = "llama", layers: int = 3, seed:
         "bos_token_id": 256,
         "eos_token_id": 256,
         "pad_token_id": None,
-        **FAMILIES[family],
+        **FAMILIES.get(family, {}),
     }
     if callable(settings.get("layer_types")):
         settings["layer_types"] = settings["layer_types"](layers)[:layers]

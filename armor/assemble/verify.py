@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from armor.assemble.folder import natural
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone

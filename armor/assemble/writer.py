@@ -18,8 +18,8 @@ from torch import Tensor
 
 from armor.assemble.card import Sizes, card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
+from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
@@ -115,7 +115,7 @@ def assemble(
             factors=made.factors,
             machine=machine(),
             modules=len(modules),
-            kept_dense=[linear.name for linear in topology.linears() if linear.name not in modules],
+            kept_dense=tuple(linear.name for linear in topology.linears() if linear.name not in modules),
             files=files,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(),

@@ -6,7 +6,6 @@ thing that exists.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from armor.config.common import nearest
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["parse_settings", "read_yaml"]
 
@@ -46,9 +45,10 @@ def read_yaml(path: Path) -> dict:
 
 def _mapping(text: str, where: str) -> dict:
     try:
-        value = yaml.load(text, _Loader) or {}  # noqa: S506  a SafeLoader
-    except _GivenTwice as error:
-        raise ArmorError(f"{where}: {error}") from None
+        if twice := _given_twice(yaml.compose(text, yaml.SafeLoader)):
+            key, first, second = twice
+            raise ArmorError(f"{where}: {key}: given on line {first} and again on line {second}; keep one of them")
+        value = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
@@ -56,22 +56,21 @@ def _mapping(text: str, where: str) -> dict:
     return value
 
 
-class _GivenTwice(yaml.YAMLError):
-    """A key that a mapping has twice."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML would take the last of equal keys, and lose the others in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, Hashable):
-                if key in lines:
-                    raise _GivenTwice(f"{key}: given on line {lines[key]} and again on line {line}; keep one of them")
-                lines[key] = line
-        return super().construct_mapping(node, deep)
+def _given_twice(node: yaml.Node | None, place: str = "") -> tuple[str, int, int] | None:
+    """The first key that a mapping has twice, with both lines: YAML takes the last, and loses the other in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        return next(filter(None, (_given_twice(inner, place) for inner in node.value)), None)
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{place}.{key.value}".lstrip("."), key.start_mark.line + 1
+        if name in lines:
+            return name, lines[name], line
+        lines[name] = line
+        if twice := _given_twice(value, name):
+            return twice
+    return None
 
 
 _UNION_TAGS = ("str", "list[str]")  # pydantic's names for the types that a value may have, at the end of its place
@@ -83,9 +82,9 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(first['loc'][-1], _fields_at(root, first['loc'][:-1]))}"
+        return f"{where}: unknown key{nearest(str(first['loc'][-1]), _fields_at(root, first['loc'][:-1]))}"
     if first["type"] == "literal_error":
-        known = [part.strip(" '") for part in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        known = [part.strip(" '") for part in first.get("ctx", {})["expected"].replace(" or ", ",").split(",")]
         return f"{where}: {first['input']!r} is unknown{nearest(first['input'], known)}"
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"

@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Name, PatternText, nearest
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.methods import METHODS
 from armor.solver.settings import Algorithm, Selection, SolverSettings
-from armor.typed import Typed
 
 __all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
 
@@ -29,30 +29,38 @@ MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_ext
 class SolverChange(Typed):
     """The part of SolverSettings that an override changes."""
 
-    iterations: int | None = Field(None, ge=1)
+    iterations: int | None = Field(default=None, ge=1)
+    """Another budget."""
     algorithm: Algorithm | None = None
+    """Another optimiser."""
     selection: Selection | None = None
+    """Another rule of choice."""
 
 
 class ModuleSettings(Typed):
     """How one linear is compressed."""
 
     method: MethodName = "armor"
-    """How a weight is compressed; dense leaves it as it is. The table of methods tells what each is and takes."""
+    """How a weight is compressed; dense leaves it as it is. The methods have a table of their own."""
     pattern: PatternText = "2:4"
-    """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
-    block_size: int = Field(128, ge=1)
-    """Size of the blocks around the core; where it does not divide a dimension, the largest divisor below it serves."""
+    """n:m keeps at most n of every m consecutive weights of a row; 50% keeps that share of each row."""
+    block_size: int = Field(default=128, ge=1)
+    """Size of the blocks around the core. Where it does not divide a dimension, the largest divisor below it serves."""
     solver: SolverSettings = SolverSettings()
+    """The optimiser of the method armor."""
 
 
 class ModuleChange(Typed):
     """The part of ModuleSettings that an override changes."""
 
     method: MethodName | None = None
+    """Another method; unset: that of the recipe."""
     pattern: PatternText | None = None
-    block_size: int | None = Field(None, ge=1)
+    """Another pattern; unset: that of the recipe."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Another block size; unset: that of the recipe."""
     solver: SolverChange | None = None
+    """Other settings of the optimiser; those left out are those of the recipe."""
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:
         """`settings` with what is given here put in their place."""
@@ -75,6 +83,7 @@ class LayerSettings(ModuleSettings):
     """A recipe resolved for one decoder layer."""
 
     seed: int = 0
+    """The seed of every random choice."""
     overrides: list[Override] = []
     """Those that concern this layer, their layer numbers dropped; later ones win."""
 
@@ -96,7 +105,7 @@ class LayerSettings(ModuleSettings):
 
 
 class Recipe(ModuleSettings):
-    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions."""
+    """A way to compress a model: a method with its settings, a calibration, and exceptions."""
 
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""

@@ -12,9 +12,9 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.recipes import LayerSettings, Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS
-from armor.typed import Typed
 
 __all__ = ["Asked", "Config", "Run"]
 
@@ -40,9 +40,13 @@ class Run(Typed):
     """Models, recipes, evaluations and benchmarks that go together; a list left out means all of them."""
 
     models: list[Name] | None = None
+    """The models, by name."""
     recipes: list[Name] | None = None
+    """The recipes, by name."""
     evaluations: list[Name] | None = None
+    """The evaluations, by name."""
     benchmarks: list[Name] | None = None
+    """The benchmarks, by name."""
 
 
 class Config(Typed):
@@ -51,15 +55,20 @@ class Config(Typed):
     seed: int = 0
     """The seed of every random choice."""
     models: dict[Name, ModelSettings] = Field(min_length=1)
+    """Where each model comes from."""
     calibrations: dict[Name, CalibrationSettings] = {}
+    """The texts that statistics are taken on."""
     recipes: dict[Name, Recipe] = Field(min_length=1)
+    """The ways to compress."""
     evaluations: dict[Name, EvaluationSettings] = {}
+    """The ways to measure quality."""
     benchmarks: dict[Name, BenchmarkSettings] = {}
-    runs: list[Run] = Field([Run()], min_length=1)
+    """The ways to measure speed and memory."""
+    runs: list[Run] = Field(default=[Run()], min_length=1)
     """Which of the above go together; left out: everything with everything."""
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
+    def _check(self) -> Config:  # noqa: C901  one check after another, each of a line or two
         for index, run in enumerate(self.runs):
             for kind in Run.model_fields:
                 for name in getattr(run, kind) or []:

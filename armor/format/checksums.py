@@ -1,9 +1,8 @@
 """checksums.json: the SHA-256 of a checkpoint's files and tensors, and of itself, so that no flipped bit is loaded.
 
-The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. Hashing 200 MB takes
-a tenth of a second, as long as transformers takes to make the model, so it runs beside that: each file is mapped and
-hashed in one call that lets go of the interpreter's lock. Where there are no hashes (transformers' save_pretrained
-writes none) the numbers themselves are looked at instead.
+The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. They are computed
+while transformers makes the model: each file is mapped and hashed in one call that lets go of the interpreter's lock.
+Where there are no hashes (transformers' save_pretrained writes none) the numbers themselves are looked at instead.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.checkpoint import FORMAT_VERSION, REMEDY, PackedLinear, check_keys, check_tensor
+from armor.format.checkpoint import REMEDY, PackedLinear, check_keys, check_tensor
 from armor.format.provenance import CHECKSUMS
 from armor.format.records.base import File
 from armor.format.shards import INDEX, Shards
 
 __all__ = [
     "CHECKSUMS",
+    "CHECKSUMS_VERSION",
     "check_contents",
     "loaded_files",
     "read_checksums",
@@ -35,6 +35,8 @@ __all__ = [
     "start_hashing",
     "tensor_sha256",
 ]
+
+CHECKSUMS_VERSION = 1
 
 
 def check_contents(
@@ -79,13 +81,13 @@ def loaded_files(shards: Shards) -> list[str]:
 def tensor_sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:
     """The content of checksums.json from sizes and hashes of files and hashes of tensors; its last entry is its own."""
     sums = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CHECKSUMS_VERSION,
         "files": {name: file.model_dump() for name, file in files.items()},
         "tensors": dict(tensors),
     }
@@ -104,8 +106,8 @@ def read_checksums(shards: Shards) -> dict | None:
         return None
     sums = read_json(path)
     check_keys(sums, ("format_version", "files", "tensors", "sha256"), str(path))
-    if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
-        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {FORMAT_VERSION}; {REMEDY}")
+    if type(sums["format_version"]) is not int or sums["format_version"] != CHECKSUMS_VERSION:
+        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {CHECKSUMS_VERSION}; {REMEDY}")
     for key in ("files", "tensors"):
         if not isinstance(sums[key], dict):
             raise ArmorError(f"{path}: {key}: found {type(sums[key]).__name__}, expected a table of hashes; {REMEDY}")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
+from armor.model.by_hand import by_hand
 from armor.model.source import Source
 from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record
 
@@ -34,29 +35,37 @@ def inspect(source: Source, output: Path | str) -> Topology:
     shards = Shards(source.path)
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
     config = skeleton.model.config.get_text_config(decoder=True)
-    found = [_decoder_layer(skeleton, index, shards) for index in range(len(skeleton.layers))]
-    if not any(linears for linears, _ in found):
+    for index in range(len(skeleton.layers)):
+        _check_tensors(skeleton, index, shards)
+    if not any(isinstance(module, nn.Linear) for module in skeleton.layers.modules()):
         raise ArmorError(
             f"{source.path}: the decoder layers of {type(skeleton.model).__name__} hold no linear; nothing to compress"
         )
     load_outside(skeleton, shards)
     hidden, calls = record(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
-    layers = []
-    for index, (linears, dense) in enumerate(found):
-        prefix = f"{skeleton.prefix}.{index}"
-        groups = input_groups(skeleton.layers[index], hidden, calls[index], prefix)
+    layers, kept = [], []
+    for index, layer in enumerate(skeleton.layers):
+        prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
+        taken = by_hand(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
+        kept += [f"{prefix}.{name}" for name in taken]
+        linears = {
+            f"{prefix}.{name}": module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and name not in taken
+        }
         layers.append(
-            DecoderLayer(
-                index=index,
-                prefix=prefix,
-                linears=tuple(Linear(**linear, input_group=groups[linear["name"]]) for linear in linears),
-                dense_parameters=tuple(dense),
-            )
+            _decoder_layer(index, prefix, layer, linears, input_groups(layer, hidden, call, prefix, linears), shards)
         )
-    dense = [name for layer in layers for name in layer.dense_parameters]
-    if dense:
+    if kept:
+        log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(kept), kept[0])
+    if not any(layer.linears for layer in layers):
+        raise ArmorError(
+            f"{source.path}: every linear is like {kept[0]}, which another module multiplies with by itself"
+        )
+    matrices = {name for layer in layers for name in layer.dense_parameters} - {f"{name}.weight" for name in kept}
+    if matrices:
         log.warning(
-            "%d matrices of decoder layers are no linears and stay dense, the first is %s", len(dense), dense[0]
+            "%d matrices of decoder layers are no linears and stay dense, the first is %s", len(matrices), min(matrices)
         )
     topology = Topology(
         model_type=skeleton.model.config.model_type,
@@ -79,10 +88,10 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters(remove_duplicate=True) if name not in tied)
 
 
-def _decoder_layer(skeleton: Skeleton, index: int, shards: Shards) -> tuple[list[dict], list[str]]:
-    """The linears of a decoder layer, as fields of `Linear`, and the names of its other matrices."""
-    layer, prefix = skeleton.layers[index], f"{skeleton.prefix}.{index}"
-    for name, tensor in layer.state_dict(keep_vars=True).items():
+def _check_tensors(skeleton: Skeleton, index: int, shards: Shards) -> None:
+    """Raise ArmorError unless the model's folder has each tensor of decoder layer `index`, with its shape."""
+    prefix = f"{skeleton.prefix}.{index}"
+    for name, tensor in skeleton.layers[index].state_dict(keep_vars=True).items():
         full = f"{prefix}.{name}"
         if full not in shards:
             if not tensor.is_meta:
@@ -96,30 +105,43 @@ def _decoder_layer(skeleton: Skeleton, index: int, shards: Shards) -> tuple[list
                 f"{shards.folder / shards.file_of(full)}: {full} has shape {shards.shape(full)}, expected "
                 f"{tuple(tensor.shape)} by config.json"
             )
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    described = [
-        {
-            "name": f"{prefix}.{name}",
-            "out_features": module.out_features,
-            "in_features": module.in_features,
-            "dtype": shards.dtype(f"{prefix}.{name}.weight"),
-            "bias": module.bias is not None,
-            "shard": shards.file_of(f"{prefix}.{name}.weight"),
-        }
-        for name, module in linears.items()
-    ]
+
+
+def _decoder_layer(
+    index: int, prefix: str, layer: nn.Module, linears: dict[str, nn.Linear], groups: dict[str, int], shards: Shards
+) -> DecoderLayer:
     weights = {f"{name}.weight" for name in linears}
-    dense = [f"{prefix}.{n}" for n, p in layer.named_parameters() if p.dim() > 1 and n not in weights]
-    return described, dense
+    matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
+    described = tuple(
+        Linear(
+            name=name,
+            out_features=module.out_features,
+            in_features=module.in_features,
+            dtype=shards.dtype(f"{name}.weight"),
+            bias=module.bias is not None,
+            shard=shards.file_of(f"{name}.weight"),
+            input_group=groups[name],
+        )
+        for name, module in linears.items()
+    )
+    dense = tuple(name for name in matrices if name not in weights)
+    return DecoderLayer(index=index, prefix=prefix, linears=described, dense_parameters=dense)
 
 
-def input_groups(layer: nn.Module, hidden: Tensor, call: Call, prefix: str) -> dict[str, int]:
-    """A number for each linear of `layer`, by full name, the same for those that are handed the same tensor.
+def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:
+    """What a decoder layer on the meta device returns."""
+    with torch.no_grad():
+        return layer(hidden.to("meta"), *call.args, **call.kwargs)
 
-    hidden (batch, length, hidden); only its shape matters, and `layer` is on the meta device afterwards. Raises
+
+def input_groups(
+    layer: nn.Module, hidden: Tensor, call: Call, prefix: str, names: dict[str, nn.Linear]
+) -> dict[str, int]:
+    """A number for each of the linears `names` of `layer`, the same for those that are handed the same tensor.
+
+    hidden (batch, length, hidden); only its shape matters. `layer` and what is in `call` are on the meta device. Raises
     ArmorError if the layer returns something else than hidden states, or leaves something in its arguments.
     """
-    names = {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     seen: dict[str, tuple] = {}
     inputs = []  # kept alive: the address of a tensor that is gone may serve again
 
@@ -133,11 +155,9 @@ def input_groups(layer: nn.Module, hidden: Tensor, call: Call, prefix: str) -> d
         return note
 
     hooks = [module.register_forward_pre_hook(hook(name)) for name, module in names.items()]
-    call = call.map(lambda tensor: tensor.to("meta"))
     before = pytree.tree_structure((call.args, call.kwargs))
     try:
-        with torch.no_grad():
-            output = layer.to("meta")(hidden.to("meta"), *call.args, **call.kwargs)
+        output = run_layer(layer, hidden, call)
     except (RuntimeError, NotImplementedError) as error:
         # The path through the layer depends on the data: nothing can be said about sharing, and nothing need be.
         reason = " ".join(str(error).split())[:200]

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from armor.config.report import ReportSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path
 from armor.format.layout import SUMMARY, Results
 from armor.format.provenance import ranges

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from armor.config.report import ReportPair, ReportSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import sha256
 from armor.format.layout import Results
 from armor.format.records.benchmark import BenchmarkRecord

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
 from armor.format.layout import CALIBRATION, RUN, SUMMARY
@@ -68,7 +68,9 @@ def record_of(path: Path) -> Path:
     for file in candidates:
         if file.is_file() and (record := _AnyRecord.read(file)) and (record.made_by or record.settings is not None):
             return file
-    hint = "expected a result of the pipeline: factors, statistics, a checkpoint, an evaluation, a benchmark, the report"
+    hint = (
+        "expected a result of the pipeline: factors, statistics, a checkpoint, an evaluation, a benchmark, the report"
+    )
     if path.is_dir() and (files := sorted(file.name for file in path.glob("*.json"))):
         hint = f"name one of its files: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}"
     raise ArmorError(f"{path}: nothing here says what made it; {hint}")

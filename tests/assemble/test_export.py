@@ -17,7 +17,7 @@ from armor.assemble import folder
 from armor.assemble.export import export
 from armor.assemble.verify import verify
 from armor.config.recipes import LayerSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, factors_of, packed
 
 TOKENS = torch.arange(40).view(2, 20)

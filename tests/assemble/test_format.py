@@ -12,12 +12,13 @@ from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings, Override
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
-from armor.execution.files import sha256, write_json
-from armor.format.provenance import made_by
+from armor.execution.files import sha256
 from armor.format.factors import write_factors
+from armor.format.records.layer import BlockSizes
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed, prepared
+from tests.records import layer_record, linear_record
 
 
 def numpy_weights(folder):
@@ -93,13 +94,11 @@ def written(root):
     }
     file = root / "layers/layer_0.safetensors"
     write_factors(file, factors, {"fingerprint": topology.fingerprint, "layer": 0})
-    entry = {"method": "dense", "pattern": None, "block_size": None, "loss": 0.0}
-    modules = {linear.name: dict(entry) for linear in topology.layers[0].linears}
-    modules[q] |= {"method": "armor", "pattern": "2:4", "block_size": {"left": 8, "right": 16}, "loss": 0.25}
-    modules[up] |= {"method": "wanda", "pattern": "50%", "loss": 0.5}
-    record = {"format_version": 1, "layer": 0, "fingerprint": topology.fingerprint, "sha256": sha256(file)}
-    made = made_by("armor.factorize.layer", {}, {"model": topology.fingerprint, "statistics": None})
-    write_json(root / "layers/layer_0.json", record | made | {"modules": modules})
+    modules = {linear.name: linear_record(method="dense", pattern=None) for linear in topology.layers[0].linears}
+    modules[q] = linear_record(method="armor", block_size=BlockSizes(left=8, right=16), loss=0.25)
+    modules[up] = linear_record(method="wanda", pattern="50%", loss=0.5)
+    record = layer_record(fingerprint=topology.fingerprint, sha256=sha256(file), modules=modules)
+    record.write(root / "layers/layer_0.json")
     assemble(source, topology, root / "layers", root / "checkpoint.json")
     return root / "checkpoint"
 

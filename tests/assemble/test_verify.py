@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from armor.assemble.verify import table, verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed
 from tests.tiny import tiny_model
 

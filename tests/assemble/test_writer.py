@@ -16,7 +16,9 @@ from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings, Override
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
 from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared
 
@@ -68,8 +70,8 @@ def test_the_card_says_what_the_hub_and_people_ask(copy):
     tags = ["armor", "sparse", "2:4"]
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     assert "import armor.hf" in card.text and "| armor | 2:4 | 16 / 16 | 14 |" in card.text
-    record = json.loads((copy / "layers/layer_0.json").read_text())
-    assert record["fingerprint"] in card.text and record["code"] in card.text and "iterations: 2" in card.text
+    record = LayerRecord.read(copy / "layers/layer_0.json")
+    assert record.fingerprint in card.text and record.made_by.code in card.text and "iterations: 2" in card.text
     assert f"torch {torch.__version__}" in card.text and str(copy) not in card.text
     # What the source says of itself is passed on.
     said = "license: other\nlicense_name: theirs\nlicense_link: https://there\nlanguage: en\ntags: [old]"
@@ -103,16 +105,16 @@ def test_the_card_s_snippet_runs_where_the_folder_is(root):
 
 
 def test_checkpoint_json(root):
-    result = json.loads((root / "checkpoint.json").read_text())
+    result = CheckpointRecord.read(root / "checkpoint.json")
     source, topology = opened(root)
     files = contents(root / "checkpoint")
-    assert result["fingerprint"] == source.fingerprint and result["format_version"] == 1
-    assert result["checkpoint_bytes"] == sum(map(len, files.values()))
-    assert {name: file["bytes"] for name, file in result["files"].items()} == {n: len(b) for n, b in files.items()}
-    assert result["modules"] == 14 and result["kept_dense"] == [] and result["dense_bits_per_weight"] == 32
+    assert result.fingerprint == source.fingerprint
+    assert result.checkpoint_bytes == sum(map(len, files.values()))
+    assert {name: file.bytes for name, file in result.files.items()} == {n: len(b) for n, b in files.items()}
+    assert result.modules == 14 and result.kept_dense == () and result.dense_bits_per_weight == 32
     # fp32, 2:4: 16 bits of values and 1 of mask for each weight, and the blocks of 16.
     blocks = sum(32 * 16 * (linear.out_features + linear.in_features) for linear in topology.linears())
-    assert result["bits_per_weight"] == pytest.approx(17 + blocks / topology.linear_parameters)
+    assert result.bits_per_weight == pytest.approx(17 + blocks / topology.linear_parameters)
 
 
 def test_the_same_input_gives_the_same_bytes(root, copy):
@@ -152,9 +154,9 @@ def test_recipes_of_all_kinds_in_one_checkpoint(tmp_path):
     ]
     settings = LayerSettings(**(SETTINGS.model_dump() | {"overrides": overrides}))
     root = packed(tmp_path, settings=settings)
-    result = json.loads((root / "checkpoint.json").read_text())
+    result = CheckpointRecord.read(root / "checkpoint.json")
     dense = [f"model.layers.{k}.mlp.up_proj" for k in (0, 1)]
-    assert result["kept_dense"] == dense and result["modules"] == 12
+    assert list(result.kept_dense) == dense and result.modules == 12
     assert all(f"{name}.weight" in Shards(root / "checkpoint") for name in dense)
     assert verify(root / "checkpoint")["patterns"] == {"2:4": 8, "4:8": 2, "50%": 2}
 
@@ -247,7 +249,7 @@ def test_blocks_of_another_size(copy):
 )
 def test_a_record_that_factorize_would_not_write(copy, change):
     edit_record(copy, change, layer=0)
-    refused(copy, "layer_0.json: .*factorize layer 0 again")
+    refused(copy, "layer_0.json: .*factorize this layer again")
 
 
 def test_nan_in_a_tensor_that_is_copied(copy):

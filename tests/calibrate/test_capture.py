@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -18,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from armor.calibrate import capture
 from armor.calibrate.capture import calibrate, compute_dtype, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.topology import Topology
 from armor.format.shards import SINGLE, Shards
 from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.format.records.topology import Topology
 from armor.text.blocks import token_blocks
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 
@@ -76,11 +76,11 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family
         found |= read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors", topology.fingerprint)
     assert set(found) == set(expected) == {linear.name for linear in topology.linears()}
     for name, (importance, gram) in expected.items():
-        assert found[name].tokens == COUNT * LENGTH == value["tokens"]
+        assert found[name].tokens == COUNT * LENGTH == value.tokens
         assert found[name].importance.dtype == torch.float32 and close(found[name].importance, importance), name
         assert found[name].gram.dtype == torch.float32, name
         assert (found[name].gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
-    assert sorted(value["files"]) == [f"layer_{k}.safetensors" for k in range(3)]
+    assert sorted(value.files) == [f"layer_{k}.safetensors" for k in range(3)]
 
 
 def test_a_bfloat16_model_is_computed_in_its_own_dtype_where_that_is_native(tmp_path, text, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_bfloat16_model_is_computed_in_its_own_dtype_where_that_is_native(tmp_
     for dtype in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(capture, "compute_dtype", lambda *_, dtype=dtype: dtype)
         value, _ = run(folder, text, tmp_path / "calibration")
-        assert value["dtype"] == str(dtype).removeprefix("torch.")
+        assert value.dtype == str(dtype).removeprefix("torch.")
         expected = hooked(folder, text, dtype)
         for k in range(2):
             for name, found in read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors").items():
@@ -108,21 +108,21 @@ def test_inputs_that_are_shared_are_stored_once_and_the_same_run_gives_the_same_
     assert names == {f"model.layers.1.{n}.importance" for n in
                      ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}  # fmt: skip
     second, _ = run(folder, text, tmp_path / "b")
-    assert first["files"] == second["files"] and first["text_fingerprint"] == second["text_fingerprint"]
-    assert first == json.loads((tmp_path / "a" / "calibration.json").read_text())
-    assert first["fingerprint"] == topology.fingerprint and first["seconds"] > 0 and first["peak_memory_bytes"] > 1e6
+    assert first.files == second.files and first.text_fingerprint == second.text_fingerprint
+    assert first == CalibrationRecord.read(tmp_path / "a" / "calibration.json")
+    assert first.fingerprint == topology.fingerprint and first.seconds > 0 and first.peak_memory_bytes > 1e6
     third, _ = run(folder, text, tmp_path / "b", sequence_length=40)
-    assert third["text_fingerprint"] != first["text_fingerprint"]
+    assert third.text_fingerprint != first.text_fingerprint
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_spilled_hidden_states_change_nothing_and_leave_nothing(tmp_path, text, fraction):
     folder = tiny_model(tmp_path / "model", layers=2)
     whole, _ = run(folder, text, tmp_path / "whole")
-    assert whole["spilled_bytes"] == 0
-    limit = max(1e-9, fraction * whole["hidden_states_bytes"] / 1e9)
+    assert whole.spilled_bytes == 0
+    limit = max(1e-9, fraction * whole.hidden_states_bytes / 1e9)
     spilled, _ = run(folder, text, tmp_path / "spilled", hidden_states_memory_gb=limit)
-    assert spilled["files"] == whole["files"] and spilled["spilled_bytes"] > 0
+    assert spilled.files == whole.files and spilled.spilled_bytes > 0
     names = sorted(path.name for path in (tmp_path / "spilled").iterdir())
     assert names == ["calibration.json", "layer_0.safetensors", "layer_1.safetensors"]
 
@@ -130,7 +130,7 @@ def test_spilled_hidden_states_change_nothing_and_leave_nothing(tmp_path, text, 
 def test_the_sequence_length_is_the_context_length_unless_given(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=1, max_position_embeddings=32)
     value, _ = run(folder, text, tmp_path / "a", sequence_length=None)
-    assert value["length"] == 32 and value["tokens"] == 32 * COUNT
+    assert value.length == 32 and value.tokens == 32 * COUNT
     with pytest.raises(ArmorError, match="sequence_length: found 33, but the model's context length is 32"):
         run(folder, text, tmp_path / "b", sequence_length=33)
     with pytest.raises(ArmorError, match=f"text.txt: found .* tokens in 1 documents, needed 999 x 32 = {999 * 32}"):
@@ -235,6 +235,7 @@ from armor.model.inspect import inspect
 from armor.format.shards import Shards
 from armor.runtime.skeleton import load_layer, load_outside, open_skeleton, unload_outside
 from armor.model.source import open_source
+from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
 dtype, gram, *folders = sys.argv[1:]
 for folder in folders:

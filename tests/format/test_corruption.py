@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.checksums import sealed
+from armor.format.records.base import File
 from tests.packed import edit_config, edit_tensors, opened
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -385,7 +386,10 @@ HASHED |= {
     "checksums with a tensor more": edit_sums(lambda sums: sums["tensors"].update(extra="0"), "extra"),
     "checksums with another size": (
         edit_sums(
-            lambda sums: sums["files"][ONE].update(bytes=1) or sums.update(sealed(sums["files"], sums["tensors"]))
+            lambda sums: (
+                sums["files"][ONE].update(bytes=1)
+                or sums.update(sealed({name: File(**f) for name, f in sums["files"].items()}, sums["tensors"]))
+            )
         )[0],
         (ONE, "hash in checksums.json"),
     ),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armor.errors import ArmorError
-from armor.execution.files import sha256, write_json
+from armor.core.errors import ArmorError
+from armor.format.records.base import File
 from armor.format.statistics import Accumulator, Statistics, read_statistics, statistics_of, write_statistics
+from tests.records import calibration_record
 
 
 def test_any_cut_into_batches_gives_the_same_means():
@@ -60,7 +61,7 @@ def test_impossible_values_are_refused(tmp_path, value):
 def test_statistics_must_be_those_that_calibration_recorded(tmp_path):
     calibration, path = tmp_path / "calibration.json", tmp_path / "layer_0.safetensors"
     path.write_bytes(b"some")
-    write_json(calibration, {"files": {path.name: {"bytes": 4, "sha256": sha256(path)}}})
+    calibration_record(files={path.name: File.of(path)}).write(calibration)
     assert statistics_of(calibration, 0) == path
     with pytest.raises(ArmorError, match=r"calibration.json: lists no layer_1.safetensors"):
         statistics_of(calibration, 1)

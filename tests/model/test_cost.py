@@ -10,12 +10,18 @@ from armor.model.cost import block_costs
 
 
 def topology(*linears):
-    """A decoder layer of linears, each a name, its outputs and its inputs."""
-    common = {"dtype": "bfloat16", "bias": False, "shard": "a", "input_group": 0}
-    made = [
-        Linear(name=f"model.layers.0.{name}", out_features=rows, in_features=columns, **common)
+    made = tuple(
+        Linear(
+            name=f"model.layers.0.{name}",
+            out_features=rows,
+            in_features=columns,
+            dtype="bfloat16",
+            bias=False,
+            shard="a",
+            input_group=0,
+        )
         for name, rows, columns in linears
-    ]
+    )
     return Topology(
         model_type="llama",
         fingerprint="0",
@@ -25,7 +31,7 @@ def topology(*linears):
         parameters=1,
         linear_parameters=1,
         tied_embeddings=False,
-        layers=[DecoderLayer(index=0, prefix="model.layers.0", linears=made)],
+        layers=(DecoderLayer(index=0, prefix="model.layers.0", linears=made),),
     )
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.layout import Results
 from armor.format.records.base import File, MadeBy
 from armor.format.records.calibration import CalibrationRecord

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import armor.methods
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
 from armor.format.records.benchmark import BenchmarkRecord, Sample

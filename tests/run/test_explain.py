@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from armor.config.run import Config
-from armor.errors import ArmorError
-from armor.execution.files import read_json, write_json
+from armor.core.errors import ArmorError
+from armor.execution.files import write_json
 from armor.execution.machine import versions
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.records.layer import LayerRecord
 from armor.run.explain import Reruns, describe, newer_versions, record_of, results_of
 from armor.run.status import start_run
 from tests.packed import SETTINGS, packed
@@ -60,8 +62,8 @@ def test_a_checkpoint_that_was_copied_elsewhere_still_says_what_made_it(root, tm
         said = "\n".join(describe(record))
     finally:
         (tmp_path / "mine").rename(root / "tiny/armor/checkpoint")
-    here = read_json(root / "tiny/armor/checkpoint.json")
-    assert "layers       0 to 1" in said and "solver.iterations: 2" in said and here["inputs"]["model"] in said
+    here = CheckpointRecord.read(root / "tiny/armor/checkpoint.json")
+    assert "layers       0 to 1" in said and "solver.iterations: 2" in said and here.fingerprint in said
     assert "threads" not in said and str(root) not in said  # the same bytes on any machine
 
 
@@ -75,12 +77,13 @@ def test_a_file_of_no_stage_is_refused(root, tmp_path):
 
 
 def test_settings_are_one_line(root, tmp_path):
-    record = read_json(root / "tiny/armor/layers/layer_0.json")
-    write_json(tmp_path / "other.json", record | {"settings": {"separator": "\n\n"}})
+    record = LayerRecord.read(root / "tiny/armor/layers/layer_0.json")
+    made = record.made_by.model_copy(update={"settings": {"separator": "\n\n"}})
+    record.model_copy(update={"made_by": made}).write(tmp_path / "other.json")
     assert r"settings     separator: \n\n" in describe(tmp_path / "other.json")
 
 
-def test_differences_are_named(root, monkeypatch):
+def test_differences_are_named(root):
     record = root / "tiny/armor/layers/layer_0.json"
     factors = root / "tiny/armor/layers/layer_0.safetensors"
 
@@ -93,17 +96,17 @@ def test_differences_are_named(root, monkeypatch):
     wider["recipes"]["armor"]["block_size"] = 8
     assert own(Config.model_validate(wider)) == ["setting block_size: 16, now 8"]
     content = record.read_text()
-    write_json(record, json.loads(content) | {"code": "0"})
+    then = LayerRecord.read(record)
+    then.model_copy(update={"made_by": then.made_by.model_copy(update={"code": "0"})}).write(record)
     assert [line.startswith("the code of armor.factorize.layer has changed (0, now ") for line in own()] == [True]
-    write_json(record, {key: value for key, value in json.loads(content).items() if key != "stage"})
+    write_json(record, {key: value for key, value in json.loads(content).items() if key != "made_by"})
     assert own() == ["it was made by another release, which noted no provenance"]
-    changed = json.loads(content)
-    changed["sha256"] = "0"
-    write_json(record, changed)
+    then.model_copy(update={"sha256": "0"}).write(record)
     reruns = Reruns(root, CONFIG)
-    assert "input layer 0: its fingerprint is another" in reruns.reasons(reruns.jobs["assemble", "tiny", "armor"])
-    changed["machine"]["versions"]["torch"] = "1.0"
-    write_json(record, changed)
+    assemble = next(job for job in reruns.jobs if job.stage == "assemble")
+    assert "input layer 0: its fingerprint is another" in reruns.reasons(assemble)
+    older = then.machine.model_copy(update={"versions": then.machine.versions | {"torch": "1.0"}})
+    then.model_copy(update={"machine": older}).write(record)
     assert newer_versions(record) == [f"torch 1.0 then, {versions()['torch']} here"]
     record.write_text(content)
     factors.rename(root / "away")
@@ -113,7 +116,7 @@ def test_differences_are_named(root, monkeypatch):
 
 def test_the_command_says_it_in_lines(root):
     os.close(start_run(root, CONFIG, ["snakemake"]))
-    arguments = [sys.executable, "-m", "armor.command.cli", "explain", str(root / "tiny/armor/checkpoint")]
+    arguments = [sys.executable, "-m", "armor", "explain", str(root / "tiny/armor/checkpoint")]
     said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     assert "\nstage        armor.assemble.writer\n" in said and "\ninput        factors of 2 layers\n" in said
     assert "assemble tiny armor would run again:\n  " in said  # there is no source.json

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.run.status import jobs, read_status, start_run, summary
+from armor.run.jobs import jobs
+from armor.run.status import read_status, start_run, summary
 from tests.tiny import tiny_model
 
 CONFIG = Config.model_validate(
@@ -50,11 +51,11 @@ def test_every_state(results, monkeypatch):
     monkeypatch.setenv("PWD", str(Path.cwd()))
     lock = start_run(results, CONFIG, ["/bin/snakemake", "--cores", "2"])
     os.utime(results / "run.json", (1000, 1000))
-    folder, logs = results / "tiny/armor/layers", results / "logs/tiny/armor"
+    folder, logs = results / "tiny/armor/layers", results / "logs/factorize/tiny/armor"
     logs.mkdir(parents=True)
     for layer, line in enumerate(["12:00:00 layer 0: 7/7", "12:00:00 layer 1: 3/7", "armor: error: NaN", "12:00:00 x"]):
-        (logs / f"layer_{layer}.log").write_text(f"{line}\n\n")
-    os.utime(logs / "layer_3.log", (900, 900))  # of an earlier run
+        (logs / f"{layer}.log").write_text(f"{line}\n\n")
+    os.utime(logs / "3.log", (900, 900))  # of an earlier run
     for suffix in ("safetensors", "json"):
         write_json(folder / f"layer_0.{suffix}", {})
     write_json(folder / "layer_1.safetensors", {})  # its record follows
@@ -85,14 +86,14 @@ def test_a_second_run_is_refused_while_the_first_lives(results):
 def test_the_summary_tells_what_ran_from_what_was_there_before(results):
     os.close(start_run(results, CONFIG, ["snakemake"]))
     os.utime(results / "run.json", (1000, 1000))
-    folder = results / "benchmarks/tiny/armor"
+    folder = results / "benchmarks/factorize/tiny/armor"
     folder.mkdir(parents=True)
     for layer, (ended, peak) in enumerate([(900, "9000.0"), (1100, "200.0"), (1200, "NA")]):
         write_json(results / f"tiny/armor/layers/layer_{layer}.safetensors", {})
         # Of the last one Snakemake saw no process, as it does of a job in the fork server.
         write_json(results / f"tiny/armor/layers/layer_{layer}.json", {"peak_memory_bytes": 3e8} if layer == 2 else {})
-        (folder / f"layer_{layer}.tsv").write_text(f"s\tmax_rss\n1.5\t{peak}\n")
-        os.utime(folder / f"layer_{layer}.tsv", (ended, ended))
+        (folder / f"{layer}.tsv").write_text(f"s\tmax_rss\n1.5\t{peak}\n")
+        os.utime(folder / f"{layer}.tsv", (ended, ended))
     lines = [line.split() for line in summary(results, CONFIG)]
     assert lines[:2] == [["stage", "ran", "reused", "seconds", "peak", "memory"], ["inspect", "1"]]
     assert lines[2] == ["factorize", "2", "1", "3.0", "300", "MB"] and len(lines) == 4
@@ -100,10 +101,10 @@ def test_the_summary_tells_what_ran_from_what_was_there_before(results):
 
 def test_the_command_prints_a_table(results):
     os.close(start_run(results, CONFIG, ["snakemake"]))
-    arguments = [sys.executable, "-m", "armor.command.cli", "status", str(results)]
+    arguments = [sys.executable, "-m", "armor", "status", str(results)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0] == ["stage", "of", "done", "running", "failed", "stopped", "missing"]
     assert ["factorize", "tiny", "armor", "4"] in rows and len(rows) == 1 + len(
-        {(j.stage, j.names[:2]) for j in jobs(CONFIG, results)}
+        {(j.stage, j.names[:2]) for j in jobs(CONFIG, str(results))}
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Made
-from armor.typed import Typed
 
 __all__ = ["BlockSizes", "LayerRecord", "LinearRecord"]
 
@@ -35,9 +35,11 @@ class LinearRecord(Typed):
     trace: tuple[tuple[int, float, float], ...]
     """Points (iteration, seconds, best loss so far), at most 100."""
     seed: int
+    """The seed of its random choices."""
     device: str
     """The torch device that it was computed on."""
     seconds: float
+    """Seconds of its work."""
     peak_memory_bytes: int
     """The most memory of the process until this linear was done."""
     note: str | None
@@ -51,6 +53,7 @@ class LayerRecord(Made):
 
     format_version: Literal[2] = 2
     layer: int
+    """Its number, from 0."""
     fingerprint: str
     """That of the model."""
     sha256: str

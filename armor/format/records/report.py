@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Machine, MadeBy, Record
-from armor.typed import Typed
 
 __all__ = ["ReportRecord", "Row", "Score"]
 
@@ -16,43 +16,48 @@ class Score(Typed):
     task: str
     """The task's name; of two evaluations on the same task, the second one's name and a dot precede it."""
     value: float | None = None
+    """The metric's value; null is a gap."""
     standard_error: float | None = None
+    """Null where lm-eval gives none."""
     higher_is_better: bool | None = None
-    """Null where lm-eval does not say."""
+    """Whether a higher value is better; null where lm-eval does not say."""
 
 
 class Row(Typed):
-    """What is known of a model under a recipe; null is a gap. Its fields are the columns of summary.csv, in order.
-
-    What ends in `_se` is the standard error of the field before it.
-    """
+    """What is known of a model under a recipe. Null is a gap. Its fields are the columns of summary.csv, in order."""
 
     model: str
+    """The model's name."""
     recipe: str
+    """The recipe's name."""
     method: str
+    """The method's name."""
     pattern: str | None = None
-    """Null for the dense model."""
+    """The pattern of the cores; null for the dense model."""
     block_size: int | str | None = None
     """The size of the blocks around the cores, or "32 to 48"; null where there are none."""
     perplexity: float | None = None
-    """Of the first evaluation."""
+    """The perplexity on the first evaluation."""
     perplexity_se: float | None = None
+    """Its standard error."""
     relative_loss: float | None = None
-    """The mean over the linears: 0 is the dense weight, 1 no weight at all."""
+    """The mean proxy loss over the linears: 0 is the dense weight, 1 no weight at all."""
     bits_per_weight: float | None = None
-    """In the decoder's linears."""
+    """What a weight of the decoder layers' linears takes, in bits, in the mean."""
     checkpoint_bytes: int | None = None
-    """All files of the checkpoint."""
+    """The size of all files of the checkpoint."""
     factorize_seconds: float | None = None
-    """Summed over decoder layers."""
+    """Seconds of factorization, summed over decoder layers."""
     decode_tokens_per_second: float | None = None
     """Greedy decoding in the first benchmark at its smallest batch size, the median; all sequences together."""
     kl: float | None = None
     """KL(dense ‖ compressed) on the first evaluation, in nats."""
     kl_se: float | None = None
+    """Its standard error."""
     top1_agreement: float | None = None
     """The share of positions at which both find the same token the most likely, on the first evaluation."""
     top1_agreement_se: float | None = None
+    """Its standard error."""
     tasks: tuple[Score, ...] = ()
     """The tasks, the same ones in every row; in summary.csv the columns TASK and TASK_se of each."""
 
@@ -77,4 +82,6 @@ class ReportRecord(Record):
     rows: tuple[Row, ...]
     """In the order of the configuration."""
     made_by: MadeBy
+    """What made the report."""
     machine: Machine
+    """What the job ran on."""

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from armor.solver.sparsegpt import DAMPING, WIDTH, sparsegpt
 
 from armor.core.pattern import Pattern, is_nm
-from armor.solver.pruning import wanda
+from armor.methods.sparsegpt import DAMPING, WIDTH, sparsegpt
+from armor.methods.wanda import wanda
 
 
 def problem(out, columns, tokens=400, seed=0):

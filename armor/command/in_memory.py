@@ -8,6 +8,7 @@ kept if the process ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers import PreTrainedModel
 
 from armor.config.reading import parse_settings
 from armor.config.recipes import ModuleSettings, Recipe
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.format.statistics import Accumulator, Statistics
+from armor.model.by_hand import is_taken
 from armor.runtime.quantizer import pack_linears
 from armor.runtime.skeleton import decoder_layers, finite
 from armor.text.blocks import blocks
@@ -28,7 +30,7 @@ from armor.text.blocks import blocks
 __all__ = ["compress"]
 
 
-def compress(
+def compress(  # noqa: C901  all that can be wrong is looked for before any work starts
     model: PreTrainedModel,
     tokenizer: Any,
     text: str | Sequence[str],
@@ -59,6 +61,9 @@ def compress(
         resolved = chosen.for_layer(index, seed)
         for name, module in layer.named_modules(prefix=f"{prefix}.{index}"):
             if not isinstance(module, nn.Linear):
+                continue
+            if is_taken(layer, name.removeprefix(f"{prefix}.{index}.")):
+                log.warning("%s: stays dense, for another module multiplies with its weight", name)
                 continue
             asked, note = possible(resolved.for_module(name), module.out_features, module.in_features)
             if note:
@@ -100,10 +105,7 @@ def _statistics(
 ) -> dict[str, Statistics]:
     """The statistics of each linear's input, by name. tokens (sequences, length)."""
     sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, own=sums[name]: own.add(args[0]))
-        for name, linear in linears.items()
-    ]
+    hooks = [linear.register_forward_pre_hook(partial(_add, sums[name])) for name, linear in linears.items()]
     was_training = model.training
     try:
         model.eval()
@@ -120,3 +122,7 @@ def _statistics(
         if not own.finite():
             raise ArmorError(f"{name}: its input holds NaN or infinity; weights or dtype are not fit for this text")
     return {name: own.statistics() for name, own in sums.items()}
+
+
+def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    sums.add(args[0])

@@ -14,11 +14,11 @@ from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
 from armor.config.recipes import Override, Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
+from armor.format.records.topology import Topology
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.format.records.topology import Topology
 from armor.runtime.linear import ArmorLinear
 from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model, tiny_text

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from armor.core.pattern import Pattern, is_nm
-from armor.solver import pruning
+from armor.methods.magnitude import magnitude
+from armor.methods.nowag import nowag
+from armor.methods.wanda import wanda
 
-METHODS = [pruning.magnitude, pruning.wanda, pruning.nowag]
+METHODS = [magnitude, wanda, nowag]
 
 
 def problem(rows: int, columns: int):
@@ -31,15 +33,15 @@ def test_keeps_own_values(method, pattern, dtype):
 def test_scores():
     weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     importance = torch.tensor([100.0, 9.0, 4.0, 0.1])
-    assert pruning.magnitude(weight, importance).mask.tolist() == [[False, False, True, True]]
-    assert pruning.wanda(weight, importance).mask.tolist() == [[True, True, False, False]]  # 10, 6, 6, 1.3; left first
-    assert pruning.nowag(weight, importance).mask.tolist() == [[True, True, False, False]]
+    assert magnitude(weight, importance).mask.tolist() == [[False, False, True, True]]
+    assert wanda(weight, importance).mask.tolist() == [[True, True, False, False]]  # 10, 6, 6, 1.3; left first
+    assert nowag(weight, importance).mask.tolist() == [[True, True, False, False]]
 
 
 def test_nowag_is_blind_to_the_scale_of_columns():
     weight, importance = problem(8, 16)
     scale = torch.logspace(-2, 2, 16)
-    assert pruning.nowag(weight * scale, importance).mask.equal(pruning.nowag(weight, importance).mask)
+    assert nowag(weight * scale, importance).mask.equal(nowag(weight, importance).mask)
 
 
 def test_nowag_has_the_least_loss_of_masks():

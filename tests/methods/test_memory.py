@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from armor.factorize.memory import peak_bytes
 
 from armor.config.recipes import LayerSettings, ModuleSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
+from armor.methods import METHODS
 from armor.solver.settings import SolverSettings
 from tests.packed import opened, prepared
 
@@ -22,7 +22,7 @@ import gc, sys, torch
 from armor.config.recipes import ModuleSettings
 from armor.format.statistics import Statistics
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
-from armor.factorize.layer import METHODS
+from armor.methods import METHODS
 settings = ModuleSettings.model_validate_json(sys.argv[4])
 for shape in ((256, 256), (int(sys.argv[1]), int(sys.argv[2]))):
     before = resident_memory_bytes()
@@ -30,9 +30,13 @@ for shape in ((256, 256), (int(sys.argv[1]), int(sys.argv[2]))):
     gram = torch.eye(shape[1]) if settings.method == "sparsegpt" else None
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")
-    METHODS[settings.method](weight, Statistics(torch.rand(shape[1]) + 0.1, gram, 1), settings, 0)
+    METHODS[settings.method].run(weight, Statistics(torch.rand(shape[1]) + 0.1, gram, 1), settings, 0)
     print(peak_memory_bytes() - before)
 """
+
+
+def peak_bytes(shape, itemsize, asked):
+    return METHODS[asked.method].peak_bytes(shape, itemsize, asked)
 
 
 def settings(method="armor", algorithm="fast", **keys):

@@ -1,0 +1,40 @@
+"""What a report is about: what was asked for, in the order of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from armor.config.common import Name, PatternText
+from armor.config.recipes import MethodName
+from armor.core.typed import Typed
+
+__all__ = ["ReportPair", "ReportSettings"]
+
+
+class ReportPair(Typed):
+    """A model and a recipe to report on: what was asked for, and the names of the results."""
+
+    model: Name
+    recipe: Name
+    method: MethodName
+    pattern: PatternText = "2:4"
+    block_size: int = Field(default=128, ge=1)
+    calibration: Name | None = None
+    """The calibration that the recipe uses; unset for a recipe without one."""
+    evaluations: list[Name] = []
+    """Perplexities, the first of which goes into the summary."""
+    tasks: dict[Name, list[str]] = {}
+    """Evaluations on tasks, and the names of their tasks."""
+    benchmarks: list[Name] = []
+    """Benchmarks, the first of which goes into the summary."""
+
+
+class ReportSettings(Typed):
+    """What the report is about, in the order of its rows."""
+
+    title: str = "ARMOR report"
+    pairs: list[ReportPair] = Field(min_length=1)
+    config: dict[str, Any] = {}
+    """The configuration that asks for all this, without its defaults: the page offers it to those who want it again."""

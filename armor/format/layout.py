@@ -1,0 +1,92 @@
+"""Where everything lies in a results folder: the one place that spells a path of it.
+
+A method without names gives the path with wildcards, as a rule of the workflow takes it; with names, that of one file.
+
+    results/run.json                                     the run at work, or the last one
+    results/{model}/source.json, source/                 where the model is, and the model itself where it was made here
+    results/{model}/model.json                           what it is made of
+    results/{model}/calibration/{calibration}/           statistics: calibration.json, layer_{layer}.safetensors
+    results/{model}/predictions/{evaluation}.json        the dense model's predictions, while they are needed
+    results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
+    results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
+    results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
+    results/{model}/{recipe}/evaluation/{evaluation}.json
+    results/report/                                      the page, its summary, its figures
+    results/logs/, results/benchmarks/                   a log and Snakemake's measurements of each job
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["CALIBRATION", "CHECKPOINT", "MODEL", "RESERVED", "RUN", "SOURCE", "SUMMARY", "Results", "beside"]
+
+RUN = "run.json"
+SOURCE = "source.json"
+MODEL = "model.json"
+CALIBRATION = "calibration.json"
+CHECKPOINT = "checkpoint.json"
+SUMMARY = "summary.json"
+RESERVED = {
+    "models": ("report", "logs", "benchmarks"),
+    "recipes": ("calibration", "source", "benchmark", "predictions"),
+}
+"""Names that models and recipes may not have, for they are folders of the pipeline itself."""
+REPORT_FILES = ("index.html", "summary.csv", SUMMARY, "summary.md", "summary.tex")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The paths of the results folder `root`."""
+
+    root: str = "results"
+
+    def run(self) -> str:
+        return f"{self.root}/{RUN}"
+
+    def source(self, model: str = "{model}") -> str:
+        return f"{self.root}/{model}/{SOURCE}"
+
+    def topology(self, model: str = "{model}") -> str:
+        return f"{self.root}/{model}/{MODEL}"
+
+    def calibration(self, model: str = "{model}", calibration: str = "{calibration}") -> str:
+        return f"{self.root}/{model}/calibration/{calibration}/{CALIBRATION}"
+
+    def predictions(self, model: str = "{model}", evaluation: str = "{evaluation}") -> str:
+        return f"{self.root}/{model}/predictions/{evaluation}.json"
+
+    def layers(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.root}/{model}/{recipe}/layers"
+
+    def factors(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
+        return f"{self.layers(model, recipe)}/layer_{layer}.safetensors"
+
+    def layer(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
+        return f"{self.layers(model, recipe)}/layer_{layer}.json"
+
+    def checkpoint(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.root}/{model}/{recipe}/{CHECKPOINT}"
+
+    def evaluation(self, model: str = "{model}", recipe: str = "{recipe}", evaluation: str = "{evaluation}") -> str:
+        return f"{self.root}/{model}/{recipe}/evaluation/{evaluation}.json"
+
+    def benchmark(self, model: str = "{model}", benchmark: str = "{benchmark}") -> str:
+        return f"{self.root}/{model}/benchmark/{benchmark}.json"
+
+    def report(self) -> tuple[str, ...]:
+        return tuple(f"{self.root}/report/{name}" for name in REPORT_FILES)
+
+    def log(self, stage: str, *names: object) -> str:
+        """A job's log, by its stage and its names."""
+        return "/".join([self.root, "logs", stage, *map(str, names)]).removesuffix("/") + ".log"
+
+    def measured(self, stage: str, *names: object) -> str:
+        """What Snakemake measured of a job: seconds and memory."""
+        return "/".join([self.root, "benchmarks", stage, *map(str, names)]).removesuffix("/") + ".tsv"
+
+
+def beside(record: Path | str) -> Path:
+    """The folder that a record speaks of: its name without .json, beside it."""
+    return Path(record).with_suffix("")

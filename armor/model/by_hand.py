@@ -1,0 +1,80 @@
+"""Linears that are not called: another module takes their weight and multiplies by itself, as Mamba's mixers do.
+
+A packed linear has no weight to take, so such a one must stay dense. It is found in two ways. The decoder layer runs
+once on the meta device with stand-ins that have no weight either, which finds what happens here. And the source of the
+module above is searched for uses of the weight, which finds what happens on another path, as with kernels on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from armor.runtime.no_weight import NoWeight, NoWeightError
+
+__all__ = ["by_hand", "is_taken"]
+
+USED = r"\bself\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
+
+
+class _StandIn(nn.Linear):
+    """A linear of the same shape on the meta device, without a weight."""
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self._no_weight = NoWeight(
+            torch.device("meta"), linear.weight.dtype, (linear.out_features, linear.in_features), name
+        )
+
+    @property
+    def weight(self) -> NoWeight:  # type: ignore[override]
+        return self._no_weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.new_empty((*input.shape[:-1], self.out_features))
+
+
+def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
+    """The names, within `layer`, of linears that other modules multiply with by themselves; `run` calls the layer.
+
+    The layer is on the meta device. Errors of `run` that are about something else are left for whoever runs it next.
+    """
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    found = {name for name in linears if is_taken(layer, name)}
+    while True:
+        with _replaced(layer, {name: linear for name, linear in linears.items() if name not in found}):
+            try:
+                run(layer)
+            except NoWeightError as error:
+                found.add(error.module)
+                continue
+            except Exception:  # noqa: BLE001, S110  of whatever a layer does with what it is not given here
+                pass
+        return [name for name in linears if name in found]
+
+
+def is_taken(layer: nn.Module, name: str) -> bool:
+    """Whether the source of the module above the linear `name` of `layer` takes its weight."""
+    above, _, own = name.rpartition(".")
+    try:
+        source = inspect.getsource(type(layer.get_submodule(above)))
+    except (OSError, TypeError):  # a class that was made without a file
+        return False
+    return re.search(USED.format(name=re.escape(own)), source) is not None
+
+
+@contextmanager
+def _replaced(layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[None]:
+    for name, linear in linears.items():
+        layer.set_submodule(name, _StandIn(name, linear))
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            layer.set_submodule(name, linear)

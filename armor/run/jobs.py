@@ -1,0 +1,211 @@
+"""The one table of jobs: what the workflow can do, stage by stage, in the order of the data.
+
+The rules take log, measurements, settings and code of a job from here, `armor status` its outputs, `armor explain` all
+of it. A job is a stage and the names that tell it from others, in the order of the rule's wildcards. Paths come from
+`armor.format.layout`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from armor.config.run import Config
+from armor.core.typed import Typed
+from armor.execution.fingerprint import code_hash
+from armor.format.layout import Results
+from armor.format.records.topology import Topology
+
+__all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
+
+Names = tuple[str, ...]
+Needed = tuple[str, str, Names]
+"""What a job calls one of its inputs, the stage that makes it, and that job's names."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the workflow: a rule of the same name.
+
+    `outputs(results, *names)` are the files that prove a job done; the JSON among them is its record, which says what
+    made it. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
+    from, `settings(config, *names)` what of the configuration it reads, `methods(config, *names)` modules beside entry.
+    """
+
+    outputs: Callable[..., tuple[str, ...]]
+    entry: str
+    inputs: Callable[..., list[Needed]] = lambda config, *names: []
+    settings: Callable[..., Typed | None] = lambda config, *names: None
+    methods: Callable[..., list[str]] = lambda config, *names: []
+
+
+def _model(*names: str) -> list[Needed]:
+    """The inputs of nearly every stage: where the model is, and what it is made of."""
+    return [("source", "fetch", names[:1]), ("model", "inspect", names[:1])]
+
+
+def _finished(config: Config, model: str, recipe: str) -> Needed:
+    """What an evaluation reads: the checkpoint of a recipe, or the source where that leaves the model as it is."""
+    return ("model", "fetch", (model,)) if config.is_dense(recipe) else ("model", "assemble", (model, recipe))
+
+
+def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> list[Needed]:
+    return [_finished(config, model, recipe), ("dense", "predict", (model, evaluation))]
+
+
+MEASURED = ("calibrate", "factorize", "assemble", "evaluate", "tasks", "benchmark")
+"""What the report is made of."""
+
+STAGES = {
+    "fetch": Stage(
+        outputs=lambda results, model: (results.source(model),),
+        entry="armor.model.fetch",
+        settings=lambda config, model: config.models[model],
+    ),
+    "inspect": Stage(
+        outputs=lambda results, model: (results.topology(model),),
+        entry="armor.model.inspect",
+        inputs=lambda config, model: _model(model)[:1],
+    ),
+    "calibrate": Stage(
+        outputs=lambda results, model, calibration: (results.calibration(model, calibration),),
+        entry="armor.calibrate.capture",
+        inputs=lambda config, model, calibration: _model(model),
+        settings=lambda config, model, calibration: config.calibrations[calibration],
+    ),
+    "factorize": Stage(
+        outputs=lambda results, *names: (results.factors(*names), results.layer(*names)),
+        entry="armor.factorize.layer",
+        inputs=lambda config, model, recipe, layer: [
+            *_model(model),
+            ("calibration", "calibrate", (model, config.calibration_of(recipe))),
+        ],
+        settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
+        methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
+    ),
+    "assemble": Stage(
+        outputs=lambda results, model, recipe: (results.checkpoint(model, recipe),),
+        entry="armor.assemble.writer",
+        inputs=lambda config, model, recipe: [*_model(model), ("factors", "factorize", (model, recipe))],
+    ),
+    "predict": Stage(
+        outputs=lambda results, model, evaluation: (results.predictions(model, evaluation),),
+        entry="armor.evaluate.predictions",
+        inputs=lambda config, model, evaluation: _model(model)[:1],
+        settings=lambda config, model, evaluation: config.evaluations[evaluation],
+    ),
+    "evaluate": Stage(
+        outputs=lambda results, *names: (results.evaluation(*names),),
+        entry="armor.evaluate.perplexity",
+        inputs=_text_inputs,
+        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+    ),
+    "tasks": Stage(
+        outputs=lambda results, *names: (results.evaluation(*names),),
+        entry="armor.evaluate.tasks",
+        inputs=lambda config, model, recipe, evaluation: [_finished(config, model, recipe)],
+        settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+    ),
+    "benchmark": Stage(
+        outputs=lambda results, model, benchmark: (results.benchmark(model, benchmark),),
+        entry="armor.benchmark.generation",
+        inputs=lambda config, model, benchmark: [
+            *_model(model)[:1],
+            *((recipe, "assemble", (model, recipe)) for recipe in config.benchmarked(model, benchmark)),
+        ],
+        settings=lambda config, model, benchmark: config.benchmarks[benchmark],
+    ),
+    "report": Stage(
+        outputs=lambda results: results.report(),
+        entry="armor.report",
+        inputs=lambda config: [(stage, stage, ()) for stage in MEASURED],
+        settings=lambda config: config.report_settings(),
+    ),
+}
+"""Every stage by the name of its rule, in the order of the data."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the workflow: its stage, and the names that tell it from others of that stage."""
+
+    stage: str
+    names: Names
+    results: Results = Results()
+
+    def __str__(self) -> str:
+        """As the rule's message announces it."""
+        names = [*self.names[:-1], f"layer {self.names[-1]}"] if self.stage == "factorize" else self.names
+        return " ".join((self.stage, *names))
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        return tuple(map(Path, STAGES[self.stage].outputs(self.results, *self.names)))
+
+    @property
+    def record(self) -> Path:
+        """The JSON among the outputs that says what made them."""
+        return next(path for path in self.outputs if path.suffix == ".json")
+
+    @property
+    def log(self) -> Path:
+        return Path(self.results.log(self.stage, *self.names))
+
+    @property
+    def measured(self) -> Path:
+        """What Snakemake measured of it."""
+        return Path(self.results.measured(self.stage, *self.names))
+
+    def settings(self, config: Config) -> Typed | None:
+        """What of the configuration it reads; None if nothing."""
+        return STAGES[self.stage].settings(config, *self.names)
+
+    def settings_json(self, config: Config) -> str:
+        """Its settings, defaults and all, as JSON text with sorted keys: equal settings, equal text."""
+        settings = self.settings(config)
+        return json.dumps(settings.model_dump(mode="json", exclude_none=True) if settings else {}, sort_keys=True)
+
+    def code(self, config: Config) -> str:
+        """The hash of the code that it executes."""
+        stage = STAGES[self.stage]
+        return code_hash(stage.entry, *stage.methods(config, *self.names))
+
+    def inputs(self, config: Config) -> list[Needed]:
+        """The jobs that it reads from. A stage with fewer names than its jobs have means all of them."""
+        return STAGES[self.stage].inputs(config, *self.names)
+
+
+def jobs(config: Config, root: str = "results") -> Iterator[Job]:
+    """Every job that `config` asks for, in the order of the stages; layer "?" where their number is not known yet."""
+    results = Results(root)
+    pairs = config.pairs()
+    compressed = [pair for pair in pairs if not config.is_dense(pair[1])]
+    models = dict.fromkeys(model for model, _ in pairs)
+    for model in models:
+        yield Job("fetch", (model,), results)
+        yield Job("inspect", (model,), results)
+    for names in dict.fromkeys((model, config.calibration_of(recipe)) for model, recipe in compressed):
+        yield Job("calibrate", names, results)
+    for model, recipe in compressed:
+        for layer in _layers(Path(results.topology(model))):
+            yield Job("factorize", (model, recipe, layer), results)
+    for names in compressed:
+        yield Job("assemble", names, results)
+    texts = [(model, name) for (model, _), asked in pairs.items() for name in asked.texts]
+    for names in dict.fromkeys(texts):
+        yield Job("predict", names, results)
+    for (model, recipe), asked in pairs.items():
+        for name in asked.texts:
+            yield Job("evaluate", (model, recipe, name), results)
+        for name in asked.tasks:
+            yield Job("tasks", (model, recipe, name), results)
+    for names in dict.fromkeys((model, name) for (model, _), asked in pairs.items() for name in asked.benchmarks):
+        yield Job("benchmark", names, results)
+    yield Job("report", (), results)
+
+
+def _layers(inspected: Path) -> list[str]:
+    topology = Topology.read_if_there(inspected)
+    return ["?"] if topology is None else [str(layer.index) for layer in topology.layers]
