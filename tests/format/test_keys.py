@@ -50,7 +50,8 @@ def test_no_reader_spells_a_key():
         name = file.relative_to(PACKAGE).as_posix()
         if not name.startswith("format/"):
             found += [
-                f"{name}:{line}: {key}" for line, key in spelled(ast.parse(file.read_bytes()))
+                f"{name}:{line}: {key}"
+                for line, key in spelled(ast.parse(file.read_bytes()))
                 if key in known and (name, key) not in NOT_OF_RECORDS
             ]
     assert found == []
