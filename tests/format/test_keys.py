@@ -28,10 +28,12 @@ def spelled(tree: ast.AST) -> list[tuple[int, str]]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
-            key = node.slice
+            of, key = node.value, node.slice
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
-            key = node.args[0] if node.args else None
+            of, key = node.func.value, node.args[0] if node.args else None
         else:
+            continue
+        if isinstance(of, ast.Name) and of.id == "config":  # config.json, which is transformers'
             continue
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
             found.append((node.lineno, key.value))
