@@ -56,8 +56,8 @@ def verify(folder: Path | str, against: Path | str | None = None) -> dict:
     _, shards, modules = open_checkpoint(folder)
     source = None if against is None else _open_source(Path(against), shards, modules)
     sums = read_checksums(shards)
-    wait = start_hashing(shards, sums, sums["files"] if sums else ())
-    check_contents(shards, modules, sums and sums["tensors"])
+    wait = start_hashing(shards, sums, sums.files if sums else ())
+    check_contents(shards, modules, sums and sums.tensors)
     wait()
     check_names(shards.folder)
     packed = [f"{name}.{suffix}" for name in modules for suffix in SUFFIXES]
