@@ -15,9 +15,9 @@ from armor.core.packing import unpack
 from armor.core.pattern import Pattern
 from armor.execution.files import open_safetensors, save_safetensors
 
-__all__ = ["FORMAT_VERSION", "read_factors", "write_factors"]
+__all__ = ["FACTORS_VERSION", "read_factors", "write_factors"]
 
-FORMAT_VERSION = 1
+FACTORS_VERSION = 1
 
 
 def write_factors(path: Path, factors: dict[str, Factorization], metadata: dict) -> None:
@@ -27,7 +27,7 @@ def write_factors(path: Path, factors: dict[str, Factorization], metadata: dict)
         name: {"pattern": str(f.pattern), "in_features": f.core.shape[1], "loss": f.loss, "start_loss": f.start_loss}
         for name, f in factors.items()
     }
-    header = {"format_version": FORMAT_VERSION, **metadata, "modules": modules}
+    header = {"format_version": FACTORS_VERSION, **metadata, "modules": modules}
     save_safetensors(path, tensors, {"armor": json.dumps(header, sort_keys=True)})
 
 
@@ -35,10 +35,10 @@ def read_factors(path: Path) -> tuple[dict[str, Factorization], dict]:
     """The factors of one decoder layer by module name, and their metadata. Raises ArmorError for another file."""
     with open_safetensors(path) as file:
         header = json.loads((file.metadata() or {}).get("armor", "{}"))
-        if header.get("format_version") != FORMAT_VERSION:
+        if header.get("format_version") != FACTORS_VERSION:
             found = header.get("format_version", "none")
             raise ArmorError(
-                f"{path}: format version {found}, expected {FORMAT_VERSION}: not a factors file of this release"
+                f"{path}: format version {found}, expected {FACTORS_VERSION}: not a factors file of this release"
             )
         factors = {}
         for name, module in header["modules"].items():

@@ -23,7 +23,7 @@ from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
+__all__ = ["LEVELS", "available", "level", "linear", "runs_in_c", "supports", "unpack"]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -85,14 +85,22 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
     return operator.fits(x, values, bits, *others)
 
 
+def runs_in_c(x: Tensor) -> bool:
+    """Whether `linear` multiplies x (..., in) in the C loops, where no number of threads changes a bit of the result.
+
+    torch's products, which promise no bits, take many rows of bfloat16 on processors that multiply tiles of it.
+    """
+    return not (_has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1])
+
+
 def _run(
     x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
     operator.check_shapes(x, values, bits, left, right, bias)
-    if _has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1]:
-        return _through_torch(x, values, bits, left, right, bias)
-    return _native(x, values, bits, left, right, bias, group, _best)
+    if runs_in_c(x):
+        return _native(x, values, bits, left, right, bias, group, _best)
+    return _through_torch(x, values, bits, left, right, bias)
 
 
 linear = operator.register("cpu", _run)
