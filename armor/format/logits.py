@@ -21,9 +21,9 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors
 from armor.format.checksums import tensor_sha256
 
-__all__ = ["FORMAT_VERSION", "LogitsFile", "read_logits"]
+__all__ = ["LOGITS_VERSION", "LogitsFile", "read_logits"]
 
-FORMAT_VERSION = 1
+LOGITS_VERSION = 1
 """Of the file, in its metadata."""
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """safetensors' names."""
@@ -50,7 +50,7 @@ class LogitsFile:
 
     def header(self) -> bytes:
         """The first bytes of the file, up to those of the first block."""
-        entries: dict[str, object] = {"__metadata__": {"format_version": str(FORMAT_VERSION)}}
+        entries: dict[str, object] = {"__metadata__": {"format_version": str(LOGITS_VERSION)}}
         for index in range(self.blocks):
             begin = index * self.block_bytes
             entries[f"logits.{index}"] = {
@@ -101,8 +101,8 @@ def read_logits(path: Path, hashes: Sequence[str], wanted: Iterable[int]) -> Ite
     """
     with open_safetensors(path) as file:
         version = (file.metadata() or {}).get("format_version")
-        if version != str(FORMAT_VERSION):
-            raise ArmorError(f"{path}: format {version!r}, expected {FORMAT_VERSION}; run armor predict again")
+        if version != str(LOGITS_VERSION):
+            raise ArmorError(f"{path}: format {version!r}, expected {LOGITS_VERSION}; run armor predict again")
         names = set(file.keys())
         for index in wanted:
             if f"logits.{index}" not in names:
