@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import logging
 import os
 import sys
@@ -209,17 +208,16 @@ def evaluate(
     """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
     device = _prepare(threads, gpus)
     parsed = parse_settings(EvaluationSettings, settings)
-    inputs = {"model": model_fingerprint(model)}
+    fingerprint = model_fingerprint(model)
     if parsed.tasks:
         from armor.evaluate.tasks import evaluate_tasks
 
-        evaluate_tasks(_folder(model), parsed, output, device, inputs)
+        evaluate_tasks(_folder(model), parsed, output, device, fingerprint)
     else:
         from armor.evaluate.perplexity import evaluate
 
-        if dense is not None:
-            inputs["dense"] = model_fingerprint(dense)
-        evaluate(_folder(model), parsed, output, device, dense and _folder(dense), inputs, predictions)
+        folder, own = (None, None) if dense is None else (_folder(dense), model_fingerprint(dense))
+        evaluate(_folder(model), parsed, output, device, folder, predictions, fingerprint, own)
 
 
 @app.command()

@@ -78,20 +78,21 @@ def evaluate(
     output: Path | str,
     device: str = "cpu",
     dense: Path | str | None = None,
-    fingerprints: dict[str, str | None] | None = None,
     predictions: Path | str | None = None,
+    fingerprint: str | None = None,
+    dense_fingerprint: str | None = None,
 ) -> EvaluationRecord:
     """Measure the perplexity of the model in `folder` (dense or ARMOR); write `output`, evaluation/{evaluation}.json.
 
     It is compared to the model in the folder `dense`, by its logits beside the record `predictions` if that is given
     and they are there; with `predictions` of the model itself its losses are taken from there, and no model is run.
-    `fingerprints`, those of "model" and "dense", are noted, and held against `predictions`. Raises ArmorError for a
+    The fingerprints of both are noted, and held against `predictions`. Raises ArmorError for a
     folder that is not a model, a dense one of other tokens, predictions of other things, a text too short, a device
     with too little memory, and logits that are not finite.
     """
     start = time.monotonic()
     folder, output = Path(folder), Path(output)
-    inputs = dict(fingerprints or {})
+    inputs = {"model": fingerprint}
     if dense is not None:
         dense = Path(dense)
         _check_same_tokens(folder, dense)
@@ -99,12 +100,14 @@ def evaluate(
     known = None
     if predictions is not None:
         predictions = Path(predictions)
-        known = fitting(predictions, blocks, vocabulary_of(folder), settings, inputs.get("dense"))
-        own = known.fingerprint is not None and known.fingerprint == inputs.get("model")
+        known = fitting(predictions, blocks, vocabulary_of(folder), settings, dense_fingerprint)
+        own = known.fingerprint is not None and known.fingerprint == fingerprint
         if own and dense is None:
             means = [BlockMeans(loss=loss) for loss in known.block_means]
             return _write(output, settings, blocks, means, inputs, device, time.monotonic() - start)
-        inputs["dense"] = known.fingerprint
+        dense_fingerprint = known.fingerprint
+    if dense is not None or known is not None:
+        inputs["dense"] = dense_fingerprint
     stored = known if known is not None and _has_logits(known, Path(predictions or "")) else None
     if known is not None and stored is None:
         why = known.not_stored or "they were removed"

@@ -33,6 +33,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -66,12 +67,12 @@ def evaluate_tasks(
     settings: EvaluationSettings,
     output: Path | str,
     device: str = "cpu",
-    fingerprints: dict[str, str | None] | None = None,
+    fingerprint: str | None = None,
 ) -> TasksRecord:
     """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
-    {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
+    {task}.samples.jsonl if asked for; the model's `fingerprint` is noted. Raises ArmorError for a task that is
     unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for
     a device with too little memory for one item.
     """
@@ -94,9 +95,9 @@ def evaluate_tasks(
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
-            _check_finite(folder, found["samples"])
+            _check_finite(folder, found.samples)
             if settings.samples:
-                _write_samples(place / f"{name}.samples.jsonl", found["samples"])
+                _write_samples(place / f"{name}.samples.jsonl", found.samples)
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
             record.write(place / f"{name}.json")
             steps.put(name, record)
@@ -106,7 +107,7 @@ def evaluate_tasks(
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {**(fingerprints or {}), "files": files}),
+            made_by=made_by(__name__, settings, {"model": fingerprint, "files": files}),
             machine=machine(device),
         )
         result.write(output)
@@ -119,6 +120,17 @@ def _built(text: TextSettings, settings: EvaluationSettings, place: Path) -> dic
     count, where = settings.items or ITEMS, describe_text(text)
     asked = settings.task_shots()
     return {task: str(build_task(task, stream, count, place, where)) for task, stream in texts if task in asked}
+
+
+class _Found(BaseModel):
+    """What is looked at of lm-eval's results, by task."""
+
+    results: dict[str, dict[str, Any]]
+    higher_is_better: dict[str, dict[str, Any]]
+    shots: dict[str, int] = Field(alias="n-shot")
+    counts: dict[str, dict[str, int]] = Field(alias="n-samples")
+    versions: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
 
 
 class PlainLM(Base):
@@ -183,7 +195,7 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: 
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 
 
-def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:
+def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> _Found:
     """lm-eval's results; where memory runs out, of batches of half the size, for the tasks that follow too.
 
     Raises ArmorError, naming `where`, if `device` has too little memory for a single item.
@@ -191,7 +203,8 @@ def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager
     evaluated: Any = simple_evaluate
     while True:
         try:
-            return evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+            found = evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+            return _Found.model_validate(found)
         except torch.OutOfMemoryError as error:
             size = model.batch_size
             if size == "auto":  # what lm-eval found, for log-likelihoods, or began with
@@ -234,8 +247,9 @@ def _load(manager: TaskManager, task: str) -> Task | Group:
     except Exception as error:  # of the hub's client, of datasets, of YAML, of a task's own code
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArmorError(f"task {task}: cannot be loaded: {reason}; {_instead(manager, task)}") from error
+    things = {name: thing for kind in ("groups", "tasks") for name, thing in found[kind].items()}
     inner = {name for children in found["group_map"].values() for name in children}
-    thing = next(thing for name, thing in (found["groups"] | found["tasks"]).items() if name not in inner)
+    thing = next(thing for name, thing in things.items() if name not in inner)
     if isinstance(thing, Group) and not thing.aggregate_metric_list:
         raise ArmorError(
             f"task {task}: a group without a common result; name its tasks: {', '.join(thing.child_names)}"
@@ -264,20 +278,22 @@ def _instead(manager: TaskManager, task: str) -> str:
 
 def _members(manager: TaskManager, task: Any) -> Iterator[str]:
     """The names of the tasks that `task`, a name of lm-eval or what a group lists, stands for; none for a file."""
-    if isinstance(task, dict):
-        task = task.get("task", [])
-    if isinstance(task, list):
-        for member in task:
-            yield from _members(manager, member)
-    elif entry := manager.task_index.get(task):
+    match task:
+        case {"task": members} | [*members]:
+            for member in members if isinstance(members, list) else [members]:
+                yield from _members(manager, member)
+            return
+        case dict():
+            return
+    if entry := manager.task_index.get(task):
         kind = entry.kind.name
         yield from [task] if "TASK" in kind else _members(manager, sorted(entry.tags) if kind == "TAG" else entry.cfg)
 
 
-def _record(name: str, label: str, found: dict) -> TaskRecord:
+def _record(name: str, label: str, found: _Found) -> TaskRecord:
     """What is kept of one task's results, lm-eval's `label`; `value` is its headline, `items` counts all questions."""
-    better = found["higher_is_better"]
-    metrics = _metrics(found["results"][label], better.get(label, {}))
+    better = found.higher_is_better
+    metrics = _metrics(found.results[label], better.get(label, {}))
     first = next((key for want in HEADLINES for key in metrics if key.partition(",")[0] == want), next(iter(metrics)))
     return TaskRecord(
         task=name,
@@ -287,11 +303,11 @@ def _record(name: str, label: str, found: dict) -> TaskRecord:
         higher_is_better=metrics[first].higher_is_better,
         metrics=metrics,
         subtasks={
-            task: _metrics(results, better.get(task, {})) for task, results in found["results"].items() if task != label
+            task: _metrics(results, better.get(task, {})) for task, results in found.results.items() if task != label
         },
-        shots=max(found["n-shot"].values(), default=0),
-        items=sum(count["effective"] for count in found["n-samples"].values()),
-        versions=found["versions"],
+        shots=max(found.shots.values(), default=0),
+        items=sum(count["effective"] for count in found.counts.values()),
+        versions=found.versions,
     )
 
 

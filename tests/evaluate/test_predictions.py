@@ -18,7 +18,7 @@ from tests.packed import packed
 from tests.tiny import tiny_model, tiny_text
 
 BLOCKS, LENGTH = 4, 48
-DENSE = {"model": "checkpoint's", "dense": "source's"}
+DENSE = {"fingerprint": "checkpoint's", "dense_fingerprint": "source's"}
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,11 @@ def same(one, other):
 def test_stored_predictions_give_the_numbers_of_a_dense_model_beside(root, tied, tmp_path, text, dtype):
     for own in (root, tied):
         asked = settings(text, dtype=dtype)
-        beside = evaluate(own / "checkpoint", asked, tmp_path / "beside.json", dense=own / "source")
+        beside = evaluate(own / "checkpoint", asked, tmp_path / "beside.json", dense=own / "source", **DENSE)
         path = predicted(own, asked, tmp_path / own.parent.name)
-        stored = evaluate(
-            own / "checkpoint", asked, tmp_path / "stored.json", fingerprints=dict(DENSE), predictions=path
-        )
+        stored = evaluate(own / "checkpoint", asked, tmp_path / "stored.json", predictions=path, **DENSE)
         assert same(stored, beside) and stored.against_dense.kl.value > 0
-        assert stored.made_by.inputs.items() >= DENSE.items()
+        assert stored.made_by.inputs == beside.made_by.inputs
         assert left_over(tmp_path) == []
 
 
@@ -85,9 +83,7 @@ def test_the_dense_models_own_evaluation_needs_no_weights(tmp_path, text):
     path = predicted(tmp_path, settings(text), tmp_path / "predictions")
     logits_beside(path).unlink()
     (folder / "model.safetensors").unlink()
-    taken = evaluate(
-        folder, settings(text), tmp_path / "taken.json", fingerprints={"model": "source's"}, predictions=path
-    )
+    taken = evaluate(folder, settings(text), tmp_path / "taken.json", fingerprint="source's", predictions=path)
     assert taken.block_means == pytest.approx(run.block_means, rel=1e-6) and taken.against_dense is None
     assert (taken.value, taken.standard_error) == pytest.approx((run.value, run.standard_error), rel=1e-6)
     assert taken.text_fingerprint == run.text_fingerprint and taken.tokens == run.tokens
@@ -100,7 +96,7 @@ def test_over_the_budget_nothing_is_stored_and_the_dense_model_runs_beside(root,
     record = PredictionsRecord.read(path)
     assert record.hashes is None and "predictions_gb is 0.000104" in record.not_stored
     assert not logits_beside(path).exists()
-    common = {"fingerprints": dict(DENSE), "predictions": path}
+    common = {"predictions": path, **DENSE}
     found = evaluate(root / "checkpoint", asked, tmp_path / "found.json", dense=root / "source", **common)
     assert same(found, evaluate(root / "checkpoint", asked, tmp_path / "beside.json", dense=root / "source"))
     with pytest.raises(ArmorError, match=r"wiki.json: without logits \(they take .*\); name the dense"):
@@ -113,7 +109,7 @@ def test_over_the_budget_nothing_is_stored_and_the_dense_model_runs_beside(root,
 
 def test_without_its_logits_a_record_lets_the_dense_model_run_beside(root, tmp_path, text):
     path = predicted(root, settings(text), tmp_path)
-    common = {"fingerprints": dict(DENSE), "predictions": path}
+    common = {"predictions": path, **DENSE}
     stored = evaluate(root / "checkpoint", settings(text), tmp_path / "stored.json", **common)
     logits_beside(path).unlink()
     beside = evaluate(root / "checkpoint", settings(text), tmp_path / "beside.json", dense=root / "source", **common)
@@ -137,8 +133,8 @@ def test_predictions_of_something_else_are_refused(root, tmp_path, text, changes
             root / "checkpoint",
             settings(text, **changes),
             tmp_path / "out.json",
-            fingerprints=DENSE | {"dense": dense},
             predictions=path,
+            **DENSE | {"dense_fingerprint": dense},
         )
     assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
 
