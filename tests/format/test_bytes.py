@@ -31,6 +31,7 @@ FILES = {
     "LayerRecord": "layer",
     "CheckpointRecord": "checkpoint",
     "ProvenanceRecord": "provenance",
+    "PredictionsRecord": "predictions",
     "EvaluationRecord": "evaluation",
     "TaskRecord": "task",
     "TasksRecord": "tasks",
