@@ -36,7 +36,7 @@ def export(
         raise ArmorError(f"{output}: is there already; expected the name of a folder that is new or empty")
     config, shards, modules = open_checkpoint(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, sums["files"] if sums else ())()
+    start_hashing(shards, sums, sums.files if sums else ())()
 
     def target(name: str) -> torch.dtype:
         own: torch.dtype = getattr(torch, shards.dtype(name))

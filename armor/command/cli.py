@@ -161,8 +161,8 @@ def verify(
     _prepare(threads)
     from armor.assemble.verify import table, verify
 
-    summary = verify(folder, against and _folder(against))
-    print(json.dumps(summary, indent=1, sort_keys=True) if as_json else table(summary))
+    found = verify(folder, against and _folder(against))
+    print(found.model_dump_json(indent=1, exclude_none=True) if as_json else table(found))
 
 
 @app.command()

@@ -13,6 +13,7 @@ import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from armor.format.records.base import File
 from armor.format.shards import INDEX, Shards
 
 __all__ = [
+    "Checksums",
     "CHECKSUMS",
     "CHECKSUMS_VERSION",
     "check_contents",
@@ -37,6 +39,14 @@ __all__ = [
 ]
 
 CHECKSUMS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What checksums.json lists: of every file bytes and sha256, as they stand there, and every tensor's SHA-256."""
+
+    files: Mapping[str, Mapping]
+    tensors: Mapping[str, str]
 
 
 def check_contents(
@@ -54,7 +64,7 @@ def check_contents(
                 raise ArmorError(f"{where}: {name}: differs from its hash in {CHECKSUMS}; {REMEDY}")
 
 
-def start_hashing(shards: Shards, sums: Mapping[str, Mapping] | None, files: Iterable[str]) -> Callable[[], None]:
+def start_hashing(shards: Shards, sums: Checksums | None, files: Iterable[str]) -> Callable[[], None]:
     """Begin to hold `files` against their hashes in `sums` (None: there are none), and return what waits for the end.
 
     It runs beside the caller, in as many threads as torch computes with, each file in one call that lets go of the
@@ -99,7 +109,7 @@ def _own_sha256(sums: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_checksums(shards: Shards) -> dict | None:
+def read_checksums(shards: Shards) -> Checksums | None:
     """The content of checksums.json, None if there is none. Raises ArmorError if it cannot be of this checkpoint."""
     path = shards.folder / CHECKSUMS
     if not path.is_file():  # transformers' save_pretrained writes none
@@ -124,19 +134,19 @@ def read_checksums(shards: Shards) -> dict | None:
             f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY} (after an edit on "
             "purpose, delete it)"
         )
-    return sums
+    return Checksums(sums["files"], sums["tensors"])
 
 
-def _check_hash(shards: Shards, name: str, sums: Mapping[str, Mapping]) -> None:
+def _check_hash(shards: Shards, name: str, sums: Checksums) -> None:
     """Hold one file of a checkpoint against its hash. Raises ArmorError naming it and, within a shard, the tensor."""
     file = shards.folder / name
     if not file.is_file():
         raise ArmorError(f"{file}: missing, listed in {CHECKSUMS}; {REMEDY}")
-    if _bytes_and_hash(file) == sums["files"][name]:
+    if _bytes_and_hash(file) == sums.files[name]:
         return
     place = f"{file}: "
     if name in shards.files:
-        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums["tensors"][tensor])
+        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums.tensors[tensor])
         place += "".join(f"{tensor}: " for tensor in itertools.islice(found, 1))
     raise ArmorError(
         f"{place}differs from its hash in {CHECKSUMS}; {REMEDY} (after an edit on purpose, delete {CHECKSUMS})"

@@ -46,7 +46,7 @@ def documents(settings: TextSettings) -> Iterator[str]:
     else:
         stream = _file(package_file(settings.package or "", settings.file or ""), settings.column)
     for document in islice(stream, *settings.documents):
-        text: str = document() if callable(document) else document
+        text: Any = document() if callable(document) else document
         if text or not callable(document):
             yield text
 

@@ -10,7 +10,6 @@ from armor.config import reference
 from armor.core.errors import ArmorError
 from armor.format.reference import record_types, words
 from armor.methods import METHODS
-from armor.report.results import COLUMNS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "config/README.md", "docs/RECORDS.md")
@@ -50,11 +49,6 @@ def test_every_key_of_a_configuration_and_every_method_is_in_the_reference():
     for kind in reference.SECTIONS.values():
         assert [key for key in kind.model_fields if f"| `{key}` |" not in text] == []
     assert [m.title for m in METHODS.values() if f"| `{m.name}` | {m.title} |" not in text] == []
-
-
-def test_every_column_of_the_report_is_described():
-    text = (REPOSITORY / "docs/RECORDS.md").read_text(encoding="utf-8").partition("## The columns of the report")[2]
-    assert [column for column in COLUMNS if f"`{column}`" not in text] == []
 
 
 @pytest.mark.parametrize(
