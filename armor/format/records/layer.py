@@ -32,6 +32,9 @@ class LinearRecord(Typed):
     """The loss of plain NoWag-P pruning."""
     loss: float
     """The loss of the factors as they are stored."""
+    condition: float | None = None
+    """The worst condition number of the blocks of A and B, as stored: how far an error in one of their entries can
+    grow; 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
     """Points (iteration, seconds, best loss so far), at most 100."""
     seed: int
