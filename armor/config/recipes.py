@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Name, PatternText, nearest
+from armor.config.training import RefineSettings, TuneSettings
 from armor.errors import ArmorError
 from armor.methods import METHODS
 from armor.solver.settings import Algorithm, Selection, SolverSettings
@@ -96,8 +97,17 @@ class LayerSettings(ModuleSettings):
 
 
 class Recipe(ModuleSettings):
-    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions."""
+    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions.
 
+    Or, with `base`, a way to go on from what another recipe makes, by refine, tune or both.
+    """
+
+    base: Name | None = None
+    """The recipe to start from: its factors are trained further, and it says everything about how they are made."""
+    refine: RefineSettings | None = None
+    """Train each decoder layer against the dense one; unset: don't."""
+    tune: TuneSettings | None = None
+    """Then train the whole model against the dense one's predictions; unset: don't."""
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""
     keep_dense: list[str] = []
@@ -110,7 +120,19 @@ class Recipe(ModuleSettings):
         solvers = [self.solver, *(override.solver for override in self.overrides if override.solver)]
         if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
             raise ValueError("solver.selection: goes with algorithm: published")
+        if self.base is not None:
+            if given := sorted(self.model_fields_set - {"base", "refine", "tune"}):
+                raise ValueError(f"{given[0]}: is what the base says; leave it out, or leave base out")
+            if not self.trains:
+                raise ValueError("base: goes with refine or tune; without both this is the recipe that it names")
+        elif self.method == "dense" and self.trains:
+            raise ValueError(f"{self.trains[0]}: a dense recipe has nothing to train")
         return self
+
+    @property
+    def trains(self) -> list[str]:
+        """The stages of training that it asks for, in order."""
+        return [stage for stage in ("refine", "tune") if getattr(self, stage) is not None]
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from armor.config.recipes import LayerSettings, ModuleSettings, check_patterns
-from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.errors import ArmorError
@@ -35,6 +34,7 @@ from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
 from armor.model.source import Source
+from armor.solver.objective import condition
 
 __all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
 
@@ -99,7 +99,7 @@ def factorize_layer(
                     block_size=_block_sizes(found) if found else None,
                     start_loss=found.start_loss if found else 0.0,
                     loss=found.loss if found else 0.0,
-                    condition=_condition(found) if found else None,
+                    condition=condition(found) if found else None,
                     trace=_thinned(found.trace) if found else (),
                     seed=seed,
                     device=place,
@@ -172,11 +172,6 @@ def _block_sizes(found: Factorization) -> BlockSizes | None:
     if found.left is None and found.right is None:
         return None
     return BlockSizes(**{s: f.shape[1] for s, f in (("left", found.left), ("right", found.right)) if f is not None})
-
-
-def _condition(found: Factorization) -> float | None:
-    worst = [float(blockdiag.condition(blocks).max()) for blocks in (found.left, found.right) if blocks is not None]
-    return max(worst, default=None)
 
 
 def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:

@@ -21,7 +21,7 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
 from armor.solver.memory import PIECE
 
-__all__ = ["Objective", "balanced", "check", "finish", "relative_loss", "supports"]
+__all__ = ["Objective", "balanced", "check", "condition", "finish", "relative_loss", "supports"]
 
 _MOST_SUPPORTS = 70  # those of 4:8
 
@@ -125,6 +125,12 @@ def balanced(a: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s = s * (columns / columns.max()).to(s.dtype).view(-1, 1)
     s.mul_((rows / rows.max()).to(s.dtype).view(1, -1))
     return a / columns[:, None] * columns.max(), s, b / rows[:, :, None] * rows.max()
+
+
+def condition(factors: Factorization) -> float | None:
+    """The worst condition number of the blocks of A and B, at most 1e16; None without blocks."""
+    sides = [side for side in (factors.left, factors.right) if side is not None]
+    return max((float(blockdiag.condition(side).max()) for side in sides), default=None)
 
 
 def finish(

@@ -32,6 +32,8 @@ class ProvenanceRecord(Record):
     """One fingerprint for the statistics of all layers."""
     made_by: MadeBy
     factors: tuple[FactorsMadeBy, ...]
+    trained: tuple[str, ...] = ()
+    """The tensors beside the factors that are not the source's: norms and biases that were trained."""
 
 
 class CheckpointRecord(Made):

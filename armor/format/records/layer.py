@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from armor.format.records.base import Made
+from armor.format.records.base import Made, MadeBy
 from armor.typed import Typed
 
-__all__ = ["BlockSizes", "LayerRecord", "LinearRecord"]
+__all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training"]
 
 
 class BlockSizes(Typed):
@@ -47,8 +47,58 @@ class LinearRecord(Typed):
     """What was done otherwise than asked."""
 
 
+class Look(Typed):
+    """A look at the held-out sequences while something is trained."""
+
+    step: int
+    """The steps that were done."""
+    train_loss: float | None
+    """The mean loss on what was trained on since the look before; null at the start."""
+    held_out_loss: float
+    """The loss on the held-out sequences, of what would be stored."""
+
+
+class Training(Typed):
+    """What a training did. The loss of refine is the mean square error of a decoder layer's output against the dense
+    one's, that of tune the KL divergence of the predictions from the dense model's, in nats."""
+
+    stage: Literal["refine", "tune"]
+    start_loss: float
+    """The loss on the held-out sequences before."""
+    loss: float
+    """The same of what is stored; never above it."""
+    kept: int
+    """The step whose values are stored; 0: as they were."""
+    steps: int
+    """The steps that were done."""
+    diverged: bool
+    """Whether it was stopped because the loss grew without bound."""
+    looks: tuple[Look, ...]
+    """Every look at the held-out sequences, the first before the first step."""
+    sequences: int
+    """Sequences to train on."""
+    held_out: int
+    """Held-out sequences."""
+    length: int
+    """Tokens in a sequence."""
+    tokens: int
+    """Tokens that were trained on, repetitions counted."""
+    rate: float
+    """The largest step, relative to the root mean square of each tensor."""
+    parameters: int
+    """How many numbers were trained."""
+    norms_and_biases: tuple[str, ...]
+    """The tensors that were trained beside A, S and B, by full name."""
+    proxy_losses: dict[str, float]
+    """The proxy loss of every linear before, by full name; that of what is stored stands with the linear."""
+    made_by: MadeBy
+
+
 class LayerRecord(Made):
-    """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors."""
+    """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
+
+    Those that `armor refine` and `armor tune` write are of the same kind, with `training`.
+    """
 
     AGAIN: ClassVar[str] = "factorize this layer again"
 
@@ -62,3 +112,7 @@ class LayerRecord(Made):
     """That of the statistics' file; null where it was not there, as nothing needed it."""
     modules: dict[str, LinearRecord]
     """The linears by full name."""
+    factorized: MadeBy | None = None
+    """What made the factors that a training started from; null where this record is that of the factorization."""
+    training: tuple[Training, ...] = ()
+    """What the factors were trained by, in order."""
