@@ -29,10 +29,12 @@ import sys
 __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
-STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", "factorize", "states", "refine", "tune", "assemble", "evaluate", "benchmark")
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",
+    "armor.refine.layer",
+    "armor.tune.whole",
     "armor.assemble.writer",
     "armor.evaluate.perplexity",
     "armor.benchmark.generation",

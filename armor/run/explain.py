@@ -20,14 +20,16 @@ from armor.config.run import Config
 from armor.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
-from armor.format.layout import CALIBRATION, RUN, SUMMARY
-from armor.format.provenance import CHECKSUMS, PROVENANCE, model_fingerprint, ranges
+from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
+from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import FactorsMadeBy
 from armor.format.records.layer import LayerRecord
 from armor.format.records.source import SourceRecord
-from armor.run.jobs import Job, jobs
+from armor.format.records.states import StatesRecord
+from armor.format.records.tune import TuneRecord
+from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import last_config
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
@@ -182,22 +184,37 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
+        before: list[str] = []
         for name, other in self._before(job):
             file = other.record
             if not file.is_file():
                 continue
             if job.stage == "report":
-                if other.stage != "factorize":  # a checkpoint stands for its layers
+                if other.stage not in FACTORS:  # a checkpoint stands for its layers
                     yield file.relative_to(self.results).as_posix(), sha256(file)
             elif other.stage == "fetch":
                 yield "dense" if job.stage == "benchmark" else "model", SourceRecord.read(file).fingerprint
             elif other.stage == "assemble":
                 yield name, model_fingerprint(file)
             elif other.stage == "calibrate":
-                statistics = CalibrationRecord.read(file).files.get(f"layer_{job.names[2]}.safetensors")
-                yield "statistics", statistics and statistics.sha256
-            elif other.stage == "factorize":
+                known = CalibrationRecord.read(file)
+                if job.stage in BY_LAYER:
+                    statistics = known.files.get(f"layer_{job.names[2]}.safetensors")
+                    yield "statistics", statistics and statistics.sha256
+                else:
+                    yield "statistics", known.statistics_fingerprint
+            elif other.stage == "states":
+                yield "states", StatesRecord.read(file).text_fingerprint
+            elif other.stage in BY_LAYER and name == "before":
+                before.append(LayerRecord.read(file).sha256)
+            elif other.stage in BY_LAYER:
                 yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+            elif other.stage == "tune":
+                layers = enumerate(TuneRecord.read(file).layers)
+                own = job.names[2:] if job.stage in BY_LAYER else None
+                yield from ((f"layer {k}", found) for k, found in layers if not own or str(k) in own)
+        if before:
+            yield "before", combined(before)
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:
