@@ -177,8 +177,9 @@ def all_records(wildcards):
 
 def all_factors(wildcards):
     """Every factors file. A final target too: Snakemake does not miss a deleted file that only other rules ask for."""
-    pairs = (pair for pair in PAIRS if not SETTINGS.is_dense(pair[1]))
-    return [file for model, recipe in pairs for file in factors_of(model, recipe)]
+    compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
+    made = dict.fromkeys((stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe))
+    return [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
 
 
 def finished_model(wildcards):
