@@ -174,6 +174,17 @@ def refine(
 
 
 @app.command()
+def refined(
+    factors: Annotated[Path, typer.Option(help="The folder with every refined layer's factors.")], output: Output
+) -> None:
+    """Sum up what refinement did to all layers -> a record."""
+    _prepare(1)
+    from armor.refine.summary import sum_up
+
+    sum_up(factors, output)
+
+
+@app.command()
 def tune(
     source: SourceFile,
     model: ModelFile,

@@ -29,7 +29,7 @@ import sys
 __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
-STAGES = ("calibrate", "factorize", "states", "refine", "tune", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", "factorize", "states", "refine", "refined", "tune", "assemble", "evaluate", "benchmark")
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",

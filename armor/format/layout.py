@@ -10,7 +10,7 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/states/{states}.json, {states}/      the dense model's hidden states, while they are needed
     results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
-    results/{model}/{recipe}/refined/                    the same, refined layer by layer
+    results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
     results/{model}/{recipe}/evaluation/{evaluation}.json
@@ -86,6 +86,9 @@ class Results:
         stage: str = "factorize",
     ) -> str:
         return f"{self.layers(model, recipe, stage)}/layer_{layer}.json"
+
+    def refined(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.layers(model, recipe, 'refine')}.json"
 
     def tuned(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.layers(model, recipe, 'tune')}.json"

@@ -125,6 +125,11 @@ STAGES = {
         inputs=_refine_inputs,
         settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
     ),
+    "refined": Stage(
+        outputs=lambda results, model, recipe: (results.refined(model, recipe),),
+        entry="armor.refine.summary",
+        inputs=lambda config, model, recipe: [("factors", "refine", (model, recipe))],
+    ),
     "tune": Stage(
         outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
         entry="armor.tune.whole",
@@ -236,11 +241,13 @@ def jobs(config: Config, root: str = "results") -> Iterator[Job]:
         yield Job("calibrate", names, results)
     # Recipes that start from the same one share its factors.
     makers = dict.fromkeys((model, *made) for model, recipe in compressed for made in config.made_by(recipe))
-    for stage in ("factorize", "states", "refine", "tune"):
+    refined = [(model, recipe) for model, stage, recipe in makers if stage == "refine"]
+    for stage in ("factorize", "states", "refine", "refined", "tune"):
         names = [(model, recipe) for model, asked, recipe in makers if asked == stage]
         if stage == "states":
-            refined = ((model, recipe) for model, asked, recipe in makers if asked == "refine")
             names = list(dict.fromkeys((model, config.states_of(recipe)) for model, recipe in refined))
+        elif stage == "refined":
+            names = refined
         for model, name in names:
             layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
             for layer in layers:

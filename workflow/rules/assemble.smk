@@ -7,6 +7,7 @@ rule assemble:
         source=R.source(),
         model=R.topology(),
         factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe),
+        refined=ancient(summed_up),
     output:
         R.checkpoint(),
     log:

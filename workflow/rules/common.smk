@@ -111,6 +111,12 @@ def factors_by(stage, model, recipe, path=R.factors):
     return files
 
 
+def summed_up(wildcards):
+    """The records of the refinements behind a recipe."""
+    made = SETTINGS.made_by(wildcards.recipe)
+    return [R.refined(wildcards.model, owner) for stage, owner in made if stage == "refine"]
+
+
 def final_layers(wildcards):
     """The folder of the factors that become a checkpoint."""
     stage, owner = SETTINGS.made_by(wildcards.recipe)[-1]

@@ -40,9 +40,8 @@ rule refine:
         calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
         factors=trained_from("refine"),
         before=refined_before,
-        # Made again when a layer needs them: that alone makes no other layer run again.
+        # Made again when a layer needs them: that alone makes no other layer run again. `refined` holds the folder.
         states=ancient(states_of),
-        folder=ancient(lambda wildcards: folder_of(states_of(wildcards))),
     output:
         factors=R.factors(stage="refine"),
         record=R.layer(stage="refine"),
@@ -72,6 +71,35 @@ rule refine:
         """
 
 
+rule refined:
+    """Sum up a recipe's refinement. It holds the states until all layers are done: Snakemake deletes them then."""
+    input:
+        states=lambda wildcards: folder_of(states_of(wildcards)),
+        factors=lambda wildcards: factors_by("refine", wildcards.model, wildcards.recipe),
+    output:
+        R.refined(),
+    log:
+        R.log("refined", "{model}", "{recipe}"),
+    benchmark:
+        R.measured("refined", "{model}", "{recipe}"),
+    conda:
+        "../../envs/armor.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=2000,
+        runtime="15m",
+    params:
+        factors=lambda wildcards: R.layers(wildcards.model, wildcards.recipe, "refine"),
+        code=code("refined"),
+    message:
+        "refined {wildcards.model} {wildcards.recipe}"
+    shell:
+        """
+        armor refined --factors {params.factors:q} --output {output:q} >{log:q} 2>&1
+        """
+
+
 rule tune:
     """Train the whole model until its predictions are close to the dense one's; one job, all layers."""
     input:
@@ -80,8 +108,7 @@ rule tune:
         calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
         factors=trained_from("tune"),
     output:
-        record=R.tuned(),
-        folder=directory(R.layers(stage="tune")),
+        R.tuned(),
     log:
         R.log("tune", "{model}", "{recipe}"),
     benchmark:
@@ -102,6 +129,6 @@ rule tune:
     shell:
         """
         armor tune --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
-            --factors {params.factors:q} --settings {params.settings:q} --output {output.record:q} \
+            --factors {params.factors:q} --settings {params.settings:q} --output {output:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
