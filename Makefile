@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster test-faults lint bench clean
+.PHONY: demo test test-cluster test-faults lint bench docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	$(BIN)/snakemake --cores $(CORES)
@@ -30,6 +30,17 @@ lint: .venv/installed  ## what CI checks of the form
 
 bench: .venv/installed  ## the solver against the published optimiser
 	$(BIN)/python benchmarks/solver.py
+
+reference: .venv/installed  ## make the generated pages anew: configuration, methods, records, the JSON schema
+	$(BIN)/armor schema > workflow/schemas/config.schema.json
+	$(BIN)/armor schema --write README.md --write config/README.md --write docs/RECORDS.md
+
+docs: .venv/docs  ## the documentation as a site, in site/; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..."; exit 1; }

@@ -1,9 +1,7 @@
 """ARMOR Pipeline: one-shot 2:4 compression of large language models by adaptive matrix factorization."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from armor.in_memory import compress
+import importlib
+from typing import Any
 
 __all__ = ["compress"]
 __version__ = "0.1.0"
@@ -12,7 +10,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`armor.compress`, imported when it is first asked for: importing armor alone stays light (PEP 562)."""
     if name == "compress":
-        from armor.in_memory import compress
-
-        return compress
+        return importlib.import_module(".command.in_memory", __name__).compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,10 +44,11 @@ from armor.config.recipes import LayerSettings
 from armor.config.sources import ModelSettings
 from armor.execution.machine import describe
 from armor.factorize.layer import factorize_layer
-from armor.format.statistics import Statistics, write_statistics
-from armor.model.inspect import inspect
-from armor.model.source import fetch, open_source
 from armor.format.records.topology import Topology
+from armor.format.statistics import Statistics, write_statistics
+from armor.model.fetch import fetch
+from armor.model.inspect import inspect
+from armor.model.source import open_source
 from armor.runtime import cpu, cuda
 from benchmarks.calibrate_memory import build
 

@@ -33,8 +33,8 @@ from armor.core.factorization import Factorization
 from armor.evaluate.perplexity import perplexity, token_losses
 from armor.execution.files import read_json, save_safetensors, write_json
 from armor.execution.machine import describe
-from armor.model.source import open_source
 from armor.format.records.topology import DecoderLayer, Topology
+from armor.model.source import open_source
 from armor.runtime.load import load_model, load_tokenizer
 from armor.solver import annealed, published
 from armor.text.blocks import token_blocks

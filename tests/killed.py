@@ -1,15 +1,121 @@
-"""Ways to kill a run at any moment and to tell whether its result is that of an undisturbed one."""
+"""Kills at named points, counted and never timed, and ways to tell whether a result is that of an undisturbed run.
+
+A run is disturbed only by what it finds on disk, and there it changes something where it writes. So it dies in the
+middle of a write, between a write and its rename, or after it, at the n-th such point: a loaded machine comes to the
+same one. A run that dies a point later each time comes to its end.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["left_over", "results_of"]
+__all__ = [
+    "HALF",
+    "POINTS",
+    "REPOSITORY",
+    "SAVED",
+    "WRITTEN",
+    "die_at",
+    "forked",
+    "left_over",
+    "passed",
+    "results_of",
+    "sitecustomize",
+]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HALF, WRITTEN, SAVED = POINTS = ("in the middle of a write", "between write and replace", "after the save")
 
 OF_THE_RUN = ("seconds", "peak_memory_bytes", "tokens_per_second")
 """Keys of records that say how it went, and so differ between two runs."""
+
+
+def die_at(point: str, number: int, counter: Path | str) -> None:
+    """Kill this process and its group when they come to `point`, one of POINTS, for the `number`-th time (0: never).
+
+    Processes that share the file `counter` count together; see `passed`. A test's own process must not be in the group.
+    """
+    fsync, replace = os.fsync, os.replace
+
+    def is_now(here: str) -> bool:
+        if here != point:
+            return False
+        with open(counter, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b".")
+            return file.tell() == number
+
+    def dying_fsync(descriptor: int) -> None:
+        if is_now(HALF):
+            os.truncate(f"/proc/self/fd/{descriptor}", os.fstat(descriptor).st_size // 2)
+            _die()
+        fsync(descriptor)
+
+    def dying_replace(source: os.PathLike, target: os.PathLike, **options: int) -> None:
+        if is_now(WRITTEN):
+            _die()
+        replace(source, target, **options)
+        if is_now(SAVED):
+            _die()
+
+    os.fsync, os.replace = dying_fsync, dying_replace
+
+
+def _die() -> NoReturn:
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError
+
+
+def forked(work: Callable[[], object], counter: Path, point: str = SAVED, number: int = 0) -> bool:
+    """Do `work` in a process of its own that dies at `point` for the `number`-th time; whether it came to its end.
+
+    How often it came to `point` is in `counter` then.
+    """
+    counter.unlink(missing_ok=True)
+    import torch  # sitecustomize.py needs none of it
+    from tqdm import tqdm
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            signal.alarm(3600)  # only if it hangs
+            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
+            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
+            die_at(point, number, counter)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), status
+    return status == 0
+
+
+def passed(counter: Path) -> int:
+    """How often processes came to their point."""
+    return counter.stat().st_size if counter.exists() else 0
+
+
+def sitecustomize(folder: Path, point: str, number: int) -> Path:
+    """Make `folder` one that a Python which has it on its path first does `die_at` by; returns the counter in it."""
+    folder.mkdir()
+    counter = folder / "counter"
+    call = f"die_at({point!r}, {number}, {str(counter)!r})"
+    (folder / "sitecustomize.py").write_text(f"from tests.killed import die_at\n\n{call}\n")
+    return counter
 
 
 def _settled(value: object) -> object:

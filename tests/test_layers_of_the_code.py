@@ -1,4 +1,4 @@
-"""Who may import whom (CONTRIBUTING.md): stages meet in files, and what the Snakefile imports is light."""
+"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light."""
 
 from __future__ import annotations
 
@@ -10,57 +10,55 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "armor"
-STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark", "report")
-GROUND = ("config", "errors", "execution", "model", "reading")
-MAY_IMPORT = {
-    **{stage: (stage, "runtime", "core", "text", *GROUND) for stage in STAGES},
-    "in_memory": ("factorize", "hf", "core", "text", *GROUND),
-    "runtime": ("runtime", "hf", "core", *GROUND),
-    "hf": ("runtime", "core", *GROUND),
-    "core": ("core", *GROUND),
-    "text": GROUND,
-    "model": GROUND,
-    "execution": ("execution", "errors"),
-    "config": ("core", "errors"),
-    "reading": ("config", "errors"),
-    "explain": ("status", *GROUND),
-    "status": GROUND,
-    "forkserver": ("cli", *GROUND),
-    "__main__": ("cli", "forkserver"),
-}
+FLOORS = (
+    ("core",),
+    ("execution", "solver"),
+    ("format", "methods"),
+    ("config", "runtime"),
+    ("model", "text", "run", "hf"),
+    ("training",),
+    ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "benchmark", "report"),
+    ("command",),
+    ("__main__",),
+)
+"""The parts of the package from the ground up. A part imports from lower floors and from itself."""
 
 
 def imported(path):
-    """The parts of this package that a module imports, as (line, name below armor)."""
+    """The parts of this package that a module imports, wherever in it, as (line, name below armor)."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
         else:
             continue
         yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith("armor."))
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_a_part_imports_only_what_it_may(part):
+def parts():
+    return {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name[:2] != "__"}
+
+
+def test_every_part_has_a_floor():
+    assert parts() | {"__main__"} == {part for floor in FLOORS for part in floor}
+
+
+@pytest.mark.parametrize("part", [part for floor in FLOORS for part in floor])
+def test_a_part_imports_from_lower_floors_alone(part):
+    below = {other for floor in FLOORS[: next(i for i, f in enumerate(FLOORS) if part in f)] for other in floor}
     files = sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
     found = [(file, *place) for file in files for place in imported(file)]
-    assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in MAY_IMPORT[part]] == []
+    assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in {part, *below}] == []
+
+
+def test_the_package_itself_imports_nothing():
+    assert list(imported(PACKAGE / "__init__.py")) == []
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        "cli",
-        "config",
-        "execution.devices",
-        "execution.fingerprint",
-        "forkserver",
-        "model.topology",
-        "status",
-        "explain",
-    ],
+    "module", ["command.cli", "command.forkserver", "config.run", "methods", "run.jobs", "run.status", "run.explain"]
 )
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"

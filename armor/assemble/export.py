@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.assemble.verify import open_checkpoint
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.format.checkpoint import SUFFIXES, check_tensor, read_packed
 from armor.format.checksums import read_checksums, start_hashing
@@ -36,7 +36,7 @@ def export(
         raise ArmorError(f"{output}: is there already; expected the name of a folder that is new or empty")
     config, shards, modules = open_checkpoint(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, sums["files"] if sums else ())()
+    start_hashing(shards, sums, sums.files if sums else ())()
 
     def target(name: str) -> torch.dtype:
         own: torch.dtype = getattr(torch, shards.dtype(name))

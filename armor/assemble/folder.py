@@ -18,14 +18,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import save_safetensors, write_json
 from armor.execution.log import progress
 from armor.execution.resume import Steps
 from armor.format.checksums import CHECKSUMS, sealed, tensor_sha256
 from armor.format.records.base import File
 from armor.format.shards import INDEX, SINGLE
-from armor.typed import Typed
 
 __all__ = ["MAX_SHARD_BYTES", "copy_others", "growing", "natural", "seal", "write_tensors"]
 
@@ -85,8 +85,8 @@ def write_tensors(
     """
     plan = _split(sizes, max_shard_bytes)
     finished: dict[str, dict[str, str]] = {}
-    for file in plan if steps is not None else ():
-        if (folder / file).is_file() and (known := steps.get(file, _Shard)):
+    for file in plan:
+        if steps is not None and (folder / file).is_file() and (known := steps.get(file, _Shard)):
             finished[file] = known.tensors
     free = shutil.disk_usage(folder).free
     needed = sum(sizes[name] for file, names in plan.items() if file not in finished for name in names)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from armor.assemble.folder import natural
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
@@ -25,7 +26,7 @@ from armor.format.records.checkpoint import ProvenanceRecord
 from armor.format.shards import Shards
 from armor.runtime.load import check_names
 
-__all__ = ["open_checkpoint", "table", "verify"]
+__all__ = ["Distance", "Verified", "open_checkpoint", "table", "verify"]
 
 
 def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedLinear]]:
@@ -48,18 +49,50 @@ def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedL
     return config, shards, modules
 
 
-def verify(folder: Path | str, against: Path | str | None = None) -> dict:
-    """Check a checkpoint: config, index, shards, names, shapes, dtypes, hashes, patterns, NaN. Returns a summary.
+class Distance(Typed):
+    """How far a checkpoint is from its source."""
 
-    `checksums` is false where there is no checksums.json to check by (as after save_pretrained). With the folder of the
-    source model in `against`, `relative_errors` has ‖W − A·S·B‖ / ‖W‖ (Frobenius) by module, and every other tensor
-    is held against the source's. Raises ArmorError, one line, for the first thing that is wrong.
+    against: str
+    """The source's folder."""
+    equal_tensors: int
+    """Tensors that are the source's own, to the byte."""
+    trained_tensors: int
+    """Norms and biases that were trained, and so are not the source's."""
+    relative_errors: dict[str, float]
+    """‖W − A·S·B‖ / ‖W‖ (Frobenius) by module."""
+
+
+class Verified(Typed):
+    """What a sound checkpoint holds."""
+
+    folder: str
+    shards: int
+    tensors: int
+    bytes: int
+    """Of all tensors."""
+    modules: int
+    """Compressed linears."""
+    patterns: dict[str, int]
+    """How many of them have each pattern."""
+    bits_per_weight: float | None
+    """Of the compressed linears; null without any."""
+    checksums: bool
+    """Whether there is a checksums.json to check by; save_pretrained writes none."""
+    distance: Distance | None = None
+    """Null where no source was named."""
+
+
+def verify(folder: Path | str, against: Path | str | None = None) -> Verified:
+    """Check a checkpoint: config, index, shards, names, shapes, dtypes, hashes, patterns, NaN.
+
+    With the folder of the source model in `against`, its linears are compared to those, and every other tensor is held
+    against the source's. Raises ArmorError, one line, for the first thing that is wrong.
     """
     _, shards, modules = open_checkpoint(folder)
     source = None if against is None else _open_source(Path(against), shards, modules)
     sums = read_checksums(shards)
-    wait = start_hashing(shards, sums, sums["files"] if sums else ())
-    check_contents(shards, modules, sums and sums["tensors"])
+    wait = start_hashing(shards, sums, sums.files if sums else ())
+    check_contents(shards, modules, sums and sums.tensors)
     wait()
     check_names(shards.folder)
     packed = [f"{name}.{suffix}" for name in modules for suffix in SUFFIXES]
@@ -67,17 +100,17 @@ def verify(folder: Path | str, against: Path | str | None = None) -> dict:
     weights = sum(layout.out_features * layout.in_features for layout in modules.values())
     names = shards.names()
     patterns = Counter(str(layout.pattern) for layout in modules.values())
-    summary = {
-        "folder": str(folder),
-        "shards": len(shards.files),
-        "tensors": len(names),
-        "bytes": sum(shards.bytes_of(name) for name in names),
-        "modules": len(modules),
-        "patterns": dict(patterns),
-        "bits_per_weight": 8 * packed_bytes / weights if weights else None,
-        "checksums": sums is not None,
-    }
-    return summary if source is None else summary | _compare(shards, modules, source)
+    return Verified(
+        folder=str(folder),
+        shards=len(shards.files),
+        tensors=len(names),
+        bytes=sum(shards.bytes_of(name) for name in names),
+        modules=len(modules),
+        patterns=dict(patterns),
+        bits_per_weight=8 * packed_bytes / weights if weights else None,
+        checksums=sums is not None,
+        distance=None if source is None else _compare(shards, modules, source),
+    )
 
 
 def _copied(shards: Shards, modules: dict[str, PackedLinear]) -> list[str]:
@@ -106,7 +139,7 @@ def _open_source(folder: Path, shards: Shards, modules: dict[str, PackedLinear])
     return source
 
 
-def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -> dict:
+def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -> Distance:
     """The distance of every compressed linear from the source's; raises ArmorError for another tensor that differs."""
     made = ProvenanceRecord.read_if_there(shards.folder / PROVENANCE)
     trained = set(made.trained if made else ())
@@ -124,30 +157,27 @@ def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
         distance = weight.sub_(read_packed(shards, name, layout).reconstruct())
         errors[name] = torch.linalg.vector_norm(distance, dtype=torch.float64).item() / (norm or 1.0)
-    return {
-        "against": str(source.folder),
-        "equal_tensors": len(copied),
-        "trained_tensors": len(trained),
-        "relative_errors": errors,
-    }
+    return Distance(
+        against=str(source.folder), equal_tensors=len(copied), trained_tensors=len(trained), relative_errors=errors
+    )
 
 
-def table(summary: dict) -> str:
+def table(found: Verified) -> str:
     """What `verify` returns, for a terminal: a line for each fact, and relative errors with a row for each layer."""
-    modules, bits = summary["modules"], summary["bits_per_weight"]
-    patterns = ", ".join(f"{count} x {pattern}" for pattern, count in summary["patterns"].items())
+    patterns = ", ".join(f"{count} x {pattern}" for pattern, count in found.patterns.items())
+    compressed = f"{found.modules} linears ({patterns}), {found.bits_per_weight or 0:.2f} bits per weight"
     facts = {
-        "tensors": f"{summary['tensors']:,} in {summary['shards']} file{'s' * (summary['shards'] > 1)}",
-        "size": f"{summary['bytes'] / 1e6:,.1f} MB",
-        "compressed": f"{modules} linears ({patterns}), {bits:.2f} bits per weight" if modules else "nothing",
-        "checksums": "every file is as it was written" if summary["checksums"] else "none here to check by",
+        "tensors": f"{found.tensors:,} in {found.shards} file{'s' * (found.shards > 1)}",
+        "size": f"{found.bytes / 1e6:,.1f} MB",
+        "compressed": compressed if found.modules else "nothing",
+        "checksums": "every file is as it was written" if found.checksums else "none here to check by",
     }
-    if "against" in summary:
-        facts["source"] = f"{summary['against']}: the other {summary['equal_tensors']} tensors are equal"
-        if trained := summary["trained_tensors"]:
+    if distance := found.distance:
+        facts["source"] = f"{distance.against}: the other {distance.equal_tensors} tensors are equal"
+        if trained := distance.trained_tensors:
             facts["source"] += f", {trained} norms and biases were trained"
-    lines = [f"{summary['folder']}: sound", *(f"  {key:<12}{value}" for key, value in facts.items())]
-    if errors := summary.get("relative_errors"):
+    lines = [f"{found.folder}: sound", *(f"  {key:<12}{value}" for key, value in facts.items())]
+    if errors := distance and distance.relative_errors:
         lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", *_grid(errors)]
         worst = max(errors, key=errors.__getitem__)
         lines.append(f"mean {sum(errors.values()) / len(errors):.4f}, largest {errors[worst]:.4f} ({worst})")

@@ -12,14 +12,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from armor.assemble.card import Sizes, card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
+from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
@@ -119,7 +120,7 @@ def assemble(
             factors=made.factors,
             machine=machine(),
             modules=len(modules),
-            kept_dense=[linear.name for linear in topology.linears() if linear.name not in modules],
+            kept_dense=tuple(linear.name for linear in topology.linears() if linear.name not in modules),
             files=files,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(),
@@ -183,14 +184,16 @@ def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Sha
         others = tuple(sorted(header.get("others", ())))
         if unknown := names.symmetric_difference(others):
             raise ArmorError(f"{file}: {min(unknown)}: not a tensor that {described.name} describes; {again}")
-        for name in others:
-            piece = opened.get_slice(name)
-            found = tuple(piece.get_shape()), DTYPES[piece.get_dtype()][0]
-            if found != (expected := (shards.shape(name), shards.dtype(name))):
-                raise ArmorError(
-                    f"{file}: {name}: {found[1]} of shape {found[0]}, expected {expected[1]} of {expected[0]}"
-                )
+        _check_others(file, {name: opened.get_slice(name) for name in others}, shards)
     return _Layer(file, modules, sizes, others, record)
+
+
+def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:
+    """Tensors that take the place of the source's are as those are."""
+    for name, piece in pieces.items():
+        found = tuple(piece.get_shape()), DTYPES[piece.get_dtype()][0]
+        if found != (expected := (shards.shape(name), shards.dtype(name))):
+            raise ArmorError(f"{file}: {name}: {found[1]} of shape {found[0]}, expected {expected[1]} of {expected[0]}")
 
 
 def _layout(linear: Linear, entry: LinearRecord) -> PackedLinear:

@@ -38,7 +38,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.config.measures import BenchmarkSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes, set_threads

@@ -3,9 +3,8 @@
 What goes into a layer and what comes out of it are two files, `hidden_{k}` and `hidden_{k+1}`: a run that is killed in
 layer k finds its input whole. The one is deleted when the other is on disk and the layer's statistics are. Memory only
 saves reading: what fits below the limit is not read back. The price is disk, twice all hidden states, and the time to
-write them once a layer. For 70 billion parameters, 128 sequences of 4,096 tokens and 8,192 channels in bfloat16, that
-is 17 GB of room, and 80 times 8.6 GB written, 11 minutes at 1 GB/s. Keeping them in memory alone would save both, and
-after a kill every layer up to that point would have to be run again.
+write them once a layer (docs/log/workflow.md has it for 70 billion parameters). Keeping them in memory alone would save
+both, and after a kill every layer up to that point would have to be run again.
 
 The files are read and written, not mapped: mapped pages would count as the process's memory.
 """
@@ -15,12 +14,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["HiddenStates", "states_file"]
 
@@ -86,6 +85,7 @@ class HiddenStates:
 
     def turn(self) -> None:
         """What was written is the next layer's input, whole and on disk: from now on it is read."""
+        assert self._written is not None  # all of them were written
         os.fsync(self._written.fileno())
         self._written.close()
         if self._read is not None:
@@ -98,7 +98,8 @@ class HiddenStates:
         states_file(self._folder, self._layer - 1).unlink(missing_ok=True)
 
     def _transfer(self, file: BinaryIO | None, what: str, index: int, tensor: Tensor) -> None:
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        assert file is not None
         try:
             file.seek(index * self._each)
             while view:

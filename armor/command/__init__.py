@@ -1,1 +1,1 @@
-"""The `armor` command, and the server that its jobs are forked from."""
+"""The doors: the `armor` command, the server that its jobs are forked from, and `armor.compress` for notebooks."""

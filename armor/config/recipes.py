@@ -9,11 +9,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Name, PatternText, nearest
-from armor.config.training import RefineSettings, TuneSettings
-from armor.errors import ArmorError
+from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.methods import METHODS
 from armor.solver.settings import Algorithm, Selection, SolverSettings
-from armor.typed import Typed
 
 __all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
 
@@ -30,30 +30,38 @@ MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_ext
 class SolverChange(Typed):
     """The part of SolverSettings that an override changes."""
 
-    iterations: int | None = Field(None, ge=1)
+    iterations: int | None = Field(default=None, ge=1)
+    """Another budget."""
     algorithm: Algorithm | None = None
+    """Another optimiser."""
     selection: Selection | None = None
+    """Another rule of choice."""
 
 
 class ModuleSettings(Typed):
     """How one linear is compressed."""
 
     method: MethodName = "armor"
-    """How a weight is compressed; dense leaves it as it is. The table of methods tells what each is and takes."""
+    """How a weight is compressed; dense leaves it as it is. The methods have a table of their own."""
     pattern: PatternText = "2:4"
-    """n:m keeps at most n of every m consecutive weights of a row; a percentage keeps that share of each row."""
-    block_size: int = Field(128, ge=1)
-    """Size of the blocks around the core; where it does not divide a dimension, the largest divisor below it serves."""
+    """n:m keeps at most n of every m consecutive weights of a row; 50% keeps that share of each row."""
+    block_size: int = Field(default=128, ge=1)
+    """Size of the blocks around the core. Where it does not divide a dimension, the largest divisor below it serves."""
     solver: SolverSettings = SolverSettings()
+    """The optimiser of the method armor."""
 
 
 class ModuleChange(Typed):
     """The part of ModuleSettings that an override changes."""
 
     method: MethodName | None = None
+    """Another method; unset: that of the recipe."""
     pattern: PatternText | None = None
-    block_size: int | None = Field(None, ge=1)
+    """Another pattern; unset: that of the recipe."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Another block size; unset: that of the recipe."""
     solver: SolverChange | None = None
+    """Other settings of the optimiser; those left out are those of the recipe."""
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:
         """`settings` with what is given here put in their place."""
@@ -76,6 +84,7 @@ class LayerSettings(ModuleSettings):
     """A recipe resolved for one decoder layer."""
 
     seed: int = 0
+    """The seed of every random choice."""
     overrides: list[Override] = []
     """Those that concern this layer, their layer numbers dropped; later ones win."""
 
@@ -97,7 +106,7 @@ class LayerSettings(ModuleSettings):
 
 
 class Recipe(ModuleSettings):
-    """A way to compress a model. Written in full: method, pattern, block_size, solver, calibration and exceptions.
+    """A way to compress a model: a method with its settings, a calibration, and exceptions.
 
     Or, with `base`, a way to go on from what another recipe makes, by refine, tune or both.
     """
@@ -121,18 +130,18 @@ class Recipe(ModuleSettings):
         if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
             raise ValueError("solver.selection: goes with algorithm: published")
         if self.base is not None:
-            if given := sorted(self.model_fields_set - {"base", "refine", "tune"}):
+            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune")]
+            if given := [key for key in own if getattr(self, key) != Recipe.model_fields[key].default]:
                 raise ValueError(f"{given[0]}: is what the base says; leave it out, or leave base out")
-            if not self.trains:
+            if not self.training():
                 raise ValueError("base: goes with refine or tune; without both this is the recipe that it names")
-        elif self.method == "dense" and self.trains:
-            raise ValueError(f"{self.trains[0]}: a dense recipe has nothing to train")
+        elif self.method == "dense" and self.training():
+            raise ValueError(f"{[*self.training()][0]}: a dense recipe has nothing to train")
         return self
 
-    @property
-    def trains(self) -> list[str]:
+    def training(self) -> dict[str, TrainingSettings]:
         """The stages of training that it asks for, in order."""
-        return [stage for stage in ("refine", "tune") if getattr(self, stage) is not None]
+        return {name: found for name, found in (("refine", self.refine), ("tune", self.tune)) if found is not None}
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""

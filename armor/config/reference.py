@@ -1,14 +1,111 @@
-"""The reference of the configuration, made from its types: a JSON schema, and the page that people read."""
+"""The reference of the configuration, made from its types: a JSON schema, and what people read.
+
+A part of a page between the comments `<!-- generated: COMMAND -->` and `<!-- end -->` is what COMMAND prints. `fresh`
+makes these parts anew; `armor schema --write FILE...` does it in place.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 
-from armor.config.run import Config
+from armor.config.measures import BenchmarkSettings, EvaluationSettings
+from armor.config.recipes import Override, Recipe
+from armor.config.run import Config, Run
+from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
+from armor.config.training import RefineSettings, TuneSettings
+from armor.core.errors import ArmorError
+from armor.format.reference import field_table, record_reference, table
+from armor.methods import METHODS, Method
+from armor.solver.settings import SolverSettings
 
-__all__ = ["json_schema"]
+__all__ = ["PARTS", "fresh", "json_schema", "markdown", "methods", "short_methods"]
+
+SECTIONS = {
+    "The whole file": Config,
+    "A model": ModelSettings,
+    "A text": TextSettings,
+    "A calibration": CalibrationSettings,
+    "A recipe": Recipe,
+    "The solver": SolverSettings,
+    "An override": Override,
+    "Refinement": RefineSettings,
+    "Tuning": TuneSettings,
+    "An evaluation": EvaluationSettings,
+    "A benchmark": BenchmarkSettings,
+    "A run": Run,
+}
+"""The types of a configuration, from the whole to its parts, each under its heading."""
 
 
 def json_schema() -> str:
     """The JSON schema of a configuration, as indented text."""
     return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def markdown() -> str:
+    """Every key of a configuration: a section with a table for each type; the methods after the recipe."""
+    parts = []
+    for heading, kind in SECTIONS.items():
+        parts += [f"## {heading}", inspect.getdoc(kind) or "", _linked(field_table(kind, defaults=True))]
+        if kind is Recipe:
+            parts += ["## The methods", methods()]
+    return "\n\n".join(parts)
+
+
+def _linked(table: str) -> str:
+    """The names of types as links to their sections; a part that only an override has to the whole that it changes."""
+    anchors = {kind.__name__: heading.lower() for heading, kind in SECTIONS.items()} | {"SolverChange": "the solver"}
+    return re.sub(
+        r"\[(\w+)\]\(#\w+\)",
+        lambda found: f"[{anchors[found[1]]}](#{anchors[found[1]].replace(' ', '-')})",
+        table,
+    )
+
+
+def methods() -> str:
+    """The registered methods: what each takes of the calibration and of the recipe, its idea and its source."""
+    heads = ("method", "title", "of the calibration", "of the recipe", "idea", "source")
+    rows = [
+        (f"`{m.name}`", m.title, _needs(m), _takes(m), m.idea, m.source or "–")
+        for m in sorted(METHODS.values(), key=lambda m: (m.function is not None, m.name))
+    ]
+    return table(heads, rows)
+
+
+def short_methods() -> str:
+    """The registered methods, each with its title and source."""
+    return table(
+        ("method", "title", "source"),
+        [(f"`{m.name}`", m.title, m.source) for _, m in sorted(METHODS.items()) if m.function is not None],
+    )
+
+
+def _needs(method: Method) -> str:
+    return ", ".join(f"`{name}`" for name in method.statistics) or "–"
+
+
+def _takes(method: Method) -> str:
+    return ", ".join(f"`{name}`" for name in method.settings if name != "seed") or "–"
+
+
+PARTS = {
+    "armor schema --markdown": markdown,
+    "armor schema --methods": short_methods,
+    "armor schema --records": record_reference,
+}
+"""What each command prints that a page may have as a part."""
+
+_PART = re.compile(r"(<!-- generated: (?P<command>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fresh(text: str, where: str = "") -> str:
+    """`text` with every generated part made anew. Raises ArmorError for a command that makes none."""
+
+    def made(found: re.Match[str]) -> str:
+        if found["command"] not in PARTS:
+            raise ArmorError(f"{where}: generated: {found['command']!r}: expected one of {', '.join(PARTS)}")
+        return f"{found[1]}\n{PARTS[found['command']]()}\n\n{found[3]}"
+
+    return _PART.sub(made, text)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from armor.config.common import Name, PatternText
 from armor.config.recipes import MethodName
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["ReportPair", "ReportSettings"]
 
@@ -20,7 +20,7 @@ class ReportPair(Typed):
     recipe: Name
     method: MethodName
     pattern: PatternText = "2:4"
-    block_size: int = Field(128, ge=1)
+    block_size: int = Field(default=128, ge=1)
     calibration: Name | None = None
     """The calibration that the recipe uses; unset for a recipe without one."""
     evaluations: list[Name] = []

@@ -13,9 +13,9 @@ from armor.config.recipes import LayerSettings, Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.config.training import RefineJob, Sample, TuneJob, overlap
+from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS
-from armor.typed import Typed
 
 __all__ = ["Asked", "Config", "Run"]
 
@@ -41,9 +41,13 @@ class Run(Typed):
     """Models, recipes, evaluations and benchmarks that go together; a list left out means all of them."""
 
     models: list[Name] | None = None
+    """The models, by name."""
     recipes: list[Name] | None = None
+    """The recipes, by name."""
     evaluations: list[Name] | None = None
+    """The evaluations, by name."""
     benchmarks: list[Name] | None = None
+    """The benchmarks, by name."""
 
 
 class Config(Typed):
@@ -52,15 +56,20 @@ class Config(Typed):
     seed: int = 0
     """The seed of every random choice."""
     models: dict[Name, ModelSettings] = Field(min_length=1)
+    """Where each model comes from."""
     calibrations: dict[Name, CalibrationSettings] = {}
+    """The texts that statistics are taken on."""
     recipes: dict[Name, Recipe] = Field(min_length=1)
+    """The ways to compress."""
     evaluations: dict[Name, EvaluationSettings] = {}
+    """The ways to measure quality."""
     benchmarks: dict[Name, BenchmarkSettings] = {}
-    runs: list[Run] = Field([Run()], min_length=1)
+    """The ways to measure speed and memory."""
+    runs: list[Run] = Field(default=[Run()], min_length=1)
     """Which of the above go together; left out: everything with everything."""
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
+    def _check(self) -> Config:  # noqa: C901  one check after another, each of a line or two
         for index, run in enumerate(self.runs):
             for kind in Run.model_fields:
                 for name in getattr(run, kind) or []:
@@ -68,28 +77,8 @@ class Config(Typed):
         for kind, reserved in RESERVED.items():
             for name in {*reserved} & set(getattr(self, kind)):
                 raise ValueError(f"{kind}.{name}: this name is a folder of the pipeline itself; choose another")
-        for name, recipe in self.recipes.items():
-            if recipe.base is not None:
-                self._check_base(name)
-                continue
-            if recipe.method == "dense" and recipe.overrides:
-                raise ValueError(
-                    f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
-                    "method and list the other modules in keep_dense"
-                )
-            if recipe.calibration is not None:
-                _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
-            elif recipe.method != "dense" and len(self.calibrations) != 1:
-                raise ValueError(
-                    f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
-                    "choose from; name one"
-                )
-            needing = [method for method in recipe.methods() if "gram" in METHODS[method].statistics]
-            if needing and not self.calibrations[self.calibration_of(name)].gram:
-                raise ValueError(
-                    f"recipes.{name}: {needing[0]} needs the Gram matrices of the inputs; set "
-                    f"calibrations.{self.calibration_of(name)}.gram: true"
-                )
+        for name in self.recipes:
+            self._check_recipe(name)
         for name in self.recipes:
             self._check_training(name)
         pairs = self.pairs()
@@ -99,6 +88,31 @@ class Config(Typed):
             raise ValueError("runs: dense recipes alone, no evaluation and no benchmark; nothing to do")
         return self
 
+    def _check_recipe(self, name: str) -> None:
+        """A recipe has the calibration that it needs."""
+        recipe = self.recipes[name]
+        if recipe.base is not None:
+            self._check_base(name)
+            return
+        if recipe.method == "dense" and recipe.overrides:
+            raise ValueError(
+                f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
+                "method and list the other modules in keep_dense"
+            )
+        if recipe.calibration is not None:
+            _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
+        elif recipe.method != "dense" and len(self.calibrations) != 1:
+            raise ValueError(
+                f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
+                "choose from; name one"
+            )
+        needing = [method for method in recipe.methods() if "gram" in METHODS[method].statistics]
+        if needing and not self.calibrations[self.calibration_of(name)].gram:
+            raise ValueError(
+                f"recipes.{name}: {needing[0]} needs the Gram matrices of the inputs; set "
+                f"calibrations.{self.calibration_of(name)}.gram: true"
+            )
+
     def _check_base(self, name: str) -> None:
         line = [name]
         while (base := self.recipes[line[-1]].base) is not None:
@@ -107,12 +121,13 @@ class Config(Typed):
                 raise ValueError(f"recipes.{name}.base: {' -> '.join([*line, base])}: goes round in a circle")
             line.append(base)
         if self.is_dense(name):
-            raise ValueError(f"recipes.{name}.{self.recipes[name].trains[0]}: a dense recipe has nothing to train")
+            raise ValueError(
+                f"recipes.{name}.{[*self.recipes[name].training()][0]}: a dense recipe has nothing to train"
+            )
 
     def _check_training(self, name: str) -> None:
         """The texts that a recipe is trained on are there, and none that it is evaluated on."""
-        for stage in self.recipes[name].trains:
-            settings = getattr(self.recipes[name], stage)
+        for stage, settings in self.recipes[name].training().items():
             if settings.calibration is not None:
                 _known(f"recipes.{name}.{stage}.calibration", settings.calibration, self.calibrations)
             text = self.sample(name, stage).text
@@ -152,7 +167,7 @@ class Config(Typed):
         """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""
         settings = self.recipes[recipe]
         before = [("factorize", recipe)] if settings.base is None else self.made_by(settings.base)
-        return [*before, *((stage, recipe) for stage in settings.trains)]
+        return [*before, *((stage, recipe) for stage in settings.training())]
 
     def before(self, stage: str, recipe: str) -> tuple[str, str]:
         """What makes the factors that the training `stage` of `recipe` starts from: a stage and a recipe."""
@@ -165,7 +180,7 @@ class Config(Typed):
 
     def sample(self, recipe: str, stage: str) -> Sample:
         """The sequences that `stage` (refine or tune) of `recipe` trains on, the held-out ones at the end."""
-        settings = getattr(self.recipes[recipe], stage)
+        settings = self.recipes[recipe].training()[stage]
         calibration = self.calibrations[settings.calibration or self.calibration_of(recipe)]
         return Sample(
             text=calibration.text,

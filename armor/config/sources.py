@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from armor.config.common import Dtype, LocalPath, as_list, exactly_one
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["CalibrationSettings", "ModelSettings", "TextSettings"]
 
@@ -26,7 +26,7 @@ class ModelSettings(Typed):
     package: str | Annotated[list[str], Field(min_length=1)] | None = None
     """A package on the Python index that carries the model, as name==version; several for a GGUF file in parts."""
     file: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """The model within the package: a GGUF file or a folder; of several packages, the part in each, in order."""
+    """The GGUF file or the folder of the model within the package; for several packages the part in each, in order."""
     dtype: Dtype = "auto"
     """The dtype that a converted GGUF model is kept in; auto is bfloat16. Other sources keep their own."""
 
@@ -50,7 +50,7 @@ class TextSettings(Typed):
     """The split of the dataset."""
     streaming: bool = False
     """Read the dataset as it downloads, instead of downloading all of it first."""
-    files: list[LocalPath] | None = Field(None, min_length=1)
+    files: list[LocalPath] | None = Field(default=None, min_length=1)
     """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
     column: str = "text"
     """The column of the dataset, or the key of the JSON lines, that holds the text."""
@@ -59,11 +59,11 @@ class TextSettings(Typed):
     file: str | None = None
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     documents: tuple[int, int | None] = (0, None)
-    """The first document to use and the first not to use, counted from 0."""
+    """The first document to use and the first not to use, counted from 0; null: to the end."""
     separator: str = "\n\n"
-    """What stands between two documents; the field joins WikiText by a blank line, and C4 by a space."""
+    """What stands between two documents: a blank line for WikiText, a space for C4, as papers have it."""
     detokenize: Literal["wikitext"] | None = None
-    """wikitext: undo WikiText's tokenization ("do n't @-@ know ." and the like) in the joined text, as lm-eval does."""
+    """wikitext: undo WikiText's tokenization (1 @.@ 5, town 's) in the joined text, by lm-eval's rules."""
 
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
@@ -87,11 +87,12 @@ class CalibrationSettings(Typed):
     """The text that the statistics are taken on."""
 
     text: TextSettings
-    sequences: int = Field(128, ge=1)
+    """The text to run through the model."""
+    sequences: int = Field(default=128, ge=1)
     """How many token sequences."""
-    sequence_length: int | None = Field(None, ge=2)
+    sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: the model's context length."""
     gram: bool = False
     """Also keep the full Gram matrix of every input: in² float32 numbers each."""
-    hidden_states_memory_gb: float = Field(8.0, gt=0)
+    hidden_states_memory_gb: float = Field(default=8.0, gt=0)
     """Hidden states are kept on the host up to this size, in gigabytes, and on disk beyond."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from armor.config.common import Name
 from armor.config.sources import TextSettings
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["RefineJob", "RefineSettings", "Sample", "TrainingSettings", "TuneJob", "TuneSettings", "overlap"]
 
@@ -57,8 +57,11 @@ class TuneSettings(TrainingSettings):
     """Train the whole compressed model until its predictions are close to the dense one's, by KL divergence."""
 
     batch: int = Field(default=2, ge=1)
+    """Sequences in a step."""
     sequences: int = Field(default=128, ge=1)
+    """How many token sequences there are to train on."""
     rate: float = Field(default=3e-4, gt=0)
+    """The largest step of the optimiser, relative to the root mean square of each tensor."""
     core: bool = True
     """Whether the values of S are trained too."""
 

@@ -1,1 +1,1 @@
-"""N:M patterns, block-diagonal matrices, packed cores, factorizations. Nothing of the project is imported here."""
+"""The ground: N:M patterns, block-diagonal matrices, packed cores, factorizations; typed fields, the one exception."""

@@ -6,6 +6,8 @@ of n entries costs n·d multiplications, and storing the matrix n·d numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,15 @@ def block_size_for(dimension: int, requested: int, multiple_of: int = 1) -> int 
     return next((d for d in range(start, 0, -multiple_of) if dimension % d == 0), None)
 
 
-def sizes(shape: tuple[int, int], pattern: Pattern, block_size: int) -> tuple[int, int]:
+def sizes(shape: Sequence[int], pattern: Pattern, block_size: int) -> tuple[int, int]:
     """The block sizes of A and B for a weight of `shape` (out, in): divisors at most `block_size`, B's a multiple of m.
 
     A block of B holds whole groups. Where it cannot (block_size below m), both are 1: plain pruning with scales.
     """
     if block_size < 1:
         raise ValueError(f"block_size: found {block_size}, expected at least 1")
-    right = block_size_for(shape[1], block_size, max(pattern.m, 1))
-    return (block_size_for(shape[0], block_size), right) if right else (1, 1)
+    left, right = block_size_for(shape[0], block_size), block_size_for(shape[1], block_size, max(pattern.m, 1))
+    return (left, right) if left and right else (1, 1)
 
 
 def identity(dimension: int, block_size: int, **options) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path
 
 __all__ = ["build_task", "items_of"]

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256, write_json
 from armor.execution.log import log

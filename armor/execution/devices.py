@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import try_lock
 from armor.execution.log import log
 

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 __all__ = ["atomic_path", "open_safetensors", "read_json", "save_safetensors", "sha256", "try_lock", "write_json"]
 

@@ -13,14 +13,14 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
-__all__ = ["code_hash"]
+__all__ = ["code_hash", "modules_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_EFFECT = (
     "armor",
-    "armor.errors",
+    "armor.core.errors",
     "armor.execution.devices",
     "armor.execution.log",
     "armor.execution.machine",
@@ -30,6 +30,12 @@ WITHOUT_EFFECT = (
 
 def code_hash(*entries: str) -> str:
     """A hexadecimal hash of the code that these modules, like "armor.factorize.layer", execute from this package."""
+    text = "\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(modules_of(*entries)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def modules_of(*entries: str) -> set[str]:
+    """The modules of this package that these modules execute and that can change a result, themselves among them."""
     seen: set[str] = set()
     waiting = list(entries)
     while waiting:
@@ -38,7 +44,7 @@ def code_hash(*entries: str) -> str:
             seen.add(name)
             waiting.extend(_parsed(name)[1])
             waiting.append(name.rpartition(".")[0])  # importing a.b executes a too
-    return hashlib.sha256("\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(seen)).encode()).hexdigest()[:16]
+    return seen
 
 
 def _file(name: str) -> Path | None:
@@ -65,7 +71,7 @@ def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
             node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and _is_text(n.value))] or [ast.Pass()]
     digest = hashlib.sha256(ast.dump(tree).encode())
     if file.name == "__init__.py":
-        for other in sorted(path for path in file.parent.rglob("*") if path.suffix in (".j2", ".c", ".h")):
+        for other in sorted(path for path in file.parent.glob("*") if path.suffix in (".j2", ".c", ".h")):
             digest.update(other.read_bytes())
     ours = tuple(sorted(module for module in imported if module.split(".")[0] == "armor" and _file(module)))
     return digest.hexdigest(), ours

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log
 
 __all__ = ["cache_folder", "package_file"]

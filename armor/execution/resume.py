@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import LOCK, read_json, try_lock, write_json
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import describe
-from armor.typed import Typed
 
 __all__ = ["Steps", "identity", "part_of", "resumable"]
 

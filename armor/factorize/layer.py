@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from armor.config.recipes import LayerSettings, ModuleSettings, check_patterns
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
@@ -100,7 +100,7 @@ def factorize_layer(
                     start_loss=found.start_loss if found else 0.0,
                     loss=found.loss if found else 0.0,
                     condition=condition(found) if found else None,
-                    trace=_thinned(found.trace) if found else (),
+                    trace=tuple(_thinned(found.trace)) if found else (),
                     seed=seed,
                     device=place,
                     seconds=time.perf_counter() - began,
@@ -188,12 +188,12 @@ def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
 def _check_memory(layer: DecoderLayer, resolved: dict[str, ModuleSettings], device: str) -> None:
     """Refuse a device that cannot hold what one of the linears will need."""
     available = device_memory_bytes(device)
-    for linear in layer.linears if available is not None else ():
+    for linear in layer.linears:
         shape = (linear.out_features, linear.in_features)
         itemsize = getattr(torch, linear.dtype).itemsize
         chosen = possible(resolved[linear.name], *shape)[0]
         needed = METHODS[chosen.method].peak_bytes(shape, itemsize, chosen)
-        if needed > available:
+        if available is not None and needed > available:
             raise ArmorError(
                 f"{linear.name}: {shape[0]} x {shape[1]} needs about {needed / 1e9:.1f} GB, {device} has "
                 f"{available / 1e9:.1f} GB; choose a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
 from armor.core.pattern import Pattern, is_nm
-from armor.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.shards import INDEX, SINGLE, Shards
 
 __all__ = [
-    "FORMAT_VERSION",
+    "CHECKPOINT_VERSION",
     "QUANT_METHOD",
     "REMEDY",
     "SUFFIXES",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 QUANT_METHOD = "armor"
-FORMAT_VERSION = 1
+CHECKPOINT_VERSION = 1
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"
@@ -87,7 +87,7 @@ def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
     for name, layout in modules.items():
         groups.setdefault(layout, []).append(name)
     described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": described}
+    return {"quant_method": QUANT_METHOD, "format_version": CHECKPOINT_VERSION, "groups": described}
 
 
 def modules_of(config: object, where: str = "config.json: quantization_config") -> dict[str, PackedLinear]:
@@ -98,8 +98,10 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
             f"{where}: found {found!r}, expected quant_method {QUANT_METHOD!r}; is this a packed checkpoint?"
         )
     version = config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:  # True == 1
-        raise ArmorError(f"{where}: format_version {version!r}, expected {FORMAT_VERSION}; use the armor that wrote it")
+    if type(version) is not int or version != CHECKPOINT_VERSION:  # True == 1
+        raise ArmorError(
+            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION}; use the armor that wrote it"
+        )
     check_keys(config, ("quant_method", "format_version", "groups"), where)
     if not isinstance(config["groups"], (list, tuple)) or not config["groups"]:
         raise ArmorError(f"{where}: groups {config['groups']!r}, expected a list of groups of modules; {REMEDY}")
@@ -156,7 +158,9 @@ def tombstone(modules: Mapping[str, PackedLinear]) -> str:
     return f"{next(iter(modules))}.weight"
 
 
-def check_headers(shards: Shards, modules: Mapping[str, PackedLinear]) -> None:
+def check_headers(  # noqa: C901, PLR0912  one defect after another, each with its own line
+    shards: Shards, modules: Mapping[str, PackedLinear]
+) -> None:
     """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
     for name, layout in modules.items():
         dtype = None

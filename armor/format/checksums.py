@@ -1,9 +1,8 @@
 """checksums.json: the SHA-256 of a checkpoint's files and tensors, and of itself, so that no flipped bit is loaded.
 
-The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. Hashing 200 MB takes
-a tenth of a second, as long as transformers takes to make the model, so it runs beside that: each file is mapped and
-hashed in one call that lets go of the interpreter's lock. Where there are no hashes (transformers' save_pretrained
-writes none) the numbers themselves are looked at instead.
+The hashes stand beside the checkpoint and not in it, so that the same input gives the same bytes. They are computed
+while transformers makes the model: each file is mapped and hashed in one call that lets go of the interpreter's lock.
+Where there are no hashes (transformers' save_pretrained writes none) the numbers themselves are looked at instead.
 """
 
 from __future__ import annotations
@@ -14,20 +13,23 @@ import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.checkpoint import FORMAT_VERSION, REMEDY, PackedLinear, check_keys, check_tensor
+from armor.format.checkpoint import REMEDY, PackedLinear, check_keys, check_tensor
 from armor.format.provenance import CHECKSUMS
 from armor.format.records.base import File
 from armor.format.shards import INDEX, Shards
 
 __all__ = [
+    "Checksums",
     "CHECKSUMS",
+    "CHECKSUMS_VERSION",
     "check_contents",
     "loaded_files",
     "read_checksums",
@@ -35,6 +37,16 @@ __all__ = [
     "start_hashing",
     "tensor_sha256",
 ]
+
+CHECKSUMS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What checksums.json lists: of every file bytes and sha256, as they stand there, and every tensor's SHA-256."""
+
+    files: Mapping[str, Mapping]
+    tensors: Mapping[str, str]
 
 
 def check_contents(
@@ -52,7 +64,7 @@ def check_contents(
                 raise ArmorError(f"{where}: {name}: differs from its hash in {CHECKSUMS}; {REMEDY}")
 
 
-def start_hashing(shards: Shards, sums: Mapping[str, Mapping] | None, files: Iterable[str]) -> Callable[[], None]:
+def start_hashing(shards: Shards, sums: Checksums | None, files: Iterable[str]) -> Callable[[], None]:
     """Begin to hold `files` against their hashes in `sums` (None: there are none), and return what waits for the end.
 
     It runs beside the caller, in as many threads as torch computes with, each file in one call that lets go of the
@@ -79,13 +91,13 @@ def loaded_files(shards: Shards) -> list[str]:
 def tensor_sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:
     """The content of checksums.json from sizes and hashes of files and hashes of tensors; its last entry is its own."""
     sums = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CHECKSUMS_VERSION,
         "files": {name: file.model_dump() for name, file in files.items()},
         "tensors": dict(tensors),
     }
@@ -97,15 +109,15 @@ def _own_sha256(sums: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_checksums(shards: Shards) -> dict | None:
+def read_checksums(shards: Shards) -> Checksums | None:
     """The content of checksums.json, None if there is none. Raises ArmorError if it cannot be of this checkpoint."""
     path = shards.folder / CHECKSUMS
     if not path.is_file():  # transformers' save_pretrained writes none
         return None
     sums = read_json(path)
     check_keys(sums, ("format_version", "files", "tensors", "sha256"), str(path))
-    if type(sums["format_version"]) is not int or sums["format_version"] != FORMAT_VERSION:
-        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {FORMAT_VERSION}; {REMEDY}")
+    if type(sums["format_version"]) is not int or sums["format_version"] != CHECKSUMS_VERSION:
+        raise ArmorError(f"{path}: format_version {sums['format_version']!r}, expected {CHECKSUMS_VERSION}; {REMEDY}")
     for key in ("files", "tensors"):
         if not isinstance(sums[key], dict):
             raise ArmorError(f"{path}: {key}: found {type(sums[key]).__name__}, expected a table of hashes; {REMEDY}")
@@ -122,19 +134,19 @@ def read_checksums(shards: Shards) -> dict | None:
             f"{path}: sha256: found {sums['sha256']!r}, expected {own} for what it holds; {REMEDY} (after an edit on "
             "purpose, delete it)"
         )
-    return sums
+    return Checksums(sums["files"], sums["tensors"])
 
 
-def _check_hash(shards: Shards, name: str, sums: Mapping[str, Mapping]) -> None:
+def _check_hash(shards: Shards, name: str, sums: Checksums) -> None:
     """Hold one file of a checkpoint against its hash. Raises ArmorError naming it and, within a shard, the tensor."""
     file = shards.folder / name
     if not file.is_file():
         raise ArmorError(f"{file}: missing, listed in {CHECKSUMS}; {REMEDY}")
-    if _bytes_and_hash(file) == sums["files"][name]:
+    if _bytes_and_hash(file) == sums.files[name]:
         return
     place = f"{file}: "
     if name in shards.files:
-        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums["tensors"][tensor])
+        found = (tensor for tensor, data in shards.mapped(name) if tensor_sha256(data) != sums.tensors[tensor])
         place += "".join(f"{tensor}: " for tensor in itertools.islice(found, 1))
     raise ArmorError(
         f"{place}differs from its hash in {CHECKSUMS}; {REMEDY} (after an edit on purpose, delete {CHECKSUMS})"

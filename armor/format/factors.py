@@ -12,18 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack
 from armor.core.pattern import Pattern
-from armor.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "read_factors", "read_others", "write_factors"]
+__all__ = ["FACTORS_VERSION", "read_factors", "read_others", "write_factors"]
 
-FORMAT_VERSION = 1
+FACTORS_VERSION = 1
 WITH_OTHERS = 2
 """The version of a file that holds other tensors too: who reads version 1 alone would lose them."""
 
@@ -40,7 +40,7 @@ def write_factors(
         name: {"pattern": str(f.pattern), "in_features": f.core.shape[1], "loss": f.loss, "start_loss": f.start_loss}
         for name, f in factors.items()
     }
-    header = {"format_version": WITH_OTHERS if others else FORMAT_VERSION, **metadata, "modules": modules}
+    header = {"format_version": WITH_OTHERS if others else FACTORS_VERSION, **metadata, "modules": modules}
     if others:
         header["others"] = sorted(others)
     save_safetensors(path, {**tensors, **(others or {})}, {"armor": json.dumps(header, sort_keys=True)})
@@ -76,9 +76,9 @@ def read_others(path: Path) -> dict[str, Tensor]:
 def _header(path: Path, file) -> dict:
     header = json.loads((file.metadata() or {}).get("armor", "{}"))
     found = header.get("format_version", "none")
-    if found not in (FORMAT_VERSION, WITH_OTHERS):
+    if found not in (FACTORS_VERSION, WITH_OTHERS):
         raise ArmorError(
-            f"{path}: format version {found}, expected {FORMAT_VERSION} or {WITH_OTHERS}: not a factors file of this "
+            f"{path}: format version {found}, expected {FACTORS_VERSION} or {WITH_OTHERS}: not a factors file of this "
             "release"
         )
     return header

@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.machine import describe
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.source import SourceRecord
-from armor.typed import Typed
 
 __all__ = ["CHECKSUMS", "PROVENANCE", "combined", "machine", "made_by", "model_fingerprint", "ranges"]
 

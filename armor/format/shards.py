@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _fill(file, flat: Tensor, path: Path) -> None:
     """Fill `flat` (n,) with the next bytes of `file`."""
     import torch
 
-    target = memoryview(flat.view(torch.uint8).numpy())
+    target = memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  numpy has a buffer
     while target:
         count = file.readinto(target)
         if not count:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path, open_safetensors
 from armor.format.shards import DTYPES
 

@@ -13,14 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord
 
-__all__ = ["FORMAT_VERSION", "Accumulator", "Statistics", "read_statistics", "statistics_of", "write_statistics"]
+__all__ = [
+    "STATISTICS_VERSION",
+    "Accumulator",
+    "Statistics",
+    "read_statistics",
+    "statistics_of",
+    "write_statistics",
+]
 
-FORMAT_VERSION = 1
+STATISTICS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def write_statistics(path: Path, inputs: dict[str, Statistics], users: dict[str,
     tensors |= {f"{name}.gram": s.gram for name, s in inputs.items() if s.gram is not None}
     tokens = {s.tokens for s in inputs.values()}
     header = {
-        "format_version": FORMAT_VERSION,
+        "format_version": STATISTICS_VERSION,
         "fingerprint": fingerprint,
         "tokens": max(tokens, default=0),
         "inputs": users,
@@ -88,8 +95,10 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
         except json.JSONDecodeError:
             header = {}
         version = header.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ArmorError(f"{path}: statistics of format {version!r}, expected {FORMAT_VERSION}; calibrate again")
+        if type(version) is not int or version != STATISTICS_VERSION:
+            raise ArmorError(
+                f"{path}: statistics of format {version!r}, expected {STATISTICS_VERSION}; calibrate again"
+            )
         if fingerprint is not None and header["fingerprint"] != fingerprint:
             raise ArmorError(
                 f"{path}: statistics of another model (fingerprint {header['fingerprint'][:12]}, expected "

@@ -6,7 +6,8 @@ blocks cost d/in + d/out numbers for each weight. `armor.solver` has the optimis
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from armor.core.pattern import Pattern, PatternLike
 from armor.methods import method
@@ -59,8 +60,10 @@ def armor(
     """Factorize weight (out, in) under importance (in,), any float dtype. Raises ValueError for bad input."""
     from armor.solver import annealed, published
 
-    sizes = {"pattern": pattern, "block_size": block_size, "seed": seed}
+    sizes: dict[str, Any] = {"pattern": pattern, "block_size": block_size, "seed": seed}
     if solver.algorithm == "fast":
         return annealed.solve(weight, importance, settings=annealed.Settings(solver.iterations), **sizes)
-    chosen = {"selection": solver.selection} if solver.selection else {}
-    return published.solve(weight, importance, settings=published.Settings(solver.iterations, **chosen), **sizes)
+    chosen = published.Settings(solver.iterations)
+    if solver.selection:
+        chosen = replace(chosen, selection=solver.selection)
+    return published.solve(weight, importance, settings=chosen, **sizes)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from armor.methods import METHODS, Method
 
-METHODS["dense"] = Method(name="dense", title="dense", source="", idea=" ".join(__doc__.split()), function=None)
+METHODS["dense"] = Method(name="dense", title="dense", source="", idea=(__doc__ or "").strip(), function=None)

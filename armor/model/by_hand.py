@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from armor.runtime.linear import NoWeight, NoWeightError
+from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["by_hand", "is_taken"]
 
@@ -28,14 +28,16 @@ class _StandIn(nn.Linear):
     def __init__(self, name: str, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self._no_weight = NoWeight(torch.device("meta"), linear.weight.dtype, tuple(linear.weight.shape), name)
+        self._no_weight = NoWeight(
+            torch.device("meta"), linear.weight.dtype, (linear.out_features, linear.in_features), name
+        )
 
     @property
     def weight(self) -> NoWeight:  # type: ignore[override]
         return self._no_weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_empty((*x.shape[:-1], self.out_features))
+    def forward(self, input: Tensor) -> Tensor:
+        return input.new_empty((*input.shape[:-1], self.out_features))
 
 
 def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
@@ -112,7 +112,7 @@ def _decoder_layer(
 ) -> DecoderLayer:
     weights = {f"{name}.weight" for name in linears}
     matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
-    described = [
+    described = tuple(
         Linear(
             name=name,
             out_features=module.out_features,
@@ -123,8 +123,8 @@ def _decoder_layer(
             input_group=groups[name],
         )
         for name, module in linears.items()
-    ]
-    dense = [name for name in matrices if name not in weights]
+    )
+    dense = tuple(name for name in matrices if name not in weights)
     return DecoderLayer(index=index, prefix=prefix, linears=described, dense_parameters=dense)
 
 

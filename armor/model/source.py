@@ -1,39 +1,26 @@
-"""Where a model comes from: the hub, a folder, a GGUF file or a package; in the end always a Hugging Face folder.
+"""A model in a Hugging Face folder, as the stages find it: where it is, and what tells it from others.
 
-`fetch` makes the folder if it must (a GGUF model is dequantized once, into `source/` beside source.json), checks that
-it is whole, and writes source.json: where it is, the SHA-256 of each file, and a fingerprint of config.json and the
-weights. The fingerprint follows the content, so a model that was moved is the same and one that was edited is not.
+Source.json names it. The fingerprint follows the content of config.json and the weights, so a model that was moved is
+the same and one that was edited is not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from armor.config.common import as_list
-from armor.config.sources import ModelSettings
-from armor.errors import ArmorError
-from armor.execution.files import read_json
-from armor.execution.log import log
-from armor.execution.packages import package_file
+from armor.core.errors import ArmorError
 from armor.format.records.base import File
 from armor.format.records.source import SourceRecord
 from armor.format.shards import Shards
 
-__all__ = ["Source", "fetch", "open_source"]
+__all__ = ["UNWANTED", "WANTED", "Source", "describe", "fingerprint", "open_source"]
 
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What belongs to a model: weights, configuration, tokenizer with its chat template.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "vocab.*", "merges.txt", "*.tiktoken")
-SAID = ("README.md", "LICENSE*", "NOTICE*")  # what it says of itself
-UNWANTED = ("*/*", "consolidated*", "training_args*", "trainer_state*", "optimizer*")
+UNWANTED = ["*/*", "consolidated*", "training_args*", "trainer_state*", "optimizer*"]
 
 
 @dataclass(frozen=True)
@@ -47,48 +34,6 @@ class Source:
     hub: str | None = None
 
 
-def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
-    """Get the model that `settings` names and write `output` (source.json); returns its content.
-
-    A model that has to be made (from GGUF, or out of a package) goes to `source/` beside it, whole or not at all.
-    Raises ArmorError if the model is not there, incomplete, quantized or corrupt.
-    """
-    output = Path(output)
-    made = output.parent / "source"
-    if settings.hub is not None or settings.folder is not None:
-        folder = _download(settings.hub, settings.revision) if settings.hub else Path(settings.folder or "")
-        shards = _check(folder)
-        if made.exists() and not folder.resolve().is_relative_to(made.resolve()):
-            output.unlink(missing_ok=True)
-            shutil.rmtree(made)
-    else:
-        pairs = zip(as_list(settings.package), as_list(settings.file), strict=True)
-        origins = [Path(settings.gguf)] if settings.gguf else [package_file(*pair) for pair in pairs]
-        with _making(made, output) as part:
-            if len(origins) > 1:
-                with tempfile.TemporaryDirectory(dir=part) as place:
-                    _convert_gguf(_join(origins, Path(place)), part, settings.dtype)
-            elif origins[0].is_dir():
-                shutil.copytree(origins[0], part, dirs_exist_ok=True)
-            else:
-                _convert_gguf(origins[0], part, settings.dtype)
-            _check(part)
-        folder, shards = made, Shards(made)
-    files = _describe(folder)
-    absolute = folder.resolve()
-    inside = absolute.is_relative_to(output.parent.resolve())
-    record = SourceRecord(
-        path=str(absolute.relative_to(output.parent.resolve()) if inside else absolute),
-        fingerprint=_fingerprint(files),
-        dtype=shards.main_dtype(),
-        files=files,
-        hub=settings.hub,
-        settings=settings.model_dump(mode="json", exclude_defaults=True),
-    )
-    record.write(output)
-    return record
-
-
 def open_source(path: Path | str) -> Source:
     """The model behind a source.json, or in a Hugging Face folder (whose files are hashed for its fingerprint).
 
@@ -97,7 +42,7 @@ def open_source(path: Path | str) -> Source:
     path = Path(path)
     if path.is_dir():
         shards = Shards(path)
-        return Source(path, _fingerprint(_describe(path)), shards.main_dtype())
+        return Source(path, fingerprint(describe(path)), shards.main_dtype())
     record = SourceRecord.read(path)
     source = Source(path.parent / record.path, record.fingerprint, record.dtype, record.hub)
     for name, expected in record.files.items():
@@ -109,140 +54,13 @@ def open_source(path: Path | str) -> Source:
     return source
 
 
-def _join(parts: list[Path], folder: Path) -> Path:
-    """The files of `parts` one after the other in one file, named like the first, in `folder`."""
-    whole = folder / parts[0].name
-    with open(whole, "wb") as joined:
-        for part in parts:
-            with open(part, "rb") as opened:
-                shutil.copyfileobj(opened, joined, 1 << 24)
-    return whole
-
-
-def _describe(folder: Path) -> dict[str, File]:
+def describe(folder: Path) -> dict[str, File]:
     names = {path.name for pattern in WANTED for path in folder.glob(pattern) if path.is_file()}
     names -= {path.name for pattern in UNWANTED[1:] for path in folder.glob(pattern)}
     return {name: File.of(folder / name) for name in sorted(names)}
 
 
-def _fingerprint(files: dict[str, File]) -> str:
+def fingerprint(files: dict[str, File]) -> str:
     """The SHA-256 over config.json and the weights."""
     content = {n: f.sha256 for n, f in files.items() if n == "config.json" or n.endswith(".safetensors")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _making(target: Path, output: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `target` at the end; after an error, or a kill and a restart, it's gone.
-
-    `output`, which speaks of the old `target`, goes before that does.
-    """
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        output.unlink(missing_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No notices and bars of transformers: what it says about GGUF is about running packed weights, not converting."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _check(folder: Path) -> Shards:
-    """The shards of a folder that holds a whole, dense model; otherwise an ArmorError that says what is missing."""
-    if not folder.is_dir():
-        raise ArmorError(f"{folder}: no such folder; expected a model with config.json, safetensors and tokenizer")
-    if not (folder / "config.json").is_file():
-        raise ArmorError(f"{folder}: holds no config.json; expected a Hugging Face model")
-    config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ArmorError(f"{folder / 'config.json'}: the model is quantized ({method}); expected a dense model")
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")):
-            raise ArmorError(
-                f"{folder}: only PyTorch .bin weights found, expected safetensors; convert it once with "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) and copy the tokenizer"
-            )
-        raise ArmorError(f"{folder}: holds no safetensors file; expected a Hugging Face model")
-    shards = Shards(folder)
-    shards.main_dtype()  # raises if there are no weights
-    if not any((folder / name).is_file() for name in TOKENIZER):
-        raise ArmorError(f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model); copy it there")
-    return shards
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*WANTED, *SAID], ignore_patterns=UNWANTED)
-        )
-    except GatedRepoError:
-        reason = "its owner wants you to accept terms; do so on its page, then log in with `hf auth login`"
-    except RevisionNotFoundError:
-        reason = f"it has no revision {revision}"
-    except RepositoryNotFoundError:
-        reason = "there is no such model, or it is private; check the name, or log in with `hf auth login`"
-    except HFValidationError as error:
-        reason = f"not a valid name ({_first_line(error)})"
-    except OSError as error:
-        reason = f"cannot be downloaded ({_first_line(error)}); check network and disk, or give a folder"
-    except Exception as error:  # the hub's client passes on whatever its network library raises
-        reason = f"{type(error).__name__}: {_first_line(error)}; check the network, or give a folder"
-    raise ArmorError(f"hub model {name}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def _convert_gguf(file: Path, folder: Path, dtype: str) -> None:
-    """Dequantize a GGUF model and its tokenizer into `folder`, in `dtype` (auto is bfloat16)."""
-    if not file.is_file():
-        raise ArmorError(f"{file}: no such file; expected a GGUF model")
-    with open(file, "rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ArmorError(f"{file}: not a GGUF file; expected a model in GGUF format, or a folder")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    log.info("dequantizing %s", file.name)
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with _quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(**place, dtype=target, output_loading_info=True)
-            missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-            if missing:  # transformers would go on with random numbers
-                raise ArmorError(f"{file}: holds no usable {missing[0]} ({len(missing)} such); get the file again")
-            model.hf_quantizer.remove_quantization_config(model)
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-    except ArmorError:
-        raise
-    except Exception as error:  # the readers of models and tokenizers raise all kinds
-        raise ArmorError(f"{file}: cannot be converted: {_first_line(error)}") from error
-    for path in folder.iterdir():  # safetensors writes files that only the owner can read
-        shutil.copymode(folder / "config.json", path)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from armor.config.training import RefineJob, RefineSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import log
 from armor.execution.resume import Steps, resumable

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from armor.config.training import Sample
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import save_safetensors
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
@@ -59,7 +59,7 @@ def make_states(
     dtype = compute_dtype(source.dtype, device)
     tokens = sample_tokens(source, sample)
     text = fingerprint_of(tokens)
-    shape = (*tokens.shape, topology.hidden_size)
+    shape = (tokens.shape[0], tokens.shape[1], topology.hidden_size)
     each, count = torch.empty(shape, dtype=dtype, device="meta").nbytes, len(topology.layers)
     work = {"fingerprint": source.fingerprint, "text": text, "dtype": str(dtype)}
     with resumable(output, __name__, device, **work) as steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.provenance import machine, made_by
 from armor.format.records.layer import LayerRecord
 from armor.format.records.refine import RefineRecord

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import altair as alt
 import vl_convert
@@ -31,6 +33,7 @@ __all__ = [
     "STAGE_COLORS",
     "WIDTH",
     "Figure",
+    "Mark",
     "alone",
     "beside",
     "columns_of",
@@ -55,7 +58,7 @@ INK, MUTED, LINE, PAPER, ACCENT = (
     "var(--paper, #ffffff)",
     "var(--accent, #0a66c2)",
 )
-# For ARMOR first, then the others: distinct in hue and in lightness, also to the colour-blind.
+# For recipes with blocks first, then the others: distinct in hue and in lightness, also to the colour-blind.
 OTHERS = ("#b35900", "#1a7f5a", "#8250df", "#b3246b", "#6e7781")
 SERIES = (ACCENT, *(f"var(--series-{i}, {color})" for i, color in enumerate(OTHERS, 1)))
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
@@ -102,7 +105,7 @@ def svg_of(chart: alt.TopLevelMixin, name: str, alternative: str) -> str:
         svg = svg.replace(f'id="{found}"', f'id="{name}-{place}"').replace(f"url(#{found})", f"url(#{name}-{place})")
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d*\.\d{3,}(?![\de])", _hundredths, tag[0]), svg)
     svg = re.sub(r' (?:role|aria-[a-z]+)="[^"]*"', "", svg)  # of single marks, unnamed: the whole is one image
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     label = html.escape(alternative, quote=True)
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
     opening += f' viewBox="0 0 {width} {height}" role="img" aria-label="{label}"'
@@ -114,13 +117,13 @@ def alone(svg: str) -> str:
     return re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", svg)
 
 
-def _hundredths(match: re.Match) -> str:
+def _hundredths(match: re.Match[str]) -> str:
     """Hundredths of a pixel will do."""
     return f"{float(match[0]):.2f}"
 
 
-def data(rows: list[dict]) -> alt.Data:
-    return alt.Data(values=rows)
+def data(marks: Iterable[Mark]) -> alt.Data:
+    return alt.Data(values=[vars(mark) for mark in marks])
 
 
 def names_axis(field: str, order: list[str]) -> alt.Y:
@@ -130,14 +133,14 @@ def names_axis(field: str, order: list[str]) -> alt.Y:
     return alt.Y(field, sort=order, axis=axis, scale=alt.Scale(domain=order))
 
 
-def log_axis(low: float, high: float, title: str | None = None) -> dict:
+def log_axis(low: float, high: float, title: str | None = None) -> dict[str, Any]:
     """Scale and axis from `low` to `high` on a log scale, labelled at a few round numbers."""
     apart = {"labelOverlap": "greedy", "labelSeparation": 5}
     axis = alt.Axis(values=round_numbers(low, high, 6), format=",.0f" if low >= 1 else "~g", **apart)
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis, "title": title}
 
 
-def linear_axis(low: float, high: float, title: str, **kwargs) -> dict:
+def linear_axis(low: float, high: float, title: str, **kwargs: Any) -> dict[str, Any]:
     """Scale and axis from `low` to `high`, and a little more, on a linear scale; kwargs are the axis's."""
     margin = 0.04 * (high - low) or 0.04 * abs(high) or 0.04
     scale = alt.Scale(domain=[low - margin, high + margin], nice=False, zero=False)
@@ -145,14 +148,14 @@ def linear_axis(low: float, high: float, title: str, **kwargs) -> dict:
     return {"scale": scale, "axis": axis, "title": title}
 
 
-def palette(values: dict[str, str], **kwargs) -> dict:
+def palette(values: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Colours by name, with a legend unless legend=None is given."""
     return {"scale": alt.Scale(domain=list(values), range=list(values.values())), **kwargs}
 
 
 def series_places(recipes: Iterable[RecipeResults]) -> dict[str, int]:
-    """Recipes to places in SERIES and DASHES, ARMOR first; beyond their length they come round again."""
-    ordered = sorted(recipes, key=lambda recipe: recipe.pair.method != "armor")
+    """Recipes to places in SERIES and DASHES, those with blocks first; beyond their length they come round again."""
+    ordered = sorted(recipes, key=lambda recipe: not recipe.has_blocks)
     return {recipe.name: index % len(SERIES) for index, recipe in enumerate(ordered)}
 
 
@@ -196,6 +199,10 @@ def beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[b
         taken.append((start, start + length, y))
         found[place] = (left, y)
     return [found[place] for place in places]
+
+
+class Mark(SimpleNamespace):
+    """One row of a chart's data: what the chart's axes, colours and texts read by name."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from armor.report.charts import (
     STAGE_COLORS,
     WIDTH,
     Figure,
+    Mark,
     data,
     listed,
     names_axis,
@@ -25,31 +26,31 @@ from armor.report.charts import (
     svg_of,
 )
 from armor.report.loss_figures import heat_map, loss_by_layer, trace
+from armor.report.numbers import duration, size
 from armor.report.quality_figures import accuracy, block_sizes, pareto, perplexity
 from armor.report.results import STAGES, ModelResults
 from armor.report.speed_figures import decoding, linears
-from armor.report.tables import duration, size
 
 __all__ = ["figures"]
 
 
 def _size(model: ModelResults, name: str) -> Figure | None:
     rows = []
-    dense = model.dense and model.dense.row()["checkpoint_bytes"]
+    dense = model.dense and model.dense.checkpoint_bytes
     for recipe in model.recipes:
-        if (count := recipe.row()["checkpoint_bytes"]) is not None:
+        if (count := recipe.checkpoint_bytes) is not None:
             share = f" ({count / dense:.0%})" if dense and not recipe.dense else ""
-            rows.append({"recipe": recipe.name, "bytes": count, "kind": recipe.kind, "label": size(count) + share})
+            rows.append(Mark(recipe=recipe.name, kind=recipe.kind, bytes=count, label=size(count) + share))
     if not rows:
         return None
-    largest = max(row["bytes"] for row in rows)
+    largest = max(row.bytes for row in rows)
     base = alt.Chart(data(rows)).encode(
-        y=names_axis("recipe:N", [row["recipe"] for row in rows]),
+        y=names_axis("recipe:N", [row.recipe for row in rows]),
         x=alt.X("bytes:Q", scale=alt.Scale(domain=[0, largest * 1.02], nice=False), axis=None),
     )
     wide = alt.datum.bytes > largest * 0.55  # such a bar has its label inside
     inside = {"align": "right", "dx": -6, "color": PAPER, "fontWeight": "bold"}
-    color = alt.Color("kind:N", **palette({"dense": MUTED, "armor": ACCENT, "other": SERIES[-1]}, legend=None))
+    color = alt.Color("kind:N", **palette({"dense": MUTED, "blocks": ACCENT, "pruned": SERIES[-1]}, legend=None))
     chart = alt.layer(
         base.mark_bar(height=18, cornerRadiusEnd=2).encode(color=color),
         base.transform_filter(wide).mark_text(fontSize=12, **inside).encode(text="label:N"),
@@ -58,24 +59,22 @@ def _size(model: ModelResults, name: str) -> Figure | None:
     caption = (
         "All files of each checkpoint, and their share of the dense model's. Embeddings and norms are not compressed."
     )
-    alternative = f"Size of the checkpoints: {listed([(row['recipe'], row['label']) for row in rows])}."
+    alternative = f"Size of the checkpoints: {listed([(row.recipe, row.label) for row in rows])}."
     return Figure(name, "Size on disk", svg_of(chart, name, alternative), caption)
 
 
 def _time(model: ModelResults, name: str) -> Figure | None:
     rows, totals = [], []
-    spent = {row: {"calibrate": record["seconds"]} for row, record in model.calibration_rows().items()}
-    spent |= {recipe.name: recipe.seconds() for recipe in model.recipes}
-    for who, stages in spent.items():
-        known = {stage: seconds for stage, seconds in stages.items() if seconds}
-        rows += [{"recipe": who, "stage": s, "place": STAGES.index(s), "seconds": t} for s, t in known.items()]
+    for who, stages in model.work().items():
+        known = {stage: sum(record.seconds for record in records) for stage, records in stages.items() if records}
+        rows += [Mark(recipe=who, stage=s, place=STAGES.index(s), seconds=seconds) for s, seconds in known.items()]
         if known:
-            totals.append({"recipe": who, "seconds": sum(known.values()), "label": duration(sum(known.values()))})
+            totals.append(Mark(recipe=who, seconds=sum(known.values()), label=duration(sum(known.values()))))
     if not rows:
         return None
-    down = names_axis("recipe:N", [row["recipe"] for row in totals])
-    scale = alt.Scale(domain=[0, max(row["seconds"] for row in totals) * 1.28], nice=False)
-    present = [stage for stage in STAGES if any(row["stage"] == stage for row in rows)]
+    down = names_axis("recipe:N", [row.recipe for row in totals])
+    scale = alt.Scale(domain=[0, max(row.seconds for row in totals) * 1.28], nice=False)
+    present = [stage for stage in STAGES if any(row.stage == stage for row in rows)]
     colors = {stage: STAGE_COLORS[STAGES.index(stage)] for stage in present}
     legend = alt.Legend(title=None, columns=3, symbolType="square", symbolStrokeWidth=0, symbolSize=140)
     bars = alt.Chart(data(rows)).mark_bar(height=18)
@@ -91,11 +90,11 @@ def _time(model: ModelResults, name: str) -> Figure | None:
     ).properties(width=WIDTH, height=alt.Step(ROW))
     caption = (
         "Time spent in each stage, summed over its jobs, whether they ran side by side or not. "
-        "A calibration serves every recipe that uses it."
+        "A calibration serves every recipe that uses it, a benchmark times all recipes in turn."
     )
     if model.task_names():
         caption += " Tasks are part of evaluate."
-    alternative = f"Time by stage; in all: {listed([(row['recipe'], row['label']) for row in totals])}."
+    alternative = f"Time by stage; in all: {listed([(row.recipe, row.label) for row in totals])}."
     return Figure(name, "Time by stage", svg_of(chart, name, alternative), caption)
 
 
@@ -108,7 +107,7 @@ def figures(model: ModelResults, prefix: str) -> list[Figure]:
         drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))
         drawn.append(linears(model, case, f"{prefix}-linears-{index}"))
     drawn.append(loss_by_layer(model, f"{prefix}-layers"))
-    armor = [recipe for recipe in model.compressed if recipe.pair.method == "armor"]
-    drawn += [heat_map(model, recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(armor)]
+    with_blocks = [recipe for recipe in model.compressed if recipe.has_blocks]
+    drawn += [heat_map(recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(with_blocks)]
     drawn += [trace(model, f"{prefix}-trace"), _size(model, f"{prefix}-size"), _time(model, f"{prefix}-time")]
     return [figure for figure in drawn if figure]

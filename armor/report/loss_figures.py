@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from statistics import fmean, quantiles
 
 import altair as alt
@@ -14,6 +15,7 @@ from armor.report.charts import (
     SERIES,
     WIDTH,
     Figure,
+    Mark,
     columns_of,
     data,
     layer_ticks,
@@ -25,8 +27,8 @@ from armor.report.charts import (
     series_places,
     svg_of,
 )
-from armor.report.results import ModelResults, RecipeResults
-from armor.report.tables import number
+from armor.report.numbers import number
+from armor.report.results import ModelResults, Module, RecipeResults
 
 __all__ = ["heat_map", "loss_by_layer", "trace"]
 
@@ -37,16 +39,16 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     for recipe in model.compressed:
         layers: dict[int, list[float]] = {}
         for module in recipe.modules:
-            layers.setdefault(module.layer, []).append(module.loss)
+            layers.setdefault(module.layer, []).append(module.result.loss)
         points = [(layer, mean) for layer, losses in layers.items() if (mean := fmean(losses)) > 0]
-        rows += [{"recipe": recipe.name, "layer": layer, "loss": loss} for layer, loss in points]
+        rows += [Mark(recipe=recipe.name, layer=layer, loss=loss) for layer, loss in points]
         if points:
             means.append((recipe.name, number(fmean(loss for _, loss in points), 3)))
     if not rows:
         return None
     places = {recipe: place for recipe, place in series_places(model.compressed).items() if recipe in dict(means)}
-    low, high = min(row["loss"] for row in rows) * 0.9, max(row["loss"] for row in rows) * 1.1
-    last = max(row["layer"] for row in rows)
+    low, high = min(row.loss for row in rows) * 0.9, max(row.loss for row in rows) * 1.1
+    last = max(row.layer for row in rows)
     legend = alt.Legend(title=None, columns=columns_of(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
     colors = {recipe: SERIES[place] for recipe, place in places.items()}
     dashes = {recipe: DASHES[place] for recipe, place in places.items()}
@@ -71,23 +73,23 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     return Figure(name, "Loss by decoder layer", svg_of(chart, name, alternative), caption)
 
 
-def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | None:
+def heat_map(recipe: RecipeResults, name: str) -> Figure | None:
     """The loss of every linear of one recipe by layer and module; None where no linear has one."""
-    modules = [module for module in recipe.modules if module.loss > 0]
+    modules = [module for module in recipe.modules if module.result.loss > 0]
     if not modules:
         return None
-    names = [n for n in model.module_order() if any(module.name == n for module in modules)]
+    names = list(dict.fromkeys(module.name for module in modules))
     short = {n: n.rpartition(".")[2] for n in names}
     labels = short if len(set(short.values())) == len(names) else {n: n for n in names}
     # A few classes with round borders can be told apart, and their legend can be read.
-    losses = [module.loss for module in modules]
+    losses = [module.result.loss for module in modules]
     steps = round_numbers(min(losses), max(losses), len(HEAT) - 1)
     borders = [f"{step:g}" for step in steps]
     classes = [f"{a} to {b}" for a, b in zip(borders, borders[1:], strict=False)]
     classes = [f"under {borders[0]}", *classes, f"over {borders[-1]}"] if borders else ["all alike"]
     colors = [HEAT[round(place * (len(HEAT) - 1) / max(1, len(steps)))] for place in range(len(classes))]
     rows = [
-        {"layer": m.layer, "module": labels[m.name], "loss": classes[bisect.bisect(steps, m.loss)]} for m in modules
+        Mark(layer=m.layer, module=labels[m.name], loss=classes[bisect.bisect(steps, m.result.loss)]) for m in modules
     ]
     count = max(module.layer for module in modules) + 1
     axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
@@ -104,8 +106,8 @@ def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | 
         )
         .properties(width=width, height=alt.Step(22))
     )
-    best, worst = min(modules, key=lambda m: m.loss), max(modules, key=lambda m: m.loss)
-    ends = [f"{number(m.loss, 2)} (layer {m.layer}, {labels[m.name]})" for m in (best, worst)]
+    best, worst = min(modules, key=lambda m: m.result.loss), max(modules, key=lambda m: m.result.loss)
+    ends = [f"{number(m.result.loss, 2)} (layer {m.layer}, {labels[m.name]})" for m in (best, worst)]
     extremes = f"from {ends[0]} to {ends[1]}"
     caption = (
         f"Every linear of every decoder layer, {extremes}: the darker, the more was lost (the lighter on a dark page)."
@@ -116,23 +118,29 @@ def heat_map(model: ModelResults, recipe: RecipeResults, name: str) -> Figure | 
     return Figure(name, f"Loss by layer and module: {recipe.name}", svg_of(chart, name, alternative), caption)
 
 
+def _steps(recipe: str, modules: Sequence[Module]) -> list[Mark]:
+    """About sixty iterations of a recipe's solver, the first and the last among them."""
+    grid = sorted({point[0] for module in modules for point in module.result.trace})
+    steps = []
+    for iteration in dict.fromkeys(grid[:: max(1, len(grid) // 60)] + grid[-1:]):
+        ratios = []
+        for result in (module.result for module in modules):
+            # The best loss so far is a staircase: its value is that of the last point up to here.
+            place = bisect.bisect(result.trace, iteration, key=lambda point: point[0]) - 1
+            ratios.append(result.trace[max(0, place)][2] / result.start_loss)
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        steps.append(Mark(recipe=recipe, iteration=iteration, low=low, ratio=middle, high=high))
+    return steps
+
+
 def trace(model: ModelResults, name: str) -> Figure | None:
     """The best loss so far over the iterations, a line per recipe; None where no solver left a trace of two linears."""
     rows, ends = [], []
     for recipe in model.compressed:
-        modules = [module for module in recipe.modules if len(module.trace) > 1 and module.start_loss]
-        if len(modules) < 2:
-            continue
-        grid = sorted({point[0] for module in modules for point in module.trace})
-        for iteration in dict.fromkeys(grid[:: max(1, len(grid) // 60)] + grid[-1:]):
-            ratios = []
-            for module in modules:
-                # The best loss so far is a staircase: its value is that of the last point up to here.
-                place = bisect.bisect(module.trace, iteration, key=lambda point: point[0]) - 1
-                ratios.append(module.trace[max(0, place)][2] / module.start_loss)
-            low, middle, high = quantiles(ratios, n=4, method="inclusive")
-            rows.append({"recipe": recipe.name, "iteration": iteration, "low": low, "ratio": middle, "high": high})
-        ends.append((recipe.name, number(rows[-1]["ratio"], 2)))
+        modules = [m for m in recipe.modules if len(m.result.trace) > 1 and m.result.start_loss]
+        if len(modules) > 1:
+            rows += _steps(recipe.name, modules)
+            ends.append((recipe.name, number(rows[-1].ratio, 2)))
     if not rows:
         return None
     places = series_places(model.compressed)
@@ -140,7 +148,7 @@ def trace(model: ModelResults, name: str) -> Figure | None:
     legend = alt.Legend(title=None, columns=columns_of(colors), symbolOpacity=1) if len(colors) > 1 else None
     color = alt.Color("recipe:N", **palette(colors, legend=legend))
     down = log_axis(
-        min(r["low"] for r in rows) * 0.9, max(1.0, *(r["high"] for r in rows)), "share of the start's loss"
+        min(row.low for row in rows) * 0.9, max(1.0, *(row.high for row in rows)), "share of the start's loss"
     )
     base = alt.Chart(data(rows)).encode(
         x=alt.X("iteration:Q", title="iteration", axis=alt.Axis(grid=False, tickCount=5)), color=color
@@ -150,8 +158,8 @@ def trace(model: ModelResults, name: str) -> Figure | None:
         base.mark_line(strokeWidth=2).encode(y=alt.Y("ratio:Q", **down)),
     ).properties(width=WIDTH + 40, height=180)
     caption = (
-        "How far the solver has come: the best loss so far of each linear as a share of its NoWag-P start, which is 1, "
-        "on a log scale. The line is the median over all linears, the band the middle half of them."
+        "How far the solver has come: the best loss so far of each linear as a share of that at its start, on a log "
+        "scale. The line is the median over all linears, the band the middle half of them."
     )
     alternative = (
         f"Best loss as a share of the start's against iterations, median over linears; at the end: {listed(ends)}."

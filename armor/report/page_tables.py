@@ -3,107 +3,158 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+from markupsafe import Markup
+
+from armor.format.records.benchmark import BenchmarkRecord, LinearSpeed, Phases, Runs, Side
+from armor.report.columns import summary_rows, task_columns
+from armor.report.numbers import GAP, duration, number, size
 from armor.report.results import STAGES, ModelResults
-from armor.report.tables import (
-    GAP,
-    best_cells,
-    cells_table,
-    duration,
-    evaluation_cells,
-    higher_is_better,
-    number,
-    score,
-    size,
-    summary_rows,
-)
+from armor.report.table import Table
+from armor.report.tables import by_text, rows_table
 
-__all__ = [
-    "benchmark_table",
-    "bits_table",
-    "evaluation_table",
-    "linear_table",
-    "sample_table",
-    "stage_table",
-    "task_table",
-]
+__all__ = ["PageTable", "page_tables"]
+
+Cells = dict[str, dict[str, str]]
 
 
-def evaluation_table(model: ModelResults, name: str) -> str:
-    """Perplexity, KL and agreement of all recipes on all texts, with standard errors, as an HTML table."""
-    cells, best = evaluation_cells(model)
-    return cells_table(cells, name, best)
+@dataclass(frozen=True)
+class PageTable:
+    """A table as HTML, its heading, and a caption that says what one sees."""
+
+    title: str
+    html: Markup
+    caption: str
 
 
-def task_table(model: ModelResults, name: str) -> str:
-    """The results of all recipes on all tasks, with standard errors, as an HTML table."""
-    none = (None, None)
-    cells = {r.name: {task: score(*r.scores.get(task, none)) for task in model.task_names()} for r in model.recipes}
-    return cells_table(cells, name, best_cells(summary_rows([model]), higher_is_better([model])))
+def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
+    """The tables of one model that its results allow, with ids that begin with `prefix`."""
+    if len(model.evaluation_names()) > 1:
+        caption = "Perplexity and distance to the dense model, with standard errors; the first text is the summary's."
+        yield PageTable("By text", by_text(model).html(f"{prefix}-evaluations"), caption)
+    if model.task_names():
+        rows = summary_rows([model])
+        tasks = task_columns(rows)
+        caption = "By lm-eval, with its standard errors; all recipes answered the same questions."
+        if lower := [task.name for task in tasks if task.higher_is_better is False]:
+            caption += f" Lower is better: {', '.join(lower)}."
+        yield PageTable("Accuracy on tasks", rows_table(rows, tasks).html(f"{prefix}-tasks"), caption)
+    for index, name in enumerate(model.benchmark_names()):
+        yield from _benchmark(model, name, prefix, index)
+    if any((samples := model.samples()).values()):
+        caption = (
+            "Greedy decoding after each prompt; ↵ is the end of a line. A few samples show what was lost and prove "
+            "nothing: that is for perplexity and tasks."
+        )
+        yield PageTable("What they write", Table(_samples(samples)).html(f"{prefix}-samples", "data text"), caption)
+    if any((cells := _bits(model)).values()):
+        caption = "Bits per weight of each linear of a decoder layer, blocks and mask included; ! is more than dense."
+        yield PageTable("Bits per weight by linear", Table(cells).html(f"{prefix}-bits"), caption)
+    caption = (
+        "Time summed over a stage's jobs, and the most memory that one of them held. One benchmark's job times the "
+        "dense model and all recipes."
+    )
+    yield PageTable("Time and memory by stage", Table(_stages(model)).html(f"{prefix}-stages"), caption)
 
 
-def _middle(runs: dict | None) -> str:
+def _benchmark(model: ModelResults, name: str, prefix: str, index: int) -> Iterator[PageTable]:
+    if any(name in recipe.benchmarks for recipe in model.recipes):
+        yield _speeds(model, name, f"{prefix}-benchmark-{index}")
+    if cells := _linears(model, name):
+        caption = (
+            "One row, as in decoding, times each linear's weights: milliseconds for a linear, median (quartiles) of "
+            "rounds in which dense, packed and the packed core without its blocks took turns."
+        )
+        html = Table(cells).html(f"{prefix}-linears-{index}", "data long")
+        yield PageTable(f"Speed by linear: {name}", html, caption)
+
+
+def _middle(runs: Runs | None) -> str:
     """A median, and the quartiles around it."""
-    if not runs:
+    if runs is None:
         return GAP
-    low, high = runs["quartiles"]
-    return f"{number(runs['median'], 3)} ({number(low, 3)} to {number(high, 3)})"
+    low, high = runs.quartiles
+    return f"{number(runs.median, 3)} ({number(low, 3)} to {number(high, 3)})"
 
 
 def _times(factor: float | None) -> str:
     return GAP if factor is None else f"{number(factor, 3)} ×"
 
 
-def _decoding(record: dict, batch: str) -> str:
-    """How many times as fast as dense it decodes, by the `speedup` of a record or of its core."""
-    return _times((record.get("speedup") or {}).get(batch, {}).get("decode", {}).get("median"))
+def _decoding(speedup: Mapping[str, Phases] | None, batch: str) -> str:
+    """How many times as fast as dense it decodes."""
+    phases = speedup.get(batch) if speedup else None
+    return _times(phases and phases.decode.median)
 
 
-def benchmark_table(model: ModelResults, benchmark: str, name: str) -> str:
-    """Memory, time to load and speed by batch of all recipes in one benchmark, as an HTML table."""
-    measured = {recipe.name: recipe.measured(benchmark) or {} for recipe in model.recipes}
-    batches = sorted({batch for own in measured.values() for batch in own.get("tokens_per_second", ())}, key=int)
-    cells = {}
-    for recipe in model.recipes:
-        own, record = measured[recipe.name], recipe.benchmarks.get(benchmark, {})
-        cells[recipe.name] = {
-            "Memory, loaded": size(own.get("resident_bytes")),
-            "At the peak": size(own.get("peak_bytes")),
-            "Time to load": duration(own.get("load_seconds")),
-            "In theory": _times(record.get("theoretical_speedup")),
+def _speeds(model: ModelResults, benchmark: str, name: str) -> PageTable:
+    """Memory, time to load and speed by batch of all recipes in one benchmark."""
+    sides = {recipe.name: recipe.benchmarks.get(benchmark) for recipe in model.recipes}
+    batches = sorted({batch for side in sides.values() if side for batch in side.tokens_per_second}, key=int)
+    cells = {recipe: _side(side, batches) if side else {} for recipe, side in sides.items()}
+    caption = (
+        "Memory that the loaded model holds by itself, and at the peak while it loads, reads and writes. Tokens per "
+        "second, of all sequences of a batch together, of reading the prompt (prefill) and of greedy decoding: median "
+        "(quartiles). Beside dense: how many times as fast as the dense model decodes, in the same process, in turn. "
+        "Without blocks: the same for the packed core alone, which is no model, so that the difference is what the "
+        "blocks cost. In theory: how many times fewer bytes of weights it reads for a token; more is reached where the "
+        "dense model's kernels are further from the memory's speed."
+    )
+    caption += _turns(model.benchmarks.get(benchmark))
+    return PageTable(f"Memory and speed: {benchmark}", Table(cells).html(name), caption)
+
+
+def _turns(record: BenchmarkRecord | None) -> str:
+    """Which recipes took turns, where these were not all of them."""
+    if record is None or len(record.turns) < 2:
+        return ""
+    groups = "; ".join(", ".join(group) for group in record.turns)
+    return f" Not all recipes fit together: those that took turns with the dense model are {groups}."
+
+
+def _side(side: Side, batches: list[str]) -> dict[str, str]:
+    cells = {
+        "Memory, loaded": size(side.resident_bytes),
+        "At the peak": size(side.peak_bytes),
+        "Time to load": duration(side.load_seconds),
+        "In theory": _times(side.theoretical_speedup),
+    }
+    for batch in batches:
+        phases = side.tokens_per_second.get(batch)
+        cells |= {
+            f"Prefill, batch {batch}": _middle(phases and phases.prefill),
+            f"Decode, batch {batch}": _middle(phases and phases.decode),
+            f"Beside dense, {batch}": _decoding(side.speedup, batch),
+            f"Without blocks, {batch}": _decoding(side.core and side.core.speedup, batch),
         }
-        for batch in batches:
-            speeds = own.get("tokens_per_second", {}).get(batch, {})
-            cells[recipe.name] |= {
-                f"Prefill, batch {batch}": _middle(speeds.get("prefill")),
-                f"Decode, batch {batch}": _middle(speeds.get("decode")),
-                f"Beside dense, {batch}": _decoding(record, batch),
-                f"Without blocks, {batch}": _decoding(record.get("core") or {}, batch),
-            }
-    return cells_table(cells, name)
+    return cells
 
 
-def linear_table(model: ModelResults, benchmark: str, name: str) -> str:
-    """Milliseconds of one row through a linear of each shape, dense, packed and without its blocks, as an HTML table.
+def _linears(model: ModelResults, benchmark: str) -> Cells:
+    """Milliseconds of one row through a linear of each shape, dense, packed and without its blocks."""
+    return {
+        f"{recipe.name}, {_shape(shape)}": {
+            "Linears": str(shape.count),
+            "Dense, ms": _middle(shape.dense_milliseconds),
+            "Packed, ms": _middle(shape.milliseconds),
+            "Without blocks, ms": _middle(shape.core_milliseconds),
+            "Speed-up": _times(shape.speedup.median),
+            "In theory": _times(shape.theoretical_speedup),
+        }
+        for recipe in model.compressed
+        if (side := recipe.benchmarks.get(benchmark))
+        for shape in side.linears
+    }
 
-    Empty where nothing is packed.
-    """
-    cells = {}
-    for recipe in model.compressed:
-        for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ()):
-            what = [recipe.name, f"{shape['out_features']}\u00a0×\u00a0{shape['in_features']}", shape["pattern"]]
-            left, right = (shape[f"{side}_block_size"] for side in ("left", "right"))
-            if left or right:
-                what.append(f"blocks\u00a0{left}" if left == right else f"blocks {left or GAP} and {right or GAP}")
-            cells[", ".join(what)] = {
-                "Linears": str(shape["count"]),
-                "Dense, ms": _middle(shape["dense_milliseconds"]),
-                "Packed, ms": _middle(shape["milliseconds"]),
-                "Without blocks, ms": _middle(shape.get("core_milliseconds")),
-                "Speed-up": _times(shape["speedup"]["median"]),
-                "In theory": _times(shape["theoretical_speedup"]),
-            }
-    return cells_table(cells, name, classes="data long") if cells else ""
+
+def _shape(shape: LinearSpeed) -> str:
+    left, right = shape.left_block_size, shape.right_block_size
+    what = f"{shape.out_features}\u00a0×\u00a0{shape.in_features}, {shape.pattern}"
+    if not (left or right):
+        return what
+    return f"{what}, blocks\u00a0{left}" if left == right else f"{what}, blocks {left or GAP} and {right or GAP}"
 
 
 def _visible(text: str) -> str:
@@ -111,37 +162,30 @@ def _visible(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", re.sub(r"\s*\n\s*", " ↵ ", text)).strip()
 
 
-def sample_table(samples: dict[str, dict[str, str]], name: str) -> str:
-    """What each recipe writes after each prompt, `samples` by recipe and prompt, as an HTML table."""
-    prompts = dict.fromkeys(prompt for own in samples.values() for prompt in own)
-    cells = {
-        recipe: {f"{_visible(prompt)} …": _visible(own[prompt]) if prompt in own else GAP for prompt in prompts}
+def _samples(samples: dict[str, dict[str, str]]) -> Cells:
+    """What each recipe writes after each prompt, `samples` by recipe and prompt."""
+    return {
+        recipe: {f"{_visible(prompt)} …": _visible(text) for prompt, text in own.items()}
         for recipe, own in samples.items()
     }
-    return cells_table(cells, name, classes="data text")
 
 
-def bits_table(model: ModelResults, name: str) -> str:
-    """Bits per weight of all recipes on each linear of a decoder layer, as an HTML table; ! where dense takes less."""
+def _bits(model: ModelResults) -> Cells:
+    """Bits per weight of all recipes on each linear of a decoder layer; ! where dense takes less."""
     cells = {}
     for recipe in model.compressed:
-        bits = model.module_bits(recipe)
-        larger = model.larger_than_dense(recipe)
-        cells[recipe.name] = {linear: f"{bits[linear]:.2f}" + "!" * (linear in larger) for linear in bits}
-    return cells_table(cells, name)
+        larger = recipe.larger_than_dense()
+        cells[recipe.name] = {name: f"{bits:.2f}" + "!" * (name in larger) for name, bits in recipe.bits().items()}
+    return cells
 
 
-def stage_table(model: ModelResults, name: str) -> str:
-    """Seconds and peak memory of every stage of a model's recipes, as an HTML table."""
-
-    def cell(seconds: float | None, memory: int | None) -> str:
-        return duration(seconds) + (f", {size(memory)}" if memory else "")
-
-    cells = {
-        row: {"calibrate": cell(record["seconds"], record["peak_memory_bytes"])}
-        for row, record in model.calibration_rows().items()
-    }
-    for recipe in model.recipes:
-        memory = recipe.peak_memory()
-        cells[recipe.name] = {stage: cell(seconds, memory[stage]) for stage, seconds in recipe.seconds().items()}
-    return cells_table({row: {s.capitalize(): own.get(s, "") for s in STAGES} for row, own in cells.items()}, name)
+def _stages(model: ModelResults) -> Cells:
+    """Seconds and peak memory of every stage of a model's recipes."""
+    cells: Cells = {}
+    for row, stages in model.work().items():
+        cells[row] = {stage.capitalize(): "" for stage in STAGES}
+        for stage, records in stages.items():
+            seconds = sum(record.seconds for record in records) if records else None
+            memory = max((record.peak_memory_bytes for record in records), default=0)
+            cells[row][stage.capitalize()] = duration(seconds) + (f", {size(memory)}" if memory else "")
+    return cells

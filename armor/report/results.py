@@ -6,224 +6,220 @@ Nothing is estimated, and a sum over decoder layers of which some are missing is
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from armor.config.report import ReportPair
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
+from armor.format.records.base import Made
+from armor.format.records.benchmark import BenchmarkRecord, Side
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
+from armor.methods import METHODS, Method
+from armor.model.cost import dtype_bits
 
-__all__ = [
-    "COLUMNS",
-    "STAGES",
-    "Module",
-    "ModelResults",
-    "RecipeResults",
-    "bits_of",
-    "decode_speed",
-]
+__all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
-COLUMNS = (
-    "model",
-    "recipe",
-    "method",
-    "pattern",
-    "block_size",
-    "perplexity",
-    "perplexity_se",
-    "relative_loss",
-    "bits_per_weight",
-    "checkpoint_bytes",
-    "factorize_seconds",
-    "decode_tokens_per_second",
-    "kl",
-    "kl_se",
-    "top1_agreement",
-    "top1_agreement_se",
-)
 STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+DENSE = "dense"
+"""What a benchmark's samples call the dense model, whatever its recipe is called."""
+Work = dict[str, list[Made]]
+"""The records of jobs by stage."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """One compressed linear: its decoder layer, its name within it, and the losses relative to a zero matrix."""
+    """One linear under a recipe: its decoder layer's number, its name within it, its shape, and what became of it."""
 
     layer: int
     name: str
-    loss: float
-    start_loss: float | None
-    block_size: dict[str, int] | None
-    pattern: str | None
-    trace: list[tuple[int, float, float]]
+    linear: Linear
+    result: LinearRecord
+
+    @property
+    def blocks(self) -> BlockSizes:
+        return self.result.block_size or BlockSizes()
+
+    @property
+    def dense_bits(self) -> int:
+        """Bits per weight as it was."""
+        return dtype_bits(self.linear.dtype)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, from the format; a linear that stays dense counts with its own dtype."""
+        if self.result.pattern is None:
+            return self.dense_bits
+        shape, pattern = (self.linear.out_features, self.linear.in_features), Pattern.parse(self.result.pattern)
+        return PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right).bits_per_weight(self.dense_bits)
 
 
 @dataclass(frozen=True)
 class RecipeResults:
-    """All that is known of one model under one recipe."""
+    """All that is known of one model under one recipe; results are by the names of evaluations and benchmarks."""
 
     pair: ReportPair
-    evaluations: dict[str, dict]
-    tasks: dict[str, dict]
+    topology: Topology | None
+    source: SourceRecord | None
+    layers: list[LayerRecord]
+    """In order, without those that are missing."""
+    checkpoint: CheckpointRecord | None
+    evaluations: dict[str, EvaluationRecord]
+    tasks: dict[str, TasksRecord]
     """Evaluations on tasks, as `evaluations` are those on texts."""
-    benchmarks: dict[str, dict]
-    checkpoint: dict | None
-    layers: list[dict]
-    complete: bool
-    """Whether every decoder layer's record is there."""
-    source: dict | None
+    benchmarks: dict[str, Side]
+    """This recipe's own side of each."""
 
     @property
     def name(self) -> str:
         return self.pair.recipe
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.pair.method]
+
+    @property
     def dense(self) -> bool:
-        return self.pair.method == "dense"
+        return self.method.function is None
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether its method puts blocks around a core."""
+        return "block_size" in self.method.settings
 
     @property
     def kind(self) -> str:
-        """ "dense", "armor" or "other"; figures colour by it."""
-        return self.pair.method if self.pair.method in ("dense", "armor") else "other"
+        """ "dense", "blocks" or "pruned"; figures colour by it."""
+        return "dense" if self.dense else "blocks" if self.has_blocks else "pruned"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every decoder layer's record is there."""
+        return self.topology is not None and 0 < len(self.layers) == len(self.topology.layers)
 
     @property
     def modules(self) -> list[Module]:
-        """The linears of all layers, in order of layer and name."""
-        found = []
-        for record in self.layers:
-            for name, module in record["modules"].items():
-                short = re.sub(rf"^.*?\b{record['layer']}\.", "", name)
-                loss, start, trace = module["loss"], module.get("start_loss"), module.get("trace") or []
-                blocks, pattern = module.get("block_size"), module.get("pattern")
-                found.append(Module(record["layer"], short, loss, start, blocks, pattern, trace))
-        return found
+        """The linears of all layers that have a result, in the model's order."""
+        known = {layer.index: layer for layer in self.topology.layers} if self.topology else {}
+        return [
+            Module(record.layer, linear.name.removeprefix(f"{layer.prefix}."), linear, record.modules[linear.name])
+            for record in self.layers
+            if (layer := known.get(record.layer))
+            for linear in layer.linears
+            if linear.name in record.modules
+        ]
 
     @property
     def used_block_sizes(self) -> list[int]:
         """The block sizes of its linears, each once; the size asked for need not divide their dimensions."""
-        return sorted({d for module in self.modules for d in (module.block_size or {}).values() if d})
+        return sorted({d for module in self.modules for d in (module.blocks.left, module.blocks.right) if d})
 
     @property
     def block_size(self) -> int | str | None:
         """The one block size that all its linears have, or "32 to 48"; before any is made, what was asked for."""
-        if self.pair.method != "armor":
+        if not self.has_blocks:
             return None
         used = self.used_block_sizes or [self.pair.block_size]
         return used[0] if len(used) == 1 else f"{used[0]} to {used[-1]}"
 
-    def measured(self, benchmark: str | None = None) -> dict | None:
-        """This recipe's own side of a benchmark, the first one if none is named."""
-        case = self.benchmarks.get(benchmark or next(iter(self.pair.benchmarks), ""))
-        return case and case["dense" if self.dense else "compressed"]
+    @property
+    def relative_loss(self) -> float | None:
+        """The mean over all linears of all layers; None where a layer is missing."""
+        losses = [module.result.loss for module in self.modules] if self.complete else []
+        return fmean(losses) if losses else None
 
     @property
-    def decode_speedup(self) -> float | None:
-        """How many times as fast as dense it decodes one sequence, the median; of the first benchmark."""
-        speedup = self.benchmarks.get(next(iter(self.pair.benchmarks), ""), {}).get("speedup") or {}
-        return speedup["1"]["decode"]["median"] if "1" in speedup else None
+    def factorize_seconds(self) -> float | None:
+        """Summed over all layers; None where one is missing."""
+        return sum(record.seconds for record in self.layers) if self.complete else None
 
     @property
-    def perplexity(self) -> tuple[float, float | None] | None:
-        """The first evaluation: value and standard error."""
-        first = self.evaluations.get(next(iter(self.pair.evaluations), ""))
-        return first and (first["value"], first["standard_error"])
+    def bits_per_weight(self) -> float | None:
+        """In the decoder's linears."""
+        if self.dense:
+            return float(dtype_bits(self.source.dtype)) if self.source else None
+        return self.checkpoint.bits_per_weight if self.checkpoint else None
 
     @property
-    def against_dense(self) -> dict[str, tuple[float, float | None]]:
-        """The comparison to the dense model in the first evaluation: `kl` and `top1`, value and standard error."""
-        found = self.evaluations.get(next(iter(self.pair.evaluations), ""), {}).get("against_dense") or {}
-        return {key: (found[key]["value"], found[key]["standard_error"]) for key in found}
+    def checkpoint_bytes(self) -> int | None:
+        """The files of the checkpoint, or of the dense model."""
+        if self.dense:
+            return sum(file.bytes for file in self.source.files.values()) if self.source else None
+        return self.checkpoint.checkpoint_bytes if self.checkpoint else None
 
     @property
-    def task_results(self) -> dict[str, dict]:
-        """What there is of every task that was asked for; nothing of a gap.
+    def evaluation(self) -> EvaluationRecord | None:
+        """The first evaluation on a text: the summary's."""
+        return self.evaluations.get(next(iter(self.pair.evaluations), ""))
+
+    @property
+    def kl(self) -> Mean | None:
+        """The divergence from the dense model in the first evaluation."""
+        found = self.evaluation and self.evaluation.against_dense
+        return found.kl if found else None
+
+    @property
+    def top1(self) -> Mean | None:
+        """The agreement with the dense model in the first evaluation."""
+        found = self.evaluation and self.evaluation.against_dense
+        return found.top1 if found else None
+
+    @property
+    def benchmark(self) -> Side | None:
+        """Its side of the first benchmark: the summary's."""
+        return self.benchmarks.get(next(iter(self.pair.benchmarks), ""))
+
+    def on(self, evaluation: str) -> RecipeResults:
+        """The same with `evaluation` as the first."""
+        return replace(self, pair=self.pair.model_copy(update={"evaluations": [evaluation]}))
+
+    @property
+    def task_results(self) -> dict[str, TaskResult | None]:
+        """The result of every task that was asked for, None for a gap.
 
         Of two evaluations on the same task, the second one's name precedes it.
         """
-        found: dict[str, dict] = {}
+        found: dict[str, TaskResult | None] = {}
         for evaluation, names in self.pair.tasks.items():
-            results = self.tasks.get(evaluation, {}).get("tasks", {})
+            record = self.tasks.get(evaluation)
             for name in names:
-                found[f"{evaluation}.{name}" if name in found else name] = results.get(name, {})
+                found[f"{evaluation}.{name}" if name in found else name] = record.tasks.get(name) if record else None
         return found
 
-    @property
-    def scores(self) -> dict[str, tuple[float | None, float | None]]:
-        """Every task that was asked for: value and standard error, None for a gap."""
-        return {task: (r.get("value"), r.get("standard_error")) for task, r in self.task_results.items()}
+    def bits(self) -> dict[str, float]:
+        """Bits per weight of each linear of a layer; the mean over layers."""
+        found: dict[str, list[float]] = {}
+        for module in self.modules:
+            found.setdefault(module.name, []).append(module.bits)
+        return {name: fmean(bits) for name, bits in found.items()}
 
-    def records(self, stage: str) -> list[dict]:
-        """The records of one of STAGES that are there."""
+    def larger_than_dense(self) -> list[str]:
+        """The linears that take more than their dense weight would, because of their blocks."""
+        dense = {module.name: module.dense_bits for module in self.modules}
+        return [name for name, bits in self.bits().items() if bits > dense[name]]
+
+    def records(self) -> Work:
+        """The records of its own jobs that are there."""
         return {
-            "factorize": self.layers,
+            "factorize": [*self.layers],
             "assemble": [self.checkpoint] if self.checkpoint else [],
             "evaluate": [*self.evaluations.values(), *self.tasks.values()],
-            "benchmark": list(self.benchmarks.values()),
-        }[stage]
-
-    def _stages(self) -> dict[str, list[dict]]:
-        """The records of each stage that this recipe needs; none where one of them is missing."""
-        stages = {stage: self.records(stage) for stage in STAGES if stage != "calibrate"}
-        if self.dense:
-            stages = {stage: stages[stage] for stage in ("evaluate", "benchmark")}
-        whole = {
-            "factorize": self.complete,
-            "assemble": self.checkpoint is not None,
-            "evaluate": len(stages["evaluate"]) == len(self.pair.evaluations) + len(self.pair.tasks),
-            "benchmark": len(stages["benchmark"]) == len(self.pair.benchmarks),
-        }
-        return {stage: records if whole[stage] else [] for stage, records in stages.items()}
-
-    def seconds(self) -> dict[str, float | None]:
-        """The time that each stage took for this recipe alone, in seconds; None where a record is missing."""
-        stages = self._stages().items()
-        return {stage: sum(r["seconds"] for r in records) if records else None for stage, records in stages}
-
-    def peak_memory(self) -> dict[str, int | None]:
-        """The most memory that a job of each stage held, in bytes; None where a record is missing."""
-        return {
-            stage: max((r["peak_memory_bytes"] for r in records), default=None)
-            for stage, records in self._stages().items()
         }
 
-    def row(self) -> dict:
-        """The recipe's row of the summary; None is a gap."""
-        gap = (None, None)
-        value, error = self.perplexity or gap
-        divergence, divergence_error = self.against_dense.get("kl", gap)
-        agreement, agreement_error = self.against_dense.get("top1", gap)
-        bits, size = None, None
-        if not self.dense and self.checkpoint:
-            bits, size = self.checkpoint["bits_per_weight"], self.checkpoint["checkpoint_bytes"]
-        elif self.dense and self.source:
-            bits = float(bits_of(self.source["dtype"]))
-            size = sum(file["bytes"] for file in self.source["files"].values())
-        losses = [module.loss for module in self.modules] if self.complete else []
-        measured = self.measured()
-        return {
-            "model": self.pair.model,
-            "recipe": self.pair.recipe,
-            "method": self.pair.method,
-            "pattern": None if self.dense else self.pair.pattern,
-            "block_size": self.block_size,
-            "perplexity": value,
-            "perplexity_se": error,
-            "relative_loss": fmean(losses) if losses else None,
-            "bits_per_weight": bits,
-            "checkpoint_bytes": size,
-            "factorize_seconds": None if self.dense else self.seconds()["factorize"],
-            "decode_tokens_per_second": measured and decode_speed(measured),
-            "kl": divergence,
-            "kl_se": divergence_error,
-            "top1_agreement": agreement,
-            "top1_agreement_se": agreement_error,
-            **{
-                f"{task}{end}": value
-                for task, pair in self.scores.items()
-                for end, value in zip(("", "_se"), pair, strict=True)
-            },
-        }
+    def work(self) -> Work:
+        """The records of the stages that this recipe needs; none of a stage where one of them is missing."""
+        asked = len(self.pair.evaluations) + len(self.pair.tasks)
+        found, whole = self.records(), {"evaluate": len(self.evaluations) + len(self.tasks) == asked}
+        if not self.dense:
+            whole = {"factorize": self.complete, "assemble": self.checkpoint is not None} | whole
+        return {stage: found[stage] if whole[stage] else [] for stage in whole}
 
 
 @dataclass(frozen=True)
@@ -231,8 +227,8 @@ class ModelResults:
     """A model with all its recipes, in the order of the plan."""
 
     name: str
-    topology: Topology | None
-    calibrations: dict[str, dict]
+    calibrations: dict[str, CalibrationRecord]
+    benchmarks: dict[str, BenchmarkRecord]
     recipes: list[RecipeResults]
 
     @property
@@ -243,64 +239,41 @@ class ModelResults:
     def compressed(self) -> list[RecipeResults]:
         return [recipe for recipe in self.recipes if not recipe.dense]
 
-    def best(self, *, armor: bool) -> RecipeResults | None:
-        """The ARMOR recipe, or the recipe of another compressing method, with the lowest perplexity."""
-        known = [r for r in self.compressed if r.perplexity and (r.pair.method == "armor") == armor]
-        return min(known, key=lambda recipe: recipe.perplexity[0], default=None)
+    def best(self, *, blocks: bool) -> RecipeResults | None:
+        """The recipe with the lowest perplexity, of those whose method has blocks, or of the others that compress."""
+        known = [(r.evaluation.value, r) for r in self.compressed if r.evaluation and r.has_blocks is blocks]
+        return min(known, key=lambda pair: pair[0], default=(None, None))[1]
 
-    def records(self, stage: str) -> list[dict]:
-        """All records of one of STAGES, whatever else is missing."""
-        if stage == "calibrate":
-            return list(self.calibrations.values())
-        return [record for recipe in self.recipes for record in recipe.records(stage)]
+    def work(self) -> dict[str, Work]:
+        """The work by whom it was done for: a calibration, a recipe, or a benchmark of all recipes."""
 
-    def calibration_rows(self) -> dict[str, dict]:
-        """The calibrations' records, by what a row about them is called."""
-        single = len(self.calibrations) == 1
-        return {"calibration" if single else f"text {name}": record for name, record in self.calibrations.items()}
+        def shared(stage: str, records: dict[str, Any], one: str, several: str) -> dict[str, Work]:
+            return {(one if len(records) == 1 else f"{several} {n}"): {stage: [r]} for n, r in records.items()}
 
-    def module_order(self) -> list[str]:
-        """The names of the linears within a layer, in the model's own order where model.json is there."""
-        if self.topology:
-            return list(self._linears())
-        return list(dict.fromkeys(module.name for recipe in self.compressed for module in recipe.modules))
+        return (
+            shared("calibrate", self.calibrations, "calibration", "text")
+            | {recipe.name: recipe.work() for recipe in self.recipes}
+            | shared("benchmark", self.benchmarks, "benchmark", "speed")
+        )
 
-    def _linears(self) -> dict[str, Linear]:
-        """One linear of each name within a decoder layer."""
-        layers = self.topology.layers if self.topology else ()
-        return {linear.name.removeprefix(f"{layer.prefix}."): linear for layer in layers for linear in layer.linears}
-
-    def module_bits(self, recipe: RecipeResults) -> dict[str, float]:
-        """Bits per weight that `recipe` takes on each linear of a layer, from the format; the mean over layers.
-
-        A linear that stays dense counts with its own dtype. Empty where model.json is not there.
-        """
-        done = {(module.layer, module.name): module for module in recipe.modules}
-        found: dict[str, list[float]] = {}
-        for layer in self.topology.layers if self.topology else ():
-            for linear in layer.linears:
-                name = linear.name.removeprefix(f"{layer.prefix}.")
-                if module := done.get((layer.index, name)):
-                    found.setdefault(name, []).append(_bits(linear, module))
-        return {name: fmean(bits) for name, bits in found.items()}
-
-    def larger_than_dense(self, recipe: RecipeResults) -> list[str]:
-        """The linears that take more than their dense weight would, because of their blocks."""
-        dense = {n: bits_of(linear.dtype) for n, linear in self._linears().items()}
-        return [name for name, bits in self.module_bits(recipe).items() if bits > dense[name]]
+    def records(self) -> Iterator[tuple[str, Made]]:
+        """All records with their stages, whatever else is missing."""
+        yield from (("calibrate", record) for record in self.calibrations.values())
+        for recipe in self.recipes:
+            yield from ((stage, record) for stage, records in recipe.records().items() for record in records)
+        yield from (("benchmark", record) for record in self.benchmarks.values())
 
     def samples(self) -> dict[str, dict[str, str]]:
         """What the dense model and the compressed ones write, by recipe and prompt; the first benchmark's that has it.
 
-        A dense model that is no recipe was benchmarked beside a compressed one all the same.
+        The dense model was benchmarked even where it is no recipe.
         """
-        dense = self.dense.name if self.dense else "dense"
-        found: dict[str, dict[str, str]] = {dense: {}} | {recipe.name: {} for recipe in self.compressed}
-        for recipe in self.recipes:
-            for sample in (sample for record in recipe.benchmarks.values() for sample in record.get("samples", ())):
-                for name, side in ((dense, "dense"), (recipe.name, "compressed")):
-                    if side in sample:
-                        found[name].setdefault(sample["prompt"], sample[side])
+        dense = self.dense.name if self.dense else DENSE
+        rows = {DENSE: dense} | {recipe.name: recipe.name for recipe in self.compressed}
+        found: dict[str, dict[str, str]] = {name: {} for name in rows.values()}
+        for sample in (sample for record in self.benchmarks.values() for sample in record.samples):
+            for name in rows.keys() & sample.texts.keys():
+                found[rows[name]].setdefault(sample.prompt, sample.texts[name])
         return found
 
     def evaluation_names(self) -> list[str]:
@@ -309,28 +282,13 @@ class ModelResults:
 
     def task_names(self) -> list[str]:
         """The tasks that were asked for, in order."""
-        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.scores))
+        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.task_results))
 
     def benchmark_names(self) -> list[str]:
         """The benchmarks that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
 
 
-def decode_speed(side: dict) -> float:
+def decode_speed(side: Side) -> float:
     """Tokens per second, the median, that one side of a benchmark writes at its smallest batch size."""
-    speeds = side["tokens_per_second"]
-    return speeds[min(speeds, key=int)]["decode"]["median"]
-
-
-def bits_of(dtype: str) -> int:
-    """The bits of a dtype by its name: bfloat16 has 16."""
-    return int(re.sub(r"\D+(\d+).*", r"\1", dtype))
-
-
-def _bits(linear: Linear, module: Module) -> float:
-    bits, blocks = bits_of(linear.dtype), module.block_size or {}
-    if module.pattern is None:  # it stays dense
-        return bits
-    sides = (blocks.get("left"), blocks.get("right"))
-    layout = PackedLinear(linear.out_features, linear.in_features, Pattern.parse(module.pattern), *sides)
-    return layout.bits_per_weight(bits)
+    return side.tokens_per_second[min(side.tokens_per_second, key=int)].decode.median

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import altair as alt
 
+from armor.format.records.benchmark import Runs
 from armor.report.charts import (
     INK,
     SERIES,
     WIDTH,
     Figure,
+    Mark,
     columns_of,
     data,
     linear_axis,
@@ -23,8 +25,8 @@ from armor.report.charts import (
     series_places,
     svg_of,
 )
+from armor.report.numbers import number
 from armor.report.results import ModelResults
-from armor.report.tables import number
 
 __all__ = ["decoding", "linears"]
 
@@ -34,23 +36,23 @@ CAPTION = (
 )
 
 
-def _ratios(model: ModelResults, points: list[dict]) -> alt.LayerChart:
+def _ratios(model: ModelResults, points: list[Mark]) -> alt.TopLevelMixin:
     """A row for each `what` of the points, in it a dot and a bar for each recipe, and a dashed line at 1."""
-    present = {point["recipe"] for point in points}
+    present = {point.recipe for point in points}
     colors = {name: SERIES[place] for name, place in series_places(model.compressed).items() if name in present}
     across = linear_axis(
-        min(1.0, *(point["low"] for point in points)),
-        max(1.0, *(point["high"] for point in points)),
+        min(1.0, *(point.low for point in points)),
+        max(1.0, *(point.high for point in points)),
         "times as fast as dense",
     )
     legend = alt.Legend(title=None, columns=columns_of(colors), symbolType="circle", symbolOpacity=1, labelLimit=130)
-    down = names_axis("what:N", list(dict.fromkeys(point["what"] for point in points)))
+    down = names_axis("what:N", list(dict.fromkeys(point.what for point in points)))
     base = alt.Chart(data(points)).encode(
         y=down,
         yOffset=alt.YOffset("recipe:N", sort=list(colors), scale=alt.Scale(domain=list(colors), paddingOuter=0.7)),
         color=alt.Color("recipe:N", **palette(colors, legend=legend)),
     )
-    line = alt.Chart(data([{"value": 1}])).mark_rule(color=INK, strokeDash=[3, 3])
+    line = alt.Chart(data([Mark(value=1)])).mark_rule(color=INK, strokeDash=[3, 3])
     return alt.layer(
         line.encode(x=alt.X("value:Q", **across)),
         base.mark_rule(strokeWidth=7, opacity=0.3).encode(x=alt.X("low:Q", **across), x2="high:Q"),
@@ -58,28 +60,29 @@ def _ratios(model: ModelResults, points: list[dict]) -> alt.LayerChart:
     ).properties(width=WIDTH, height=alt.Step(11))
 
 
-def _point(recipe: str, what: str, speedup: dict) -> dict:
-    low, high = speedup["quartiles"]
-    return {"recipe": recipe, "what": what, "value": speedup["median"], "low": low, "high": high}
+def _point(recipe: str, what: str, speedup: Runs) -> Mark:
+    low, high = speedup.quartiles
+    return Mark(recipe=recipe, what=what, value=speedup.median, low=low, high=high)
 
 
-def _told(points: list[dict]) -> str:
+def _told(points: list[Mark]) -> str:
     """The numbers, recipe by recipe."""
-    recipes = dict.fromkeys(point["recipe"] for point in points)
-    own = {r: [(p["what"], f"{number(p['value'], 3)}×") for p in points if p["recipe"] == r] for r in recipes}
+    recipes = dict.fromkeys(point.recipe for point in points)
+    own = {name: [(p.what, f"{number(p.value, 3)}×") for p in points if p.recipe == name] for name in recipes}
     return "; ".join(f"{recipe}: {listed(pairs)}" for recipe, pairs in own.items())
 
 
 def decoding(model: ModelResults, benchmark: str, name: str) -> Figure | None:
     """How many times as fast as dense each recipe decodes, by batch size; None where no recipe was measured."""
     points = [
-        _point(recipe.name, f"batch {batch}", measured["decode"])
+        _point(recipe.name, f"batch {batch}", phases.decode)
         for recipe in model.compressed
-        for batch, measured in (recipe.benchmarks.get(benchmark, {}).get("speedup") or {}).items()
+        if (side := recipe.benchmarks.get(benchmark)) and side.speedup
+        for batch, phases in side.speedup.items()
     ]
     if not points:
         return None
-    points.sort(key=lambda point: int(point["what"].removeprefix("batch ")))
+    points.sort(key=lambda point: int(point.what.removeprefix("batch ")))
     caption = "Greedy decoding of the whole model, by batch size and" + CAPTION
     alternative = f"How many times as fast as dense the model decodes, by batch size: {_told(points)}."
     svg = svg_of(_ratios(model, points), name, alternative)
@@ -89,9 +92,10 @@ def decoding(model: ModelResults, benchmark: str, name: str) -> Figure | None:
 def linears(model: ModelResults, benchmark: str, name: str) -> Figure | None:
     """How many times as fast as dense the packed linears of each shape are; None where none was measured."""
     points = [
-        _point(recipe.name, f"{shape['out_features']} × {shape['in_features']}", shape["speedup"])
+        _point(recipe.name, f"{shape.out_features} × {shape.in_features}", shape.speedup)
         for recipe in model.compressed
-        for shape in recipe.benchmarks.get(benchmark, {}).get("linears", ())
+        if (side := recipe.benchmarks.get(benchmark))
+        for shape in side.linears
     ]
     if not points:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
@@ -184,10 +184,12 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
-        before: list[str] = []
+        earlier = [other.record for name, other in self._before(job) if name == "before" and other.record.is_file()]
+        if earlier:
+            yield "before", combined(LayerRecord.read(file).sha256 for file in earlier)
         for name, other in self._before(job):
             file = other.record
-            if not file.is_file():
+            if not file.is_file() or name == "before":
                 continue
             if job.stage == "report":
                 if other.stage not in FACTORS:  # a checkpoint stands for its layers
@@ -196,25 +198,24 @@ class Reruns:
                 yield "dense" if job.stage == "benchmark" else "model", SourceRecord.read(file).fingerprint
             elif other.stage == "assemble":
                 yield name, model_fingerprint(file)
-            elif other.stage == "calibrate":
-                known = CalibrationRecord.read(file)
-                if job.stage in BY_LAYER:
-                    statistics = known.files.get(f"layer_{job.names[2]}.safetensors")
-                    yield "statistics", statistics and statistics.sha256
-                else:
-                    yield "statistics", known.statistics_fingerprint
-            elif other.stage == "states":
-                yield "states", StatesRecord.read(file).text_fingerprint
-            elif other.stage in BY_LAYER and name == "before":
-                before.append(LayerRecord.read(file).sha256)
-            elif other.stage in BY_LAYER:
-                yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
-            elif other.stage == "tune":
-                layers = enumerate(TuneRecord.read(file).layers)
-                own = job.names[2:] if job.stage in BY_LAYER else None
-                yield from ((f"layer {k}", found) for k, found in layers if not own or str(k) in own)
-        if before:
-            yield "before", combined(before)
+            else:
+                yield from _of_layers(job, other)
+
+
+def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
+    """The fingerprints of what `job` reads from a stage between inspect and assemble."""
+    file, own = other.record, job.names[2:] if job.stage in BY_LAYER else ()
+    if other.stage == "calibrate":
+        known = CalibrationRecord.read(file)
+        of_layer = known.files.get(f"layer_{own[0]}.safetensors") if own else None
+        yield "statistics", of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
+    elif other.stage == "states":
+        yield "states", StatesRecord.read(file).text_fingerprint
+    elif other.stage in BY_LAYER:
+        yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+    elif other.stage == "tune":
+        layers = enumerate(TuneRecord.read(file).layers)
+        yield from ((f"layer {index}", found) for index, found in layers if not own or str(index) in own)
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:

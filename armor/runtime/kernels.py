@@ -87,7 +87,7 @@ def core(
         inside = (local < size)[:, None] & (j < per_row)[None, :]
         byte = tl.load(bits + o.to(tl.int64)[:, None] * per_row + j[None, :], mask=inside, other=0)
         entry = tl.load(places + byte.to(tl.int32))
-        for r in tl.static_range(KEPT):
+        for r in tl.static_range(KEPT):  # pyright: ignore[reportGeneralTypeIssues]  Triton's own loop
             k = j * KEPT + r
             column = j[None, :] * 8 + ((entry >> 3 * r) & 7)
             there = inside & (k < kept)[None, :] & (column < columns)

@@ -21,46 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
-from armor.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda
+from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["ArmorLinear", "NoWeight", "NoWeightError"]
-
-
-class NoWeightError(ArmorError, AttributeError):
-    """Both, so that hasattr and getattr with a default may ask a weight that is not there for anything.
-
-    `module` is the name of the linear, if the weight was given one.
-    """
-
-    module = ""
-
-
-class NoWeight:
-    """The weight of an ArmorLinear to libraries that ask for one: its device, dtype and shape (out, in)."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], module: str = "") -> None:
-        self.device, self.dtype, self.shape, self._module = device, dtype, torch.Size(shape), module
-
-    def __getattr__(self, name: str) -> None:
-        error = NoWeightError(
-            f"weight.{name}: an ArmorLinear holds A, S and B, no dense weight to read or change; to merge an adapter, "
-            "load the model anew, call its dequantize(), and put the adapter on that"
-        )
-        error.module = self._module
-        raise error
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
-        """A function of torch was given it: the same error."""
-        leaves, _ = pytree.tree_flatten((args, kwargs))
-        getattr(next(leaf for leaf in leaves if isinstance(leaf, cls)), getattr(function, "__name__", "product"))
+__all__ = ["ArmorLinear"]
 
 
 class ArmorLinear(nn.Linear):
@@ -72,6 +41,12 @@ class ArmorLinear(nn.Linear):
     """
 
     hide_packed = False
+    core_values: nn.Parameter | None
+    core_mask: Tensor
+    core: Tensor
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]  torch's own may be None too
 
     def __init__(
         self,
@@ -97,15 +72,16 @@ class ArmorLinear(nn.Linear):
     @classmethod
     def of(cls, factors: Factorization, bias: Tensor | None = None) -> ArmorLinear:
         """The layer of a factorization W ~ A·S·B and the linear's bias (out,), in their dtype, on their device."""
-        sizes = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
-        layout = PackedLinear(*factors.core.shape, factors.pattern, *sizes)
+        left, right = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
+        layout = PackedLinear(factors.core.shape[0], factors.core.shape[1], factors.pattern, left, right)
         with torch.device("meta"):
             layer = cls(layout, bias is not None)
         tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
         layer.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+    def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        x = input
         operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
         if cpu.supports(x, *operands):
             return cpu.linear(x, *operands, group=self.group)
@@ -121,17 +97,17 @@ class ArmorLinear(nn.Linear):
     @property
     def weight(self) -> NoWeight:
         """Device, dtype and shape of the weight that is not there; see the module's docstring."""
-        held = self.core if self.is_unpacked else self.core_values
+        held = self.core if self.core_values is None else self.core_values
         return NoWeight(held.device, held.dtype, (self.out_features, self.in_features))
 
     @weight.setter
-    def weight(self, value: NoWeight) -> None:
+    def weight(self, value: NoWeight) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  it is no tensor
         if not isinstance(value, NoWeight):  # PEFT hands a layer its own when it takes an adapter off
             raise NoWeightError("an ArmorLinear takes no dense weight; call the model's dequantize() first")
 
     def dense_core(self) -> Tensor:
         """S, dense (out, in), in the layer's dtype."""
-        if self.is_unpacked:
+        if self.core_values is None:
             return self.core
         return unpack(self.core_values, self.core_mask, self.in_features, self.layout.pattern)[0]
 
@@ -149,13 +125,16 @@ class ArmorLinear(nn.Linear):
     @property
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
-        operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
-        return cpu.supports(self.core_values, *operands) or cuda.supports(self.core_values, *operands, group=self.group)
+        values = self.core_values
+        if values is None:
+            return False
+        operands = (values, self.core_mask, self.left, self.right, self.bias)
+        return cpu.supports(values, *operands) or cuda.supports(values, *operands, group=self.group)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:
         """Keep the dense core instead of the packed values, to compute faster. Offloaded layers stay as they are."""
-        if not self.is_unpacked and not self.core_values.is_meta and not self.core_mask.is_meta:
+        if self.core_values is not None and not self.core_values.is_meta and not self.core_mask.is_meta:
             self.register_buffer("core", self.dense_core(), persistent=False)
             self.core_values = None
         return self
@@ -179,7 +158,7 @@ class ArmorLinear(nn.Linear):
         if self.is_unpacked:
             destination[f"{prefix}core_values"] = self._packed_values()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
         was_unpacked = self.is_unpacked
         super(ArmorLinear, self.pack())._load_from_state_dict(state_dict, prefix, *args)
         if was_unpacked:

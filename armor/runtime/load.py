@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 
 __all__ = [
@@ -53,10 +53,11 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> 
 
 def loaded_dtype(folder: Path | str, dtype: str = "auto") -> torch.dtype:
     """The dtype that `load_model` loads in; "auto" is that of config.json, and of the weights where it has none."""
+    found: torch.dtype | str = dtype
     if dtype == "auto":
         config = read_config(folder)
-        dtype = config.dtype or config.get_text_config().dtype or Shards(folder).main_dtype()
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        found = config.dtype or config.get_text_config().dtype or Shards(folder).main_dtype()
+    return getattr(torch, found) if isinstance(found, str) else found
 
 
 def weights_bytes(folder: Path | str, dtype: str = "auto") -> int:

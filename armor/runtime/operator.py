@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from armor.core import blockdiag, packing
 
@@ -46,7 +47,7 @@ def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tens
         """
         if _is_needed(x, bias):
             return operator(x, values, bits, left, right, bias, group)
-        # The same, past torch's dispatcher: after each layer has swept the caches, its way there costs a tenth of one.
+        # The same, past torch's dispatcher, whose code each layer sweeps from the caches (docs/log/kernels.md).
         return multiply(x, values, bits, left, right, bias, group)
 
     return linear
@@ -64,7 +65,7 @@ def fits(x: Tensor, values: Tensor, bits: Tensor, *others: Tensor | None) -> boo
 def _is_needed(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, torch.compile or a tensor subclass must see the operator; calling past it is faster."""
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
-    return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing()
 
 
 def check_shapes(

@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.format.checkpoint import (
     QUANT_METHOD,
     PackedLinear,
@@ -43,7 +47,7 @@ class ArmorConfig(QuantizationConfigMixin):
     """`quantization_config` of an ARMOR checkpoint (docs/FORMAT.md). Raises ArmorError for keys or values unknown."""
 
     def __init__(self, quant_method: str = QUANT_METHOD, **keys: Any) -> None:
-        self.quant_method = quant_method
+        self.__dict__["quant_method"] = quant_method  # the class above knows those of transformers alone
         self.__dict__.update(keys)
         modules_of(self.__dict__)
         self.format_version: int = keys["format_version"]
@@ -95,35 +99,42 @@ class ArmorQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         modules = self.quantization_config.modules()
-        if checkpoint_files:
-            with torch.device("cpu"):  # the model is being made on the meta device
-                shards = _open(checkpoint_files)
-                prefix = f"{model.base_model_prefix}."
-                modules = {
-                    _named(name, prefix, lambda n: f"{n}.core_values" in shards) or name: layout
-                    for name, layout in modules.items()
-                }
-                check_headers(shards, modules)
-        where = shards.place if checkpoint_files else model.name_or_path
+        if not checkpoint_files:
+            self._swap(model, modules, model.name_or_path or "no folder")
+            return
+        with torch.device("cpu"):  # the model is being made on the meta device
+            shards = _open(checkpoint_files)
+            prefix = f"{model.base_model_prefix}."
+            modules = {
+                _named(name, prefix, lambda n: f"{n}.core_values" in shards) or name: layout
+                for name, layout in modules.items()
+            }
+            check_headers(shards, modules)
+        known = self._swap(model, modules, shards.place)
+        _check_shapes(model, shards)
+        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
+        if devices == {"meta"}:  # no numbers are wanted
+            return
+        with torch.device("cpu"):
+            sums = read_checksums(shards)
+            if self._wait is None:
+                self._wait = start_hashing(shards, sums, loaded_files(shards))
+            if sums is None:  # what was hashed was checked when it was written
+                check_contents(shards, modules)
+            if known is not None and devices == {"cpu"}:
+                known |= _fill(model, shards)
+
+    def _swap(self, model: PreTrainedModel, modules: Mapping[str, PackedLinear], where: Path | str) -> set[str] | None:
+        """Put ArmorLinears into `model`; the tensors that its loader must not ask a place for, None if it cannot tell.
+
+        What is saved from the model names its modules as its tensors are named here.
+        """
         known = {tombstone(modules)}
         is_watched = _watch_keys(model, known, where)
-        # So that what is saved from this model names its modules as its tensors are named.
         renamed = swap_linears(model, modules)
         _keep_from_initialization(model, renamed)
         self.quantization_config = ArmorConfig(**quantization_config(renamed))
-        if checkpoint_files:
-            _check_shapes(model, shards)
-            devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
-            if devices == {"meta"}:  # no numbers are wanted
-                return
-            with torch.device("cpu"):
-                sums = read_checksums(shards)
-                if self._wait is None:
-                    self._wait = start_hashing(shards, sums, loaded_files(shards))
-                if sums is None:  # what was hashed was checked when it was written
-                    check_contents(shards, modules)
-                if is_watched and devices == {"cpu"}:
-                    known |= _fill(model, shards)
+        return known if is_watched else None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._wait is not None:
@@ -139,7 +150,9 @@ class ArmorQuantizer(HfQuantizer):
                     module.unpack()
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict | None, dict]:
+    def get_state_dict_and_metadata(  # pyright: ignore[reportIncompatibleMethodOverride]  the same
+        self, model: PreTrainedModel
+    ) -> tuple[dict | None, dict]:
         """What save_pretrained writes: the packed tensors and the one that stops readers without armor."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved alone
             return None, {}
@@ -152,15 +165,15 @@ class ArmorQuantizer(HfQuantizer):
             with torch.device("meta"):
                 linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = layer.bias
+            linear.register_parameter("bias", layer.bias)
             model.set_submodule(name, linear)
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  as in its other quantizers
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  the same
         return True
 
     @property
@@ -205,7 +218,7 @@ def _keep_from_initialization(model: PreTrainedModel, names: Iterable[str]) -> N
     """
     for name in names:
         while name := name.rpartition(".")[0]:
-            model.get_submodule(name)._is_hf_initialized = True
+            setattr(model.get_submodule(name), "_is_hf_initialized", True)  # noqa: B010  not known to nn.Module
 
 
 def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
@@ -232,12 +245,15 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
     modules = {}
     for name, found in factors.items():
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device)
         model.set_submodule(name, layer)
         modules[name] = layer.layout
-    model.hf_quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
-    model.is_quantized, model.quantization_method = True, QUANT_METHOD
-    model.hf_quantizer.postprocess_model(model)
+    quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
+    told = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
+    for name, value in told.items():  # nn.Module's type knows of tensors and modules alone
+        setattr(model, name, value)
+    quantizer.postprocess_model(model)
 
 
 def _named(name: str, prefix: str, there: Callable[[str], bool]) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 
 __all__ = [
@@ -153,14 +153,16 @@ def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False) -> None
 def place_outside(skeleton: Skeleton, device: str) -> None:
     """Move what `load_outside` loaded, and what is computed beside it, to `device`."""
     with _recorders(skeleton):  # in their place, for what is on the meta device cannot be moved
-        skeleton.model.to(device)
+        skeleton.model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  transformers decorates `to`
 
 
 def unload_outside(skeleton: Skeleton) -> None:
     """Drop what `load_outside` loaded; `record` cannot run after it."""
     for _, owner, name, tensor in list(skeleton.outside()):
-        store = owner._parameters if name in owner._parameters else owner._buffers
-        store[name] = tensor.to("meta") if store is owner._buffers else nn.Parameter(tensor.to("meta"), False)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(tensor.to("meta"), False)
+        else:
+            owner._buffers[name] = tensor.to("meta")
 
 
 def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
@@ -250,7 +252,7 @@ class _Reader(_StandIn):
 
 
 @contextlib.contextmanager
-def _replaced(skeleton: Skeleton, stand_ins: list[_StandIn]) -> Iterator[None]:
+def _replaced(skeleton: Skeleton, stand_ins: Sequence[_StandIn]) -> Iterator[None]:
     """The stand-ins are in the decoder layers' place for as long as the context lasts."""
     layers = list(skeleton.layers)
     try:
@@ -288,14 +290,16 @@ def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     """
     with _recorders(skeleton) as recorders, torch.no_grad():
         skeleton.model.base_model(input_ids=tokens, use_cache=False)
-    hidden = recorders[0].seen[0] if recorders[0].seen else None
+    hidden: Any = recorders[0].seen[0] if recorders[0].seen else None
+    calls = []
     for index, recorder in enumerate(recorders):
         if recorder.seen is None or not isinstance(hidden, Tensor) or recorder.seen[0] is not hidden:
             raise ArmorError(
                 f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} does not simply pass hidden states from "
                 "one decoder layer to the next; its layers cannot be run one by one, and the model is not supported"
             )
-    return hidden, [recorder.seen[1] for recorder in recorders]
+        calls.append(recorder.seen[1])
+    return hidden, calls
 
 
 def record_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:

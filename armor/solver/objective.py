@@ -149,8 +149,8 @@ def finish(
     """
     mask = top_n_mask(objective.score(weight), pattern)
     options = {"dtype": weight.dtype, "device": weight.device}
-    wrappers = [blockdiag.identity(n, d, **options) for n, d in zip(weight.shape, block_sizes, strict=True)]
-    start = Factorization(torch.where(mask, weight, 0), mask, pattern, *wrappers)
+    a, b = (blockdiag.identity(n, d, **options) for n, d in zip(weight.shape, block_sizes, strict=True))
+    start = Factorization(torch.where(mask, weight, 0), mask, pattern, a, b)
     start_loss = loss = relative_loss(weight, objective, start)
     best = start
     if factors is not None:

@@ -70,8 +70,7 @@ def solve(
     a, b = blockdiag.identity(rows, size_a, **options), blockdiag.identity(columns, size_b, **options)
     mask = top_n_mask(objective.score(weight), pattern)
     s = w * mask
-    for tensor in (a, b, s):
-        tensor.grad = torch.empty_like(tensor)
+    a.grad, b.grad, s.grad = grad_a, grad_b, grad_s = tuple(torch.empty_like(tensor) for tensor in (a, b, s))
     adam = torch.optim.Adam([a, b, s], lr=settings.learning_rate, betas=settings.betas, fused=True)
 
     left, residual, weighted, back = (torch.empty_like(w) for _ in range(4))
@@ -90,23 +89,23 @@ def solve(
         torch.bmm(a, by_row(s), out=by_row(left))
         torch.bmm(by_column(left), b, out=by_column(residual))
         residual.sub_(w)
-        if drawn is not None:
+        if drawn is not None and table is not None:
             update_groups(a, b, s, mask, left, residual, d, drawn, table, pattern.m)
         torch.mul(residual, d, out=weighted)
         loss = float(torch.dot(residual.view(-1), weighted.view(-1))) / total
         if loss < best:
-            best, kept = loss, [x.clone() for x in (a, s, mask, b)]
+            best, kept = loss, (a.clone(), s.clone(), mask.clone(), b.clone())
         trace.append((iteration, time.perf_counter() - began, best))
         if iteration == settings.iterations or not math.isfinite(loss):
             break
         torch.bmm(by_column(weighted), b.transpose(1, 2), out=by_column(back))
-        torch.bmm(by_row(back), by_row(s).transpose(1, 2), out=a.grad)
-        torch.bmm(by_column(left).transpose(1, 2), by_column(weighted), out=b.grad)
-        torch.bmm(a.transpose(1, 2), by_row(back), out=by_row(s.grad))
+        torch.bmm(by_row(back), by_row(s).transpose(1, 2), out=grad_a)
+        torch.bmm(by_column(left).transpose(1, 2), by_column(weighted), out=grad_b)
+        torch.bmm(a.transpose(1, 2), by_row(back), out=by_row(grad_s))
         if table is not None:
             shape = (p, size_a, q, size_b // pattern.m, pattern.m)
-            drawn = draw(s.grad, shape, generator, settings.selection)
-        s.grad *= mask
+            drawn = draw(grad_s, shape, generator, settings.selection)
+        grad_s *= mask
         adam.step()
         s *= mask
     return finish(weight, objective, pattern, kept, trace, (size_a, size_b))

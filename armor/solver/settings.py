@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from armor.typed import Typed
+from armor.core.typed import Typed
 
 __all__ = ["Algorithm", "Selection", "SolverSettings"]
 
@@ -17,10 +17,11 @@ Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
 class SolverSettings(Typed):
     """The optimiser behind the method armor."""
 
-    iterations: int = Field(300, ge=1)
-    """The budget; the schedule adapts to it."""
+    iterations: int = Field(default=300, ge=1)
+    """The budget. The schedule adapts to it."""
     algorithm: Algorithm = "fast"
-    """fast is this project's; published is the paper's joint Adam, kept for comparison (its budget is 20000)."""
+    """fast is this project's. published is the paper's joint Adam, kept for comparison; the paper gives it 20,000."""
     selection: Selection | None = None
-    """How published chooses the group of each block to improve: by the 1-norm or the 2-norm of the gradient on it, as a
-    probability (random) or the largest (greedy), or uniform; unset: l1-random, the paper's choice."""
+    """How published chooses the group of each block that it improves next. l1-random and l2-random draw one, likelier
+    the larger the 1-norm or 2-norm of the gradient on it; l1-greedy takes the largest; uniform draws any. Unset:
+    l1-random, the paper's choice."""

@@ -7,6 +7,7 @@ tokenization is undone in the joined text, by lm-eval's function, so that the va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.text.sources import describe, documents
 
 __all__ = ["blocks", "token_blocks"]
@@ -50,7 +51,7 @@ def blocks(
     """
     needed = None if count is None else count * length
     texts: list[str] = []
-    wanted = None if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
+    wanted = math.inf if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
     while True:
         complete = _gather(stream, texts, wanted)
         tokens = tokenizer(join(texts), return_attention_mask=False, verbose=False).input_ids if texts else []
@@ -73,10 +74,10 @@ def _detokenize_wikitext(text: str) -> str:
     return wikitext_detokenizer({"page": text})
 
 
-def _gather(stream: Iterator[str], texts: list[str], characters: int | None) -> bool:
+def _gather(stream: Iterator[str], texts: list[str], characters: float) -> bool:
     """Append documents until there are enough characters; whether the stream came to its end."""
     total = sum(map(len, texts))
-    while characters is None or total < characters:
+    while total < characters:
         text = next(stream, None)
         if text is None:
             return True

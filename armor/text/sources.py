@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.packages import package_file
 from armor.text.wikipedia import articles
 
@@ -38,6 +38,7 @@ def documents(settings: TextSettings) -> Iterator[str]:
 
     The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects).
     """
+    stream: Iterator[Any]
     if settings.dataset is not None:
         stream = _dataset(settings)
     elif settings.files is not None:
@@ -45,17 +46,18 @@ def documents(settings: TextSettings) -> Iterator[str]:
     else:
         stream = _file(package_file(settings.package or "", settings.file or ""), settings.column)
     for document in islice(stream, *settings.documents):
-        text = document() if callable(document) else document
+        text: Any = document() if callable(document) else document
         if text or not callable(document):
             yield text
 
 
-def _dataset(settings: TextSettings) -> Iterator[str]:
+def _dataset(settings: TextSettings) -> Iterator[Any]:
     from datasets import load_dataset
 
     where = describe(settings)
     try:
-        rows = iter(load_dataset(settings.dataset, settings.subset, split=settings.split, streaming=settings.streaming))
+        asked: Any = {"path": settings.dataset, "name": settings.subset, "streaming": settings.streaming}
+        rows = iter(load_dataset(**asked, split=settings.split))
         while (row := next(rows, None)) is not None:
             if settings.column not in row:
                 raise ArmorError(f"dataset {where}: has no column {settings.column}; it has {', '.join(map(str, row))}")

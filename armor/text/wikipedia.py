@@ -1,13 +1,13 @@
 """The prose of Wikipedia: a MediaWiki export is parsed as it streams, and only the wanted articles are cleaned.
 
-Ten and more articles are cleaned in a second, so nothing is cached.
+Nothing is cached: cleaning takes little time (docs/log/workflow.md).
 """
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, BinaryIO
 
 __all__ = ["articles", "clean_article"]
@@ -52,7 +52,7 @@ _LEADING_PUNCTUATION = re.compile(r"\(\s*[,;:]\s*")
 _SKIPPED_TAGS = {"ref", "table", "gallery", "math", "score", "timeline", "imagemap", "references"}
 
 
-def clean_article(markup: str, namespaces: set[str] = frozenset({"file", "image", "category"})) -> str:
+def clean_article(markup: str, namespaces: Set[str] = frozenset({"file", "image", "category"})) -> str:
     """The prose of a page in wiki markup: no templates, tables, references, pictures, appendices.
 
     Links to pages of `namespaces` (lower case) are pictures and categories, and go too.

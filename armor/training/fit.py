@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from armor.config.training import TrainingSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.log import log, progress
 from armor.execution.resume import Steps
 from armor.format.records.layer import Look
 from armor.training.trainable import rounded
-from armor.typed import Typed
 
 __all__ = ["Fit", "fit", "share_of_rate"]
 
@@ -82,113 +82,132 @@ def fit(
     warning of a training that diverges or does not help. `steps` keeps what is done for the next run. Raises
     ArmorError if the held-out loss is not finite at the start.
     """
-    rates = [settings.rate * _size(p) * (settings.norm_rate if p.dim() == 1 else 1.0) for p in parameters.values()]
-    adam = torch.optim.Adam([{"params": [p], "lr": 0.0} for p in parameters.values()], betas=BETAS, fused=True)
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)  # an expert that no token comes to has none
-    now = None if steps is None else steps.get(STEP, Fit)
-    if now is not None and steps is not None and _state_file(steps.folder, now.steps).is_file():
-        best = _load(_state_file(steps.folder, now.steps), parameters, adam, now.steps)
-    else:
-        start = _look(parameters, dtypes, held_out_loss)
-        if not math.isfinite(start):
-            raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
-        now = Fit(looks=(Look(step=0, train_loss=None, held_out_loss=start),))
-        best = {name: p.detach().to(dtypes[name], copy=True) for name, p in parameters.items()}
-    every = max(1, -(-settings.steps // LOOKS))
-    losses: list[float] = []
-    batches = list(enumerate(order(settings, seed)))[now.steps :]
-    for step, batch in progress(batches, where, unit="step") if not _ended(now, settings) else ():
-        for group, rate in zip(adam.param_groups, rates, strict=True):
-            group["lr"] = rate * share_of_rate(step, settings)
+    state = _State(parameters, dtypes, settings, held_out_loss)
+    if steps is None or not state.load(steps):
+        state.look(0, [])
+    if not math.isfinite(start := state.fit.looks[0].held_out_loss):
+        raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
+    every, losses = max(1, -(-settings.steps // LOOKS)), []
+    batches = list(enumerate(order(settings, seed), 1))[state.fit.steps :]
+    for step, batch in progress([] if state.ended() else batches, where, unit="step"):
         losses.append(learn(batch))
         if not math.isfinite(losses[-1]):
-            now = now.model_copy(update={"steps": step + 1, "diverged": True})
+            state.diverge(step)
             break
-        adam.step()
-        adam.zero_grad(set_to_none=False)
-        if (step + 1) % every and step + 1 < settings.steps:
-            continue
-        found = _look(parameters, dtypes, held_out_loss)
-        if not found <= DIVERGED * now.looks[0].held_out_loss:
-            now = now.model_copy(update={"steps": step + 1, "diverged": True})
-            break
-        look = Look(step=step + 1, train_loss=sum(losses) / len(losses), held_out_loss=found)
-        losses.clear()
-        if found < now.best:
-            now = now.model_copy(update={"kept": step + 1})
-            best = {name: p.detach().to(dtypes[name], copy=True) for name, p in parameters.items()}
-        now = now.model_copy(update={"steps": step + 1, "looks": (*now.looks, look)})
-        if steps is not None:
-            _save(steps, now, parameters, adam, best)
-        if _ended(now, settings):
-            break
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(best[name])
+        state.step(share_of_rate(step - 1, settings))
+        if step % every == 0 or step == settings.steps:
+            state.look(step, losses)
+            losses = []
+            if steps is not None:
+                state.save(steps)
+            if state.ended():
+                break
+    state.leave_the_best()
+    _say(state.fit, where, settings.rate)
+    return state.fit
+
+
+class _State:
+    """What a training has come to: the values in `parameters`, the optimiser, the best look, and `fit`."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+        settings: TrainingSettings,
+        held_out_loss: Callable[[], float],
+    ) -> None:
+        self.parameters, self.dtypes, self.settings, self.held_out_loss = parameters, dtypes, settings, held_out_loss
+        self.fit = Fit(looks=())
+        self.best: dict[str, Tensor] = {}
+        norms = settings.norm_rate
+        self.rates = [settings.rate * _size(p) * (norms if p.dim() == 1 else 1.0) for p in parameters.values()]
+        self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS, fused=True)
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)  # an expert that no token comes to has none
+
+    def step(self, share: float) -> None:
+        """One step of the optimiser, at that share of the rates."""
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=False)
+
+    def look(self, step: int, losses: list[float]) -> None:
+        """The held-out loss after `step` steps, of what would be stored; kept if it is the best."""
+        with torch.no_grad(), rounded(self.parameters, self.dtypes):
+            found = self.held_out_loss()
+        if step and not found <= DIVERGED * self.fit.looks[0].held_out_loss:
+            self.diverge(step)
+            return
+        better = not step or found < self.fit.best
+        if better:
+            self.best = {name: p.detach().to(self.dtypes[name], copy=True) for name, p in self.parameters.items()}
+        look = Look(step=step, train_loss=sum(losses) / len(losses) if losses else None, held_out_loss=found)
+        kept = step if better else self.fit.kept
+        self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
+
+    def diverge(self, step: int) -> None:
+        self.fit = self.fit.model_copy(update={"steps": step, "diverged": True})
+
+    def ended(self) -> bool:
+        patience = self.settings.patience or LOOKS + 1
+        behind = sum(look.step > self.fit.kept for look in self.fit.looks)
+        return self.fit.diverged or self.fit.steps >= self.settings.steps or behind >= patience
+
+    @torch.no_grad()
+    def leave_the_best(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
             parameter.grad = None
-    if now.diverged:
-        kept = f"kept as of step {now.kept}" if now.kept else "kept as it was"
-        log.warning("%s: diverged at step %d, %s; lower the rate (%g)", where, now.steps, kept, settings.rate)
-    elif not now.kept:
-        log.warning("%s: none of %d steps lowered the held-out loss; kept as it was", where, now.steps)
-    return now
+
+    def save(self, steps: Steps) -> None:
+        """The values, Adam's moments and the best values; then the record; then the file before may go."""
+        if self.fit.diverged:  # the next run comes to the same
+            return
+        tensors: dict[str, Tensor] = {f"best {name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            moments = self.adam.state[parameter]
+            tensors |= {f"value {name}": parameter, f"mean {name}": moments["exp_avg"]}
+            tensors[f"square {name}"] = moments["exp_avg_sq"]
+        file = _state_file(steps.folder, self.fit.steps)
+        save_safetensors(file, tensors)
+        steps.put(STEP, self.fit)
+        for old in steps.folder.glob("state_*.safetensors"):
+            if old != file:
+                old.unlink()
+
+    def load(self, steps: Steps) -> bool:
+        """What was saved, back in its places; whether there was something."""
+        found = steps.get(STEP, Fit)
+        if found is None or not (file := _state_file(steps.folder, found.steps)).is_file():
+            return False
+        with open_safetensors(file) as opened:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(opened.get_tensor(f"value {name}"))
+                self.adam.state[parameter] = {
+                    "step": torch.tensor(float(found.steps), device=parameter.device),
+                    "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
+                    "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
+                }
+                self.best[name] = opened.get_tensor(f"best {name}").to(parameter.device)
+        self.fit = found
+        return True
 
 
-def _size(parameter: Tensor) -> float:
-    """The root mean square."""
-    return float(parameter.detach().double().square().mean().sqrt())
-
-
-def _look(
-    parameters: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype], held_out_loss: Callable[[], float]
-) -> float:
-    with torch.no_grad(), rounded(parameters, dtypes):
-        return held_out_loss()
-
-
-def _ended(now: Fit, settings: TrainingSettings) -> bool:
-    behind = sum(look.step > now.kept for look in now.looks)
-    return now.steps >= settings.steps or (settings.patience is not None and behind >= settings.patience)
+def _say(done: Fit, where: str, rate: float) -> None:
+    """The one line about a training that did not go well."""
+    if done.diverged:
+        kept = f"kept as of step {done.kept}" if done.kept else "kept as it was"
+        log.warning("%s: diverged at step %d, %s; lower the rate (%g)", where, done.steps, kept, rate)
+    elif not done.kept:
+        log.warning("%s: none of %d steps lowered the held-out loss; kept as it was", where, done.steps)
 
 
 def _state_file(folder: Path, step: int) -> Path:
     return folder / f"state_{step}.safetensors"
 
 
-def _save(
-    steps: Steps,
-    now: Fit,
-    parameters: Mapping[str, nn.Parameter],
-    adam: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
-) -> None:
-    """The values, Adam's moments and the best values; then the record; then the state before may go."""
-    tensors = {f"best {name}": tensor for name, tensor in best.items()}
-    for name, parameter in parameters.items():
-        moments = adam.state[parameter]
-        tensors |= {f"value {name}": parameter, f"mean {name}": moments["exp_avg"]}
-        tensors[f"square {name}"] = moments["exp_avg_sq"]
-    file = _state_file(steps.folder, now.steps)
-    save_safetensors(file, tensors)
-    steps.put(STEP, now)
-    for old in steps.folder.glob("state_*.safetensors"):
-        if old != file:
-            old.unlink()
-
-
-def _load(
-    file: Path, parameters: Mapping[str, nn.Parameter], adam: torch.optim.Optimizer, step: int
-) -> dict[str, Tensor]:
-    """What `_save` saved, back in its places; returns the best values."""
-    best = {}
-    with open_safetensors(file) as opened:
-        for name, parameter in parameters.items():
-            parameter.data.copy_(opened.get_tensor(f"value {name}"))
-            adam.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
-                "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
-                "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
-            }
-            best[name] = opened.get_tensor(f"best {name}").to(parameter.device)
-    return best
+def _size(parameter: Tensor) -> float:
+    """The root mean square."""
+    return float(parameter.detach().double().square().mean().sqrt())

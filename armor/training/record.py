@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from armor.config.training import TrainingSettings
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.execution.files import sha256
 from armor.execution.machine import peak_memory_bytes
 from armor.format.factors import write_factors

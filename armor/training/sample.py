@@ -7,7 +7,7 @@ import hashlib
 from torch import Tensor
 
 from armor.config.training import Sample
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.model.source import Source
 from armor.runtime.load import context_length, load_tokenizer

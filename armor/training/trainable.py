@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,12 @@ class TrainableLinear(nn.Module):
     `bias` is the linear's own parameter or None.
     """
 
+    core_values: nn.Parameter
+    core_mask: Tensor
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, factors: Factorization, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.start = factors
@@ -86,10 +93,13 @@ class TrainableLinear(nn.Module):
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
         dtype = self.start.core.dtype
-        now = {n: None if p is None else p.detach().to("cpu", dtype) for n, p in self.named_parameters(recurse=False)}
-        columns, pattern = self.in_features, self.start.pattern
-        core, mask = unpack(now["core_values"], self.core_mask.cpu(), columns, pattern)
-        return replace(self.start, core=core, mask=mask, left=now.get("left"), right=now.get("right"))
+        values, *sides = (
+            None if parameter is None else parameter.detach().to("cpu", dtype)
+            for parameter in (self.core_values, self.left, self.right)
+        )
+        assert values is not None
+        core, mask = unpack(values, self.core_mask.cpu(), self.in_features, self.start.pattern)
+        return replace(self.start, core=core, mask=mask, left=sides[0], right=sides[1])
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,8 @@ def put_linears(layer: nn.Module, prefix: str, factors: Mapping[str, Factorizati
     linears = {}
     for name, found in factors.items():
         inside = name.removeprefix(f"{prefix}.")
-        linears[name] = TrainableLinear(found, layer.get_submodule(inside).bias)
+        linear: Any = layer.get_submodule(inside)
+        linears[name] = TrainableLinear(found, linear.bias)
         layer.set_submodule(inside, linears[name])
     return linears
 
@@ -152,7 +163,8 @@ def make_trainable(
         if last in ("weight", "bias") and parameter.dim() == 1:  # of norms and linears, whatever the family calls them
             if full in others:
                 parameter.data.copy_(others[full])
-            found[full] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            found[full] = parameter
     stored = {name: dtypes[name] for name in found}
     for name, linear in linears.items():
         for suffix, parameter in linear.named_parameters(recurse=False):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from armor.config.training import TuneJob, TuneSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.provenance import machine, made_by
-from armor.format.records.base import File
+from armor.format.records.base import File, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
@@ -48,7 +49,7 @@ from armor.training.record import described, read_start, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
 
-__all__ = ["fit_whole", "kept_predictions", "kl_divergence", "peak_bytes", "tune"]
+__all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "peak_bytes", "tune"]
 
 KEPT = 256
 """Tokens of each prediction that are kept."""
@@ -130,8 +131,8 @@ def tune(
 def _record(
     written: list[LayerRecord],
     layers: list[TrainableLayer],
-    predictions: dict[str, Tensor],
-    made,
+    predictions: Predictions,
+    made: MadeBy,
     device: str,
     steps: Steps,
 ) -> TuneRecord:
@@ -141,7 +142,7 @@ def _record(
     return TuneRecord(
         fingerprint=written[0].fingerprint,
         layers=tuple(record.sha256 for record in written),
-        predictions=predictions["tokens"].shape[-1],
+        predictions=predictions.tokens.shape[-1],
         training=whole,
         made_by=made,
         machine=machine(device),
@@ -180,25 +181,33 @@ def peak_bytes(shards: Shards, factors: Sequence[Path], settings: TuneSettings, 
     return 20 * trained + fixed + 12 * widest + settings.batch * length * vocabulary * 12
 
 
-def _predictions(source: Source, tokens: Tensor, steps: Steps, device: str) -> dict[str, Tensor]:
+def _predictions(source: Source, tokens: Tensor, steps: Steps, device: str) -> Predictions:
     """What the dense model predicts, kept on disk for the next run."""
     file = steps.folder / "predictions.safetensors"
     if steps.get("predictions", File) is None or not file.is_file():
         dtype = str(compute_dtype(source.dtype, device)).removeprefix("torch.")
         model = StreamedModel(source.path, dtype, device)
         logits = model.logits(row[None].to(device) for row in tokens)
-        save_safetensors(file, kept_predictions(one[0] for one in logits))
+        save_safetensors(file, vars(kept_predictions(one[0] for one in logits)))
         steps.put("predictions", File.of(file))
     with open_safetensors(file) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dictionary
+        return Predictions(*(opened.get_tensor(field.name) for field in fields(Predictions)))
 
 
-def kept_predictions(logits: Iterator[Tensor]) -> dict[str, Tensor]:
-    """The most likely tokens of every prediction, from the logits (length, vocabulary) of each sequence.
+@dataclass(frozen=True)
+class Predictions:
+    """The most likely tokens of every prediction of the dense model.
 
     tokens (sequences, length, kept) int32; log_probabilities (sequences, length, kept + 1) float32, the last of them
     that of all other tokens together.
     """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+
+
+def kept_predictions(logits: Iterator[Tensor]) -> Predictions:
+    """What is kept of the dense model's predictions, from the logits (length, vocabulary) of each sequence."""
     kept_tokens, kept = [], []
     for sequence in logits:
         pieces = []
@@ -209,13 +218,13 @@ def kept_predictions(logits: Iterator[Tensor]) -> dict[str, Tensor]:
             pieces.append((top.indices.int(), torch.cat([top.values, rest], -1).float()))
         kept_tokens.append(torch.cat([tokens for tokens, _ in pieces]).cpu())
         kept.append(torch.cat([logs for _, logs in pieces]).cpu())
-    return {"tokens": torch.stack(kept_tokens), "log_probabilities": torch.stack(kept)}
+    return Predictions(torch.stack(kept_tokens), torch.stack(kept))
 
 
 def kl_divergence(logits: Tensor, tokens: Tensor, log_probabilities: Tensor) -> Tensor:
     """KL(dense ‖ compressed) in nats of every prediction, (length,) float32, over the kept tokens and the rest.
 
-    logits (length, vocabulary) of the compressed model, any float dtype; the dense one's as in `kept_predictions`.
+    logits (length, vocabulary) of the compressed model, any float dtype; the dense one's as in `Predictions`.
     """
     logs = logits.float().log_softmax(-1)
     own = logs.gather(-1, tokens.long())
@@ -242,7 +251,7 @@ def fit_whole(
     model: PreTrainedModel,
     layers: Sequence[TrainableLayer],
     tokens: Tensor,
-    predictions: dict[str, Tensor],
+    predictions: Predictions,
     settings: TuneSettings,
     seed: int,
     where: str,
@@ -258,7 +267,7 @@ def fit_whole(
     def divergence(index: int) -> Tensor:
         """The mean KL divergence of the predictions of one sequence, float32."""
         logits = model(input_ids=tokens[index : index + 1].to(device), use_cache=False).logits[0]
-        kept = (predictions[name][index].to(device) for name in ("tokens", "log_probabilities"))
+        kept = (x[index].to(device) for x in (predictions.tokens, predictions.log_probabilities))
         pieces = zip(*(x.split(TOKENS_AT_A_TIME) for x in (logits, *kept)), strict=True)
         found = [checkpoint(kl_divergence, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(found).mean()

@@ -17,7 +17,7 @@ from armor.assemble import folder
 from armor.assemble.export import export
 from armor.assemble.verify import verify
 from armor.config.recipes import LayerSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, factors_of, packed
 
 TOKENS = torch.arange(40).view(2, 20)
@@ -82,7 +82,7 @@ def test_what_is_in_the_folder(root, tmp_path):
     assert json.loads((dense / "config.json").read_text()) == json.loads((root / "source/config.json").read_text())
     card = (dense / "README.md").read_text()
     assert "| armor | 2:4 | 16 / 16 | 14 |" in card and "import armor" not in card
-    assert verify(dense)["modules"] == 0 and verify(dense)["checksums"]
+    assert verify(dense).modules == 0 and verify(dense).checksums
 
 
 def test_shards(root, tmp_path):
@@ -130,7 +130,7 @@ def test_an_output_that_is_there(root, tmp_path):
         refused(root / "checkpoint", output, output.name, "is there already")
     (tmp_path / "empty").mkdir()
     export(root / "checkpoint", tmp_path / "empty")
-    assert verify(tmp_path / "empty")["shards"] == 1
+    assert verify(tmp_path / "empty").shards == 1
 
 
 def test_numbers_too_large_for_the_dtype(checkpoint, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armor.assemble.verify import table, verify
+from armor.assemble.verify import Distance, Verified, table, verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.format.records.checkpoint import CheckpointRecord
 from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed
 from tests.tiny import tiny_model
 
@@ -24,9 +25,9 @@ def refused(folder, *parts, **options):
 
 def test_a_sound_checkpoint_and_its_summary(root):
     summary = verify(root / "checkpoint")
-    record = json.loads((root / "checkpoint.json").read_text())
-    assert summary["modules"] == 14 and summary["patterns"] == {"2:4": 14} and summary["shards"] == 1
-    assert summary["checksums"] and summary["bits_per_weight"] == record["bits_per_weight"]
+    record = CheckpointRecord.read(root / "checkpoint.json")
+    assert summary.modules == 14 and summary.patterns == {"2:4": 14} and summary.shards == 1
+    assert summary.checksums and summary.bits_per_weight == record.bits_per_weight
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -79,7 +80,7 @@ def sharded(root, tmp_path):
 
 
 def test_shards(sharded):
-    assert verify(sharded)["shards"] == 3
+    assert verify(sharded).shards == 3
 
 
 def test_the_same_tensor_in_two_shards(sharded):
@@ -121,7 +122,7 @@ def test_unstructured_and_other_patterns_are_checked_too(tmp_path):
 
     root = packed(tmp_path, settings=LayerSettings(method="wanda", pattern="50%"))
     folder = root / "checkpoint"
-    assert verify(folder)["patterns"] == {"50%": 14}
+    assert verify(folder).patterns == {"50%": 14}
     (folder / "checksums.json").unlink()
     name = "model.layers.0.self_attn.q_proj.core_mask"
     tensors = load_file(folder / "model.safetensors")
@@ -155,8 +156,8 @@ def test_beside_the_source_the_errors_are_those_of_the_factors(sharded, root):
     for name, factors in factors_of(root).items():
         weight = source[f"{name}.weight"].double()
         expected[name] = float((weight - factors.reconstruct(torch.float64)).norm() / weight.norm())
-    assert summary["relative_errors"] == pytest.approx(expected, rel=1e-5)
-    assert summary["equal_tensors"] == len(source) - len(expected)
+    assert summary.distance.relative_errors == pytest.approx(expected, rel=1e-5)
+    assert summary.distance.equal_tensors == len(source) - len(expected)
     printed = table(summary)
     assert "14 linears (14 x 2:4)" in printed and "model.layers.1 " in printed and "down_proj" in printed
     assert all(f"{error:.4f}" in printed for error in expected.values())
@@ -165,7 +166,8 @@ def test_beside_the_source_the_errors_are_those_of_the_factors(sharded, root):
 def test_a_table_of_names_that_share_their_last_part():
     errors = {"h.0.a.proj": 0.1, "h.0.b.proj": 0.2, "h.10.a.proj": 0.3, "h.2.b.proj": 0.4}
     facts = {"folder": "f", "shards": 1, "tensors": 9, "bytes": 9, "modules": 4, "patterns": {"2:4": 4}}
-    summary = facts | {"bits_per_weight": 9.0, "checksums": False, "relative_errors": errors}
+    distance = Distance(against="s", equal_tensors=0, trained_tensors=0, relative_errors=errors)
+    summary = Verified(**facts, bits_per_weight=9.0, checksums=False, distance=distance)
     rows = [line.split() for line in table(summary).splitlines()[-5:-1]]
     assert rows == [
         ["a.proj", "b.proj"],

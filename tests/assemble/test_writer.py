@@ -16,7 +16,7 @@ from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings, Override
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
@@ -158,14 +158,14 @@ def test_recipes_of_all_kinds_in_one_checkpoint(tmp_path):
     dense = [f"model.layers.{k}.mlp.up_proj" for k in (0, 1)]
     assert list(result.kept_dense) == dense and result.modules == 12
     assert all(f"{name}.weight" in Shards(root / "checkpoint") for name in dense)
-    assert verify(root / "checkpoint")["patterns"] == {"2:4": 8, "4:8": 2, "50%": 2}
+    assert verify(root / "checkpoint").patterns == {"2:4": 8, "4:8": 2, "50%": 2}
 
 
 def test_an_all_dense_recipe_gives_the_source_back(tmp_path):
     root = packed(tmp_path, settings=LayerSettings(method="dense"))
     assert contents(root / "checkpoint")["model.safetensors"] == contents(root / "source")["model.safetensors"]
     assert "quantization_config" not in json.loads((root / "checkpoint/config.json").read_text())
-    assert verify(root / "checkpoint")["modules"] == 0
+    assert verify(root / "checkpoint").modules == 0
 
 
 def refused(root, message, **options):
@@ -287,7 +287,7 @@ def test_what_a_run_of_other_work_left_is_cleared_away(copy):
     (part / "checkpoint/model.safetensors").write_bytes(b"half")
     (part / "model.safetensors.json").write_text('{"value": {}, "seconds": 1}')
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
-    assert not part.exists() and verify(copy / "checkpoint")["shards"] == 1
+    assert not part.exists() and verify(copy / "checkpoint").shards == 1
 
 
 def test_what_a_killed_run_left_unfinished_is_not_taken(copy, monkeypatch):

@@ -11,7 +11,7 @@ from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_per_token, generation_speed, greedy_text
 from armor.config.measures import BenchmarkSettings
 from armor.config.recipes import LayerSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.runtime.load import load_model, load_tokenizer
 from tests.packed import SETTINGS as LAYERS

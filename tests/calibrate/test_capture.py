@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from armor.calibrate import capture
 from armor.calibrate.capture import calibrate, compute_dtype, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import SINGLE, Shards

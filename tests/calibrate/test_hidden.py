@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from armor.calibrate.hidden import HiddenStates, states_file
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.slurm import cluster, missing
+from tests.cluster.slurm import HANGS, cluster, missing
 from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, text  # noqa: F401
 
@@ -63,9 +63,7 @@ class Cluster:
 
     def command(self, *arguments: str) -> str:
         """What a SLURM command prints."""
-        return subprocess.run(
-            arguments, env=self.environment, check=True, capture_output=True, text=True, timeout=60
-        ).stdout
+        return subprocess.run(arguments, env=self.environment, check=True, capture_output=True, text=True).stdout
 
     def snakemake(self, folder: Path, config: dict, profile: str, *arguments: str, **environment: str) -> "Run":
         """Start Snakemake with a profile, in `folder`."""
@@ -97,12 +95,12 @@ class Run:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def finish(self, seconds: float = 600) -> str:
+    def finish(self, seconds: float = 6 * HANGS) -> str:
         """Wait for a good end; returns what was said."""
         assert self.process.wait(seconds) == 0, self.said()
         return self.said()
 
-    def wait_for(self, condition, seconds: float = 600):
+    def wait_for(self, condition, seconds: float = 6 * HANGS):
         """What `condition` returns, once it is true."""
         end = time.monotonic() + seconds
         while not (found := condition()):
@@ -158,6 +156,6 @@ def local(tmp_path_factory, config):
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
     command += ["--directory", str(folder), "--configfile", str(folder / "config.yaml"), "--set-threads", *ONE_THREAD]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     return folder

@@ -57,6 +57,9 @@ NodeName=localhost NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:4 State=U
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
+HANGS = 600
+"""Seconds after which a condition will not come true any more, on however busy a machine."""
+
 
 def missing() -> str | None:
     """Why no cluster can be started here, or None."""
@@ -95,17 +98,17 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                 daemons.append(
                     subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
                 )
-        _wait(lambda: "idle" in _answer(["sinfo", "--noheader", "--format=%T"], environment), 30, folder)
+        _wait(lambda: "idle" in _answer(["sinfo", "--noheader", "--format=%T"], environment), HANGS, folder)
         yield environment
     finally:
         if len(daemons) == 2:
             _answer(["scancel", "--user=root"], environment)
             with contextlib.suppress(TimeoutError):
-                _wait(lambda: not _answer(["squeue", "--noheader"], environment), 20, folder)
+                _wait(lambda: not _answer(["squeue", "--noheader"], environment), HANGS, folder)
         for daemon in reversed(daemons):
             daemon.send_signal(signal.SIGTERM)
             try:
-                daemon.wait(10)
+                daemon.wait(HANGS)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()

@@ -10,6 +10,7 @@ import pytest
 
 from armor.execution.files import sha256
 from tests.cluster.conftest import LAYERS
+from tests.cluster.slurm import HANGS
 
 LAYER = "results/tiny/armor/layers/layer_{}.safetensors"
 
@@ -23,7 +24,7 @@ def overtime(slurm, config, tmp_path_factory):
             config,
             profile,
             *("--set-resources", "fetch:runtime=1", "--retries", "0", "--", "results/tiny/source.json"),
-            LINGER="300",
+            LINGER="3600",
         )
         for profile in ("slurm", "cluster-generic")
     }
@@ -127,6 +128,6 @@ def test_small_layers_are_grouped_and_share_the_gpu_of_their_job(slurm, config, 
 )
 def test_a_job_over_its_runtime_is_told_and_leaves_nothing(overtime, profile, said):
     run = overtime[profile]
-    assert run.process.wait(300) == 1
+    assert run.process.wait(6 * HANGS) == 1
     assert said in run.said() and "Error in rule fetch" in run.said()
     assert not list(run.folder.glob("results/tiny/*"))

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from armor.config.loading import load_config, parse_settings
+from armor.config.loading import load_config
 from armor.config.measures import PAPER_TASKS, EvaluationSettings
+from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import LayerSettings, Recipe, check_patterns
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 
 CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "config").rglob("*.yaml"))
 MODELS = {"tiny": {"folder": "tiny"}}
@@ -163,3 +164,26 @@ def test_the_papers_tasks_have_their_shots_and_others_those_given():
     config = parse_settings(Config, value | {"evaluations": {"a": TEXT, "b": {"tasks": ["piqa"]}}})
     pair = config.report_settings().pairs[0]
     assert (pair.evaluations, pair.tasks) == (["a"], {"b": ["piqa"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("seed: 1\nmodels: {}\nseed: 2\n", "seed", (1, 3)),
+        ("recipes:\n  a: {method: wanda}\n  b: {}\n  a: {}\n", "recipes.a", (2, 4)),
+        ("runs:\n- models: [a]\n- models: [a]\n  models: [b]\n", "runs.models", (3, 4)),
+        ('{"seed": 1,\n"seed": 1}', "seed", (1, 2)),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path, text, key, lines):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(ArmorError) as error:
+        load_config(file)
+    first, second = lines
+    assert str(error.value) == f"{file}: {key}: given on line {first} and again on line {second}; keep one of them"
+
+
+def test_merged_keys_of_yaml_may_be_given_again(tmp_path):
+    (tmp_path / "my.yaml").write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {d: {<<: *b, y: 4}}\n")
+    assert read_yaml(tmp_path / "my.yaml")["b"] == {"x": 3, "y": 2}

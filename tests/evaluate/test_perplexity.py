@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate import perplexity as module
 from armor.evaluate.perplexity import comparison, evaluate, mean, peak_bytes, perplexity, token_losses
 from armor.runtime.load import load_model

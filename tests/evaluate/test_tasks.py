@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from armor.assemble.export import export
 from armor.config.measures import EvaluationSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
 from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks

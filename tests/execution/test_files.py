@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import (
     atomic_path,
     open_safetensors,
@@ -65,7 +65,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, writ
 import resource, signal, sys
 from pathlib import Path
 from torch import zeros
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import save_safetensors, write_json
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -1,16 +1,18 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from armor.execution import fingerprint
+from tests.killed import REPOSITORY
+
+PRINT = "from armor.execution.fingerprint import code_hash; print(code_hash('armor.a'))"
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A stand-in package named armor: a.py imports core.b, unrelated.py stands alone."""
+def project(tmp_path):
+    """A stand-in package named armor: a.py imports core.b, unrelated.py stands alone; it holds our fingerprint.py."""
     package = tmp_path / "armor"
-    (package / "core").mkdir(parents=True)
     for name, text in {
         "__init__": "",
         "core/__init__": "",
@@ -18,9 +20,13 @@ def project(tmp_path, monkeypatch):
         "core/b": "import json\n\n\ndef f():\n    return 1\n",
         "unrelated": "x = 1\n",
     }.items():
-        (package / f"{name}.py").write_text(text)
+        file = package / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     (package / "core" / "page.html.j2").write_text("<p>")
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    (package / "execution").mkdir()
+    for name in ("core/errors.py", "execution/fingerprint.py"):
+        shutil.copy(REPOSITORY / "armor" / name, package / name)
 
     def edit(name, old, new):
         file = package / (name if "." in name else f"{name}.py")
@@ -28,11 +34,10 @@ def project(tmp_path, monkeypatch):
         file.write_text(file.read_text().replace(old, new))
 
     def code_hash():
-        fingerprint._parsed.cache_clear()
-        return fingerprint.code_hash("armor.a")
+        command = [sys.executable, "-c", PRINT]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
 
-    yield edit, code_hash
-    fingerprint._parsed.cache_clear()
+    return edit, code_hash
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.packages import cache_folder, package_file
 
 

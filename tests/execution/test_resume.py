@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
-import signal
 import subprocess
-import threading
-import time
-import traceback
-from collections.abc import Callable
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
 from armor.config.measures import EvaluationSettings
 from armor.config.recipes import LayerSettings
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.evaluate.perplexity import evaluate
+from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
 from armor.solver.settings import SolverSettings
-from tests.killed import left_over, results_of
+from tests.killed import POINTS, SAVED, forked, left_over, passed, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text
 
 STAGE = "armor.core.pattern"
+STAGES = ["calibrate", "factorize", "assemble", "evaluate"]
+
+
+class Of(Typed):
+    """What the steps here remember."""
+
+    step: str
 
 
 def steps_of(output, steps=(), **work):
@@ -38,7 +38,7 @@ def steps_of(output, steps=(), **work):
     with pytest.raises(KeyboardInterrupt), resumable(output, STAGE, "cpu", **work) as kept:
         names = [file.stem for file in kept.folder.glob("*.json")]
         for name in steps:
-            kept.put(name, {"of": name})
+            kept.put(name, Of(step=name))
         raise KeyboardInterrupt
     return sorted(names)
 
@@ -48,7 +48,7 @@ def test_steps_are_kept_until_the_work_succeeds(tmp_path):
     assert steps_of(output, ["x.y", "z"], seed=1) == []
     assert steps_of(output, seed=1) == ["x.y", "z"]
     with resumable(output, STAGE, "cpu", seed=1) as steps:
-        assert steps.get("x.y") == {"of": "x.y"} and steps.get("w") is None
+        assert steps.get("x.y", Of) == Of(step="x.y") and steps.get("w", Of) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -58,64 +58,46 @@ def test_work_that_fails_before_its_first_step_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["work", "code", "threads"])
-def test_steps_of_other_work_are_not_taken(tmp_path, monkeypatch, other):
-    output = tmp_path / "a.json"
+def test_steps_of_other_work_are_not_taken(tmp_path, other):
+    output, threads = tmp_path / "a.json", torch.get_num_threads()
     steps_of(output, ["x"], seed=1)
     (part_of(output) / "x.safetensors").touch()
     (part_of(output) / "checkpoint").mkdir()
-    if other == "code":
-        monkeypatch.setattr("armor.execution.resume.code_hash", lambda _: "another")
-    if other == "threads":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    with resumable(output, STAGE, "cpu", seed=1 + (other == "work")) as steps:
-        assert len(steps) == 0 and sorted(file.name for file in steps.folder.iterdir()) == ["lock", "work"]
+    try:
+        torch.set_num_threads(threads + (other == "threads"))
+        with resumable(
+            output, STAGE, "cpu", ["armor.core.packing"] * (other == "code"), seed=1 + (other == "work")
+        ) as steps:
+            assert len(steps) == 0 and sorted(file.name for file in steps.folder.iterdir()) == ["lock", "work"]
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_the_seconds_of_earlier_runs_count(tmp_path, monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    steps_of(tmp_path / "a", ["x"])
+def test_the_seconds_of_earlier_runs_count(tmp_path):
+    steps_of(tmp_path / "a", ["x", "y"])
+    for step, seconds in (("x", 10_000.0), ("y", 20_000.0)):  # as if they had taken so long
+        file = part_of(tmp_path / "a") / f"{step}.json"
+        write_json(file, read_json(file) | {"seconds": seconds})
     with resumable(tmp_path / "a", STAGE, "cpu") as steps:
-        assert steps.seconds() == 20
+        assert steps.seconds() > 20_000
+        steps.put("z", Of(step="z"))
+        assert 20_000 < read_json(steps.folder / "z.json")["seconds"] <= steps.seconds()
 
 
 def test_a_step_whose_record_is_damaged_is_done_again(tmp_path):
     steps_of(tmp_path / "a", ["x", "y"])
     (part_of(tmp_path / "a") / "x.json").write_text("{")
     with resumable(tmp_path / "a", STAGE, "cpu") as steps:
-        assert steps.get("x") is None and steps.get("y") == {"of": "y"}
+        assert steps.get("x", Of) is None and steps.get("y", Of) == Of(step="y")
 
 
 def test_a_second_process_is_kept_from_the_same_work(tmp_path):
     with resumable(tmp_path / "a", STAGE, "cpu") as steps:
-        steps.put("x", {})
+        steps.put("x", Of(step="x"))
         with pytest.raises(ArmorError, match="a: another process is at work on it"):
             with resumable(tmp_path / "a", STAGE, "cpu"):
                 pass
         assert len(list(steps.folder.iterdir())) == 3
-
-
-def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
-    """Do `work` in a process of its own, killed after `seconds`; whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.alarm(120)
-            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
-            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status == 0
 
 
 @pytest.fixture(scope="module")
@@ -140,61 +122,34 @@ def stages(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
-def test_killed_anywhere_a_stage_ends_as_if_undisturbed(stages, tmp_path, stage):
-    work = stages[stage]
-    (tmp_path / "whole").mkdir()
-    assert forked(lambda: work(tmp_path / "whole"))
-    start = time.monotonic()
-    assert forked(lambda: work(tmp_path / "again"))
-    seconds = time.monotonic() - start
-    assert results_of(tmp_path / "whole") == results_of(tmp_path / "again") != {}
-    shutil.rmtree(tmp_path / "again")
-    moments = random.Random(stage)
-    gone_on = kills = 0
-    while kills < 6 or gone_on == 0:
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_anywhere_a_stage_ends_as_if_undisturbed(stages, tmp_path, stage, point):
+    def work(name):
+        return lambda: stages[stage](tmp_path / name)
+
+    counter = tmp_path / "counter"
+    assert forked(work("whole"), counter, point)
+    most, kills, gone_on = passed(counter) + 1, 0, 0
+    while not forked(work("killed"), counter, point, number=kills + 1):  # each run comes further than the one before
         kills += 1
-        assert kills < 60
-        if forked(lambda: work(tmp_path / "killed"), moments.uniform(0.1, 0.9) * seconds):
-            assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
-            shutil.rmtree(tmp_path / "killed")
         gone_on += any((tmp_path / "killed").glob(".*.part/*.json"))
-    assert forked(lambda: work(tmp_path / "killed"))
-    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
+        assert kills <= most
+    assert kills and gone_on
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole") != {}
     assert left_over(tmp_path / "killed") == []
 
 
-@pytest.mark.parametrize(
-    ("stage", "patched"),
-    [
-        ("calibrate", "armor.calibrate.capture._run_layer"),
-        ("factorize", "armor.factorize.layer.factorize_weight"),
-        ("assemble", "armor.assemble.folder.tensor_sha256"),
-        ("evaluate", "armor.evaluate.perplexity.token_losses"),
-    ],
-)
-def test_what_is_finished_is_not_done_again(stages, tmp_path, monkeypatch, stage, patched):
-    module, name = patched.rsplit(".", 1)
-    real = getattr(__import__(module, fromlist=[name]), name)
-    calls = 0
-    limit = None
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_finished_is_not_done_again(stages, tmp_path, stage):
+    def saves(name, number=0):
+        assert forked(lambda: stages[stage](tmp_path / name), tmp_path / "counter", SAVED, number) is (number == 0)
+        return passed(tmp_path / "counter")
 
-    def counted(*arguments):
-        nonlocal calls
-        if calls == limit:
-            raise KeyboardInterrupt
-        calls += 1
-        return real(*arguments)
-
-    monkeypatch.setattr(patched, counted)
-    stages[stage](tmp_path / "whole")
-    whole, calls = calls, 0
-    limit = whole - 1  # it dies in the last step
-    with pytest.raises(KeyboardInterrupt):
-        stages[stage](tmp_path / "again")
-    limit, calls = None, 0
-    stages[stage](tmp_path / "again")
-    assert calls < whole / 2
+    whole = saves("whole")
+    before = saves("again", number=whole * 2 // 3)
+    after = saves("again")
+    assert before + after <= whole + 1  # of a step whose record was not written yet, its file
     assert results_of(tmp_path / "again") == results_of(tmp_path / "whole")
 
 
@@ -216,7 +171,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)  # mapped files keep it busy
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_is_gone_on_from(stages, tmp_path, small_disk, stage):
     (tmp_path / "whole").mkdir()
     stages[stage](tmp_path / "whole")
@@ -233,7 +188,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_is_gone_on_from
     assert results_of(folder) == results_of(tmp_path / "whole") and left_over(folder) == []
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "factorize", "assemble", "evaluate"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_folder_that_cannot_be_written_to_is_one_line(stages, small_disk, stage):
     folder = small_disk("ro")
     with pytest.raises((ArmorError, OSError), match="Read-only") as caught:

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from armor.config.recipes import LayerSettings, Override
+from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern, is_nm
-from armor.errors import ArmorError
 from armor.factorize import layer
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.format.factors import read_factors

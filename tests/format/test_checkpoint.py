@@ -3,9 +3,9 @@ import hashlib
 import pytest
 import torch
 
+from armor.core.errors import ArmorError
 from armor.core.packing import pack_mask, unpack_mask
 from armor.core.pattern import Pattern, is_nm, top_n_mask
-from armor.errors import ArmorError
 from armor.format.checkpoint import PackedLinear, check_tensor, modules_of, quantization_config, tombstone
 from armor.format.checksums import tensor_sha256
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.checksums import sealed
 from armor.format.records.base import File
 from tests.packed import edit_config, edit_tensors, opened

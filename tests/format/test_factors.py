@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from armor.core import blockdiag
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.errors import ArmorError
 from armor.format.factors import read_factors, write_factors
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format import shards as module
 from armor.format.shards import INDEX, SINGLE, Shards
 from tests.tiny import tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.base import File
 from armor.format.statistics import Accumulator, Statistics, read_statistics, statistics_of, write_statistics
 from tests.records import calibration_record

@@ -46,7 +46,7 @@ def test_the_operator_compiles_whole_and_under_inference_mode():
     with torch.inference_mode():
         expected = function(x)
         assert expected.shape == (3, 64)
-        assert torch.equal(torch.compile(function, fullgraph=True)(x), expected)
+        torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
 
 
 @pytest.mark.parametrize("blocks", [(32, 64), (None, 16), (8, None)], ids=str)
@@ -61,18 +61,17 @@ def test_gradients_reach_the_input_and_the_bias(blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [9, 16, 100])
-def test_a_two_four_core_on_sparse_tensor_cores_is_the_dense_one(dtype, rows, monkeypatch):
+@pytest.mark.parametrize("rows", [9, 16, 100, 8192])
+def test_a_two_four_core_on_sparse_tensor_cores_is_the_dense_one(dtype, rows):
     values, bits, *_, group = on_card(256, 512, None, None, "2:4", dtype)
     values[:, ::3] = 0  # a kept value may be zero
-    monkeypatch.setattr(cuda, "_COMPRESS_ROWS", 1)
     x = torch.randn(rows, 512, device="cuda").to(dtype)
-    if cuda._sparse_library(x.device) is None:
-        pytest.skip("torch has no library for 2:4 on this card")
-    core = cuda._semi_structured(x, values, bits, group)
     expected = F.linear(x, unpack(values, bits, 512)[0])
-    torch.testing.assert_close(F.linear(x, core), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(cuda.linear(x, values, bits, group=group), expected, rtol=2e-2, atol=2e-2)
+    core = cuda._semi_structured(x, values, bits, group)
+    if core is None:
+        pytest.skip("torch has no library for 2:4 on this card, or only one that pays for more rows")
+    torch.testing.assert_close(F.linear(x, core), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,11 +92,12 @@ def test_a_model_stays_packed_on_the_card_and_gives_the_tokens_of_the_cpu(root, 
         assert torch.equal(on_gpu.sequences.cpu(), on_cpu.sequences)
 
 
-def test_a_benchmark_times_both_sides_by_the_cards_own_clock(root, tmp_path):
+def test_a_benchmark_times_all_models_by_the_cards_own_clock(root, tmp_path):
     settings = BenchmarkSettings(new_tokens=8, repeats=2, batch_sizes=[1, 2], prompts=[])
-    record = benchmark(root / "source", root / "checkpoint", settings, tmp_path / "decode.json", "cuda:0")
-    for side in (record["dense"], record["compressed"]):
-        speeds = side["tokens_per_second"]
-        assert speeds.keys() == {"1", "2"} and 0 < side["resident_bytes"] <= side["peak_bytes"]
-        assert all(run > 0 for batch in speeds.values() for phase in batch.values() for run in phase["runs"])
-    assert all(run > 0 for linear in record["linears"] for run in linear["milliseconds"]["runs"])
+    recipes = {"armor": root / "checkpoint"}
+    record = benchmark(root / "source", recipes, settings, tmp_path / "decode.json", "cuda:0")
+    for side in (record.dense, record.recipes["armor"]):
+        assert side.tokens_per_second.keys() == {"1", "2"} and 0 < side.resident_bytes <= side.peak_bytes
+        phases = side.tokens_per_second.values()
+        assert all(run > 0 for phase in phases for runs in (phase.prefill, phase.decode) for run in runs.runs)
+    assert all(run > 0 for linear in record.recipes["armor"].linears for run in linear.milliseconds.runs)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from armor.config.recipes import LayerSettings, ModuleSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.methods import METHODS
 from armor.solver.settings import SolverSettings

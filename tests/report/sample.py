@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from armor.execution.files import write_json
+from armor.config.report import ReportPair, ReportSettings
+from armor.format.layout import Results
+from armor.format.records.base import File, Machine, MadeBy, Record
+from armor.format.records.benchmark import BenchmarkRecord, CoreSide, LinearSpeed, Phases, Runs, Sample, Side
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
+from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 
-__all__ = ["plan", "write_results"]
+__all__ = ["change", "plan", "write_results"]
 
 LINEARS = {
     "self_attn.q_proj": (576, 576),
@@ -26,21 +35,24 @@ KL = {"magnitude": 4.31, "wanda": 1.76, "nowag": 1.63, "armor": 0.352}
 TOP1 = {"magnitude": 0.112, "wanda": 0.395, "nowag": 0.408, "armor": 0.701}
 LOSS = {"magnitude": 0.31, "wanda": 0.071, "nowag": 0.064, "armor": 0.0135}
 SECONDS = {"magnitude": 0.4, "wanda": 0.4, "nowag": 0.5, "armor": 13.5}
+DENSE_BYTES = 269_060_552
 BYTES = {"magnitude": 176_200_000, "wanda": 176_200_000, "nowag": 176_200_000, "armor": 212_600_000}
 BITS = {"magnitude": 9.0, "wanda": 9.0, "nowag": 9.0, "armor": 11.74}
 SPEED = {"dense": 14.2, "magnitude": 13.1, "wanda": 13.2, "nowag": 13.1, "armor": 9.4}
 PROMPTS = {"The capital of France is": "Paris", "Once upon a time, a fox": "met a crow"}
+BATCHES = ("1", "4")
 FILES = {
-    "model.safetensors": {"bytes": 269_060_552, "sha256": "d" * 64},
-    "tokenizer.json": {"bytes": 3_522_871, "sha256": "e" * 64},
+    "model.safetensors": File(bytes=DENSE_BYTES, sha256="d" * 64),
+    "tokenizer.json": File(bytes=3_522_871, sha256="e" * 64),
 }
-MACHINE = {
-    "processor": "A processor",
-    "cores": 2,
-    "threads": 2,
-    "device": "cpu",
-    "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
-}
+MACHINE = Machine(
+    processor="A processor",
+    cores=2,
+    threads=2,
+    device="cpu",
+    versions={"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
+)
+R = TypeVar("R", bound=Record)
 
 
 def plan(
@@ -49,29 +61,48 @@ def plan(
     evaluations: Iterable[str] = ("wikipedia",),
     benchmarks: Iterable[str] = ("decode",),
     tasks: dict[str, list[str]] | None = None,
-) -> dict:
-    """The plan of the sample's recipes, as the workflow passes it."""
-    return {
-        "title": "ARMOR report",
-        "config": {
+    block_sizes: dict[str, int] | None = None,
+) -> ReportSettings:
+    """What the report of the sample's recipes is about; a recipe's method is its name up to a dash."""
+    methods = {recipe: recipe.partition("-")[0] for recipe in recipes}
+    return ReportSettings(
+        config={
             "models": {model: {"hub": f"someone/{model}"} for model in models},
-            "recipes": {recipe: {"method": recipe.partition("-")[0], "pattern": "2:4"} for recipe in recipes},
+            "recipes": {recipe: {"method": method, "pattern": "2:4"} for recipe, method in methods.items()},
         },
-        "pairs": [
-            {
-                "model": model,
-                "recipe": recipe,
-                "method": recipe.partition("-")[0],
-                "pattern": "2:4",
-                "block_size": 64,
-                "evaluations": list(evaluations),
-                "benchmarks": list(benchmarks),
-                "tasks": tasks or {},
-            }
-            | ({} if recipe == "dense" else {"calibration": "text"})
+        pairs=[
+            ReportPair(
+                model=model,
+                recipe=recipe,
+                method=method,
+                block_size=(block_sizes or {}).get(recipe, 64),
+                calibration=None if method == "dense" else "text",
+                evaluations=list(evaluations),
+                benchmarks=list(benchmarks),
+                tasks=tasks or {},
+            )
             for model in models
-            for recipe in recipes
+            for recipe, method in methods.items()
         ],
+    )
+
+
+def change(kind: type[R], path: Path | str, **changes: Any | Callable[[R], Any]) -> R:
+    """Write the record in `path` again with other fields: new values, or functions of the record that give them."""
+    record = kind.read(path)
+    values = {name: value(record) if callable(value) else value for name, value in changes.items()}
+    changed = kind(**dict(record) | values)
+    changed.write(path)
+    return changed
+
+
+def made(stage: str, rng: random.Random, seconds: float, memory: float, **settings: Any) -> dict[str, Any]:
+    """What all records of results share."""
+    return {
+        "made_by": MadeBy(stage=f"armor.{stage}", code="c" * 16, settings=settings, inputs={}),
+        "machine": MACHINE,
+        "seconds": seconds * rng.uniform(0.9, 1.1),
+        "peak_memory_bytes": int(memory * rng.uniform(0.95, 1.05)),
     }
 
 
@@ -82,163 +113,227 @@ def _block_means(rng: random.Random, perplexity: float, blocks: int = 16) -> lis
     return [m - sum(means) / blocks + math.log(perplexity) for m in means]
 
 
-def _common(rng: random.Random, seconds: float, memory: float) -> dict:
-    return {
-        "format_version": 1,
-        "seconds": seconds * rng.uniform(0.9, 1.1),
-        "peak_memory_bytes": int(memory * rng.uniform(0.95, 1.05)),
-    }
+def _evaluation(rng: random.Random, name: str, method: str, number: int) -> EvaluationRecord:
+    value = PERPLEXITY[method] * (1 + 0.4 * number)
+    against = None
+    if method in KL:
+        kl = Mean(value=KL[method], standard_error=KL[method] / 40, block_means=())
+        against = AgainstDense(kl=kl, top1=Mean(value=TOP1[method], standard_error=0.004, block_means=()))
+    settings = {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"}
+    return EvaluationRecord(
+        **made("evaluate", rng, 62, 1.2e9, **settings),
+        task=name,
+        value=value,
+        standard_error=value * 0.09,
+        tokens=16 * 1023,
+        blocks=16,
+        length=1024,
+        text_fingerprint=f"{number:064}",
+        block_means=_block_means(rng, value),
+        against_dense=against,
+    )
 
 
-def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> dict:
+def _tasks(rng: random.Random, name: str, method: str, tasks: list[str]) -> TasksRecord:
+    score = {"metric": "acc", "value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05, "shots": 0, "items": 100}
+    scores = {task: TaskResult(**score, higher_is_better=not task.endswith("loss")) for task in tasks}
+    return TasksRecord(**made("evaluate", rng, 30, 9e8), task=name, tasks=scores)
+
+
+def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> LayerRecord:
     modules = {}
     for name in LINEARS:
         kind = {"v_proj": 1.6, "o_proj": 1.8, "k_proj": 0.6, "q_proj": 0.5}.get(name.split(".")[1], 1.0)
         start = 0.064 * kind * (0.35 + 0.04 * layer if layer > 1 else 1.5) * rng.uniform(0.8, 1.2)
         loss = start * LOSS[method] / LOSS["nowag"] * rng.uniform(0.8, 1.2)
-        trace = []
-        if method == "armor":
-            points = [0, 1, 2, 3, *range(10, 310, 10)]
-            trace = [[i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)] for i in points]
-        modules[f"model.layers.{layer}.{name}"] = {
-            "method": method,
-            "pattern": "2:4",
-            "block_size": {"left": block_size, "right": block_size} if method == "armor" else None,
-            "start_loss": start,
-            "loss": loss,
-            "trace": trace,
-            "seconds": SECONDS[method] / 7,
-            "note": None,
-        }
-    return {**_common(rng, SECONDS[method], 7e8), "layer": layer, "modules": modules, "machine": MACHINE}
+        points = [0, 1, 2, 3, *range(10, 310, 10)] if method == "armor" else []
+        modules[f"model.layers.{layer}.{name}"] = LinearRecord(
+            method=method,
+            pattern="2:4",
+            block_size=BlockSizes(left=block_size, right=block_size) if method == "armor" else None,
+            start_loss=start,
+            loss=loss,
+            trace=[(i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)) for i in points],
+            seed=0,
+            device="cpu",
+            seconds=SECONDS[method] / 7,
+            peak_memory_bytes=10**9,
+            note=None,
+        )
+    return LayerRecord(
+        **made("factorize", rng, SECONDS[method], 7e8),
+        layer=layer,
+        fingerprint="a" * 64,
+        sha256="f" * 64,
+        statistics_fingerprint="b" * 64,
+        modules=modules,
+    )
 
 
-def _runs(rng: random.Random, middle: float) -> dict:
+def _checkpoint(rng: random.Random, method: str, layers: int) -> CheckpointRecord:
+    factors = FactorsMadeBy(layers=range(layers), settings={"seed": 0}, code="c" * 16, versions={})
+    return CheckpointRecord(
+        **made("assemble", rng, 4, 6e8),
+        fingerprint="a" * 64,
+        statistics_fingerprint="b" * 64,
+        checkpoint_bytes=BYTES[method],
+        bits_per_weight=BITS[method],
+        dense_bits_per_weight=16.0,
+        modules=7 * layers,
+        kept_dense=(),
+        files={},
+        factors=(factors,),
+    )
+
+
+def _calibration() -> CalibrationRecord:
+    return CalibrationRecord(
+        **made("calibrate", random.Random(0), 75, 1.1e9),
+        fingerprint="a" * 64,
+        text_fingerprint="0" * 64,
+        statistics_fingerprint="b" * 64,
+        sequences=32,
+        length=1024,
+        tokens=32 * 1024,
+        dtype="bfloat16",
+        device="cpu",
+        files={},
+        hidden_states_bytes=0,
+        spilled_bytes=0,
+        tokens_per_second=400.0,
+    )
+
+
+def _runs(rng: random.Random, middle: float) -> Runs:
     low, median, high = sorted(middle * rng.uniform(0.97, 1.03) for _ in range(3))
-    return {"median": median, "quartiles": [(low + median) / 2, (median + high) / 2], "runs": [low, median, high]}
+    return Runs(median=median, quartiles=((low + median) / 2, (median + high) / 2), runs=(low, median, high))
 
 
-def _ratio(median: float) -> dict:
-    ends = [0.97 * median, 1.03 * median]
-    return {"median": median, "quartiles": ends, "runs": ends}
+def _ratio(median: float) -> Runs:
+    ends = (0.97 * median, 1.03 * median)
+    return Runs(median=median, quartiles=ends, runs=ends)
 
 
-def _side(rng: random.Random, what: str) -> dict:
+def _by_batch(prefill: Callable[[int], Runs], decode: Callable[[int], Runs]) -> dict[str, Phases]:
+    return {batch: Phases(prefill=prefill(int(batch)), decode=decode(int(batch))) for batch in BATCHES}
+
+
+def _speeds(rng: random.Random, method: str) -> dict[str, Phases]:
+    return _by_batch(lambda b: _runs(rng, 200 * b), lambda b: _runs(rng, SPEED[method] * (1 + b) / 2))
+
+
+def _side(rng: random.Random, method: str) -> Side:
     """One side of a benchmark: the dense model, or that of a method."""
-    return {
-        "bytes_on_disk": 269_060_552 if what == "dense" else BYTES[what],
-        "bits_per_weight": 16.0 if what == "dense" else BITS[what],
-        "resident_bytes": 280_000_000,
-        "peak_bytes": 410_000_000,
-        "load_seconds": 0.4,
-        "bytes_per_token": 269_060_552 if what == "dense" else BYTES[what],
-        "tokens_per_second": {
-            str(batch): {"prefill": _runs(rng, 200 * batch), "decode": _runs(rng, SPEED[what] * (1 + batch) / 2)}
-            for batch in (1, 4)
-        },
-    }
+    size, bits, ratio = BYTES.get(method, DENSE_BYTES), BITS.get(method, 16.0), SPEED[method] / SPEED["dense"]
+    dense = method == "dense"
+    return Side(
+        bytes_on_disk=size,
+        bits_per_weight=bits,
+        resident_bytes=280_000_000,
+        peak_bytes=410_000_000,
+        load_seconds=0.4,
+        bytes_per_token=size,
+        tokens_per_second=_speeds(rng, method),
+        speedup=None if dense else _by_batch(lambda b: _ratio(0.5 * ratio), lambda b: _ratio(ratio)),
+        theoretical_speedup=None if dense else 16 / bits,
+        core=_core(rng) if method == "armor" else None,
+        linears=() if dense else [_linear(*shape, method) for shape in dict.fromkeys(LINEARS.values())],
+    )
 
 
-def _core(rng: random.Random) -> dict:
+def _core(rng: random.Random) -> CoreSide:
     """The side of a packed model without its blocks: a pruned one's, as far as it is measured."""
-    side = _side(rng, "nowag")
-    ratio = _runs(rng, 1.1)
-    return {key: side[key] for key in ("bytes_on_disk", "bits_per_weight", "bytes_per_token", "tokens_per_second")} | {
-        "speedup": {batch: {"prefill": ratio, "decode": ratio} for batch in ("1", "4")},
-        "theoretical_speedup": 16 / BITS["nowag"],
-    }
+    return CoreSide(
+        bytes_on_disk=BYTES["nowag"],
+        bits_per_weight=BITS["nowag"],
+        bytes_per_token=BYTES["nowag"],
+        tokens_per_second=_speeds(rng, "nowag"),
+        speedup=_by_batch(lambda b: _runs(rng, 1.1), lambda b: _runs(rng, 1.1)),
+        theoretical_speedup=16 / BITS["nowag"],
+    )
 
 
-def _linear(out: int, columns: int, method: str) -> dict:
+def _linear(out: int, columns: int, method: str) -> LinearSpeed:
     """The speed of one shape of linears."""
     rng, block = random.Random(f"{out} {columns} {method}"), 64 if method == "armor" else None
-    return {
-        "out_features": out,
-        "in_features": columns,
-        "pattern": "2:4",
-        "left_block_size": block,
-        "right_block_size": block,
-        "count": 60,
-        "dense_milliseconds": _runs(rng, out * columns / 8e6),
-        "milliseconds": _runs(rng, out * columns / 1.6e7),
-        "speedup": _runs(rng, 2),
-        "theoretical_speedup": 16 / BITS.get(method, 16),
-    } | ({"core_milliseconds": _runs(rng, out * columns / 2e7), "core_speedup": _runs(rng, 2.5)} if block else {})
+    return LinearSpeed(
+        out_features=out,
+        in_features=columns,
+        pattern="2:4",
+        left_block_size=block,
+        right_block_size=block,
+        count=60,
+        dense_milliseconds=_runs(rng, out * columns / 8e6),
+        milliseconds=_runs(rng, out * columns / 1.6e7),
+        speedup=_runs(rng, 2),
+        theoretical_speedup=16 / BITS[method],
+        core_milliseconds=_runs(rng, out * columns / 2e7) if block else None,
+        core_speedup=_runs(rng, 2.5) if block else None,
+    )
+
+
+def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecord:
+    """`methods` are those of the recipes that compress."""
+    rng = random.Random(f"{model} {name}")
+    return BenchmarkRecord(
+        **made("benchmark", rng, 40, 1.6e9),
+        case=name,
+        dense=_side(rng, "dense"),
+        recipes={recipe: _side(rng, method) for recipe, method in methods.items()},
+        turns=(tuple(methods),),
+        samples=[
+            Sample(prompt=prompt, texts={"dense": f" {word}."} | {r: f" {word},\n{r}. " * 9 for r in methods})
+            for prompt, word in PROMPTS.items()
+        ],
+    )
 
 
 def _topology(layers: int) -> Topology:
-    def linears(prefix: str) -> tuple[Linear, ...]:
-        return tuple(
-            Linear(f"{prefix}.{name}", out, columns, "bfloat16", False, "model.safetensors", group)
-            for group, (name, (out, columns)) in enumerate(LINEARS.items())
+    def layer(index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
+        common = {"dtype": "bfloat16", "bias": False, "shard": "model.safetensors"}
+        return DecoderLayer(
+            index=index,
+            prefix=prefix,
+            linears=[
+                Linear(name=f"{prefix}.{name}", out_features=out, in_features=columns, input_group=group, **common)
+                for group, (name, (out, columns)) in enumerate(LINEARS.items())
+            ],
         )
 
-    prefixes = [f"model.layers.{k}" for k in range(layers)]
-    made = tuple(DecoderLayer(k, prefix, linears(prefix)) for k, prefix in enumerate(prefixes))
-    return Topology("llama", "0" * 64, "bfloat16", 2048, 576, 134_515_008, 106_168_320, True, made)
+    return Topology(
+        model_type="llama",
+        fingerprint="a" * 64,
+        dtype="bfloat16",
+        context_length=2048,
+        hidden_size=576,
+        parameters=134_515_008,
+        linear_parameters=106_168_320,
+        tied_embeddings=True,
+        layers=[layer(index) for index in range(layers)],
+    )
 
 
-def write_results(root: Path, plan: dict, layers: int = 30) -> Path:
-    """Write all that the stages would have written for `plan` to `root`, and return `root`."""
-    for pair in plan["pairs"]:
-        recipe, method, folder = pair["recipe"], pair["method"], root / pair["model"]
-        rng = random.Random(f"{pair['model']} {recipe}")
-        write_json(folder / "source.json", {"format_version": 1, "dtype": "bfloat16", "files": FILES})
-        write_json(folder / "model.json", _topology(layers).to_json())
-        for number, name in enumerate(pair["evaluations"]):
-            value = PERPLEXITY[method] * (1 + 0.4 * number)
-            evaluation = {
-                "task": name,
-                "metric": "perplexity",
-                "value": value,
-                "standard_error": value * 0.09,
-                "tokens": 16 * 1023,
-                "blocks": 16,
-                "length": 1024,
-                "block_means": _block_means(rng, value),
-                "against_dense": None
-                if method == "dense"
-                else {
-                    "kl": {"value": KL[method], "standard_error": KL[method] / 40},
-                    "top1": {"value": TOP1[method], "standard_error": 0.004},
-                },
-                "settings": {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"},
-                "inputs": {"text": f"{number:064}"},
-                "machine": MACHINE,
-            }
-            write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 62, 1.2e9) | evaluation)
-        for name, tasks in pair["tasks"].items():
-            score = {"metric": "acc", "value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05}
-            scores = {task: score | {"higher_is_better": not task.endswith("loss")} for task in tasks}
-            record = {"tasks": scores, "settings": {}, "machine": MACHINE}
-            write_json(folder / recipe / "evaluation" / f"{name}.json", _common(rng, 30, 9e8) | record)
-        sides = {side: _side(rng, what) for side, what in {"dense": "dense", "compressed": method}.items()}
-        ratio = SPEED[method] / SPEED["dense"]
-        phases = {"prefill": _ratio(0.5 * ratio), "decode": _ratio(ratio)}
-        measured = {
-            "speedup": dict.fromkeys(("1", "4"), phases),
-            "theoretical_speedup": 16 / BITS.get(method, 16),
-            "core": _core(rng) if method == "armor" else None,
-            "linears": [_linear(out, columns, method) for out, columns in dict.fromkeys(LINEARS.values())],
-        }
-        samples = [{"prompt": p, "dense": f" {w}.", "compressed": f" {w},\n{recipe}. " * 9} for p, w in PROMPTS.items()]
-        if method == "dense":
-            sides["compressed"] = None
-            measured = {"speedup": None, "theoretical_speedup": None, "core": None, "linears": []}
-            samples = [{key: text for key, text in sample.items() if key != "compressed"} for sample in samples]
-        for name in pair["benchmarks"]:
-            case = {"case": name, "recipe": recipe, **sides, **measured, "samples": samples, "machine": MACHINE}
-            write_json(folder / recipe / "benchmark" / f"{name}.json", _common(rng, 40, 1.6e9) | case)
-        if method == "dense":
-            continue
-        calibration = _common(random.Random(0), 75, 1.1e9) | {"machine": MACHINE}
-        write_json(folder / "calibration" / "text" / "calibration.json", calibration)
-        for layer in range(layers):
-            record = _layer(rng, layer, method, pair["block_size"])
-            write_json(folder / recipe / "layers" / f"layer_{layer}.json", record)
-        checkpoint = {"bits_per_weight": BITS[method], "checkpoint_bytes": BYTES[method], "kept_dense": []}
-        checkpoint["machine"] = MACHINE
-        checkpoint["inputs"] = {"model": "a" * 64, "statistics": "b" * 64}
-        checkpoint["factors"] = [{"layers": [*range(layers)], "code": "c" * 16, "settings": {"seed": 0}}]
-        write_json(folder / recipe / "checkpoint.json", _common(rng, 4, 6e8) | checkpoint)
+def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Path:
+    """Write all that the stages would have written for `settings` to `root`, and return `root`."""
+    paths = Results(str(root))
+    for model in dict.fromkeys(pair.model for pair in settings.pairs):
+        pairs = [pair for pair in settings.pairs if pair.model == model]
+        source = SourceRecord(path="/", fingerprint="a" * 64, dtype="bfloat16", files=FILES, hub=None, settings={})
+        source.write(paths.source(model))
+        _topology(layers).write(paths.topology(model))
+        for name in dict.fromkeys(name for pair in pairs for name in pair.benchmarks):
+            methods = {pair.recipe: pair.method for pair in pairs if pair.method != "dense" and name in pair.benchmarks}
+            _benchmark(model, name, methods).write(paths.benchmark(model, name))
+    for pair in settings.pairs:
+        names, rng = (pair.model, pair.recipe), random.Random(f"{pair.model} {pair.recipe}")
+        for number, name in enumerate(pair.evaluations):
+            _evaluation(rng, name, pair.method, number).write(paths.evaluation(*names, name))
+        for name, tasks in pair.tasks.items():
+            _tasks(rng, name, pair.method, tasks).write(paths.evaluation(*names, name))
+        if pair.calibration:
+            _calibration().write(paths.calibration(pair.model, pair.calibration))
+            for layer in range(layers):
+                _layer(rng, layer, pair.method, pair.block_size).write(paths.layer(*names, layer))
+            _checkpoint(rng, pair.method, layers).write(paths.checkpoint(*names))
     return root

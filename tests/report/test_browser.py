@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
     folder = tmp_path_factory.mktemp("browser")
     wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
-    wanted["config"]["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
+    wanted.config["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
     results = write_results(folder / "results", wanted, 6)
     build(results, wanted, results / "report")
     compare(results, results, folder / "comparison")

@@ -7,28 +7,42 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from statistics import fmean
 
 import pytest
 
-from armor.errors import ArmorError
-from armor.execution.files import read_json, write_json
+from armor.core.errors import ArmorError
+from armor.format.layout import Results
+from armor.format.records.base import File, MadeBy
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
+from armor.format.records.evaluation import EvaluationRecord
+from armor.format.records.report import ReportRecord
+from armor.format.records.source import SourceRecord
 from armor.report import build, compare
 from armor.report.compare import comparison
-from tests.report.sample import plan, write_results
+from tests.report.sample import MACHINE, change, plan, write_results
 
 MODEL = "smollm2-135m"
 RECIPES = ["dense", "nowag", "armor"]
 
 
-def change(run, recipe, **changes):
-    path = run / MODEL / recipe / "evaluation" / "wikipedia.json"
-    write_json(path, read_json(path) | changes)
+def evaluation(run, recipe):
+    return Results(str(run)).evaluation(MODEL, recipe, "wikipedia")
 
 
-def note(run, plan):
+def change_evaluation(run, recipe, settings=None, **changes):
+    if settings:
+        made = EvaluationRecord.read(evaluation(run, recipe)).made_by
+        changes["made_by"] = made.model_copy(update={"settings": settings})
+    change(EvaluationRecord, evaluation(run, recipe), **changes)
+
+
+def note(run, settings):
     """What a run's report leaves that a comparison reads."""
-    write_json(run / "report" / "summary.json", {"settings": plan})
+    made = MadeBy(stage="armor.report", code="", settings=settings.model_dump(mode="json"), inputs={})
+    ReportRecord(rows=(), made_by=made, machine=MACHINE).write(run / "report" / "summary.json")
 
 
 @pytest.fixture
@@ -38,38 +52,38 @@ def runs(tmp_path):
     for name in ("a", "b"):
         run = write_results(tmp_path / name / "results", plan(RECIPES), 1)
         if name == "b":
-            before = read_json(run / MODEL / "armor" / "evaluation" / "wikipedia.json")["block_means"]
+            before = EvaluationRecord.read(evaluation(run, "armor")).block_means
             means = [mean - 0.1 + 0.01 * (-1) ** k for k, mean in enumerate(before)]
-            change(run, "armor", block_means=means, value=math.exp(fmean(means)))
+            change_evaluation(run, "armor", block_means=means, value=math.exp(fmean(means)))
         note(run, plan(RECIPES))
         found.append(run)
     return found
 
 
 def rows_of(runs):
-    return {row["recipe"]: row for row in comparison(*runs)[0]}
+    return {row.recipe: row for row in comparison(*runs)[0]}
 
 
 def test_the_difference_is_b_minus_a_and_its_error_that_of_the_paired_blocks(runs):
     row = rows_of(runs)["armor"]
-    assert row["difference"] == pytest.approx(row["perplexity_b"] - row["perplexity_a"])
-    a, b = (read_json(run / MODEL / "armor" / "evaluation" / "wikipedia.json")["block_means"] for run in runs)
+    assert row.difference == pytest.approx(row.perplexity_b - row.perplexity_a)
+    a, b = (EvaluationRecord.read(evaluation(run, "armor")).block_means for run in runs)
     # Against the jackknife: each block left out in turn.
     without = [math.exp(fmean(b[:k] + b[k + 1 :])) - math.exp(fmean(a[:k] + a[k + 1 :])) for k in range(len(a))]
     spread = sum((value - fmean(without)) ** 2 for value in without)
-    assert row["difference_se"] == pytest.approx(math.sqrt(spread * (len(a) - 1) / len(a)), rel=0.1)
-    assert row["difference_se"] < 0.2 * row["perplexity_a_se"]
+    assert row.difference_se == pytest.approx(math.sqrt(spread * (len(a) - 1) / len(a)), rel=0.1)
+    assert row.difference_se < 0.2 * row.perplexity_a_se
 
 
 def test_equal_results_differ_by_nothing(runs):
     row = rows_of(runs)["nowag"]
-    assert (row["difference"], row["difference_se"], row["not_comparable"]) == (0, 0, None)
+    assert (row.difference, row.difference_se, row.not_comparable) == (0, 0, None)
 
 
 def test_of_one_block_nothing_is_said_of_how_sure_it_is(runs, tmp_path):
     for run in runs:
         for recipe in RECIPES:
-            change(run, recipe, block_means=[3.0], blocks=1, value=math.exp(3), standard_error=None)
+            change_evaluation(run, recipe, block_means=[3.0], blocks=1, value=math.exp(3), standard_error=None)
     text = compare(*runs, tmp_path / "out")
     assert "How sure a difference is cannot be said" in text and "No perplexity" not in text
 
@@ -84,7 +98,7 @@ def test_the_page_the_csv_and_the_text_say_the_same(runs, tmp_path):
     with open(tmp_path / "out" / "comparison.csv") as file:
         table = {row["recipe"]: row for row in csv.DictReader(file)}
     for recipe, row in rows_of(runs).items():
-        assert table[recipe] == {key: "" if value is None else str(value) for key, value in row.items()}
+        assert table[recipe] == {key: "" if value is None else str(value) for key, value in asdict(row).items()}
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
@@ -97,17 +111,16 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 def test_the_same_tokens_compare_wherever_the_text_lay(runs):
     before = rows_of(runs)["armor"]
     settings = {"text": {"dataset": "wikipedia"}, "sequence_length": None, "dtype": "auto"}
-    change(runs[1], "armor", settings=settings)
+    change_evaluation(runs[1], "armor", settings=settings)
     assert rows_of(runs)["armor"] == before
 
 
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"inputs": {"text": "f" * 64}}, "not known to be the same text and tokens"),
-        ({"inputs": {}}, "not known to be the same text and tokens"),
+        ({"text_fingerprint": "f" * 64}, "not known to be the same text and tokens"),
         (
-            {"inputs": {"text": "f" * 64}, "settings": {"text": {"files": ["c4"]}, "sequence_length": 512}},
+            {"text_fingerprint": "f" * 64, "settings": {"text": {"files": ["c4"]}, "sequence_length": 512}},
             "different settings (dtype auto and None, sequence_length 1024 and 512, text)",
         ),
         (
@@ -115,15 +128,15 @@ def test_the_same_tokens_compare_wherever_the_text_lay(runs):
             "different settings (dtype auto and float32)",
         ),
     ],
-    ids=["text", "unknown", "settings", "dtype"],
+    ids=["text", "settings", "dtype"],
 )
 def test_other_evaluations_are_marked_and_have_no_difference(runs, tmp_path, changes, said):
-    change(runs[1], "armor", **changes)
+    change_evaluation(runs[1], "armor", **changes)
     row = rows_of(runs)["armor"]
-    assert (row["difference"], row["difference_se"], row["not_comparable"]) == (None, None, said)
+    assert (row.difference, row.difference_se, row.not_comparable) == (None, None, said)
     line = f"armor on wikipedia: not comparable: {said}."
     assert line in compare(*runs, tmp_path / "out") and line in (tmp_path / "out" / "index.html").read_text()
-    assert rows_of(runs)["nowag"]["difference"] == 0
+    assert rows_of(runs)["nowag"].difference == 0
 
 
 def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
@@ -131,14 +144,19 @@ def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
     sentence = "The settings of the two runs, as far as their results note them, do not differ."
     assert sentence in compare(*runs, tmp_path / "out") and sentence in (tmp_path / "out" / "index.html").read_text()
     for run, iterations, documents in ((runs[0], 20, [45, 60]), (runs[1], 5, [45, None])):
-        path = run / MODEL / "armor" / "checkpoint.json"
         settings = {"seed": 0, "solver": {"iterations": 20}, "overrides": [{"modules": "*.k_proj"}]}
-        first = {"layers": [0, 1, 2], "code": "c" * 16, "settings": settings}
-        second = first | {"layers": [3], "settings": settings | {"solver": {"iterations": iterations}}}
-        write_json(path, read_json(path) | {"factors": [first, second]})
-        path = run / MODEL / "calibration" / "text" / "calibration.json"
-        write_json(path, read_json(path) | {"settings": {"sequences": 8, "text": {"documents": documents}}})
-    change(runs[1], "armor", settings={"text": {"files": ["text.txt"]}, "sequence_length": 1024})
+        first = FactorsMadeBy(layers=(0, 1, 2), code="c" * 16, settings=settings, versions={})
+        other = {"layers": (3,), "settings": settings | {"solver": {"iterations": iterations}}}
+        change(
+            CheckpointRecord,
+            Results(str(run)).checkpoint(MODEL, "armor"),
+            factors=(first, first.model_copy(update=other)),
+        )
+        path = Results(str(run)).calibration(MODEL, "text")
+        made = CalibrationRecord.read(path).made_by
+        asked = {"settings": {"sequences": 8, "text": {"documents": documents}}}
+        change(CalibrationRecord, path, made_by=made.model_copy(update=asked))
+    change_evaluation(runs[1], "armor", settings={"text": {"files": ["text.txt"]}, "sequence_length": 1024})
     expected = {
         "recipe armor: solver.iterations": {"A": "20", "B": "20 (layers 0 to 2), 5 (layers 3)"},
         "calibration text: text.documents": {"A": "[45, 60]", "B": "[45, None]"},
@@ -156,12 +174,10 @@ def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
 
 
 def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(runs, tmp_path):
-    source = runs[1] / MODEL / "source.json"
-    record = read_json(source)
-    record["files"]["tokenizer.json"]["sha256"] = "f" * 64
-    write_json(source, record)
+    other = {"tokenizer.json": File(bytes=1, sha256="f" * 64)}
+    change(SourceRecord, Results(str(runs[1])).source(MODEL), files=lambda record: record.files | other)
     for recipe in RECIPES:
-        change(runs[1], recipe, inputs={"text": "f" * 64})
+        change_evaluation(runs[1], recipe, text_fingerprint="f" * 64)
     with pytest.raises(ArmorError, match=r"not comparable: .*: different tokenizers \(tokenizer.json\)") as error:
         compare(*runs, tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -170,7 +186,7 @@ def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(run
 def test_what_only_one_run_has_is_listed(runs):
     (runs[1] / MODEL / "nowag" / "evaluation" / "wikipedia.json").unlink()
     rows, notes, _ = comparison(*runs)
-    assert [row["recipe"] for row in rows] == ["dense", "armor"]
+    assert [row.recipe for row in rows] == ["dense", "armor"]
     assert notes == [f"Only in A: {MODEL}/nowag on wikipedia."]
 
 
@@ -179,6 +195,14 @@ def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
     note(other, plan(["wanda"]))
     with pytest.raises(ArmorError, match=f"in common; found .*, and {MODEL}/wanda on wikipedia"):
         comparison(runs[0], other)
+
+
+def test_a_report_on_what_this_release_does_not_know_is_one_error(runs):
+    made = MadeBy(stage="armor.report", code="", settings={"pairs": []}, inputs={})
+    file = runs[1] / "report" / "summary.json"
+    change(ReportRecord, file, made_by=made)
+    with pytest.raises(ArmorError, match=f"^{file}: made_by.settings.pairs: .*; run the report again$"):
+        comparison(*runs)
 
 
 def test_a_folder_without_a_report_is_one_error(runs, tmp_path):

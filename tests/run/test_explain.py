@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.execution.machine import versions
 from armor.format.records.checkpoint import CheckpointRecord

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
 from armor.model.source import open_source

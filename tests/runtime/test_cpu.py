@@ -1,9 +1,9 @@
 """The CPU kernel against the plain product in float64, for every level, at shapes that fit no vector."""
 
-import logging
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cpu
+from tests.killed import REPOSITORY
 from tests.layers import layer, twin
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
@@ -64,19 +65,49 @@ def test_unpack_is_exact(shape, dtype, level):
     assert torch.equal(cpu.unpack(values, bits, shape[1], level), unpack(values, bits, shape[1])[0])
 
 
-@needs_library
-@pytest.mark.parametrize("rows", [1, 16, 300])
-def test_threads_do_not_change_a_bit(rows):
-    operands = layer(512, 1024, 64, 128, "2:4", torch.bfloat16)
-    x, before = torch.randn(rows, 1024).bfloat16(), torch.get_num_threads()
+def with_threads(multiply):
+    """What `multiply` returns with one thread, two and five."""
+    before, results = torch.get_num_threads(), []
     try:
-        results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(cpu.linear(x, *operands[:-1], group=operands[-1]))
+            results.append(multiply())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(results[0], r) for r in results)
+    return results
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 31, 32, 300])
+def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
+    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+    x = torch.randn(rows, 1024).to(dtype)
+    first, *others = with_threads(lambda: cpu._native(x, *operands, level))
+    assert all(torch.equal(first, y) for y in others)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 31, 32, 300])
+def test_the_layer_keeps_its_bits_where_it_runs_in_c_and_is_near_its_twin_everywhere(rows, dtype):
+    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+    x = torch.randn(rows, 1024).to(dtype)
+    expected, bound = twin(x, *operands)
+    first, *others = results = with_threads(lambda: cpu.linear(x, *operands[:-1], group=operands[-1]))
+    assert all(((y.double() - expected).abs() <= bound).all() for y in results)
+    assert not cpu.runs_in_c(x) or all(torch.equal(first, y) for y in others)
+
+
+@needs_library
+def test_only_many_rows_of_bf16_on_intels_processors_leave_the_c_loops():
+    def stays(rows, dtype):
+        return cpu.runs_in_c(torch.empty(rows, 20, dtype=dtype))
+
+    assert stays(31, torch.bfloat16) and stays(300, torch.float32)
+    assert stays(32, torch.bfloat16) == stays(300, torch.bfloat16)
+    assert stays(32, torch.bfloat16) or "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 @needs_library
@@ -96,7 +127,8 @@ def test_what_torch_multiplies_is_the_twin():
     operands = layer(100, 60, 20, 12, "2:4", torch.bfloat16)
     x = torch.randn(2, 33, 60).bfloat16()
     expected, bound = twin(x, *operands)
-    assert ((cpu._through_torch(x, *operands[:-1]).double() - expected).abs() <= bound).all()
+    for y in with_threads(lambda: cpu._through_torch(x, *operands[:-1])):
+        assert ((y.double() - expected).abs() <= bound).all()
 
 
 @needs_library
@@ -158,14 +190,22 @@ def test_shapes_that_do_not_fit_are_refused(name, index):
         cpu.linear(torch.randn(3, 128).bfloat16(), *operands, group=group)
 
 
-def test_a_missing_library_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "_built", False)
-    cpu._tell_once.cache_clear()
-    *operands, _ = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
-    with caplog.at_level(logging.WARNING, logger="armor"):
-        assert not any(cpu.supports(torch.randn(3, 128).bfloat16(), *operands) for _ in range(3))
-    assert len(caplog.messages) == 1 and "compiler" in caplog.messages[0]
-    cpu._tell_once.cache_clear()
+UNBUILT = """
+import torch
+from armor.runtime import cpu
+from tests.layers import layer
+operands = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+assert not any(cpu.supports(torch.randn(3, 128).bfloat16(), *operands[:-1]) for _ in range(3))
+"""
+
+
+def test_a_missing_library_is_said_once(tmp_path):
+    """In a copy of the package where nothing was built."""
+    for name in ("armor", "tests"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run([sys.executable, "-c", UNBUILT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the CPU kernel was not built") == 1 and "compiler" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from torch.sparse._semi_structured_conversions import (
 from armor.core.packing import pack
 from armor.core.pattern import Pattern, top_n_mask
 from armor.runtime import cuda
+from tests.killed import REPOSITORY as ROOT
 from tests.layers import layer
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 FLOATS = ("x", "values", "left", "right", "bias", "matrices", "y", "z", "dense")
 
 
@@ -69,14 +68,37 @@ def test_cutlass_reads_the_packed_values_with_the_mask_in_its_order(shape, dtype
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, found), expected)
 
 
+@pytest.fixture
+def pretend(monkeypatch):
+    """Pretend that there are cards of these compute capabilities: torch's answers stand in for the hardware."""
+
+    def pretend(*capabilities):
+        def index(device):
+            return (torch.device(device).index or 0) if not isinstance(device, int) else device
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[index(device)])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+
+    forget()
+    yield pretend
+    forget()
+
+
+def forget():
+    """Nothing was asked of a card, and nothing said of it."""
+    for function in (cuda._kernels, cuda._is_able, cuda._sparse_library, cuda._say_once):
+        function.cache_clear()
+
+
 def on_pretended_card(*operands):
     return [
         torch.empty(t.shape, dtype=t.dtype, device="cuda:0") if isinstance(t, torch.Tensor) else t for t in operands
     ]
 
 
-def test_supports_says_when_torch_must_run(monkeypatch):
-    monkeypatch.setattr(cuda, "_is_able", lambda index: index == 0)
+@needs_triton
+def test_supports_says_when_torch_must_run(pretend):
+    pretend((9, 0))
     on_cpu = torch.empty(3, 128, dtype=torch.bfloat16), *layer(64, 128, 32, 64, "2:4", torch.bfloat16)[:-1]
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, *operands = on_pretended_card(*on_cpu)
@@ -102,30 +124,38 @@ def test_the_operator_knows_its_shape_without_running():
     assert y.shape == (2, 3, 64) and y.device == torch.device("cuda:0") and y.dtype == torch.float32
 
 
-def test_compile_does_not_look_into_what_the_card_can(monkeypatch):
-    monkeypatch.setattr(cuda, "_is_able", lambda index: cuda.log.debug("asked") or True)
-    function = torch.compile(lambda x: x + 1 if cuda.available(0) else x, fullgraph=True, backend="eager")
-    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
+def test_compile_does_not_look_into_what_the_card_can(pretend, caplog):
+    """What a function would say in the log ends a graph, so this one is whole only if nobody looked into it."""
+    pretend((7, 5))
+    function = torch.compile(lambda x: x if cuda.available(0) else x + 1, fullgraph=True, backend="eager")
+    assert torch.equal(function(torch.zeros(2)), torch.ones(2)) and "an old card" in caplog.text
 
 
-def test_missing_triton_and_old_cards_are_said_once(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "armor.runtime.kernels", None)
-    monkeypatch.delattr("armor.runtime.kernels", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (8, 6))[index])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "an old card")
-    for function in (cuda._kernels, cuda._is_able):
-        function.cache_clear()
+def test_an_old_card_is_named_once(pretend, caplog):
+    pretend((8, 6), (7, 5))
     with caplog.at_level(logging.WARNING, logger="armor"):
-        assert not any(cuda.available(index) for index in (0, 1, 1, 0))
-    assert len(caplog.messages) == 2
-    assert "an old card: compute capability" in caplog.messages[0] and "pip install triton" in caplog.messages[1]
-    for function in (cuda._kernels, cuda._is_able):
-        function.cache_clear()
+        assert not any(cuda.available(index) for index in (1, 1))
+    assert len(caplog.messages) == 1 and "an old card: compute capability" in caplog.messages[0]
 
 
-def test_where_sparse_tensor_cores_cannot_be_used_is_said_once(monkeypatch, caplog):
-    cuda._say_once.cache_clear()
-    monkeypatch.setattr(cuda, "_sparse_library", lambda device: "CUTLASS")
+WITHOUT_TRITON = """
+import torch
+from armor.runtime import cuda
+torch.cuda.get_device_capability = lambda index: (8, 6)
+assert not any(cuda.available(index) for index in (0, 1, 0))
+"""
+
+
+def test_missing_triton_is_said_once(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('not installed')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("pip install triton") == 1
+
+
+def test_where_sparse_tensor_cores_cannot_be_used_is_said_once(pretend, caplog):
+    pretend((8, 0))  # CUTLASS takes the packed values as they are
     odd, good = (layer(rows, 128, None, None, "2:4", torch.bfloat16) for rows in (36, 64))
     with caplog.at_level(logging.WARNING, logger="armor"):
         for x in (torch.empty(n, 128, dtype=torch.bfloat16) for n in (9, 20)):
@@ -133,4 +163,3 @@ def test_where_sparse_tensor_cores_cannot_be_used_is_said_once(monkeypatch, capl
             assert cuda._semi_structured(x.float(), *good[:2], group=4) is None
             assert cuda._semi_structured(x, *good[:2], group=4).shape == (64, 128)
     assert len(caplog.messages) == 1 and "(32, 64)" in caplog.messages[0]
-    cuda._say_once.cache_clear()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
 from tests.packed import factors_of
 
@@ -57,22 +58,22 @@ def test_the_adapter_alone_is_trained(root):
 
 def test_every_way_to_load_the_adapter_gives_the_same_logits(root, trained):
     folder, expected = trained
-    assert not torch.equal(expected, logits(load(root)))
-    assert torch.equal(logits(PeftModel.from_pretrained(load(root), folder)), expected)
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+    assert not torch.allclose(expected, logits(load(root)), rtol=0.01, atol=0.01)
+    assert_close(logits(PeftModel.from_pretrained(load(root), folder)), expected)
+    assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
     model = load(root)
     model.load_adapter(str(folder))
-    assert torch.equal(logits(model), expected)
+    assert_close(logits(model), expected)
 
 
 def test_taking_it_off_leaves_the_packed_model(root, trained):
     model = PeftModel.from_pretrained(load(root), trained[0])
     with model.disable_adapter():
-        assert torch.equal(logits(model), logits(load(root)))
+        assert_close(logits(model), logits(load(root)))
     model = model.unload()
     assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == 14
-    assert torch.equal(logits(model), logits(load(root)))
+    assert_close(logits(model), logits(load(root)))
 
 
 @pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "unpacked"])
@@ -87,7 +88,8 @@ def test_merging_is_refused_in_one_line_and_changes_nothing(root, trained, unpac
     for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
         with pytest.raises(ArmorError, match=r"no dense weight .* dequantize\(\)") as error:
             merge()
-        assert "\n" not in str(error.value) and torch.equal(logits(model), before)
+        assert "\n" not in str(error.value)
+        assert_close(logits(model), before)
 
 
 def test_merging_into_the_dequantized_model(root, trained, tmp_path):

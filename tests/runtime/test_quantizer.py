@@ -1,6 +1,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import armor.runtime.quantizer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from tests.packed import DEFECTS, edit_config, edit_tensors, factors_of, opened, packed
@@ -71,7 +73,7 @@ def test_a_classifier_gets_a_new_head_and_keeps_the_rest(root):
 def test_shards(root, tmp_path):
     assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
     assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 2
-    assert torch.equal(logits(load(tmp_path / "checkpoint")), logits(load(root / "checkpoint")))
+    assert close(logits(load(tmp_path / "checkpoint")), logits(load(root / "checkpoint")))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
@@ -88,9 +90,11 @@ def test_any_dtype(tmp_path, dtype, stored):
 def test_generation_with_every_cache_says_the_same(root):
     model = load(root / "checkpoint")
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256}
-    expected = dense(root).generate(TOKENS, **options)
+    expected = dense(root).generate(TOKENS, **options, return_dict_in_generate=True, output_logits=True)
+    first, second = torch.stack(expected.logits).topk(2).values.unbind(-1)
+    assert (first - second).min() > 1e-3 * first.abs().max()  # rounding changes no choice
     for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
-        assert torch.equal(model.generate(TOKENS, **options, **cache), expected), cache
+        assert torch.equal(model.generate(TOKENS, **options, **cache), expected.sequences), cache
 
 
 def test_pipeline_by_path(root):
@@ -106,7 +110,7 @@ def test_pipeline_by_path(root):
 def test_save_pretrained_and_back(root, tmp_path, kind, options):
     model = load(root / "checkpoint", kind)
     model.save_pretrained(tmp_path, **options)
-    assert verify(tmp_path)["modules"] == 14 and not verify(tmp_path)["checksums"]
+    assert verify(tmp_path).modules == 14 and not verify(tmp_path).checksums
     again = load(tmp_path, kind)
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -123,7 +127,7 @@ def test_dequantize_gives_a_dense_model(root, tmp_path):
     assert close(logits(model), logits(dense(root)))
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(logits(load(tmp_path)), logits(model))
+    assert close(logits(load(tmp_path)), logits(model))
 
 
 def test_offloading_to_disk(root, tmp_path):
@@ -141,7 +145,7 @@ def test_offloading_to_the_hosts_memory(root):
     expected = logits(model)
     offloaded = cpu_offload(model, execution_device="cpu", offload_buffers=True)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 64)
-    assert torch.equal(logits(offloaded), expected)
+    assert close(logits(offloaded), expected)
 
 
 def test_a_whole_model_compiles_without_a_break(root):
@@ -169,16 +173,26 @@ def test_importing_twice_is_harmless():
     assert "armor" in AUTO_QUANTIZATION_CONFIG_MAPPING and "armor" in AUTO_QUANTIZER_MAPPING
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["assembled", "saved again"])
-def test_without_the_plugin_loading_stops(root, tmp_path, monkeypatch, saved):
-    folder = tmp_path if saved else root / "checkpoint"
-    if saved:
-        load(root / "checkpoint").save_pretrained(tmp_path)
-    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "armor")
-    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "armor")
+WITHOUT_PLUGIN = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM
+for folder in sys.argv[1:]:
     for kind in (AutoModelForCausalLM, AutoModel):
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-            load(folder, kind)
+        try:
+            kind.from_pretrained(folder)
+        except RuntimeError as error:
+            assert "ignore_mismatched_sizes" in str(error), error
+        else:
+            sys.exit(f"{folder}: loaded")
+"""
+
+
+def test_without_the_plugin_loading_stops(root, tmp_path):
+    """Assembled or saved again, in a process that imports transformers alone."""
+    load(root / "checkpoint").save_pretrained(tmp_path)
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, str(root / "checkpoint"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def refused(folder, *parts, kind=AutoModelForCausalLM, **options):
@@ -286,9 +300,8 @@ def test_the_config_alone_reads_and_writes_itself(root, tmp_path):
 @pytest.mark.parametrize("kinds", [(AutoModelForCausalLM, AutoModel), (AutoModel, AutoModelForCausalLM)])
 def test_the_config_of_a_loaded_model_loads_another(root, kinds):
     config = load(root / "checkpoint", kinds[0]).config
-    assert torch.equal(
-        logits(load(root / "checkpoint", kinds[1], config=config)), logits(load(root / "checkpoint", kinds[1]))
-    )
+    models = load(root / "checkpoint", kinds[1], config=config), load(root / "checkpoint", kinds[1])
+    assert close(*map(logits, models))
 
 
 def test_state_dicts_hold_the_packed_tensors_alone(root):

@@ -8,7 +8,8 @@ import torch
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.solver.objective import Objective, finish, relative_loss, sizes, supports
+from armor.solver.memory import PIECE
+from armor.solver.objective import Objective, finish, relative_loss, supports
 
 
 def problem(rows: int, columns: int, seed: int = 0):
@@ -41,15 +42,14 @@ def test_loss_is_its_definition(shape, blocks):
     assert relative_loss(weight, objective, factors) == pytest.approx(float(error / total), rel=1e-12)
 
 
-def test_loss_in_pieces(monkeypatch):
-    weight, importance = problem(12, 8)
+def test_loss_in_pieces():
+    """A weight of two pieces and a half against its definition, on all rows at once."""
+    weight, importance = problem(PIECE * 5 // 2 // 1024, 1024)
     objective = Objective.of(weight, importance)
-    mask = top_n_mask(weight.abs(), Pattern(2, 4))
-    left = torch.randn(4, 3, 3, dtype=torch.float64)
-    factors = Factorization(weight * mask, mask, Pattern(2, 4), left, blockdiag.identity(8, 4, dtype=torch.float64))
-    whole = relative_loss(weight, objective, factors)
-    monkeypatch.setattr("armor.solver.objective.PIECE", 1)
-    assert relative_loss(weight, objective, factors) == pytest.approx(whole, rel=1e-12)
+    factors = Factorization(0.5 * weight, weight != 0, Pattern(2, 4), blockdiag.identity(len(weight), 4) * 1.5)
+    error = (objective.normal(weight - 0.75 * weight).double().square() * importance).sum()
+    total = (objective.normal(weight).double().square() * importance).sum()
+    assert relative_loss(weight, objective, factors) == pytest.approx(float(error / total), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
@@ -94,7 +94,7 @@ def test_finish_keeps_what_is_better():
     ],
 )
 def test_sizes(shape, pattern, block, expected):
-    assert sizes(shape, Pattern.parse(pattern), block) == expected
+    assert blockdiag.sizes(shape, Pattern.parse(pattern), block) == expected
 
 
 def test_supports():

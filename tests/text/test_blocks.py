@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from armor.config.sources import TextSettings
-from armor.errors import ArmorError
-from armor.text import blocks as module
+from armor.core.errors import ArmorError
 from armor.text.blocks import token_blocks
 from armor.text.sources import documents
 from armor.text.wikipedia import clean_article
@@ -48,22 +50,24 @@ def test_a_file_gives_the_tokens_of_its_whole_text(tmp_path, tokenizer, begin_to
     assert torch.equal(token_blocks(settings, tokenizer, 3, 64), blocks[:3])
 
 
-def test_documents_are_joined_by_a_blank_line_and_read_only_as_far_as_needed(tmp_path, tokenizer, monkeypatch):
+def test_documents_are_joined_by_a_blank_line_and_read_only_as_far_as_needed(tmp_path, tokenizer):
+    """One token a byte: the first guess is far too much, and yet the line beyond it, which is broken, is never read."""
     lines = [f"Document number {i}: " + tiny_text(1 + i % 3) for i in range(400)]
-    settings = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": line}) for line in lines))
-    read = []
+    written = [json.dumps({"text": line}) for line in lines]
+    expected = tokenizer("\n\n".join(lines)).input_ids
+    blocks = token_blocks(write(tmp_path / "a.jsonl", "\n".join(written[:50] + ["broken"])), tokenizer, 4, 200)
+    assert blocks.flatten().tolist() == expected[:800]
+    blocks = token_blocks(write(tmp_path / "b.jsonl", "\n".join(written)), tokenizer, 40, 200)
+    assert blocks.flatten().tolist() == expected[:8000]
 
-    def watched(settings):
-        for document in documents(settings):
-            read.append(document)
-            yield document
 
-    monkeypatch.setattr(module, "documents", watched)
-    blocks = token_blocks(settings, tokenizer, 4, 200)  # one token a byte: the first guess is far too much
-    assert blocks.flatten().tolist() == tokenizer("\n\n".join(lines)).input_ids[:800]
-    assert 800 < sum(map(len, read)) < 10_000 and read == lines[: len(read)]
-    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN", 0)  # and here too little
-    assert torch.equal(token_blocks(settings, tokenizer, 40, 200)[:4], blocks)
+def test_where_tokens_are_long_more_is_read_until_it_is_enough(tmp_path):
+    words = [f"{i:05}".translate(str.maketrans("0123456789", "abcdefghij")) * 8 for i in range(300)]  # of 40 letters
+    fast = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}))
+    fast.pre_tokenizer = Whitespace()
+    settings = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": word}) for word in words))
+    blocks = token_blocks(settings, PreTrainedTokenizerFast(tokenizer_object=fast), 25, 10)
+    assert blocks.flatten().tolist() == list(range(250))
 
 
 def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):

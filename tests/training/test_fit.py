@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from armor.config.training import TrainingSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.execution.resume import resumable
 from armor.training.fit import fit, order, share_of_rate
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.training import TuneJob, TuneSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
 from armor.format.records.tune import TuneRecord
@@ -50,13 +50,13 @@ def divergence(root, folder, output):
 def test_the_divergence_over_what_is_kept_is_exact_or_less(vocabulary):
     dense, own = torch.randn(2, 9, vocabulary) * 4, torch.randn(2, 9, vocabulary) * 4
     kept = kept_predictions(iter(dense))
-    assert kept["tokens"].shape == (2, 9, min(256, vocabulary))
+    assert kept.tokens.shape == (2, 9, min(256, vocabulary))
     if vocabulary > 256:
-        assert kept["log_probabilities"].double().exp().sum(-1).allclose(torch.ones(2, 9).double(), rtol=1e-6)
+        assert kept.log_probabilities.double().exp().sum(-1).allclose(torch.ones(2, 9).double(), rtol=1e-6)
     for index in (0, 1):
         pair = own[index].log_softmax(-1), dense[index].log_softmax(-1)
         whole_sum = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
-        own_kept = [kept[name][index] for name in ("tokens", "log_probabilities")]
+        own_kept = kept.tokens[index], kept.log_probabilities[index]
         found = kl_divergence(own[index], *own_kept)
         assert (found >= -1e-5).all() and (found <= whole_sum + 1e-4).all()
         if vocabulary <= 256:
@@ -72,7 +72,11 @@ def test_the_divergence_falls_in_every_family(tmp_path, family):
     after = divergence(root, tmp_path / "tuned", tmp_path / "after")
     assert done.loss < done.start_loss and done.stage == "tune" and done.kept > 0
     assert done.start_loss == pytest.approx(before, rel=0.02) and done.loss == pytest.approx(after, rel=0.02)
-    assert verify(tmp_path / "after/checkpoint", root / "source")["trained_tensors"] == len(done.norms_and_biases) > 0
+    assert (
+        verify(tmp_path / "after/checkpoint", root / "source").distance.trained_tensors
+        == len(done.norms_and_biases)
+        > 0
+    )
 
 
 def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path):

@@ -32,12 +32,16 @@ class Run:
         path.write_text(yaml.safe_dump(config or self.config, sort_keys=False))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2"]
         command += ["--directory", str(self.folder), "--configfile", str(path), *arguments]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, filter(None, (self.python, self.repository))))
-        }
-        return subprocess.run(
-            command, env=environment, cwd=self.repository, capture_output=True, text=True, timeout=600
-        )
+        return self._run(command, self.repository)
+
+    def armor(self, *arguments: str) -> subprocess.CompletedProcess:
+        """The command of this repository, in the run's folder."""
+        return self._run([sys.executable, "-m", "armor", *arguments], self.folder)
+
+    def _run(self, command: list[str], folder: Path) -> subprocess.CompletedProcess:
+        path = os.pathsep.join(map(str, filter(None, (self.python, self.repository))))
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
     def would_run(self, config: dict | None = None, *arguments: str) -> dict[str, int]:
         """Jobs by rule that a run would execute now."""

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 
 from armor.config.run import Config
 from armor.run.status import start_run
-from tests.killed import left_over, results_of
+from tests.killed import POINTS, SAVED, left_over, passed, results_of, sitecustomize
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 from tests.workflow.test_rerun import AFTER_FACTORS
 
@@ -28,19 +29,35 @@ def command(run):
     return [*command, "--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
 
 
-def started(run, *arguments):
-    """The workflow, in a process group of its own."""
-    log = open(run.folder / "run.log", "ab")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [*command(run), *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+def killed(run, point, number):
+    """Run the workflow, all of it killed at `point` for the `number`-th time (0: never); whether it was.
+
+    Also how often it came there. Returns when the last of its processes is gone: until then it may hold locks.
+    """
+    patch = run.folder / "patch"
+    shutil.rmtree(patch, ignore_errors=True)
+    counter = sitecustomize(patch, point, number)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (patch, REPOSITORY)))}
+    with open(run.folder / "run.log", "ab") as log:
+        process = subprocess.Popen(command(run), env=environment, stdout=log, stderr=log, start_new_session=True)
+    status = process.wait()
+    while any(is_alive(other, process.pid) for other in psutil.process_iter()):
+        time.sleep(0.05)
+    assert status in (0, -signal.SIGKILL), (run.folder / "run.log").read_text()[-3000:]
+    return status != 0, passed(counter)
+
+
+def is_alive(process, group):
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.Error):
+        return False
 
 
 def status(folder):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     arguments = [sys.executable, "-m", "armor.command.cli", "status"]
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +68,28 @@ def small(config):
     }
 
 
-def test_killed_at_any_moment_the_same_command_ends_as_if_undisturbed(small, tmp_path):
-    moments = random.Random(0)
-    expected, seconds, kills, rounds = {}, 0.0, 0, 0
+def test_killed_anywhere_the_same_command_ends_as_if_undisturbed(small, tmp_path):
+    undisturbed = Run(tmp_path / "undisturbed", small)
+    undisturbed.folder.mkdir()
+    _, saves = killed(undisturbed, SAVED, 0)
+    expected = results_of(undisturbed.folder / "results")
+    assert "tiny/armor/evaluation/words.json" in expected
+    draw, kills, runs = random.Random(0), 0, 0
     while kills < KILLS:
-        killed = Run(tmp_path / f"run{rounds}", small)
-        killed.folder.mkdir()
-        begun = time.monotonic()
-        while (process := started(killed)) and rounds and kills < KILLS:
-            try:
-                process.wait(moments.uniform(0.02, 0.25) * seconds)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
-        assert process.wait() == 0, (killed.folder / "run.log").read_text()[-3000:]
-        found = results_of(killed.folder / "results")
-        if rounds == 0:  # undisturbed
-            expected, seconds = found, time.monotonic() - begun
-        assert found == expected and "tiny/armor/evaluation/words.json" in found
-        assert left_over(killed.folder / "results") == []
-        assert [
-            base64.urlsafe_b64decode(mark.name) for mark in (killed.folder / ".snakemake/incomplete").glob("*")
-        ] == []
-        assert not any((killed.folder / ".snakemake/locks").glob("*"))
-        shutil.rmtree(killed.folder)
-        rounds += 1
-    print(f"{kills} kills in {rounds - 1} runs: every output as undisturbed, no file left over")
+        again = Run(tmp_path / f"run{runs}", small)
+        again.folder.mkdir()
+        runs += 1
+        number = draw.randint(1, saves // 4)
+        while killed(again, POINTS[kills % 3], number if kills < KILLS else 0)[0]:
+            kills += 1
+            number += draw.randint(1, saves // 4)  # each start comes further than the one before, so the last one ends
+        assert results_of(again.folder / "results") == expected
+        assert left_over(again.folder / "results") == []
+        marks = (again.folder / ".snakemake/incomplete").glob("*")
+        assert [base64.urlsafe_b64decode(mark.name) for mark in marks] == []
+        assert not any((again.folder / ".snakemake/locks").glob("*"))
+        shutil.rmtree(again.folder)
+    print(f"{kills} kills in {runs} runs: every output as undisturbed, no file left over")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,7 @@ def test_one_layer_fails_and_the_others_go_on(run, tmp_path):
     (again.folder / "elsewhere").rename(statistics)
     # The command as it was printed; `snakemake` may not be on PATH here.
     arguments = [sys.executable, "-m", *shlex.split(line)]
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and (layers / "layer_1.json").exists(), done.stderr
     assert results_of(again.folder / "results/tiny/armor/layers") == results_of(
         run.folder / "results/tiny/armor/layers"

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from armor.config.loading import load_config
-from armor.config.run import Config, json_schema
+from armor.config.reference import json_schema
+from armor.config.run import Config
 from armor.run.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 

@@ -14,7 +14,7 @@ from armor.command import forkserver
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import check_patterns
 from armor.config.run import Config
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.layout import Results, beside
 from armor.format.records.topology import Topology
 from armor.run.jobs import Job

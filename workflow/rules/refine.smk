@@ -12,7 +12,7 @@ rule states:
     log:
         R.log("states", "{model}", "{states}"),
     benchmark:
-        R.measured("states", "{model}", "{states}"),
+        R.measured("states", "{model}", "{states}")
     conda:
         "../../envs/armor.yaml"
     threads: 8
@@ -48,7 +48,7 @@ rule refine:
     log:
         R.log("refine", "{model}", "{recipe}", "{layer}"),
     benchmark:
-        R.measured("refine", "{model}", "{recipe}", "{layer}"),
+        R.measured("refine", "{model}", "{recipe}", "{layer}")
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -81,7 +81,7 @@ rule refined:
     log:
         R.log("refined", "{model}", "{recipe}"),
     benchmark:
-        R.measured("refined", "{model}", "{recipe}"),
+        R.measured("refined", "{model}", "{recipe}")
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -112,7 +112,7 @@ rule tune:
     log:
         R.log("tune", "{model}", "{recipe}"),
     benchmark:
-        R.measured("tune", "{model}", "{recipe}"),
+        R.measured("tune", "{model}", "{recipe}")
     conda:
         "../../envs/armor.yaml"
     threads: 8

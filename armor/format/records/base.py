@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self, get_args
 
 from pydantic import ValidationError
 
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256, write_json
-from armor.typed import Typed
 
 __all__ = ["File", "Made", "MadeBy", "Machine", "Record"]
 
@@ -102,7 +102,9 @@ class Made(Record):
     """A record of a result that a job computed."""
 
     made_by: MadeBy
+    """What made the result."""
     machine: Machine
+    """What the job ran on."""
     seconds: float
     """Seconds of the work; those of runs that were interrupted count as far as their steps were kept."""
     peak_memory_bytes: int

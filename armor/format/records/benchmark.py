@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Made
-from armor.typed import Typed
 
 __all__ = ["BenchmarkRecord", "CoreSide", "LinearSpeed", "Phases", "Runs", "Sample", "Side"]
 
@@ -14,6 +14,7 @@ class Runs(Typed):
     """A quantity that was measured in several rounds."""
 
     median: float
+    """The median of the rounds."""
     quartiles: tuple[float, float]
     """The first and the third."""
     runs: tuple[float, ...]
@@ -24,7 +25,9 @@ class Phases(Typed):
     """One quantity of reading a prompt and of writing after it."""
 
     prefill: Runs
+    """Of the prompt, until the first new token."""
     decode: Runs
+    """Of the new tokens after the first."""
 
 
 class CoreSide(Typed):
@@ -33,7 +36,9 @@ class CoreSide(Typed):
     bytes_on_disk: int
     """Computed from the format."""
     bits_per_weight: float | None
+    """Of the decoder layers' linears."""
     bytes_per_token: int
+    """Weights that are read for a token."""
     tokens_per_second: dict[str, Phases]
     """All sequences together, by batch size."""
     speedup: dict[str, Phases]
@@ -46,10 +51,15 @@ class LinearSpeed(Typed):
     """One row times the linears of one shape, dense, packed, and packed without blocks."""
 
     out_features: int
+    """The rows of the weight."""
     in_features: int
+    """The columns of the weight."""
     pattern: str
+    """The pattern of the core."""
     left_block_size: int | None
+    """A's; null without A."""
     right_block_size: int | None
+    """B's; null without B."""
     count: int
     """Linears of this shape."""
     dense_milliseconds: Runs
@@ -63,6 +73,7 @@ class LinearSpeed(Typed):
     core_milliseconds: Runs | None
     """Without blocks; null where there are none."""
     core_speedup: Runs | None
+    """Dense by packed without blocks, round by round; null where there are none."""
 
 
 class Side(Typed):
@@ -77,6 +88,7 @@ class Side(Typed):
     peak_bytes: int
     """The most that it held while it was loaded, read a prompt of the largest batch and wrote a token."""
     load_seconds: float
+    """Seconds until the model could compute."""
     bytes_per_token: int
     """Weights that are read for a token."""
     tokens_per_second: dict[str, Phases]
@@ -95,6 +107,7 @@ class Sample(Typed):
     """What the models write after a prompt, greedily."""
 
     prompt: str
+    """The text that the models go on with."""
     texts: dict[str, str]
     """By recipe."""
 
@@ -108,6 +121,7 @@ class BenchmarkRecord(Made):
     case: str
     """The benchmark's name."""
     dense: Side
+    """The dense model."""
     recipes: dict[str, Side]
     """The compressed models by recipe."""
     turns: tuple[tuple[str, ...], ...]

@@ -22,9 +22,11 @@ class CalibrationRecord(Made):
     statistics_fingerprint: str
     """One fingerprint for all files."""
     sequences: int
+    """Token sequences."""
     length: int
     """Tokens in a sequence."""
     tokens: int
+    """Tokens in all: sequences · length."""
     dtype: str
     """The dtype that the model was run in."""
     device: str
@@ -36,3 +38,4 @@ class CalibrationRecord(Made):
     spilled_bytes: int
     """What of them was on disk alone."""
     tokens_per_second: float
+    """Tokens by the seconds of the work."""

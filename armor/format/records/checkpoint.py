@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import File, Made, MadeBy, Record
-from armor.typed import Typed
 
 __all__ = ["CheckpointRecord", "FactorsMadeBy", "ProvenanceRecord"]
 
@@ -16,8 +16,11 @@ class FactorsMadeBy(Typed):
     layers: tuple[int, ...]
     """Their numbers."""
     settings: dict[str, Any]
+    """The settings of these layers."""
     code: str
+    """The hash of the code that made them."""
     versions: dict[str, str]
+    """Versions of Python and of packages."""
 
 
 class ProvenanceRecord(Record):
@@ -31,7 +34,9 @@ class ProvenanceRecord(Record):
     statistics_fingerprint: str
     """One fingerprint for the statistics of all layers."""
     made_by: MadeBy
+    """What made the checkpoint."""
     factors: tuple[FactorsMadeBy, ...]
+    """What made the factors, layers alike together."""
     trained: tuple[str, ...] = ()
     """The tensors beside the factors that are not the source's: norms and biases that were trained."""
 
@@ -59,3 +64,4 @@ class CheckpointRecord(Made):
     files: dict[str, File]
     """The files of the checkpoint by name."""
     factors: tuple[FactorsMadeBy, ...]
+    """What made the factors, layers alike together."""

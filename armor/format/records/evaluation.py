@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Made, Record
-from armor.typed import Typed
 
 __all__ = ["AgainstDense", "EvaluationRecord", "Mean", "Metric", "TaskRecord", "TaskResult", "TasksRecord"]
 
@@ -14,6 +14,7 @@ class Mean(Typed):
     """A mean over blocks of text."""
 
     value: float
+    """The mean."""
     standard_error: float | None
     """Null for a single block."""
     block_means: tuple[float, ...]
@@ -38,12 +39,15 @@ class EvaluationRecord(Made):
     task: str
     """The evaluation's name."""
     metric: Literal["perplexity"] = "perplexity"
+    """What `value` is."""
     value: float
+    """The perplexity."""
     standard_error: float | None
     """Null for a single block."""
     tokens: int
     """Predictions: blocks · (length − 1)."""
     blocks: int
+    """Blocks of text."""
     length: int
     """Tokens in a block."""
     text_fingerprint: str
@@ -58,7 +62,9 @@ class Metric(Typed):
     """One metric of a task, as lm-eval gives it."""
 
     value: float
+    """A share between 0 and 1, or a number in the task's own unit."""
     standard_error: float | None
+    """In the same unit; null where lm-eval gives none."""
     higher_is_better: bool | None
     """Null where lm-eval does not say."""
 
@@ -81,7 +87,9 @@ class TaskRecord(TaskResult, Record):
 
     format_version: Literal[2] = 2
     task: str
+    """The task's name."""
     metrics: dict[str, Metric]
+    """Every metric of the task by lm-eval's name."""
     subtasks: dict[str, dict[str, Metric]]
     """The metrics of a group's tasks, by task."""
     versions: dict[str, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Made, MadeBy
-from armor.typed import Typed
 
 __all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training"]
 
@@ -38,9 +38,11 @@ class LinearRecord(Typed):
     trace: tuple[tuple[int, float, float], ...]
     """Points (iteration, seconds, best loss so far), at most 100."""
     seed: int
+    """The seed of its random choices."""
     device: str
     """The torch device that it was computed on."""
     seconds: float
+    """Seconds of its work."""
     peak_memory_bytes: int
     """The most memory of the process until this linear was done."""
     note: str | None
@@ -63,6 +65,7 @@ class Training(Typed):
     one's, that of tune the KL divergence of the predictions from the dense model's, in nats."""
 
     stage: Literal["refine", "tune"]
+    """The stage that trained: one decoder layer, or the whole model."""
     start_loss: float
     """The loss on the held-out sequences before."""
     loss: float
@@ -92,6 +95,7 @@ class Training(Typed):
     proxy_losses: dict[str, float]
     """The proxy loss of every linear before, by full name; that of what is stored stands with the linear."""
     made_by: MadeBy
+    """What made it."""
 
 
 class LayerRecord(Made):
@@ -104,6 +108,7 @@ class LayerRecord(Made):
 
     format_version: Literal[2] = 2
     layer: int
+    """Its number, from 0."""
     fingerprint: str
     """That of the model."""
     sha256: str

@@ -4,9 +4,73 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Machine, MadeBy, Record
 
-__all__ = ["ReportRecord"]
+__all__ = ["ReportRecord", "Row", "Score"]
+
+
+class Score(Typed):
+    """The result of a recipe on a task; a gap has no value."""
+
+    task: str
+    """The task's name; of two evaluations on the same task, the second one's name and a dot precede it."""
+    value: float | None = None
+    """The metric's value; null is a gap."""
+    standard_error: float | None = None
+    """Null where lm-eval gives none."""
+    higher_is_better: bool | None = None
+    """Whether a higher value is better; null where lm-eval does not say."""
+
+
+class Row(Typed):
+    """What is known of a model under a recipe. Null is a gap. Its fields are the columns of summary.csv, in order."""
+
+    model: str
+    """The model's name."""
+    recipe: str
+    """The recipe's name."""
+    method: str
+    """The method's name."""
+    pattern: str | None = None
+    """The pattern of the cores; null for the dense model."""
+    block_size: int | str | None = None
+    """The size of the blocks around the cores, or "32 to 48"; null where there are none."""
+    perplexity: float | None = None
+    """The perplexity on the first evaluation."""
+    perplexity_se: float | None = None
+    """Its standard error."""
+    relative_loss: float | None = None
+    """The mean proxy loss over the linears: 0 is the dense weight, 1 no weight at all."""
+    bits_per_weight: float | None = None
+    """What a weight of the decoder layers' linears takes, in bits, in the mean."""
+    checkpoint_bytes: int | None = None
+    """The size of all files of the checkpoint."""
+    factorize_seconds: float | None = None
+    """Seconds of factorization, summed over decoder layers."""
+    decode_tokens_per_second: float | None = None
+    """Greedy decoding in the first benchmark at its smallest batch size, the median; all sequences together."""
+    kl: float | None = None
+    """KL(dense ‖ compressed) on the first evaluation, in nats."""
+    kl_se: float | None = None
+    """Its standard error."""
+    top1_agreement: float | None = None
+    """The share of positions at which both find the same token the most likely, on the first evaluation."""
+    top1_agreement_se: float | None = None
+    """Its standard error."""
+    tasks: tuple[Score, ...] = ()
+    """The tasks, the same ones in every row; in summary.csv the columns TASK and TASK_se of each."""
+
+    def score(self, task: str) -> Score:
+        """The result on `task`, which is one of `tasks`."""
+        return next(score for score in self.tasks if score.task == task)
+
+    def flat(self) -> dict[str, Any]:
+        """The columns of summary.csv by name, in order."""
+        found = {name: value for name, value in self if name != "tasks"}
+        for score in self.tasks:
+            found |= {score.task: score.value, f"{score.task}_se": score.standard_error}
+        return found
 
 
 class ReportRecord(Record):
@@ -15,7 +79,9 @@ class ReportRecord(Record):
     AGAIN: ClassVar[str] = "run the report again"
 
     format_version: Literal[2] = 2
-    rows: tuple[dict[str, Any], ...]
-    """Columns by name: docs/RECORDS.md lists them; those of tasks are named by the task; null is a gap."""
+    rows: tuple[Row, ...]
+    """In the order of the configuration."""
     made_by: MadeBy
+    """What made the report."""
     machine: Machine
+    """What the job ran on."""

@@ -20,6 +20,7 @@ class StatesRecord(Made):
     text_fingerprint: str
     """The SHA-256 of the tokens."""
     sequences: int
+    """Token sequences, those that are held out among them."""
     length: int
     """Tokens in a sequence."""
     dtype: str

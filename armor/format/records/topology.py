@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from armor.core.typed import Typed
 from armor.format.records.base import Record
-from armor.typed import Typed
 
 __all__ = ["DecoderLayer", "Linear", "Topology"]
 
@@ -16,10 +16,13 @@ class Linear(Typed):
     name: str
     """The full name of the module, like model.layers.0.mlp.up_proj."""
     out_features: int
+    """The rows of the weight."""
     in_features: int
+    """The columns of the weight."""
     dtype: str
     """The dtype of the weight."""
     bias: bool
+    """Whether it has a bias."""
     shard: str
     """The safetensors file that holds the weight."""
     input_group: int
@@ -30,7 +33,9 @@ class DecoderLayer(Typed):
     """A decoder layer; its tensors are those whose name starts with `prefix` and a dot."""
 
     index: int
+    """Its number, from 0."""
     prefix: str
+    """The full name of its module, like model.layers.0."""
     linears: tuple[Linear, ...]
     """The linears that can be compressed, in the model's order."""
     dense_parameters: tuple[str, ...] = ()
@@ -59,12 +64,15 @@ class Topology(Record):
     context_length: int | None
     """Tokens; null if the model does not say."""
     hidden_size: int
+    """The width of the hidden states."""
     parameters: int
     """All parameters of the model, tied ones counted once."""
     linear_parameters: int
     """The weights of the linears of all decoder layers."""
     tied_embeddings: bool
+    """Whether the output head is the embedding."""
     layers: tuple[DecoderLayer, ...]
+    """The decoder layers in order."""
 
     def linears(self) -> list[Linear]:
         """All linears of all decoder layers, in order."""

@@ -23,3 +23,4 @@ class TuneRecord(Made):
     predictions: int
     """How many of the dense model's predictions at each token are kept, the most likely ones; the rest is one more."""
     training: Training
+    """What was done; its tensors and losses are those of all layers."""

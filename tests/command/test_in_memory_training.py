@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import armor
 from armor.assemble.verify import verify
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.runtime.linear import ArmorLinear
 from tests.packed import SETTINGS

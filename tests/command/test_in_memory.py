@@ -14,7 +14,7 @@ from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
 from armor.config.recipes import Override, Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.errors import ArmorError
+from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.format.records.topology import Topology
 from armor.model.inspect import inspect
@@ -78,7 +78,7 @@ def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, dtype)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 256}
     text = model.generate(TOKENS, **options)
     model.save_pretrained(tmp_path)
-    assert verify(tmp_path)["modules"] == 14
+    assert verify(tmp_path).modules == 14
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert torch.equal(logits(again), compressed) and torch.equal(again.generate(TOKENS, **options), text)
 

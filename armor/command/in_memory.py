@@ -7,34 +7,31 @@ kept if the process ends.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from armor.command.in_memory_training import train
 from armor.config.reading import parse_settings
 from armor.config.recipes import ModuleSettings, Recipe
-from armor.config.training import RefineSettings, TuneSettings
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.format.statistics import Accumulator, Statistics
 from armor.model.by_hand import is_taken
-from armor.refine.layer import fit_layer
 from armor.runtime.quantizer import pack_linears
-from armor.runtime.skeleton import Call, Skeleton, decoder_layers, finite, record_each
+from armor.runtime.skeleton import decoder_layers, finite
 from armor.text.blocks import blocks
-from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
-from armor.tune.whole import fit_whole, kept_predictions
 
 __all__ = ["compress"]
 
 
-def compress(
+def compress(  # noqa: C901  all that can be wrong is looked for before any work starts
     model: PreTrainedModel,
     tokenizer: Any,
     text: str | Sequence[str],
@@ -53,9 +50,7 @@ def compress(
     be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves the model as
     it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else parse_settings(Recipe, recipe, "recipe")
-    if chosen.base is not None:
-        raise ArmorError(f"recipe: base: there is no recipe {chosen.base} here; say in full how the factors are made")
+    chosen = _recipe(recipe)
     if not isinstance(model, PreTrainedModel):
         raise ArmorError(f"{type(model).__name__}: not a model of transformers; expected a causal language model")
     where = model.name_or_path or type(model).__name__
@@ -84,112 +79,25 @@ def compress(
     if not linears:
         return model
     tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
-    training = {
+    samples = {
         stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
-        for stage in chosen.trains
-        if (s := getattr(chosen, stage))
+        for stage, s in chosen.training().items()
     }
     inputs = _statistics(model, linears, {name for name, s in settings.items() if s.method == "sparsegpt"}, tokens)
     factors: dict[str, Factorization] = {}
     for name, linear in progress(linears.items(), "factorize", total=len(linears), unit="linear"):
         weight, chance = linear.weight.detach(), seed_of(seed, name)
         factors[name] = factorize_weight(weight, inputs[name], settings[name], chance, f"{where}: {name}")
-    others: dict[str, Tensor] = {}
-    was_training = model.training
-    try:
-        model.eval()
-        if chosen.refine is not None:
-            _refine(Skeleton(model, layers, prefix), factors, others, chosen.refine, training["refine"], seed)
-        if chosen.tune is not None:
-            _tune(model, prefix, factors, others, chosen.tune, training["tune"], seed)
-    finally:
-        model.train(was_training)
-    with torch.no_grad():
-        for name, tensor in others.items():
-            model.get_parameter(name).copy_(tensor)
+    train(model, chosen, samples, factors, seed)
     pack_linears(model, factors)
     return model
 
 
-def _trainable(
-    layer: nn.Module, prefix: str, factors: dict[str, Factorization], others: dict[str, Tensor], core: bool = True
-) -> TrainableLayer:
-    """`layer` with trainable linears and in float32; it must be a copy."""
-    dtypes = {f"{prefix}.{name}": parameter.dtype for name, parameter in layer.named_parameters()}
-    device = next(layer.parameters()).device
-    linears = put_linears(layer, prefix, {n: f for n, f in factors.items() if n.startswith(f"{prefix}.")})
-    return make_trainable(layer.to(device, torch.float32), prefix, linears, dtypes, others, core)
-
-
-class _Rows(list):
-    """Hidden states by sequence."""
-
-    def row(self, index: int) -> Tensor:
-        return self[index]
-
-
-def _refine(
-    skeleton: Skeleton,
-    factors: dict[str, Factorization],
-    others: dict[str, Tensor],
-    settings: RefineSettings,
-    tokens: Tensor,
-    seed: int,
-) -> None:
-    """Train `factors` and `others` layer by layer, as the stage refine does. tokens (sequences, length)."""
-    model = skeleton.model
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    recorded = list(record_each(skeleton, tokens.to(model.device)))
-    dense = _Rows(hidden.cpu() for hidden, _ in recorded)
-    fed = dense
-    for index, layer in enumerate(skeleton.layers):
-        calls = [of_layers[index] for _, of_layers in recorded]
-        wanted = _outputs(layer, calls, dense, device)
-        trained = _trainable(copy.deepcopy(layer), f"{skeleton.prefix}.{index}", factors, others)
-        own = [call.map(lambda x: x.float() if x.is_floating_point() else x) for call in calls]
-        if trained.linears:
-            fit_layer(trained, fed, wanted, own, settings, seed, f"{skeleton.prefix}.{index}", dtype, device)
-            for store, found in zip((factors, others), trained.stored(), strict=True):
-                store.update(found)
-        dense = wanted
-        if settings.inputs == "dense":
-            fed = dense
-        else:
-            with stored_arithmetic(dtype, device):
-                fed = _outputs(trained.module, own, _Rows(states.float() for states in fed), device)
-
-
-@torch.no_grad()
-def _outputs(layer: nn.Module, calls: Sequence[Call], inputs: _Rows, device: str) -> _Rows:
-    """What a decoder layer makes of every sequence's states."""
-    return _Rows(
-        layer(states.to(device), *call.args, **call.kwargs).cpu() for states, call in zip(inputs, calls, strict=True)
-    )
-
-
-def _tune(
-    model: PreTrainedModel,
-    prefix: str,
-    factors: dict[str, Factorization],
-    others: dict[str, Tensor],
-    settings: TuneSettings,
-    tokens: Tensor,
-    seed: int,
-) -> None:
-    """Train `factors` and `others` of all layers at once, as the stage tune does. tokens (sequences, length)."""
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    with torch.no_grad():
-        logits = (model(input_ids=row[None].to(device), use_cache=False).logits[0] for row in tokens)
-        predictions = kept_predictions(logits)
-    whole = copy.deepcopy(model).requires_grad_(False)
-    layers = [
-        _trainable(layer, f"{prefix}.{index}", factors, others, settings.core)
-        for index, layer in enumerate(decoder_layers(whole, prefix)[1])
-    ]
-    fit_whole(whole.float(), layers, tokens, predictions, settings, seed, "tune", dtype, device)
-    for layer in layers:
-        for store, found in zip((factors, others), layer.stored(), strict=True):
-            store.update(found)
+def _recipe(given: Recipe | dict) -> Recipe:
+    recipe = given if isinstance(given, Recipe) else parse_settings(Recipe, given, "recipe")
+    if recipe.base is not None:
+        raise ArmorError(f"recipe: base: there is no recipe {recipe.base} here; say in full how the factors are made")
+    return recipe
 
 
 def _tokens(
@@ -211,10 +119,7 @@ def _statistics(
 ) -> dict[str, Statistics]:
     """The statistics of each linear's input, by name. tokens (sequences, length)."""
     sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, own=sums[name]: own.add(args[0]))
-        for name, linear in linears.items()
-    ]
+    hooks = [linear.register_forward_pre_hook(partial(_add, sums[name])) for name, linear in linears.items()]
     was_training = model.training
     try:
         model.eval()
@@ -231,3 +136,7 @@ def _statistics(
         if not own.finite():
             raise ArmorError(f"{name}: its input holds NaN or infinity; weights or dtype are not fit for this text")
     return {name: own.statistics() for name, own in sums.items()}
+
+
+def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    sums.add(args[0])

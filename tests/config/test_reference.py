@@ -1,0 +1,70 @@
+"""The reference pages are what the types and the registry say, and say it of every field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from armor.config import reference
+from armor.core.errors import ArmorError
+from armor.format.reference import record_types, words
+from armor.methods import METHODS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "config/README.md", "docs/RECORDS.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_generated_parts_of_a_page_are_fresh(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert "<!-- generated: " in text
+    assert reference.fresh(text, page) == text, "run: make reference"
+
+
+def test_every_part_is_in_some_page():
+    texts = [(REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES]
+    missing = [part for part in reference.PARTS if not any(f"generated: {part} -->" in text for text in texts)]
+    assert missing == []
+
+
+def test_making_parts_anew_keeps_all_else_and_refuses_what_makes_none():
+    text = "before\n\n<!-- generated: armor schema --methods -->\nold\n<!-- end -->\n\nafter\n"
+    once = reference.fresh(text)
+    assert once.startswith("before\n\n<!--") and once.endswith("<!-- end -->\n\nafter\n") and "old" not in once
+    assert reference.fresh(once) == once
+    with pytest.raises(ArmorError, match=r"page\.md: generated: 'armor nothing': expected one of armor schema"):
+        reference.fresh("<!-- generated: armor nothing -->\n<!-- end -->", "page.md")
+
+
+@pytest.mark.parametrize("kind", [*record_types(), *reference.SECTIONS.values()], ids=lambda kind: kind.__name__)
+def test_every_type_and_field_says_what_it_is(kind):
+    assert kind.__doc__
+    silent = [name for name, field in kind.model_fields.items() if not field.description]
+    assert [name for name in silent if name != "format_version"] == [], "write a text below the field"
+
+
+def test_every_key_of_a_configuration_and_every_method_is_in_the_reference():
+    text = reference.markdown()
+    for kind in reference.SECTIONS.values():
+        assert [key for key in kind.model_fields if f"| `{key}` |" not in text] == []
+    assert [m.title for m in METHODS.values() if f"| `{m.name}` | {m.title} |" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "string"}, "text"),
+        ({"type": "integer", "minimum": 0}, "integer ≥ 0"),
+        ({"type": "number", "exclusiveMinimum": 0}, "number > 0"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "text"),
+        ({"type": "array", "items": {"type": "integer"}}, "list of integer"),
+        ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "number"}]}, "list [integer, number]"),
+        ({"enum": ["a", "b"], "type": "string"}, "`a`, `b`"),
+        ({"type": "object", "additionalProperties": {"$ref": "#/$defs/File"}}, "mapping to [File](#file)"),
+        ({"type": "object", "patternProperties": {"x": {"type": "string"}}}, "mapping of name to text"),
+        ({}, "any value"),
+    ],
+)
+def test_types_in_plain_words(schema, expected):
+    assert words(schema) == expected

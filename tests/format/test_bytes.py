@@ -1,0 +1,127 @@
+"""Every file of ours, pinned byte by byte: what one release wrote, the next one writes and reads.
+
+Where a test fails, files in the field cannot be read any more: give the format a new version, or undo the change.
+`records/` holds a small record of each type.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
+from armor.execution.files import write_json
+from armor.format import records
+from armor.format.checkpoint import CHECKPOINT_VERSION, PackedLinear, modules_of, quantization_config
+from armor.format.checksums import CHECKSUMS_VERSION, sealed
+from armor.format.factors import FACTORS_VERSION, read_factors, read_others, write_factors
+from armor.format.records.base import File, Made, Record
+from armor.format.statistics import STATISTICS_VERSION, Statistics, read_statistics, write_statistics
+
+for module in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
+    importlib.import_module(module.name)
+RECORDS = {kind.__name__: kind for base in (Record, Made) for kind in base.__subclasses__() if kind is not Made}
+FILES = {
+    "SourceRecord": "source",
+    "Topology": "model",
+    "CalibrationRecord": "calibration",
+    "LayerRecord": "layer",
+    "StatesRecord": "states",
+    "RefineRecord": "refined",
+    "TuneRecord": "tuned",
+    "CheckpointRecord": "checkpoint",
+    "ProvenanceRecord": "provenance",
+    "PredictionsRecord": "predictions",
+    "EvaluationRecord": "evaluation",
+    "TaskRecord": "task",
+    "TasksRecord": "tasks",
+    "BenchmarkRecord": "benchmark",
+    "ReportRecord": "report",
+}
+
+
+def test_statistics(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    own = Statistics(torch.tensor([1.0, 0.5]), torch.tensor([[1.0, 0.25], [0.25, 0.5]]), 7)
+    write_statistics(path, {"a.q": own}, {"a.k": "a.q", "a.q": "a.q"}, "f0")
+    assert STATISTICS_VERSION == 1 and path.read_bytes() == (
+        b"\x18\x01\x00\x00\x00\x00\x00\x00"
+        rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 1, '
+        rb'\"inputs\": {\"a.k\": \"a.q\", \"a.q\": \"a.q\"}, \"tokens\": 7}"},'
+        b'"a.q.gram":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
+        b'"a.q.importance":{"dtype":"F32","shape":[2],"data_offsets":[16,24]}}       '
+        b"\x00\x00\x80?\x00\x00\x80>\x00\x00\x80>\x00\x00\x00?"
+        b"\x00\x00\x80?\x00\x00\x00?"
+    )
+    assert read_statistics(path)["a.k"].tokens == 7
+
+
+def test_factors(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    factors = Factorization(core, core != 0, Pattern(2, 4), torch.tensor([[[3.0]]]), None, 0.25, 0.5)
+    write_factors(path, {"a.q": factors}, {"fingerprint": "f0", "layer": 0})
+    assert FACTORS_VERSION == 1 and path.read_bytes() == (
+        b"\x90\x01\x00\x00\x00\x00\x00\x00"
+        rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 1, \"layer\": 0, '
+        rb'\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", \"start_loss\": 0.5}}}"},'
+        b'"a.q.core_values":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+        b'"a.q.left":{"dtype":"F32","shape":[1,1,1],"data_offsets":[8,12]},'
+        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[12,13]}}  '
+        b"\x00\x00\x80?\x00\x00\x00\xc0"
+        b"\x00\x00@@"
+        b"\x09"
+    )
+    assert torch.equal(read_factors(path)[0]["a.q"].core, core)
+
+
+def test_factors_with_other_tensors_have_a_version_of_their_own(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    factors = {"a.q": Factorization(core, core != 0, Pattern(2, 4), None, None, 0.25, 0.5)}
+    write_factors(path, factors, {"fingerprint": "f0", "layer": 0}, {"a.norm.weight": torch.tensor([2.0])})
+    assert path.read_bytes() == (
+        b"\xb0\x01\x00\x00\x00\x00\x00\x00"
+        rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 2, \"layer\": 0, '
+        rb"\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", \"start_loss\": 0.5}}, "
+        rb'\"others\": [\"a.norm.weight\"]}"},'
+        b'"a.norm.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a.q.core_values":{"dtype":"F32","shape":[1,2],"data_offsets":[4,12]},'
+        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[12,13]}}'
+        b"\x00\x00\x00@"
+        b"\x00\x00\x80?\x00\x00\x00\xc0"
+        b"\x09"
+    )
+    assert read_others(path) == {"a.norm.weight": torch.tensor([2.0])}
+    assert torch.equal(read_factors(path)[0]["a.q"].core, core)
+
+
+def test_the_config_of_a_checkpoint(tmp_path):
+    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2), "a.k": PackedLinear(8, 4, Pattern(2, 4), 2)}
+    write_json(tmp_path / "config.json", quantization_config(modules))
+    assert CHECKPOINT_VERSION == 1 and (tmp_path / "config.json").read_bytes() == (
+        b'{\n "format_version": 1,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
+        b'   "modules": [\n    "a.q",\n    "a.k"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n'
+        b'   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
+    )
+    assert modules_of(quantization_config(modules)) == modules
+
+
+def test_checksums(tmp_path):
+    sums = sealed({"config.json": File(bytes=3, sha256="a0")}, {"a.q.core_mask": "b0"})
+    write_json(tmp_path / "checksums.json", sums)
+    assert CHECKSUMS_VERSION == 1 and (tmp_path / "checksums.json").read_bytes() == (
+        b'{\n "files": {\n  "config.json": {\n   "bytes": 3,\n   "sha256": "a0"\n  }\n },\n "format_version": 1,\n '
+        b'"sha256": "fb2844a29bb1c92460e671a2993553d26da9a6437ad3c20546239d17540942f5",\n '
+        b'"tensors": {\n  "a.q.core_mask": "b0"\n }\n}\n'
+    )
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record(tmp_path, name):
+    file = Path(__file__).with_name("records") / f"{FILES[name]}.json"
+    RECORDS[name].read(file).write(tmp_path / "record.json")
+    assert (tmp_path / "record.json").read_bytes() == file.read_bytes()

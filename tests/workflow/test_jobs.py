@@ -1,0 +1,94 @@
+"""The table of jobs and the rules say the same, and the hash of a stage's code covers what it executes."""
+
+from __future__ import annotations
+
+import pytest
+
+from armor.config.run import Config
+from armor.execution import fingerprint
+from armor.run.jobs import STAGES, jobs
+from tests.workflow.conftest import REPOSITORY, Run
+
+
+def test_rules_and_table_agree_on_outputs_log_and_inputs(run):
+    config = Config.model_validate(run.config)
+    told: dict[str, dict[str, set[str]]] = {}
+    for line in run.snakemake("--detailed-summary").stdout.splitlines()[1:]:
+        output, _, rule, logs, inputs, *_ = line.split("\t")
+        told[output] = {"rule": {rule}, "log": {*logs.split(",")}, "inputs": {*inputs.split(",")} - {"-"}}
+    table = list(jobs(config, str(run.folder / "results")))
+    outputs = {str(path.relative_to(run.folder)) for job in table for path in job.outputs}
+    assert outputs == {output for output, found in told.items() if found["rule"] & STAGES.keys()} - temporary(told)
+    for job in table:
+        found = told[str(job.outputs[0].relative_to(run.folder))]
+        assert found["rule"] == {job.stage} and found["log"] == {str(job.log.relative_to(run.folder))}
+        needed = {
+            str(path.relative_to(run.folder))
+            for _, stage, names in job.inputs(config)
+            for other in table
+            if other.stage == stage and other.names[: len(names)] == names
+            for path in other.outputs
+        }
+        records = {path for path in needed if path.endswith(".json")}
+        assert records <= found["inputs"] | implied(job.stage), job
+        assert {path for path in found["inputs"] if path in outputs} <= needed, job
+
+
+def implied(stage):
+    """Records that lie beside what a rule names: those of the factors that assemble is given."""
+    return set() if stage != "assemble" else type("Any", (set,), {"__contains__": lambda *_: True})()
+
+
+def temporary(told):
+    return {output for output in told if output.endswith("predictions.safetensors")}
+
+
+WRAPPER = """
+import atexit, os, sys
+os.environ.pop("ARMOR_FORK_SERVER", None)  # each job in a process of its own
+if sys.argv and os.path.basename(sys.argv[0]) in ("armor", "__main__.py", "-m"):
+    seen = set()
+    def note(frame, event, arg):
+        if event == "call":
+            seen.add(frame.f_code.co_filename)
+    sys.setprofile(note)
+    def tell():
+        sys.setprofile(None)
+        root = os.environ["ARMOR_ROOT"]
+        names = sorted(os.path.relpath(name, root) for name in seen if name.startswith(root))
+        with open(os.path.join(os.environ["ARMOR_SEEN"], f"{os.getpid()}.txt"), "w") as file:
+            file.write("\\n".join([" ".join(sys.argv[1:2]), *names]))
+    atexit.register(tell)
+"""
+AROUND = ("armor/__main__.py", "armor/__init__.py", "armor/command/", "armor/config/reading.py", "armor/run/")
+"""What a command executes around its stage: arguments, settings from JSON."""
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, config):
+    """The files of this package whose functions each command executed, in a run of the whole workflow."""
+    folder = tmp_path_factory.mktemp("executed")
+    (folder / "python").mkdir()
+    (folder / "seen").mkdir()
+    header = f"import os\nos.environ['ARMOR_ROOT'] = {str(REPOSITORY)!r}\n"
+    header += f"os.environ['ARMOR_SEEN'] = {str(folder / 'seen')!r}\n"
+    (folder / "python/sitecustomize.py").write_text(header + WRAPPER)
+    (folder / "run").mkdir()
+    done = Run(folder / "run", config, python=folder / "python").snakemake()
+    assert done.returncode == 0, done.stderr + done.stdout
+    found: dict[str, set[str]] = {}
+    for file in (folder / "seen").glob("*.txt"):
+        command, *names = file.read_text().splitlines()
+        found.setdefault(command, set()).update(names)
+    return found
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "tasks"])
+def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, stage):
+    settings = Config.model_validate(config)
+    methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]
+    entries = [STAGES[stage].entry, *(methods if stage == "factorize" else [])]
+    hashed = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.modules_of(*entries)}
+    free = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.WITHOUT_EFFECT}
+    missing = {file for file in executed[stage] - hashed - free if not file.startswith(AROUND)}
+    assert missing == set() and len(executed[stage]) > 5
