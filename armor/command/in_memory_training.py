@@ -132,6 +132,6 @@ def _tune(
         _trainable(layer, f"{prefix}.{index}", factors, others, settings.core)
         for index, layer in enumerate(decoder_layers(whole, prefix)[1])
     ]
-    fit_whole(whole.float(), layers, tokens, predictions, settings, seed, "tune", dtype, device)
+    fit_whole(whole.float(), layers, tokens, predictions, settings, seed, dtype, device)
     for layer in layers:
         _keep(layer, factors, others)

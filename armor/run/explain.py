@@ -20,7 +20,7 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
-from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
+from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.calibration import CalibrationRecord
@@ -129,7 +129,10 @@ class Reruns:
 
     def job_of(self, record: Path) -> Job | None:
         """The job that writes `record`; None if the configuration asks for none such."""
-        return next((job for job in self.jobs if job.record.absolute() == record.absolute()), None)
+        record = record.absolute()
+        own = next((job for job in self.jobs if job.record.absolute() == record), None)
+        tuned = (job for job in self.jobs if job.stage == "tune" and beside(job.record).absolute() == record.parent)
+        return own or next(tuned, None)
 
     def reasons(self, job: Job) -> list[str]:
         """Why `job` would run again; none if it would not."""

@@ -5,10 +5,10 @@ the most likely tokens are kept with their log-probabilities; all others are one
 exact. Up to so many tokens in the vocabulary that is the whole prediction. The KL divergence between two predictions
 over these outcomes is never above that over all tokens, and it is zero where both agree.
 
-Then the compressed model is trained: values in float32, products in bfloat16 where that is native, each decoder layer
-run again when its gradient is due, so that activations of one layer at a time are there. With Adam's two moments and
-the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight, four times a dense bfloat16
-one. A model that does not fit is refused.
+Then the compressed model is trained: values in float32, products in bfloat16 where that is native. Where memory is not
+plenty, each decoder layer is run again when its gradient is due, so that the inside of one layer at a time is there.
+With Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight,
+four times a dense bfloat16 one. A model that does not fit is refused.
 
 The promise is that of refine, for the whole: the KL divergence on the held-out sequences, of the model as stored, is
 never above that of the start.
@@ -16,9 +16,10 @@ never above that of the start.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
+from armor.format.checkpoint import SUFFIXES
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File, MadeBy
 from armor.format.records.calibration import CalibrationRecord
@@ -55,6 +57,7 @@ KEPT = 256
 """Tokens of each prediction that are kept."""
 TOKENS_AT_A_TIME = 128
 USABLE = 0.95
+ROOMY = 0.5  # of the memory: what may be taken to save time
 
 
 def tune(
@@ -79,8 +82,8 @@ def tune(
     files = [factors / f"layer_{layer.index}.safetensors" for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
-    needed, available = peak_bytes(shards, files, settings.tune, tokens.shape[1]), device_memory_bytes(device)
-    available = available or host_memory_bytes()
+    size = partial(peak_bytes, shards, files, settings.tune, tokens.shape[1])
+    needed, available = size(), device_memory_bytes(device) or host_memory_bytes()
     if needed > USABLE * available:
         raise ArmorError(
             f"{source.path}: tuning the whole model needs about {needed / 1e9:.1f} GB, {device} has "
@@ -95,11 +98,12 @@ def tune(
     }
     made = made_by(__name__, settings, used)
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
-        predictions = _predictions(source, tokens, steps, device)
+        predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
         model, layers = _trainable_model(source, shards, files, settings.tune, device)
+        again = size(recompute=False) > ROOMY * available
         try:
             found = fit_whole(
-                model, layers, tokens, predictions, settings.tune, settings.seed, "tune", source.dtype, device, steps
+                model, layers, tokens, predictions, settings.tune, settings.seed, source.dtype, device, steps, again
             )
         except torch.OutOfMemoryError as error:
             raise ArmorError(
@@ -151,44 +155,60 @@ def _record(
     )
 
 
-def peak_bytes(shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int) -> int:
-    """The memory that tuning takes at its peak, from headers: values, gradients, moments, logits, one layer's inside.
+def peak_bytes(
+    shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int, recompute: bool = True
+) -> int:
+    """The memory that tuning takes at its peak, from headers: values, gradients, moments, logits, insides of layers.
 
-    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4.
+    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4. Inside of a layer
+    there are A·S·B, and what goes into and comes out of the linears for one sequence of `length` tokens; with
+    `recompute` it is that of one layer at a time.
     """
-    trained = fixed = widest = vocabulary = 0
-    replaced = set()
+    trained = fixed = vocabulary = 0
+    inside, replaced = [], set()
     for file in factors:
+        weights = features = 0
         with open_safetensors(file) as opened:
-            inside = 0
             for name in opened.keys():  # noqa: SIM118  not a dictionary
-                entries = torch.Size(opened.get_slice(name).get_shape()).numel()
+                shape = opened.get_slice(name).get_shape()
                 module, _, suffix = name.rpartition(".")
+                entries = math.prod(shape)
                 if suffix == "core_mask":
                     fixed += entries
-                    inside += 8 * entries  # the dense weight
+                    weights += 8 * entries
+                    features += shape[0] + 8 * shape[1]
                 elif suffix == "core_values" and not settings.core:
                     fixed += 4 * entries
                 else:
                     trained += entries
-                replaced.add(f"{module}.weight" if suffix in ("core_values", "core_mask", "left", "right") else name)
-            widest = max(widest, inside)
+                replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
+        inside.append(12 * weights + 12 * length * features)
     for name in shards.names():
         if name not in replaced:
-            fixed += 4 * torch.Size(shards.shape(name)).numel()
+            fixed += 4 * math.prod(shards.shape(name))
         if len(shards.shape(name)) == 2:
             vocabulary = max(vocabulary, shards.shape(name)[0])
-    return 20 * trained + fixed + 12 * widest + settings.batch * length * vocabulary * 12
+    return 20 * trained + fixed + (max if recompute else sum)(inside) + 12 * length * vocabulary
 
 
-def _predictions(source: Source, tokens: Tensor, steps: Steps, device: str) -> Predictions:
-    """What the dense model predicts, kept on disk for the next run."""
+def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, device: str) -> Predictions:
+    """What the dense model predicts, kept on disk for the next run.
+
+    Of the first `trained` sequences in the arithmetic of training, which takes half the time; of the others exactly.
+    """
     file = steps.folder / "predictions.safetensors"
     if steps.get("predictions", File) is None or not file.is_file():
         dtype = str(compute_dtype(source.dtype, device)).removeprefix("torch.")
         model = StreamedModel(source.path, dtype, device)
-        logits = model.logits(row[None].to(device) for row in tokens)
-        save_safetensors(file, vars(kept_predictions(one[0] for one in logits)))
+        parts = []
+        for rows, how in (
+            (tokens[:trained], training_arithmetic(device)),
+            (tokens[trained:], stored_arithmetic(source.dtype, device)),
+        ):
+            with how:
+                logits = model.logits(row[None].to(device) for row in rows)
+                parts.append(vars(kept_predictions(one[0] for one in logits)))
+        save_safetensors(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         steps.put("predictions", File.of(file))
     with open_safetensors(file) as opened:
         return Predictions(*(opened.get_tensor(field.name) for field in fields(Predictions)))
@@ -254,14 +274,15 @@ def fit_whole(
     predictions: Predictions,
     settings: TuneSettings,
     seed: int,
-    where: str,
     dtype: str,
     device: str,
     steps: Steps | None = None,
+    recompute: bool = True,
 ) -> Fit:
     """Train the `layers` of `model` until it predicts tokens (sequences, length) as the dense model does.
 
-    The sequences behind the first `settings.sequences` are held out. `dtype` is the model's as it is stored.
+    The sequences behind the first `settings.sequences` are held out. `dtype` is the model's as it is stored. With
+    `recompute` a layer is run again when its gradient is due: less memory, a third more time, the same numbers.
     """
 
     def divergence(index: int) -> Tensor:
@@ -286,8 +307,8 @@ def fit_whole(
         with stored_arithmetic(dtype, device):
             return sum(divergence(index).item() for index in rows) / len(rows)
 
-    for layer in layers:
-        layer.module.forward = _checkpointed(layer.module.forward)
+    for layer in layers if recompute else ():
+        layer.module.forward = partial(checkpoint, layer.module.forward, use_reentrant=False)
     try:
         parameters: dict[str, nn.Parameter] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -301,14 +322,9 @@ def fit_whole(
             learn=learn,
             held_out_loss=held_out_loss,
             seed=seed,
-            where=where,
+            where="tune",
             steps=steps,
         )
     finally:
-        for layer in layers:
+        for layer in layers if recompute else ():
             del layer.module.forward
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    """`forward`, run again when its gradient is due instead of keeping what is inside."""
-    return partial(checkpoint, forward, use_reentrant=False)

@@ -104,6 +104,12 @@ def test_the_core_may_stay(root, tmp_path):
         assert factors.core.equal(before[name].core) and not factors.left.equal(before[name].left)
 
 
+def test_layers_that_are_run_again_give_the_same_bytes(root, tmp_path, monkeypatch):
+    expected = tuned(root, tmp_path / "a").layers
+    monkeypatch.setattr(whole, "ROOMY", 0.0)
+    assert tuned(root, tmp_path / "b").layers == expected
+
+
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
     expected = tuned(root, tmp_path / "whole")
     count, loop = [0], whole.fit
