@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: demo test test-cluster test-faults lint bench docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
-	$(BIN)/snakemake --cores $(CORES)
+	@$(BIN)/armor progress -- $(BIN)/snakemake --cores $(CORES)
 	@$(BIN)/armor summary
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included

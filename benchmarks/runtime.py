@@ -237,18 +237,19 @@ def decode(name: str, work: Path, device: str) -> dict:
         factorize_layer(source, topology, layer.index, work / "ones.safetensors", settings, output)
     assemble(source, topology, work / "layers", work / "checkpoint.json")
     one = BenchmarkSettings(batch_sizes=[1])
-    record = benchmark(source.path, work / "checkpoint", one, work / "decode.json", device)
-    dense, packed = record["dense"], record["compressed"]
+    record = benchmark(source.path, {"armor": work / "checkpoint"}, one, work / "decode.json", device)
+    dense, packed = record.dense, record.recipes["armor"]
     result = {
-        "bits_per_weight": packed["bits_per_weight"],
-        "share_of_dense_bytes_in_compressed_modules": packed["bits_per_weight"] / 16,
-        "share_of_bytes_on_disk": packed["bytes_on_disk"] / dense["bytes_on_disk"],
-        "share_of_resident_memory": packed["resident_bytes"] / dense["resident_bytes"],
-        "load_time_ratio": packed["load_seconds"] / dense["load_seconds"],
-        "decode_speedup": record["speedup"]["1"]["decode"]["median"],
+        "bits_per_weight": packed.bits_per_weight,
+        "share_of_dense_bytes_in_compressed_modules": packed.bits_per_weight / 16,
+        "share_of_bytes_on_disk": packed.bytes_on_disk / dense.bytes_on_disk,
+        "share_of_resident_memory": packed.resident_bytes / dense.resident_bytes,
+        "load_time_ratio": packed.load_seconds / dense.load_seconds,
+        "decode_speedup": packed.speedup["1"].decode.median,
     }
     print(name, *(f"{key} {value:.3f}" for key, value in result.items()), sep="\n  ", flush=True)
-    return result | {"dense": dense, "packed": packed, "settings": record["settings"]}
+    sides = {name: side.model_dump(mode="json") for name, side in (("dense", dense), ("packed", packed))}
+    return result | sides | {"settings": record.made_by.settings}
 
 
 def fetch_smollm2(work: Path) -> None:

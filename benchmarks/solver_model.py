@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 
 from armor.config.sources import TextSettings
 from armor.core.factorization import Factorization
-from armor.evaluate.perplexity import perplexity, token_losses
+from armor.evaluate.logits import token_losses
+from armor.evaluate.perplexity import perplexity
 from armor.execution.files import read_json, save_safetensors, write_json
 from armor.execution.machine import describe
 from armor.format.records.topology import DecoderLayer, Topology
@@ -83,7 +84,7 @@ def perplexities(work: Path, text: TextSettings) -> dict[str, dict]:
         for file in sorted((work / run).glob("layer_*.safetensors")):
             model.load_state_dict(load_file(file), strict=False)
         losses = [token_losses(model(input_ids=block[None], use_cache=False).logits[0], block) for block in blocks]
-        value, error = perplexity(torch.stack([each.mean() for each in losses]))
+        value, error = perplexity([each.mean().item() for each in losses])
         result[run] = {"perplexity": value, "standard_error": error}
         print(f"{run}: perplexity {value:.2f} ± {error:.2f}", flush=True)
     return result

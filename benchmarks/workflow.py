@@ -29,9 +29,11 @@ from pathlib import Path
 import yaml
 
 from armor.config.run import Config
-from armor.execution.files import read_json, sha256, write_json
+from armor.execution.files import read_json, write_json
+from armor.format.layout import Results
 from armor.format.records.topology import DecoderLayer, Topology
-from armor.run.status import Job, cost, jobs
+from armor.run.jobs import Job, jobs
+from armor.run.status import cost
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = 4
@@ -51,8 +53,8 @@ sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
 
 def spans(results: Path, config: Config) -> Iterator[tuple[float, float, float]]:
     """When each finished job began, began to work, and ended, in seconds since the epoch."""
-    for job in jobs(config, results):
-        measured = cost(results, job)
+    for job in jobs(config, str(results)):
+        measured = cost(job)
         if measured is None:
             continue
         begin = measured.ended - measured.seconds
@@ -61,8 +63,7 @@ def spans(results: Path, config: Config) -> Iterator[tuple[float, float, float]]
 
 def worked(job: Job, seconds: float) -> float:
     """The seconds that the stage says it worked; all of the job's where its record does not say."""
-    records = [read_json(path) for path in job.outputs if path.suffix == ".json"]
-    return next((record["seconds"] for record in records if "seconds" in record), seconds)
+    return read_json(job.record).get("seconds", seconds)
 
 
 def shares(found: list[tuple[float, float, float]]) -> tuple[float, float]:
@@ -98,19 +99,25 @@ def finished(folder: Path, config: Config) -> dict:
 
 def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
     """Dry run, run and no-op run of `layers` decoder layers under each of RECIPES recipes, `work` seconds a layer."""
-    model = folder / "results/deep"
-    statistics = model / "calibration/words"
-    statistics.mkdir(parents=True)
+    results = Results(str(folder / "results"))
+    calibration = Path(results.calibration("deep", "words"))
+    calibration.parent.mkdir(parents=True)
     (folder / "python").mkdir()
     (folder / "python/sitecustomize.py").write_text(STAND_IN)
-    decoder = tuple(DecoderLayer(index, f"model.layers.{index}", ()) for index in range(layers))
-    write_json(model / "source.json", {})
-    write_json(model / "model.json", Topology("llama", "0", "float32", None, 64, 0, 0, False, decoder).to_json())
-    files = {}
-    for path in (statistics / f"layer_{index}.safetensors" for index in range(layers)):
-        path.write_text("")
-        files[path.name] = {"bytes": 0, "sha256": sha256(path)}
-    write_json(statistics / "calibration.json", {"files": files})
+    decoder = tuple(DecoderLayer(index=index, prefix=f"model.layers.{index}", linears=()) for index in range(layers))
+    write_json(results.source("deep"), {})
+    Topology(
+        model_type="llama",
+        fingerprint="0",
+        dtype="float32",
+        context_length=None,
+        hidden_size=64,
+        parameters=0,
+        linear_parameters=0,
+        tied_embeddings=False,
+        layers=decoder,
+    ).write(results.topology("deep"))
+    write_json(calibration, {})
     config = {
         "models": {"deep": {"folder": "."}},
         "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
@@ -127,7 +134,7 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
     command += ["--directory", str(folder), "--configfile", str(folder / "config.yaml")]
     only = ["--"]
     for recipe in config["recipes"]:
-        only += [f"results/deep/{recipe}/layers/layer_{index}.safetensors" for index in range(layers)]
+        only += [Results().factors("deep", recipe, index) for index in range(layers)]
     result: dict = {"layers": layers, "recipes": RECIPES, "work_seconds": work, "cores": cores}
     for name, arguments in (("dry_run", ["--dry-run"]), ("run", only), ("no_op", only)):
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.format.checkpoint import PackedLinear
+from armor.format.records.benchmark import LinearSpeed
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["core_alone", "linear_speeds", "wrapped"]
 
+M = TypeVar("M", bound=nn.Module)
 ROUNDS = 11  # each takes about the time of two tokens of both models
 
 
@@ -34,7 +36,7 @@ def wrapped(model: nn.Module) -> list[ArmorLinear]:
 
 
 @contextmanager
-def core_alone(model: nn.Module) -> Iterator[nn.Module]:
+def core_alone(model: M) -> Iterator[M]:
     """`model` with every A and B taken off, so that S multiplies alone; afterwards the same tensors are back.
 
     What it computes meanwhile is nonsense, as fast as it would be without them.
@@ -58,25 +60,22 @@ def _milliseconds(linears: Sequence[nn.Module], x: Tensor) -> float:
 
 
 @torch.inference_mode()
-def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS) -> list[dict]:
-    """A record for each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
+def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS) -> list[LinearSpeed]:
+    """The speed of each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
 
-    It holds those, the `count` of linears, `dense_milliseconds`, `milliseconds` and the `speedup` of a round (medians
-    and quartiles), and `theoretical_speedup`: by the bytes of the weights. A shape with blocks has `core_milliseconds`
-    and `core_speedup` too, over the dense ones of the same turn. `dense` has linears of the same names.
+    The core's is over the dense ones of its own turn. `dense` has linears of the same names.
     """
-    names: dict[PackedLinear, list[str]] = {}
+    packed: dict[PackedLinear, list[nn.Module]] = {}
+    plain: dict[PackedLinear, list[nn.Module]] = {}
+    rows: dict[PackedLinear, Tensor] = {}
     for name, module in compressed.named_modules():
         if isinstance(module, ArmorLinear):
-            names.setdefault(module.layout, []).append(name)
-    linears = {
-        side: {layout: [model.get_submodule(name) for name in own] for layout, own in names.items()}
-        for side, model in (("dense", dense), ("compressed", compressed))
-    }
-    rows = {}
-    for layout, (first, *_) in linears["compressed"].items():
-        weight = first.weight
-        rows[layout] = torch.randn(1, layout.in_features).to(weight.device, weight.dtype)
+            layout, weight = module.layout, module.weight
+            packed.setdefault(layout, []).append(module)
+            plain.setdefault(layout, []).append(dense.get_submodule(name))
+            if layout not in rows:
+                rows[layout] = torch.randn(1, layout.in_features).to(weight.device, weight.dtype)
+    linears = {"dense": plain, "compressed": packed}
     turns = ("whole", "core") if wrapped(compressed) else ("whole",)
     times: dict[tuple[str, str, PackedLinear], list[float]] = {}
     for index in range(-1, rounds):  # the first one only warms up
@@ -88,20 +87,25 @@ def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS)
                         if index >= 0:
                             times.setdefault((turn, side, layout), []).append(taken)
     records = []
-    for layout, own in names.items():
+    for layout, own in packed.items():
         bits = 8 * rows[layout].element_size()
         dense_times, own_times = (times["whole", side, layout] for side in linears)
-        record = {
-            **asdict(layout),
-            "pattern": str(layout.pattern),
-            "count": len(own),
-            "dense_milliseconds": summary(dense_times),
-            "milliseconds": summary(own_times),
-            "speedup": ratios(dense_times, own_times),
-            "theoretical_speedup": bits / layout.bits_per_weight(bits),
-        }
-        if layout.left_block_size or layout.right_block_size:
-            dense_times, own_times = (times["core", side, layout] for side in linears)
-            record |= {"core_milliseconds": summary(own_times), "core_speedup": ratios(dense_times, own_times)}
-        records.append(record)
+        has_blocks = layout.left_block_size or layout.right_block_size
+        beside, alone = (times["core", side, layout] for side in linears) if has_blocks else (None, None)
+        records.append(
+            LinearSpeed(
+                out_features=layout.out_features,
+                in_features=layout.in_features,
+                pattern=str(layout.pattern),
+                left_block_size=layout.left_block_size,
+                right_block_size=layout.right_block_size,
+                count=len(own),
+                dense_milliseconds=summary(dense_times),
+                milliseconds=summary(own_times),
+                speedup=ratios(dense_times, own_times),
+                theoretical_speedup=bits / layout.bits_per_weight(bits),
+                core_milliseconds=summary(alone) if alone else None,
+                core_speedup=ratios(beside, alone) if alone and beside else None,
+            )
+        )
     return records

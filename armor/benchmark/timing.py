@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
+
+from armor.format.records.benchmark import Runs
 
 __all__ = ["mark", "ratios", "seconds_between", "summary"]
 
@@ -28,18 +31,20 @@ def mark(device: torch.device | str) -> Mark:
 
 def seconds_between(start: Mark, end: Mark) -> float:
     """Seconds from one point to a later one; on a card it is waited for."""
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) or isinstance(end, torch.cuda.Event):
+        raise TypeError("two points of one device are needed")
+    return end - start
 
 
-def summary(runs: list[float]) -> dict:
-    """The median, the quartiles [first, third] and the `runs` themselves."""
-    quartiles = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else runs * 3
-    return {"median": statistics.median(runs), "quartiles": [quartiles[0], quartiles[2]], "runs": runs}
+def summary(runs: Sequence[float]) -> Runs:
+    """The median, the quartiles and the `runs` themselves."""
+    first, median, third = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
+    return Runs(median=median, quartiles=(first, third), runs=tuple(runs))
 
 
-def ratios(above: list[float], below: list[float]) -> dict:
+def ratios(above: Sequence[float], below: Sequence[float]) -> Runs:
     """The summary of above / below, round by round, so that what else ran falls on both."""
     return summary([a / b for a, b in zip(above, below, strict=True)])

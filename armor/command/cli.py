@@ -182,6 +182,16 @@ def export(
 
 
 @app.command()
+def predict(source: SourceFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0) -> None:
+    """The dense model's predictions on the text of an evaluation -> a record and, beside it, the logits."""
+    device = _prepare(threads, gpus)
+    from armor.evaluate.predictions import predict
+
+    parsed = parse_settings(EvaluationSettings, settings)
+    predict(_folder(source), parsed, output, device, model_fingerprint(source))
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help=f"{layout.SOURCE}, {layout.CHECKPOINT}, or a model's folder.")],
     settings: Settings,
@@ -189,23 +199,25 @@ def evaluate(
     dense: Annotated[
         Path | None, typer.Option(help="source.json of the dense model to compare to; unset: no KL and agreement.")
     ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="What `armor predict` wrote, instead of running the dense model.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
     """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
     device = _prepare(threads, gpus)
     parsed = parse_settings(EvaluationSettings, settings)
-    inputs = {"model": model_fingerprint(model)}
+    fingerprint = model_fingerprint(model)
     if parsed.tasks:
         from armor.evaluate.tasks import evaluate_tasks
 
-        evaluate_tasks(_folder(model), parsed, output, device, inputs)
+        evaluate_tasks(_folder(model), parsed, output, device, fingerprint)
     else:
         from armor.evaluate.perplexity import evaluate
 
-        if dense is not None:
-            inputs["dense"] = model_fingerprint(dense)
-        evaluate(_folder(model), parsed, output, device, dense and _folder(dense), inputs)
+        folder, own = (None, None) if dense is None else (_folder(dense), model_fingerprint(dense))
+        evaluate(_folder(model), parsed, output, device, folder, predictions, fingerprint, own)
 
 
 @app.command()
@@ -213,18 +225,28 @@ def benchmark(
     source: SourceFile,
     output: Output,
     settings: Settings = "{}",
-    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint.json; unset: the dense model alone.")] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="A recipe's checkpoint.json; may be given again. Unset: the dense model.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Size, memory and speed, dense and packed in turn -> benchmark/CASE.json."""
+    """Size, memory and speed of the dense model and its recipes, timed in turn -> benchmark/CASE.json."""
     device = _prepare(threads, gpus)
-    from armor.benchmark.generation import benchmark
+    from armor.benchmark.generation import DENSE, benchmark
 
     parsed = parse_settings(BenchmarkSettings, settings)
-    models = {"dense": source} | ({"compressed": checkpoint} if checkpoint else {})
-    fingerprints = {side: model_fingerprint(model) for side, model in models.items()}
-    benchmark(_folder(source), checkpoint and _folder(checkpoint), parsed, output, device, fingerprints)
+    recipes: dict[str, Path] = {}
+    for path in checkpoint or ():
+        name = path.absolute().parent.name
+        if name in recipes:
+            raise ArmorError(
+                f"{path}: {recipes[name]} is in a folder called {name} too; each recipe needs its own name"
+            )
+        recipes[name] = path
+    fingerprints = {name: model_fingerprint(path) for name, path in {DENSE: source, **recipes}.items()}
+    folders = {name: _folder(path) for name, path in recipes.items()}
+    benchmark(_folder(source), folders, parsed, output, device, fingerprints)
 
 
 @app.command()
@@ -291,6 +313,16 @@ def status(
     Console(soft_wrap=True).print(found.table())
     for text in found.details():
         print(text)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def progress(
+    command: Annotated[list[str], typer.Argument(metavar="-- snakemake ...", help="Snakemake and its arguments.")],
+) -> None:
+    """Run Snakemake and, on a terminal, show one line with the time left; elsewhere a line for each job, as ever."""
+    from armor.run.progress import follow
+
+    raise typer.Exit(follow(command))
 
 
 @app.command()

@@ -29,11 +29,12 @@ import sys
 __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
-STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", "factorize", "assemble", "predict", "evaluate", "benchmark")
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",
     "armor.assemble.writer",
+    "armor.evaluate.predictions",
     "armor.evaluate.perplexity",
     "armor.benchmark.generation",
 )

@@ -25,6 +25,8 @@ PAPER_TASKS = {
 }
 
 
+PREDICTIONS_GB = 8.0
+
 # Tasks that are built from a text.
 BUILT_TASKS = ("last_word", "continuation")
 
@@ -53,10 +55,16 @@ class EvaluationSettings(Typed):
     dtype: Dtype = "auto"
     """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
 
+    predictions_gb: float = Field(PREDICTIONS_GB, ge=0)
+    """Perplexity: GB of disk that the dense model's logits may take while the workflow runs. Where they need more, the
+    dense model is run again beside each recipe."""
+
     @model_validator(mode="after")
     def _check(self) -> EvaluationSettings:
         built = set(BUILT_TASKS) & set(self.tasks or ())
         others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples")
+        if self.tasks and self.predictions_gb != PREDICTIONS_GB:
+            others += ("predictions_gb",)
         if given := [key for key in others if getattr(self, key)]:
             raise ValueError(f"{given[0]}: goes with {'perplexity on a text' if self.tasks else 'tasks'}")
         if (self.tasks is None or built) and self.text is None:

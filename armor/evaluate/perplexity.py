@@ -1,151 +1,75 @@
 """Perplexity on blocks of text: how many tokens, on average, the model is still choosing between.
 
-The text is cut into n blocks of L tokens that do not overlap. In each block the model predicts tokens 2 to L from those
-before them, and perplexity = exp(m), where m is the mean negative log-likelihood over all n·(L−1) predictions. Tokens
-of one block depend on each other and blocks hardly do, so the standard error comes from the block means: that of m is
-s/√n with s their standard deviation, and the delta method makes it perplexity·s/√n. The log-softmax is float32 whatever
-the model computes in; it runs over a few tokens at a time, because the logits of one block are already the largest
-tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of them would double that. A run that was killed
-goes on at the block where it was (`armor.execution.resume`).
+perplexity = exp(m), where m is the mean negative log-likelihood of all n·(L−1) predictions (`armor.evaluate.logits`).
+Tokens of one block depend on each other and blocks hardly do, so the standard error comes from the block means: that of
+m is s/√n with s their standard deviation, and the delta method makes it perplexity·s/√n. A run that was killed goes on
+at the block where it was (`armor.execution.resume`).
 
-Beside its dense model, run on each block in turn, a compressed one is also compared to it at every prediction:
-KL(dense ‖ compressed) in nats, and whether both find the same token the most likely. These see every change of the
-predictions, also one that helps as often as it hurts, and so show a loss long before perplexity does. The price is two
-models in memory and the dense model's time; to keep its logits instead would take gigabytes.
-
-Where these do not fit into the memory, of the GPU or else of the host, one decoder layer at a time is there
-(`armor.runtime.streamed`), of one model and then of the other: as many blocks as have room for their hidden states go
-through all layers, and then the logits of both models come block by block, the same numbers as of loaded models. A run
-that was killed goes on with the blocks that had not come, through all layers again.
+A compressed model is also compared to its dense one at every prediction: KL(dense ‖ compressed) in nats, and whether
+both find the same token the most likely. These see every change of the predictions, also one that helps as often as it
+hurts, and so show a loss long before perplexity does. The dense model's logits are those that `armor predict` stored;
+without them it is run on each block in turn, at the price of two models in memory and its time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
-from armor.execution.files import write_json
-from armor.execution.log import log, progress
-from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
-from armor.execution.resume import Steps, identity, resumable
-from armor.format.provenance import made_by
-from armor.runtime.load import (
-    context_length,
-    load_model,
-    load_tokenizer,
-    loaded_dtype,
-    read_config,
-    weights_bytes,
+from armor.core.typed import Typed
+from armor.evaluate.logits import (
+    Blocks,
+    Model,
+    blocks_of,
+    comparison,
+    finite,
+    logits_of,
+    token_losses,
+    vocabulary_of,
+    with_models,
 )
-from armor.runtime.streamed import USABLE, StreamedModel
-from armor.text.blocks import token_blocks
+from armor.evaluate.predictions import fitting
+from armor.execution.log import log, progress
+from armor.execution.machine import peak_memory_bytes
+from armor.execution.resume import Steps, identity, resumable
+from armor.format.layout import logits_beside
+from armor.format.logits import read_logits
+from armor.format.provenance import combined, machine, made_by
+from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
+from armor.format.records.predictions import PredictionsRecord
+from armor.runtime.load import load_tokenizer
 
-__all__ = ["comparison", "evaluate", "mean", "peak_bytes", "perplexity", "token_losses"]
+__all__ = ["BlockMeans", "evaluate", "mean", "measure", "perplexity"]
 
-Model = PreTrainedModel | StreamedModel
-
-TOKENS_AT_A_TIME = 128
-
-
-def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The negative log-likelihood in nats of each token but the first, (L−1,) float32.
-
-    logits (L, vocabulary), any float dtype; tokens (L,) int64.
-    """
-    pieces = zip(logits[:-1].split(TOKENS_AT_A_TIME), tokens[1:].split(TOKENS_AT_A_TIME), strict=True)
-    return torch.cat([F.cross_entropy(piece.float(), target, reduction="none") for piece, target in pieces])
+Stored = Callable[[Iterable[int]], Iterator[Tensor]]
+"""From numbers of blocks to the dense model's logits of these."""
 
 
-def comparison(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(dense ‖ compressed) in nats, and whether both models' most likely token is the same, at all predictions.
+class BlockMeans(Typed):
+    """The means over the predictions of one block: loss and, beside a dense model, KL in nats and agreement."""
 
-    logits and dense (L, vocabulary), any float dtype; both results (L−1,), float32 and bool: the last logits predict a
-    token that is not there.
-    """
-    divergences, same = [], []
-    for own, other in zip(logits[:-1].split(TOKENS_AT_A_TIME), dense[:-1].split(TOKENS_AT_A_TIME), strict=True):
-        own, other = own.float(), other.float()
-        pair = own.log_softmax(-1), other.log_softmax(-1)
-        divergences.append(F.kl_div(*pair, reduction="none", log_target=True).sum(-1))
-        same.append(own.argmax(-1) == other.argmax(-1))
-    return torch.cat(divergences), torch.cat(same)
+    loss: float
+    kl: float | None = None
+    top1: float | None = None
 
 
-def mean(block_means: Tensor) -> tuple[float, float | None]:
-    """The mean over blocks and its standard error (None for a single block), from the mean of each block, (n,)."""
-    means = block_means.double()
+def mean(block_means: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over blocks and its standard error (None for a single block), from the mean of each block."""
+    means = torch.tensor(block_means, dtype=torch.float64)
     return means.mean().item(), means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
 
 
-def perplexity(block_means: Tensor) -> tuple[float, float | None]:
-    """Perplexity and its standard error (None for a single block) from the mean loss of each block, (n,) in nats."""
+def perplexity(block_means: Sequence[float]) -> tuple[float, float | None]:
+    """Perplexity and its standard error (None for a single block) from the mean loss of each block, in nats."""
     loss, error = mean(block_means)
     return math.exp(loss), None if error is None else math.exp(loss) * error
-
-
-def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
-    """The memory that the models in `folders` take at their peak, in `dtype`, with one block of `length` tokens.
-
-    From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
-    layer's own tensors are gone when the logits come.
-    """
-    total = 0
-    for folder in folders:
-        vocabulary = read_config(folder).get_text_config().vocab_size
-        logits = vocabulary * (length * loaded_dtype(folder, dtype).itemsize + TOKENS_AT_A_TIME * 3 * 4)
-        total += weights_bytes(folder, dtype) + logits
-    return total
-
-
-@torch.inference_mode()
-def _measure(model: Model, dense: Model | None = None, *, blocks: Tensor, steps: Steps) -> dict[str, Tensor]:
-    """The means of each block, (n,) float64, from tokens (n, L): the `loss` and, beside a dense model, `kl` and `top1`.
-
-    Raises ArmorError on NaN logits.
-    """
-    todo = [block.to(model.device) for index, block in enumerate(blocks) if steps.get(str(index)) is None]
-    own, other = _logits(model, todo), dense and _logits(dense, todo)
-    left, found = iter(todo), []
-    for index in progress(range(len(blocks)), "perplexity", unit="block"):
-        if (known := steps.get(str(index))) is None:
-            tokens, logits = next(left), next(own)
-            values = {"loss": _finite(token_losses(logits, tokens), model, index)}
-            if dense is not None:
-                divergences, values["top1"] = comparison(logits, next(other))
-                values["kl"] = _finite(divergences, dense, index)
-            known = {name: value.double().mean().item() for name, value in values.items()}
-            steps.put(str(index), known)
-        found.append(known)
-    return {name: torch.tensor([means[name] for means in found], dtype=torch.float64) for name in found[0]}
-
-
-def _logits(model: Model, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The logits (L, vocabulary) of each block (L,), in order, when they are asked for."""
-    batches = (tokens[None] for tokens in blocks)
-    if isinstance(model, StreamedModel):
-        return (logits[0] for logits in model.logits(batches))
-    # No cache: each block is read once, and keys and values of long blocks take room.
-    return (model(input_ids=tokens, use_cache=False).logits[0] for tokens in batches)
-
-
-def _finite(values: Tensor, model: Model, block: int) -> Tensor:
-    """`values` (L−1,), computed from the logits of `model`, if they are finite."""
-    if not values.isfinite().all():
-        position = (~values.isfinite()).nonzero()[0].item()
-        raise ArmorError(
-            f"{model.name_or_path}: the logits are not finite (block {block}, token {position}), computed in "
-            f"{str(model.dtype).removeprefix('torch.')}; check it with armor verify, or set the dtype to float32"
-        )
-    return values
 
 
 def evaluate(
@@ -154,85 +78,149 @@ def evaluate(
     output: Path | str,
     device: str = "cpu",
     dense: Path | str | None = None,
-    fingerprints: dict[str, str | None] | None = None,
-) -> dict:
-    """Measure the perplexity of the model in `folder` (dense or ARMOR) and write it to `output`, {task}.json.
+    predictions: Path | str | None = None,
+    fingerprint: str | None = None,
+    dense_fingerprint: str | None = None,
+) -> EvaluationRecord:
+    """Measure the perplexity of the model in `folder` (dense or ARMOR); write `output`, evaluation/{evaluation}.json.
 
-    `tokens` counts predictions, n·(L−1); `block_means` (nats) let models be compared block by block; `seconds` includes
-    loading; `against_dense` is the comparison to the model in the folder `dense`, None without one; `fingerprints`, of
-    model and dense, are noted. Raises ArmorError for a folder that is not a model, a dense one of other tokens, a text
-    too short, a device with too little memory, and logits that are not finite.
+    It is compared to the model in the folder `dense`, by its logits beside the record `predictions` if that is given
+    and they are there; with `predictions` of the model itself its losses are taken from there, and no model is run.
+    The fingerprints of both are noted, and held against `predictions`. Raises ArmorError for a
+    folder that is not a model, a dense one of other tokens, predictions of other things, a text too short, a device
+    with too little memory, and logits that are not finite.
     """
+    start = time.monotonic()
     folder, output = Path(folder), Path(output)
-    # The tokenizer and the text come first: a text too short should not wait for 70 billion weights.
-    tokenizer = load_tokenizer(folder)
-    longest = context_length(folder)
-    length = settings.sequence_length or longest
-    if length is None:
-        raise ArmorError(f"{folder / 'config.json'}: names no context length; set sequence_length")
-    if longest is not None and length > longest:
-        raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
+    inputs = {"model": fingerprint}
     if dense is not None:
-        _check_same_tokens(folder, Path(dense))
-    models = [folder, Path(dense)] if dense is not None else [folder]
-    blocks = token_blocks(settings.text, tokenizer, settings.sequences, length)  # (n, L)
-    asked = settings.model_dump(mode="json")
-    text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
-    work = {"model": identity(folder), "dense": dense and identity(Path(dense)), "text": text, "settings": asked}
+        dense = Path(dense)
+        _check_same_tokens(folder, dense)
+    blocks = blocks_of(folder, settings)
+    known = None
+    if predictions is not None:
+        predictions = Path(predictions)
+        known = fitting(predictions, blocks, vocabulary_of(folder), settings, dense_fingerprint)
+        own = known.fingerprint is not None and known.fingerprint == fingerprint
+        if own and dense is None:
+            means = [BlockMeans(loss=loss) for loss in known.block_means]
+            return _write(output, settings, blocks, means, inputs, device, time.monotonic() - start)
+        dense_fingerprint = known.fingerprint
+    if dense is not None or known is not None:
+        inputs["dense"] = dense_fingerprint
+    stored = known if known is not None and _has_logits(known, Path(predictions or "")) else None
+    if known is not None and stored is None:
+        why = known.not_stored or "they were removed"
+        if dense is None:
+            raise ArmorError(f"{predictions}: without logits ({why}); name the dense model with --dense")
+        log.info("%s: without logits (%s), so the dense model is run too", predictions, why)
+    folders = [folder] if stored is not None or dense is None else [folder, dense]
+    held: object = combined(stored.hashes) if stored is not None and stored.hashes else dense and identity(dense)
+    work = {
+        "model": identity(folder),
+        "dense": held,
+        "text": blocks.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+    }
     with resumable(output, __name__, device, **work) as steps:
-        means = _measured(models, settings.dtype, blocks, device, steps)
-        value, error = perplexity(means["loss"])
-        result = {
-            "format_version": 1,
-            "task": output.stem,
-            "metric": "perplexity",
-            "value": value,
-            "standard_error": error,
-            "tokens": blocks.shape[0] * (blocks.shape[1] - 1),
-            "blocks": blocks.shape[0],
-            "length": blocks.shape[1],
-            "block_means": means["loss"].tolist(),
-            "against_dense": dense and {name: _summary(means[name]) for name in ("kl", "top1")},
-            "seconds": steps.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            **made_by(__name__, asked, {**(fingerprints or {}), "text": text}, device),
-        }
-        write_json(output, result)
-    return result
+        means = with_models(
+            folders,
+            settings.dtype,
+            blocks.length,
+            device,
+            lambda models: measure(models, blocks, steps, _reader(stored, predictions)),
+            more=0 if stored is None else stored.logits_bytes // stored.blocks,
+        )
+        return _write(output, settings, blocks, means, inputs, device, steps.seconds())
 
 
-def _measured(folders: Sequence[Path], dtype: str, blocks: Tensor, device: str, steps: Steps) -> dict[str, Tensor]:
-    """`_measure` of the first of `folders`, beside the second; streamed if both do not fit together with one block.
+@torch.inference_mode()
+def measure(models: Sequence[Model], blocks: Blocks, steps: Steps, stored: Stored | None = None) -> list[BlockMeans]:
+    """The means of each block: of the first of `models`, beside the second, or beside the logits that are `stored`.
 
-    Memory may run out all the same, for headers do not tell all: then the blocks that are left are streamed too.
+    Raises ArmorError on logits that are not finite.
     """
-    names, length = " and ".join(map(str, folders)), blocks.shape[1]
-    needed, available = peak_bytes(folders, dtype, length), device_memory_bytes(device) or host_memory_bytes()
-    sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
-    if needed <= USABLE * available:
-        try:
-            return _measure(*(load_model(folder, dtype, device) for folder in folders), blocks=blocks, steps=steps)
-        except torch.OutOfMemoryError:
-            sizes += ", and it ran out"
-    log.info("%s: %s, so one decoder layer at a time is read", names, sizes)
-    try:
-        return _measure(*(StreamedModel(folder, dtype, device) for folder in folders), blocks=blocks, steps=steps)
-    except torch.OutOfMemoryError as error:  # one block and one layer: there is no smaller way to the same number
-        raise ArmorError(
-            f"{names}: out of memory on {device} with one decoder layer and one block of {length} tokens; lower "
-            "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
-        ) from error
+    model = models[0]
+    todo = [index for index in range(len(blocks)) if steps.get(str(index), BlockMeans) is None]
+    texts = [blocks.tokens[index] for index in todo]
+    own = logits_of(model, texts)
+    others = stored(todo) if stored is not None else logits_of(models[1], texts) if len(models) > 1 else None
+    found = []
+    for index in progress(range(len(blocks)), "perplexity", unit="block"):
+        known = steps.get(str(index), BlockMeans)
+        if known is None:
+            logits = next(own)
+            loss = _mean(finite(token_losses(logits, blocks.tokens[index].to(logits.device)), model, index))
+            kl = top1 = None
+            if others is not None:
+                divergences, same = comparison(logits, next(others).to(logits.device))
+                kl, top1 = _mean(finite(divergences, models[-1], index)), _mean(same)
+            known = BlockMeans(loss=loss, kl=kl, top1=top1)
+            steps.put(str(index), known)
+        found.append(known)
+    return found
 
 
-def _summary(block_means: Tensor) -> dict:
+def _has_logits(record: PredictionsRecord, path: Path) -> bool:
+    return record.hashes is not None and logits_beside(path).is_file()
+
+
+def _reader(stored: PredictionsRecord | None, predictions: Path | None) -> Stored | None:
+    """How to read the logits that belong to the record `stored` in the file `predictions`."""
+    if stored is None or predictions is None:
+        return None
+    path, hashes = logits_beside(predictions), stored.hashes or ()
+    return lambda wanted: read_logits(path, hashes, wanted)
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+def _write(
+    output: Path,
+    settings: EvaluationSettings,
+    blocks: Blocks,
+    means: Sequence[BlockMeans],
+    inputs: dict[str, str | None],
+    device: str,
+    seconds: float,
+) -> EvaluationRecord:
+    """Write the record of what was measured, by block."""
+    losses = tuple(block.loss for block in means)
+    value, error = perplexity(losses)
+    against = None
+    if all(block.kl is not None for block in means):
+        kl, top1 = ([getattr(block, name) for block in means] for name in ("kl", "top1"))
+        against = AgainstDense(kl=_summary(kl), top1=_summary(top1))
+    record = EvaluationRecord(
+        task=output.stem,
+        value=value,
+        standard_error=error,
+        tokens=len(blocks) * (blocks.length - 1),
+        blocks=len(blocks),
+        length=blocks.length,
+        text_fingerprint=blocks.fingerprint,
+        block_means=losses,
+        against_dense=against,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+        made_by=made_by(__name__, settings, {**inputs, "text": blocks.fingerprint}),
+        machine=machine(device),
+    )
+    record.write(output)
+    return record
+
+
+def _summary(block_means: Sequence[float]) -> Mean:
     value, error = mean(block_means)
-    return {"value": value, "standard_error": error, "block_means": block_means.tolist()}
+    return Mean(value=value, standard_error=error, block_means=tuple(block_means))
 
 
 def _check_same_tokens(folder: Path, dense: Path) -> None:
     """Raise ArmorError unless both models predict the same tokens: else their predictions do not compare."""
     own, other = (load_tokenizer(path).get_vocab() for path in (folder, dense))
-    sizes = [read_config(path).get_text_config().vocab_size for path in (folder, dense)]
+    sizes = [vocabulary_of(path) for path in (folder, dense)]
     if own != other or sizes[0] != sizes[1]:
         raise ArmorError(
             f"{folder}: its vocabulary ({len(own)} tokens, {sizes[0]} logits) is not that of the dense model {dense} "

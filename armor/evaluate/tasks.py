@@ -20,9 +20,11 @@ import difflib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import tee
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
@@ -31,17 +33,20 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
+from armor.config.sources import TextSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
-from armor.execution.files import atomic_path, sha256, write_json
+from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
-from armor.format.provenance import combined, made_by
+from armor.format.provenance import combined, machine, made_by
+from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE, StreamedModel
 from armor.text.sources import describe as describe_text
@@ -51,6 +56,8 @@ __all__ = ["check_names", "evaluate_tasks"]
 
 CPU_BATCH_SIZE = 8
 ITEMS = 100
+Base: Any = HFLM
+"""lm-eval's decorators hide what it is from a type checker."""
 # What stands for a task in a table: the first of these that it has, else its first metric.
 HEADLINES = ("acc_norm", "acc", "exact_match")
 
@@ -60,12 +67,12 @@ def evaluate_tasks(
     settings: EvaluationSettings,
     output: Path | str,
     device: str = "cpu",
-    fingerprints: dict[str, str | None] | None = None,
-) -> dict:
+    fingerprint: str | None = None,
+) -> TasksRecord:
     """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
-    {task}.samples.jsonl if asked for; `fingerprints`, the model's, are noted. Raises ArmorError for a task that is
+    {task}.samples.jsonl if asked for; the model's `fingerprint` is noted. Raises ArmorError for a task that is
     unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for
     a device with too little memory for one item.
     """
@@ -73,45 +80,73 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     place = output.with_suffix("")
-    # Articles are cleaned once for both tasks.
-    texts = dict(zip(BUILT_TASKS, tee(documents(settings.text), len(BUILT_TASKS)), strict=True))
-    specs = {}
-    for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True):
-        if task in BUILT_TASKS:
-            where = describe_text(settings.text)
-            task = str(build_task(task, texts[task], settings.items or ITEMS, place, where))
-        specs[name] = (task, shots)
+    built = {} if settings.text is None else _built(settings.text, settings, place)
+    specs = {
+        name: (built.get(task, task), shots)
+        for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True)
+    }
     manager = check_names(task for task, _ in specs.values())
-    asked = settings.model_dump(mode="json")
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
-    work = {"model": identity(folder), "settings": asked, "files": files}
+    work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
     with resumable(output, __name__, device, **work) as steps:
-        loaded = {name: _load(manager, task) for name, (task, _) in specs.items() if steps.get(name) is None}
-        if loaded:
-            model = _open(folder, tokenizer, settings.dtype, device)
+        left = [name for name in specs if steps.get(name, TaskRecord) is None]
+        loaded = {name: _load(manager, specs[name][0]) for name in left}
+        model = _open(folder, tokenizer, settings.dtype, device) if loaded else None
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
-            _check_finite(folder, found["samples"])
+            _check_finite(folder, found.samples)
             if settings.samples:
-                _write_samples(place / f"{name}.samples.jsonl", found["samples"])
+                _write_samples(place / f"{name}.samples.jsonl", found.samples)
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
-            write_json(place / f"{name}.json", record)
+            record.write(place / f"{name}.json")
             steps.put(name, record)
-        headline = ("metric", "value", "standard_error", "higher_is_better", "shots", "items")
-        result = {
-            "format_version": 1,
-            "task": output.stem,
-            "tasks": {name: {key: steps.get(name)[key] for key in headline} for name in specs},
-            "seconds": steps.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            **made_by(__name__, asked, {**(fingerprints or {}), "files": files}, device),
-        }
-        write_json(output, result)
+        records = {name: steps.get(name, TaskRecord) for name in specs}
+        result = TasksRecord(
+            task=output.stem,
+            tasks={name: record.headline() for name, record in records.items() if record},
+            seconds=steps.seconds(),
+            peak_memory_bytes=peak_memory_bytes(device),
+            made_by=made_by(__name__, settings, {"model": fingerprint, "files": files}),
+            machine=machine(device),
+        )
+        result.write(output)
     return result
 
 
-class StreamedLM(HFLM):
+def _built(text: TextSettings, settings: EvaluationSettings, place: Path) -> dict[str, str]:
+    """The YAML files of the tasks that are built from `text`, by their names; articles are cleaned once for both."""
+    texts = zip(BUILT_TASKS, tee(documents(text), len(BUILT_TASKS)), strict=True)
+    count, where = settings.items or ITEMS, describe_text(text)
+    asked = settings.task_shots()
+    return {task: str(build_task(task, stream, count, place, where)) for task, stream in texts if task in asked}
+
+
+class _Found(BaseModel):
+    """What is looked at of lm-eval's results, by task."""
+
+    results: dict[str, dict[str, Any]]
+    higher_is_better: dict[str, dict[str, Any]]
+    shots: dict[str, int] = Field(alias="n-shot")
+    counts: dict[str, dict[str, int]] = Field(alias="n-samples")
+    versions: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+
+class PlainLM(Base):
+    """lm-eval's model, whose progress bars stay out of log files."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return super().generate_until(requests, disable_tqdm or not sys.stderr.isatty())
+
+
+class StreamedLM(PlainLM):
     """lm-eval's model with a `StreamedModel` behind it."""
 
     def __init__(self, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
@@ -149,25 +184,27 @@ class StreamedLM(HFLM):
         return method(requests, disable_tqdm=True)
 
 
-def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> HFLM:
+def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> PlainLM:
     """The model for lm-eval, streamed if its weights do not fit."""
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
     if needed <= USABLE * available:
         size = CPU_BATCH_SIZE if device == "cpu" else "auto"
-        return HFLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
+        return PlainLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
     sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
     log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 
 
-def _run(model: HFLM, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> dict:
+def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> _Found:
     """lm-eval's results; where memory runs out, of batches of half the size, for the tasks that follow too.
 
     Raises ArmorError, naming `where`, if `device` has too little memory for a single item.
     """
+    evaluated: Any = simple_evaluate
     while True:
         try:
-            return simple_evaluate(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+            found = evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
+            return _Found.model_validate(found)
         except torch.OutOfMemoryError as error:
             size = model.batch_size
             if size == "auto":  # what lm-eval found, for log-likelihoods, or began with
@@ -204,13 +241,15 @@ def check_names(tasks: Iterable[str]) -> TaskManager:
 
 def _load(manager: TaskManager, task: str) -> Task | Group:
     """The task, or group of tasks, with its data. Raises ArmorError if that cannot be had."""
+    found: Any
     try:
         found = manager.load(task)
     except Exception as error:  # of the hub's client, of datasets, of YAML, of a task's own code
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArmorError(f"task {task}: cannot be loaded: {reason}; {_instead(manager, task)}") from error
+    things = {name: thing for kind in ("groups", "tasks") for name, thing in found[kind].items()}
     inner = {name for children in found["group_map"].values() for name in children}
-    thing = next(thing for name, thing in (found["groups"] | found["tasks"]).items() if name not in inner)
+    thing = next(thing for name, thing in things.items() if name not in inner)
     if isinstance(thing, Group) and not thing.aggregate_metric_list:
         raise ArmorError(
             f"task {task}: a group without a common result; name its tasks: {', '.join(thing.child_names)}"
@@ -223,7 +262,8 @@ def _instead(manager: TaskManager, task: str) -> str:
     if task not in manager.task_index:
         return "check its file"
     members = list(_members(manager, task)) or [task]
-    first, entry = members[0], manager.task_index[members[0]]
+    first = members[0]
+    entry: Any = manager.task_index[first]
     splits = [entry.cfg.get(f"{use}_split") for use in ("training", "validation", "test", "fewshot")]
     files = ", ".join(f"{split}: {first}.{split}.jsonl" for split in dict.fromkeys(filter(None, splits)) or ["test"])
     name = f"a file {first}_local.yaml instead"
@@ -236,51 +276,53 @@ def _instead(manager: TaskManager, task: str) -> str:
     )
 
 
-def _members(manager: TaskManager, task: str | dict | list) -> Iterator[str]:
+def _members(manager: TaskManager, task: Any) -> Iterator[str]:
     """The names of the tasks that `task`, a name of lm-eval or what a group lists, stands for; none for a file."""
-    if isinstance(task, dict):
-        task = task.get("task", [])
-    if isinstance(task, list):
-        for member in task:
-            yield from _members(manager, member)
-    elif entry := manager.task_index.get(task):
+    match task:
+        case {"task": members} | [*members]:
+            for member in members if isinstance(members, list) else [members]:
+                yield from _members(manager, member)
+            return
+        case dict():
+            return
+    if entry := manager.task_index.get(task):
         kind = entry.kind.name
         yield from [task] if "TASK" in kind else _members(manager, sorted(entry.tags) if kind == "TAG" else entry.cfg)
 
 
-def _record(name: str, label: str, found: dict) -> dict:
+def _record(name: str, label: str, found: _Found) -> TaskRecord:
     """What is kept of one task's results, lm-eval's `label`; `value` is its headline, `items` counts all questions."""
-    better = found["higher_is_better"]
-    metrics = _metrics(found["results"][label], better.get(label, {}))
+    better = found.higher_is_better
+    metrics = _metrics(found.results[label], better.get(label, {}))
     first = next((key for want in HEADLINES for key in metrics if key.partition(",")[0] == want), next(iter(metrics)))
-    return {
-        "format_version": 1,
-        "task": name,
-        "metric": first.removesuffix(",none"),
-        **metrics[first],
-        "metrics": metrics,
-        "subtasks": {
-            task: _metrics(results, better.get(task, {})) for task, results in found["results"].items() if task != label
+    return TaskRecord(
+        task=name,
+        metric=first.removesuffix(",none"),
+        value=metrics[first].value,
+        standard_error=metrics[first].standard_error,
+        higher_is_better=metrics[first].higher_is_better,
+        metrics=metrics,
+        subtasks={
+            task: _metrics(results, better.get(task, {})) for task, results in found.results.items() if task != label
         },
-        "shots": max(found["n-shot"].values(), default=0),
-        "items": sum(count["effective"] for count in found["n-samples"].values()),
-        "versions": found["versions"],
-    }
+        shots=max(found.shots.values(), default=0),
+        items=sum(count["effective"] for count in found.counts.values()),
+        versions=found.versions,
+    )
 
 
-def _metrics(results: dict, better: dict[str, bool]) -> dict[str, dict]:
+def _metrics(results: dict, better: dict[str, bool]) -> dict[str, Metric]:
     """lm-eval's "acc,none" and "acc_stderr,none" side by side, and by `better` whether a higher value is; or None."""
     found = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             error = results.get(f"{metric}_stderr,{kind}")
-            known = isinstance(error, float) and math.isfinite(error)
-            found[key] = {
-                "value": float(value),
-                "standard_error": float(error) if known else None,
-                "higher_is_better": better.get(metric),
-            }
+            found[key] = Metric(
+                value=float(value),
+                standard_error=float(error) if isinstance(error, float) and math.isfinite(error) else None,
+                higher_is_better=better.get(metric),
+            )
     return found
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 __all__ = ["log", "progress"]
@@ -31,7 +32,7 @@ def progress(
     """
     from tqdm import tqdm
 
-    total = total if total is not None else len(items)  # type: ignore[arg-type]
+    total = total if total is not None else length_hint(items)
     start = last = time.monotonic()
     with tqdm(desc=description, total=total, unit=unit, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for done, item in enumerate(items, 1):

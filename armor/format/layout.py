@@ -6,7 +6,8 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/source.json, source/                 where the model is, and the model itself where it was made here
     results/{model}/model.json                           what it is made of
     results/{model}/calibration/{calibration}/           statistics: calibration.json, layer_{layer}.safetensors
-    results/{model}/predictions/{evaluation}.json        the dense model's predictions, while they are needed
+    results/{model}/predictions/{evaluation}.json        what the dense model predicts on the text of an evaluation
+    results/{model}/predictions/{evaluation}.safetensors its logits, while they are needed
     results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
@@ -20,7 +21,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CALIBRATION", "CHECKPOINT", "MODEL", "RESERVED", "RUN", "SOURCE", "SUMMARY", "Results", "beside"]
+__all__ = [
+    "CALIBRATION",
+    "CHECKPOINT",
+    "MODEL",
+    "RESERVED",
+    "RUN",
+    "SOURCE",
+    "SUMMARY",
+    "Results",
+    "beside",
+    "logits_beside",
+]
 
 RUN = "run.json"
 SOURCE = "source.json"
@@ -57,6 +69,9 @@ class Results:
     def predictions(self, model: str = "{model}", evaluation: str = "{evaluation}") -> str:
         return f"{self.root}/{model}/predictions/{evaluation}.json"
 
+    def logits(self, model: str = "{model}", evaluation: str = "{evaluation}") -> str:
+        return str(logits_beside(self.predictions(model, evaluation)))
+
     def layers(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.root}/{model}/{recipe}/layers"
 
@@ -90,3 +105,8 @@ class Results:
 def beside(record: Path | str) -> Path:
     """The folder that a record speaks of: its name without .json, beside it."""
     return Path(record).with_suffix("")
+
+
+def logits_beside(predictions: Path | str) -> Path:
+    """The file with the logits that the record `predictions` speaks of."""
+    return Path(predictions).with_suffix(".safetensors")

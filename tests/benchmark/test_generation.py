@@ -1,6 +1,7 @@
-"""The decode benchmark: what its record holds, and that sizes are those of the files."""
+"""The benchmark: what its record holds, that all models take turns, and that sizes are those of the files."""
 
-import shutil
+import json
+import os
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from armor.benchmark import generation
-from armor.benchmark.generation import benchmark, bytes_per_token, generation_speed, greedy_text
+from armor.benchmark.generation import benchmark, bytes_on_disk, bytes_per_token, core_on_disk, greedy_text
+from armor.benchmark.loading import measure_loading
+from armor.benchmark.speed import generation_speed, random_prompt
 from armor.config.measures import BenchmarkSettings
 from armor.config.recipes import LayerSettings
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json, write_json
+from armor.format.records.benchmark import BenchmarkRecord
 from armor.runtime.load import load_model, load_tokenizer
 from tests.packed import SETTINGS as LAYERS
 from tests.packed import packed
@@ -27,32 +30,92 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def both(folder, tmp_path_factory):
-    """A benchmark of a model against another dense one that stands in for its compressed self."""
-    results = tmp_path_factory.mktemp("results") / "recipe"
-    small = tiny_model(results / "checkpoint", layers=1)
-    output = results / "benchmark" / "decode.json"
-    return benchmark(folder, small, SETTINGS, output), output
+def pruned(tmp_path_factory):
+    """The same model as `root`'s, without blocks."""
+    return packed(tmp_path_factory.mktemp("pruned"), settings=LayerSettings(method="magnitude"))
 
 
-def test_the_record_describes_both_sides(both):
-    result, output = both
-    assert read_json(output) == result
-    assert (result["case"], result["recipe"]) == ("decode", "recipe")
-    for side in (result["dense"], result["compressed"]):
-        assert list(side["tokens_per_second"]) == ["1", "3"]
-        for speed in (speed for phases in side["tokens_per_second"].values() for speed in phases.values()):
-            low, high = speed["quartiles"]
-            assert len(speed["runs"]) == SETTINGS.repeats
-            assert 0 < min(speed["runs"]) <= low <= speed["median"] <= high <= max(speed["runs"])
-        assert side["load_seconds"] > 0 and side["peak_bytes"] >= side["resident_bytes"]
-    for batch, phases in result["speedup"].items():
-        for phase, ratio in phases.items():
-            own, dense = (result[side]["tokens_per_second"][batch][phase]["runs"] for side in ("compressed", "dense"))
-            assert ratio["runs"] == [a / b for a, b in zip(own, dense, strict=True)]
-    bytes_of = [result[side]["bytes_per_token"] for side in ("dense", "compressed")]
-    assert result["theoretical_speedup"] == bytes_of[0] / bytes_of[1]
-    assert result["linears"] == [] and result["core"] is None  # neither side has a packed one
+@pytest.fixture(scope="module")
+def result(root, pruned, tmp_path_factory):
+    """A benchmark of a model beside two recipes, one with blocks and one without."""
+    recipes = {"armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
+    output = tmp_path_factory.mktemp("results") / "decode.json"
+    found = benchmark(root / "source", recipes, SETTINGS, output, fingerprints={"dense": "d", "armor": "a"})
+    assert BenchmarkRecord.read(output) == found
+    return found
+
+
+def phases_of(by_batch):
+    """Every quantity of a record by batch size and phase, in order of batch sizes."""
+    assert list(by_batch) == ["1", "3"]
+    return [runs for phases in by_batch.values() for runs in (phases.prefill, phases.decode)]
+
+
+def test_the_record_describes_every_model(result):
+    assert result.case == "decode" and list(result.recipes) == ["armor", "magnitude"]
+    assert result.turns == (("armor", "magnitude"),)
+    assert result.made_by.inputs == {"dense": "d", "armor": "a"}
+    assert result.dense.speedup is result.dense.theoretical_speedup is result.dense.core is None
+    assert result.dense.linears == ()
+    for side in (result.dense, *result.recipes.values()):
+        for speed in phases_of(side.tokens_per_second):
+            low, high = speed.quartiles
+            assert len(speed.runs) == SETTINGS.repeats
+            assert 0 < min(speed.runs) <= low <= speed.median <= high <= max(speed.runs)
+        assert side.load_seconds > 0 and side.peak_bytes >= side.resident_bytes
+
+
+@pytest.mark.parametrize("recipe, core", [("armor", False), ("magnitude", False), ("armor", True)])
+def test_a_speedup_is_over_the_dense_model_round_by_round(result, recipe, core):
+    side = result.recipes[recipe].core if core else result.recipes[recipe]
+    rows = (phases_of(each) for each in (side.speedup, side.tokens_per_second, result.dense.tokens_per_second))
+    for ratio, own, dense in zip(*rows, strict=True):
+        assert ratio.runs == pytest.approx([a / b for a, b in zip(own.runs, dense.runs, strict=True)])
+        assert len(own.runs) == SETTINGS.repeats
+    assert side.theoretical_speedup == result.dense.bytes_per_token / side.bytes_per_token
+
+
+def turns_of(root, others, settings, output, monkeypatch):
+    """Whose turn it was, call by call, and the record of a benchmark."""
+    seen = []
+
+    def noted(models, turn, *arguments, real=generation._turn_speed):
+        seen.append(turn)
+        return real(models, turn, *arguments)
+
+    monkeypatch.setattr(generation, "_turn_speed", noted)
+    return seen, benchmark(root / "source", others, settings.model_copy(update={"prompts": []}), output)
+
+
+def test_all_models_take_turns_in_an_order_that_alternates(root, pruned, tmp_path, monkeypatch):
+    recipes = {"armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
+    seen, _ = turns_of(root, recipes, SETTINGS, tmp_path / "decode.json", monkeypatch)
+    turns = [("dense", False), ("armor", False), ("magnitude", False), ("armor", True)]
+    assert seen == turns * 2 + turns * 2 + turns[::-1] * 2 + turns * 2  # two batch sizes; the first turns warm up
+
+
+def test_recipes_that_do_not_fit_together_take_turns_with_the_dense_model_alone(root, pruned, tmp_path, monkeypatch):
+    recipes = {"armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
+    monkeypatch.setattr(generation, "host_memory_bytes", lambda: 1)
+    seen, found = turns_of(root, recipes, SETTINGS, tmp_path / "decode.json", monkeypatch)
+    first, second = [("dense", False), ("armor", False), ("armor", True)], [("dense", False), ("magnitude", False)]
+    assert seen == [turn for own in (first, second) for turn in own * 4 + own[::-1] * 2 + own * 2]
+    assert found.turns == (("armor",), ("magnitude",))
+    rounds = [side.speedup["1"].decode.runs for side in found.recipes.values()]
+    assert [len(runs) for runs in rounds] == [SETTINGS.repeats] * 2
+    dense = found.dense.tokens_per_second["1"].decode.runs
+    own = [run for side in found.recipes.values() for run in side.tokens_per_second["1"].decode.runs]
+    assert sum(map(list, rounds), []) == pytest.approx([a / b for a, b in zip(own, dense, strict=True)])
+
+
+def test_a_core_alone_has_no_blocks_while_its_turn_lasts(root, monkeypatch):
+    seen = []
+    models = {"armor": load_model(root / "checkpoint")}
+    linear = models["armor"].model.layers[0].mlp.down_proj
+    linear.register_forward_hook(lambda own, *_: seen.append(own.left is None and own.right is None))
+    for alone in (False, True, False):
+        generation._turn_speed(models, ("armor", alone), torch.ones(1, 3, dtype=torch.int64), 2)
+    assert seen == [False] * 2 + [True] * 2 + [False] * 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -66,81 +129,58 @@ def test_a_token_reads_every_weight_but_a_table_that_is_no_head(tmp_path, tied):
         assert bytes_per_token(folder, load_model(folder)) == expected
 
 
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("blocks"))
-
-
-def measured(root, monkeypatch):
-    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1})
-    settings = SETTINGS.model_copy(update={"prompts": []})
-    return benchmark(root / "source", root / "checkpoint", settings, root / "decode.json")
-
-
-def test_the_core_alone_is_a_third_side_of_every_round(blocks, monkeypatch):
-    seen = []
-    speed = generation.generation_speed
-
-    def noted(model, *arguments):
-        linear = model.model.layers[0].mlp.down_proj
-        seen.append("dense" if type(linear) is torch.nn.Linear else "core" if linear.left is None else "compressed")
-        return speed(model, *arguments)
-
-    monkeypatch.setattr(generation, "generation_speed", noted)
-    result = measured(blocks, monkeypatch)
-    turns = ["dense", "compressed", "core"]
-    assert seen == turns * 2 + turns * 2 + turns[::-1] * 2 + turns * 2  # two batch sizes; the first turns warm up
-    for batch, phases in result["core"]["speedup"].items():
-        for phase, ratio in phases.items():
-            own, dense = (result[side]["tokens_per_second"][batch][phase]["runs"] for side in ("core", "dense"))
-            assert ratio["runs"] == [a / b for a, b in zip(own, dense, strict=True)]
-            assert len(own) == SETTINGS.repeats
-    assert list(result["core"]["tokens_per_second"]) == list(result["core"]["speedup"]) == ["1", "3"]
-
-
-def test_the_bytes_of_the_core_are_those_of_a_model_pruned_to_its_pattern(blocks, tmp_path, monkeypatch):
-    pruned = packed(tmp_path, settings=LayerSettings(method="magnitude"))
-    with_blocks, without = measured(blocks, monkeypatch), measured(pruned, monkeypatch)
-    core, expected = with_blocks["core"], without["compressed"]
-    assert without["core"] is None
-    assert core["bytes_per_token"] == expected["bytes_per_token"] < with_blocks["compressed"]["bytes_per_token"]
-    assert core["theoretical_speedup"] == without["theoretical_speedup"]
-    assert core["bits_per_weight"] == pytest.approx(expected["bits_per_weight"])
-    tensors = load_file(blocks / "checkpoint" / "model.safetensors")
+def test_the_bytes_of_the_core_are_those_of_a_model_pruned_to_its_pattern(result, root):
+    armor, pruned = result.recipes["armor"], result.recipes["magnitude"]
+    assert pruned.core is None
+    assert armor.core.bytes_per_token == pruned.bytes_per_token < armor.bytes_per_token
+    assert armor.core.theoretical_speedup == pruned.theoretical_speedup
+    assert armor.core.bits_per_weight == pytest.approx(pruned.bits_per_weight)
+    tensors = load_file(root / "checkpoint" / "model.safetensors")
     saved = sum(t.nbytes for name, t in tensors.items() if name.endswith((".left", ".right")))
-    assert core["bytes_on_disk"] == with_blocks["compressed"]["bytes_on_disk"] - saved
+    assert armor.core.bytes_on_disk == armor.bytes_on_disk - saved
 
 
 def test_the_bits_of_the_core_count_the_linears_that_stay_dense(tmp_path):
     dense = [{"modules": "*.down_proj", "method": "dense"}]
     settings = [LAYERS.model_dump() | {"method": m, "overrides": dense} for m in ("armor", "magnitude")]
     roots = [packed(tmp_path / own["method"], settings=LayerSettings(**own)) for own in settings]
-    core, pruned = (generation._on_disk(root / "checkpoint") for root in roots)
-    core = generation._core_on_disk(roots[0] / "checkpoint", core)
-    assert core["bits_per_weight"] == pytest.approx(pruned["bits_per_weight"])
+    (_, core), (_, pruned) = core_on_disk(roots[0] / "checkpoint"), bytes_on_disk(roots[1] / "checkpoint")
+    assert core == pytest.approx(pruned)
+
+
+def test_every_shape_of_a_recipe_is_timed(result):
+    shapes = {name: [(r.out_features, r.in_features) for r in side.linears] for name, side in result.recipes.items()}
+    assert shapes["armor"] == shapes["magnitude"] and len(shapes["armor"]) == 4
+    assert all(record.core_speedup is not None for record in result.recipes["armor"].linears)
+    assert all(record.core_speedup is None for record in result.recipes["magnitude"].linears)
 
 
 def test_speed_counts_the_tokens_of_all_sequences(folder, monkeypatch):
     marks = iter(range(100))
-    monkeypatch.setattr(generation, "mark", lambda _: float(next(marks) ** 2))  # the prompt at 0, tokens at 1, 4, 9, 16
+    # The prompt at 0, tokens at 1, 4, 9, 16.
+    monkeypatch.setattr("armor.benchmark.speed.mark", lambda _: float(next(marks) ** 2))
     prompt = torch.ones(3, 5, dtype=torch.int64)
     assert generation_speed(load_model(folder), prompt, 4) == {"prefill": 3 * 5 / 1, "decode": 3 * 3 / 15}
 
 
-def test_the_samples_are_what_each_side_finds_the_most_likely_token_after_token(both, folder):
-    result, output = both
-    tokenizer = load_tokenizer(folder)
-    models = {"dense": load_model(folder), "compressed": load_model(output.parents[1] / "checkpoint")}
-    expected = []
-    for prompt in SETTINGS.prompts:
-        expected.append({"prompt": prompt})
-        for side, model in models.items():
-            tokens = start = tokenizer(prompt, return_tensors="pt").input_ids
+def test_a_prompt_is_the_same_for_every_model(folder, root):
+    one, other = (random_prompt(load_model(path), 2, 5) for path in (folder, root / "checkpoint"))
+    assert torch.equal(one, other) and one.shape == (2, 5)
+
+
+def test_the_samples_are_what_each_model_finds_the_most_likely_token_after_token(result, root, pruned):
+    tokenizer = load_tokenizer(root / "source")
+    folders = {"dense": root / "source", "armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    assert [sample.prompt for sample in result.samples] == SETTINGS.prompts
+    for sample in result.samples:
+        assert sample.texts.keys() == models.keys()
+        for name, model in models.items():
+            tokens = start = tokenizer(sample.prompt, return_tensors="pt").input_ids
             for _ in range(SETTINGS.new_tokens):
                 tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
             assert model.config.eos_token_id not in tokens
-            expected[-1][side] = tokenizer.decode(tokens[0, start.shape[1] :])
-    assert result["samples"] == expected
+            assert sample.texts[name] == tokenizer.decode(tokens[0, start.shape[1] :])
 
 
 def test_a_sample_ends_with_the_text(folder):
@@ -151,33 +191,43 @@ def test_a_sample_ends_with_the_text(folder):
     assert greedy_text(model, tokenizer, "A", 50) == tokenizer.decode(last)
 
 
-def test_sizes_are_those_of_the_files(both, folder):
-    result, output = both
-    small = output.parents[1] / "checkpoint"
-    assert result["dense"]["bytes_on_disk"] == (folder / "model.safetensors").stat().st_size
-    assert result["compressed"]["bytes_on_disk"] == (small / "model.safetensors").stat().st_size
-    assert result["dense"]["bits_per_weight"] == 16
-    assert result["compressed"]["bits_per_weight"] == 32
+def test_sizes_are_those_of_the_files(result, root, folder):
+    for side, place in ((result.dense, root / "source"), (result.recipes["armor"], root / "checkpoint")):
+        assert side.bytes_on_disk == (place / "model.safetensors").stat().st_size
+    assert result.dense.bits_per_weight == 32 and bytes_on_disk(folder)[1] == 16
+    assert (
+        result.recipes["armor"].bits_per_weight == json.loads((root / "checkpoint.json").read_text())["bits_per_weight"]
+    )
 
 
-def test_bits_of_a_packed_checkpoint_are_those_of_its_record(folder, tmp_path):
-    packed = tmp_path / "checkpoint"
-    shutil.copytree(folder, packed)
-    write_json(packed / "config.json", read_json(packed / "config.json") | {"quantization_config": {}})
-    assert generation._on_disk(packed)["bits_per_weight"] is None
-    write_json(tmp_path / "checkpoint.json", {"bits_per_weight": 9.5})
-    assert generation._on_disk(packed)["bits_per_weight"] == 9.5
+def test_bits_of_a_packed_checkpoint_without_its_record_are_not_known(checkpoint):
+    assert bytes_on_disk(checkpoint)[1] is None and core_on_disk(checkpoint)[1] is None
 
 
-def test_the_dense_model_alone(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "measure_loading", lambda *_: {"resident_bytes": 1})
-    monkeypatch.setattr(generation, "load_tokenizer", lambda _: pytest.fail("there is no text to read"))
+def test_a_loaded_model_holds_its_weights(tmp_path):
+    """Their bytes and not those of libraries, also where the weights are mapped files behind links, as in a cache."""
+    size = {"vocab_size": 12_000, "hidden_size": 512, "intermediate_size": 1024, "tie_word_embeddings": True}
+    whole = tiny_model(tmp_path / "a folder", layers=4, **size)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in whole.iterdir():
+        os.symlink(file, linked / file.name)
+    weights = (whole / "model.safetensors").stat().st_size
+    for folder in (whole, linked):
+        found = measure_loading(folder, BenchmarkSettings(batch_sizes=[1], prompt_tokens=4, prompts=[]))
+        assert 0.7 * weights < found.resident_bytes < 1.2 * weights + 20e6
+        assert found.peak_bytes >= found.resident_bytes
+
+
+def test_the_dense_model_alone_and_without_prompts_no_tokenizer(tmp_path):
+    folder = tiny_model(tmp_path / "model", layers=1)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
     settings = SETTINGS.model_copy(update={"repeats": 1, "prompts": []})
-    result = benchmark(folder, None, settings, tmp_path / "decode.json")
-    assert (result["recipe"], result["compressed"], result["samples"]) == ("dense", None, [])
-    assert (result["speedup"], result["theoretical_speedup"], result["linears"]) == (None, None, [])
-    speed = result["dense"]["tokens_per_second"]["1"]["decode"]
-    assert speed["quartiles"] == [speed["median"]] * 2
+    result = benchmark(folder, {}, settings, tmp_path / "decode.json")
+    assert (result.recipes, result.samples, result.turns) == ({}, (), ())
+    speed = result.dense.tokens_per_second["1"].decode
+    assert speed.quartiles == (speed.median, speed.median) and len(speed.runs) == 1
 
 
 def test_an_end_of_text_does_not_end_decoding(folder):
@@ -195,13 +245,18 @@ def test_a_batch_too_large_for_the_device_is_one_line(root, tmp_path, monkeypatc
     monkeypatch.setattr(generation, "generation_speed", full)
     said = f"{root / 'source'}: out of memory on cpu with batches of up to 4 sequences; lower batch_sizes"
     with pytest.raises(ArmorError, match=said):
-        benchmark(root / "source", None, BenchmarkSettings(prompts=[]), tmp_path / "decode.json")
+        benchmark(root / "source", {}, BenchmarkSettings(prompts=[]), tmp_path / "decode.json")
     assert not (tmp_path / "decode.json").exists()
+
+
+def test_a_recipe_called_dense_is_refused(root, tmp_path):
+    with pytest.raises(ArmorError, match="checkpoint: dense is what the dense model is called here; rename"):
+        benchmark(root / "source", {"dense": root / "checkpoint"}, SETTINGS, tmp_path / "decode.json")
 
 
 def test_a_folder_without_a_model_is_refused(folder, tmp_path):
     with pytest.raises(ArmorError, match=str(tmp_path)):
-        benchmark(folder, tmp_path, SETTINGS, tmp_path / "decode.json")
+        benchmark(folder, {"none": tmp_path}, SETTINGS, tmp_path / "decode.json")
     with pytest.raises(ArmorError, match="cannot load this model"):
-        write_json(tmp_path / "config.json", {"model_type": "llama"})
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
         load_model(tmp_path)

@@ -12,6 +12,7 @@ from armor.config.recipes import LayerSettings
 from armor.core import blockdiag
 from armor.execution.files import read_json
 from armor.format.checkpoint import modules_of
+from armor.format.records.benchmark import Runs
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from tests.packed import packed
@@ -63,26 +64,26 @@ def test_the_core_is_alone_for_a_while_and_then_the_same_tensors_are_back(models
 
 def test_a_pruned_model_has_no_blocks_to_take_off(pruned):
     assert wrapped(pruned[1]) == []
-    assert all("core_milliseconds" not in record for record in linear_speeds(*pruned, ROUNDS))
+    assert all(record.core_milliseconds is None for record in linear_speeds(*pruned, ROUNDS))
 
 
 def test_every_shape_is_there_once_with_the_bytes_of_its_format(root, models):
     layouts = modules_of(read_json(root / "checkpoint" / "config.json")["quantization_config"])
     found = linear_speeds(*models, ROUNDS)
-    assert [(r["out_features"], r["in_features"], r["count"]) for r in found] == [
+    assert [(r.out_features, r.in_features, r.count) for r in found] == [
         (64, 64, 4),  # query and output of two layers
         (32, 64, 4),
         (128, 64, 4),
         (64, 128, 2),
     ]
-    assert sum(record["count"] for record in found) == len(layouts)
+    assert sum(record.count for record in found) == len(layouts)
     for record in found:
-        name = next(n for n, own in layouts.items() if own.shapes()["core_values"][0] == record["out_features"])
-        name = name if record["in_features"] == 64 else "model.layers.0.mlp.down_proj"
+        name = next(n for n, own in layouts.items() if own.shapes()["core_values"][0] == record.out_features)
+        name = name if record.in_features == 64 else "model.layers.0.mlp.down_proj"
         packed_bytes = sum(t.numel() * t.element_size() for t in models[1].get_submodule(name).state_dict().values())
-        dense_bytes = 4 * record["out_features"] * record["in_features"]
-        assert record["theoretical_speedup"] == pytest.approx(dense_bytes / packed_bytes)
-        assert (record["pattern"], record["left_block_size"], record["right_block_size"]) == ("2:4", 16, 16)
+        dense_bytes = 4 * record.out_features * record.in_features
+        assert record.theoretical_speedup == pytest.approx(dense_bytes / packed_bytes)
+        assert (record.pattern, record.left_block_size, record.right_block_size) == ("2:4", 16, 16)
 
 
 def test_every_linear_runs_in_every_round_and_sides_take_turns(models):
@@ -107,17 +108,17 @@ def test_a_speed_is_that_of_one_linear_and_a_ratio_that_of_a_round(models, monke
     marks = iter(float(k * k) for k in range(1000))
     monkeypatch.setattr(module, "mark", lambda _: next(marks))
     record = linear_speeds(*models, ROUNDS)[0]
-    dense, own = record["dense_milliseconds"]["runs"], record["milliseconds"]["runs"]
+    dense, own = record.dense_milliseconds.runs, record.milliseconds.runs
     assert dense[0] == 1e3 * (33**2 - 32**2) / 4  # four shapes, two sides, two turns have gone before, two points each
-    core = record["core_milliseconds"]["runs"]
+    core = record.core_milliseconds.runs
     assert core[0] == 1e3 * (57**2 - 56**2) / 4  # after the dense ones of its own turn
-    assert record["core_speedup"]["runs"][0] == 1e3 * (49**2 - 48**2) / 4 / core[0]
-    assert len(core) == len(record["core_speedup"]["runs"]) == ROUNDS
-    assert record["speedup"]["runs"] == [a / b for a, b in zip(dense, own, strict=True)]
-    assert record["speedup"]["median"] == median(record["speedup"]["runs"])
+    assert record.core_speedup.runs[0] == 1e3 * (49**2 - 48**2) / 4 / core[0]
+    assert len(core) == len(record.core_speedup.runs) == ROUNDS
+    assert list(record.speedup.runs) == [a / b for a, b in zip(dense, own, strict=True)]
+    assert record.speedup.median == median(record.speedup.runs)
 
 
 def test_quartiles_are_those_of_the_runs():
-    assert summary([5.0, 1.0, 4.0, 2.0, 3.0])["quartiles"] == [2.0, 4.0]
-    assert summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": [7.0]}
-    assert ratios([2.0, 9.0], [1.0, 3.0])["median"] == 2.5
+    assert summary([5.0, 1.0, 4.0, 2.0, 3.0]).quartiles == (2.0, 4.0)
+    assert summary([7.0]) == Runs(median=7.0, quartiles=(7.0, 7.0), runs=(7.0,))
+    assert ratios([2.0, 9.0], [1.0, 3.0]).median == 2.5

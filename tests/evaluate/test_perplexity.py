@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
-from armor.evaluate import perplexity as module
-from armor.evaluate.perplexity import comparison, evaluate, mean, peak_bytes, perplexity, token_losses
+from armor.evaluate import logits as module
+from armor.evaluate import perplexity as stage
+from armor.evaluate.logits import comparison, peak_bytes, token_losses, with_models
+from armor.evaluate.perplexity import evaluate, mean, perplexity
+from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
 from armor.runtime.streamed import USABLE
 from tests.packed import packed
@@ -66,37 +69,37 @@ def test_perplexity_is_that_of_the_whole_model(tmp_path, text, family):
         losses = torch.nn.functional.cross_entropy(
             model(blocks).logits[:, :-1].double().flatten(0, 1), blocks[:, 1:].flatten()
         )
-    assert result["value"] == pytest.approx(math.exp(losses.item()), rel=1e-5)
-    assert (result["task"], result["tokens"], result["blocks"], result["length"]) == ("wiki", 5 * 47, 5, 48)
-    assert json.loads((tmp_path / "evaluation" / "wiki.json").read_text()) == result
+    assert result.value == pytest.approx(math.exp(losses.item()), rel=1e-5)
+    assert (result.task, result.tokens, result.blocks, result.length) == ("wiki", 5 * 47, 5, 48)
+    assert EvaluationRecord.read(tmp_path / "evaluation" / "wiki.json") == result
 
 
 def test_a_uniform_model_chooses_among_the_whole_vocabulary(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     edit(folder, lambda tensors: tensors["lm_head.weight"].zero_())
     result = evaluate(folder, settings(text), tmp_path / "wiki.json")
-    assert result["value"] == pytest.approx(VOCABULARY, rel=1e-5)
-    assert result["standard_error"] == pytest.approx(0, abs=1e-2)
+    assert result.value == pytest.approx(VOCABULARY, rel=1e-5)
+    assert result.standard_error == pytest.approx(0, abs=1e-2)
 
 
 def test_standard_error_is_that_of_many_repetitions():
     means = 3 + 0.1 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values, errors = zip(*(perplexity(row) for row in means), strict=True)
+    values, errors = zip(*(perplexity(row) for row in means.tolist()), strict=True)
     assert torch.tensor(values).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.05)
 
 
 def test_standard_error_falls_with_the_root_of_the_blocks():
     means = torch.randn(8, dtype=torch.float64)
-    once, four_times = perplexity(means)[1], perplexity(means.repeat(4))[1]
+    once, four_times = (perplexity(some.tolist())[1] for some in (means, means.repeat(4)))
     assert four_times / once == pytest.approx(math.sqrt((8 - 1) / (4 * 8 - 1)))
-    assert perplexity(means[:1]) == (math.exp(means[0]), None)
+    assert perplexity(means[:1].tolist()) == (math.exp(means[0]), None)
 
 
 def test_all_blocks_and_the_context_length_are_the_defaults(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     result = evaluate(folder, settings(text, sequences=None, sequence_length=None), tmp_path / "wiki.json")
-    assert result["length"] == 128
-    assert result["blocks"] == len(text.read_text().encode()) // 128
+    assert result.length == 128
+    assert result.blocks == len(text.read_text().encode()) // 128
 
 
 def test_blocks_longer_than_the_context_are_refused(tmp_path, text):
@@ -108,8 +111,8 @@ def test_blocks_longer_than_the_context_are_refused(tmp_path, text):
 
 def test_the_dtype_asked_for_is_computed_in(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
-    exact = evaluate(folder, settings(text), tmp_path / "wiki.json")["value"]
-    rounded = evaluate(folder, settings(text, dtype="bfloat16"), tmp_path / "wiki.json")["value"]
+    exact = evaluate(folder, settings(text), tmp_path / "wiki.json").value
+    rounded = evaluate(folder, settings(text, dtype="bfloat16"), tmp_path / "wiki.json").value
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.02)
 
@@ -147,11 +150,10 @@ def test_a_model_beside_itself_has_no_divergence_and_full_agreement(tmp_path, te
     folder = tiny_model(tmp_path / "model")
     alone = evaluate(folder, settings(text), tmp_path / "alone.json")
     beside = evaluate(folder, settings(text), tmp_path / "beside.json", dense=folder)
-    assert alone["against_dense"] is None
-    exact = {"standard_error": 0, "block_means": [0] * 5}
-    assert beside["against_dense"]["kl"] == {"value": 0, **exact}
-    assert beside["against_dense"]["top1"] == {"value": 1, **exact, "block_means": [1] * 5}
-    assert beside["block_means"] == alone["block_means"]
+    assert alone.against_dense is None
+    assert beside.against_dense.kl == Mean(value=0, standard_error=0, block_means=(0,) * 5)
+    assert beside.against_dense.top1 == Mean(value=1, standard_error=0, block_means=(1,) * 5)
+    assert beside.block_means == alone.block_means
 
 
 def test_a_packed_model_is_compared_to_its_source_on_the_same_blocks(tmp_path, text):
@@ -162,13 +164,11 @@ def test_a_packed_model_is_compared_to_its_source_on_the_same_blocks(tmp_path, t
     with torch.no_grad():
         q, p = (load_model(root / name)(blocks).logits[:, :-1].double() for name in ("checkpoint", "source"))
     by_block = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean(-1)
-    found = result["against_dense"]
-    assert found["kl"]["block_means"] == pytest.approx(by_block.tolist(), rel=1e-4)
-    assert (found["kl"]["value"], found["kl"]["standard_error"]) == mean(
-        torch.tensor(found["kl"]["block_means"], dtype=by_block.dtype)
-    )
-    assert found["top1"]["value"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
-    assert 0 < found["top1"]["value"] < 1
+    found = result.against_dense
+    assert found.kl.block_means == pytest.approx(by_block.tolist(), rel=1e-4)
+    assert (found.kl.value, found.kl.standard_error) == mean(found.kl.block_means)
+    assert found.top1.value == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert 0 < found.top1.value < 1
 
 
 def test_a_dense_model_of_other_tokens_is_refused(tmp_path, text):
@@ -188,7 +188,7 @@ def full(*_, **__):
 
 def test_a_device_too_small_for_one_block_is_one_line(tmp_path, text, monkeypatch):
     folder = tiny_model(tmp_path / "model")
-    monkeypatch.setattr(module, "comparison", full)
+    monkeypatch.setattr(stage, "comparison", full)
     said = f"{folder} and {folder}: out of memory on cpu with one decoder layer and one block of 48 tokens; lower"
     with pytest.raises(ArmorError, match=said):
         evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
@@ -209,16 +209,17 @@ MEASURE = """
 import sys
 from types import SimpleNamespace
 import torch
-from armor.evaluate.perplexity import _measure
+from armor.evaluate.logits import Blocks
+from armor.evaluate.perplexity import measure
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.runtime.load import load_model
-steps = SimpleNamespace(get=lambda step: None, put=lambda step, value: None)
+steps = SimpleNamespace(get=lambda step, kind: None, put=lambda step, value: None)
 small, dtype, *folders = sys.argv[1:]
 for each in ([small] * len(folders), folders):
     before = resident_memory_bytes()
     models = [load_model(folder, dtype) for folder in each]
     open("/proc/self/clear_refs", "w").write("5")
-    _measure(*models, blocks=torch.arange(1024).view(2, 512) % 250, steps=steps)
+    measure(models, Blocks(torch.arange(1024).view(2, 512) % 250, ""), steps)
     print(peak_memory_bytes() - before)
 """
 
@@ -266,14 +267,13 @@ def test_models_larger_than_the_memory_have_the_perplexity_of_loaded_ones(tmp_pa
         dense = tiny_model(tmp_path / "other", "llama" if kind == "dense" else kind, seed=1)
     alone = evaluate(folder, settings(text), tmp_path / "alone.json")
     beside = evaluate(folder, settings(text), tmp_path / "beside.json", dense=dense)
-    assert alone["block_means"] == beside["block_means"]
+    assert alone.block_means == beside.block_means
     larger_than_memory(monkeypatch, folder, dense)
     streamed = evaluate(folder, settings(text), tmp_path / "streamed.json", dense=dense)
-    for key in ("value", "standard_error", "block_means", "against_dense"):
-        assert streamed[key] == beside[key]
-    assert 0 < streamed["against_dense"]["kl"]["value"]
+    assert (streamed.block_means, streamed.against_dense) == (beside.block_means, beside.against_dense)
+    assert 0 < streamed.against_dense.kl.value
     larger_than_memory(monkeypatch, folder)
-    assert evaluate(folder, settings(text), tmp_path / "streamed.json")["block_means"] == alone["block_means"]
+    assert evaluate(folder, settings(text), tmp_path / "streamed.json").block_means == alone.block_means
 
 
 def test_a_streamed_run_that_was_killed_asks_only_for_the_blocks_that_had_not_come(tmp_path, text, monkeypatch):
@@ -288,7 +288,7 @@ def test_a_streamed_run_that_was_killed_asks_only_for_the_blocks_that_had_not_co
             asked.append(len(batches))
             return super().logits(batches)
 
-    def killed(*arguments, real=module.comparison):
+    def killed(*arguments, real=comparison):
         if asked == [5, 5] and len(compared) == 3:
             raise KeyboardInterrupt
         compared.append(arguments)
@@ -296,12 +296,12 @@ def test_a_streamed_run_that_was_killed_asks_only_for_the_blocks_that_had_not_co
 
     compared = []
     monkeypatch.setattr(module, "StreamedModel", Streamed)
-    monkeypatch.setattr(module, "comparison", killed)
+    monkeypatch.setattr(stage, "comparison", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
     again = evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
     assert asked == [5, 5, 2, 2] and len(compared) == 5
-    assert again["block_means"] == whole["block_means"] and again["against_dense"] == whole["against_dense"]
+    assert (again.block_means, again.against_dense) == (whole.block_means, whole.against_dense)
 
 
 def test_loaded_models_for_which_memory_runs_out_are_streamed_from_the_block_where_it_did(tmp_path, text, monkeypatch):
@@ -309,17 +309,17 @@ def test_loaded_models_for_which_memory_runs_out_are_streamed_from_the_block_whe
     whole = evaluate(folder, settings(text), tmp_path / "whole.json", dense=folder)
     kinds = []
 
-    def full_once(model, blocks, real=module._logits):
+    def full_once(model, blocks, real=module.logits_of):
         kinds.append(type(model).__name__)
         logits = real(model, blocks)
         yield from itertools.islice(logits, 2 if kinds == ["LlamaForCausalLM"] else None)
         if kinds == ["LlamaForCausalLM"] * 2:
             full()
 
-    monkeypatch.setattr(module, "_logits", full_once)
+    monkeypatch.setattr(stage, "logits_of", full_once)
     again = evaluate(folder, settings(text), tmp_path / "wiki.json", dense=folder)
     assert kinds == ["LlamaForCausalLM"] * 2 + ["StreamedModel"] * 2
-    assert again["block_means"] == whole["block_means"] and again["against_dense"] == whole["against_dense"]
+    assert (again.block_means, again.against_dense) == (whole.block_means, whole.against_dense)
 
 
 def test_the_memory_is_that_of_the_card_where_there_is_one(tmp_path, monkeypatch):
@@ -328,8 +328,6 @@ def test_the_memory_is_that_of_the_card_where_there_is_one(tmp_path, monkeypatch
     monkeypatch.setattr(module, "host_memory_bytes", lambda: pytest.fail("the model goes to the card"))
     monkeypatch.setattr(module, "load_model", lambda *_: "loaded")
     monkeypatch.setattr(module, "StreamedModel", lambda *_: "streamed")
-    monkeypatch.setattr(module, "_measure", lambda model, **_: model)
-    blocks = torch.zeros(1, 48, dtype=torch.int64)
     for memory, expected in ((needed / USABLE, "loaded"), (needed, "streamed")):
         monkeypatch.setattr(module, "device_memory_bytes", lambda _, memory=memory: memory)
-        assert module._measured([folder], "auto", blocks, "cuda:0", None) == expected
+        assert with_models([folder], "auto", 48, "cuda:0", lambda models: models) == [expected]

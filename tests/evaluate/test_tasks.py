@@ -22,6 +22,7 @@ from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
 from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
 from armor.execution.files import read_json
+from armor.format.records.evaluation import Metric, TaskRecord, TaskResult, TasksRecord
 from armor.runtime.load import weights_bytes
 from tests.killed import left_over
 from tests.packed import packed
@@ -77,16 +78,15 @@ def own(folder, file) -> dict:
 def test_our_numbers_are_lm_evals_to_the_last_digit(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     result = evaluate_tasks(folder, settings(text), tmp_path / "evaluation" / "reading.json")
-    assert json.loads((tmp_path / "evaluation" / "reading.json").read_text()) == result
+    assert TasksRecord.read(tmp_path / "evaluation" / "reading.json") == result
     for task in BUILT:
         place = tmp_path / "evaluation" / "reading"
         theirs = own(folder, place / f"{task}.yaml")
-        row, record = theirs["results"][task], read_json(place / f"{task}.json")
-        accuracy = {"value": row["acc,none"], "standard_error": row["acc_stderr,none"], "higher_is_better": True}
-        assert record["metrics"]["acc,none"] == accuracy
-        headline = ("metric", "value", "standard_error", "higher_is_better", "shots", "items")
-        kept = {key: record[key] for key in headline}
-        assert kept == result["tasks"][task] and (kept["metric"], kept["shots"], kept["items"]) == ("acc", 0, 10)
+        row, record = theirs["results"][task], TaskRecord.read(place / f"{task}.json")
+        accuracy = Metric(value=row["acc,none"], standard_error=row["acc_stderr,none"], higher_is_better=True)
+        assert record.metrics["acc,none"] == accuracy
+        kept = result.tasks[task]
+        assert kept == record.headline() == TaskResult(**dict(accuracy), metric="acc", shots=0, items=10)
         samples = theirs["samples"][task]
         assert likelihoods(place, task) == [[r[0] for r in sample["filtered_resps"]] for sample in samples]
     assert left_over(tmp_path / "evaluation") == []
@@ -158,11 +158,11 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     asked = EvaluationSettings(tasks=[str(file)], shots=2, samples=True, dtype="float32")
     for name in ("dense", "checkpoint"):
         evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
-    record = read_json(tmp_path / "ours" / "dense" / "own_arc.json")
-    assert (record["items"], record["shots"]) == (32, 2)
+    record = TaskRecord.read(tmp_path / "ours" / "dense" / "own_arc.json")
+    assert (record.items, record.shots) == (32, 2)
     for metric in ("acc", "acc_norm"):
         expected = {"value": row[f"{metric},none"], "standard_error": row[f"{metric}_stderr,none"]}
-        assert record["metrics"][f"{metric},none"] == expected | {"higher_is_better": True}
+        assert record.metrics[f"{metric},none"] == Metric(**expected, higher_is_better=True)
         assert 0 < expected["value"] < 1
     assert likelihoods(tmp_path / "ours" / "dense", "own_arc") == theirs
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
@@ -187,7 +187,7 @@ def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):
     again = evaluate_tasks(folder, settings(text), tmp_path / "out" / "reading.json")
     assert ran == ["last_word", "continuation", "continuation"]
     undisturbed = evaluate_tasks(folder, settings(text), tmp_path / "whole" / "reading.json")
-    assert again["tasks"] == undisturbed["tasks"]
+    assert again.tasks == undisturbed.tasks
 
 
 def test_whether_a_higher_value_is_better_is_what_the_task_says(tmp_path, text):
@@ -197,8 +197,8 @@ def test_whether_a_higher_value_is_better_is_what_the_task_says(tmp_path, text):
     task.write_text(yaml.safe_dump(asked))
     folder = tiny_model(tmp_path / "model")
     result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(task)]), tmp_path / "out" / "own.json")
-    found = result["tasks"]["continuation"]
-    assert (found["metric"], found["higher_is_better"]) == ("brier_score", False) and found["value"] > 0
+    found = result.tasks["continuation"]
+    assert (found.metric, found.higher_is_better) == ("brier_score", False) and found.value > 0
 
 
 def test_built_items_are_of_the_text_and_always_the_same(tmp_path, text):
@@ -272,9 +272,9 @@ def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_pat
     path = tmp_path / f"{served}_local.yaml"
     path.write_text(yaml.safe_dump(local))
     result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(path)], shots=1), tmp_path / "out.json")
-    found = result["tasks"][f"{served}_local"]
-    assert (found["metric"], found["shots"], found["items"]) == ("acc_norm" if task != "mmlu" else "acc", 1, 6)
-    assert 0 <= found["value"] <= 1 and found["standard_error"] > 0
+    found = result.tasks[f"{served}_local"]
+    assert (found.metric, found.shots, found.items) == ("acc_norm" if task != "mmlu" else "acc", 1, 6)
+    assert 0 <= found.value <= 1 and found.standard_error > 0
 
 
 def test_nan_likelihoods_are_refused(tmp_path, text):
@@ -308,7 +308,7 @@ def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch
     monkeypatch.setattr(module, "CPU_BATCH_SIZE", size)
     sizes = too_large(monkeypatch, 2)
     halved = evaluate_tasks(folder, settings(text, items=16), tmp_path / "halved" / "reading.json")
-    assert halved["tasks"] == whole["tasks"]
+    assert halved.tasks == whole.tasks
     assert list(dict.fromkeys(sizes)) == tried
     for task in BUILT:
         here, there = (sum(likelihoods(tmp_path / name / "reading", task), []) for name in ("halved", "whole"))
@@ -346,7 +346,7 @@ def test_a_model_larger_than_the_memory_answers_as_when_it_is_loaded(tmp_path, t
         there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("loaded", "streamed"))
         assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 128, "rolling": 6}[task]
         assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
-        assert streamed["tasks"][task]["value"] == pytest.approx(loaded["tasks"][task]["value"], rel=1e-6)
+        assert streamed.tasks[task].value == pytest.approx(loaded.tasks[task].value, rel=1e-6)
 
 
 GREEDY = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 9, "do_sample": False}}

@@ -1,17 +1,23 @@
-"""In: the dense model and a packed one. Out: size, memory and speed of both, timed in turn."""
+"""In: the dense model and its packed recipes. Out: size, memory and speed of all, timed in turn."""
+
+
+def benchmarked(wildcards):
+    """The checkpoints that a benchmark times beside the dense model."""
+    recipes = SETTINGS.benchmarked(wildcards.model, wildcards.benchmark)
+    return [R.checkpoint(wildcards.model, recipe) for recipe in recipes]
 
 
 rule benchmark:
-    """Time dense and packed in one process; takes every core, so that nothing else runs beside it."""
+    """Time a model and its recipes in one process; takes every core, so that nothing else runs beside it."""
     input:
         source=R.source(),
-        model=finished_model,
+        checkpoints=benchmarked,
     output:
         R.benchmark(),
     log:
         R.log("benchmark", "{model}", "{benchmark}"),
     benchmark:
-        R.measured("benchmark", "{model}", "{benchmark}"),
+        R.measured("benchmark", "{model}", "{benchmark}")
     conda:
         "../../envs/armor.yaml"
     threads: ALL_CORES
@@ -21,12 +27,12 @@ rule benchmark:
         runtime="2h",
     params:
         settings=settings("benchmark"),
-        checkpoint=lambda wildcards, input: "" if is_dense(wildcards.recipe) else f"--checkpoint {input.model}",
+        checkpoints=lambda wildcards, input: [f"--checkpoint={file}" for file in input.checkpoints],
         code=code("benchmark"),
     message:
-        "benchmark {wildcards.model} {wildcards.recipe} {wildcards.benchmark}"
+        "benchmark {wildcards.model} {wildcards.benchmark}"
     shell:
         """
-        armor benchmark --source {input.source:q} {params.checkpoint} --settings {params.settings:q} \
+        armor benchmark --source {input.source:q} {params.checkpoints:q} --settings {params.settings:q} \
             --output {output:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

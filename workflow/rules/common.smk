@@ -18,6 +18,7 @@ from armor.core.errors import ArmorError
 from armor.format.layout import Results
 from armor.format.records.topology import Topology
 from armor.run.jobs import Job
+from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
 
 # The `armor` of this Python, also in jobs whose shell has another one.
@@ -48,7 +49,7 @@ def any_of(names):
 
 onstart:
     try:
-        start_run(Path(R.root), SETTINGS, sys.argv)
+        start_run(Path(R.root), SETTINGS, typed(sys.argv))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
     if workflow.local_exec:
@@ -56,6 +57,8 @@ onstart:
 
 
 onsuccess:
+    for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
+        Path(R.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
     print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
     if os.path.isfile(page := R.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)

@@ -1,26 +1,66 @@
 """In: a model, dense or packed. Out: perplexity and distance from the dense one, or tasks; a file for each evaluation."""
 
+TEXTS = any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks)
+TASKS = any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks)
+
+
+rule predict:
+    """Run the dense model on the text of an evaluation, once for all recipes. Beside the record lie its logits.
+
+    They are no output: if Snakemake made them again for one recipe, it would run every recipe's evaluation again. A run
+    that succeeds removes them, and an evaluation that finds none runs the dense model too.
+    """
+    input:
+        source=R.source(),
+    output:
+        R.predictions(),
+    log:
+        R.log("predict", "{model}", "{evaluation}"),
+    benchmark:
+        R.measured("predict", "{model}", "{evaluation}")
+    wildcard_constraints:
+        evaluation=TEXTS,
+    priority: 1  # before the layers of recipes, for a mistake in the text shows here
+    conda:
+        "../../envs/armor.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=24000,
+        runtime="8h",
+    params:
+        settings=settings("predict"),
+        code=code("predict"),
+    message:
+        "predict {wildcards.model} {wildcards.evaluation}"
+    shell:
+        """
+        armor predict --source {input.source:q} --settings {params.settings:q} --output {output:q} \
+            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
+
 
 rule evaluate:
-    """Perplexity on blocks of text; of a compressed model also KL divergence and agreement, the dense one beside it."""
+    """Perplexity on blocks of text; of a compressed model also KL divergence and agreement with the dense one."""
     input:
         source=R.source(),
         model=finished_model,
+        predictions=R.predictions(),
     output:
         R.evaluation(),
     log:
         R.log("evaluate", "{model}", "{recipe}", "{evaluation}"),
     benchmark:
-        R.measured("evaluate", "{model}", "{recipe}", "{evaluation}"),
+        R.measured("evaluate", "{model}", "{recipe}", "{evaluation}")
     wildcard_constraints:
-        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if not settings.tasks),
+        evaluation=TEXTS,
     priority: 1  # that of the dense model before the layers of others, for a mistake shows there
     conda:
         "../../envs/armor.yaml"
     threads: 8
     resources:
         gpu=1,
-        mem_mb=lambda wildcards: 24000 if SETTINGS.is_dense(wildcards.recipe) else 40000,  # two models at once
+        mem_mb=lambda wildcards: 24000 if SETTINGS.is_dense(wildcards.recipe) else 40000,  # two models if need be
         runtime="8h",
     params:
         settings=settings("evaluate"),
@@ -30,8 +70,9 @@ rule evaluate:
         "evaluate {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
         """
-        armor evaluate --model {input.model:q} {params.dense} --settings {params.settings:q} --output {output:q} \
-            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        armor evaluate --model {input.model:q} {params.dense} --predictions {input.predictions:q} \
+            --settings {params.settings:q} --output {output:q} --threads {threads} --gpus {resources.gpu} \
+            >{log:q} 2>&1
         """
 
 
@@ -45,9 +86,9 @@ rule tasks:
     log:
         R.log("tasks", "{model}", "{recipe}", "{evaluation}"),
     benchmark:
-        R.measured("tasks", "{model}", "{recipe}", "{evaluation}"),
+        R.measured("tasks", "{model}", "{recipe}", "{evaluation}")
     wildcard_constraints:
-        evaluation=any_of(name for name, settings in SETTINGS.evaluations.items() if settings.tasks),
+        evaluation=TASKS,
     priority: 1  # that of the dense model before the layers of others, for a mistake shows there
     conda:
         "../../envs/armor.yaml"

@@ -95,6 +95,10 @@ class TaskRecord(TaskResult, Record):
     versions: dict[str, Any]
     """lm-eval's versions of the tasks."""
 
+    def headline(self) -> TaskResult:
+        """What stands for the task in a table."""
+        return TaskResult(**{name: getattr(self, name) for name in TaskResult.model_fields})
+
 
 class TasksRecord(Made):
     """`evaluation/{name}.json`, by `armor evaluate` on tasks: what stands for each of them."""

@@ -1,0 +1,180 @@
+"""A model's logits on blocks of text, loaded or streamed, and what is computed from them, prediction by prediction.
+
+The text is cut into n blocks of L tokens that do not overlap. In each block a model predicts tokens 2 to L from those
+before them. The log-softmax is float32 whatever the model computes in; it runs over a few tokens at a time, because
+the logits of one block are already the largest tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of
+them would double that.
+
+Where models do not fit into the memory, of the GPU or else of the host, one decoder layer at a time is there
+(`armor.runtime.streamed`), of one model and then of the other: as many blocks as have room for their hidden states go
+through all layers, and then the logits come block by block, the same numbers as of loaded models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from armor.config.measures import EvaluationSettings
+from armor.core.errors import ArmorError
+from armor.execution.log import log
+from armor.execution.machine import device_memory_bytes, host_memory_bytes
+from armor.runtime.load import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    loaded_dtype,
+    read_config,
+    weights_bytes,
+)
+from armor.runtime.streamed import USABLE, StreamedModel
+from armor.text.blocks import token_blocks
+
+__all__ = [
+    "Blocks",
+    "Model",
+    "blocks_of",
+    "comparison",
+    "finite",
+    "logits_of",
+    "peak_bytes",
+    "token_losses",
+    "vocabulary_of",
+    "with_models",
+]
+
+Model = PreTrainedModel | StreamedModel
+T = TypeVar("T")
+
+TOKENS_AT_A_TIME = 128
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The text of an evaluation: tokens (n, L) int64, and their SHA-256."""
+
+    tokens: Tensor
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a block, L."""
+        return self.tokens.shape[1]
+
+
+def blocks_of(folder: Path, settings: EvaluationSettings) -> Blocks:
+    """The text as the model in `folder` reads it. It comes before any weight: a mistake should not wait for those.
+
+    Raises ArmorError for a folder that is no model, blocks longer than its context, and a text too short.
+    """
+    tokenizer = load_tokenizer(folder)
+    longest = context_length(folder)
+    length = settings.sequence_length or longest
+    if length is None:
+        raise ArmorError(f"{folder / 'config.json'}: names no context length; set sequence_length")
+    if longest is not None and length > longest:
+        raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
+    if settings.text is None:
+        raise ArmorError("text: not given; a perplexity needs one")
+    tokens = token_blocks(settings.text, tokenizer, settings.sequences, length)
+    return Blocks(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+
+
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The negative log-likelihood in nats of each token but the first, (L−1,) float32.
+
+    logits (L, vocabulary), any float dtype; tokens (L,) int64.
+    """
+    pieces = zip(logits[:-1].split(TOKENS_AT_A_TIME), tokens[1:].split(TOKENS_AT_A_TIME), strict=True)
+    return torch.cat([F.cross_entropy(piece.float(), target, reduction="none") for piece, target in pieces])
+
+
+def comparison(logits: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense ‖ compressed) in nats, and whether both models' most likely token is the same, at all predictions.
+
+    logits and dense (L, vocabulary), any float dtype; both results (L−1,), float32 and bool: the last logits predict a
+    token that is not there.
+    """
+    divergences, same = [], []
+    for own, other in zip(logits[:-1].split(TOKENS_AT_A_TIME), dense[:-1].split(TOKENS_AT_A_TIME), strict=True):
+        own, other = own.float(), other.float()
+        pair = own.log_softmax(-1), other.log_softmax(-1)
+        divergences.append(F.kl_div(*pair, reduction="none", log_target=True).sum(-1))
+        same.append(own.argmax(-1) == other.argmax(-1))
+    return torch.cat(divergences), torch.cat(same)
+
+
+def vocabulary_of(folder: Path | str) -> int:
+    """The logits that the model in `folder` gives for a token, by its config.json."""
+    return read_config(folder).get_text_config().vocab_size
+
+
+def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
+    """The memory that the models in `folders` take at their peak, in `dtype`, with one block of `length` tokens.
+
+    From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
+    layer's own tensors are gone when the logits come.
+    """
+    total = 0
+    for folder in folders:
+        each = length * loaded_dtype(folder, dtype).itemsize + TOKENS_AT_A_TIME * 3 * 4
+        total += weights_bytes(folder, dtype) + vocabulary_of(folder) * each
+    return total
+
+
+def with_models(
+    folders: Sequence[Path], dtype: str, length: int, device: str, work: Callable[[list[Model]], T], more: int = 0
+) -> T:
+    """`work` of the models in `folders`; streamed if they do not fit together with one block of `length` tokens.
+
+    `more` bytes are needed beside them. Memory may run out all the same, for headers do not tell all: then `work` is
+    called again, with streamed models; what it had finished is for it to know. Raises ArmorError if the device has too
+    little memory for one decoder layer and one block.
+    """
+    names = " and ".join(map(str, folders))
+    needed, available = peak_bytes(folders, dtype, length) + more, device_memory_bytes(device) or host_memory_bytes()
+    sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
+    if needed <= USABLE * available:
+        try:
+            return work([load_model(folder, dtype, device) for folder in folders])
+        except torch.OutOfMemoryError:
+            sizes += ", and it ran out"
+    log.info("%s: %s, so one decoder layer at a time is read", names, sizes)
+    try:
+        return work([StreamedModel(folder, dtype, device) for folder in folders])
+    except torch.OutOfMemoryError as error:  # one block and one layer: there is no smaller way to the same number
+        raise ArmorError(
+            f"{names}: out of memory on {device} with one decoder layer and one block of {length} tokens; lower "
+            "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"
+        ) from error
+
+
+def logits_of(model: Model, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The logits (L, vocabulary) of each block (L,), in order, when they are asked for."""
+    batches = (tokens.to(model.device)[None] for tokens in blocks)
+    if isinstance(model, StreamedModel):
+        return (logits[0] for logits in model.logits(batches))
+    # No cache: each block is read once, and keys and values of long blocks take room.
+    return (model(input_ids=tokens, use_cache=False).logits[0] for tokens in batches)
+
+
+def finite(values: Tensor, model: Model, block: int) -> Tensor:
+    """`values` (L−1,), computed from the logits of `model`, if they are finite. Raises ArmorError."""
+    if not values.isfinite().all():
+        position = (~values.isfinite()).nonzero()[0].item()
+        raise ArmorError(
+            f"{model.name_or_path}: the logits are not finite (block {block}, token {position}), computed in "
+            f"{str(model.dtype).removeprefix('torch.')}; check it with armor verify, or set the dtype to float32"
+        )
+    return values

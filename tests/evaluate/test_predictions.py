@@ -1,0 +1,178 @@
+"""Stored predictions: the same numbers as of a dense model run beside, and what does not fit is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from armor.config.measures import EvaluationSettings
+from armor.core.errors import ArmorError
+from armor.evaluate.perplexity import evaluate
+from armor.evaluate.predictions import predict
+from armor.execution.resume import part_of
+from armor.format.layout import logits_beside
+from armor.format.logits import LogitsFile
+from armor.format.records.predictions import PredictionsRecord
+from armor.runtime.load import load_model, load_tokenizer
+from tests.killed import left_over
+from tests.packed import packed
+from tests.tiny import tiny_model, tiny_text
+
+BLOCKS, LENGTH = 4, 48
+DENSE = {"fingerprint": "checkpoint's", "dense_fingerprint": "source's"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_text(60))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("tied"), "qwen2")
+
+
+def settings(text, **changes) -> EvaluationSettings:
+    given = {"text": {"files": [str(text)]}, "sequences": BLOCKS, "sequence_length": LENGTH}
+    return EvaluationSettings(**given | changes)
+
+
+def predicted(root, asked, folder, name="wiki"):
+    """The path of the record of the predictions of root / "source"."""
+    predict(root / "source", asked, folder / f"{name}.json", fingerprint="source's")
+    return folder / f"{name}.json"
+
+
+def same(one, other):
+    """Whether two evaluations have the same numbers."""
+    assert one.block_means == pytest.approx(other.block_means, rel=1e-6)
+    for name in ("kl", "top1"):
+        here, there = getattr(one.against_dense, name), getattr(other.against_dense, name)
+        assert here.block_means == pytest.approx(there.block_means, rel=1e-6, abs=1e-9)
+        assert (here.value, here.standard_error) == pytest.approx((there.value, there.standard_error), rel=1e-6)
+    return True
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_stored_predictions_give_the_numbers_of_a_dense_model_beside(root, tied, tmp_path, text, dtype):
+    for own in (root, tied):
+        asked = settings(text, dtype=dtype)
+        beside = evaluate(own / "checkpoint", asked, tmp_path / "beside.json", dense=own / "source", **DENSE)
+        path = predicted(own, asked, tmp_path / own.parent.name)
+        stored = evaluate(own / "checkpoint", asked, tmp_path / "stored.json", predictions=path, **DENSE)
+        assert same(stored, beside) and stored.against_dense.kl.value > 0
+        assert stored.made_by.inputs == beside.made_by.inputs
+        assert left_over(tmp_path) == []
+
+
+def test_the_logits_are_those_of_the_model(root, tmp_path, text):
+    record = PredictionsRecord.read(predicted(root, settings(text), tmp_path))
+    stored = load_file(logits_beside(tmp_path / "wiki.json"))
+    tokens = load_tokenizer(root / "source")(text.read_text(), return_tensors="pt").input_ids[0]
+    with torch.no_grad():
+        logits = load_model(root / "source")(tokens[: BLOCKS * LENGTH].view(BLOCKS, LENGTH)).logits
+    for index in range(BLOCKS):
+        torch.testing.assert_close(stored[f"logits.{index}"], logits[index])
+    assert record.logits_bytes == logits.nbytes and len(record.hashes) == BLOCKS and record.not_stored is None
+
+
+def test_the_dense_models_own_evaluation_needs_no_weights(tmp_path, text):
+    folder = tiny_model(tmp_path / "source")
+    run = evaluate(folder, settings(text), tmp_path / "run.json")
+    path = predicted(tmp_path, settings(text), tmp_path / "predictions")
+    logits_beside(path).unlink()
+    (folder / "model.safetensors").unlink()
+    taken = evaluate(folder, settings(text), tmp_path / "taken.json", fingerprint="source's", predictions=path)
+    assert taken.block_means == pytest.approx(run.block_means, rel=1e-6) and taken.against_dense is None
+    assert (taken.value, taken.standard_error) == pytest.approx((run.value, run.standard_error), rel=1e-6)
+    assert taken.text_fingerprint == run.text_fingerprint and taken.tokens == run.tokens
+
+
+def test_over_the_budget_nothing_is_stored_and_the_dense_model_runs_beside(root, tmp_path, text):
+    needed = BLOCKS * LENGTH * 272 * 4 / 1e9
+    asked = settings(text, predictions_gb=needed / 2)
+    path = predicted(root, asked, tmp_path)
+    record = PredictionsRecord.read(path)
+    assert record.hashes is None and "predictions_gb is 0.000104" in record.not_stored
+    assert not logits_beside(path).exists()
+    common = {"predictions": path, **DENSE}
+    found = evaluate(root / "checkpoint", asked, tmp_path / "found.json", dense=root / "source", **common)
+    assert same(found, evaluate(root / "checkpoint", asked, tmp_path / "beside.json", dense=root / "source"))
+    with pytest.raises(ArmorError, match=r"wiki.json: without logits \(they take .*\); name the dense"):
+        evaluate(root / "checkpoint", asked, tmp_path / "found.json", **common)
+    path = predicted(root, settings(text, predictions_gb=needed), tmp_path)
+    assert PredictionsRecord.read(path).hashes is not None
+    predicted(root, asked, tmp_path)  # with less room again: what was stored does not stay
+    assert not logits_beside(path).exists()
+
+
+def test_without_its_logits_a_record_lets_the_dense_model_run_beside(root, tmp_path, text):
+    path = predicted(root, settings(text), tmp_path)
+    common = {"predictions": path, **DENSE}
+    stored = evaluate(root / "checkpoint", settings(text), tmp_path / "stored.json", **common)
+    logits_beside(path).unlink()
+    beside = evaluate(root / "checkpoint", settings(text), tmp_path / "beside.json", dense=root / "source", **common)
+    assert same(beside, stored) and beside.made_by == stored.made_by
+    with pytest.raises(ArmorError, match=r"wiki.json: without logits \(they were removed\); name the dense model"):
+        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", **common)
+
+
+@pytest.mark.parametrize(
+    "changes, dense, said",
+    [
+        ({"sequence_length": 32}, "source's", "text .SHA-256 of the tokens.: found"),
+        ({"dtype": "bfloat16"}, "source's", "dtype: found auto, expected bfloat16"),
+        ({}, "another's", "dense model: found source's, expected another's"),
+    ],
+)
+def test_predictions_of_something_else_are_refused(root, tmp_path, text, changes, dense, said):
+    path = predicted(root, settings(text), tmp_path)
+    with pytest.raises(ArmorError, match=f"wiki.json: {said}") as caught:
+        evaluate(
+            root / "checkpoint",
+            settings(text, **changes),
+            tmp_path / "out.json",
+            predictions=path,
+            **DENSE | {"dense_fingerprint": dense},
+        )
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
+
+
+def test_predictions_with_other_tokens_are_refused(root, tmp_path, text):
+    predict(tiny_model(tmp_path / "wider", vocab_size=300), settings(text), tmp_path / "wiki.json")
+    with pytest.raises(ArmorError, match="wiki.json: logits for a token: found 300, expected 272"):
+        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", predictions=tmp_path / "wiki.json")
+
+
+def test_a_changed_logit_is_refused(root, tmp_path, text):
+    path = predicted(root, settings(text), tmp_path)
+    file = logits_beside(path)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArmorError, match=f"{file}: block {BLOCKS - 1}: not what was written; run armor predict again"):
+        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", predictions=path)
+
+
+def test_a_run_that_was_killed_goes_on_after_the_last_block(root, tmp_path, text, monkeypatch):
+    whole = PredictionsRecord.read(predicted(root, settings(text), tmp_path, "whole"))
+    written, limit = [], 3
+
+    def counted(file, index, logits, real=LogitsFile.append):
+        if len(written) == limit:
+            raise KeyboardInterrupt
+        written.append(index)
+        return real(file, index, logits)
+
+    monkeypatch.setattr(LogitsFile, "append", counted)
+    with pytest.raises(KeyboardInterrupt):
+        predicted(root, settings(text), tmp_path)
+    with open(part_of(tmp_path / "wiki.json") / "logits.safetensors", "ab") as file:
+        file.write(b"half a block")
+    limit = 10
+    again = PredictionsRecord.read(predicted(root, settings(text), tmp_path))
+    assert written == [0, 1, 2, 3]
+    assert (again.hashes, again.block_means) == (whole.hashes, whole.block_means)
+    one, other = (logits_beside(tmp_path / f"{name}.json").read_bytes() for name in ("whole", "wiki"))
+    assert one == other and left_over(tmp_path) == []
