@@ -7,6 +7,7 @@ that appears when it is complete (`armor.assemble.folder`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,22 @@ from armor.execution.files import write_json
 from armor.format.checkpoint import SUFFIXES, check_tensor, read_packed
 from armor.format.checksums import read_checksums, start_hashing
 
-__all__ = ["export"]
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: how many tensors, how many of them multiplied out, their bytes, the files."""
+
+    tensors: int
+    modules: int
+    bytes: int
+    files: tuple[str, ...]
 
 
 def export(
     folder: Path | str, output: Path | str, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict:
+) -> Exported:
     """Write the checkpoint in `folder` as a dense model to the folder `output`, which must be absent or empty.
 
     `dtype` (bfloat16, float16 or float32) is that of all floating-point tensors; None keeps each one's own. Returns a
@@ -78,9 +89,7 @@ def export(
         write_json(part / "config.json", config)
         (part / "README.md").write_text(_card(folder, config), encoding="utf-8")
         files = seal(part, sums)
-    return {"folder": str(output), "tensors": len(sizes), "modules": len(modules), "bytes": sum(sizes.values())} | {
-        "files": sorted(files)
-    }
+    return Exported(len(sizes), len(modules), sum(sizes.values()), tuple(sorted(files)))
 
 
 def _card(folder: Path, config: dict) -> str:

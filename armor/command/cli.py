@@ -178,7 +178,7 @@ def export(
     from armor.assemble.export import export
 
     done = export(folder, output, dtype)
-    print(f"{output}: {done['tensors']} tensors, {done['modules']} multiplied out, {done['bytes'] / 1e6:,.1f} MB")
+    print(f"{output}: {done.tensors} tensors, {done.modules} multiplied out, {done.bytes / 1e6:,.1f} MB")
 
 
 @app.command()

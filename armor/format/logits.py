@@ -97,17 +97,18 @@ class LogitsFile:
 def read_logits(path: Path, hashes: Sequence[str], wanted: Iterable[int]) -> Iterator[Tensor]:
     """The logits (length, vocabulary) of the blocks `wanted`, one by one, each held against its hash.
 
-    Raises ArmorError if the file is missing or broken, of another version, or a block is not what was written.
+    The file is opened for each, so that no more than two blocks are mapped. Raises ArmorError if the file is
+    missing or broken, of another version, or a block is not what was written.
     """
-    with open_safetensors(path) as file:
-        version = (file.metadata() or {}).get("format_version")
-        if version != str(LOGITS_VERSION):
-            raise ArmorError(f"{path}: format {version!r}, expected {LOGITS_VERSION}; run armor predict again")
-        names = set(file.keys())
-        for index in wanted:
-            if f"logits.{index}" not in names:
+    for index in wanted:
+        with open_safetensors(path) as file:
+            version = (file.metadata() or {}).get("format_version")
+            if version != str(LOGITS_VERSION):
+                raise ArmorError(f"{path}: format {version!r}, expected {LOGITS_VERSION}; run armor predict again")
+            if f"logits.{index}" not in file.keys():  # noqa: SIM118  no dictionary
                 raise ArmorError(f"{path}: holds no block {index}; run armor predict again")
             logits = file.get_tensor(f"logits.{index}")
-            if tensor_sha256(logits) != hashes[index]:
-                raise ArmorError(f"{path}: block {index}: not what was written; run armor predict again")
-            yield logits
+        if tensor_sha256(logits) != hashes[index]:
+            raise ArmorError(f"{path}: block {index}: not what was written; run armor predict again")
+        yield logits
+        del logits

@@ -72,7 +72,7 @@ def test_it_loads_where_there_is_no_armor(root, tmp_path):
 def test_what_is_in_the_folder(root, tmp_path):
     done = export(root / "checkpoint", tmp_path / "dense")
     dense = tmp_path / "dense"
-    assert sorted(done["files"]) == sorted(file.name for file in dense.iterdir()) and done["modules"] == 14
+    assert sorted(done.files) == sorted(file.name for file in dense.iterdir()) and done.modules == 14
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (dense / name).read_bytes() == (root / "source" / name).read_bytes()
     assert json.loads((dense / "config.json").read_text()) == json.loads((root / "source/config.json").read_text())

@@ -40,11 +40,18 @@ def spelled(tree: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
+NOT_OF_RECORDS = {
+    ("execution/machine.py", "model"): "a line of /proc/cpuinfo",
+    ("runtime/quantizer.py", "format_version"): "config.json's quantization_config",
+}
+
+
 def test_no_reader_spells_a_key():
     known, found = keys(), []
     assert {"seconds", "made_by", "block_size", "fingerprint"} <= known
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()
         if not name.startswith("format/"):
-            found += [f"{name}:{line}: {key}" for line, key in spelled(ast.parse(file.read_bytes())) if key in known]
-    assert found == []
+            spelt = [(line, key) for line, key in spelled(ast.parse(file.read_bytes())) if key in known]
+            found += [f"{name}:{line}: {key}" for line, key in spelt if (name, key) not in NOT_OF_RECORDS]
+    assert not found, "\n".join(found)

@@ -12,7 +12,7 @@ rule assemble:
     log:
         R.log("assemble", "{model}", "{recipe}"),
     benchmark:
-        R.measured("assemble", "{model}", "{recipe}"),
+        R.measured("assemble", "{model}", "{recipe}")
     conda:
         "../../envs/armor.yaml"
     threads: 1

@@ -11,7 +11,7 @@ rule calibrate:
     log:
         R.log("calibrate", "{model}", "{calibration}"),
     benchmark:
-        R.measured("calibrate", "{model}", "{calibration}"),
+        R.measured("calibrate", "{model}", "{calibration}")
     conda:
         "../../envs/armor.yaml"
     threads: 8

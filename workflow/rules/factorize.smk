@@ -13,7 +13,7 @@ rule factorize:
     log:
         R.log("factorize", "{model}", "{recipe}", "{layer}"),
     benchmark:
-        R.measured("factorize", "{model}", "{recipe}", "{layer}"),
+        R.measured("factorize", "{model}", "{recipe}", "{layer}")
     conda:
         "../../envs/armor.yaml"
     threads: 1

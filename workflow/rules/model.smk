@@ -8,7 +8,7 @@ rule fetch:
     log:
         R.log("fetch", "{model}"),
     benchmark:
-        R.measured("fetch", "{model}"),
+        R.measured("fetch", "{model}")
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -36,7 +36,7 @@ checkpoint inspect:
     log:
         R.log("inspect", "{model}"),
     benchmark:
-        R.measured("inspect", "{model}"),
+        R.measured("inspect", "{model}")
     conda:
         "../../envs/armor.yaml"
     threads: 1

@@ -11,7 +11,7 @@ rule report:
     log:
         R.log("report"),
     benchmark:
-        R.measured("report"),
+        R.measured("report")
     conda:
         "../../envs/armor.yaml"
     threads: 1
