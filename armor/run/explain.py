@@ -198,7 +198,7 @@ class Reruns:
                 if other.stage not in FACTORS:  # a checkpoint stands for its layers
                     yield file.relative_to(self.results).as_posix(), sha256(file)
             elif other.stage == "fetch":
-                yield "dense" if job.stage == "benchmark" else "model", SourceRecord.read(file).fingerprint
+                yield name, SourceRecord.read(file).fingerprint
             elif other.stage == "assemble":
                 yield name, model_fingerprint(file)
             else:

@@ -21,7 +21,7 @@ __all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
 
 Names = tuple[str, ...]
 Needed = tuple[str, str, Names]
-"""What a job calls one of its inputs, the stage that makes it, and that job's names."""
+"""What a record calls the fingerprint of one of its inputs, the stage that makes it, and that job's names."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stage:
 
 def _model(*names: str) -> list[Needed]:
     """The inputs of nearly every stage: where the model is, and what it is made of."""
-    return [("source", "fetch", names[:1]), ("model", "inspect", names[:1])]
+    return [("model", "fetch", names[:1]), ("topology", "inspect", names[:1])]
 
 
 def _finished(config: Config, model: str, recipe: str) -> Needed:
@@ -77,7 +77,8 @@ def _final(config: Config, model: str, recipe: str) -> Needed:
 
 
 def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> list[Needed]:
-    return [_finished(config, model, recipe), ("dense", "predict", (model, evaluation))]
+    dense = [] if config.is_dense(recipe) else [("dense", "fetch", (model,))]
+    return [_finished(config, model, recipe), *dense, ("predictions", "predict", (model, evaluation))]
 
 
 BY_LAYER = ("factorize", "refine")
@@ -162,7 +163,7 @@ STAGES = {
         outputs=lambda results, model, benchmark: (results.benchmark(model, benchmark),),
         entry="armor.benchmark.generation",
         inputs=lambda config, model, benchmark: [
-            *_model(model)[:1],
+            ("dense", "fetch", (model,)),
             *((recipe, "assemble", (model, recipe)) for recipe in config.benchmarked(model, benchmark)),
         ],
         settings=lambda config, model, benchmark: config.benchmarks[benchmark],

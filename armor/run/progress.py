@@ -30,7 +30,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.layout import RUN
 from armor.methods import METHODS
-from armor.run.jobs import Job, jobs
+from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import cost, last_config
 
 __all__ = ["Course", "follow", "typed", "words"]
@@ -40,6 +40,10 @@ TYPICAL = {
     "inspect": 4.0,
     "calibrate": 45.0,
     "factorize": 0.5,
+    "states": 60.0,
+    "refine": 50.0,
+    "refined": 1.0,
+    "tune": 1500.0,
     "assemble": 1.0,
     "predict": 25.0,
     "evaluate": 25.0,
@@ -52,7 +56,7 @@ TYPICAL_ITERATION = 0.15
 """Seconds that an iteration of the solver adds to a factorize job there."""
 LAYERS = 30
 """Decoder layers of a model that is not inspected yet."""
-SIDE_BY_SIDE = ("factorize",)
+SIDE_BY_SIDE = BY_LAYER
 QUIET = ("--quiet", "all")
 SECONDS_BETWEEN_LOOKS = 1.0
 
