@@ -1,6 +1,7 @@
 """One thread for each test process: `pytest -n` starts one for every core, and two threads a core starve each other."""
 
 import shutil
+import subprocess
 
 import pytest
 
@@ -21,3 +22,21 @@ def root(tmp_path_factory):
 def checkpoint(root, tmp_path):
     """A copy of the packed checkpoint that a test may break."""
     return shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, and a way to change its options: size=1m, ro."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("cannot mount a disk here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)  # mapped files keep it busy

@@ -5,8 +5,9 @@ from __future__ import annotations
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord, LinearRecord
+from armor.format.records.topology import DecoderLayer, Topology
 
-__all__ = ["MACHINE", "calibration_record", "layer_record", "linear_record"]
+__all__ = ["MACHINE", "calibration_record", "layer_record", "linear_record", "topology_record"]
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"}
 MACHINE = Machine(processor="A processor", cores=2, threads=2, device="cpu", versions=VERSIONS)
@@ -52,3 +53,19 @@ def linear_record(**values) -> LinearRecord:
 def layer_record(**values) -> LayerRecord:
     given = {"layer": 0, "fingerprint": "f" * 64, "sha256": "d" * 64, "statistics_fingerprint": None, "modules": {}}
     return LayerRecord(**MADE | given | values)
+
+
+def topology_record(layers: int = 2, **values) -> Topology:
+    decoder = tuple(DecoderLayer(index=i, prefix=f"model.layers.{i}", linears=()) for i in range(layers))
+    given = {
+        "model_type": "llama",
+        "fingerprint": "f" * 64,
+        "dtype": "float32",
+        "context_length": None,
+        "hidden_size": 64,
+        "parameters": 0,
+        "linear_parameters": 0,
+        "tied_embeddings": False,
+        "layers": decoder,
+    }
+    return Topology(**given | values)

@@ -4,7 +4,8 @@ Snakemake's `--resources gpu=N` only counts; two jobs would both see every devic
 (flock) and sets CUDA_VISIBLE_DEVICES to what it got. The kernel drops the lock when the process dies, however it dies;
 what the file says of its holder is for people. The lock folder is local to the node, and to the scheduler's job where
 there is one: under a scheduler the devices in CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque:
-indices, UUIDs or MIG identifiers; a lock bears the UUID where nvidia-smi knows it, for one device can have two names.
+indices, UUIDs or MIG identifiers; a lock bears the UUID where NVIDIA's driver knows it, for one device can have two
+names.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from armor.core.errors import ArmorError
 from armor.execution.files import try_lock
 from armor.execution.log import log
+
+if TYPE_CHECKING:
+    from armor.execution.nvml import Unit
 
 __all__ = ["Device", "lease", "list_devices", "visible_devices"]
 
@@ -34,7 +37,7 @@ _held: list[int] = []  # open descriptors; closing one would drop its lock
 
 @dataclass(frozen=True)
 class Device:
-    """A visible device: its name, its card and memory in bytes if nvidia-smi knows them, and who leased it, if any."""
+    """A visible device: its name, its card and memory in bytes if the driver knows them, and who leased it, if any."""
 
     name: str
     model: str | None
@@ -44,8 +47,8 @@ class Device:
 
 
 def visible_devices() -> list[str]:
-    """The names of the CUDA devices that this process may use, from CUDA_VISIBLE_DEVICES or else from nvidia-smi."""
-    return list(_visible(_cards()).values())
+    """The names of the CUDA devices that this process may use, from CUDA_VISIBLE_DEVICES or else from the driver."""
+    return list(_visible().values())
 
 
 def lease(count: int) -> str:
@@ -54,7 +57,7 @@ def lease(count: int) -> str:
     With `count` 0, or where there is no CUDA device at all, that is "cpu". Raises ArmorError when more devices are
     asked for than are visible.
     """
-    devices = _visible(_cards()) if count else {}
+    devices = _visible() if count else {}
     if not devices:
         if count:
             log.warning("no CUDA device is visible: computing on the CPU")
@@ -87,57 +90,45 @@ def lease(count: int) -> str:
         os.write(descriptor, json.dumps({"pid": os.getpid(), "work": _work(sys.argv[1:])}).encode())
     _held.extend(taken.values())
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # an index then means what nvidia-smi means by it
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # an index then means what the driver means by it
     log.info("computing on GPU %s", ", ".join(taken))
     return "cuda:0"
 
 
 def list_devices() -> list[Device]:
     """The visible devices, their memory, and which of this user's processes leased them, in whatever job."""
-    known = {}
-    for line in _nvidia_smi("--query-gpu=uuid,name,memory.total,memory.used", "--format=csv,noheader,nounits"):
-        uuid, model, *mebibytes = (field.strip() for field in line.split(","))
-        known[uuid] = (model, *(int(x) * 2**20 if x.isdigit() else None for x in mebibytes))
+    cards = _cards()
+    known = {unit.uuid: (unit.model, unit.memory_bytes, unit.used_bytes) for card in cards for unit in card}
     return [
         Device(name, *known.get(identity, (None, None, None)), _holder(identity))
-        for identity, name in _visible(_cards()).items()
+        for identity, name in _visible(cards).items()
     ]
 
 
-def _nvidia_smi(*arguments: str) -> list[str]:
-    try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
+def _cards() -> list[list[Unit]]:
+    from armor.execution import nvml  # late: most commands ask for no device
+
+    return nvml.cards()
 
 
-def _cards() -> list[list[str]]:
-    """Of every card the UUIDs to compute on: its own, or those of its MIG instances if it is split."""
-    cards: list[list[str]] = []
-    for line in _nvidia_smi("--list-gpus"):
-        if match := re.match(r"(\s*)(?:GPU|MIG) .*\(UUID: (\S+)\)", line):
-            if not match[1]:
-                cards.append([match[2]])
-            elif cards[-1][0].startswith("GPU-"):
-                cards[-1] = [match[2]]
-            else:
-                cards[-1].append(match[2])
-    return cards
-
-
-def _visible(cards: list[list[str]]) -> dict[str, str]:
+def _visible(cards: list[list[Unit]] | None = None) -> dict[str, str]:
     """The devices that this process may use: what a lock is named by -> what CUDA_VISIBLE_DEVICES calls it."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = [uuid for card in cards for uuid in card]
+    names: list[str] = []
+    for name in (part.strip() for part in (named or "").split(",")):
+        if name in ("", "-1", "NoDevFiles"):  # CUDA reads no further; the last is some schedulers' word for none
+            break
+        names.append(name)
+    if named is not None and not names:
+        return {}
+    uuids = [[unit.uuid for unit in card] for card in (_cards() if cards is None else cards)]
+    every = [uuid for card in uuids for uuid in card]
     if named is None:
         return dict(zip(every, every, strict=True))
     found: dict[str, str] = {}
-    for name in (part.strip() for part in named.split(",")):
-        if name in ("", "-1", "NoDevFiles"):  # CUDA reads no further; the last is some schedulers' word for none
-            break
+    for name in names:
         if name.isdecimal():  # of a card that is split CUDA takes the first instance
-            matches = cards[int(name)][:1] if int(name) < len(cards) else []
+            matches = uuids[int(name)][:1] if int(name) < len(uuids) else []
         else:  # the beginning of a UUID is enough
             matches = [uuid for uuid in every if uuid.startswith(name)]
         found.setdefault(matches[0] if len(matches) == 1 else name, name)

@@ -52,6 +52,8 @@ def try_lock(path: Path | str) -> int | None:
     Closing the descriptor drops the lock too. Whoever holds it may delete the file. Where the file system has no locks,
     nobody is kept out.
     """
+    # Not filelock: without locks it fails or leaves a file that outlives a killed holder, and it is slower to import
+    # than all that a job does before its stage (docs/log/workflow.md).
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

@@ -1,14 +1,12 @@
 """The tensors of a Hugging Face folder, read one at a time.
 
-A tensor's bytes are read straight into the memory that it will live in: a mapped file would count in the process's
-resident memory for as long as it is open, and a dtype that is converted on the way would take its room twice. The
-headers of all shards are held against the files' sizes and the index first, so a truncated or foreign shard is found
-before any work starts. Format: https://huggingface.co/docs/safetensors. Torch is imported when a tensor is read.
+The headers of all shards are read first, by safetensors, and held against the files' sizes and the index. So a shard
+that is truncated or of another model is found before any work starts. A tensor's bytes are read here, straight into the
+memory that it will live in. Format: https://huggingface.co/docs/safetensors. Torch is imported when a tensor is read.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -157,6 +155,8 @@ class Shards:
         """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
         import torch
 
+        # Not by safetensors' own get_tensor: it maps the file, whose pages then count as the process's memory, and it
+        # converts no dtype, so that a tensor would take its room once more (docs/log/workflow.md).
         entry = self._entry(name)
         stored: torch.dtype = getattr(torch, entry.dtype)
         out = torch.empty(entry.shape, dtype=dtype or stored)
@@ -205,45 +205,29 @@ def _fill(file, flat: Tensor, path: Path) -> None:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """The entries of a safetensors file, checked against each other and against its size."""
+    """The entries of a safetensors file. Safetensors itself holds them against each other and the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    size = path.stat().st_size if path.is_file() else 0
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ArmorError(
-                    f"{path}: truncated or not safetensors ({size} bytes, a header of {length}); fetch or copy it again"
-                )
-            header = json.loads(file.read(length))
+        with safe_open(path, "numpy") as file:  # "pt" would import torch
+            parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            header = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts]
     except FileNotFoundError:
         raise ArmorError(f"{path}: this shard is missing; fetch or copy the model again") from None
-    except OSError as error:
-        raise ArmorError(f"{path}: {error.strerror}; expected a safetensors file") from None
-    except ArmorError:
-        raise
-    except (ValueError, RecursionError):
-        raise ArmorError(f"{path}: its safetensors header is corrupt; fetch or copy it again") from None
-    entries, end = {}, 0
-    try:
-        header.pop("__metadata__", None)
-        for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-            dtype, width = DTYPES[item["dtype"]]
-            begin, stop = item["data_offsets"]
-            shape = tuple(item["shape"])
-            if not all(type(number) is int and number >= 0 for number in (begin, stop, *shape)):
-                raise ArmorError(f"{path}: {name}: shape or place in the file are no whole numbers; fetch it again")
-            if begin != end or stop - begin != math.prod(shape) * width:
-                raise ArmorError(f"{path}: the bytes of {name} do not fit its shape {shape}; fetch or copy it again")
-            entries[name] = _Entry(path.name, dtype, shape, 8 + length + begin, stop - begin)
-            end = stop
-    except ArmorError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ArmorError(f"{path}: its safetensors header cannot be used ({error!r}); fetch it again") from None
-    if size != 8 + length + end:
+    except SafetensorError as error:
         raise ArmorError(
-            f"{path}: {'truncated' if size < 8 + length + end else 'too long'}, found {size} bytes, expected "
-            f"{8 + length + end}; fetch or copy it again"
-        )
+            f"{path}: truncated, damaged or not safetensors ({size} bytes; {' '.join(str(error).split())}); fetch or "
+            "copy it again"
+        ) from None
+    except OSError as error:
+        raise ArmorError(f"{path}: {error.strerror or error}; expected a safetensors file") from None
+    if unknown := [(name, dtype) for name, dtype, _ in header if dtype not in DTYPES]:
+        raise ArmorError(f"{path}: {unknown[0][0]}: dtype {unknown[0][1]}, expected one of {', '.join(DTYPES)}")
+    places = [(name, *DTYPES[dtype], shape) for name, dtype, shape in header]
+    start = size - sum(math.prod(shape) * width for *_, width, shape in places)  # they fill the file to its end
+    entries = {}
+    for name, dtype, width, shape in places:
+        entries[name] = _Entry(path.name, dtype, shape, start, math.prod(shape) * width)
+        start += entries[name].bytes
     return entries

@@ -7,7 +7,6 @@ of it. A job is a stage and the names that tell it from others, in the order of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +213,9 @@ class Job:
         return STAGES[self.stage].settings(config, *self.names)
 
     def settings_json(self, config: Config) -> str:
-        """Its settings, defaults and all, as JSON text with sorted keys: equal settings, equal text."""
+        """Its settings, defaults and all, as JSON text, in the order of the types: equal settings, equal text."""
         settings = self.settings(config)
-        return json.dumps(settings.model_dump(mode="json", exclude_none=True) if settings else {}, sort_keys=True)
+        return settings.model_dump_json(exclude_none=True) if settings else "{}"
 
     def code(self, config: Config) -> str:
         """The hash of the code that it executes."""

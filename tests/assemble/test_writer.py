@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from armor.assemble import folder, writer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.recipes import LayerSettings, Override
@@ -20,6 +18,7 @@ from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
+from tests.killed import WRITTEN, forked, passed
 from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -261,17 +260,36 @@ def test_nan_in_a_tensor_that_is_copied(copy):
     assert not list(copy.glob("*checkpoint*"))
 
 
-def test_a_full_disk_is_seen_before(copy, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    refused(copy, "0.0 GB free, .* needed; make room")
+@pytest.fixture
+def on_small_disk(root, small_disk):
+    """A copy of all but the checkpoint on a disk of its own, and a way to change the disk's options."""
+    folder = small_disk("size=8m")
+    for name in ("source", "layers"):
+        shutil.copytree(root / name, folder / name)
+    shutil.copy(root / "model.json", folder)
+    return folder, small_disk
 
 
-def test_a_disk_that_fills_up_meanwhile(copy, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_full_disk_is_seen_before(on_small_disk):
+    folder, _ = on_small_disk
+    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - 30_000))
+    refused(folder, "0.0 GB free, .* needed; make room")
 
-    monkeypatch.setattr(folder, "save_safetensors", full)
-    refused(copy, "checkpoint: cannot be written: .*No space left on device")
+
+def test_a_disk_that_fills_up_meanwhile(on_small_disk):
+    """It has room for the tensors, but for few files: for one more at each try, until they are enough."""
+    folder, mount = on_small_disk
+    used, said = os.statvfs(folder).f_files - os.statvfs(folder).f_ffree, []
+    while not (folder / "checkpoint.json").exists():
+        mount(f"remount,size=8m,nr_inodes={used + 3 + len(said)}")
+        try:
+            assemble(*opened(folder), folder / "layers", folder / "checkpoint.json")
+        except (ArmorError, OSError) as error:
+            said.append(str(error))
+        assert not (folder / "checkpoint").exists() or verify(folder / "checkpoint").checksums
+    assert len(said) > 3 and all("No space left on device" in line and "\n" not in line for line in said)
+    assert any("model.safetensors: cannot be written" in line for line in said)
+    assert verify(folder / "checkpoint").shards == 1 and not list(folder.glob(".checkpoint*"))
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_deleted(copy):
@@ -290,17 +308,15 @@ def test_what_a_run_of_other_work_left_is_cleared_away(copy):
     assert not part.exists() and verify(copy / "checkpoint").shards == 1
 
 
-def test_what_a_killed_run_left_unfinished_is_not_taken(copy, monkeypatch):
-    expected = contents(copy / "checkpoint")
+def test_what_a_killed_run_left_unfinished_is_not_taken(copy, tmp_path):
+    expected, counter = contents(copy / "checkpoint"), tmp_path / "counter"
 
-    def killed(folder, sums):
-        (folder / "checksums.json").write_text("{}")
-        (folder / ".checksums.json.x.tmp").mkdir()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer, "seal", killed)
+    def work():
         assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
-    assert (copy / ".checkpoint.json.part/checkpoint/.checksums.json.x.tmp").exists()
-    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
+
+    assert forked(work, counter, WRITTEN)
+    # The hashes are written last but two: then the folder gets its name, and the record comes.
+    assert not forked(work, counter, WRITTEN, passed(counter) - 2)
+    assert len(list(copy.glob(".checkpoint.json.part/checkpoint/.checksums.json.*.tmp"))) == 1
+    work()
     assert contents(copy / "checkpoint") == expected and not list(copy.glob(".checkpoint*"))

@@ -16,7 +16,7 @@ from armor.command import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS = 60
+SECONDS = 3600  # only if it hangs
 
 
 @pytest.fixture
@@ -78,13 +78,11 @@ def test_a_command_says_and_returns_what_it_does_without_the_server(server, tmp_
     assert here.communicate(timeout=SECONDS) == said and there.returncode == here.returncode
 
 
-def test_it_is_the_server_that_runs_it(server):
-    process_of(server).suspend()
-    command = armor("factorize", "--help")
-    with pytest.raises(subprocess.TimeoutExpired):
-        command.wait(timeout=1)
-    process_of(server).resume()
-    assert command.wait(timeout=SECONDS) == 0
+def test_it_is_the_server_that_runs_it(blocked, tmp_path):
+    command, forks = blocked
+    ends(lambda: forks()[-1].cwd() == str(tmp_path))
+    waits = psutil.Process(command.pid)
+    assert not waits.children() and not any("torch" in library.path for library in waits.memory_maps())
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])

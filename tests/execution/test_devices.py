@@ -1,6 +1,8 @@
 """One device, one job: with fake devices, which the lease never opens."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -32,19 +34,6 @@ for _ in range(30):
 sys.stdin.read()
 print(device, names)
 """
-# As `nvidia-smi` prints: two cards, the second split in two.
-NVIDIA_SMI = """#!/bin/sh
-case $1 in
---list-gpus) cat <<END
-GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6)
-GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-1c2d3e4f)
-  MIG 3g.20gb     Device  0: (UUID: MIG-c7384736)
-  MIG 3g.20gb     Device  1: (UUID: MIG-a28ad590)
-END
-;;
-*) echo "GPU-5d5ba0d6, NVIDIA A100-SXM4-40GB, 40960, 1024"; echo "GPU-1c2d3e4f, NVIDIA A100-SXM4-40GB, 40960, [N/A]";;
-esac
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +46,21 @@ def fake_devices(tmp_path, monkeypatch):
         monkeypatch.delenv(key, raising=False)
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The folder of a library that stands in for the driver's."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("library")
+    source, target = REPOSITORY / "tests/nvml.c", folder / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O0", str(source), "-o", str(target)], check=True)
+    return folder
+
+
 @pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/nvidia-smi").write_text(NVIDIA_SMI)
-    (tmp_path / "bin/nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def driver(library, monkeypatch):
+    """Processes that the test starts find three cards: a whole one, one in two instances, one that is lost."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(library), prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -94,6 +92,12 @@ def leased(job):
 def holders(file):
     """Who held a device, in turn."""
     return [pid for pid, _ in groupby(file.read_text().split())]
+
+
+def visible():
+    """What a new process finds."""
+    code = "import json; from armor.execution.devices import visible_devices; print(json.dumps(visible_devices()))"
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def listed():
@@ -171,21 +175,53 @@ def test_no_device_means_the_cpu_and_says_so(monkeypatch, caplog, names):
     assert "no CUDA device is visible" in caplog.text
 
 
-def test_without_a_choice_all_that_nvidia_smi_lists(nvidia_smi, monkeypatch):
+def test_without_a_choice_all_that_the_driver_lists(driver, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_devices() == ["GPU-5d5ba0d6", "MIG-c7384736", "MIG-a28ad590"]
+    assert visible() == ["GPU-5d5ba0d6", "MIG-c7384736", "MIG-a28ad590"]
 
 
-def test_two_names_of_one_device_are_one_device(nvidia_smi, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-5d5b,GPU-5d5ba0d6,1,MIG-c7384736")
-    assert visible_devices() == ["0", "1"]
+def test_without_a_driver_there_is_no_device_but_what_is_named(driver, monkeypatch):
+    monkeypatch.setenv("FAKE_NVML_WITHOUT_DRIVER", "1")
+    assert visible() == ["0", "GPU-5f3a", "MIG-1/2", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible() == []
 
 
-def test_the_command_lists_devices_memory_and_holders(nvidia_smi, start, monkeypatch):
+def test_without_the_drivers_library_neither(tmp_path, monkeypatch):
+    (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))  # before the system's, if there is one
+    assert visible() == ["0", "GPU-5f3a", "MIG-1/2", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible() == []
+
+
+def test_two_names_of_one_device_are_one_device(driver, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-5d5b,GPU-5d5ba0d6,1,MIG-c7384736,2")
+    assert visible() == ["0", "1", "2"]
+
+
+def test_two_names_of_one_device_are_one_lease(driver, start):
+    holder = start(1, CUDA_VISIBLE_DEVICES="1")
+    assert "computing on GPU 1" in holder.stderr.readline()
+    assert "waiting for 1 of 1 GPUs" in start(1, CUDA_VISIBLE_DEVICES="MIG-c73").stderr.readline()
+    assert leased(start(1, CUDA_VISIBLE_DEVICES="MIG-c7,MIG-a2")) == ["cuda:0", "MIG-a2"]
+
+
+def test_the_command_lists_devices_memory_and_holders(driver, start, monkeypatch):
     job = start(1, "factorize", "--layer", "3", "--output", "layer_3.safetensors", CUDA_VISIBLE_DEVICES="0,1")
     assert "computing on GPU 0" in job.stderr.readline()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-a28ad590")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-c7384736,MIG-a28ad590,GPU-elsewhere")
     assert listed() == [
         f"0  NVIDIA A100-SXM4-40GB  1.1 of 42.9 GB used  pid {job.pid}, factorize -> layer_3.safetensors",
-        "MIG-a28ad590  unknown card  memory unknown  free",
+        "MIG-c7384736  NVIDIA A100-SXM4-40GB MIG 3g.20gb  memory unknown  free",
+        "MIG-a28ad590  NVIDIA A100-SXM4-40GB MIG 3g.20gb  0.0 of 21.1 GB used  free",
+        "GPU-elsewhere  unknown card  memory unknown  free",
     ]
+
+
+def test_the_driver_is_not_asked_where_no_device_is_asked_for():
+    code = (
+        "import sys; import armor.command.cli; from armor.execution.devices import lease; lease(0); "
+        "sys.exit('pynvml' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

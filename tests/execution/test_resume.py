@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 import torch
 
@@ -151,24 +149,6 @@ def test_what_is_finished_is_not_done_again(stages, tmp_path, stage):
     after = saves("again")
     assert before + after <= whole + 1  # of a step whose record was not written yet, its file
     assert results_of(tmp_path / "again") == results_of(tmp_path / "whole")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own, and a way to change its options: size=1m, ro."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options):
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
-        )
-        if done.returncode:
-            pytest.skip("cannot mount a disk here")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)  # mapped files keep it busy
 
 
 @pytest.mark.parametrize("stage", STAGES)

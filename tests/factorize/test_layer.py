@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 from armor.config.recipes import LayerSettings, Override
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern, is_nm
-from armor.factorize import layer
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.format.factors import read_factors
 from armor.format.records.layer import BlockSizes, LayerRecord
@@ -16,6 +15,7 @@ from armor.format.statistics import Statistics, write_statistics
 from armor.methods.magnitude import magnitude
 from armor.solver.objective import Objective, relative_loss
 from armor.solver.settings import SolverSettings
+from tests.memory import NoRoom
 from tests.packed import edit_tensors, opened, prepared
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -230,35 +230,26 @@ def test_a_failed_run_leaves_no_old_json_beside_new_factors(root, tmp_path):
     assert not described.is_file()
 
 
-def short_of_memory(monkeypatch, everywhere):
-    """Let devices have too little memory: "meta" stands in for a GPU."""
-    real = layer.factorize_weight
-
-    def factorize(weight, *arguments):
-        if weight.is_meta:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if everywhere:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return real(weight, *arguments)
-
-    monkeypatch.setattr(layer, "factorize_weight", factorize)
-
-
-def test_what_the_gpu_has_no_memory_for_is_left_to_the_cpu(root, tmp_path, monkeypatch):
-    short_of_memory(monkeypatch, everywhere=False)
+def test_what_the_gpu_has_no_memory_for_is_left_to_the_cpu(root, tmp_path):
+    """The device "meta" stands in for a GPU, one without room for anything."""
     statistics = root / "calibration/layer_1.safetensors"
+    records = {}
     for device in ("cpu", "meta"):
-        record = factorize_layer(
-            *opened(root), 1, statistics, armor(), tmp_path / device / "layer_1.safetensors", device
-        )
-    assert {entry.device for entry in record.modules.values()} == {"cpu"}
-    assert all("the GPU had too little memory" in entry.note for entry in record.modules.values())
-    files = [tmp_path / device / "layer_1.safetensors" for device in ("cpu", "meta")]
+        output = tmp_path / device / "layer_1.safetensors"
+        with NoRoom(lambda _, result: result.is_meta) as gpu:
+            records[device] = factorize_layer(*opened(root), 1, statistics, armor(), output, device)
+    assert {entry.device for record in records.values() for entry in record.modules.values()} == {"cpu"}
+    assert gpu.failed == len(records["meta"].modules)
+    assert all("the GPU had too little memory" in entry.note for entry in records["meta"].modules.values())
+    files = [tmp_path / device / "layer_1.safetensors" for device in records]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_no_memory_anywhere_names_the_module_and_keeps_what_is_finished(root, tmp_path, monkeypatch):
-    short_of_memory(monkeypatch, everywhere=True)
-    with pytest.raises(ArmorError, match=rf"model.safetensors: {Q}.weight: out of memory"):
+def test_no_memory_anywhere_names_the_module_and_keeps_what_is_finished(root, tmp_path):
+    def is_weights_mask(_, tensor):
+        return tensor.dtype == torch.bool and tensor.shape == (64, 64)
+
+    place = rf"model.safetensors: {Q}.weight: out of memory; give the job more"
+    with NoRoom(is_weights_mask, as_on_a_gpu=False), pytest.raises(ArmorError, match=place):
         run(root, tmp_path / "layer_1.safetensors", armor())
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.methods import METHODS
 from armor.solver.settings import SolverSettings
+from tests.memory import card_of
 from tests.packed import opened, prepared
 
 # A small weight first, so that libraries are loaded; then the kernel's high-water mark is set back.
@@ -70,7 +71,7 @@ def test_a_device_too_small_is_refused_before_work_starts(tmp_path, monkeypatch)
     root, output = prepared(tmp_path), tmp_path / "layers/layer_1.safetensors"
     layer = LayerSettings(method="armor", block_size=16)
     needed = peak_bytes((128, 64), 4, layer.for_module("model.layers.1.mlp.gate_proj"))
-    monkeypatch.setattr("armor.factorize.layer.device_memory_bytes", lambda _: needed - 1)
+    card_of(monkeypatch, needed - 1)
     with pytest.raises(ArmorError, match=r"gate_proj: 128 x 64 needs about .* GB, cuda:0 has .* choose a larger GPU"):
         factorize_layer(*opened(root), 1, root / "calibration/layer_1.safetensors", layer, output, "cuda:0")
     assert not output.parent.exists()

@@ -106,7 +106,7 @@ def break_model(kind: str, folder: Path) -> None:
         ("only bin", "only PyTorch .bin weights.*convert"),
         ("no weights", "no safetensors"),
         ("no tokenizer", "no tokenizer"),
-        ("truncated", "truncated, found .* bytes, expected"),
+        ("truncated", r"truncated, damaged or not safetensors \(\d+ bytes; .*fetch or copy it again"),
         ("quantized", r"quantized \(gptq\)"),
     ],
 )

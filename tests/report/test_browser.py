@@ -39,7 +39,7 @@ def chromium():
     with sync_playwright() as playwright:
         # --no-sandbox: it refuses to run as root otherwise; the others: it would look up hosts by itself.
         quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet, timeout=0)
         yield browser
         browser.close()
 
@@ -53,6 +53,7 @@ def visit(chromium, folder):
         context = chromium.new_context(
             viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, java_script_enabled=script
         )
+        context.set_default_timeout(0)  # a loaded machine is no error
         contexts.append(context)
         page = context.new_page()
         page.wrong, page.requested = [], []

@@ -27,21 +27,25 @@ class Run:
     repository: Path = REPOSITORY
     python: Path | None = None  # a folder that every Python of the run reads first
 
-    def snakemake(self, *arguments: str, config: dict | None = None) -> subprocess.CompletedProcess:
+    def command(self, *arguments: str, config: dict | None = None) -> dict:
+        """Snakemake's command line, environment and folder, as subprocess takes them."""
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config or self.config, sort_keys=False))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2"]
         command += ["--directory", str(self.folder), "--configfile", str(path), *arguments]
-        return self._run(command, self.repository)
+        return {"args": command, "env": self._environment(), "cwd": self.repository}
+
+    def snakemake(self, *arguments: str, config: dict | None = None) -> subprocess.CompletedProcess:
+        return subprocess.run(**self.command(*arguments, config=config), capture_output=True, text=True)
 
     def armor(self, *arguments: str) -> subprocess.CompletedProcess:
         """The command of this repository, in the run's folder."""
-        return self._run([sys.executable, "-m", "armor", *arguments], self.folder)
+        command = [sys.executable, "-m", "armor", *arguments]
+        return subprocess.run(command, env=self._environment(), cwd=self.folder, capture_output=True, text=True)
 
-    def _run(self, command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(map(str, filter(None, (self.python, self.repository))))
-        environment = os.environ | {"PYTHONPATH": path}
-        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        return os.environ | {"PYTHONPATH": path}
 
     def would_run(self, config: dict | None = None, *arguments: str) -> dict[str, int]:
         """Jobs by rule that a run would execute now."""
@@ -70,11 +74,10 @@ class Run:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """All of them in one worker: the finished run is made once. What is timed comes last, alone on the machine."""
+    """All of them in one worker: the finished run is made once."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("workflow"))
-    items.sort(key=lambda item: item.path.name == "test_devices.py")
 
 
 @pytest.fixture(scope="session")

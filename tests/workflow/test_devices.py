@@ -1,24 +1,30 @@
-"""Several GPUs, one layer each: layers of a stand-in that only takes its time, leases that are real, fake devices."""
+"""Several GPUs, one layer each: layers of a stand-in that hold their device until told, real leases, fake devices."""
 
-import json
-from itertools import pairwise
+import re
+import subprocess
+import time
 
 import pytest
 
-from armor.execution.files import sha256
-from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.records.base import File
+from tests.records import calibration_record, topology_record
 from tests.workflow.conftest import Run
 
-LAYERS = 12
-# Read by every Python of a run. In place of the solver: hold the leased device, and note from when to when.
+LAYERS = 8
+# Read by every Python of a run. In place of the solver: hold the leased device, alone, until the test lets go of it.
 STAND_IN = """
-import json, os, sys, time, types
+import os, sys, time, types
+from pathlib import Path
 
 def factorize_layer(source, topology, layer, statistics, settings, output, device):
-    begin = time.time()
-    time.sleep(float(os.environ["SECONDS"]))
+    held = Path("held", os.environ["CUDA_VISIBLE_DEVICES"])
+    with open(held, "x") as file:  # raises if another job holds it
+        file.write(f"{layer} ")
+    while not Path("released", str(layer)).exists():
+        time.sleep(0.02)
+    held.unlink()
     output.write_text("")
-    output.with_suffix(".json").write_text(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"], begin, time.time()]))
+    output.with_suffix(".json").write_text("{}")
 
 sys.modules["armor.factorize.layer"] = types.SimpleNamespace(factorize_layer=factorize_layer)
 sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
@@ -32,55 +38,106 @@ CONFIG = {
 }
 
 
+class Layers:
+    """A run of Snakemake over the first `count` layers with `gpus` as its resource, which the test leads."""
+
+    def __init__(self, folder, gpus, count):
+        self.folder, self.log = folder, folder / "log"
+        files = [f"results/deep/armor/layers/layer_{index}.safetensors" for index in range(count)]
+        command = Run(folder, CONFIG, python=folder / "python").command(
+            "--cores", "12", "--resources", f"gpu={gpus}", "--", *files
+        )
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(**command, stdout=log, stderr=log)
+
+    def holding(self):
+        """The layers at work, by device."""
+        found = {}
+        for file in (self.folder / "held").iterdir():
+            try:
+                found[file.name] = int(file.read_text().removesuffix(" "))
+            except (FileNotFoundError, ValueError):  # let go meanwhile, or not written yet
+                continue
+        return found
+
+    def announced(self):
+        """How many layers Snakemake said it starts, which it says before it does."""
+        return len(re.findall(r"^Job \d+: factorize ", self.log.read_text(), re.MULTILINE))
+
+    def wait_for(self, condition):
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
+    def release(self, *layers):
+        for layer in layers:
+            (self.folder / "released" / str(layer)).touch()
+
+    def end(self):
+        assert self.process.wait() == 0, self.log.read_text()
+
+
 @pytest.fixture
-def layers(tmp_path, monkeypatch):
-    """A function that runs `count` layers of a model for `seconds` each, and returns (device, begin, end) of all."""
-    (tmp_path / "python").mkdir()
+def start(tmp_path, monkeypatch):
+    """Start a run in a folder where all that comes before factorization lies."""
+    for name in ("python", "held", "released", "results/deep/calibration/words"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "python/sitecustomize.py").write_text(STAND_IN)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     folder = tmp_path / "results/deep"
-    (folder / "calibration/words").mkdir(parents=True)
-    decoder = tuple(DecoderLayer(index, f"model.layers.{index}", ()) for index in range(LAYERS))
-    topology = Topology("llama", "0", "float32", None, 64, 0, 0, False, decoder)
     (folder / "source.json").write_text("{}")
-    (folder / "model.json").write_text(json.dumps(topology.to_json()))
+    topology_record(layers=LAYERS).write(folder / "model.json")
     files = {}
     for path in (folder / f"calibration/words/layer_{index}.safetensors" for index in range(LAYERS)):
         path.write_text("")
-        files[path.name] = {"bytes": 0, "sha256": sha256(path)}
-    (folder / "calibration/words/calibration.json").write_text(json.dumps({"files": files}))
+        files[path.name] = File.of(path)
+    calibration_record(files=files).write(folder / "calibration/words/calibration.json")
+    started = []
 
-    def start(gpus: int, count: int, seconds: float) -> list[tuple[str, float, float]]:
-        monkeypatch.setenv("SECONDS", str(seconds))
-        files = [f"results/deep/armor/layers/layer_{index}.safetensors" for index in range(count)]
-        fake = Run(tmp_path, CONFIG, python=tmp_path / "python")
-        done = fake.snakemake("--cores", "12", "--resources", f"gpu={gpus}", "--", *files)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [tuple(json.loads((tmp_path / file).with_suffix(".json").read_text())) for file in files]
+    def start(gpus, count):
+        started.append(Layers(tmp_path, gpus, count))
+        return started[-1]
 
-    return start
-
-
-def test_four_gpus_are_busy_until_the_end(layers):
-    seconds = 24  # a start takes a second or two, on a busy machine three, and must not count
-    held = layers(4, LAYERS, seconds)
-    began, ended = min(begin for _, begin, _ in held), max(end for *_, end in held)
-    assert ended - began <= 1.15 * seconds * LAYERS / 4
-    by_device = {device: sorted((b, e) for d, b, e in held if d == device) for device, *_ in held}
-    assert by_device.keys() == set("0123")
-    for spans in by_device.values():
-        assert len(spans) == LAYERS / 4  # to the end
-        assert all(one[1] <= two[0] for one, two in pairwise(spans))  # one at a time
+    yield start
+    for run in started:
+        run.release(*range(LAYERS))
+        run.process.wait()
 
 
-def test_with_one_gpu_one_layer_at_a_time(layers):
-    spans = sorted((begin, end) for _, begin, end in layers(1, 3, 0.3))
-    assert all(one[1] <= two[0] for one, two in pairwise(spans))
+def test_four_gpus_are_busy_until_the_end(start):
+    run = start(4, LAYERS)
+    run.wait_for(lambda: len(run.holding()) == 4)
+    assert run.announced() == 4
+    first = run.holding()
+    for device in ("0", "3"):  # one by one, the others still hold theirs
+        run.release(first[device])
+        run.wait_for(lambda device=device: run.holding().get(device, first[device]) != first[device])
+    second = run.holding()
+    assert len(second) == 4 and all(second[device] == first[device] for device in "12")
+    run.release(first["1"], first["2"])
+    run.wait_for(lambda: len({*first.values(), *run.holding().values()}) == LAYERS and len(run.holding()) == 4)
+    run.release(*run.holding().values())
+    run.end()
 
 
-def test_without_a_limit_the_lease_holds_back_what_snakemake_starts(layers):
-    held = layers(99, 6, 1)
-    for device, begin, end in held:
-        others = [span for span in held if span[0] == device and span != (device, begin, end)]
-        assert all(e <= begin or b >= end for _, b, e in others)
+def test_with_one_gpu_one_layer_at_a_time(start):
+    run = start(1, 3)
+    for done in range(3):
+        run.wait_for(lambda done=done: len(run.holding()) == 1 and not released(run, *run.holding().values()))
+        assert run.announced() == done + 1
+        run.release(*run.holding().values())
+    run.end()
+
+
+def released(run, layer):
+    return (run.folder / "released" / str(layer)).exists()
+
+
+def test_without_a_limit_the_lease_holds_back_what_snakemake_starts(start):
+    """Two that held one device at once would fail; see the stand-in."""
+    run = start(99, 6)
+    run.wait_for(lambda: len(run.holding()) == 4)
+    assert run.announced() == 6
+    run.release(*range(6))
+    run.end()

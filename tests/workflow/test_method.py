@@ -35,7 +35,7 @@ def test_a_new_file_is_a_new_method(clone, tmp_path):
     rows = list(csv.DictReader((run.folder / "results/report/summary.csv").open()))
     assert [row["method"] for row in rows] == ["dense", "nowag", "armor", "toy"] and float(rows[3]["perplexity"]) > 1
     assert "Leftmost" in (run.folder / "results/report/index.html").read_text()
-    assert "| toy | Leftmost |" in run.armor("schema", "--methods").stdout
+    assert "| `toy` | Leftmost |" in run.armor("schema", "--methods").stdout
     # Its code is in the hash of its own recipe, and of no other's.
     file = clone.repository / "armor/methods/toy.py"
     file.write_text(file.read_text().replace("-torch.arange", "torch.arange"))
