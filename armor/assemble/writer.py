@@ -8,7 +8,6 @@ The format is in docs/FORMAT.md.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
+from armor.format.factors import FactorsHeader
 from armor.format.provenance import PROVENANCE, combined, machine, made_by
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
@@ -159,15 +159,15 @@ def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Sha
     modules: dict[str, PackedLinear] = {}
     sizes: dict[str, int] = {}
     with open_safetensors(file) as opened:
-        header = json.loads((opened.metadata() or {}).get("armor", "{}"))
-        if header.get("fingerprint") != fingerprint:
+        header = FactorsHeader.of(opened)
+        if header.fingerprint != fingerprint:
             raise ArmorError(f"{file}: factors of another model (its fingerprint differs); {again}")
         names = set(opened.keys())
         for name, linear in linears.items():
             entry = record.modules[name]
             if entry.pattern is None:
                 continue
-            found = header.get("modules", {}).get(name, {}).get("pattern")
+            found = header.patterns.get(name)
             if found != entry.pattern:
                 expected = f"expected {entry.pattern} as {described.name} says"
                 raise ArmorError(f"{file}: {name}: pattern {found}, {expected}; {again}")
@@ -181,11 +181,10 @@ def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Sha
                     raise ArmorError(f"{file}: {tensor}: shape {tuple(piece.get_shape())}, expected {shape}; {again}")
                 names.remove(tensor)
                 sizes[tensor] = torch.Size(shape).numel() * DTYPES[piece.get_dtype()][1]
-        others = tuple(sorted(header.get("others", ())))
-        if unknown := names.symmetric_difference(others):
+        if unknown := names.symmetric_difference(header.others):
             raise ArmorError(f"{file}: {min(unknown)}: not a tensor that {described.name} describes; {again}")
-        _check_others(file, {name: opened.get_slice(name) for name in others}, shards)
-    return _Layer(file, modules, sizes, others, record)
+        _check_others(file, {name: opened.get_slice(name) for name in header.others}, shards)
+    return _Layer(file, modules, sizes, header.others, record)
 
 
 def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
@@ -21,7 +22,7 @@ from armor.execution.files import open_safetensors, save_safetensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FACTORS_VERSION", "read_factors", "read_others", "write_factors"]
+__all__ = ["FACTORS_VERSION", "FactorsHeader", "read_factors", "read_others", "write_factors"]
 
 FACTORS_VERSION = 1
 WITH_OTHERS = 2
@@ -71,6 +72,22 @@ def read_others(path: Path) -> dict[str, Tensor]:
     """The other tensors of the layer in a factors file, by full name. Raises ArmorError for another file."""
     with open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in _header(path, file).get("others", ())}
+
+
+@dataclass(frozen=True)
+class FactorsHeader:
+    """What a factors file says of itself: its model's fingerprint, the pattern of each linear, the other tensors."""
+
+    fingerprint: str | None
+    patterns: dict[str, str]
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: Any) -> FactorsHeader:
+        """The header of an opened safetensors file; one of another kind of file is empty."""
+        header = json.loads((file.metadata() or {}).get("armor", "{}"))
+        patterns = {name: module.get("pattern") for name, module in header.get("modules", {}).items()}
+        return cls(header.get("fingerprint"), patterns, tuple(sorted(header.get("others", ()))))
 
 
 def _header(path: Path, file) -> dict:

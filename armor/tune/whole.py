@@ -56,6 +56,8 @@ __all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "pea
 KEPT = 256
 """Tokens of each prediction that are kept."""
 TOKENS_AT_A_TIME = 128
+PREDICTED = "predictions"
+"""The step that is done when the dense model's predictions are on disk."""
 USABLE = 0.95
 ROOMY = 0.5  # of the memory: what may be taken to save time
 
@@ -197,7 +199,7 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
     Of the first `trained` sequences in the arithmetic of training, which takes half the time; of the others exactly.
     """
     file = steps.folder / "predictions.safetensors"
-    if steps.get("predictions", File) is None or not file.is_file():
+    if steps.get(PREDICTED, File) is None or not file.is_file():
         dtype = str(compute_dtype(source.dtype, device)).removeprefix("torch.")
         model = StreamedModel(source.path, dtype, device)
         parts = []
@@ -209,7 +211,7 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
                 logits = model.logits(row[None].to(device) for row in rows)
                 parts.append(vars(kept_predictions(one[0] for one in logits)))
         save_safetensors(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        steps.put("predictions", File.of(file))
+        steps.put(PREDICTED, File.of(file))
     with open_safetensors(file) as opened:
         return Predictions(*(opened.get_tensor(field.name) for field in fields(Predictions)))
 
