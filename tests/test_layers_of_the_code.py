@@ -16,7 +16,8 @@ FLOORS = (
     ("format", "methods"),
     ("config", "runtime"),
     ("model", "text", "run", "hf"),
-    ("calibrate", "factorize", "assemble", "evaluate", "benchmark", "report"),
+    ("training",),
+    ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "benchmark", "report"),
     ("command",),
     ("__main__",),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from armor.execution.log import log
 from armor.format.provenance import ranges
 from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
-from armor.format.records.layer import LayerRecord
+from armor.format.records.layer import LayerRecord, Training
 
 __all__ = ["Sizes", "card", "origins"]
 
@@ -38,7 +39,7 @@ def origins(records: Iterable[LayerRecord]) -> tuple[FactorsMadeBy, ...]:
     """What made the layers that `records` describe: settings, code, versions, and which layers share them."""
     found: list[FactorsMadeBy] = []
     for record in records:
-        made = record.made_by
+        made = record.factorized or record.made_by
         own = FactorsMadeBy(
             layers=(record.layer,), settings=made.settings, code=made.code, versions=record.machine.versions
         )
@@ -99,6 +100,7 @@ def card(
         bits=f"{sizes.bits_per_weight:.3f}",
         dense_bits=f"{sizes.dense_bits_per_weight:.3f}",
         recipe="\n".join(_recipe(part) for part in made.factors),
+        training=_trainings(records),
         fingerprint=made.fingerprint,
         calibration=made.statistics_fingerprint,
         code=", ".join(dict.fromkeys(part.code for part in made.factors)),
@@ -131,6 +133,33 @@ def _recipe(part: FactorsMadeBy) -> str:
     return f"Layers {ranges(part.layers)}:\n\n```yaml\n{settings}\n```\n"
 
 
+def _trainings(records: list[LayerRecord]) -> str:
+    """What the factors were trained by, a paragraph each; nothing if by nothing."""
+    rounds = zip_longest(*(record.training for record in records))
+    return "".join(f"{_training([done for done in found if done])}\n\n" for found in rounds)
+
+
+def _training(layers: list[Training]) -> str:
+    first = layers[0]
+    how = (
+        f"{first.steps} steps of {first.tokens // max(first.steps, 1) // first.length} sequences of {first.length:,} "
+        f"tokens, out of {first.sequences} (Adam, a rate of {first.rate:g} of each tensor's root mean square)"
+    )
+    what = "A, the values of S, B" + (", norms and biases" if any(done.norms_and_biases for done in layers) else "")
+    if first.stage == "tune":
+        return (
+            f"Tuned: the whole model was trained to predict what the dense one predicts: {what}; {how}. KL divergence "
+            f"on {first.held_out} held-out sequences: {first.start_loss:.4f} nats before, {first.loss:.4f} after."
+        )
+    falls = [1 - done.loss / done.start_loss for done in layers if done.start_loss] or [0.0]
+    same = sum(not done.kept for done in layers)
+    return (
+        f"Refined: the output of each decoder layer was brought close to the dense one's: {what}; {how}. Its mean "
+        f"square error on {first.held_out} held-out sequences fell by {sum(falls) / len(falls):.0%} in the mean of "
+        f"{len(layers)} layers{f'; {same} stayed as they were' if same else ''}."
+    )
+
+
 CARD = """# {title}: packed sparse linears (ARMOR)
 
 Made from {origin} by ARMOR Pipeline. Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S
@@ -161,7 +190,7 @@ The loss is the share of the calibration-weighted norm of W that is lost, {loss}
 the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source.
 
 {recipe}
-| made from | |
+{training}| made from | |
 |---|---|
 | source, its fingerprint | `{fingerprint}` |
 | calibration, its fingerprint | `{calibration}` |

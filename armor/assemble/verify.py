@@ -4,7 +4,7 @@ The same checks guard loading (`armor.hf`); here they cover every file and tenso
 transformers makes a model of the whole, with no tensor missing or left over. Beside the source model more can be said:
 how far each A·S·B is from the W that it stands for, and whether all else is the source's to the byte. That distance is
 not what the solver minimises (which weights inputs by their size), so it compares modules and checkpoints, and does not
-rank methods.
+rank methods. Norms and biases that were trained (provenance.json lists them) are not the source's, and are counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
 from armor.format.checksums import CHECKSUMS, check_contents, loaded_files, read_checksums, start_hashing
+from armor.format.provenance import PROVENANCE
+from armor.format.records.checkpoint import ProvenanceRecord
 from armor.format.shards import Shards
 from armor.runtime.load import check_names
 
@@ -54,6 +56,8 @@ class Distance(Typed):
     """The source's folder."""
     equal_tensors: int
     """Tensors that are the source's own, to the byte."""
+    trained_tensors: int
+    """Norms and biases that were trained, and so are not the source's."""
     relative_errors: dict[str, float]
     """‖W − A·S·B‖ / ‖W‖ (Frobenius) by module."""
 
@@ -137,7 +141,9 @@ def _open_source(folder: Path, shards: Shards, modules: dict[str, PackedLinear])
 
 def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -> Distance:
     """The distance of every compressed linear from the source's; raises ArmorError for another tensor that differs."""
-    copied = _copied(shards, modules)
+    made = ProvenanceRecord.read_if_there(shards.folder / PROVENANCE)
+    trained = set(made.trained if made else ())
+    copied = [name for name in _copied(shards, modules) if name not in trained]
     for name in copied:
         ours, theirs = shards.read(name), source.read(name)
         if ours.dtype != theirs.dtype or not torch.equal(*(t.view(-1).view(torch.uint8) for t in (ours, theirs))):
@@ -151,7 +157,9 @@ def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
         distance = weight.sub_(read_packed(shards, name, layout).reconstruct())
         errors[name] = torch.linalg.vector_norm(distance, dtype=torch.float64).item() / (norm or 1.0)
-    return Distance(against=str(source.folder), equal_tensors=len(copied), relative_errors=errors)
+    return Distance(
+        against=str(source.folder), equal_tensors=len(copied), trained_tensors=len(trained), relative_errors=errors
+    )
 
 
 def table(found: Verified) -> str:
@@ -166,6 +174,8 @@ def table(found: Verified) -> str:
     }
     if distance := found.distance:
         facts["source"] = f"{distance.against}: the other {distance.equal_tensors} tensors are equal"
+        if trained := distance.trained_tensors:
+            facts["source"] += f", {trained} norms and biases were trained"
     lines = [f"{found.folder}: sound", *(f"  {key:<12}{value}" for key, value in facts.items())]
     if errors := distance and distance.relative_errors:
         lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", *_grid(errors)]

@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,15 @@ __all__ = ["assemble"]
 
 @dataclass(frozen=True)
 class _Layer:
-    """The factors of one decoder layer: its compressed linears, the sizes of their tensors, the record."""
+    """The factors of one decoder layer: its compressed linears, the sizes of their tensors, the record.
+
+    `others` are the tensors that take the place of the source's: norms and biases that were trained.
+    """
 
     file: Path
     modules: dict[str, PackedLinear]
     bytes: dict[str, int]
+    others: tuple[str, ...]
     record: LayerRecord
 
 
@@ -59,9 +64,9 @@ def assemble(
             f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
         )
     shards = Shards(source.path)
-    layers = [_read_layer(factors, layer, topology.fingerprint) for layer in topology.layers]
+    layers = [_read_layer(factors, layer, topology.fingerprint, shards) for layer in topology.layers]
     modules = {name: layout for layer in layers for name, layout in layer.modules.items()}
-    origin = {tensor: layer.file for layer in layers for tensor in layer.bytes}
+    origin = {tensor: layer.file for layer in layers for tensor in (*layer.bytes, *layer.others)}
 
     def read(name: str) -> Tensor:
         if modules and name == tombstone(modules):
@@ -87,7 +92,7 @@ def assemble(
         "max_shard_bytes": max_shard_bytes,
     }
     records = [layer.record for layer in layers]
-    made = _made(source, records)
+    made = _made(source, records, sorted((name for layer in layers for name in layer.others), key=natural))
     with resumable(output, __name__, "cpu", **work) as steps:
         output.unlink(missing_ok=True)
         if target.exists():
@@ -124,17 +129,21 @@ def assemble(
     return record
 
 
-def _made(source: Source, records: list[LayerRecord]) -> ProvenanceRecord:
-    """The checkpoint's provenance: that of its own making, and that of the factors."""
+def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> ProvenanceRecord:
+    """The checkpoint's provenance: that of its own making and of the factors, and which other tensors were trained."""
     inputs = {f"layer {record.layer}": record.sha256 for record in records}
     statistics = combined(record.statistics_fingerprint for record in records)
     made = made_by(__name__, None, {"model": source.fingerprint, "statistics": statistics, **inputs})
     return ProvenanceRecord(
-        fingerprint=source.fingerprint, statistics_fingerprint=statistics, made_by=made, factors=origins(records)
+        fingerprint=source.fingerprint,
+        statistics_fingerprint=statistics,
+        made_by=made,
+        factors=origins(records),
+        trained=tuple(trained),
     )
 
 
-def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
+def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Shards) -> _Layer:
     """Read and check one layer's JSON and the header of its factors."""
     file, described = folder / f"layer_{layer.index}.safetensors", folder / f"layer_{layer.index}.json"
     again = f"factorize layer {layer.index} again"
@@ -172,9 +181,19 @@ def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str) -> _Layer:
                     raise ArmorError(f"{file}: {tensor}: shape {tuple(piece.get_shape())}, expected {shape}; {again}")
                 names.remove(tensor)
                 sizes[tensor] = torch.Size(shape).numel() * DTYPES[piece.get_dtype()][1]
-        if names:
-            raise ArmorError(f"{file}: {min(names)}: not a tensor that {described.name} describes; {again}")
-    return _Layer(file, modules, sizes, record)
+        others = tuple(sorted(header.get("others", ())))
+        if unknown := names.symmetric_difference(others):
+            raise ArmorError(f"{file}: {min(unknown)}: not a tensor that {described.name} describes; {again}")
+        _check_others(file, {name: opened.get_slice(name) for name in others}, shards)
+    return _Layer(file, modules, sizes, others, record)
+
+
+def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:
+    """Tensors that take the place of the source's are as those are."""
+    for name, piece in pieces.items():
+        found = tuple(piece.get_shape()), DTYPES[piece.get_dtype()][0]
+        if found != (expected := (shards.shape(name), shards.dtype(name))):
+            raise ArmorError(f"{file}: {name}: {found[1]} of shape {found[0]}, expected {expected[1]} of {expected[0]}")
 
 
 def _layout(linear: Linear, entry: LinearRecord) -> PackedLinear:

@@ -39,26 +39,19 @@ from armor.model.source import Source
 from armor.runtime.skeleton import (
     Call,
     Skeleton,
+    compute_dtype,
     finite,
     load_layer,
     load_outside,
     open_skeleton,
     record,
+    record_each,
     unload_outside,
 )
 from armor.text.blocks import token_blocks
 from armor.text.sources import describe
 
 __all__ = ["calibrate", "compute_dtype", "peak_bytes"]
-
-
-def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
-    """The dtype to run a model of `dtype` in: its own if the device multiplies in it, else float32."""
-    own: torch.dtype = getattr(torch, dtype)
-    if device != "cpu":
-        return own
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return own if own == torch.bfloat16 and native else torch.float32
 
 
 def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) -> int:
@@ -207,19 +200,15 @@ def _embed(
 ) -> Iterator[tuple[HiddenStates, list[list[Call]]]]:
     """The hidden states before decoder layer `layer`, and per sequence what each layer is called with.
 
-    tokens (sequences, length). Those before layer 0 are made here, those of a later one lie in `folder`. Sequences of
-    one length are mostly called with equal masks and rotary embeddings: those are kept once.
+    tokens (sequences, length). Those before layer 0 are made here, those of a later one lie in `folder`.
     """
-    first, shared = record(skeleton, tokens[:1])
-    calls = [shared]
+    first, _ = record(skeleton, tokens[:1])
+    calls = []
     with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder, layer) as hidden:
-        if layer == 0:
-            hidden.write(0, first)
-        for index in range(1, len(tokens)):
-            states, own = record(skeleton, tokens[index : index + 1])
+        for index, (states, own) in enumerate(record_each(skeleton, tokens)):
             if layer == 0:
                 hidden.write(index, states)
-            calls.append([a if a.equals(b) else b for a, b in zip(shared, own, strict=True)])
+            calls.append(own)
         if layer == 0:
             hidden.turn()
         yield hidden, calls

@@ -25,6 +25,7 @@ from armor.config.reading import parse_settings
 from armor.config.recipes import LayerSettings
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.config.training import RefineJob, Sample, TuneJob
 from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
@@ -132,6 +133,74 @@ def factorize(
     parsed = parse_settings(LayerSettings, settings)
     statistics = statistics_of(calibration, layer)
     factorize_layer(open_source(source), Topology.read(model), layer, statistics, parsed, output, device)
+
+
+@app.command()
+def states(
+    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Keep what goes into every decoder layer of the dense model -> a record and, beside it, the folder of its name."""
+    device = _prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.refine.states import make_states
+
+    make_states(open_source(source), Topology.read(model), parse_settings(Sample, settings), output, device)
+
+
+@app.command()
+def refine(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    states: Annotated[Path, typer.Option(help="The record of the dense model's hidden states.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Train one decoder layer until its output is close to the dense one's -> its factors, and a record beside them."""
+    device = _prepare(threads, gpus)
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+    from armor.refine.layer import refine_layer
+
+    parsed = parse_settings(RefineJob, settings)
+    start, statistics = factors / f"layer_{layer}.safetensors", statistics_of(calibration, layer)
+    topology = Topology.read(model)
+    refine_layer(open_source(source), topology, layer, start, states, statistics, parsed, output, device)
+
+
+@app.command()
+def refined(
+    factors: Annotated[Path, typer.Option(help="The folder with every refined layer's factors.")], output: Output
+) -> None:
+    """Sum up what refinement did to all layers -> a record."""
+    _prepare(1)
+    from armor.refine.summary import sum_up
+
+    sum_up(factors, output)
+
+
+@app.command()
+def tune(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Train the whole model until it predicts what the dense one does -> a record and, beside it, all factors."""
+    device = _prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.tune.whole import tune
+
+    parsed = parse_settings(TuneJob, settings)
+    tune(open_source(source), Topology.read(model), factors, calibration, parsed, output, device)
 
 
 @app.command()

@@ -29,10 +29,23 @@ import sys
 __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
-STAGES = ("calibrate", "factorize", "assemble", "predict", "evaluate", "benchmark")
+STAGES = (
+    "calibrate",
+    "factorize",
+    "states",
+    "refine",
+    "refined",
+    "tune",
+    "assemble",
+    "predict",
+    "evaluate",
+    "benchmark",
+)
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",
+    "armor.refine.layer",
+    "armor.tune.whole",
     "armor.assemble.writer",
     "armor.evaluate.predictions",
     "armor.evaluate.perplexity",

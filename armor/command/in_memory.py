@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from armor.command.in_memory_training import train
 from armor.config.reading import parse_settings
 from armor.config.recipes import ModuleSettings, Recipe
 from armor.core.errors import ArmorError
@@ -44,11 +45,12 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
 
     `tokenizer` is the model's; `text` (one or several documents) is what the inputs' statistics are taken on, cut into
     `sequences` blocks of `sequence_length` tokens (unset: 1,024, or the model's context length if that is less);
-    `recipe` is one as in a configuration (config/README.md), whose `calibration` is not looked at. The model can then
-    generate and be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves
-    the model as it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
+    `recipe` is one as in a configuration (config/README.md), whose `calibration` is not looked at; with `refine` or
+    `tune` it is trained on the same text, in float32 copies of a layer or of the model. The model can then generate and
+    be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves the model as
+    it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else parse_settings(Recipe, recipe, "recipe")
+    chosen = _recipe(recipe)
     if not isinstance(model, PreTrainedModel):
         raise ArmorError(f"{type(model).__name__}: not a model of transformers; expected a causal language model")
     where = model.name_or_path or type(model).__name__
@@ -77,13 +79,25 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
     if not linears:
         return model
     tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
+    samples = {
+        stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
+        for stage, s in chosen.training().items()
+    }
     inputs = _statistics(model, linears, {name for name, s in settings.items() if s.method == "sparsegpt"}, tokens)
     factors: dict[str, Factorization] = {}
     for name, linear in progress(linears.items(), "factorize", total=len(linears), unit="linear"):
         weight, chance = linear.weight.detach(), seed_of(seed, name)
         factors[name] = factorize_weight(weight, inputs[name], settings[name], chance, f"{where}: {name}")
+    train(model, chosen, samples, factors, seed)
     pack_linears(model, factors)
     return model
+
+
+def _recipe(given: Recipe | dict) -> Recipe:
+    recipe = given if isinstance(given, Recipe) else parse_settings(Recipe, given, "recipe")
+    if recipe.base is not None:
+        raise ArmorError(f"recipe: base: there is no recipe {recipe.base} here; say in full how the factors are made")
+    return recipe
 
 
 def _tokens(

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from armor.config.common import Name, PatternText, nearest
+from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.methods import METHODS
@@ -105,8 +106,17 @@ class LayerSettings(ModuleSettings):
 
 
 class Recipe(ModuleSettings):
-    """A way to compress a model: a method with its settings, a calibration, and exceptions."""
+    """A way to compress a model: a method with its settings, a calibration, and exceptions.
 
+    Or, with `base`, a way to go on from what another recipe makes, by refine, tune or both.
+    """
+
+    base: Name | None = None
+    """The recipe to start from: its factors are trained further, and it says everything about how they are made."""
+    refine: RefineSettings | None = None
+    """Train each decoder layer against the dense one; unset: don't."""
+    tune: TuneSettings | None = None
+    """Then train the whole model against the dense one's predictions; unset: don't."""
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""
     keep_dense: list[str] = []
@@ -119,7 +129,19 @@ class Recipe(ModuleSettings):
         solvers = [self.solver, *(override.solver for override in self.overrides if override.solver)]
         if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
             raise ValueError("solver.selection: goes with algorithm: published")
+        if self.base is not None:
+            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune")]
+            if given := [key for key in own if getattr(self, key) != Recipe.model_fields[key].default]:
+                raise ValueError(f"{given[0]}: is what the base says; leave it out, or leave base out")
+            if not self.training():
+                raise ValueError("base: goes with refine or tune; without both this is the recipe that it names")
+        elif self.method == "dense" and self.training():
+            raise ValueError(f"{[*self.training()][0]}: a dense recipe has nothing to train")
         return self
+
+    def training(self) -> dict[str, TrainingSettings]:
+        """The stages of training that it asks for, in order."""
+        return {name: found for name, found in (("refine", self.refine), ("tune", self.tune)) if found is not None}
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""

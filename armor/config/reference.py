@@ -14,6 +14,7 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.recipes import Override, Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
+from armor.config.training import RefineSettings, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.reference import field_table, record_reference, table
 from armor.methods import METHODS, Method
@@ -29,6 +30,8 @@ SECTIONS = {
     "A recipe": Recipe,
     "The solver": SolverSettings,
     "An override": Override,
+    "Refinement": RefineSettings,
+    "Tuning": TuneSettings,
     "An evaluation": EvaluationSettings,
     "A benchmark": BenchmarkSettings,
     "A run": Run,

@@ -12,6 +12,7 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.recipes import LayerSettings, Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.config.training import RefineJob, Sample, TuneJob, overlap
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS
@@ -76,31 +77,67 @@ class Config(Typed):
         for kind, reserved in RESERVED.items():
             for name in {*reserved} & set(getattr(self, kind)):
                 raise ValueError(f"{kind}.{name}: this name is a folder of the pipeline itself; choose another")
-        for name, recipe in self.recipes.items():
-            if recipe.method == "dense" and recipe.overrides:
-                raise ValueError(
-                    f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
-                    "method and list the other modules in keep_dense"
-                )
-            if recipe.calibration is not None:
-                _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
-            elif recipe.method != "dense" and len(self.calibrations) != 1:
-                raise ValueError(
-                    f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
-                    "choose from; name one"
-                )
-            needing = [method for method in recipe.methods() if "gram" in METHODS[method].statistics]
-            if needing and not self.calibrations[self.calibration_of(name)].gram:
-                raise ValueError(
-                    f"recipes.{name}: {needing[0]} needs the Gram matrices of the inputs; set "
-                    f"calibrations.{self.calibration_of(name)}.gram: true"
-                )
+        for name in self.recipes:
+            self._check_recipe(name)
+        for name in self.recipes:
+            self._check_training(name)
         pairs = self.pairs()
         if not pairs:
             raise ValueError("runs: no model goes with any recipe; nothing to do")
         if all(self.is_dense(recipe) and not asked for (_, recipe), asked in pairs.items()):
             raise ValueError("runs: dense recipes alone, no evaluation and no benchmark; nothing to do")
         return self
+
+    def _check_recipe(self, name: str) -> None:
+        """A recipe has the calibration that it needs."""
+        recipe = self.recipes[name]
+        if recipe.base is not None:
+            self._check_base(name)
+            return
+        if recipe.method == "dense" and recipe.overrides:
+            raise ValueError(
+                f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
+                "method and list the other modules in keep_dense"
+            )
+        if recipe.calibration is not None:
+            _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
+        elif recipe.method != "dense" and len(self.calibrations) != 1:
+            raise ValueError(
+                f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
+                "choose from; name one"
+            )
+        needing = [method for method in recipe.methods() if "gram" in METHODS[method].statistics]
+        if needing and not self.calibrations[self.calibration_of(name)].gram:
+            raise ValueError(
+                f"recipes.{name}: {needing[0]} needs the Gram matrices of the inputs; set "
+                f"calibrations.{self.calibration_of(name)}.gram: true"
+            )
+
+    def _check_base(self, name: str) -> None:
+        line = [name]
+        while (base := self.recipes[line[-1]].base) is not None:
+            _known(f"recipes.{line[-1]}.base", base, self.recipes)
+            if base in line:
+                raise ValueError(f"recipes.{name}.base: {' -> '.join([*line, base])}: goes round in a circle")
+            line.append(base)
+        if self.is_dense(name):
+            raise ValueError(
+                f"recipes.{name}.{[*self.recipes[name].training()][0]}: a dense recipe has nothing to train"
+            )
+
+    def _check_training(self, name: str) -> None:
+        """The texts that a recipe is trained on are there, and none that it is evaluated on."""
+        for stage, settings in self.recipes[name].training().items():
+            if settings.calibration is not None:
+                _known(f"recipes.{name}.{stage}.calibration", settings.calibration, self.calibrations)
+            text = self.sample(name, stage).text
+            for evaluation in (e for (_, recipe), asked in self.pairs().items() if recipe == name for e in asked.texts):
+                evaluated = self.evaluations[evaluation].text
+                if evaluated is not None and overlap(text, evaluated):
+                    raise ValueError(
+                        f"recipes.{name}.{stage}: trains on documents of evaluations.{evaluation}; keep them apart by "
+                        "documents, or name a calibration on another text"
+                    )
 
     def names(self, kind: str, run: Run) -> list[str]:
         """The names of `kind` (models, recipes, ...) that take part in `run`."""
@@ -124,7 +161,58 @@ class Config(Typed):
 
     def is_dense(self, recipe: str) -> bool:
         """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
-        return self.recipes[recipe].method == "dense"
+        return self.factorized(recipe).method == "dense"
+
+    def made_by(self, recipe: str) -> list[tuple[str, str]]:
+        """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""
+        settings = self.recipes[recipe]
+        before = [("factorize", recipe)] if settings.base is None else self.made_by(settings.base)
+        return [*before, *((stage, recipe) for stage in settings.training())]
+
+    def before(self, stage: str, recipe: str) -> tuple[str, str]:
+        """What makes the factors that the training `stage` of `recipe` starts from: a stage and a recipe."""
+        line = self.made_by(recipe)
+        return line[line.index((stage, recipe)) - 1]
+
+    def factorized(self, recipe: str) -> Recipe:
+        """The recipe that says how the factors of `recipe` are made: its own, or its base's."""
+        return self.recipes[self.made_by(recipe)[0][1]]
+
+    def sample(self, recipe: str, stage: str) -> Sample:
+        """The sequences that `stage` (refine or tune) of `recipe` trains on, the held-out ones at the end."""
+        settings = self.recipes[recipe].training()[stage]
+        calibration = self.calibrations[settings.calibration or self.calibration_of(recipe)]
+        return Sample(
+            text=calibration.text,
+            sequences=settings.sequences + settings.held_out,
+            sequence_length=settings.sequence_length or calibration.sequence_length,
+        )
+
+    def states_of(self, recipe: str) -> str:
+        """The name of the dense model's hidden states that `recipe` is refined on: recipes with one sample share it."""
+        settings, sample = self.recipes[recipe].refine, self.sample(recipe, "refine")
+        assert settings is not None
+        name = settings.calibration or self.calibration_of(recipe)
+        return f"{name}-{sample.sequences}x{sample.sequence_length or 'context'}"
+
+    def states(self) -> dict[str, Sample]:
+        """What hidden states there are to make, by name."""
+        refined = [name for name, recipe in self.recipes.items() if recipe.refine is not None]
+        return {self.states_of(name): self.sample(name, "refine") for name in refined}
+
+    def refine_settings(self, recipe: str) -> RefineJob:
+        """What the refinement of a decoder layer reads."""
+        settings = self.recipes[recipe].refine
+        assert settings is not None
+        own = settings.model_copy(update={"calibration": None})  # a name; the sample is what it stands for
+        return RefineJob(refine=own, sample=self.sample(recipe, "refine"), seed=self.seed)
+
+    def tune_settings(self, recipe: str) -> TuneJob:
+        """What tuning reads."""
+        settings = self.recipes[recipe].tune
+        assert settings is not None
+        own = settings.model_copy(update={"calibration": None})
+        return TuneJob(tune=own, sample=self.sample(recipe, "tune"), seed=self.seed)
 
     def benchmarked(self, model: str, benchmark: str) -> list[str]:
         """The compressing recipes of `model` that `benchmark` times, beside the dense model."""
@@ -133,7 +221,7 @@ class Config(Typed):
 
     def calibration_of(self, recipe: str) -> str:
         """The name of the calibration that `recipe` uses."""
-        return self.recipes[recipe].calibration or next(iter(self.calibrations))
+        return self.factorized(recipe).calibration or next(iter(self.calibrations))
 
     def report_settings(self) -> ReportSettings:
         """What the report is about: every pair, in order."""
@@ -141,9 +229,9 @@ class Config(Typed):
             ReportPair(
                 model=model,
                 recipe=name,
-                method=self.recipes[name].method,
-                pattern=self.recipes[name].pattern,
-                block_size=self.recipes[name].block_size,
+                method=self.factorized(name).method,
+                pattern=self.factorized(name).pattern,
+                block_size=self.factorized(name).block_size,
                 calibration=self.calibration_of(name) if self.calibrations else None,
                 evaluations=asked.texts,
                 tasks={evaluation: self.evaluations[evaluation].task_names() for evaluation in asked.tasks},
@@ -155,12 +243,12 @@ class Config(Typed):
 
     def module_patterns(self, recipe: str) -> list[str]:
         """The patterns over module names that `recipe` has, each of which should match something."""
-        settings = self.recipes[recipe]
+        settings = self.factorized(recipe)
         return [*settings.keep_dense, *(override.modules for override in settings.overrides)]
 
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""
-        return self.recipes[recipe].for_layer(layer, self.seed)
+        return self.factorized(recipe).for_layer(layer, self.seed)
 
 
 def _known(where: str, name: str, known: dict[str, Any]) -> None:

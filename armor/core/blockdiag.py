@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armor.core.pattern import Pattern
 
-__all__ = ["block_size_for", "expand", "identity", "multiply", "sizes"]
+__all__ = ["block_size_for", "condition", "expand", "identity", "multiply", "sizes"]
 
 
 def block_size_for(dimension: int, requested: int, multiple_of: int = 1) -> int | None:
@@ -48,3 +48,9 @@ def multiply(blocks: Tensor, x: Tensor) -> Tensor:
 def expand(blocks: Tensor) -> Tensor:
     """The dense (dimension, dimension) matrix."""
     return torch.block_diag(*blocks)
+
+
+def condition(blocks: Tensor) -> Tensor:
+    """The condition number of every block (dimension / d,), in the 2-norm, float64; 1e16 for a singular one."""
+    values = torch.linalg.svdvals(blocks.double())
+    return (values[:, 0] / values[:, -1]).nan_to_num(1e16).clamp_max(1e16)

@@ -34,6 +34,7 @@ from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
 from armor.model.source import Source
+from armor.solver.objective import condition
 
 __all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
 
@@ -98,6 +99,7 @@ def factorize_layer(
                     block_size=_block_sizes(found) if found else None,
                     start_loss=found.start_loss if found else 0.0,
                     loss=found.loss if found else 0.0,
+                    condition=condition(found) if found else None,
                     trace=tuple(_thinned(found.trace)) if found else (),
                     seed=seed,
                     device=place,

@@ -8,8 +8,11 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/calibration/{calibration}/           statistics: calibration.json, layer_{layer}.safetensors
     results/{model}/predictions/{evaluation}.json        what the dense model predicts on the text of an evaluation
     results/{model}/predictions/{evaluation}.safetensors its logits, while they are needed
+    results/{model}/states/{states}.json, {states}/      the dense model's hidden states, while they are needed
     results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
+    results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
+    results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
     results/{model}/{recipe}/evaluation/{evaluation}.json
     results/report/                                      the page, its summary, its figures
@@ -24,6 +27,7 @@ from pathlib import Path
 __all__ = [
     "CALIBRATION",
     "CHECKPOINT",
+    "FACTORS",
     "MODEL",
     "RESERVED",
     "RUN",
@@ -42,9 +46,11 @@ CHECKPOINT = "checkpoint.json"
 SUMMARY = "summary.json"
 RESERVED = {
     "models": ("report", "logs", "benchmarks"),
-    "recipes": ("calibration", "source", "benchmark", "predictions"),
+    "recipes": ("calibration", "source", "benchmark", "predictions", "states"),
 }
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
+FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned"}
+"""The stages that make factors, and the folder of a recipe in which each leaves them."""
 REPORT_FILES = ("index.html", "summary.csv", SUMMARY, "summary.md", "summary.tex")
 
 
@@ -72,14 +78,36 @@ class Results:
     def logits(self, model: str = "{model}", evaluation: str = "{evaluation}") -> str:
         return str(logits_beside(self.predictions(model, evaluation)))
 
-    def layers(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
-        return f"{self.root}/{model}/{recipe}/layers"
+    def states(self, model: str = "{model}", states: str = "{states}") -> str:
+        return f"{self.root}/{model}/states/{states}.json"
 
-    def factors(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
-        return f"{self.layers(model, recipe)}/layer_{layer}.safetensors"
+    def layers(self, model: str = "{model}", recipe: str = "{recipe}", stage: str = "factorize") -> str:
+        """The folder with the factors of every decoder layer, as `stage` leaves them."""
+        return f"{self.root}/{model}/{recipe}/{FACTORS[stage]}"
 
-    def layer(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
-        return f"{self.layers(model, recipe)}/layer_{layer}.json"
+    def factors(
+        self,
+        model: str = "{model}",
+        recipe: str = "{recipe}",
+        layer: int | str = "{layer}",
+        stage: str = "factorize",
+    ) -> str:
+        return f"{self.layers(model, recipe, stage)}/layer_{layer}.safetensors"
+
+    def layer(
+        self,
+        model: str = "{model}",
+        recipe: str = "{recipe}",
+        layer: int | str = "{layer}",
+        stage: str = "factorize",
+    ) -> str:
+        return f"{self.layers(model, recipe, stage)}/layer_{layer}.json"
+
+    def refined(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.layers(model, recipe, 'refine')}.json"
+
+    def tuned(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.layers(model, recipe, 'tune')}.json"
 
     def checkpoint(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.root}/{model}/{recipe}/{CHECKPOINT}"

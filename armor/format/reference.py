@@ -23,7 +23,20 @@ from armor.format.records.base import Record
 
 __all__ = ["field_table", "layout_tree", "record_reference", "record_types", "table", "words"]
 
-ORDER = ("source", "topology", "calibration", "layer", "checkpoint", "predictions", "evaluation", "benchmark", "report")
+ORDER = (
+    "source",
+    "topology",
+    "calibration",
+    "layer",
+    "states",
+    "refine",
+    "tune",
+    "checkpoint",
+    "predictions",
+    "evaluation",
+    "benchmark",
+    "report",
+)
 """The modules of records in the order of the data; others follow by name, and what they share comes last."""
 PLAIN = {"string": "text", "boolean": "true or false", "object": "mapping", "integer": "integer", "number": "number"}
 """JSON schema's names of types in plain words."""

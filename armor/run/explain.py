@@ -20,14 +20,16 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
-from armor.format.layout import CALIBRATION, RUN, SUMMARY
-from armor.format.provenance import CHECKSUMS, PROVENANCE, model_fingerprint, ranges
+from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside
+from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import FactorsMadeBy
 from armor.format.records.layer import LayerRecord
 from armor.format.records.source import SourceRecord
-from armor.run.jobs import Job, jobs
+from armor.format.records.states import StatesRecord
+from armor.format.records.tune import TuneRecord
+from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import last_config
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
@@ -127,7 +129,10 @@ class Reruns:
 
     def job_of(self, record: Path) -> Job | None:
         """The job that writes `record`; None if the configuration asks for none such."""
-        return next((job for job in self.jobs if job.record.absolute() == record.absolute()), None)
+        record = record.absolute()
+        own = next((job for job in self.jobs if job.record.absolute() == record), None)
+        tuned = (job for job in self.jobs if job.stage == "tune" and beside(job.record).absolute() == record.parent)
+        return own or next(tuned, None)
 
     def reasons(self, job: Job) -> list[str]:
         """Why `job` would run again; none if it would not."""
@@ -182,22 +187,38 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
+        earlier = [other.record for name, other in self._before(job) if name == "before" and other.record.is_file()]
+        if earlier:
+            yield "before", combined(LayerRecord.read(file).sha256 for file in earlier)
         for name, other in self._before(job):
             file = other.record
-            if not file.is_file():
+            if not file.is_file() or name == "before":
                 continue
             if job.stage == "report":
-                if other.stage != "factorize":  # a checkpoint stands for its layers
+                if other.stage not in FACTORS:  # a checkpoint stands for its layers
                     yield file.relative_to(self.results).as_posix(), sha256(file)
             elif other.stage == "fetch":
                 yield "dense" if job.stage == "benchmark" else "model", SourceRecord.read(file).fingerprint
             elif other.stage == "assemble":
                 yield name, model_fingerprint(file)
-            elif other.stage == "calibrate":
-                statistics = CalibrationRecord.read(file).files.get(f"layer_{job.names[2]}.safetensors")
-                yield "statistics", statistics and statistics.sha256
-            elif other.stage == "factorize":
-                yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+            else:
+                yield from _of_layers(job, other)
+
+
+def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
+    """The fingerprints of what `job` reads from a stage between inspect and assemble."""
+    file, own = other.record, job.names[2:] if job.stage in BY_LAYER else ()
+    if other.stage == "calibrate":
+        known = CalibrationRecord.read(file)
+        of_layer = known.files.get(f"layer_{own[0]}.safetensors") if own else None
+        yield "statistics", of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
+    elif other.stage == "states":
+        yield "states", StatesRecord.read(file).text_fingerprint
+    elif other.stage in BY_LAYER:
+        yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+    elif other.stage == "tune":
+        layers = enumerate(TuneRecord.read(file).layers)
+        yield from ((f"layer {index}", found) for index, found in layers if not own or str(index) in own)
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
-from armor.format.layout import Results
+from armor.format.layout import FACTORS, Results
 from armor.format.records.topology import Topology
 
 __all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
@@ -50,11 +50,39 @@ def _finished(config: Config, model: str, recipe: str) -> Needed:
     return ("model", "fetch", (model,)) if config.is_dense(recipe) else ("model", "assemble", (model, recipe))
 
 
+def _training(config: Config, stage: str, model: str, recipe: str, *layer: str) -> list[Needed]:
+    """What refine and tune read: the factors before them, of one layer or all, and the statistics for the record."""
+    before, owner = config.before(stage, recipe)
+    names = (model, owner) if before == "tune" else (model, owner, *layer)
+    return [
+        *_model(model),
+        ("factors", before, names),
+        ("calibration", "calibrate", (model, config.calibration_of(owner))),
+    ]
+
+
+def _refine_inputs(config: Config, model: str, recipe: str, layer: str) -> list[Needed]:
+    chained = layer.isdigit() and config.refine_settings(recipe).refine.inputs == "compressed"
+    return [
+        *_training(config, "refine", model, recipe, layer),
+        ("states", "states", (model, config.states_of(recipe))),
+        *(("before", "refine", (model, recipe, str(number))) for number in range(int(layer) if chained else 0)),
+    ]
+
+
+def _final(config: Config, model: str, recipe: str) -> Needed:
+    """The factors that become a checkpoint."""
+    stage, owner = config.made_by(recipe)[-1]
+    return ("factors", stage, (model, owner))
+
+
 def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> list[Needed]:
     return [_finished(config, model, recipe), ("dense", "predict", (model, evaluation))]
 
 
-MEASURED = ("calibrate", "factorize", "assemble", "evaluate", "tasks", "benchmark")
+BY_LAYER = ("factorize", "refine")
+"""The stages that have a job for each decoder layer."""
+MEASURED = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "tasks", "benchmark")
 """What the report is made of."""
 
 STAGES = {
@@ -84,10 +112,33 @@ STAGES = {
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
     ),
+    "states": Stage(
+        outputs=lambda results, model, states: (results.states(model, states),),
+        entry="armor.refine.states",
+        inputs=lambda config, model, states: _model(model),
+        settings=lambda config, model, states: config.states()[states],
+    ),
+    "refine": Stage(
+        outputs=lambda results, *names: (results.factors(*names, "refine"), results.layer(*names, "refine")),
+        entry="armor.refine.layer",
+        inputs=_refine_inputs,
+        settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
+    ),
+    "refined": Stage(
+        outputs=lambda results, model, recipe: (results.refined(model, recipe),),
+        entry="armor.refine.summary",
+        inputs=lambda config, model, recipe: [("factors", "refine", (model, recipe))],
+    ),
+    "tune": Stage(
+        outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
+        entry="armor.tune.whole",
+        inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
+        settings=lambda config, model, recipe: config.tune_settings(recipe),
+    ),
     "assemble": Stage(
         outputs=lambda results, model, recipe: (results.checkpoint(model, recipe),),
         entry="armor.assemble.writer",
-        inputs=lambda config, model, recipe: [*_model(model), ("factors", "factorize", (model, recipe))],
+        inputs=lambda config, model, recipe: [*_model(model), _final(config, model, recipe)],
     ),
     "predict": Stage(
         outputs=lambda results, model, evaluation: (results.predictions(model, evaluation),),
@@ -136,7 +187,7 @@ class Job:
 
     def __str__(self) -> str:
         """As the rule's message announces it."""
-        names = [*self.names[:-1], f"layer {self.names[-1]}"] if self.stage == "factorize" else self.names
+        names = [*self.names[:-1], f"layer {self.names[-1]}"] if self.stage in BY_LAYER else self.names
         return " ".join((self.stage, *names))
 
     @property
@@ -187,9 +238,7 @@ def jobs(config: Config, root: str = "results") -> Iterator[Job]:
         yield Job("inspect", (model,), results)
     for names in dict.fromkeys((model, config.calibration_of(recipe)) for model, recipe in compressed):
         yield Job("calibrate", names, results)
-    for model, recipe in compressed:
-        for layer in _layers(Path(results.topology(model))):
-            yield Job("factorize", (model, recipe, layer), results)
+    yield from _makers(config, results, compressed)
     for names in compressed:
         yield Job("assemble", names, results)
     texts = [(model, name) for (model, _), asked in pairs.items() for name in asked.texts]
@@ -203,6 +252,21 @@ def jobs(config: Config, root: str = "results") -> Iterator[Job]:
     for names in dict.fromkeys((model, name) for (model, _), asked in pairs.items() for name in asked.benchmarks):
         yield Job("benchmark", names, results)
     yield Job("report", (), results)
+
+
+def _makers(config: Config, results: Results, compressed: list[tuple[str, str]]) -> Iterator[Job]:
+    """The jobs between calibrate and assemble. Recipes that start from the same one share its factors."""
+    made = dict.fromkeys(
+        (stage, model, owner) for model, recipe in compressed for stage, owner in config.made_by(recipe)
+    )
+    of = {stage: [names for asked, *names in made if asked == stage] for stage in FACTORS}
+    of["states"] = list(map(list, dict.fromkeys((model, config.states_of(owner)) for model, owner in of["refine"])))
+    of["refined"] = of["refine"]
+    for stage in ("factorize", "states", "refine", "refined", "tune"):
+        for model, name in of[stage]:
+            layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
+            for layer in layers:
+                yield Job(stage, (model, name) if layer is None else (model, name, layer), results)
 
 
 def _layers(inspected: Path) -> list[str]:

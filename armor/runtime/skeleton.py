@@ -30,6 +30,7 @@ from armor.format.shards import Shards
 __all__ = [
     "Call",
     "Skeleton",
+    "compute_dtype",
     "decoder_layers",
     "finish",
     "finite",
@@ -40,8 +41,18 @@ __all__ = [
     "read_layer",
     "readers",
     "record",
+    "record_each",
     "unload_outside",
 ]
+
+
+def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
+    """The dtype to run a model of `dtype` in: its own if the device multiplies in it, else float32."""
+    own: torch.dtype = getattr(torch, dtype)
+    if device != "cpu":
+        return own
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return own if own == torch.bfloat16 and native else torch.float32
 
 
 @dataclass(frozen=True)
@@ -289,6 +300,18 @@ def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
             )
         calls.append(recorder.seen[1])
     return hidden, calls
+
+
+def record_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:
+    """`record` of one sequence after the other, tokens (sequences, length).
+
+    Sequences of one length are mostly called with equal masks and rotary embeddings: those are one object.
+    """
+    shared: list[Call] = []
+    for row in tokens:
+        hidden, calls = record(skeleton, row[None])
+        shared = shared or calls
+        yield hidden, [a if a.equals(b) else b for a, b in zip(shared, calls, strict=True)]
 
 
 def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:

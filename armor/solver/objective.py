@@ -21,7 +21,7 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
 from armor.solver.memory import PIECE
 
-__all__ = ["Objective", "check", "finish", "relative_loss", "supports"]
+__all__ = ["Objective", "balanced", "check", "condition", "finish", "relative_loss", "supports"]
 
 _MOST_SUPPORTS = 70  # those of 4:8
 
@@ -114,6 +114,25 @@ def supports(pattern: Pattern, device: torch.device | None = None) -> Tensor | N
     return torch.tensor(list(itertools.combinations(range(pattern.m), pattern.n)), device=device)
 
 
+def balanced(a: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product A·S·B, up to a scale, with columns of A and rows of B of norm 1: their norms go into S.
+
+    a (out/d, d, d), s (out, in), b (in/d, d, d), each in its own dtype. Exact but for rounding; zeros of S stay zeros,
+    and so does a column or row of zeros. Blocks whose columns differ by a factor of 1,000 can be neither trained nor
+    rounded well. The largest norm of each side counts as 1, so that S cannot overflow.
+    """
+    columns, rows = _nonzero(a.norm(dim=1)), _nonzero(b.norm(dim=2))  # (out/d, d), (in/d, d)
+    s = s * (columns / columns.max()).to(s.dtype).view(-1, 1)
+    s.mul_((rows / rows.max()).to(s.dtype).view(1, -1))
+    return a / columns[:, None] * columns.max(), s, b / rows[:, :, None] * rows.max()
+
+
+def condition(factors: Factorization) -> float | None:
+    """The worst condition number of the blocks of A and B, at most 1e16; None without blocks."""
+    sides = [side for side in (factors.left, factors.right) if side is not None]
+    return max((float(blockdiag.condition(side).max()) for side in sides), default=None)
+
+
 def finish(
     weight: Tensor,
     objective: Objective,
@@ -125,7 +144,8 @@ def finish(
     """The factorization to store: `factors` in the weight's own scale and dtype, or NoWag-P where that is no worse.
 
     factors are A (out/d, d, d), S (out, in), its mask, B (in/d, d, d) of the normalised weight. The norms of rows and
-    columns go into A and B; the three factors then get the same largest entry, the safest share of a narrow dtype.
+    columns go into A and B; these are balanced; the three factors then get the same largest entry, the safest share of
+    a narrow dtype.
     """
     mask = top_n_mask(objective.score(weight), pattern)
     options = {"dtype": weight.dtype, "device": weight.device}
@@ -137,6 +157,7 @@ def finish(
         a, s, mask, b = factors
         a = a.double() * objective.row.view(len(a), -1, 1)
         b = b.double() * objective.column.view(len(b), 1, -1)
+        a, s, b = balanced(a, s, b)
         tops = [float(x.abs().amax()) for x in (a, s, b)]
         if all(0 < top < math.inf for top in tops):
             share = math.prod(top ** (1 / 3) for top in tops)

@@ -17,7 +17,7 @@ from armor.execution.files import write_json
 from armor.format import records
 from armor.format.checkpoint import CHECKPOINT_VERSION, PackedLinear, modules_of, quantization_config
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
-from armor.format.factors import FACTORS_VERSION, read_factors, write_factors
+from armor.format.factors import FACTORS_VERSION, read_factors, read_others, write_factors
 from armor.format.records.base import File, Made, Record
 from armor.format.statistics import STATISTICS_VERSION, Statistics, read_statistics, write_statistics
 
@@ -29,6 +29,9 @@ FILES = {
     "Topology": "model",
     "CalibrationRecord": "calibration",
     "LayerRecord": "layer",
+    "StatesRecord": "states",
+    "RefineRecord": "refined",
+    "TuneRecord": "tuned",
     "CheckpointRecord": "checkpoint",
     "ProvenanceRecord": "provenance",
     "PredictionsRecord": "predictions",
@@ -72,6 +75,27 @@ def test_factors(tmp_path):
         b"\x00\x00@@"
         b"\x09"
     )
+    assert torch.equal(read_factors(path)[0]["a.q"].core, core)
+
+
+def test_factors_with_other_tensors_have_a_version_of_their_own(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    factors = {"a.q": Factorization(core, core != 0, Pattern(2, 4), None, None, 0.25, 0.5)}
+    write_factors(path, factors, {"fingerprint": "f0", "layer": 0}, {"a.norm.weight": torch.tensor([2.0])})
+    assert path.read_bytes() == (
+        b"\xb0\x01\x00\x00\x00\x00\x00\x00"
+        rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 2, \"layer\": 0, '
+        rb"\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", \"start_loss\": 0.5}}, "
+        rb'\"others\": [\"a.norm.weight\"]}"},'
+        b'"a.norm.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a.q.core_values":{"dtype":"F32","shape":[1,2],"data_offsets":[4,12]},'
+        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[12,13]}}'
+        b"\x00\x00\x00@"
+        b"\x00\x00\x80?\x00\x00\x00\xc0"
+        b"\x09"
+    )
+    assert read_others(path) == {"a.norm.weight": torch.tensor([2.0])}
     assert torch.equal(read_factors(path)[0]["a.q"].core, core)
 
 

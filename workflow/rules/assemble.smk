@@ -6,7 +6,8 @@ rule assemble:
     input:
         source=R.source(),
         model=R.topology(),
-        factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe, R.factors),
+        factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe),
+        refined=ancient(summed_up),
     output:
         R.checkpoint(),
     log:
@@ -21,7 +22,7 @@ rule assemble:
         mem_mb=16000,
         runtime="4h",
     params:
-        factors=lambda wildcards: R.layers(wildcards.model, wildcards.recipe),
+        factors=final_layers,
         code=code("assemble"),
     message:
         "assemble {wildcards.model} {wildcards.recipe}"

@@ -15,7 +15,7 @@ from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.format.layout import Results
+from armor.format.layout import Results, beside
 from armor.format.records.topology import Topology
 from armor.run.jobs import Job
 from armor.run.progress import typed
@@ -73,6 +73,7 @@ wildcard_constraints:
     model=any_of(SETTINGS.models),
     recipe=any_of(SETTINGS.recipes),
     calibration=any_of(SETTINGS.calibrations),
+    states=any_of(SETTINGS.states()),
     evaluation=any_of(SETTINGS.evaluations),
     benchmark=any_of(SETTINGS.benchmarks),
     layer=r"\d+",
@@ -88,20 +89,79 @@ def code(stage):
     return lambda wildcards: Job(stage, tuple(wildcards)).code(SETTINGS)
 
 
-def factors_of(model, recipe, path):
-    """The files of every decoder layer of one model and recipe; `path` is R.factors or R.layer.
+def factors_of(model, recipe, path=R.factors):
+    """The files of every decoder layer that become the checkpoint of one model and recipe, or those beside them.
 
-    Known once the model was inspected, like whether the recipe's patterns match any of its modules.
+    `path` is R.factors or R.layer. Those of a tuned model are one job's: its record. Known once the model was
+    inspected, like whether the recipe's patterns match any of its modules.
     """
+    stage, owner = SETTINGS.made_by(recipe)[-1]
+    return factors_by(stage, model, owner, path)
+
+
+def factors_by(stage, model, recipe, path=R.factors):
+    """The files that `stage` makes of every decoder layer for `recipe`."""
     topology = Topology.read(checkpoints.inspect.get(model=model).output[0])
     try:
         names = (linear.name for linear in topology.linears())
         check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), names)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
-    files = [path(model, recipe, layer.index) for layer in topology.layers]
+    files = [R.tuned(model, recipe)]
+    if stage != "tune":
+        files = [path(model, recipe, layer.index, stage) for layer in topology.layers]
     again_if_interrupted(files)
     return files
+
+
+def summed_up(wildcards):
+    """The records of the refinements behind a recipe."""
+    made = SETTINGS.made_by(wildcards.recipe)
+    return [R.refined(wildcards.model, owner) for stage, owner in made if stage == "refine"]
+
+
+def final_layers(wildcards):
+    """The folder of the factors that become a checkpoint."""
+    stage, owner = SETTINGS.made_by(wildcards.recipe)[-1]
+    return R.layers(wildcards.model, owner, stage)
+
+
+def trained_from(stage):
+    """The files of the factors from which a training starts: those of the job's layer, or of all."""
+
+    def files(wildcards):
+        made, owner = SETTINGS.before(stage, wildcards.recipe)
+        if stage == "refine" and made != "tune":
+            return R.factors(wildcards.model, owner, wildcards.layer, made)
+        return factors_by(made, wildcards.model, owner)
+
+    return files
+
+
+def folder_before(stage):
+    """The folder of these factors."""
+
+    def folder(wildcards):
+        made, owner = SETTINGS.before(stage, wildcards.recipe)
+        return R.layers(wildcards.model, owner, made)
+
+    return folder
+
+
+def refined_before(wildcards):
+    """The refined layers that must go before, where a layer's input is what they make of the text."""
+    chained = SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
+    layers = range(int(wildcards.layer) if chained else 0)
+    return [R.factors(wildcards.model, wildcards.recipe, layer, "refine") for layer in layers]
+
+
+def states_of(wildcards):
+    """The record of the hidden states that a recipe is refined on; they lie in the folder of its name."""
+    return R.states(wildcards.model, SETTINGS.states_of(wildcards.recipe))
+
+
+def folder_of(record):
+    return str(beside(record))
 
 
 def again_if_interrupted(files):
@@ -126,8 +186,9 @@ def all_records(wildcards):
 
 def all_factors(wildcards):
     """Every factors file. A final target too: Snakemake does not miss a deleted file that only other rules ask for."""
-    pairs = (pair for pair in PAIRS if not SETTINGS.is_dense(pair[1]))
-    return [file for model, recipe in pairs for file in factors_of(model, recipe, R.factors)]
+    compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
+    made = dict.fromkeys((stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe))
+    return [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
 
 
 def finished_model(wildcards):

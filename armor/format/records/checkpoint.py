@@ -37,6 +37,8 @@ class ProvenanceRecord(Record):
     """What made the checkpoint."""
     factors: tuple[FactorsMadeBy, ...]
     """What made the factors, layers alike together."""
+    trained: tuple[str, ...] = ()
+    """The tensors beside the factors that are not the source's: norms and biases that were trained."""
 
 
 class CheckpointRecord(Made):

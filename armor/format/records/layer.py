@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from armor.core.typed import Typed
-from armor.format.records.base import Made
+from armor.format.records.base import Made, MadeBy
 
-__all__ = ["BlockSizes", "LayerRecord", "LinearRecord"]
+__all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training"]
 
 
 class BlockSizes(Typed):
@@ -32,6 +32,9 @@ class LinearRecord(Typed):
     """The loss of plain NoWag-P pruning."""
     loss: float
     """The loss of the factors as they are stored."""
+    condition: float | None = None
+    """The worst condition number of the blocks of A and B, as stored: how far an error in one of their entries can
+    grow; 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
     """Points (iteration, seconds, best loss so far), at most 100."""
     seed: int
@@ -46,8 +49,60 @@ class LinearRecord(Typed):
     """What was done otherwise than asked."""
 
 
+class Look(Typed):
+    """A look at the held-out sequences while something is trained."""
+
+    step: int
+    """The steps that were done."""
+    train_loss: float | None
+    """The mean loss on what was trained on since the look before; null at the start."""
+    held_out_loss: float
+    """The loss on the held-out sequences, of what would be stored."""
+
+
+class Training(Typed):
+    """What a training did. The loss of refine is the mean square error of a decoder layer's output against the dense
+    one's, that of tune the KL divergence of the predictions from the dense model's, in nats."""
+
+    stage: Literal["refine", "tune"]
+    """The stage that trained: one decoder layer, or the whole model."""
+    start_loss: float
+    """The loss on the held-out sequences before."""
+    loss: float
+    """The same of what is stored; never above it."""
+    kept: int
+    """The step whose values are stored; 0: as they were."""
+    steps: int
+    """The steps that were done."""
+    diverged: bool
+    """Whether it was stopped because the loss grew without bound."""
+    looks: tuple[Look, ...]
+    """Every look at the held-out sequences, the first before the first step."""
+    sequences: int
+    """Sequences to train on."""
+    held_out: int
+    """Held-out sequences."""
+    length: int
+    """Tokens in a sequence."""
+    tokens: int
+    """Tokens that were trained on, repetitions counted."""
+    rate: float
+    """The largest step, relative to the root mean square of each tensor."""
+    parameters: int
+    """How many numbers were trained."""
+    norms_and_biases: tuple[str, ...]
+    """The tensors that were trained beside A, S and B, by full name."""
+    proxy_losses: dict[str, float]
+    """The proxy loss of every linear before, by full name; that of what is stored stands with the linear."""
+    made_by: MadeBy
+    """What made it."""
+
+
 class LayerRecord(Made):
-    """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors."""
+    """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
+
+    Those that `armor refine` and `armor tune` write are of the same kind, with `training`.
+    """
 
     AGAIN: ClassVar[str] = "factorize this layer again"
 
@@ -62,3 +117,7 @@ class LayerRecord(Made):
     """That of the statistics' file; null where it was not there, as nothing needed it."""
     modules: dict[str, LinearRecord]
     """The linears by full name."""
+    factorized: MadeBy | None = None
+    """What made the factors that a training started from; null where this record is that of the factorization."""
+    training: tuple[Training, ...] = ()
+    """What the factors were trained by, in order."""

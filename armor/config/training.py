@@ -1,0 +1,106 @@
+"""Settings of what is trained after the factorization: single decoder layers (refine), the whole model (tune)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from armor.config.common import Name
+from armor.config.sources import TextSettings
+from armor.core.typed import Typed
+
+__all__ = ["RefineJob", "RefineSettings", "Sample", "TrainingSettings", "TuneJob", "TuneSettings", "overlap"]
+
+
+class TrainingSettings(Typed):
+    """What both kinds of training share: Adam with a warm-up and a cosine to zero, on sequences of a text."""
+
+    steps: int = Field(default=64, ge=1)
+    """Steps of the optimiser."""
+    batch: int = Field(default=4, ge=1)
+    """Sequences in a step."""
+    sequences: int = Field(default=64, ge=1)
+    """How many token sequences there are to train on."""
+    held_out: int = Field(default=8, ge=1)
+    """The sequences behind them: the loss on these decides which step is kept, if any."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in each; unset: as the calibration says, or else the model's context length."""
+    calibration: Name | None = None
+    """The calibration whose text serves; unset: the recipe's."""
+    rate: float = Field(default=5e-3, gt=0)
+    """The largest step of the optimiser, relative to the root mean square of each tensor."""
+    norm_rate: float = Field(default=0.2, ge=0)
+    """The rate of norms and biases, as a share of `rate`."""
+    warm_up: int = Field(default=8, ge=0)
+    """Steps in which the rate rises from zero."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many looks at the held-out sequences without a better one; there are eight looks in all. Unset:
+    never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if self.batch > self.sequences:
+            raise ValueError(f"batch: found {self.batch}, but there are {self.sequences} sequences; lower it")
+        return self
+
+
+class RefineSettings(TrainingSettings):
+    """Train each compressed decoder layer until its output is close to the dense one's."""
+
+    inputs: Literal["dense", "compressed"] = "dense"
+    """What goes into a layer: what the dense model has there, so that layers do not wait for each other; or what the
+    compressed layers before make of the text, so that a layer mends what they lost, one after the other."""
+
+
+class TuneSettings(TrainingSettings):
+    """Train the whole compressed model until its predictions are close to the dense one's, by KL divergence."""
+
+    batch: int = Field(default=2, ge=1)
+    """Sequences in a step."""
+    sequences: int = Field(default=128, ge=1)
+    """How many token sequences there are to train on."""
+    rate: float = Field(default=3e-4, gt=0)
+    """The largest step of the optimiser, relative to the root mean square of each tensor."""
+    core: bool = True
+    """Whether the values of S are trained too."""
+
+
+class Sample(Typed):
+    """Token sequences of a text."""
+
+    text: TextSettings
+    sequences: int = Field(ge=1)
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in each; unset: the model's context length."""
+
+
+class RefineJob(Typed):
+    """Refinement as a job has it: the settings, the sequences with the held-out ones at the end, the seed."""
+
+    refine: RefineSettings
+    sample: Sample
+    seed: int = 0
+
+
+class TuneJob(Typed):
+    """Tuning as a job has it: the settings, the sequences with the held-out ones at the end, the seed."""
+
+    tune: TuneSettings
+    sample: Sample
+    seed: int = 0
+
+
+def overlap(one: TextSettings, other: TextSettings) -> bool:
+    """Whether two texts share a document: the same file, package or split, and document numbers of both."""
+    if one.files and other.files:
+        if not set(one.files) & set(other.files):
+            return False
+        if one.files != other.files:  # the numbers count through all files
+            return True
+    elif any(getattr(one, key) != getattr(other, key) for key in ("files", "package", "file", "dataset", "subset")):
+        return False
+    if one.dataset and one.split != other.split:
+        return False
+    (a, b), (c, d) = one.documents, other.documents
+    return (d is None or a < d) and (b is None or c < b)

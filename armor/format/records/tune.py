@@ -1,0 +1,26 @@
+"""tuned.json: what tuning did to the whole model; the factors of all layers lie beside it, in tuned/."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from armor.format.records.base import Made
+from armor.format.records.layer import Training
+
+__all__ = ["TuneRecord"]
+
+
+class TuneRecord(Made):
+    """`tuned.json`, by `armor tune`; layer_{k}.safetensors and .json lie in tuned/."""
+
+    AGAIN: ClassVar[str] = "tune again"
+
+    format_version: Literal[1] = 1
+    fingerprint: str
+    """That of the model."""
+    layers: tuple[str, ...]
+    """The SHA-256 of the factors' files, layer by layer."""
+    predictions: int
+    """How many of the dense model's predictions at each token are kept, the most likely ones; the rest is one more."""
+    training: Training
+    """What was done; its tensors and losses are those of all layers."""

@@ -1,0 +1,240 @@
+"""Refine one decoder layer: A, S on its mask, B, norms and biases, until its output is close to the dense one's.
+
+The solver's loss sees one linear; what errors add up to over the linears of a layer, and over layers, it cannot see.
+Here the whole layer is trained on the mean square of what its output misses, and all that is in memory is the layer.
+
+With `inputs: dense` a layer gets what the dense model has at its place: layers do not wait for each other, and fan out
+like factorization. With `inputs: compressed` it gets what the refined layers before make of the text, and learns to
+mend what they lost; layers then come one after the other. The states between them are kept beside the factors, hidden,
+only until the next layer is done: where they are missing, the layers before are run once more.
+
+The promise: the output error on the held-out sequences, of the layer as stored, is never above that of the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from armor.config.training import RefineJob, RefineSettings
+from armor.core.errors import ArmorError
+from armor.execution.files import open_safetensors, sha256
+from armor.execution.log import log
+from armor.execution.resume import Steps, resumable
+from armor.format.provenance import combined, made_by
+from armor.format.records.layer import LayerRecord
+from armor.format.records.states import StatesRecord
+from armor.format.records.topology import Topology
+from armor.format.shards import Shards
+from armor.format.states import open_states, room_for, states_file, write_states
+from armor.format.statistics import read_statistics
+from armor.model.source import Source
+from armor.refine.states import TOKENS
+from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record_each, unload_outside
+from armor.training.fit import Fit, fit
+from armor.training.record import described, read_start, write_trained
+from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
+
+__all__ = ["fit_layer", "refine_layer"]
+
+
+class Rows(Protocol):
+    """Hidden states by sequence."""
+
+    def row(self, index: int) -> Tensor:
+        """Those of one, (1, length, hidden)."""
+        ...
+
+
+def refine_layer(
+    source: Source,
+    topology: Topology,
+    layer: int,
+    factors: Path | str,
+    states: Path | str,
+    statistics: Path | str,
+    settings: RefineJob,
+    output: Path | str,
+    device: str = "cpu",
+) -> LayerRecord:
+    """Train decoder layer `layer` from the `factors` (layer_{k}.safetensors) into `output`, then the JSON beside it.
+
+    `states` is states.json, the states in the folder of its name; `statistics` the layer's file from calibration, for
+    the proxy loss that the record has beside the output error. With compressed inputs the refined layers before lie
+    beside `output`. Raises ArmorError for factors, states or statistics that are missing or of another model, and for a
+    device with too little memory.
+    """
+    factors, output, states = Path(factors), Path(output), Path(states)
+    start = read_start(factors, topology.fingerprint)
+    known = StatesRecord.read(states)
+    folder = states.with_suffix("")
+    if source.fingerprint != topology.fingerprint or known.fingerprint != topology.fingerprint:
+        raise ArmorError(f"{states}: of another model than {source.path}; run armor states again")
+    if not (folder / TOKENS).is_file():
+        raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
+    inputs = read_statistics(statistics, topology.fingerprint, gram=False)
+    chained = settings.refine.inputs == "compressed"
+    before = [LayerRecord.read(output.parent / f"layer_{k}.json").sha256 for k in range(layer)] if chained else []
+    used = {
+        "model": topology.fingerprint,
+        f"layer {layer}": start.sha256,
+        "states": known.text_fingerprint,
+        "statistics": sha256(statistics),
+        **({"before": combined(before)} if chained else {}),
+    }
+    made = made_by(__name__, settings, used)
+    work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}
+    with resumable(output, __name__, device, **work) as steps:
+        shards, skeleton = Shards(source.path), open_skeleton(source.path, torch.float32)
+        load_outside(skeleton, shards)
+        with open_safetensors(folder / TOKENS) as file:
+            tokens = file.get_tensor("tokens")
+        calls = [of_layers for _, of_layers in record_each(skeleton, tokens)]
+        unload_outside(skeleton)
+        run = _Run(skeleton, shards, source.dtype, calls, device)
+        path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
+        trainable = load_trainable(skeleton, layer, shards, factors, device)
+        own = [call[layer] for call in calls]
+        training = None
+        if trainable.linears:
+            with open_states(path) as fed, open_states(states_file(folder, layer + 1)) as wanted:
+                found = _fit_or_say(trainable, fed, wanted, own, settings, topology, layer, source.dtype, device, steps)
+            losses = {name: start.modules[name].loss for name in trainable.linears}
+            training = described("refine", settings.refine, found, trainable, known.length, losses, made)
+        record = write_trained(
+            output, start, *trainable.stored(), inputs, shards, training, made, steps.seconds(), device
+        )
+        if chained and layer == len(topology.layers) - 1:
+            for left in output.parent.glob(".states_*.safetensors"):
+                left.unlink()
+    return record
+
+
+def _fit_or_say(
+    trainable: TrainableLayer,
+    fed: Rows,
+    wanted: Rows,
+    calls: Sequence[Call],
+    settings: RefineJob,
+    topology: Topology,
+    layer: int,
+    dtype: str,
+    device: str,
+    steps: Steps,
+) -> Fit:
+    """`fit_layer`, with the one line for a device that is too small."""
+    where = topology.layers[layer].prefix
+    try:
+        return fit_layer(trainable, fed, wanted, calls, settings.refine, settings.seed, where, dtype, device, steps)
+    except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
+        raise ArmorError(
+            f"{where}: out of memory on {device} with this layer and one sequence; lower sequence_length, or refine "
+            "with --gpus 0 (gpu=0)"
+        ) from error
+
+
+def fit_layer(
+    layer: TrainableLayer,
+    fed: Rows,
+    wanted: Rows,
+    calls: Sequence[Call],
+    settings: RefineSettings,
+    seed: int,
+    where: str,
+    dtype: str,
+    device: str,
+    steps: Steps | None = None,
+) -> Fit:
+    """Train `layer` until what it makes of the states `fed` is close to those `wanted`, by sequence.
+
+    `calls` are what it is called with beside the states. The sequences behind the first `settings.sequences` are held
+    out. `dtype` is the model's.
+    """
+
+    def error(index: int) -> Tensor:
+        """The mean square of what the output misses on one sequence, float32."""
+        call = calls[index].map(lambda tensor: tensor.to(device))
+        output = layer.module(fed.row(index).to(device).float(), *call.args, **call.kwargs)
+        return F.mse_loss(output.float(), wanted.row(index).to(device).float())
+
+    def learn(batch: list[int]) -> float:
+        total = 0.0
+        for index in batch:
+            with training_arithmetic(device):
+                loss = error(index) / len(batch)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def held_out_loss() -> float:
+        rows = range(settings.sequences, settings.sequences + settings.held_out)
+        with stored_arithmetic(dtype, device):
+            return sum(error(index).item() for index in rows) / len(rows)
+
+    return fit(
+        layer.parameters(),
+        layer.dtypes,
+        settings,
+        learn=learn,
+        held_out_loss=held_out_loss,
+        seed=seed,
+        where=where,
+        steps=steps,
+    )
+
+
+class _Run:
+    """Refined layers, run to find what goes into the next one."""
+
+    def __init__(self, skeleton: Skeleton, shards: Shards, dtype: str, calls: list[list[Call]], device: str) -> None:
+        self.skeleton, self.shards, self.dtype, self.calls, self.device = skeleton, shards, dtype, calls, device
+
+    @torch.no_grad()
+    def __call__(self, index: int, factors: Path, source: Path, target: Path, dtype: torch.dtype, about: str) -> None:
+        """Run layer `index` with its `factors` on the states in `source`, into `target`."""
+        layer = load_trainable(self.skeleton, index, self.shards, factors, self.device).module
+        with open_states(source) as states, write_states(target, states.shape, dtype, about) as writer:
+            for number, calls in enumerate(self.calls):
+                call = calls[index].map(lambda tensor: tensor.to(self.device))
+                with stored_arithmetic(self.dtype, self.device):
+                    hidden = layer(states.row(number).to(self.device).float(), *call.args, **call.kwargs)
+                writer.add(hidden)
+        layer.to("meta")
+
+
+def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRecord, before: list[str]) -> Path:
+    """The states that the refined layers before `layer` make of the text: the last ones kept, or made from there.
+
+    Each file says which layers made it; one of other layers does not count. Before layer 0 they are the dense ones.
+    """
+
+    def about(index: int) -> str:
+        return combined([known.text_fingerprint, *before[:index]])
+
+    def file(index: int) -> Path:
+        return refined / f".states_{index}.safetensors" if index else states_file(dense, 0)
+
+    start = next((k for k in range(layer, 0, -1) if _is_about(file(k), about(k))), 0)
+    if start < layer:
+        room_for(known.bytes // (len(run.skeleton.layers) + 1), refined)
+    if layer - start > 1:
+        log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
+    for index in range(start, layer):
+        factors = refined / f"layer_{index}.safetensors"
+        run(index, factors, file(index), file(index + 1), getattr(torch, known.dtype), about(index + 1))
+    for old in refined.glob(".states_*.safetensors"):
+        if old != file(layer):
+            old.unlink()
+    return file(layer)
+
+
+def _is_about(path: Path, about: str) -> bool:
+    if not path.is_file():
+        return False
+    with open_states(path) as states:
+        return states.about == about

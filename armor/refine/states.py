@@ -1,0 +1,126 @@
+"""The dense model's hidden states before every decoder layer, on the text that layers are refined on.
+
+The model runs one decoder layer at a time, as in calibration, and what goes into each layer, and out of the last, is
+kept: a file for each, sequences · length · hidden numbers. With them every layer can be refined by itself. They are
+temporary: made again when they are needed. The room for all of them is looked for before the first is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from armor.config.training import Sample
+from armor.core.errors import ArmorError
+from armor.execution.files import save_safetensors
+from armor.execution.log import progress
+from armor.execution.machine import peak_memory_bytes
+from armor.execution.resume import resumable
+from armor.format.provenance import machine, made_by
+from armor.format.records.base import File
+from armor.format.records.states import StatesRecord
+from armor.format.records.topology import Topology
+from armor.format.shards import Shards
+from armor.format.states import open_states, room_for, states_file, write_states
+from armor.model.source import Source
+from armor.runtime.skeleton import (
+    Call,
+    Skeleton,
+    compute_dtype,
+    finite,
+    load_layer,
+    load_outside,
+    open_skeleton,
+    record_each,
+    unload_outside,
+)
+from armor.training.sample import fingerprint_of, sample_tokens
+
+__all__ = ["TOKENS", "make_states", "pass_on"]
+
+TOKENS = "tokens.safetensors"
+
+
+def make_states(
+    source: Source, topology: Topology, sample: Sample, output: Path | str, device: str = "cpu"
+) -> StatesRecord:
+    """Write the states before every decoder layer, and those after the last, in the folder beside `output` (.json).
+
+    Raises ArmorError for a topology of another model, too little text, a full disk, and NaN or infinity.
+    """
+    output = Path(output)
+    if topology.fingerprint != source.fingerprint:
+        raise ArmorError(
+            f"{source.path}: not the model that was inspected (another fingerprint); run armor inspect again"
+        )
+    dtype = compute_dtype(source.dtype, device)
+    tokens = sample_tokens(source, sample)
+    text = fingerprint_of(tokens)
+    shape = (tokens.shape[0], tokens.shape[1], topology.hidden_size)
+    each, count = torch.empty(shape, dtype=dtype, device="meta").nbytes, len(topology.layers)
+    work = {"fingerprint": source.fingerprint, "text": text, "dtype": str(dtype)}
+    with resumable(output, __name__, device, **work) as steps:
+        part = steps.folder / "states"
+        part.mkdir(exist_ok=True)
+        shards, skeleton = Shards(source.path), open_skeleton(source.path, dtype)
+        load_outside(skeleton, shards)
+        recorded = list(record_each(skeleton, tokens))
+        unload_outside(skeleton)
+        done = 0
+        while done <= count and steps.get(f"layer_{done}", File) and states_file(part, done).is_file():
+            done += 1
+        room_for((count + 1 - done) * each, part)
+        if done == 0:
+            save_safetensors(part / TOKENS, {"tokens": tokens})
+            with write_states(states_file(part, 0), shape, dtype) as writer:
+                for hidden, _ in recorded:
+                    writer.add(hidden)
+            steps.put("layer_0", File.of(states_file(part, 0)))
+        calls = [of_layers for _, of_layers in recorded]
+        del recorded
+        amount = tokens.numel() / count
+        left = topology.layers[max(done - 1, 0) :]
+        for layer in progress(left, "states", unit="layers", amount=amount, amount_unit="tokens"):
+            own = [of_layers[layer.index] for of_layers in calls]
+            target = states_file(part, layer.index + 1)
+            pass_on(skeleton, layer.index, shards, own, states_file(part, layer.index), target, device)
+            steps.put(f"layer_{layer.index + 1}", File.of(target))
+        folder = output.with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        record = StatesRecord(
+            fingerprint=source.fingerprint,
+            text_fingerprint=text,
+            sequences=shape[0],
+            length=shape[1],
+            dtype=str(dtype).removeprefix("torch."),
+            bytes=(count + 1) * each,
+            seconds=steps.seconds(),
+            peak_memory_bytes=peak_memory_bytes(device),
+            made_by=made_by(__name__, sample, {"model": source.fingerprint, "text": text}),
+            machine=machine(device),
+        )
+        record.write(output)
+    return record
+
+
+@torch.no_grad()
+def pass_on(
+    skeleton: Skeleton, index: int, shards: Shards, calls: list[Call], source: Path, target: Path, device: str
+) -> None:
+    """Run the dense decoder layer `index` on the states in `source`, sequence by sequence, into `target`."""
+    layer = load_layer(skeleton, index, shards, device)
+    with open_states(source) as states, write_states(target, states.shape, skeleton.model.dtype) as writer:
+        for number, call in enumerate(calls):
+            call = call.map(lambda tensor: tensor.to(device))
+            hidden = layer(states.row(number).to(device), *call.args, **call.kwargs)
+            if not finite(hidden):
+                raise ArmorError(
+                    f"{skeleton.prefix}.{index}: its output holds NaN or infinity on sequence {number}; the weights or "
+                    "the dtype are not fit for this text"
+                )
+            writer.add(hidden)
+    layer.to("meta")

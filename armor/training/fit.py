@@ -1,0 +1,213 @@
+"""The loop that refine and tune share: Adam, a look at held-out sequences now and then, the best look kept.
+
+Every tensor has a rate of its own, relative to the root mean square that it starts with: one number serves all families
+and both sides of A·S·B. What is kept is what the best look saw, rounded to the dtype that it is stored in, and the
+first look is before the first step. So the held-out loss of what is stored is never above that of the start.
+
+At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends with the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from armor.config.training import TrainingSettings
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
+from armor.execution.files import open_safetensors, save_safetensors
+from armor.execution.log import log, progress
+from armor.execution.resume import Steps
+from armor.format.records.layer import Look
+from armor.training.trainable import rounded
+
+__all__ = ["Fit", "fit", "share_of_rate"]
+
+LOOKS = 8
+DIVERGED = 2.0  # times the held-out loss at the start
+BETAS = (0.9, 0.95)
+STEP = "training"
+
+
+class Fit(Typed):
+    """Where a training is, or how it ended."""
+
+    kept: int = 0
+    """The step of the best look."""
+    steps: int = 0
+    """Steps that were done."""
+    diverged: bool = False
+    looks: tuple[Look, ...]
+
+    @property
+    def best(self) -> float:
+        """The held-out loss of what is kept."""
+        return next(look.held_out_loss for look in self.looks if look.step == self.kept)
+
+
+def share_of_rate(step: int, settings: TrainingSettings) -> float:
+    """The rate of step `step` (from 0) as a share of the largest: a linear warm-up, then half a cosine to zero."""
+    warm = min(1.0, (step + 1) / (settings.warm_up + 1))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def order(settings: TrainingSettings, seed: int) -> list[list[int]]:
+    """The numbers of the sequences of every step: all once, in random order, before any comes again."""
+    generator, line = torch.Generator().manual_seed(seed), []
+    while len(line) < settings.steps * settings.batch:
+        line += torch.randperm(settings.sequences, generator=generator).tolist()
+    return [line[step * settings.batch : (step + 1) * settings.batch] for step in range(settings.steps)]
+
+
+def fit(
+    parameters: Mapping[str, nn.Parameter],
+    dtypes: Mapping[str, torch.dtype],
+    settings: TrainingSettings,
+    *,
+    learn: Callable[[list[int]], float],
+    held_out_loss: Callable[[], float],
+    seed: int,
+    where: str,
+    steps: Steps | None = None,
+) -> Fit:
+    """Train `parameters` (float32) and leave the best values in them, rounded to their `dtypes`.
+
+    `learn(batch)` adds the gradient of the mean loss on the training sequences of these numbers to that of the
+    parameters and returns that loss; `held_out_loss()` is that on the held-out sequences. `where` begins the one
+    warning of a training that diverges or does not help. `steps` keeps what is done for the next run. Raises
+    ArmorError if the held-out loss is not finite at the start.
+    """
+    state = _State(parameters, dtypes, settings, held_out_loss)
+    if steps is None or not state.load(steps):
+        state.look(0, [])
+    if not math.isfinite(start := state.fit.looks[0].held_out_loss):
+        raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
+    every, losses = max(1, -(-settings.steps // LOOKS)), []
+    batches = list(enumerate(order(settings, seed), 1))[state.fit.steps :]
+    for step, batch in progress([] if state.ended() else batches, where, unit="step"):
+        losses.append(learn(batch))
+        if not math.isfinite(losses[-1]):
+            state.diverge(step)
+            break
+        state.step(share_of_rate(step - 1, settings))
+        if step % every == 0 or step == settings.steps:
+            state.look(step, losses)
+            losses = []
+            if steps is not None:
+                state.save(steps)
+            if state.ended():
+                break
+    state.leave_the_best()
+    _say(state.fit, where, settings.rate)
+    return state.fit
+
+
+class _State:
+    """What a training has come to: the values in `parameters`, the optimiser, the best look, and `fit`."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+        settings: TrainingSettings,
+        held_out_loss: Callable[[], float],
+    ) -> None:
+        self.parameters, self.dtypes, self.settings, self.held_out_loss = parameters, dtypes, settings, held_out_loss
+        self.fit = Fit(looks=())
+        self.best: dict[str, Tensor] = {}
+        norms = settings.norm_rate
+        self.rates = [settings.rate * _size(p) * (norms if p.dim() == 1 else 1.0) for p in parameters.values()]
+        self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS, fused=True)
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)  # an expert that no token comes to has none
+
+    def step(self, share: float) -> None:
+        """One step of the optimiser, at that share of the rates."""
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=False)
+
+    def look(self, step: int, losses: list[float]) -> None:
+        """The held-out loss after `step` steps, of what would be stored; kept if it is the best."""
+        with torch.no_grad(), rounded(self.parameters, self.dtypes):
+            found = self.held_out_loss()
+        if step and not found <= DIVERGED * self.fit.looks[0].held_out_loss:
+            self.diverge(step)
+            return
+        better = not step or found < self.fit.best
+        if better:
+            self.best = {name: p.detach().to(self.dtypes[name], copy=True) for name, p in self.parameters.items()}
+        look = Look(step=step, train_loss=sum(losses) / len(losses) if losses else None, held_out_loss=found)
+        kept = step if better else self.fit.kept
+        self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
+
+    def diverge(self, step: int) -> None:
+        self.fit = self.fit.model_copy(update={"steps": step, "diverged": True})
+
+    def ended(self) -> bool:
+        patience = self.settings.patience or LOOKS + 1
+        behind = sum(look.step > self.fit.kept for look in self.fit.looks)
+        return self.fit.diverged or self.fit.steps >= self.settings.steps or behind >= patience
+
+    @torch.no_grad()
+    def leave_the_best(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+            parameter.grad = None
+
+    def save(self, steps: Steps) -> None:
+        """The values, Adam's moments and the best values; then the record; then the file before may go."""
+        if self.fit.diverged:  # the next run comes to the same
+            return
+        tensors: dict[str, Tensor] = {f"best {name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            moments = self.adam.state[parameter]
+            tensors |= {f"value {name}": parameter, f"mean {name}": moments["exp_avg"]}
+            tensors[f"square {name}"] = moments["exp_avg_sq"]
+        file = _state_file(steps.folder, self.fit.steps)
+        save_safetensors(file, tensors)
+        steps.put(STEP, self.fit)
+        for old in steps.folder.glob("state_*.safetensors"):
+            if old != file:
+                old.unlink()
+
+    def load(self, steps: Steps) -> bool:
+        """What was saved, back in its places; whether there was something."""
+        found = steps.get(STEP, Fit)
+        if found is None or not (file := _state_file(steps.folder, found.steps)).is_file():
+            return False
+        with open_safetensors(file) as opened:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(opened.get_tensor(f"value {name}"))
+                self.adam.state[parameter] = {
+                    "step": torch.tensor(float(found.steps), device=parameter.device),
+                    "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
+                    "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
+                }
+                self.best[name] = opened.get_tensor(f"best {name}").to(parameter.device)
+        self.fit = found
+        return True
+
+
+def _say(done: Fit, where: str, rate: float) -> None:
+    """The one line about a training that did not go well."""
+    if done.diverged:
+        kept = f"kept as of step {done.kept}" if done.kept else "kept as it was"
+        log.warning("%s: diverged at step %d, %s; lower the rate (%g)", where, done.steps, kept, rate)
+    elif not done.kept:
+        log.warning("%s: none of %d steps lowered the held-out loss; kept as it was", where, done.steps)
+
+
+def _state_file(folder: Path, step: int) -> Path:
+    return folder / f"state_{step}.safetensors"
+
+
+def _size(parameter: Tensor) -> float:
+    """The root mean square."""
+    return float(parameter.detach().double().square().mean().sqrt())

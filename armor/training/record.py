@@ -1,0 +1,113 @@
+"""From a training to the factors and the record of a decoder layer: what the proxy loss is now, and what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from armor.config.training import TrainingSettings
+from armor.core.errors import ArmorError
+from armor.core.factorization import Factorization
+from armor.execution.files import sha256
+from armor.execution.machine import peak_memory_bytes
+from armor.format.factors import write_factors
+from armor.format.provenance import machine
+from armor.format.records.base import MadeBy
+from armor.format.records.layer import LayerRecord, Training
+from armor.format.shards import Shards
+from armor.format.statistics import Statistics
+from armor.solver.objective import Objective, condition, relative_loss
+from armor.training.fit import Fit
+from armor.training.trainable import TrainableLayer
+
+__all__ = ["described", "read_start", "write_trained"]
+
+
+def read_start(factors: Path, fingerprint: str) -> LayerRecord:
+    """The record beside a layer's factors, held against them. Raises ArmorError for those of another model."""
+    record = LayerRecord.read(factors.with_suffix(".json"))
+    if record.fingerprint != fingerprint:
+        raise ArmorError(f"{factors}: factors of another model (its fingerprint differs); factorize it again")
+    if not factors.is_file() or sha256(factors) != record.sha256:
+        raise ArmorError(f"{factors}: not what the JSON beside it describes; make this layer again")
+    return record
+
+
+def described(
+    stage: Literal["refine", "tune"],
+    settings: TrainingSettings,
+    found: Fit,
+    layer: TrainableLayer,
+    length: int,
+    proxy_losses: dict[str, float],
+    made: MadeBy,
+    parameters: int | None = None,
+) -> Training:
+    """What the record says of a training on sequences of `length` tokens."""
+    return Training(
+        stage=stage,
+        start_loss=found.looks[0].held_out_loss,
+        loss=found.best,
+        kept=found.kept,
+        steps=found.steps,
+        diverged=found.diverged,
+        looks=found.looks,
+        sequences=settings.sequences,
+        held_out=settings.held_out,
+        length=length,
+        tokens=found.steps * settings.batch * length,
+        rate=settings.rate,
+        parameters=parameters or sum(p.numel() for p in layer.parameters().values()),
+        norms_and_biases=tuple(sorted(layer.others)),
+        proxy_losses=proxy_losses,
+        made_by=made,
+    )
+
+
+def with_loss(factors: Factorization, weight: Tensor, statistics: Statistics) -> Factorization:
+    """`factors` with the proxy loss that they have now, as stored."""
+    return replace(factors, loss=relative_loss(weight, Objective.of(weight, statistics.importance), factors))
+
+
+def write_trained(
+    output: Path,
+    start: LayerRecord,
+    factors: Mapping[str, Factorization],
+    others: Mapping[str, Tensor],
+    statistics: Mapping[str, Statistics],
+    shards: Shards,
+    training: Training | None,
+    made: MadeBy,
+    seconds: float,
+    device: str,
+) -> LayerRecord:
+    """Write a layer's trained factors to `output` and the record beside them, which is returned.
+
+    `start` is the record of what the training started from; `training` is None where there was nothing to train.
+    """
+    found = {n: with_loss(f, shards.read(f"{n}.weight"), statistics[n]) for n, f in factors.items()}
+    modules = dict(start.modules)
+    for name, f in found.items():
+        modules[name] = modules[name].model_copy(update={"loss": f.loss, "condition": condition(f)})
+    described = output.with_suffix(".json")
+    described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
+    write_factors(output, found, {"fingerprint": start.fingerprint, "layer": start.layer}, others)
+    record = LayerRecord(
+        layer=start.layer,
+        fingerprint=start.fingerprint,
+        sha256=sha256(output),
+        statistics_fingerprint=start.statistics_fingerprint,
+        modules=modules,
+        factorized=start.factorized or start.made_by,
+        training=(*start.training, *([training] if training else [])),
+        made_by=made,
+        machine=machine(device),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+    record.write(described)
+    return record

@@ -1,0 +1,330 @@
+"""Tune the whole: A, S on its mask, B, norms and biases of all layers, by KL divergence from the dense model.
+
+First the dense model predicts every token of the text, one decoder layer in memory at a time, and of each prediction
+the most likely tokens are kept with their log-probabilities; all others are one more outcome, whose probability is
+exact. Up to so many tokens in the vocabulary that is the whole prediction. The KL divergence between two predictions
+over these outcomes is never above that over all tokens, and it is zero where both agree.
+
+Then the compressed model is trained: values in float32, products in bfloat16 where that is native. Where memory is not
+plenty, each decoder layer is run again when its gradient is due, so that the inside of one layer at a time is there.
+With Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight,
+four times a dense bfloat16 one. A model that does not fit is refused.
+
+The promise is that of refine, for the whole: the KL divergence on the held-out sequences, of the model as stored, is
+never above that of the start.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from armor.config.training import TuneJob, TuneSettings
+from armor.core.errors import ArmorError
+from armor.execution.files import open_safetensors, save_safetensors
+from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.resume import Steps, resumable
+from armor.format.checkpoint import SUFFIXES
+from armor.format.provenance import machine, made_by
+from armor.format.records.base import File, MadeBy
+from armor.format.records.calibration import CalibrationRecord
+from armor.format.records.layer import LayerRecord
+from armor.format.records.topology import Topology
+from armor.format.records.tune import TuneRecord
+from armor.format.shards import Shards
+from armor.format.statistics import read_statistics
+from armor.model.source import Source
+from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside
+from armor.runtime.streamed import StreamedModel
+from armor.training.fit import Fit, fit
+from armor.training.record import described, read_start, write_trained
+from armor.training.sample import fingerprint_of, sample_tokens
+from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
+
+__all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "peak_bytes", "tune"]
+
+KEPT = 256
+"""Tokens of each prediction that are kept."""
+TOKENS_AT_A_TIME = 128
+USABLE = 0.95
+ROOMY = 0.5  # of the memory: what may be taken to save time
+
+
+def tune(
+    source: Source,
+    topology: Topology,
+    factors: Path | str,
+    calibration: Path | str,
+    settings: TuneJob,
+    output: Path | str,
+    device: str = "cpu",
+) -> TuneRecord:
+    """Train all layers from the `factors` in that folder into the folder beside `output` (tuned.json), then `output`.
+
+    `calibration` is calibration.json, for the proxy losses in the layers' records. Raises ArmorError for factors that
+    are missing or of another model, a text that is too short, and where the model does not fit into the memory.
+    """
+    factors, calibration, output = Path(factors), Path(calibration), Path(output)
+    if source.fingerprint != topology.fingerprint:
+        raise ArmorError(
+            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
+        )
+    files = [factors / f"layer_{layer.index}.safetensors" for layer in topology.layers]
+    starts = [read_start(file, topology.fingerprint) for file in files]
+    shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
+    size = partial(peak_bytes, shards, files, settings.tune, tokens.shape[1])
+    needed, available = size(), device_memory_bytes(device) or host_memory_bytes()
+    if needed > USABLE * available:
+        raise ArmorError(
+            f"{source.path}: tuning the whole model needs about {needed / 1e9:.1f} GB, {device} has "
+            f"{available / 1e9:.1f} GB; refine its layers instead, set core: false, or take a larger device"
+        )
+    text = fingerprint_of(tokens)
+    used = {
+        "model": topology.fingerprint,
+        "text": text,
+        "statistics": CalibrationRecord.read(calibration).statistics_fingerprint,
+        **{f"layer {start.layer}": start.sha256 for start in starts},
+    }
+    made = made_by(__name__, settings, used)
+    with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
+        predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
+        model, layers = _trainable_model(source, shards, files, settings.tune, device)
+        again = size(recompute=False) > ROOMY * available
+        try:
+            found = fit_whole(
+                model, layers, tokens, predictions, settings.tune, settings.seed, source.dtype, device, steps, again
+            )
+        except torch.OutOfMemoryError as error:
+            raise ArmorError(
+                f"{source.path}: out of memory on {device} while the whole model is tuned; lower batch or "
+                "sequence_length, or take a larger device"
+            ) from error
+        part = steps.folder / "tuned"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
+        written = []
+        for start, layer in zip(starts, layers, strict=True):
+            file = f"layer_{start.layer}.safetensors"
+            statistics = read_statistics(calibration.parent / file, topology.fingerprint, gram=False)
+            losses = {name: start.modules[name].loss for name in layer.linears}
+            training = described("tune", settings.tune, found, layer, tokens.shape[1], losses, made, numbers)
+            seconds = steps.seconds()
+            written.append(
+                write_trained(part / file, start, *layer.stored(), statistics, shards, training, made, seconds, device)
+            )
+        folder = output.with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        record = _record(written, layers, predictions, made, device, steps)
+        record.write(output)
+    return record
+
+
+def _record(
+    written: list[LayerRecord],
+    layers: list[TrainableLayer],
+    predictions: Predictions,
+    made: MadeBy,
+    device: str,
+    steps: Steps,
+) -> TuneRecord:
+    names = tuple(sorted(name for layer in layers for name in layer.others))
+    losses = {name: loss for record in written for name, loss in record.training[-1].proxy_losses.items()}
+    whole = written[0].training[-1].model_copy(update={"norms_and_biases": names, "proxy_losses": losses})
+    return TuneRecord(
+        fingerprint=written[0].fingerprint,
+        layers=tuple(record.sha256 for record in written),
+        predictions=predictions.tokens.shape[-1],
+        training=whole,
+        made_by=made,
+        machine=machine(device),
+        seconds=steps.seconds(),
+        peak_memory_bytes=peak_memory_bytes(device),
+    )
+
+
+def peak_bytes(
+    shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int, recompute: bool = True
+) -> int:
+    """The memory that tuning takes at its peak, from headers: values, gradients, moments, logits, insides of layers.
+
+    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4. Inside of a layer
+    there are A·S·B, and what goes into and comes out of the linears for one sequence of `length` tokens; with
+    `recompute` it is that of one layer at a time.
+    """
+    trained = fixed = vocabulary = 0
+    inside, replaced = [], set()
+    for file in factors:
+        weights = features = 0
+        with open_safetensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  not a dictionary
+                shape = opened.get_slice(name).get_shape()
+                module, _, suffix = name.rpartition(".")
+                entries = math.prod(shape)
+                if suffix == "core_mask":
+                    fixed += entries
+                    weights += 8 * entries
+                    features += shape[0] + 8 * shape[1]
+                elif suffix == "core_values" and not settings.core:
+                    fixed += 4 * entries
+                else:
+                    trained += entries
+                replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
+        inside.append(12 * weights + 12 * length * features)
+    for name in shards.names():
+        if name not in replaced:
+            fixed += 4 * math.prod(shards.shape(name))
+        if len(shards.shape(name)) == 2:
+            vocabulary = max(vocabulary, shards.shape(name)[0])
+    return 20 * trained + fixed + (max if recompute else sum)(inside) + 12 * length * vocabulary
+
+
+def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, device: str) -> Predictions:
+    """What the dense model predicts, kept on disk for the next run.
+
+    Of the first `trained` sequences in the arithmetic of training, which takes half the time; of the others exactly.
+    """
+    file = steps.folder / "predictions.safetensors"
+    if steps.get("predictions", File) is None or not file.is_file():
+        dtype = str(compute_dtype(source.dtype, device)).removeprefix("torch.")
+        model = StreamedModel(source.path, dtype, device)
+        parts = []
+        for rows, how in (
+            (tokens[:trained], training_arithmetic(device)),
+            (tokens[trained:], stored_arithmetic(source.dtype, device)),
+        ):
+            with how:
+                logits = model.logits(row[None].to(device) for row in rows)
+                parts.append(vars(kept_predictions(one[0] for one in logits)))
+        save_safetensors(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        steps.put("predictions", File.of(file))
+    with open_safetensors(file) as opened:
+        return Predictions(*(opened.get_tensor(field.name) for field in fields(Predictions)))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most likely tokens of every prediction of the dense model.
+
+    tokens (sequences, length, kept) int32; log_probabilities (sequences, length, kept + 1) float32, the last of them
+    that of all other tokens together.
+    """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+
+
+def kept_predictions(logits: Iterator[Tensor]) -> Predictions:
+    """What is kept of the dense model's predictions, from the logits (length, vocabulary) of each sequence."""
+    kept_tokens, kept = [], []
+    for sequence in logits:
+        pieces = []
+        for piece in sequence.split(TOKENS_AT_A_TIME):
+            logs = piece.double().log_softmax(-1)
+            top = logs.topk(min(KEPT, logs.shape[-1]), dim=-1)
+            rest = logs.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+            pieces.append((top.indices.int(), torch.cat([top.values, rest], -1).float()))
+        kept_tokens.append(torch.cat([tokens for tokens, _ in pieces]).cpu())
+        kept.append(torch.cat([logs for _, logs in pieces]).cpu())
+    return Predictions(torch.stack(kept_tokens), torch.stack(kept))
+
+
+def kl_divergence(logits: Tensor, tokens: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(dense ‖ compressed) in nats of every prediction, (length,) float32, over the kept tokens and the rest.
+
+    logits (length, vocabulary) of the compressed model, any float dtype; the dense one's as in `Predictions`.
+    """
+    logs = logits.float().log_softmax(-1)
+    own = logs.gather(-1, tokens.long())
+    found = (log_probabilities[:, :-1].exp() * (log_probabilities[:, :-1] - own)).sum(-1)
+    if tokens.shape[-1] == logits.shape[-1]:
+        return found
+    rest = log_probabilities[:, -1]
+    others = logs.scatter(-1, tokens.long(), -torch.inf).logsumexp(-1)
+    return found + rest.exp() * (rest - others)
+
+
+def _trainable_model(
+    source: Source, shards: Shards, files: Sequence[Path], settings: TuneSettings, device: str
+) -> tuple[PreTrainedModel, list[TrainableLayer]]:
+    """The compressed model in float32 with all its layers ready to be trained."""
+    skeleton = open_skeleton(source.path, torch.float32)
+    load_outside(skeleton, shards, head=True)
+    place_outside(skeleton, device)
+    layers = [load_trainable(skeleton, index, shards, file, device, settings.core) for index, file in enumerate(files)]
+    return skeleton.model, layers
+
+
+def fit_whole(
+    model: PreTrainedModel,
+    layers: Sequence[TrainableLayer],
+    tokens: Tensor,
+    predictions: Predictions,
+    settings: TuneSettings,
+    seed: int,
+    dtype: str,
+    device: str,
+    steps: Steps | None = None,
+    recompute: bool = True,
+) -> Fit:
+    """Train the `layers` of `model` until it predicts tokens (sequences, length) as the dense model does.
+
+    The sequences behind the first `settings.sequences` are held out. `dtype` is the model's as it is stored. With
+    `recompute` a layer is run again when its gradient is due: less memory, a third more time, the same numbers.
+    """
+
+    def divergence(index: int) -> Tensor:
+        """The mean KL divergence of the predictions of one sequence, float32."""
+        logits = model(input_ids=tokens[index : index + 1].to(device), use_cache=False).logits[0]
+        kept = (x[index].to(device) for x in (predictions.tokens, predictions.log_probabilities))
+        pieces = zip(*(x.split(TOKENS_AT_A_TIME) for x in (logits, *kept)), strict=True)
+        found = [checkpoint(kl_divergence, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(found).mean()
+
+    def learn(batch: list[int]) -> float:
+        total = 0.0
+        for index in batch:
+            with training_arithmetic(device):
+                loss = divergence(index) / len(batch)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def held_out_loss() -> float:
+        rows = range(settings.sequences, settings.sequences + settings.held_out)
+        with stored_arithmetic(dtype, device):
+            return sum(divergence(index).item() for index in rows) / len(rows)
+
+    for layer in layers if recompute else ():
+        layer.module.forward = partial(checkpoint, layer.module.forward, use_reentrant=False)
+    try:
+        parameters: dict[str, nn.Parameter] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for layer in layers:
+            parameters |= layer.parameters()
+            dtypes |= layer.dtypes
+        return fit(
+            parameters,
+            dtypes,
+            settings,
+            learn=learn,
+            held_out_loss=held_out_loss,
+            seed=seed,
+            where="tune",
+            steps=steps,
+        )
+    finally:
+        for layer in layers if recompute else ():
+            del layer.module.forward

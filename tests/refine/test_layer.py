@@ -1,0 +1,244 @@
+"""Refine: the output error of a layer, as stored, never rises on held-out text; whatever the family and the method."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from armor.assemble.verify import verify
+from armor.assemble.writer import assemble
+from armor.config.recipes import LayerSettings
+from armor.core.errors import ArmorError
+from armor.format.factors import read_factors, read_others
+from armor.format.records.layer import LayerRecord
+from armor.format.shards import Shards
+from armor.format.statistics import read_statistics
+from armor.refine import layer as stage
+from armor.refine.states import make_states
+from armor.runtime.load import load_model
+from armor.solver.objective import Objective, relative_loss
+from tests.packed import opened
+from tests.tiny import FAMILIES
+from tests.training.trained import TRAINING, ready, refine_job, refined, sample
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return ready(tmp_path_factory.mktemp("model"))
+
+
+def assembled(root, refined_folder, output):
+    """The checkpoint of refined layers, loaded by transformers."""
+    assemble(*opened(root), refined_folder, output / "checkpoint.json")
+    return load_model(output / "checkpoint", "float32")
+
+
+def _note(seen, _, args, kwargs, out):
+    seen.append((args, kwargs, out))
+
+
+def errors(root, model, rows=slice(6, 8)):
+    """Per layer, the mean square of what its output misses on held-out rows, given the dense model's states."""
+    tokens = load_file(root / "states/tokens.safetensors")["tokens"]
+    dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
+    found = [[] for _ in dense.model.layers]
+    for row in tokens[rows]:
+        seen: list[tuple] = []
+        note = partial(_note, seen)
+        hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in dense.model.layers]
+        with torch.no_grad():
+            dense(row[None], use_cache=False)
+            for k, layer in enumerate(model.model.layers):
+                args, kwargs, out = seen[k]
+                found[k].append(F.mse_loss(layer(*args, **kwargs), out).item())
+        for hook in hooks:
+            hook.remove()
+    return [sum(values) / len(values) for values in found]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_error_falls_in_every_family(tmp_path, family):
+    root = ready(tmp_path, family)
+    before = errors(root, assembled(root, root / "layers", tmp_path / "before"))
+    records = [refined(root, k, root / "refined") for k in range(2)]
+    after = errors(root, assembled(root, root / "refined", tmp_path / "after"))
+    for k, record in enumerate(records):
+        (done,) = record.training
+        assert done.start_loss == pytest.approx(before[k], rel=1e-4) and done.loss == pytest.approx(after[k], rel=1e-4)
+        assert done.loss < done.start_loss and done.kept > 0
+        assert done.steps == 16 and done.tokens == 16 * 2 * 48 and done.sequences == 6 and done.held_out == 2
+        assert done.norms_and_biases and all(name.startswith(f"model.layers.{k}.") for name in done.norms_and_biases)
+        assert record == LayerRecord.read(root / f"refined/layer_{k}.json")
+
+
+@pytest.mark.parametrize("method", ["nowag", "sparsegpt", "magnitude"])
+def test_pruned_layers_are_refined_too_and_keep_their_mask(tmp_path, method):
+    root = ready(tmp_path, settings=LayerSettings(method=method))
+    done = refined(root, 0, tmp_path / "refined").training[0]
+    assert done.loss < done.start_loss
+    before, after = (read_factors(tmp_path / f"{name}/layer_0.safetensors")[0] for name in ("layers", "refined"))
+    for name, factors in after.items():
+        assert factors.left is None and factors.right is None
+        assert factors.mask.equal(before[name].mask) and not factors.core.equal(before[name].core)
+
+
+def test_the_record_has_the_proxy_loss_of_what_is_stored(root, tmp_path):
+    record = refined(root, 1, tmp_path)
+    factors, header = read_factors(tmp_path / "layer_1.safetensors")
+    start = LayerRecord.read(root / "layers/layer_1.json")
+    shards, inputs = Shards(root / "source"), read_statistics(root / "calibration/layer_1.safetensors")
+    assert header["fingerprint"] == start.fingerprint and record.factorized == start.made_by
+    for name, entry in record.modules.items():
+        weight = shards.read(f"{name}.weight")
+        objective = Objective.of(weight, inputs[name].importance)
+        assert entry.loss == pytest.approx(relative_loss(weight, objective, factors[name])) == factors[name].loss
+        assert record.training[0].proxy_losses[name] == start.modules[name].loss
+        assert entry.trace == start.modules[name].trace and entry.condition >= 1
+
+
+def test_trained_norms_take_the_place_of_the_sources(root, tmp_path):
+    for k in range(2):
+        refined(root, k, tmp_path / "refined")
+    others = read_others(tmp_path / "refined/layer_0.safetensors")
+    assert set(others) == {f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")}
+    assert read_others(root / "layers/layer_0.safetensors") == {}
+    model = assembled(root, tmp_path / "refined", tmp_path)
+    shards = Shards(root / "source")
+    for name, tensor in others.items():
+        assert model.state_dict()[name].equal(tensor) and not shards.read(name).equal(tensor)
+    summary = verify(tmp_path / "checkpoint", root / "source")
+    assert summary.distance.trained_tensors == 4
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert "16 steps of 2 sequences of 48 tokens" in card and "block_size: 16" in card
+    (tmp_path / "other").mkdir()
+    assemble(*opened(root), tmp_path / "refined", tmp_path / "other/checkpoint.json")
+    for file in (tmp_path / "checkpoint").iterdir():
+        assert (tmp_path / "other/checkpoint" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_bfloat16_model_keeps_its_promise_as_it_is_stored(tmp_path):
+    root = ready(tmp_path, dtype=torch.bfloat16)
+    record = refined(root, 0, tmp_path / "refined")
+    tensors = load_file(tmp_path / "refined/layer_0.safetensors")
+    assert {t.dtype for name, t in tensors.items() if not name.endswith("core_mask")} == {torch.bfloat16}
+    assert record.training[0].loss < record.training[0].start_loss
+
+
+def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
+    root = ready(tmp_path, layers=3)
+    output = tmp_path / "refined"
+    chain = [refined(root, k, output, inputs="compressed") for k in range(3)]
+    assert all(record.training[0].loss < record.training[0].start_loss for record in chain)
+    assert chain[0].sha256 == refined(root, 0, tmp_path / "alone").sha256  # nothing is before it
+    assert sorted(file.suffix for file in output.iterdir()) == [".json"] * 3 + [".safetensors"] * 3
+    # What is kept between two layers only saves time: without it the same bytes come.
+    expected = (output / "layer_2.safetensors").read_bytes()
+    (output / "layer_2.safetensors").unlink()
+    assert refined(root, 2, output, inputs="compressed").sha256 == chain[2].sha256
+    assert (output / "layer_2.safetensors").read_bytes() == expected
+    # The start's error is that of the layers before, refined, and of this one.
+    for k in range(2, 3):
+        shutil.copytree(output, tmp_path / "mixed")
+        for suffix in ("json", "safetensors"):
+            shutil.copy(root / f"layers/layer_{k}.{suffix}", tmp_path / f"mixed/layer_{k}.{suffix}")
+        model = assembled(root, tmp_path / "mixed", tmp_path)
+        tokens = load_file(root / "states/tokens.safetensors")["tokens"][6:8]
+        dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
+        with torch.no_grad():
+            last: list[tuple] = []
+            for m in (model, dense):
+                hook = m.model.layers[k].register_forward_hook(partial(_note, last), with_kwargs=True)
+                m(tokens, use_cache=False)
+                hook.remove()
+        assert F.mse_loss(*(out for _, _, out in last)).item() == pytest.approx(
+            chain[k].training[0].start_loss, rel=1e-4
+        )
+
+
+def test_killed_in_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
+    expected = refined(root, 0, tmp_path / "whole")
+    count, learn = [0], stage.fit
+
+    def dies(*args, **how):
+        own = how["learn"]
+
+        def counting(batch):
+            count[0] += 1
+            if count[0] in (5, 12, 14):
+                raise KeyboardInterrupt
+            return own(batch)
+
+        return learn(*args, **how | {"learn": counting})
+
+    monkeypatch.setattr(stage, "fit", dies)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            refined(root, 0, tmp_path / "killed")
+    again = refined(root, 0, tmp_path / "killed")
+    assert again.sha256 == expected.sha256 and again.training == expected.training
+    assert sorted(file.name for file in (tmp_path / "killed").iterdir()) == ["layer_0.json", "layer_0.safetensors"]
+
+
+def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        record = refined(root, 1, tmp_path, rate=1e6)
+    assert record.training[0].diverged and record.training[0].kept == 0
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1 and said[0].startswith("model.layers.1: diverged at step ") and "kept as it was" in said[0]
+    before, after = (load_file(folder / "layer_1.safetensors") for folder in (root / "layers", tmp_path))
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+
+
+def test_a_layer_that_stays_dense_passes_through(tmp_path):
+    root = ready(tmp_path, settings=LayerSettings(method="dense"))
+    record = refined(root, 0, tmp_path / "refined")
+    assert record.training == () and record.factorized is not None
+    assert (
+        load_file(tmp_path / "refined/layer_0.safetensors").keys()
+        == read_others(tmp_path / "refined/layer_0.safetensors").keys()
+    )
+
+
+def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    shutil.rmtree(copy / "states")
+    with pytest.raises(ArmorError, match="run armor states again"):
+        refined(copy, 0, tmp_path)
+    with pytest.raises(ArmorError, match="found .* tokens in 1 documents, needed 8000 x 48"):
+        make_states(*opened(root), sample(root, 8000), tmp_path / "states.json")
+    with pytest.raises(ArmorError, match="context length is 128"):
+        long = sample(root).model_copy(update={"sequence_length": 500})
+        make_states(*opened(root), long, tmp_path / "states.json")
+    other = ready(tmp_path / "other", seed=1)
+    shutil.rmtree(copy / "layers")
+    shutil.copytree(other / "layers", copy / "layers")
+    with pytest.raises(ArmorError, match="of another model"):
+        refined(copy, 0, tmp_path)
+    assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
+
+
+def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path, monkeypatch):
+    tokens = load_file(root / "states/tokens.safetensors")["tokens"]
+    dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
+    with torch.no_grad():
+        hidden = dense(tokens, output_hidden_states=True).hidden_states
+    found = [load_file(root / f"states/layer_{k}.safetensors")["states"] for k in range(3)]
+    torch.testing.assert_close(found[0], hidden[0])
+    torch.testing.assert_close(found[1], hidden[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dense.model.norm(found[2]), hidden[2], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("armor.format.states.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(ArmorError, match="hidden states need .* GB on this disk, 1e-06 GB are free"):
+        make_states(*opened(root), sample(root), tmp_path / "states.json")
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_small_a_batch_of_text_is_refused():
+    with pytest.raises(ValueError, match="batch: found 7, but there are 6 sequences"):
+        refine_job(None, **TRAINING | {"batch": 7})

@@ -1,0 +1,123 @@
+"""The loop of training: the best look is kept, what diverges is not, and a kill anywhere changes no byte."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from armor.config.training import TrainingSettings
+from armor.core.errors import ArmorError
+from armor.execution.resume import resumable
+from armor.training.fit import fit, order, share_of_rate
+
+SETTINGS = {"steps": 24, "batch": 2, "sequences": 5, "held_out": 1, "warm_up": 2, "rate": 0.1}
+
+
+class Problem:
+    """Least squares: the loss of sequence i is the mean square of value - target_i."""
+
+    def __init__(self, dtype=torch.float32):
+        self.value = nn.Parameter(torch.full((3, 2), 4.0))
+        self.targets = torch.linspace(0.8, 1.2, 5)
+        self.dtypes = {"value": dtype}
+        self.steps_done = 0
+
+    def learn(self, batch):
+        self.steps_done += 1
+        loss = torch.stack([(self.value - self.targets[i]).square().mean() for i in batch]).mean()
+        loss.backward()
+        return loss.item()
+
+    def held_out_loss(self):
+        return (self.value - 1.0).square().mean().item()
+
+    def fit(self, steps=None, **settings):
+        asked = TrainingSettings(**SETTINGS | settings)
+        how = {"learn": self.learn, "held_out_loss": self.held_out_loss, "seed": 3, "where": "it", "steps": steps}
+        return fit({"value": self.value}, self.dtypes, asked, **how)
+
+
+class Dying(Problem):
+    """One that is killed after so many steps."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def learn(self, batch):
+        if self.steps_done == self.after:
+            raise KeyboardInterrupt
+        return super().learn(batch)
+
+
+def test_the_rate_rises_and_falls_to_zero():
+    settings = TrainingSettings(steps=40, warm_up=8)
+    shares = [share_of_rate(step, settings) for step in range(41)]
+    top = shares.index(max(shares))
+    assert 0 < shares[0] < 0.2 and 5 <= top <= 9 and shares[40] == pytest.approx(0, abs=1e-9)
+    assert shares[:top] == sorted(shares[:top]) and shares[top:] == sorted(shares[top:], reverse=True)
+
+
+def test_every_sequence_comes_once_before_any_comes_again():
+    line = sum(order(TrainingSettings(**SETTINGS), 0), [])
+    assert len(line) == 48
+    for start in range(0, 45, 5):
+        assert sorted(line[start : start + 5]) == [0, 1, 2, 3, 4]
+    assert order(TrainingSettings(**SETTINGS), 0) != order(TrainingSettings(**SETTINGS), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_is_the_best_look_as_stored(dtype):
+    problem = Problem(dtype)
+    found = problem.fit()
+    assert [look.step for look in found.looks] == [0, *range(3, 25, 3)] and found.steps == 24
+    assert found.best == min(look.held_out_loss for look in found.looks) < found.looks[0].held_out_loss
+    assert problem.held_out_loss() == found.best
+    assert problem.value.data.equal(problem.value.data.to(dtype).float())
+
+
+@pytest.mark.parametrize("rate", [50.0, 1e30])
+def test_what_diverges_is_kept_as_it_was_and_said_in_one_line(rate, caplog):
+    problem = Problem()
+    with caplog.at_level(logging.WARNING):
+        found = problem.fit(rate=rate)
+    assert found.diverged and found.kept == 0 and found.steps < 24
+    assert (problem.value == 4.0).all() and problem.value.grad is None
+    assert [r.message for r in caplog.records] == [
+        f"it: diverged at step {found.steps}, kept as it was; lower the rate ({rate:g})"
+    ]
+
+
+def test_a_loss_that_is_no_number_is_a_divergence():
+    problem = Problem()
+    problem.learn = lambda batch: math.nan
+    assert problem.fit().diverged and (problem.value == 4.0).all()
+    problem.held_out_loss = lambda: math.inf
+    with pytest.raises(ArmorError, match="it: its held-out loss is inf before the first step"):
+        problem.fit()
+
+
+def test_patience(caplog):
+    problem = Problem()
+    looks = iter([1.0, 0.5, 0.6, 0.7, 0.1])
+    problem.held_out_loss = lambda: next(looks)
+    found = problem.fit(patience=2)
+    assert found.kept == 3 and found.steps == 9 and not found.diverged and not caplog.records
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
+    whole = Problem()
+    expected = whole.fit()
+    for kill in range(24):
+        with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+            Dying(kill).fit(steps)
+        again = Problem()
+        with resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+            found = again.fit(steps)
+        assert found == expected and again.value.equal(whole.value)
+        assert again.steps_done == 24 - kill // 3 * 3
+        assert not any(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+"""A trainable linear is the packed one, its gradient that of the product, and what it stores what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from armor.core import blockdiag
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern, top_n_mask
+from armor.training.trainable import TrainableLinear, rounded
+
+
+def factorization(left=3, right=4, pattern="2:4", out=6, inner=8, dtype=torch.float32):
+    pattern = Pattern.parse(pattern)
+    mask = top_n_mask(torch.rand(out, inner), pattern)
+    blocks = [torch.randn(n // d, d, d).to(dtype) if d else None for n, d in ((out, left), (inner, right))]
+    return Factorization((torch.randn(out, inner) * mask).to(dtype), mask, pattern, *blocks)
+
+
+CASES = [(3, 4, "2:4"), (6, 8, "4:8"), (None, None, "2:4"), (2, 4, "50%"), (1, 4, "1:4")]
+
+
+@pytest.mark.parametrize(("left", "right", "pattern"), CASES)
+def test_the_weight_is_the_product_and_so_is_its_gradient(left, right, pattern):
+    f = factorization(left, right, pattern)
+    linear = TrainableLinear(f)
+    torch.testing.assert_close(linear.weight, f.reconstruct())
+    x, y = torch.randn(5, 8), torch.randn(5, 6)
+    (linear(x) * y).sum().backward()
+    a, b = (None if w is None else w.clone().requires_grad_() for w in (f.left, f.right))
+    core = f.core.clone().requires_grad_()
+    slow = core if b is None else core @ blockdiag.expand(b)
+    slow = slow if a is None else blockdiag.expand(a) @ slow
+    (x @ slow.T * y).sum().backward()
+    torch.testing.assert_close(linear.core_values.grad, core.grad[f.mask].view(6, -1))
+    for mine, other in ((linear.left, a), (linear.right, b)):
+        if other is not None:
+            torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_trained_is_stored_as_it_was(dtype):
+    f = factorization(dtype=dtype)
+    linear = TrainableLinear(f)
+    assert linear.weight.dtype == torch.float32
+    found = linear.factors()
+    for name in ("core", "mask", "left", "right"):
+        assert getattr(found, name).dtype == getattr(f, name).dtype and getattr(found, name).equal(getattr(f, name))
+
+
+def test_rounded_shows_what_would_be_stored_and_no_longer():
+    parameter = torch.nn.Parameter(torch.tensor([1.0 + 2**-12]))
+    with rounded({"a": parameter}, {"a": torch.bfloat16}):
+        assert parameter.item() == 1.0
+    assert parameter.item() == 1.0 + 2**-12

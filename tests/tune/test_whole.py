@@ -1,0 +1,149 @@
+"""Tune: the KL divergence from the dense model, of the model as stored, never rises on held-out text."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from armor.assemble.verify import verify
+from armor.assemble.writer import assemble
+from armor.config.training import TuneJob, TuneSettings
+from armor.core.errors import ArmorError
+from armor.format.factors import read_factors
+from armor.format.records.layer import LayerRecord
+from armor.format.records.tune import TuneRecord
+from armor.runtime.load import load_model
+from armor.tune import whole
+from armor.tune.whole import kept_predictions, kl_divergence, tune
+from tests.packed import opened
+from tests.tiny import FAMILIES
+from tests.training.trained import TRAINING, ready, refined, sample
+
+
+def tuned(root, output, factors="layers", **settings):
+    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3} | settings), sample=sample(root))
+    return tune(*opened(root), root / factors, root / "calibration/calibration.json", job, output / "tuned.json")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return ready(tmp_path_factory.mktemp("model"))
+
+
+def divergence(root, folder, output):
+    """KL(dense ‖ compressed) on the held-out rows, over all tokens, of a checkpoint that transformers loads."""
+    assemble(*opened(root), folder, output / "checkpoint.json")
+    tokens = load_file(root / "states/tokens.safetensors")["tokens"][6:8]
+    with torch.no_grad():
+        own, dense = (
+            load_model(path, "float32")(tokens).logits.log_softmax(-1)
+            for path in (output / "checkpoint", root / "source")
+        )
+    return F.kl_div(own, dense, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 300, 1000])
+def test_the_divergence_over_what_is_kept_is_exact_or_less(vocabulary):
+    dense, own = torch.randn(2, 9, vocabulary) * 4, torch.randn(2, 9, vocabulary) * 4
+    kept = kept_predictions(iter(dense))
+    assert kept.tokens.shape == (2, 9, min(256, vocabulary))
+    if vocabulary > 256:
+        assert kept.log_probabilities.double().exp().sum(-1).allclose(torch.ones(2, 9).double(), rtol=1e-6)
+    for index in (0, 1):
+        pair = own[index].log_softmax(-1), dense[index].log_softmax(-1)
+        whole_sum = F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+        own_kept = kept.tokens[index], kept.log_probabilities[index]
+        found = kl_divergence(own[index], *own_kept)
+        assert (found >= -1e-5).all() and (found <= whole_sum + 1e-4).all()
+        if vocabulary <= 256:
+            torch.testing.assert_close(found, whole_sum, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kl_divergence(dense[index], *own_kept), torch.zeros(9), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_divergence_falls_in_every_family(tmp_path, family):
+    root = ready(tmp_path, family)
+    before = divergence(root, root / "layers", tmp_path / "before")
+    done = tuned(root, tmp_path).training
+    after = divergence(root, tmp_path / "tuned", tmp_path / "after")
+    assert done.loss < done.start_loss and done.stage == "tune" and done.kept > 0
+    assert done.start_loss == pytest.approx(before, rel=0.02) and done.loss == pytest.approx(after, rel=0.02)
+    assert (
+        verify(tmp_path / "after/checkpoint", root / "source").distance.trained_tensors
+        == len(done.norms_and_biases)
+        > 0
+    )
+
+
+def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path):
+    for k in range(2):
+        refined(root, k, tmp_path / "refined")
+    record = tuned(root, tmp_path, tmp_path / "refined")
+    assert record == TuneRecord.read(tmp_path / "tuned.json") and record.predictions == 256
+    assert record.training.loss < record.training.start_loss
+    layers = [LayerRecord.read(tmp_path / f"tuned/layer_{k}.json") for k in range(2)]
+    assert [layer.sha256 for layer in layers] == list(record.layers)
+    assert all([done.stage for done in layer.training] == ["refine", "tune"] for layer in layers)
+    first = LayerRecord.read(root / "layers/layer_0.json")
+    assert layers[0].factorized == first.made_by and layers[0].modules.keys() == first.modules.keys()
+    divergence(root, tmp_path / "tuned", tmp_path)
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert "Refined: the output" in card and "Tuned: the whole model" in card
+
+
+def test_the_core_may_stay(root, tmp_path):
+    tuned(root, tmp_path, core=False)
+    before, after = (
+        read_factors(folder / "layer_0.safetensors")[0] for folder in (root / "layers", tmp_path / "tuned")
+    )
+    for name, factors in after.items():
+        assert factors.core.equal(before[name].core) and not factors.left.equal(before[name].left)
+
+
+def test_layers_that_are_run_again_give_the_same_bytes(root, tmp_path, monkeypatch):
+    expected = tuned(root, tmp_path / "a").layers
+    monkeypatch.setattr(whole, "ROOMY", 0.0)
+    assert tuned(root, tmp_path / "b").layers == expected
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
+    expected = tuned(root, tmp_path / "whole")
+    count, loop = [0], whole.fit
+
+    def dies(*args, **how):
+        own = how["learn"]
+
+        def counting(batch):
+            count[0] += 1
+            if count[0] in (1, 6, 7, 15):
+                raise KeyboardInterrupt
+            return own(batch)
+
+        return loop(*args, **how | {"learn": counting})
+
+    monkeypatch.setattr(whole, "fit", dies)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            tuned(root, tmp_path / "killed")
+    again = tuned(root, tmp_path / "killed")
+    assert again.layers == expected.layers and again.training == expected.training
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["tuned", "tuned.json"]
+
+
+def test_what_diverges_stays_as_it_was(root, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        record = tuned(root, tmp_path, rate=1e6)
+    assert record.training.diverged and record.training.kept == 0
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1 and said[0].startswith("tune: diverged at step ")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_its_size(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "host_memory_bytes", lambda: 1_000_000)
+    with pytest.raises(ArmorError, match="tuning the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
+        tuned(root, tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""Refined and tuned recipes in the workflow: who shares what, what runs again, and that a kill changes no byte."""
+
+import shutil
+from collections import Counter
+
+import pytest
+
+from armor.config.run import Config
+from armor.format.records.layer import LayerRecord
+from armor.run.explain import Reruns
+from tests.killed import left_over, results_of
+from tests.workflow.conftest import LAYERS, Run
+
+TRAINED = ("refined", "chained", "tuned", "both")
+TARGETS = [
+    *(f"results/tiny/{recipe}/checkpoint.json" for recipe in (*TRAINED, "pruned")),
+    *(
+        f"results/tiny/{recipe}/refined/layer_{layer}.safetensors"
+        for recipe in ("refined", "chained", "both", "pruned")
+        for layer in range(LAYERS)
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """A run of recipes that start from one another, up to their checkpoints."""
+    training = {"steps": 8, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
+    recipes = {
+        "armor": dict(config["recipes"]["armor"]),
+        "refined": {"base": "armor", "refine": dict(training)},
+        "chained": {"base": "armor", "refine": training | {"inputs": "compressed"}},
+        "tuned": {"base": "refined", "tune": dict(training)},
+        "both": {"base": "armor", "refine": dict(training), "tune": dict(training)},
+        "pruned": {"method": "nowag", "refine": dict(training)},
+    }
+    run = Run(tmp_path_factory.mktemp("trained"), {**config, "recipes": recipes, "benchmarks": {}})
+    done = run.snakemake("--", *TARGETS)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return run
+
+
+def asked(run, config=None):
+    return run.would_run(config, "--", *TARGETS)
+
+
+def explained(run, config):
+    reruns = Reruns(run.folder / "results", Config.model_validate(config))
+    stages = ("factorize", "refine", "tune")
+    return dict(Counter(job.stage for job in reruns.jobs if job.stage in stages and reruns.reasons(job)))
+
+
+def test_recipes_that_start_from_one_another_share_factors_and_states(trained):
+    tiny = trained.folder / "results/tiny"
+    assert not any((tiny / recipe / "layers").exists() for recipe in TRAINED) and (tiny / "armor/layers").is_dir()
+    assert [path.name for path in (tiny / "states").iterdir()] == ["words-4x32.json"]  # the states are gone
+    assert left_over(trained.folder / "results") == []
+    chains = {
+        "refined/refined": ["refine"],
+        "chained/refined": ["refine"],
+        "tuned/tuned": ["refine", "tune"],
+        "both/tuned": ["refine", "tune"],
+        "pruned/refined": ["refine"],
+    }
+    for folder, stages in chains.items():
+        record = LayerRecord.read(tiny / folder / "layer_1.json")
+        assert [done.stage for done in record.training] == stages
+    assert asked(trained) == explained(trained, trained.config) == {}
+
+
+EDITS = {
+    "a rate": (
+        {"recipes__refined__refine__rate": 1e-3},
+        {"states": 1, "refine": LAYERS, "refined": 4, "tune": 1, "assemble": 2},
+    ),
+    "of tune": ({"recipes__tuned__tune__rate": 1e-4}, {"tune": 1, "assemble": 1}),
+    "of the chain": (
+        {"recipes__chained__refine__rate": 1e-3},
+        {"states": 1, "refine": LAYERS, "refined": 4, "assemble": 1},
+    ),
+    "more text": (
+        {"recipes__pruned__refine__sequences": 4},
+        {"states": 1, "refine": LAYERS, "refined": 1, "assemble": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_reruns_what_it_touches(trained, edit):
+    changes, expected = EDITS[edit]
+    edited = trained.edited(**changes)
+    assert asked(trained, edited) == expected
+    assert explained(trained, edited) == {key: n for key, n in expected.items() if key in ("refine", "tune")}
+
+
+def test_one_layer_again_leaves_the_others(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    (again.folder / "results/tiny/pruned/refined/layer_1.safetensors").unlink()
+    assert asked(again) == {"states": 1, "refine": 1, "refined": 4, "assemble": 1}
+    (again.folder / "results/tiny/chained/refined/layer_1.safetensors").unlink()
+    assert asked(again) == {"states": 1, "refine": LAYERS, "refined": 4, "assemble": 2}
+    done = again.snakemake("--", *TARGETS)
+    assert done.returncode == 0, done.stderr
+    assert results_of(again.folder / "results/tiny") == results_of(trained.folder / "results/tiny")

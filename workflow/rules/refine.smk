@@ -1,0 +1,134 @@
+"""Optional. In: factors, and what the dense model makes of a text. Out: the same factors, trained to be closer to it."""
+
+
+rule states:
+    """Run the text through the dense model, and keep what goes into every decoder layer while layers are refined."""
+    input:
+        source=R.source(),
+        model=R.topology(),
+    output:
+        record=R.states(),
+        folder=temp(directory(folder_of(R.states()))),
+    log:
+        R.log("states", "{model}", "{states}"),
+    benchmark:
+        R.measured("states", "{model}", "{states}")
+    conda:
+        "../../envs/armor.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=24000,
+        runtime="8h",
+    params:
+        settings=settings("states"),
+        code=code("states"),
+    message:
+        "states {wildcards.model} {wildcards.states}"
+    shell:
+        """
+        armor states --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
+            --output {output.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
+
+
+rule refine:
+    """Train one decoder layer until its output is close to the dense one's: one job, one device."""
+    input:
+        source=R.source(),
+        model=R.topology(),
+        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
+        factors=trained_from("refine"),
+        before=refined_before,
+        # Made again when a layer needs them: that alone makes no other layer run again. `refined` holds the folder.
+        states=ancient(states_of),
+    output:
+        factors=R.factors(stage="refine"),
+        record=R.layer(stage="refine"),
+    log:
+        R.log("refine", "{model}", "{recipe}", "{layer}"),
+    benchmark:
+        R.measured("refine", "{model}", "{recipe}", "{layer}")
+    conda:
+        "../../envs/armor.yaml"
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=24000,
+        runtime="8h",
+    params:
+        settings=settings("refine"),
+        factors=folder_before("refine"),
+        code=code("refine"),
+    message:
+        "refine {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
+    shell:
+        """
+        armor refine --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+            --factors {params.factors:q} --states {input.states:q} --layer {wildcards.layer} \
+            --settings {params.settings:q} --output {output.factors:q} \
+            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
+
+
+rule refined:
+    """Sum up a recipe's refinement. It holds the states until all layers are done: Snakemake deletes them then."""
+    input:
+        states=lambda wildcards: folder_of(states_of(wildcards)),
+        factors=lambda wildcards: factors_by("refine", wildcards.model, wildcards.recipe),
+    output:
+        R.refined(),
+    log:
+        R.log("refined", "{model}", "{recipe}"),
+    benchmark:
+        R.measured("refined", "{model}", "{recipe}")
+    conda:
+        "../../envs/armor.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=2000,
+        runtime="15m",
+    params:
+        factors=lambda wildcards: R.layers(wildcards.model, wildcards.recipe, "refine"),
+        code=code("refined"),
+    message:
+        "refined {wildcards.model} {wildcards.recipe}"
+    shell:
+        """
+        armor refined --factors {params.factors:q} --output {output:q} >{log:q} 2>&1
+        """
+
+
+rule tune:
+    """Train the whole model until its predictions are close to the dense one's; one job, all layers."""
+    input:
+        source=R.source(),
+        model=R.topology(),
+        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
+        factors=trained_from("tune"),
+    output:
+        R.tuned(),
+    log:
+        R.log("tune", "{model}", "{recipe}"),
+    benchmark:
+        R.measured("tune", "{model}", "{recipe}")
+    conda:
+        "../../envs/armor.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=64000,
+        runtime="24h",
+    params:
+        settings=settings("tune"),
+        factors=folder_before("tune"),
+        code=code("tune"),
+    message:
+        "tune {wildcards.model} {wildcards.recipe}"
+    shell:
+        """
+        armor tune --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+            --factors {params.factors:q} --settings {params.settings:q} --output {output:q} \
+            --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+        """
