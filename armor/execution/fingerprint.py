@@ -24,6 +24,7 @@ WITHOUT_EFFECT = (
     "armor.execution.devices",
     "armor.execution.log",
     "armor.execution.machine",
+    "armor.execution.nvml",
     "armor.format.provenance",
 )
 

@@ -38,7 +38,7 @@ def run(slurm, config, overtime, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("slurm")
     soon = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
-    first = slurm.snakemake(folder, config, "slurm", *soon, LINGER="1")
+    first = slurm.snakemake(folder, config, "slurm", *soon, LINGER="1", TOGETHER=str(folder / "together"))
 
     def running_layers():
         lines = slurm.command("squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
@@ -78,8 +78,8 @@ def test_layers_run_at_once_each_on_the_gpu_that_it_was_given(run):
     assert {line["stage"] for line in leases} >= {"calibrate", "factorize", "evaluate", "benchmark"}
     assert all(line["given"] == line["leased"] and line["leased"] in set("0123") for line in leases)
     assert len({line["job"] for line in leases}) == len(leases)
-    layers = [line for line in leases if line["stage"] == "factorize"]
-    assert len({line["leased"] for line in layers}) > 1
+    together = (run[0].folder / "together").read_text().split()
+    assert len(together) == len(set(together)) > 1
     for line in leases:
         others = [other for other in leases if other["leased"] == line["leased"] and other is not line]
         assert all(other["end"] <= line["begin"] or other["begin"] >= line["end"] for other in others)

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armor.core.errors import ArmorError
-from armor.format import shards as module
-from armor.format.shards import INDEX, SINGLE, Shards
+from armor.format.shards import INDEX, PIECE, SINGLE, Shards
 from tests.tiny import tiny_model
 
 
@@ -35,10 +34,9 @@ def test_reads_what_was_saved(tmp_path, dtype, shape):
     assert shards.file_of("x") == SINGLE and shards.names() == ["first", "x"]
 
 
-@pytest.mark.parametrize("elements", [1, 7, 8, 9, 40])
-def test_conversion_in_pieces_is_conversion(tmp_path, monkeypatch, elements):
-    monkeypatch.setattr(module, "PIECE", 16)  # 8 bfloat16 numbers
-    tensor = torch.randn(elements).bfloat16()
+@pytest.mark.parametrize("elements", [1, PIECE // 2 - 1, PIECE // 2, PIECE // 2 + 1, PIECE + 3])
+def test_conversion_in_pieces_is_conversion(tmp_path, elements):
+    tensor = (torch.arange(elements) % 251).bfloat16()  # half as many as a piece has bytes
     read = Shards(folder_with(tmp_path, {"x": tensor})).read("x", torch.float32)
     assert read.dtype == torch.float32 and torch.equal(read, tensor.float())
 

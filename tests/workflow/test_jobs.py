@@ -7,6 +7,7 @@ import pytest
 from armor.config.run import Config
 from armor.execution import fingerprint
 from armor.run.jobs import STAGES, jobs
+from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, Run
 
 
@@ -36,14 +37,19 @@ import atexit, inspect, os, sys
 os.environ.pop("ARMOR_FORK_SERVER", None)  # each job in a process of its own
 if sys.argv and os.path.basename(sys.argv[0]) in ("armor", "__main__.py", "-m"):
     seen = set()
+<<<<<<< HEAD
     def note(frame, event, arg):
         if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, no module's or class's body
             if frame.f_code.co_name == "_root":  # the command begins; before it only modules were imported
                 seen.clear()
+=======
+    def note(frame, event, arg):  # of calls alone: it returns no function for the lines
+        if frame.f_code.co_flags & 1:  # of a function, not the body of a module or a class
+>>>>>>> h6
             seen.add(frame.f_code.co_filename)
-    sys.setprofile(note)
+    sys.settrace(note)
     def tell():
-        sys.setprofile(None)
+        sys.settrace(None)
         root = os.environ["ARMOR_ROOT"]
         names = sorted(os.path.relpath(name, root) for name in seen if name.startswith(root + "/armor/"))
         with open(os.path.join(os.environ["ARMOR_SEEN"], f"{os.getpid()}.txt"), "w") as file:
@@ -64,7 +70,9 @@ def executed(tmp_path_factory, config):
     header += f"os.environ['ARMOR_SEEN'] = {str(folder / 'seen')!r}\n"
     (folder / "python/sitecustomize.py").write_text(header + WRAPPER)
     (folder / "run").mkdir()
-    done = Run(folder / "run", config, python=folder / "python").snakemake()
+    model = tiny_model(folder / "tiny", "llama", layers=1)  # each job of it is a process that imports torch
+    short = config | {"models": {"tiny": {"folder": str(model)}}}
+    done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, set[str]] = {}
     for file in (folder / "seen").glob("*.txt"):

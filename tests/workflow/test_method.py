@@ -1,8 +1,9 @@
 """A method is one file: dropped into armor/methods it is known to the configuration, the workflow and the report."""
 
 import csv
+import shutil
 
-from tests.workflow.conftest import Run
+from tests.workflow.conftest import LAYERS, Run
 
 TOY = '''"""Toy keeps the leftmost weights of every group, whatever they are."""
 
@@ -26,8 +27,9 @@ def toy(weight, importance, *, pattern: PatternLike = "2:4"):
 def test_a_new_file_is_a_new_method(clone, tmp_path):
     (clone.repository / "armor/methods/toy.py").write_text(TOY)
     assert len(TOY.splitlines()) <= 40
+    shutil.copytree(clone.folder, tmp_path / "run")
     run = Run(tmp_path / "run", clone.edited(recipes__leftmost={"method": "toy"}), clone.repository)
-    run.folder.mkdir()
+    assert run.would_run() == {"factorize": LAYERS, "assemble": 1, "evaluate": 1, "benchmark": 1, "report": 1}
     done = run.snakemake("--", "results/report/index.html")
     assert done.returncode == 0, done.stderr + done.stdout
     checked = run.armor("check", "config.yaml")
