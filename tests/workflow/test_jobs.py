@@ -37,15 +37,10 @@ import atexit, inspect, os, sys
 os.environ.pop("ARMOR_FORK_SERVER", None)  # each job in a process of its own
 if sys.argv and os.path.basename(sys.argv[0]) in ("armor", "__main__.py", "-m"):
     seen = set()
-<<<<<<< HEAD
-    def note(frame, event, arg):
-        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, no module's or class's body
+    def note(frame, event, arg):  # of calls alone: it returns no function for the lines
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # of a function, not the body of a module or a class
             if frame.f_code.co_name == "_root":  # the command begins; before it only modules were imported
                 seen.clear()
-=======
-    def note(frame, event, arg):  # of calls alone: it returns no function for the lines
-        if frame.f_code.co_flags & 1:  # of a function, not the body of a module or a class
->>>>>>> h6
             seen.add(frame.f_code.co_filename)
     sys.settrace(note)
     def tell():
@@ -71,7 +66,12 @@ def executed(tmp_path_factory, config):
     (folder / "python/sitecustomize.py").write_text(header + WRAPPER)
     (folder / "run").mkdir()
     model = tiny_model(folder / "tiny", "llama", layers=1)  # each job of it is a process that imports torch
-    short = config | {"models": {"tiny": {"folder": str(model)}}}
+    training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
+    tuned = {"base": "armor", "refine": dict(training), "tune": dict(training)}
+    short = config | {
+        "models": {"tiny": {"folder": str(model)}},
+        "recipes": config["recipes"] | {"tuned": tuned},
+    }
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, set[str]] = {}

@@ -22,6 +22,7 @@ class PredictionsRecord(Made):
     text_fingerprint: str
     """The SHA-256 of the tokens."""
     blocks: int
+    """Blocks of text."""
     length: int
     """Tokens in a block."""
     vocabulary: int
