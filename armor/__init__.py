@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["compress"]
+__all__ = ["compress"]  # pyright: ignore[reportUnsupportedDunderAll]  made when it is asked for
 __version__ = "0.1.0"
 
 

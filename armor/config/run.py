@@ -232,6 +232,8 @@ class Config(Typed):
                 method=self.factorized(name).method,
                 pattern=self.factorized(name).pattern,
                 block_size=self.factorized(name).block_size,
+                stage=self.made_by(name)[-1][0],
+                owner=self.made_by(name)[-1][1],
                 calibration=self.calibration_of(name) if self.calibrations else None,
                 evaluations=asked.texts,
                 tasks={evaluation: self.evaluations[evaluation].task_names() for evaluation in asked.tasks},

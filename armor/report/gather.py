@@ -54,14 +54,14 @@ def _read_recipe(
     source: SourceRecord | None,
     benchmarks: dict[str, BenchmarkRecord],
 ) -> RecipeResults:
-    names = (pair.model, pair.recipe)
+    names, made = (pair.model, pair.recipe), (pair.model, pair.owner or pair.recipe)
     layers = [layer.index for layer in topology.layers] if topology else []
     asked = {name: benchmarks[name] for name in pair.benchmarks if name in benchmarks}
     return RecipeResults(
         pair=pair,
         topology=topology,
         source=source,
-        layers=list(_there({k: LayerRecord.read_if_there(paths.layer(*names, k)) for k in layers}).values()),
+        layers=list(_there({k: LayerRecord.read_if_there(paths.layer(*made, k, pair.stage)) for k in layers}).values()),
         checkpoint=CheckpointRecord.read_if_there(paths.checkpoint(*names)),
         evaluations=_there({e: EvaluationRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.evaluations}),
         tasks=_there({e: TasksRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.tasks}),
@@ -88,7 +88,7 @@ def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
     paths = Results(str(results))
     files = []
     for pair in settings.pairs:
-        names = (pair.model, pair.recipe)
+        names, made = (pair.model, pair.recipe), (pair.model, pair.owner or pair.recipe)
         files += [paths.evaluation(*names, evaluation) for evaluation in (*pair.evaluations, *pair.tasks)]
         files += [paths.benchmark(pair.model, benchmark) for benchmark in pair.benchmarks]
         if not _is_dense(pair):
