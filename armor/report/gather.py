@@ -88,7 +88,7 @@ def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
     paths = Results(str(results))
     files = []
     for pair in settings.pairs:
-        names, made = (pair.model, pair.recipe), (pair.model, pair.owner or pair.recipe)
+        names = (pair.model, pair.recipe)
         files += [paths.evaluation(*names, evaluation) for evaluation in (*pair.evaluations, *pair.tasks)]
         files += [paths.benchmark(pair.model, benchmark) for benchmark in pair.benchmarks]
         if not _is_dense(pair):
