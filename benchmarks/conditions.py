@@ -17,7 +17,7 @@ import typer
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.format.factors import read_factors
-from armor.solver.objective import balanced
+from armor.methods.solver.objective import balanced
 
 
 def conditions(found: Factorization) -> dict[str, torch.Tensor]:

@@ -35,10 +35,10 @@ from armor.execution.files import read_json, write_json
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
+from armor.methods.solver import annealed, published
 from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.solver import annealed, published
 
 MATRICES = ["10.self_attn.q_proj", "0.mlp.down_proj", "20.mlp.gate_proj", "29.mlp.down_proj"]
 BLOCK = 64

@@ -35,9 +35,9 @@ from armor.evaluate.perplexity import perplexity
 from armor.execution.files import read_json, save_safetensors, write_json
 from armor.execution.machine import describe
 from armor.format.records.topology import DecoderLayer, Topology
+from armor.methods.solver import annealed, published
 from armor.model.source import open_source
 from armor.runtime.load import load_model, load_tokenizer
-from armor.solver import annealed, published
 from armor.text.blocks import token_blocks
 from benchmarks.solver import BLOCK, TEXT, inputs, prepare
 

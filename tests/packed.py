@@ -16,9 +16,9 @@ from armor.factorize.layer import factorize_layer
 from armor.format.factors import read_factors
 from armor.format.records.topology import Topology
 from armor.format.statistics import Statistics, write_statistics
+from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import Source, open_source
-from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model
 
 __all__ = [

@@ -12,12 +12,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "armor"
 FLOORS = (
     ("core",),
-    ("execution", "solver"),
-    ("format", "methods"),
+    ("execution", "methods"),
+    ("format",),
     ("config", "runtime"),
     ("model", "text", "run", "hf"),
-    ("training",),
-    ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "benchmark", "report"),
+    ("calibrate", "factorize", "training", "assemble", "evaluate", "benchmark", "report"),
     ("command",),
     ("__main__",),
 )

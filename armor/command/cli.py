@@ -142,7 +142,7 @@ def states(
     """Keep what goes into every decoder layer of the dense model -> a record and, beside it, the folder of its name."""
     device = _prepare(threads, gpus)
     from armor.model.source import open_source
-    from armor.refine.states import make_states
+    from armor.training.states import make_states
 
     make_states(open_source(source), Topology.read(model), parse_settings(Sample, settings), output, device)
 
@@ -164,7 +164,7 @@ def refine(
     device = _prepare(threads, gpus)
     from armor.format.statistics import statistics_of
     from armor.model.source import open_source
-    from armor.refine.layer import refine_layer
+    from armor.training.refine import refine_layer
 
     parsed = parse_settings(RefineJob, settings)
     start, statistics = factors / f"layer_{layer}.safetensors", statistics_of(calibration, layer)
@@ -178,7 +178,7 @@ def refined(
 ) -> None:
     """Sum up what refinement did to all layers -> a record."""
     _prepare(1)
-    from armor.refine.summary import sum_up
+    from armor.training.refined import sum_up
 
     sum_up(factors, output)
 
@@ -197,7 +197,7 @@ def tune(
     """Train the whole model until it predicts what the dense one does -> a record and, beside it, all factors."""
     device = _prepare(threads, gpus)
     from armor.model.source import open_source
-    from armor.tune.whole import tune
+    from armor.training.tune import tune
 
     parsed = parse_settings(TuneJob, settings)
     tune(open_source(source), Topology.read(model), factors, calibration, parsed, output, device)

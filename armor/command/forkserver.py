@@ -44,8 +44,8 @@ STAGES = (
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",
-    "armor.refine.layer",
-    "armor.tune.whole",
+    "armor.training.refine",
+    "armor.training.tune",
     "armor.assemble.writer",
     "armor.evaluate.predictions",
     "armor.evaluate.perplexity",

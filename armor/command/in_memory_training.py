@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from armor.config.recipes import Recipe
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.factorization import Factorization
-from armor.refine.layer import fit_layer
 from armor.runtime.skeleton import Call, Skeleton, decoder_layers, record_each
+from armor.training.refine import fit_layer
 from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
-from armor.tune.whole import fit_whole, kept_predictions
+from armor.training.tune import fit_whole, kept_predictions
 
 __all__ = ["train"]
 

@@ -13,7 +13,7 @@ from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.methods import METHODS
-from armor.solver.settings import Algorithm, Selection, SolverSettings
+from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
 
 __all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
 

@@ -18,7 +18,7 @@ from armor.config.training import RefineSettings, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.reference import field_table, record_reference, table
 from armor.methods import METHODS, Method
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.settings import SolverSettings
 
 __all__ = ["PARTS", "fresh", "json_schema", "markdown", "methods", "short_methods"]
 

@@ -33,8 +33,8 @@ from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
+from armor.methods.solver.objective import condition
 from armor.model.source import Source
-from armor.solver.objective import condition
 
 __all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
 

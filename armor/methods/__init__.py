@@ -114,5 +114,5 @@ def _first_paragraph(module: Any) -> str:
     return " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
 
 
-for _module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+for _module in sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.ispkg):
     importlib.import_module(f"{__name__}.{_module}")

@@ -1,7 +1,7 @@
 """ARMOR keeps W as A·S·B: a sparse core S between block-diagonal A and B, found by minimizing a layer-wise proxy loss.
 
 The loss never ends above that of NoWag-P, from which the search starts: the solver returns the better of the two. The
-blocks cost d/in + d/out numbers for each weight. `armor.solver` has the optimisers.
+blocks cost d/in + d/out numbers for each weight. `armor.methods.solver` has the optimisers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from armor.core.pattern import Pattern, PatternLike
 from armor.methods import method
-from armor.solver.memory import PIECE
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.memory import PIECE
+from armor.methods.solver.settings import SolverSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def armor(
     seed: int = 0,
 ) -> Factorization:
     """Factorize weight (out, in) under importance (in,), any float dtype. Raises ValueError for bad input."""
-    from armor.solver import annealed, published
+    from armor.methods.solver import annealed, published
 
     sizes: dict[str, Any] = {"pattern": pattern, "block_size": block_size, "seed": seed}
     if solver.algorithm == "fast":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from armor.methods import method
-from armor.solver.memory import pruning_bytes
+from armor.methods.solver.memory import pruning_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,6 @@ def nowag(weight: Tensor, importance: Tensor, *, pattern: PatternLike = "2:4") -
 
     weight (out, in), importance (in,), any float dtype. Raises ValueError for bad input.
     """
-    from armor.solver.pruning import prune
+    from armor.methods.solver.pruning import prune
 
     return prune(weight, importance, pattern, lambda o, w: o.score(w))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from armor.core.pattern import PatternLike
 from armor.methods import method
-from armor.solver.memory import PIECE
+from armor.methods.solver.memory import PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def sparsegpt(weight: Tensor, importance: Tensor, gram: Tensor, *, pattern: Patt
 
     from armor.core.factorization import Factorization
     from armor.core.pattern import top_n_mask
-    from armor.solver.objective import Objective, check, relative_loss
+    from armor.methods.solver.objective import Objective, check, relative_loss
 
     pattern = check(weight, importance, pattern)
     columns = weight.shape[1]

@@ -115,24 +115,24 @@ STAGES = {
     ),
     "states": Stage(
         outputs=lambda results, model, states: (results.states(model, states),),
-        entry="armor.refine.states",
+        entry="armor.training.states",
         inputs=lambda config, model, states: _model(model),
         settings=lambda config, model, states: config.states()[states],
     ),
     "refine": Stage(
         outputs=lambda results, *names: (results.factors(*names, "refine"), results.layer(*names, "refine")),
-        entry="armor.refine.layer",
+        entry="armor.training.refine",
         inputs=_refine_inputs,
         settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
     ),
     "refined": Stage(
         outputs=lambda results, model, recipe: (results.refined(model, recipe),),
-        entry="armor.refine.summary",
+        entry="armor.training.refined",
         inputs=lambda config, model, recipe: [("factors", "refine", (model, recipe))],
     ),
     "tune": Stage(
         outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
-        entry="armor.tune.whole",
+        entry="armor.training.tune",
         inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
         settings=lambda config, model, recipe: config.tune_settings(recipe),
     ),

@@ -1,1 +1,1 @@
-"""What refine and tune share: layers that can be trained, the loop that trains them, the text for it."""
+"""Training after factorization: refine, each layer against the dense one, and tune, the whole against its output."""

@@ -20,7 +20,7 @@ from armor.format.records.base import MadeBy
 from armor.format.records.layer import LayerRecord, Training
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics
-from armor.solver.objective import Objective, condition, relative_loss
+from armor.methods.solver.objective import Objective, condition, relative_loss
 from armor.training.fit import Fit
 from armor.training.trainable import TrainableLayer
 

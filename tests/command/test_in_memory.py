@@ -17,10 +17,10 @@ from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.format.records.topology import Topology
+from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.linear import ArmorLinear
-from armor.solver.settings import SolverSettings
 from tests.tiny import tiny_model, tiny_text
 
 TOKENS = torch.arange(40).view(2, 20)

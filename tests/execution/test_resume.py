@@ -16,7 +16,7 @@ from armor.evaluate.perplexity import evaluate
 from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.settings import SolverSettings
 from tests.killed import POINTS, SAVED, forked, left_over, passed, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text

@@ -13,8 +13,8 @@ from armor.format.records.layer import BlockSizes, LayerRecord
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, write_statistics
 from armor.methods.magnitude import magnitude
-from armor.solver.objective import Objective, relative_loss
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.objective import Objective, relative_loss
+from armor.methods.solver.settings import SolverSettings
 from tests.memory import NoRoom
 from tests.packed import edit_tensors, opened, prepared
 

@@ -13,7 +13,7 @@ from armor.config.recipes import LayerSettings, ModuleSettings
 from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.methods import METHODS
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.settings import SolverSettings
 from tests.memory import card_of
 from tests.packed import opened, prepared
 

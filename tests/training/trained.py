@@ -12,8 +12,8 @@ from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.refine.layer import refine_layer
-from armor.refine.states import make_states
+from armor.training.refine import refine_layer
+from armor.training.states import make_states
 from tests.packed import SETTINGS, opened
 from tests.tiny import tiny_model, tiny_text
 

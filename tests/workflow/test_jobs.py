@@ -56,7 +56,10 @@ AROUND = (
     *("armor/__main__.py", "armor/__init__.py", "armor/command/", "armor/config/reading.py", "armor/run/"),
     "armor/model/source.py",  # the command opens the source; its fingerprint is an input of the job
     "armor/execution/fingerprint.py",  # the hash of the code for the record
-    *("armor/methods/__init__.py", "armor/solver/memory.py"),  # methods register themselves when they are imported
+    *(
+        "armor/methods/__init__.py",
+        "armor/methods/solver/memory.py",
+    ),  # methods register themselves when they are imported
 )
 """What a command executes around its stage: arguments, settings from JSON, what made the result."""
 SAID = {

@@ -18,7 +18,7 @@ def toy(weight, importance, *, pattern: PatternLike = "2:4"):
     """Keep the n leftmost of every group of weight (out, in)."""
     import torch
 
-    from armor.solver.pruning import prune
+    from armor.methods.solver.pruning import prune
 
     return prune(weight, importance, pattern, lambda _, w: -torch.arange(w.shape[1]).expand(w.shape))
 '''

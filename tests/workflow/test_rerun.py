@@ -83,11 +83,11 @@ def test_an_edit_of_the_configuration_reruns_what_it_touches(run, edit):
 STATEMENT = ("\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ")
 CODE_EDITED = {
     "report code": ("report/page.py", *STATEMENT, {"report": 1}),
-    "the optimiser's code": ("solver/annealed.py", *STATEMENT, ONE_RECIPE),
-    "pruning code": ("solver/pruning.py", *STATEMENT, recipes(2)),
+    "the optimiser's code": ("methods/solver/annealed.py", *STATEMENT, ONE_RECIPE),
+    "pruning code": ("methods/solver/pruning.py", *STATEMENT, recipes(2)),
     "capture code": ("calibrate/capture.py", *STATEMENT, {"calibrate": 1} | recipes(2)),
     "evaluation code": ("evaluate/perplexity.py", *STATEMENT, {"evaluate": 3, "report": 1}),
-    "a comment in the solver": ("solver/annealed.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
+    "a comment in the solver": ("methods/solver/annealed.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
     "a log message's setting": ("execution/log.py", "BETWEEN_LINES = 10.0", "BETWEEN_LINES = 5.0", {}),
     "provenance code": ("format/provenance.py", *STATEMENT, {}),
 }

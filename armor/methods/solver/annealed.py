@@ -33,7 +33,7 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
-from armor.solver.objective import Objective, check, finish
+from armor.methods.solver.objective import Objective, check, finish
 
 __all__ = ["Settings", "solve"]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from armor.core.pattern import Pattern, is_nm
 from armor.methods.nowag import nowag
-from armor.solver import annealed
-from armor.solver.objective import Objective, relative_loss
+from armor.methods.solver import annealed
+from armor.methods.solver.objective import Objective, relative_loss
 
 PATTERNS = ["1:4", "2:4", "2:8", "4:8", "1:2", "50%"]
 

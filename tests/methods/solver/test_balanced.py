@@ -11,8 +11,8 @@ from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.methods.armor import armor
-from armor.solver.objective import Objective, balanced, finish, relative_loss
-from armor.solver.settings import SolverSettings
+from armor.methods.solver.objective import Objective, balanced, finish, relative_loss
+from armor.methods.solver.settings import SolverSettings
 
 SHAPES = [((6, 8), (3, 4)), ((9, 12), (9, 12)), ((5, 4), (1, 4))]
 

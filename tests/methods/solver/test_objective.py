@@ -8,8 +8,8 @@ import torch
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.solver.memory import PIECE
-from armor.solver.objective import Objective, finish, relative_loss, supports
+from armor.methods.solver.memory import PIECE
+from armor.methods.solver.objective import Objective, finish, relative_loss, supports
 
 
 def problem(rows: int, columns: int, seed: int = 0):

@@ -34,10 +34,10 @@ from armor.format.shards import Shards
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
-from armor.refine.states import TOKENS
 from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record_each, unload_outside
 from armor.training.fit import Fit, fit
 from armor.training.record import described, read_start, write_trained
+from armor.training.states import TOKENS
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
 
 __all__ = ["fit_layer", "refine_layer"]

@@ -20,10 +20,10 @@ from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
-from armor.refine import layer as stage
-from armor.refine.states import make_states
+from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.load import load_model
-from armor.solver.objective import Objective, relative_loss
+from armor.training import refine as stage
+from armor.training.states import make_states
 from tests.packed import opened
 from tests.tiny import FAMILIES
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample

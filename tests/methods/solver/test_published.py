@@ -11,9 +11,9 @@ import torch
 from armor.core import blockdiag
 from armor.core.pattern import Pattern, is_nm
 from armor.methods.nowag import nowag
-from armor.solver import published
-from armor.solver.objective import supports
-from armor.solver.settings import Selection
+from armor.methods.solver import published
+from armor.methods.solver.objective import supports
+from armor.methods.solver.settings import Selection
 
 
 def problem(rows: int, columns: int, seed: int = 0):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
-from armor.solver.objective import Objective, check, relative_loss
+from armor.methods.solver.objective import Objective, check, relative_loss
 
 __all__ = ["prune"]
 

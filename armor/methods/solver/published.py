@@ -20,7 +20,7 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import PatternLike, top_n_mask
-from armor.solver.objective import Objective, check, finish, supports
+from armor.methods.solver.objective import Objective, check, finish, supports
 
 __all__ = ["Settings", "solve"]
 

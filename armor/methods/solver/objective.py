@@ -19,7 +19,7 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
-from armor.solver.memory import PIECE
+from armor.methods.solver.memory import PIECE
 
 __all__ = ["Objective", "balanced", "check", "condition", "finish", "relative_loss", "supports"]
 

@@ -17,8 +17,8 @@ from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
 from armor.format.records.tune import TuneRecord
 from armor.runtime.load import load_model
-from armor.tune import whole
-from armor.tune.whole import kept_predictions, kl_divergence, tune
+from armor.training import tune as whole
+from armor.training.tune import kept_predictions, kl_divergence, tune
 from tests.packed import opened
 from tests.tiny import FAMILIES
 from tests.training.trained import TRAINING, ready, refined, sample

@@ -1,1 +1,0 @@
-"""Refine: each compressed decoder layer is trained until its output is close to the dense one's."""

@@ -1,1 +1,0 @@
-"""Tune: the whole compressed model is trained until its predictions are close to the dense one's."""
