@@ -1,12 +1,6 @@
 """In: the dense model and its packed recipes. Out: size, memory and speed of all, timed in turn."""
 
 
-def benchmarked(wildcards):
-    """The checkpoints that a benchmark times beside the dense model."""
-    recipes = SETTINGS.benchmarked(wildcards.model, wildcards.benchmark)
-    return [R.checkpoint(wildcards.model, recipe) for recipe in recipes]
-
-
 rule benchmark:
     """Time a model and its recipes in one process; takes every core, so that nothing else runs beside it."""
     input:

@@ -187,7 +187,9 @@ def all_records(wildcards):
 def all_factors(wildcards):
     """Every factors file. A final target too: Snakemake does not miss a deleted file that only other rules ask for."""
     compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
-    made = dict.fromkeys((stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe))
+    made = dict.fromkeys(
+        (stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe)
+    )
     return [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
 
 
@@ -195,3 +197,9 @@ def finished_model(wildcards):
     """What evaluation reads: the checkpoint of a recipe, or the source where the recipe leaves the model as it is."""
     is_dense = SETTINGS.is_dense(wildcards.recipe)
     return R.source(wildcards.model) if is_dense else R.checkpoint(wildcards.model, wildcards.recipe)
+
+
+def benchmarked(wildcards):
+    """The checkpoints that a benchmark times beside the dense model."""
+    recipes = SETTINGS.benchmarked(wildcards.model, wildcards.benchmark)
+    return [R.checkpoint(wildcards.model, recipe) for recipe in recipes]
