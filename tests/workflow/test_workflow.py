@@ -18,17 +18,13 @@ from armor.config.run import Config
 from armor.run.status import read_status
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
-COLUMNS = (
-    "model recipe method pattern block_size perplexity perplexity_se relative_loss bits_per_weight checkpoint_bytes "
-    "factorize_seconds decode_tokens_per_second kl kl_se top1_agreement top1_agreement_se"
-).split()
 EXAMPLES = sorted((REPOSITORY / "config/examples").glob("*.yaml"))
 
 
 def test_the_report_has_a_row_for_each_recipe(run):
     report = run.folder / "results/report"
     rows = list(csv.DictReader((report / "summary.csv").open()))
-    assert list(rows[0]) == COLUMNS and [row["recipe"] for row in rows] == ["dense", "nowag", "armor"]
+    assert [row["recipe"] for row in rows] == ["dense", "nowag", "armor"]
     losses = {row["recipe"]: row["relative_loss"] for row in rows}
     assert float(losses["armor"]) < float(losses["nowag"])
     assert all(float(row["perplexity"]) > 1 for row in rows)
