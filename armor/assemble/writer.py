@@ -1,7 +1,7 @@
 """Assemble: the factors of all decoder layers and everything else of the source become a checkpoint folder.
 
 Tensors are copied shard by shard (`armor.assemble.folder`), so no more than one shard is in memory. Every factors file
-is checked before the first byte is written, and checkpoint.json comes after all else: an interrupted run leaves no
+is checked before the first byte is written, and the record comes after all else: an interrupted run leaves no
 checkpoint, never half a one, and the next run keeps the shards that are finished. The same input gives the same bytes.
 The format is in docs/FORMAT.md.
 """
@@ -53,7 +53,7 @@ class _Layer:
 def assemble(
     source: Source, topology: Topology, factors: Path | str, output: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> CheckpointRecord:
-    """Write checkpoint/ beside `output` (checkpoint.json) from the layer_{k} files in `factors`, then `output` itself.
+    """Write checkpoint/ beside `output`, the record, from the layer_{k} files in `factors`, then `output` itself.
 
     Returns what `output` holds. Raises ArmorError if factors are missing, broken or of another model, if a tensor
     holds NaN, or if the disk is full; what `output` and checkpoint/ held before is then gone or untouched, never mixed.

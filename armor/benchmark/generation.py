@@ -92,7 +92,7 @@ def _embeddings(model: PreTrainedModel) -> tuple[Any, Any]:
 def bytes_on_disk(folder: Path) -> tuple[int, float | None]:
     """The bytes of the shards, and the bits that a weight of the decoder's linears takes there.
 
-    A packed checkpoint's bits come from its checkpoint.json; they are None where that is not beside the folder.
+    A packed checkpoint's bits come from its record; they are None where that is not beside the folder.
     """
     shards = Shards(folder)
     record = CheckpointRecord.read_if_there(folder.parent / CHECKPOINT)

@@ -78,7 +78,7 @@ def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) 
 def calibrate(
     source: Source, topology: Topology, settings: CalibrationSettings, output: Path | str, device: str = "cpu"
 ) -> CalibrationRecord:
-    """Write the statistics of every decoder layer, layer_{k}.safetensors beside `output` (calibration.json).
+    """Write the statistics of every decoder layer, layer_{k}.safetensors beside `output`, the record.
 
     `output` comes last, with the files' hashes, speed and memory, and is returned. `device` is a torch device.
     Raises ArmorError for a topology of another model, too little text, a device with too little memory, or NaN or

@@ -295,7 +295,8 @@ def benchmark(
     output: Output,
     settings: Settings = "{}",
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="A recipe's checkpoint.json; may be given again. Unset: the dense model.")
+        list[Path] | None,
+        typer.Option(help="A recipe's record of its checkpoint; may be given again. Unset: the dense model."),
     ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,

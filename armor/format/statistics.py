@@ -118,9 +118,9 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
 
 
 def statistics_of(calibration: Path, layer: int) -> Path:
-    """The file with the statistics of decoder layer `layer`, beside `calibration` (calibration.json).
+    """The file with the statistics of decoder layer `layer`, beside `calibration`, its record.
 
-    calibration.json is written last: without it, or where the hash that it has of the file is another, the statistics
+    The record is written last: without it, or where the hash that it has of the file is another, the statistics
     are of a run that did not end, or of another one. Raises ArmorError.
     """
     path = calibration.parent / f"layer_{layer}.safetensors"

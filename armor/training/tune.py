@@ -73,7 +73,7 @@ def tune(
 ) -> TuneRecord:
     """Train all layers from the `factors` in that folder into the folder beside `output` (tuned.json), then `output`.
 
-    `calibration` is calibration.json, for the proxy losses in the layers' records. Raises ArmorError for factors that
+    `calibration` is its record, for the proxy losses in the layers' records. Raises ArmorError for factors that
     are missing or of another model, a text that is too short, and where the model does not fit into the memory.
     """
     factors, calibration, output = Path(factors), Path(calibration), Path(output)

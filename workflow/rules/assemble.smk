@@ -1,4 +1,4 @@
-"""In: the factors of every decoder layer. Out: checkpoint/, which transformers loads, and checkpoint.json about it."""
+"""In: the factors of every decoder layer. Out: checkpoint/, which transformers loads, and the record about it."""
 
 
 rule assemble:

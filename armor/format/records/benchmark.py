@@ -82,7 +82,7 @@ class Side(Typed):
     bytes_on_disk: int
     """The safetensors files."""
     bits_per_weight: float | None
-    """Of the decoder layers' linears; null where no checkpoint.json says it."""
+    """Of the decoder layers' linears; null where no record of the checkpoint says it."""
     resident_bytes: int
     """What the loaded model holds by itself, on the host or on the card."""
     peak_bytes: int
