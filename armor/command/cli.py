@@ -296,7 +296,7 @@ def benchmark(
     settings: Settings = "{}",
     checkpoint: Annotated[
         list[Path] | None,
-        typer.Option(help="A recipe's record of its checkpoint; may be given again. Unset: the dense model."),
+        typer.Option(help="A checkpoint's record; may be given again. Unset: the dense model."),
     ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,

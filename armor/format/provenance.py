@@ -49,7 +49,7 @@ def combined(hashes: Iterable[str | None]) -> str:
 
 
 def model_fingerprint(path: Path) -> str | None:
-    """What tells the model behind a source's or a checkpoint's record, or in a folder, from others, without reading its weights.
+    """What tells the model of a source's or a checkpoint's record, or of a folder, from others; no weight is read.
 
     None for a folder without checksums.json. Raises ArmorError if a file is missing or no such record.
     """
