@@ -74,10 +74,11 @@ class Run:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """All of them in one worker: the finished run is made once."""
+    """In two workers, about as long: the finished run is made once in each."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("workflow"))
+            half = "edits" if item.path.stem in ("test_rerun", "test_jobs") else "runs"
+            item.add_marker(pytest.mark.xdist_group(f"workflow {half}"))
 
 
 @pytest.fixture(scope="session")
