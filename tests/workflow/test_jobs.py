@@ -82,11 +82,8 @@ def executed(tmp_path_factory, config):
     (folder / "run").mkdir()
     model = tiny_model(folder / "tiny", "llama", layers=1)  # each job of it is a process that imports torch
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
-    tuned = {"base": "armor", "refine": dict(training), "tune": dict(training)}
-    short = config | {
-        "models": {"tiny": {"folder": str(model)}},
-        "recipes": config["recipes"] | {"tuned": tuned},
-    }
+    tuned = config["recipes"]["armor"] | {"refine": dict(training), "tune": dict(training)}
+    short = config | {"models": {"tiny": {"folder": str(model)}}, "recipes": {"tuned": tuned}}
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, set[str]] = {}
