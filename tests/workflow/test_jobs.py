@@ -95,8 +95,6 @@ def executed(tmp_path_factory, config):
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "tasks"])
 def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, stage):
-    if stage not in executed:
-        pytest.skip("no job of this configuration")
     settings = Config.model_validate(config)
     methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]
     entries = [STAGES[stage].entry, *(methods if stage == "factorize" else [])]
