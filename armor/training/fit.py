@@ -11,7 +11,8 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,7 +25,13 @@ from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.log import log, progress
 from armor.execution.resume import Steps
 from armor.format.records.layer import Look
-from armor.training.trainable import rounded
+from armor.training.trainable import (
+    TrainableLinear,
+    multiplied_once,
+    rounded,
+    stored_arithmetic,
+    training_arithmetic,
+)
 
 __all__ = ["Fit", "fit", "share_of_rate"]
 
@@ -69,19 +76,41 @@ def fit(
     dtypes: Mapping[str, torch.dtype],
     settings: TrainingSettings,
     *,
-    learn: Callable[[list[int]], float],
-    held_out_loss: Callable[[], float],
+    loss: Callable[[int], Tensor],
+    dtype: str,
+    device: str,
     seed: int,
     where: str,
     steps: Steps | None = None,
+    once: Collection[TrainableLinear] = (),
 ) -> Fit:
     """Train `parameters` (float32) and leave the best values in them, rounded to their `dtypes`.
 
-    `learn(batch)` adds the gradient of the mean loss on the training sequences of these numbers to that of the
-    parameters and returns that loss; `held_out_loss()` is that on the held-out sequences. `where` begins the one
-    warning of a training that diverges or does not help. `steps` keeps what is done for the next run. Raises
-    ArmorError if the held-out loss is not finite at the start.
+    `loss(index)` is the loss on one sequence, with a gradient; the sequences behind the first `settings.sequences` are
+    held out. `dtype` is the model's, and held-out losses are computed as it runs on `device`. `where` begins the one
+    warning of a training that diverges or does not help. `steps` keeps what is done for the next run. The linears of
+    `once` are multiplied out once a step: less time, more memory. Raises ArmorError if the held-out loss is not finite
+    at the start.
     """
+
+    def learn(batch: list[int]) -> float:
+        """The mean loss of the sequences of these numbers, its gradient added to that of the parameters."""
+        total = 0.0
+        with ExitStack() as stack:
+            with training_arithmetic(device):
+                stack.enter_context(multiplied_once(once))
+            for index in batch:
+                with training_arithmetic(device):
+                    share = loss(index) / len(batch)
+                share.backward()
+                total += share.item()
+        return total
+
+    def held_out_loss() -> float:
+        rows = range(settings.sequences, settings.sequences + settings.held_out)
+        with stored_arithmetic(dtype, device), multiplied_once(once):
+            return sum(loss(index).item() for index in rows) / len(rows)
+
     state = _State(parameters, dtypes, settings, held_out_loss)
     if steps is None or not state.load(steps):
         state.look(0, [])

@@ -38,7 +38,7 @@ from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, 
 from armor.training.fit import Fit, fit
 from armor.training.record import described, read_start, write_trained
 from armor.training.states import TOKENS
-from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
+from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic
 
 __all__ = ["fit_layer", "refine_layer"]
 
@@ -152,8 +152,7 @@ def fit_layer(
 ) -> Fit:
     """Train `layer` until what it makes of the states `fed` is close to those `wanted`, by sequence.
 
-    `calls` are what it is called with beside the states. The sequences behind the first `settings.sequences` are held
-    out. `dtype` is the model's.
+    `calls` are what it is called with beside the states. `dtype` is the model's.
     """
 
     def error(index: int) -> Tensor:
@@ -162,29 +161,17 @@ def fit_layer(
         output = layer.module(fed.row(index).to(device).float(), *call.args, **call.kwargs)
         return F.mse_loss(output.float(), wanted.row(index).to(device).float())
 
-    def learn(batch: list[int]) -> float:
-        total = 0.0
-        for index in batch:
-            with training_arithmetic(device):
-                loss = error(index) / len(batch)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def held_out_loss() -> float:
-        rows = range(settings.sequences, settings.sequences + settings.held_out)
-        with stored_arithmetic(dtype, device):
-            return sum(error(index).item() for index in rows) / len(rows)
-
     return fit(
         layer.parameters(),
         layer.dtypes,
         settings,
-        learn=learn,
-        held_out_loss=held_out_loss,
+        loss=error,
+        dtype=dtype,
+        device=device,
         seed=seed,
         where=where,
         steps=steps,
+        once=layer.linears.values(),
     )
 
 

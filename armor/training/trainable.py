@@ -2,8 +2,9 @@
 
 The values to train are float32, whatever dtype they are stored in. A linear multiplies A·S·B out when it is called, and
 the gradient goes through the product: for blocks of 64 and sequences of 1,024 tokens that takes less time than three
-steps for every token. S stays packed between the calls, so that its values, their gradient and the optimiser's two
-moments take half of what they would take for a dense weight.
+steps for every token. All sequences of a step can share one product (`multiplied_once`). S stays packed between the
+calls, so that its values, their gradient and the optimiser's two moments take half of what they would take for a dense
+weight.
 
 Products are bfloat16 where the device multiplies in it (`training_arithmetic`). What is looked at to decide, the loss
 of what would be stored, is computed as the model will be (`stored_arithmetic`).
@@ -11,7 +12,7 @@ of what would be stored, is computed as the model will be (`stored_arithmetic`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "TrainableLinear",
     "load_trainable",
     "make_trainable",
+    "multiplied_once",
     "put_linears",
     "rounded",
     "stored_arithmetic",
@@ -75,6 +77,8 @@ class TrainableLinear(nn.Module):
         for name, tensor in (("core_values", values), ("left", factors.left), ("right", factors.right)):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.float().clone()))
         self.register_parameter("bias", bias)
+        self.product: Tensor | None = None
+        """A·S·B while `multiplied_once` holds it."""
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +92,7 @@ class TrainableLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight if self.product is None else self.product, self.bias)
 
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
@@ -186,6 +190,27 @@ def load_trainable(
     layer = load_layer(skeleton, index, shards, device)
     dtypes = {name: getattr(torch, shards.dtype(name)) for name in shards.names() if name.startswith(f"{prefix}.")}
     return make_trainable(layer, prefix, linears, dtypes, read_others(factors), core)
+
+
+@contextmanager
+def multiplied_once(linears: Iterable[TrainableLinear]) -> Iterator[None]:
+    """Multiply A·S·B out once for all that is called in the context, with its arithmetic.
+
+    Gradients of the products add up in float32 and go through to the factors when the context ends without an error.
+    Between there is a dense weight, its gradient and what the product keeps for its own: 16 bytes a weight.
+    """
+    products = [(linear, linear.weight) for linear in linears]
+    shared = [product.detach().float().requires_grad_(product.requires_grad) for _, product in products]
+    for (linear, _), one in zip(products, shared, strict=True):
+        linear.product = one
+    try:
+        yield
+        for (_, product), one in zip(products, shared, strict=True):
+            if one.grad is not None:
+                product.backward(one.grad.to(product.dtype))
+    finally:
+        for linear, _ in products:
+            linear.product = None
 
 
 @contextmanager

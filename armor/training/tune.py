@@ -184,7 +184,7 @@ def peak_bytes(
                 else:
                     trained += entries
                 replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
-        inside.append(12 * weights + 12 * length * features)
+        inside.append((12 if recompute else 20) * weights + 12 * length * features)
     for name in shards.names():
         if name not in replaced:
             fixed += 4 * math.prod(shards.shape(name))
@@ -283,8 +283,8 @@ def fit_whole(
 ) -> Fit:
     """Train the `layers` of `model` until it predicts tokens (sequences, length) as the dense model does.
 
-    The sequences behind the first `settings.sequences` are held out. `dtype` is the model's as it is stored. With
-    `recompute` a layer is run again when its gradient is due: less memory, a third more time, the same numbers.
+    `dtype` is the model's as it is stored. With `recompute` a layer is run again when its gradient is due, and its
+    linears are multiplied out for every sequence: less memory, a half more time, the same numbers but for rounding.
     """
 
     def divergence(index: int) -> Tensor:
@@ -294,20 +294,6 @@ def fit_whole(
         pieces = zip(*(x.split(TOKENS_AT_A_TIME) for x in (logits, *kept)), strict=True)
         found = [checkpoint(kl_divergence, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(found).mean()
-
-    def learn(batch: list[int]) -> float:
-        total = 0.0
-        for index in batch:
-            with training_arithmetic(device):
-                loss = divergence(index) / len(batch)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def held_out_loss() -> float:
-        rows = range(settings.sequences, settings.sequences + settings.held_out)
-        with stored_arithmetic(dtype, device):
-            return sum(divergence(index).item() for index in rows) / len(rows)
 
     for layer in layers if recompute else ():
         layer.module.forward = partial(checkpoint, layer.module.forward, use_reentrant=False)
@@ -321,11 +307,13 @@ def fit_whole(
             parameters,
             dtypes,
             settings,
-            learn=learn,
-            held_out_loss=held_out_loss,
+            loss=divergence,
+            dtype=dtype,
+            device=device,
             seed=seed,
             where="tune",
             steps=steps,
+            once=[] if recompute else [linear for layer in layers for linear in layer.linears.values()],
         )
     finally:
         for layer in layers if recompute else ():

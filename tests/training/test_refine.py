@@ -26,7 +26,7 @@ from armor.training import refine as stage
 from armor.training.states import make_states
 from tests.packed import opened
 from tests.tiny import FAMILIES
-from tests.training.trained import TRAINING, ready, refine_job, refined, sample
+from tests.training.trained import TRAINING, dying, ready, refine_job, refined, sample
 
 
 @pytest.fixture(scope="module")
@@ -164,20 +164,7 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
 
 def test_killed_in_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
     expected = refined(root, 0, tmp_path / "whole")
-    count, learn = [0], stage.fit
-
-    def dies(*args, **how):
-        own = how["learn"]
-
-        def counting(batch):
-            count[0] += 1
-            if count[0] in (5, 12, 14):
-                raise KeyboardInterrupt
-            return own(batch)
-
-        return learn(*args, **how | {"learn": counting})
-
-    monkeypatch.setattr(stage, "fit", dies)
+    monkeypatch.setattr(stage, "fit", dying(stage.fit, 10, 23, 28))
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             refined(root, 0, tmp_path / "killed")

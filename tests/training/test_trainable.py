@@ -8,7 +8,7 @@ import torch
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.training.trainable import TrainableLinear, rounded
+from armor.training.trainable import TrainableLinear, multiplied_once, rounded
 
 
 def factorization(left=3, right=4, pattern="2:4", out=6, inner=8, dtype=torch.float32):
@@ -37,6 +37,33 @@ def test_the_weight_is_the_product_and_so_is_its_gradient(left, right, pattern):
     for mine, other in ((linear.left, a), (linear.right, b)):
         if other is not None:
             torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize(("left", "right", "pattern"), CASES)
+def test_multiplied_once_for_many_calls_the_gradient_is_the_same(left, right, pattern):
+    f = factorization(left, right, pattern)
+    every, once, idle = (TrainableLinear(f) for _ in range(3))
+    rows = torch.randn(3, 5, 8)
+    for x in rows:
+        every(x).square().sum().backward()
+    with multiplied_once([once, idle]):
+        for x in rows:
+            torch.testing.assert_close(once(x), every(x))
+            once(x).square().sum().backward()
+        assert once.left is None or once.left.grad is None
+    for name, parameter in every.named_parameters():
+        torch.testing.assert_close(once.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-3)
+        assert idle.get_parameter(name).grad is None
+    assert once.product is None
+    with torch.no_grad(), multiplied_once([once]):
+        assert once(rows[0]).equal(every(rows[0]))
+
+
+def test_an_error_while_multiplied_once_leaves_no_product():
+    linear = TrainableLinear(factorization())
+    with pytest.raises(KeyboardInterrupt), multiplied_once([linear]):
+        raise KeyboardInterrupt
+    assert linear.product is None and linear.core_values.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
