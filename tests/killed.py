@@ -26,6 +26,7 @@ __all__ = [
     "WRITTEN",
     "die_at",
     "forked",
+    "killed_everywhere",
     "left_over",
     "passed",
     "results_of",
@@ -107,6 +108,25 @@ def forked(work: Callable[[], object], counter: Path, point: str = SAVED, number
 def passed(counter: Path) -> int:
     """How often processes came to their point."""
     return counter.stat().st_size if counter.exists() else 0
+
+
+def killed_everywhere(work: Callable[[Path], object], folder: Path, point: str, kills: int | None = None) -> int:
+    """Do `work` in a folder, killed at `point` later and later until it ends; the result must be the undisturbed one.
+
+    `kills`: about how many, unset one at every passing of the point. Returns how many there were after which some of
+    the work was kept.
+    """
+    counter, whole, killed = folder / "counter", folder / "whole", folder / "killed"
+    assert forked(lambda: work(whole), counter, point)
+    stride = max(1, passed(counter) // kills) if kills else 1
+    number, most, gone_on = stride, passed(counter) + 1, 0
+    while not forked(lambda: work(killed), counter, point, number):  # each run comes further than the one before
+        number += stride
+        gone_on += any(killed.glob(".*.part/*.json"))
+        assert number <= most + stride
+    assert results_of(killed) == results_of(whole) != {}
+    assert left_over(killed) == []
+    return gone_on
 
 
 def sitecustomize(folder: Path, point: str, number: int) -> Path:

@@ -17,7 +17,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
 from armor.methods.solver.settings import SolverSettings
-from tests.killed import POINTS, SAVED, forked, left_over, passed, results_of
+from tests.killed import POINTS, SAVED, forked, killed_everywhere, passed
 from tests.packed import opened, packed
 from tests.tiny import tiny_text
 
@@ -123,19 +123,7 @@ def stages(tmp_path_factory):
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_anywhere_a_stage_ends_as_if_undisturbed(stages, tmp_path, stage, point):
-    def work(name):
-        return lambda: stages[stage](tmp_path / name)
-
-    counter = tmp_path / "counter"
-    assert forked(work("whole"), counter, point)
-    most, kills, gone_on = passed(counter) + 1, 0, 0
-    while not forked(work("killed"), counter, point, number=kills + 1):  # each run comes further than the one before
-        kills += 1
-        gone_on += any((tmp_path / "killed").glob(".*.part/*.json"))
-        assert kills <= most
-    assert kills and gone_on
-    assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole") != {}
-    assert left_over(tmp_path / "killed") == []
+    assert killed_everywhere(stages[stage], tmp_path, point)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -148,10 +148,14 @@ def folder_before(stage):
     return folder
 
 
+def is_chained(wildcards):
+    """Whether a layer's input is what the refined layers before it make of the text."""
+    return SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
+
+
 def refined_before(wildcards):
-    """The refined layers that must go before, where a layer's input is what they make of the text."""
-    chained = SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
-    layers = range(int(wildcards.layer) if chained else 0)
+    """The refined layers that must go before a chained one."""
+    layers = range(int(wildcards.layer) if is_chained(wildcards) else 0)
     return [R.factors(wildcards.model, wildcards.recipe, layer, "refine") for layer in layers]
 
 

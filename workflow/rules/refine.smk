@@ -51,7 +51,7 @@ rule refine:
         R.measured("refine", "{model}", "{recipe}", "{layer}")
     conda:
         "../../envs/armor.yaml"
-    threads: 1
+    threads: lambda wildcards: 8 if is_chained(wildcards) else 1  # alone in its turn, or beside other layers
     resources:
         gpu=1,
         mem_mb=24000,
