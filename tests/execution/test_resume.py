@@ -17,7 +17,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
 from armor.methods.solver.settings import SolverSettings
-from tests.killed import POINTS, SAVED, forked, killed_everywhere, passed
+from tests.killed import POINTS, SAVED, forked, killed_everywhere, left_over, passed, results_of
 from tests.packed import opened, packed
 from tests.tiny import tiny_text
 

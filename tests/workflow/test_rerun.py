@@ -1,16 +1,11 @@
 """What runs again after an edit: that, and nothing else."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
-from armor.config.run import Config
-from armor.run.explain import Reruns
 from tests.killed import results_of
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
@@ -27,26 +22,17 @@ def recipes(count):
 
 
 def explained(run, config):
-    """Jobs by rule that `armor explain` has a reason for."""
-    reruns = Reruns(run.folder / "results", Config.model_validate(config))
-    return dict(Counter(job.stage for job in reruns.jobs if reruns.reasons(job)))
+    """Jobs by rule that `armor explain` has a reason for, by the code of the run's repository."""
 
+    def work():
+        from armor.config.run import Config  # here: that of the fork
+        from armor.run.explain import Reruns
 
-EXPLAINED = """
-import json, sys
-from pathlib import Path
-from types import SimpleNamespace
-from tests.workflow.test_rerun import explained
-print(json.dumps(explained(SimpleNamespace(folder=Path(sys.argv[1])), json.loads(sys.argv[2]))))
-"""
+        reruns = Reruns(run.folder / "results", Config.model_validate(config))
+        print(json.dumps(Counter(job.stage for job in reruns.jobs if reruns.reasons(job))))
 
-
-def explained_by(clone):
-    """The same, by the code of the clone."""
-    path = os.pathsep.join(map(str, (clone.repository, REPOSITORY)))
-    command = [sys.executable, "-c", EXPLAINED, str(clone.folder), json.dumps(clone.config)]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=clone.folder, env=environment, check=True, capture_output=True, text=True)
+    done = run.forked(work)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -99,7 +85,7 @@ def test_an_edit_of_the_code_reruns_the_stages_that_execute_it(clone, edit):
     path = clone.repository / "armor" / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    assert clone.would_run() == explained_by(clone) == expected
+    assert clone.would_run() == explained(clone, clone.config) == expected
 
 
 def test_other_threads_and_resources_rerun_nothing(run):
