@@ -1,8 +1,8 @@
 """The model card of a checkpoint, README.md with the YAML that the Hub reads, from what the layers' records say.
 
-It names nothing of the place or the time it was made in but model and recipe, as the run calls them, so that the same
-factors give the same bytes. What the source says of itself, its name on the Hub, its licence, its language, is passed
-on, and nothing is guessed.
+Of the place and the time it was made in it names only model and recipe, as the run calls them. So the same factors give
+the same bytes. What the source says of itself, its name on the Hub, its licence, its language, is passed on, and
+nothing is guessed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Export: a packed checkpoint multiplied out to a plain dense model, for programs that know nothing of this format.
 
-Every A·S·B is computed in float32 and rounded once; all else is copied. What was lost in compression stays lost and
-what was saved in bytes is given back: the dense model is as large as the source. Written shard by shard into a folder
-that appears when it is complete (`armor.assemble.folder`).
+Every A·S·B is computed in float32 and rounded once; all else is copied. What was lost in compression stays lost. What
+was saved in bytes is given back: the dense model is as large as the source. Written shard by shard into a folder that
+appears when it is complete (`armor.assemble.folder`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A model folder in the making: it grows under another name and gets its own when it is complete.
 
 So an interrupted run leaves no folder, never half a one. Tensors come one by one from a function and go to disk shard
-by shard, so no more than one shard is in memory; which tensor goes where is planned from sizes alone, and the room for
-all of them is looked for first. The same tensors give the same bytes. Where the steps of the work are kept
-(`armor.execution.resume`), a run that was interrupted keeps the shards that are finished, and the next one goes on.
+by shard. So no more than one shard is in memory. Sizes alone say which tensor goes where. The room for all of them is
+looked for first. The same tensors give the same bytes. Where the steps of the work are kept (`armor.execution.resume`),
+a run that was interrupted keeps the shards that are finished, and the next one goes on.
 """
 
 from __future__ import annotations

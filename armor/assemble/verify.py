@@ -1,9 +1,9 @@
 """Verify: everything that can be wrong with a checkpoint folder, checked; no more than one linear in memory.
 
-The same checks guard loading (`armor.hf`); here they cover every file and tensor that checksums.json lists, and whether
-transformers makes a model of the whole, with no tensor missing or left over. Beside the source model more can be said:
-how far each A·S·B is from the W that it stands for, and whether all else is the source's to the byte. That distance is
-not what the solver minimises (which weights inputs by their size), so it compares modules and checkpoints, and does not
+The same checks guard loading (`armor.hf`). Here they cover every file and tensor that checksums.json lists. They also
+say whether transformers makes a model of the whole, with no tensor missing or left over. Beside the source model more
+can be said: how far each A·S·B is from its W, and whether all else is the source's to the byte. That distance is not
+what the solver minimises (which weights inputs by their size), so it compares modules and checkpoints, and does not
 rank methods. Norms and biases that were trained (provenance.json lists them) are not the source's, and are counted.
 """
 

@@ -1,9 +1,9 @@
 """Assemble: the factors of all decoder layers and everything else of the source become a checkpoint folder.
 
 Tensors are copied shard by shard (`armor.assemble.folder`), so no more than one shard is in memory. Every factors file
-is checked before the first byte is written, and the record comes after all else: an interrupted run leaves no
-checkpoint, never half a one, and the next run keeps the shards that are finished. The same input gives the same bytes.
-The format is in docs/FORMAT.md.
+is checked before the first byte is written, and the record comes after all else. So an interrupted run leaves no
+checkpoint, never half a one. The next run keeps the shards that are finished. The same input gives the same bytes. The
+format is in docs/FORMAT.md.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def assemble(
 ) -> CheckpointRecord:
     """Write checkpoint/ beside `output`, the record, from the layer_{k} files in `factors`, then `output` itself.
 
-    Returns what `output` holds. Raises ArmorError if factors are missing, broken or of another model, if a tensor
-    holds NaN, or if the disk is full; what `output` and checkpoint/ held before is then gone or untouched, never mixed.
+    Returns what `output` holds. Raises ArmorError if factors are missing, broken or of another model, if a tensor holds
+    NaN, or if the disk is full. What `output` and checkpoint/ held before is then gone or untouched, never mixed.
     """
     factors, output = Path(factors), Path(output)
     if source.fingerprint != topology.fingerprint:

@@ -1,22 +1,22 @@
 """A model beside its compressed selves: bytes, memory, load time, speed of reading and of writing, and what they write.
 
-Speeds of different processes at different hours do not compare, so all models live in one process and decode in turn,
-round by round, the order alternating; medians and quartiles over the rounds are reported. Where they do not fit into
-the memory together, each compressed one takes turns with the dense model alone. Decoding is transformers' own greedy
-`generate` with a cache, for one sequence and for batches. A round gives both speeds: reading lasts from the beginning
-of the pass over the prompt to the first new token, writing from there to the last one; a longer prompt tells more of
-the first, and costs every round. Beside them stands what theory gives: a token's arithmetic is little, its weights are
-read from memory once, so the ratio of the bytes of these is the speed-up of two kernels that are equally near to the
+Speeds of different processes at different hours do not compare. So all models live in one process and decode in turn,
+round by round, in alternating order. Medians and quartiles over the rounds are reported. Where they do not fit into the
+memory together, each compressed one takes turns with the dense model alone. Decoding is transformers' own greedy
+`generate` with a cache, for one sequence and for batches. A round gives both speeds. Reading lasts from the beginning
+of the pass over the prompt to the first new token, writing from there to the last one. A longer prompt tells more of
+the first, and costs every round. Beside them stands what theory gives. A token takes little arithmetic, and its weights
+are read from memory once. So the ratio of their bytes is the speed-up of two kernels that are equally near to the
 memory's speed. `armor.benchmark.linears` has the speed by shape.
 
-Where a compressed model has blocks, one more side takes its turn in every round: the core S alone, the same loaded
-model with every A and B taken off meanwhile. What it writes is nonsense and nobody reads it; the speed tells what the
-blocks cost. Its bytes follow from the format. Its memory and its time to load are not measured: there is no file to
-load it from.
+Where a compressed model has blocks, one more side takes its turn in every round: the core S alone. It is the same
+loaded model with every A and B taken off meanwhile. What it writes is nonsense and nobody reads it; the speed tells
+what the blocks cost. Its bytes follow from the format. Its memory and its time to load are not measured: there is no
+file to load it from.
 
 Memory is the opposite case: what one model leaves behind the next one reuses, so each is loaded alone in a fresh
-process (`armor.benchmark.loading`). What all write after a few prompts is kept too: it shows a person what was lost,
-which a perplexity only measures, and it proves nothing.
+process (`armor.benchmark.loading`). What all write after a few prompts is kept too. It shows a person what was lost,
+which a perplexity only measures. It proves nothing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """One row times every compressed linear of a model, dense, packed and without its blocks: milliseconds by shape.
 
-Decoding a token is this and little else, and a kernel that is fast on one shape may be slow on another, so each shape
-is timed by itself. The weights are the model's own: all linears of a shape run one after the other, and all other
-shapes, dense and packed, before any of them runs again, so that no cache has kept a weight, as in decoding: first all
-dense ones, then all packed ones, round by round. The core S alone shows what A and B cost: the same layers with both
-taken off for a turn, so nothing is in memory twice. All dense linears run once more before that turn, for it reads the
-core that the packed ones have just read. On a card the time includes the launches by the host, of which a small linear
-has little else; `python -m benchmarks.runtime` measures without them.
+Decoding a token is this and little else. A kernel that is fast on one shape may be slow on another. So each shape is
+timed by itself. The weights are the model's own. All linears of a shape run one after the other. All other shapes,
+dense and packed, run before any of them runs again. So no cache has kept a weight, as in decoding. A round takes first
+all dense ones, then all packed ones. The core S alone shows what A and B cost: the same layers with both taken off for
+a turn, so nothing is in memory twice. All dense linears run once more before that turn, for it reads the core that the
+packed ones have just read. On a card the time includes the launches by the host, of which a small linear has little
+else; `python -m benchmarks.runtime` measures without them.
 """
 
 from __future__ import annotations

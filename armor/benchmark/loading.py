@@ -1,9 +1,9 @@
 """What a model takes when it is loaded alone: memory and seconds, in a fresh process.
 
-Resident memory after loading and one pass (weights that are only mapped become resident then), minus that before, is
-its own; the peak is that of loading, of a prompt of the largest batch and of a token after it. The process is a fork of
-one that has imported the libraries once for all models, without CUDA, which starts in the fork. In a fork the pages of
-the libraries' own files become resident again as they are used: these do not count.
+A model's own memory is what is resident after loading and one pass, minus what was before. In that pass weights that
+are only mapped become resident. The peak is that of loading, of a prompt of the largest batch and of a token after it.
+The process is a fork of one that has imported the libraries once for all models, without CUDA, which starts in the
+fork. In a fork the pages of the libraries' own files become resident again as they are used: these do not count.
 """
 
 from __future__ import annotations

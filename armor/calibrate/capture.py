@@ -1,11 +1,11 @@
 """Calibration, streamed: statistics of every linear's input with the weights of one decoder layer in memory at a time.
 
 The model's own forward runs on each token sequence with recorders in place of the decoder layers
-(`armor.runtime.skeleton`), which gives the hidden states before the first layer. Then layer by layer: read its weights,
-run it on the hidden states of every sequence while hooks sum x² of each distinct input, write its statistics, and let
-its output be the next layer's input. So memory holds one layer and the hidden states, whatever the model's size, and
-past a limit those are on disk alone. They are on disk in any case, so that a run that was killed goes on at the layer
-where it was: `armor.calibrate.hidden` says at what cost.
+(`armor.runtime.skeleton`), which gives the hidden states before the first layer. Then it goes layer by layer. The
+layer's weights are read. The layer runs on the hidden states of every sequence while hooks sum x² of each distinct
+input. Its statistics are written. Its output is the next layer's input. So memory holds one layer and the hidden
+states, whatever the model's size, and past a limit those are on disk alone. They are on disk in any case, so that a run
+that was killed goes on at the layer where it was: `armor.calibrate.hidden` says at what cost.
 
 Computation is in the model's own dtype where the device multiplies in it: on a GPU, and for bfloat16 on a CPU with
 AVX-512 BF16 or AMX. Elsewhere on a CPU weights become float32 as they are read. Statistics are always float32 squares
@@ -57,9 +57,9 @@ __all__ = ["calibrate", "compute_dtype", "peak_bytes"]
 def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) -> int:
     """The memory that calibration takes on its device at the peak, with one sequence of `length` tokens, from shapes.
 
-    One decoder layer and its sums; of the tokens the residual stream, its copy before the layer and the MLP's input;
-    and of the moments inside the largest: both factors of the MLP and their product, or this product in float32 with
-    its squares, twice, or with the products of a Gram matrix.
+    It is made of one decoder layer and its sums. Of the tokens it has the residual stream, its copy before the layer
+    and the MLP's input. To these comes the largest moment inside. That is both factors of the MLP and their product, or
+    this product in float32 with its squares, twice, or with the products of a Gram matrix.
     """
     peaks, size = [0], dtype.itemsize
     for layer in topology.layers:

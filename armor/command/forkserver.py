@@ -1,12 +1,12 @@
 """A fork server: jobs that need not import torch, transformers and this package, which takes longer than a small layer.
 
-`start` begins a process that imports them once and from then on only forks. The command of a job, told of it by the
-environment, hands over its arguments, environment, folder and standard streams (`run_there`), and ends as the fork
-ends; killed, it takes the fork with it. So a run goes on with the code that it began with, and the hashes of the code
-in its records are those of then. Where no server listens for this Python the command does the work itself: on a
-cluster, in a conda environment of the rule's own, after a kill. The price: the job is no child of the shell, so
-Snakemake does not see its memory. So this is for the stages whose record tells that; the others are one job a model.
-Linux only, and only where no GPU is visible: never tried with CUDA.
+`start` begins a process that imports them once and from then on only forks. The environment tells the command of a job
+where the server is. The command hands over its arguments, environment, folder and standard streams (`run_there`), and
+ends as the fork ends. If it is killed, it takes the fork with it. So a run goes on with the code that it began with,
+and the hashes of the code in its records are those of then. Where no server listens for this Python the command does
+the work itself: on a cluster, in a conda environment of the rule's own, after a kill. The price: the job is no child of
+the shell, so Snakemake does not see its memory. So this is for the stages whose record tells that; the others are one
+job a model. Linux only, and only where no GPU is visible: never tried with CUDA.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`armor.compress`: compress a model that is already in memory, in a notebook say, without files and without Snakemake.
 
-The same statistics, solver and layers as the pipeline's. What is given up is its scale: the whole model is in memory
-and runs on the text at once, the linears are done one after the other on the device that each is on, and nothing is
+The same statistics, solver and layers as the pipeline's. What is given up is its scale. The whole model is in memory
+and runs on the text at once. The linears are done one after the other, each on the device that it is on. Nothing is
 kept if the process ends.
 """
 
@@ -43,12 +43,12 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
 ) -> PreTrainedModel:
     """Compress the linears of a causal language model's decoder layers, in place, and return it.
 
-    `tokenizer` is the model's; `text` (one or several documents) is what the inputs' statistics are taken on, cut into
-    `sequences` blocks of `sequence_length` tokens (unset: 1,024, or the model's context length if that is less);
-    `recipe` is one as in a configuration (config/README.md), whose `calibration` is not looked at; with `refine` or
-    `tune` it is trained on the same text, in float32 copies of a layer or of the model. The model can then generate and
-    be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves the model as
-    it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
+    `tokenizer` is the model's. The inputs' statistics are taken on `text` (one or several documents). It is cut into
+    `sequences` blocks of `sequence_length` tokens (unset: 1,024, or the model's context length if that is less).
+    `recipe` is one as in a configuration (config/README.md). Its `calibration` is not looked at. With `refine` or
+    `tune` the model is trained on the same text, in float32 copies of a layer or of the whole. The model can then
+    generate and be saved with save_pretrained, as one that was loaded from a checkpoint. Raises ArmorError, and leaves
+    the model as it was, if it cannot be compressed, the text is too short, or a number is NaN or infinite.
     """
     chosen = _recipe(recipe)
     if not isinstance(model, PreTrainedModel):

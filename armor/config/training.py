@@ -35,7 +35,7 @@ class TrainingSettings(Typed):
     warm_up: int = Field(default=8, ge=0)
     """Steps in which the rate rises from zero."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many looks at the held-out sequences without a better one; there are eight looks in all. Unset:
+    """Stop after so many looks at the held-out sequences without a better one. There are eight looks in all. Unset:
     never."""
 
     @model_validator(mode="after")
@@ -49,8 +49,8 @@ class RefineSettings(TrainingSettings):
     """Train each compressed decoder layer until its output is close to the dense one's."""
 
     inputs: Literal["dense", "compressed"] = "dense"
-    """What goes into a layer: what the dense model has there, so that layers do not wait for each other; or what the
-    compressed layers before make of the text, so that a layer mends what they lost, one after the other."""
+    """What goes into a layer. dense: what the dense model has there; layers do not wait for each other. compressed:
+    what the compressed layers before make of the text; a layer mends what they lost, and waits for them."""
 
 
 class TuneSettings(TrainingSettings):

@@ -1,8 +1,8 @@
 """The packed core: the kept values of each row in column order, and one bit per position.
 
-A core (out, in) under a pattern n:m becomes `values` (out, in·n/m) and `bits` (out, ceil(in/8)) uint8, bit b of byte j
-telling whether column 8j+b is kept, least significant first; bits past the last column are zero. A kept position may
-hold a zero. For 2:4 in bf16 that is 8 + 1 bits a weight, 0.5625 of dense. One bit a position costs 2:4 nothing over the
+A core (out, in) under a pattern n:m becomes `values` (out, in·n/m) and `bits` (out, ceil(in/8)) uint8. Bit b of byte j,
+least significant first, tells whether column 8j+b is kept. Bits past the last column are zero. A kept position may hold
+a zero. For 2:4 in bf16 that is 8 + 1 bits a weight, 0.5625 of dense. One bit a position costs 2:4 nothing over the
 two-bit indices of sparse tensor cores (4 bits a group either way) and serves every other pattern too.
 """
 

@@ -1,11 +1,11 @@
 """Two small tasks built from a text, always the same, for runs without a network.
 
 `last_word`, after LAMBADA (Paperno et al. 2016): two sentences that follow each other, the last word of which the model
-must find. `continuation`, after HellaSwag (Zellers et al. 2019): a sentence, and four beginnings of the next one, of
-which one is the text's own and three follow other sentences, those of the next items, mostly of the same article. Plain
-rules keep the items short, about 30 tokens, so that a hundred of them take seconds on a CPU. Nobody filtered them by
-hand: accuracies compare models on this text, and with nothing published. Each task is a JSON-lines file and the lm-eval
-task that reads it, so that `lm_eval --tasks FILE.yaml` runs it too.
+must find. `continuation`, after HellaSwag (Zellers et al. 2019): a sentence, and four beginnings of the next one. One
+is the text's own. Three follow other sentences, those of the next items, mostly of the same article. Plain rules keep
+the items short, about 30 tokens, so that a hundred of them take seconds on a CPU. Nobody filtered them by hand:
+accuracies compare models on this text, and with nothing published. Each task is a JSON-lines file and the lm-eval task
+that reads it, so that `lm_eval --tasks FILE.yaml` runs it too.
 """
 
 from __future__ import annotations

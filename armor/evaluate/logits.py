@@ -1,13 +1,13 @@
 """A model's logits on blocks of text, loaded or streamed, and what is computed from them, prediction by prediction.
 
 The text is cut into n blocks of L tokens that do not overlap. In each block a model predicts tokens 2 to L from those
-before them. The log-softmax is float32 whatever the model computes in; it runs over a few tokens at a time, because
-the logits of one block are already the largest tensor here (1,024 × 49,152 float32 are 200 MB) and a copy of all of
-them would double that.
+before them. The log-softmax is float32 whatever the model computes in. It runs over a few tokens at a time. The logits
+of one block are already the largest tensor here (1,024 × 49,152 float32 are 200 MB), and a copy of all of them would
+double that.
 
-Where models do not fit into the memory, of the GPU or else of the host, one decoder layer at a time is there
-(`armor.runtime.streamed`), of one model and then of the other: as many blocks as have room for their hidden states go
-through all layers, and then the logits come block by block, the same numbers as of loaded models.
+Models may not fit into the memory, of the GPU or else of the host. Then one decoder layer at a time is there
+(`armor.runtime.streamed`), of one model and then of the other. As many blocks as have room for their hidden states go
+through all layers. Then the logits come block by block, the same numbers as of loaded models.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def with_models(
 ) -> T:
     """`work` of the models in `folders`; streamed if they do not fit together with one block of `length` tokens.
 
-    `more` bytes are needed beside them. Memory may run out all the same, for headers do not tell all: then `work` is
-    called again, with streamed models; what it had finished is for it to know. Raises ArmorError if the device has too
+    `more` bytes are needed beside them. Memory may run out all the same, for headers do not tell all. Then `work` is
+    called again, with streamed models. What it had finished is for it to know. Raises ArmorError if the device has too
     little memory for one decoder layer and one block.
     """
     names = " and ".join(map(str, folders))

@@ -1,14 +1,14 @@
 """Perplexity on blocks of text: how many tokens, on average, the model is still choosing between.
 
 perplexity = exp(m), where m is the mean negative log-likelihood of all n·(L−1) predictions (`armor.evaluate.logits`).
-Tokens of one block depend on each other and blocks hardly do, so the standard error comes from the block means: that of
+Tokens of one block depend on each other and blocks hardly do. So the standard error comes from the block means. That of
 m is s/√n with s their standard deviation, and the delta method makes it perplexity·s/√n. A run that was killed goes on
 at the block where it was (`armor.execution.resume`).
 
 A compressed model is also compared to its dense one at every prediction: KL(dense ‖ compressed) in nats, and whether
 both find the same token the most likely. These see every change of the predictions, also one that helps as often as it
-hurts, and so show a loss long before perplexity does. The dense model's logits are those that `armor predict` stored;
-without them it is run on each block in turn, at the price of two models in memory and its time.
+hurts, and so show a loss long before perplexity does. The dense model's logits are those that `armor predict` stored.
+Without them the dense model is run on each block in turn, at the price of two models in memory and its time.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def evaluate(
 ) -> EvaluationRecord:
     """Measure the perplexity of the model in `folder` (dense or ARMOR); write `output`, evaluation/{evaluation}.json.
 
-    It is compared to the model in the folder `dense`, by its logits beside the record `predictions` if that is given
-    and they are there; with `predictions` of the model itself its losses are taken from there, and no model is run.
-    The fingerprints of both are noted, and held against `predictions`. Raises ArmorError for a
-    folder that is not a model, a dense one of other tokens, predictions of other things, a text too short, a device
-    with too little memory, and logits that are not finite.
+    It is compared to the model in the folder `dense`, by the logits beside the record `predictions` if that is given
+    and they are there. With `predictions` of the model itself its losses are taken from there, and no model is run. The
+    fingerprints of both are noted, and held against `predictions`. Raises ArmorError for a folder that is not a model,
+    a dense one of other tokens, predictions of other things, or a text too short. So it does for a device with too
+    little memory, and for logits that are not finite.
     """
     start = time.monotonic()
     folder, output = Path(folder), Path(output)

@@ -1,12 +1,12 @@
 """The dense model's predictions on an evaluation's text, made once for all recipes that are held against them.
 
-KL divergence and agreement need the dense model's logits at every prediction. Here it is run once, its losses go into
-the record, which is all that its own perplexity needs, and its logits, in the dtype that it computes in, into a file
-beside the record: so an evaluation that reads them has the same numbers as one that runs the dense model beside, bit by
+KL divergence and agreement need the dense model's logits at every prediction. Here it is run once. Its losses go into
+the record, which is all that its own perplexity needs. Its logits, in the dtype that it computes in, go into a file
+beside the record. So an evaluation that reads them has the same numbers as one that runs the dense model beside, bit by
 bit. The price is disk: blocks · length · vocabulary numbers, 1.6 GB for 8 × 1,024 tokens of 49,152 in float32. Where
 that is more than the evaluation allows (`predictions_gb`), or than half of the free disk, nothing is stored and the
-record says why. The logits are a help and no result: a run of the workflow that succeeds removes them, and where they
-are not there an evaluation runs the dense model too. A run that was killed goes on after the last block
+record says why. The logits are a help and no result. A run of the workflow that succeeds removes them. Where they are
+not there an evaluation runs the dense model too. A run that was killed goes on after the last block
 (`armor.execution.resume`).
 """
 

@@ -1,17 +1,17 @@
 """Accuracy on tasks, by lm-eval: its tasks, its prompts, its metrics and standard errors; ours is the model.
 
 A task is a name of lm-eval, a YAML file, or one of the two that are built from a text (`armor.evaluate.built`). Each is
-run by itself and written to a file of its own, `{evaluation}/{task}.json`, so that a run that was killed goes on with
-the next one; the record `{evaluation}.json`, written last, has all results without their details. The model is loaded
-once, after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds
-the batch size; on a CPU, where its search would run out of the host's memory, it is fixed. Where one is too large all
-the same, the task is run again with batches of half the size. Items of a batch are padded, so a log-likelihood depends
-on it by the rounding of the model's dtype, as it does in lm-eval.
+run by itself and written to a file of its own, `{evaluation}/{task}.json`. So a run that was killed goes on with the
+next one. The record `{evaluation}.json`, written last, has all results without their details. The model is loaded once,
+after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds the
+batch size; on a CPU, where its search would run out of the host's memory, it is fixed. Where one is too large all the
+same, the task is run again with batches of half the size. Items of a batch are padded, so a log-likelihood depends on
+it by the rounding of the model's dtype, as it does in lm-eval.
 
-A model whose weights are larger than the memory, of the GPU or else of the host, answers with one decoder layer in
+A model may have weights larger than the memory, of the GPU or else of the host. It answers with one decoder layer in
 memory at a time (`armor.runtime.streamed`). lm-eval asks for one batch after the other, and streaming wants to know
-them all: so its code runs twice, first to see what it asks for, then with the answers. Where a task generates text,
-each new token of a batch reads all weights.
+them all. So lm-eval's code runs twice, first to see what it asks for, then with the answers. Where a task generates
+text, each new token of a batch reads all weights.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def evaluate_tasks(
     """Run the tasks of `settings` on the model in `folder` (dense or ARMOR) and write `output`, {evaluation}.json.
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
-    {task}.samples.jsonl if asked for; the model's `fingerprint` is noted. Raises ArmorError for a task that is
-    unknown, or whose data cannot be had, for a model that is none, or whose log-likelihoods are not finite, and for
-    a device with too little memory for one item.
+    {task}.samples.jsonl if asked for; the model's `fingerprint` is noted. Raises ArmorError for a task that is unknown
+    or whose data cannot be had, and for a folder that is no model. So it does for log-likelihoods that are not finite,
+    and for a device with too little memory for one item.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 Snakemake's `--resources gpu=N` only counts; two jobs would both see every device. So a job locks one file per device
 (flock) and sets CUDA_VISIBLE_DEVICES to what it got. The kernel drops the lock when the process dies, however it dies;
 what the file says of its holder is for people. The lock folder is local to the node, and to the scheduler's job where
-there is one: under a scheduler the devices in CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque:
+there is one. Under a scheduler the devices in CUDA_VISIBLE_DEVICES are this job's own. Device names are opaque:
 indices, UUIDs or MIG identifiers; a lock bears the UUID where NVIDIA's driver knows it, for one device can have two
 names.
 """

@@ -1,9 +1,9 @@
 """Atomic files: a reader sees the old content, the new content or nothing, never a half.
 
-Every write goes to a temporary folder beside the target (writers like safetensors' have temporary files of their own),
-and is renamed over the target once it is on disk. Two processes that write the same file do no harm: the last rename
-wins. The folder holds a lock (flock), which the kernel drops however the process dies: so the next write of the same
-file knows what a killed one left, and removes it.
+Every write goes to a temporary folder beside the target, for writers like safetensors' have temporary files of their
+own. It is renamed over the target once it is on disk. Two processes that write the same file do no harm: the last
+rename wins. The folder holds a lock (flock), which the kernel drops however the process dies. So the next write of the
+same file knows what a killed one left, and removes it.
 """
 
 from __future__ import annotations

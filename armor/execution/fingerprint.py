@@ -1,9 +1,10 @@
 """The code hash of a stage: what Snakemake compares to know that a stage's code has changed.
 
-The hash covers the modules that a stage executes, found by following `import armor...` statements from its entry
-module, as syntax trees without docstrings; comments and formatting do not count. Templates and C sources of the
-packages on the way count as they are. Modules that cannot change a result are left out: messages, devices and
-provenance touch no number. What is found by name at run time, as methods are, is not followed: it is named as an entry.
+The hash covers the modules that a stage executes. They are found by following `import armor...` statements from its
+entry module. A module counts as its syntax tree without docstrings; comments and formatting do not count. Templates and
+C sources of the packages on the way count as they are. Modules that cannot change a result are left out: messages,
+devices and provenance touch no number. What is found by name at run time, as methods are, is not followed: it is named
+as an entry.
 """
 
 from __future__ import annotations

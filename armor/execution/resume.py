@@ -1,12 +1,12 @@
 """Resume: what a stage has finished outlives it, and the next run of the same work goes on from there.
 
 A stage is a loop over steps: decoder layers, linears, shards, blocks of text. `resumable` gives it a folder beside its
-output, `.{output}.part/`, to leave in it what a step made; a step is finished once its record, a small JSON file that
-is written last, is there. The folder belongs to one piece of work. It holds a fingerprint of all that can change a byte
-of the result (what the stage says, its code, the threads, the device, the versions of the libraries), and a folder of
-other work is emptied: so a resumed result is that of an undisturbed run. It vanishes when the stage succeeds, or fails
-before its first step is finished. A lock in it, which the kernel drops when the process dies, keeps a second process
-from the same work. Snakemake deletes the declared outputs of a job that failed; this name it does not know.
+output, `.{output}.part/`, to leave in it what a step made. A step is finished once its record is there, a small JSON
+file that is written last. The folder belongs to one piece of work. It holds a fingerprint of all that can change a byte
+of the result: what the stage says, its code, the threads, the device, the versions of the libraries. A folder of other
+work is emptied. So a resumed result is that of an undisturbed run. The folder vanishes when the stage succeeds, or
+fails before its first step is finished. A lock in it, which the kernel drops when the process dies, keeps a second
+process from the same work. Snakemake deletes the declared outputs of a job that failed; this name it does not know.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Factorize the linears of one decoder layer: the unit that the pipeline spreads over devices and machines.
 
-One linear's weight is in memory at a time, besides the factors found so far, and a linear that is finished stays so if
-the job dies (`armor.execution.resume`). What cannot be done as asked is done in the nearest way that can, said in the
-log and noted in the JSON: a linear whose rows cannot hold the pattern stays dense, one that no blocks fit is pruned
-without them, and one that the GPU has no memory for is left to the CPU.
+One linear's weight is in memory at a time, besides the factors found so far. A linear that is finished stays so if the
+job dies (`armor.execution.resume`). What cannot be done as asked is done in the nearest way that can, said in the log
+and noted in the JSON. A linear whose rows cannot hold the pattern stays dense. One that no blocks fit is pruned without
+them. One that the GPU has no memory for is left to the CPU.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def factorize_layer(
 ) -> LayerRecord:
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
-    `statistics` is the layer's file from calibration, not read if all stays dense. Returns what the JSON holds.
-    Raises ArmorError for NaN in a weight, for an override that matches no linear of the model, for statistics that are
-    missing, broken or of another model, and for a device with too little memory.
+    `statistics` is the layer's file from calibration, not read if all stays dense. Returns what the JSON holds. Raises
+    ArmorError for NaN in a weight, and for an override that matches no linear of the model. So it does for statistics
+    that are missing, broken or of another model, and for a device with too little memory.
     """
     output = Path(output)
     chosen = _layer(source, topology, layer)

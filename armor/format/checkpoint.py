@@ -3,7 +3,7 @@
 A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
 `.left` and `.right`. Which linears, with which shapes, stands in config.json under `quantization_config`.
 docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
-file, so the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
+file. So the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
 """
 
 from __future__ import annotations

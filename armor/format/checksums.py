@@ -156,7 +156,7 @@ def _check_hash(shards: Shards, name: str, sums: Checksums) -> None:
 def _bytes_and_hash(file: Path) -> dict[str, int | str]:
     """The size and SHA-256 of a file as checksums.json lists them.
 
-    The file is mapped and hashed in one call: whoever reads it in pieces, beside a loader that is busy in Python, waits
+    The file is mapped and hashed in one call. Whoever reads it in pieces, beside a loader that is busy in Python, waits
     for the interpreter's lock after every piece.
     """
     size = file.stat().st_size

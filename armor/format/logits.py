@@ -1,8 +1,8 @@
 """The logits of a model on blocks of text in one safetensors file, written and read block by block.
 
-Tensor `logits.{k}` (length, vocabulary) is block k. All sizes are known before the first block, so the header is
-written first and the file grows behind it: no more than one block is in memory, and a run that was killed goes on
-after the last whole block.
+Tensor `logits.{k}` (length, vocabulary) is block k. All sizes are known before the first block. So the header is
+written first and the file grows behind it. No more than one block is in memory, and a run that was killed goes on after
+the last whole block.
 """
 
 from __future__ import annotations

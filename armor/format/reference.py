@@ -1,7 +1,7 @@
 """The reference of typed fields, made from their types: a table for each type, and the page of all records.
 
-A type's JSON schema says what its values may be and what they are when nothing is given, the text below a field what
-it is. docs/RECORDS.md and the reference in config/README.md come from here, so that neither can say anything else.
+A type's JSON schema says what its values may be and what they are when nothing is given. The text below a field says
+what it is. docs/RECORDS.md and the reference in config/README.md come from here, so neither can say anything else.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
 def statistics_of(calibration: Path, layer: int) -> Path:
     """The file with the statistics of decoder layer `layer`, beside `calibration`, its record.
 
-    The record is written last: without it, or where the hash that it has of the file is another, the statistics
-    are of a run that did not end, or of another one. Raises ArmorError.
+    The record is written last, and has the hash of the file. Where the record is missing or the hash is another, the
+    statistics are of a run that did not end, or of another one. Raises ArmorError.
     """
     path = calibration.parent / f"layer_{layer}.safetensors"
     expected = CalibrationRecord.read(calibration).files.get(path.name)

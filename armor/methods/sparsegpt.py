@@ -1,8 +1,8 @@
 """SparseGPT prunes column by column and lets the columns to come make up for the error. It needs Gram matrices.
 
-With H = XXᵀ the output error of a row w is quadratic, and the optimal brain surgeon's step (Hassibi and Stork 1993)
-says how the others should move when entry j becomes zero: by −w_j [H⁻¹]_j / [H⁻¹]_jj, at the cost w_j² / [H⁻¹]_jj.
-Going from left to right, H is that of the columns not yet passed, whose inverses are all in one Cholesky factor: with
+With H = XXᵀ the output error of a row w is quadratic. The optimal brain surgeon's step (Hassibi and Stork 1993) says
+how the others should move when entry j becomes zero: by −w_j [H⁻¹]_j / [H⁻¹]_jj, at the cost w_j² / [H⁻¹]_jj. Going
+from left to right, H is that of the columns not yet passed. One Cholesky factor has the inverses of all of these. With
 H⁻¹ = Uᵀ U the row U_j holds [H⁻¹]_j / √[H⁻¹]_jj of the columns from j on. So one factor serves all rows and all steps.
 Masks are chosen when a group is reached, by cost, from weights that have moved already. Updates beyond 128 columns wait
 until the 128 are done and are then one matrix product.

@@ -1,6 +1,6 @@
 """What the blocks of A and B cost: bits per weight of each kind of linear, before anything is computed.
 
-Blocks of size d take d/in + d/out numbers for each weight, so they weigh most where one side is small: on a key
+Blocks of size d take d/in + d/out numbers for each weight. So they weigh most where one side is small. On a key
 projection of 256 × 2048 blocks of 128 take more than 2:4 saves, and the linear would grow. `armor inspect` says so for
 a model, and the report for a recipe.
 """

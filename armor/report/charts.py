@@ -184,8 +184,8 @@ def layer_ticks(layers: int) -> list[int]:
 def beside(places: list[tuple[float, float, str]], width: float) -> list[tuple[bool, float]]:
     """For points (x, y, text) in pixels: whether the text stands to the left, and the height to write it at.
 
-    That is a little above the point, for the front's line may go to its right. A text that would cover another one or
-    a point moves up until it does not, the lowest point's first: the best recipes are low and close together, and above
+    That is a little above the point, for the front's line may go to its right. A text that would cover another one or a
+    point moves up until it does not, the lowest point's first. The best recipes are low and close together, and above
     the worst there is room. A line will lead to one that moved.
     """
     taken = [(x - 5, x + 5, y) for x, y, _ in places]

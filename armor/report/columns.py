@@ -1,8 +1,9 @@
 """The columns of the summary: what each says of a recipe, and how a person reads it.
 
-To add a column, add a field of that name to `Row` (armor/format/records/report.py), which gives it its place in
-summary.csv, and an entry to `COLUMNS` here, which gives it its place in the tables of page, terminal, Markdown and
-LaTeX. Its `of` may give anything that has a value and a standard error, if Row has a field `{name}_se` too.
+To add a column, add a field of that name to `Row` (armor/format/records/report.py). It gives the column its place in
+summary.csv. Then add an entry to `COLUMNS` here. It gives the column its place in the tables of page, terminal,
+Markdown and LaTeX. Its `of` may give anything that has a value and a standard error, if Row has a field `{name}_se`
+too.
 """
 
 from __future__ import annotations

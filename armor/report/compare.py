@@ -1,10 +1,10 @@
 """Two runs side by side: every model and recipe that both have, with the difference of perplexity and how sure it is.
 
-Two perplexities compare only if both models predicted the same tokens, which the fingerprint of an evaluation's blocks
-says: so another tokenizer, text, length or dtype is named in place of a difference, and where nothing compares the two
-runs are refused. On the same blocks the difference is much surer than either perplexity, for a block that is hard for
-one model is hard for the other. What each run holds is read from its own report's summary.json and the records, which
-say with which settings they were made, too: those that differ are listed.
+Two perplexities compare only if both models predicted the same tokens. The fingerprint of an evaluation's blocks says
+whether they did. So another tokenizer, text, length or dtype is named in place of a difference. Where nothing compares,
+the two runs are refused. On the same blocks the difference is much surer than either perplexity, for a block that is
+hard for one model is hard for the other. What each run holds is read from its own report's summary.json and the
+records. These also say with which settings they were made. Those that differ are listed.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _obstacle(a: _Measured, b: _Measured) -> str | None:
 def _difference(a: EvaluationRecord, b: EvaluationRecord) -> tuple[float, float | None]:
     """How much higher the perplexity of `b` is than that of `a`, and the standard error of that.
 
-    The perplexity is the exponential of the blocks' mean, so to first order the difference changes with block i by
-    b·bᵢ − a·aᵢ (the delta method), whose mean over the n blocks has the standard error stdev / √n.
+    The perplexity is the exponential of the blocks' mean. So to first order the difference changes with block i by b·bᵢ
+    − a·aᵢ (the delta method). Its mean over the n blocks has the standard error stdev / √n.
     """
     pairs = zip(a.block_means, b.block_means, strict=True)
     changes = [b.value * after - a.value * before for before, after in pairs]

@@ -1,8 +1,8 @@
 """The figures of speed: how many times as fast as dense the whole model decodes, and each shape of packed linears.
 
-Both sides took turns in one process, so what is drawn is the ratio of a round: its median, and the quartiles, which say
+Both sides took turns in one process. So what is drawn is the ratio of a round: its median, and the quartiles, which say
 how far rounds agreed. A row holds a batch size or a shape and a dot for each recipe, one below the other in the
-legend's order: so 4 recipes and 6 shapes fit a phone, where a number at each would not. The tables have the numbers.
+legend's order. So 4 recipes and 6 shapes fit a phone. A number at each would not. The tables have the numbers.
 """
 
 from __future__ import annotations

@@ -70,8 +70,9 @@ def _perplexity(record: EvaluationRecord) -> str:
 def _ratio(own: EvaluationRecord, dense: EvaluationRecord) -> str:
     """How many times the dense model's perplexity, and the standard error of that.
 
-    Both models predict the same blocks, so the error is that of the mean of the blocks' differences: much smaller than
-    the two perplexities' own errors, which say how blocks differ from each other. None is said where the blocks differ.
+    Both models predict the same blocks. So the error is that of the mean of the blocks' differences. It is much smaller
+    than the two perplexities' own errors, which say how blocks differ from each other. None is said where the blocks
+    differ.
     """
     ratio = own.value / dense.value
     if _conditions(own) != _conditions(dense) or own.blocks < 2:

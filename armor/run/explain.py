@@ -1,10 +1,10 @@
 """`armor explain`: what made a result, and whether and why it would run again now, from files alone.
 
-A record says what made it (`armor.format.provenance`). Held against what the configuration, the code and the files
-before it say now, that gives the reasons to run again, of the result itself and of all that it is made from, as the
-params and inputs of the workflow's rules make Snakemake find them. A rule that was rewritten, or a file's time, only
-Snakemake sees, so `snakemake --dry-run` has the last word. Versions of packages, threads and device are said, and make
-nothing run again.
+A record says what made it (`armor.format.provenance`). That is compared with what the configuration, the code and the
+files before it say now. The differences are the reasons to run again, of the result itself and of all that it is made
+from. Snakemake finds the same ones by the params and inputs of the workflow's rules. A rule that was rewritten, or a
+file's time, only Snakemake sees, so `snakemake --dry-run` has the last word. Versions of packages, threads and device
+are said, and make nothing run again.
 """
 
 from __future__ import annotations

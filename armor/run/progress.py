@@ -1,12 +1,12 @@
 """One line of progress with the time left while Snakemake runs: `armor progress -- snakemake ...`.
 
-On a terminal Snakemake is told to be quiet, what it says all the same (errors, the summary at the end) goes above the
-line, and the line is made from files alone, as `armor status` is: the jobs that are done, what they cost, what is left.
+On a terminal Snakemake is told to be quiet. What it says all the same (errors, the summary at the end) goes above the
+line. The line is made from files alone, as `armor status` is: the jobs that are done, what they cost, what is left.
 Where there is no terminal Snakemake runs as ever, a line for each job. Either way its exit status is this one's.
 
 The time left is a guess that gets better. A job that is to come costs what others of its stage and recipe cost in the
-mean; of a stage of which none has ended yet, what it costs in the demo (`TYPICAL`), by how much dearer those that have
-ended were. Jobs of a single thread run side by side, the others one after the other.
+mean. If none of its stage has ended yet, it costs what it costs in the demo (`TYPICAL`), times how much dearer those
+that have ended were. Jobs of a single thread run side by side, the others one after the other.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """What is done, running, failed or missing in a results folder, from its files alone: while a run goes on, and after.
 
 A run of the workflow notes in results/run.json its configuration and its command, and locks that file as long as it
-lives: so a second run on the same results stops at once, and a killed one leaves nothing that has to be unlocked.
-`armor.run.jobs` has what the configuration asks for: the outputs that prove a job done, and its log. Of a job that is
-not done the log tells more: it ends with an error (failed), it is of
-the run that goes on (running), or neither (stopped: killed, as a rule, or out of memory). What a job cost is in the
-benchmark file that Snakemake writes when it ends, beside the log as it were, and its memory in its record too. Whether
-what is done is up to date is for `armor explain` and `snakemake --dry-run` to say.
+lives. So a second run on the same results stops at once. A killed one leaves nothing that has to be unlocked.
+`armor.run.jobs` has what the configuration asks for: the outputs that prove a job done, and its log. The log tells more
+of a job that is not done. It ends with an error (failed), it is of the run that goes on (running), or neither (stopped:
+killed, as a rule, or out of memory). Snakemake writes what a job cost to a benchmark file when it ends. The job's
+memory is in its record too. Whether what is done is up to date is for `armor explain` and `snakemake --dry-run` to say.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A whole layer on packed weights in one call into C: y = A (S (B x)) + bias.
 
-Decoding reads every weight once for each token, so its time is bytes over bandwidth, and a 2:4 core has 0.5625 of the
-bytes of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory: with few
-rows of x it meets the packed values in registers, with more it unpacks tiles of them into cache. It is built when the
-package is installed and knows nothing of torch; where it could not be built, layers run through torch. docs/KERNELS.md
-tells how it works, docs/log/kernels.md what was measured.
+Decoding reads every weight once for each token. So its time is bytes over bandwidth. A 2:4 core has 0.5625 of the bytes
+of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory. With few rows of x
+it meets the packed values in registers. With more it unpacks tiles of them into cache. It is built when the package is
+installed and knows nothing of torch. Where it could not be built, layers run through torch. docs/KERNELS.md tells how
+it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def level() -> str:
 
 
 def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | None) -> bool:
-    """Whether `linear` can run on these tensors, given in its order: the library is there, all are on the CPU and (the
-    mask aside) of one dtype, bfloat16 or float32, and the factors are frozen."""
+    """Whether `linear` can run on these tensors, given in its order. The library is there. All are on the CPU and (the
+    mask aside) of one dtype, bfloat16 or float32. The factors are frozen."""
     if values is None or x.device.type != "cpu" or x.dtype not in _TYPES or not available():
         return False
     return operator.fits(x, values, bits, *others)

@@ -1,10 +1,10 @@
 """A whole layer on packed weights on a CUDA device: y = A (S (B x)) + bias.
 
 Decoding reads every weight once for each token, so with few rows of x Triton kernels (kernels.py) multiply with the
-packed values as they are. With more rows the products decide, and torch has the fastest: of the blocks, batched; of a
-2:4 core in 16 bits on sparse tensor cores, if the card and the shape allow; else of a core made dense for the moment.
-Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order, and what
-cuSPARSELt compresses for itself is dropped after use, which only very many rows pay for. Where Triton is not installed
+packed values as they are. With more rows the products decide, and torch has the fastest. The blocks are batched. A 2:4
+core in 16 bits goes to sparse tensor cores, if the card and the shape allow. Else the core is made dense for the
+moment. Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order. What
+cuSPARSELt compresses for itself is dropped after use. Only very many rows pay for that. Where Triton is not installed
 layers run through torch. docs/KERNELS.md tells more.
 """
 
@@ -58,8 +58,8 @@ def available(index: int = 0) -> bool:
 
 
 def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | None, group: int) -> bool:
-    """Whether `linear` can run on these tensors, given in its order: Triton is there, all are on one CUDA device that
-    it can use and (the mask aside) of one dtype, bfloat16, float16 or float32, the factors are frozen, and `group`
+    """Whether `linear` can run on these tensors, given in its order. Triton is there. All are on one CUDA device that
+    it can use and (the mask aside) of one dtype, bfloat16, float16 or float32. The factors are frozen, and `group`
     divides 8."""
     if values is None or x.device.type != "cuda" or x.dtype not in _TYPES or 8 % group:
         return False

@@ -1,12 +1,12 @@
 """The Triton kernels of the CUDA backend: a layer on packed weights in two launches, and the core made dense.
 
-The kept values of a byte of the mask lie side by side, so a lane takes a byte, and one look-up tells to which of its 8
+The kept values of a byte of the mask lie side by side. So a lane takes a byte, and one look-up tells to which of its 8
 columns each value belongs. Only kept values are multiplied, and every group that divides a byte goes the same way. Sums
 are in float32, in an order that depends on the tile sizes alone.
 
 Each value of S needs a whole block of B x, and each block of A the rows of S of that block. B x is small but needed by
-all programs, hence a launch of its own: computing it again in each would read all of B as often as there are programs,
-and waiting for it inside one launch hangs where not all programs fit on the card at once. One program for all rows of a
+all programs, hence a launch of its own. To compute it again in each would read all of B as often as there are programs.
+Waiting for it inside one launch hangs where not all programs fit on the card at once. One program for all rows of a
 block of A would leave most of the card idle (4096 rows in blocks of 128 are 32 programs). So programs take a few rows
 each, and the one that is last to finish in its block of A multiplies by it: nobody waits. The first launch needs no
 such care; both are tuned for each shape when it first comes.

@@ -3,15 +3,15 @@
 It holds the packed tensors of the checkpoint, and `state_dict` is always those. On a CPU the kernel of
 `armor.runtime.cpu` multiplies with them as they are, on a CUDA device those of `armor.runtime.cuda`. Elsewhere (another
 device or dtype, no compiler at installation, no Triton) dense matrix products do. A layer then unpacks its core in
-every forward pass and keeps nothing, unless `unpack` has traded the packed values for the dense core, in the same
-dtype: as fast as a dense linear but for the blocks, in the memory of a dense linear plus one bit a weight and the
-blocks. The packed values are recovered exactly: core[mask].
+every forward pass and keeps nothing. `unpack` trades the packed values for the dense core, in the same dtype. The layer
+is then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
+the blocks. The packed values are recovered exactly: core[mask].
 
 The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 
 To whoever asks it is an nn.Linear, for that is what libraries look for that do something with linears (PEFT puts its
-adapters on them). It has no dense weight, though: `weight` tells where and in which dtype the layer computes, and all
-else that is asked of it is one clear error instead of numbers that would be wrong.
+adapters on them). It has no dense weight, though: `weight` tells where and in which dtype the layer computes. All else
+that is asked of it is one clear error instead of numbers that would be wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One way to load a model for measuring it: dense or ARMOR, complete, in evaluation mode, or one clear error.
 
-transformers fills what a checkpoint lacks with random numbers and a warning; a perplexity or a speed of such a model
-would be a number about nothing, so a missing tensor is refused here.
+transformers fills what a checkpoint lacks with random numbers and a warning. A perplexity or a speed of such a model
+would be a number about nothing. So a missing tensor is refused here.
 """
 
 from __future__ import annotations

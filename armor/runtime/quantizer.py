@@ -1,7 +1,7 @@
 """Teaches transformers to read and write ARMOR checkpoints: `import armor.hf`, then `from_pretrained` as ever.
 
-transformers finds a quantizer by the `quant_method` in config.json, lets it swap modules while the model is still on
-the meta device, and then loads tensors by name; the swapped layers' names are the checkpoint's, so shards, offloading
+transformers finds a quantizer by the `quant_method` in config.json. It lets it swap modules while the model is still on
+the meta device, and then loads tensors by name. The swapped layers' names are the checkpoint's, so shards, offloading
 and saving work as for any model. What it does not do is refuse: a missing tensor becomes random numbers and a warning,
 an extra one a warning, a broken mask nothing at all. So the files are checked here before they are loaded, and the
 names that transformers could not match after; each defect is one ArmorError.
@@ -65,9 +65,9 @@ class ArmorConfig(QuantizationConfigMixin):
 class ArmorQuantizer(HfQuantizer):
     """Puts ArmorLinear where config.json says, before the weights arrive, and checks them.
 
-    transformers takes a third of a millisecond for a tensor, and there are four for each linear. So where a model is
-    loaded into the memory of the host they are put in their places here, as views of the mapped file where the dtype
-    stays, and hidden from it. Files are hashed meanwhile; the model is handed out when both are done.
+    transformers takes its time for every tensor, and there are four for each linear (docs/log/kernels.md). So they are
+    put in their places here where a model is loaded into the memory of the host, and hidden from it. Where the dtype
+    stays they are views of the mapped file. Files are hashed meanwhile; the model is handed out when both are done.
     """
 
     _wait: Callable[[], None] | None = None
@@ -323,8 +323,8 @@ def _watch_keys(model: PreTrainedModel, known: set[str], where: Path | str) -> b
     """Make the loader refuse what it would otherwise warn of: tensors it misses, and those but `known` it cannot place.
 
     A head may be missing or left over where the class is not the checkpoint's own (a classifier on a language model);
-    the base model may not. transformers shows these names in one place only, a private method, overridden here
-    for one load; in a release without it (False is returned), it warns of them as for any model.
+    the base model may not. transformers shows these names in one place only, a private method, overridden here for one
+    load. In a release without it (False is returned) transformers warns of them as for any model.
     """
     adjust = getattr(model, _HOOK, None)
     if adjust is None:

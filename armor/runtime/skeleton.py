@@ -1,9 +1,9 @@
 """A model without its weights, whose decoder layers are filled and run one at a time.
 
 Nothing here knows an architecture. The skeleton comes from transformers on the meta device; its decoder layers are the
-list of as many modules as the configuration counts. What a layer is called with (masks, rotary embeddings and the like
-differ by layer, family and release) is found by recording: every decoder layer is replaced by a recorder that notes
-its arguments and passes the hidden states on, the model's own forward runs once, and each real layer is then called
+list of as many modules as the configuration counts. What a layer is called with is found by recording, for masks,
+rotary embeddings and the like differ by layer, family and release. Every decoder layer is replaced by a recorder that
+notes its arguments and passes the hidden states on. The model's own forward runs once. Each real layer is then called
 with what its recorder saw. What comes after the layers is the model's own forward too, the last recorder handing out
 what the last layer made. This holds for models in which a layer's output goes straight into the next layer and layers
 do not talk to each other by other ways; `record` and `armor.model.inspect` check it.

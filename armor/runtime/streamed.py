@@ -1,10 +1,10 @@
 """A model of which one decoder layer at a time is in memory: for models that are larger than that.
 
-It does what calibration does, on the same skeleton (`armor.runtime.skeleton`), for models dense and packed: a layer is
-read, all that is asked goes through it, and then the next is read. What is asked comes in batches; the hidden states of
-many wait on the host, up to a quarter of its memory, and further batches go through all layers after these. The price
-is to read every weight once for each such group. Text can be generated too, by transformers, with the price that every
-new token of a batch reads all weights.
+It does what calibration does, on the same skeleton (`armor.runtime.skeleton`), for models dense and packed. A layer is
+read, all that is asked goes through it, and then the next is read. What is asked comes in batches. The hidden states of
+many wait on the host, up to a quarter of its memory. Further batches go through all layers after these. The price is to
+read every weight once for each such group. Text can be generated too, by transformers, with the price that every new
+token of a batch reads all weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The loop that refine and tune share: Adam, a look at held-out sequences now and then, the best look kept.
 
-Every tensor has a rate of its own, relative to the root mean square that it starts with: one number serves all families
-and both sides of A·S·B. What is kept is what the best look saw, rounded to the dtype that it is stored in, and the
-first look is before the first step. So the held-out loss of what is stored is never above that of the start.
+Every tensor has a rate of its own, relative to the root mean square that it starts with. So one number serves all
+families and both sides of A·S·B. What is kept is what the best look saw, rounded to the dtype that it is stored in, and
+the first look is before the first step. So the held-out loss of what is stored is never above that of the start.
 
 At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends with the same
 bytes.

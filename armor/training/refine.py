@@ -5,8 +5,8 @@ Here the whole layer is trained on the mean square of what its output misses, an
 
 With `inputs: dense` a layer gets what the dense model has at its place: layers do not wait for each other, and fan out
 like factorization. With `inputs: compressed` it gets what the refined layers before make of the text, and learns to
-mend what they lost; layers then come one after the other. The states between them are kept beside the factors, hidden,
-only until the next layer is done: where they are missing, the layers before are run once more.
+mend what they lost. Layers then come one after the other. The states between them are kept beside the factors, hidden,
+only until the next layer is done. Where they are missing, the layers before are run once more.
 
 The promise: the output error on the held-out sequences, of the layer as stored, is never above that of the start.
 """

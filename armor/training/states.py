@@ -1,7 +1,7 @@
 """The dense model's hidden states before every decoder layer, on the text that layers are refined on.
 
-The model runs one decoder layer at a time, as in calibration, and what goes into each layer, and out of the last, is
-kept: a file for each, sequences · length · hidden numbers. With them every layer can be refined by itself. They are
+The model runs one decoder layer at a time, as in calibration. What goes into each layer, and out of the last, is kept:
+a file for each, sequences · length · hidden numbers. With them every layer can be refined by itself. They are
 temporary: made again when they are needed. The room for all of them is looked for before the first is written.
 """
 

@@ -1,10 +1,10 @@
 """Decoder layers whose factors can be trained: A, the kept values of S, B, and the layer's norms and biases.
 
 The values to train are float32, whatever dtype they are stored in. A linear multiplies A·S·B out when it is called, and
-the gradient goes through the product: for blocks of 64 and sequences of 1,024 tokens that takes less time than three
-steps for every token. All sequences of a step can share one product (`multiplied_once`). S stays packed between the
-calls, so that its values, their gradient and the optimiser's two moments take half of what they would take for a dense
-weight.
+the gradient goes through the product. For sequences of many tokens that takes less time than three steps for every
+token (docs/log/refine.md). All sequences of a step can share one product (`multiplied_once`). S stays packed between the
+calls. So its values, their gradient and the optimiser's two
+moments take half of what they would take for a dense weight.
 
 Products are bfloat16 where the device multiplies in it (`training_arithmetic`). What is looked at to decide, the loss
 of what would be stored, is computed as the model will be (`stored_arithmetic`).

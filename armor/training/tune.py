@@ -1,16 +1,16 @@
 """Tune the whole: A, S on its mask, B, norms and biases of all layers, by KL divergence from the dense model.
 
-First the dense model predicts every token of the text, one decoder layer in memory at a time, and of each prediction
-the most likely tokens are kept with their log-probabilities; all others are one more outcome, whose probability is
-exact. Up to so many tokens in the vocabulary that is the whole prediction. The KL divergence between two predictions
-over these outcomes is never above that over all tokens, and it is zero where both agree.
+First the dense model predicts every token of the text, one decoder layer in memory at a time. Of each prediction the
+most likely tokens are kept with their log-probabilities. All others are one more outcome, whose probability is exact. A
+vocabulary of no more tokens than that is kept whole. The KL divergence between two predictions over these outcomes is
+never above that over all tokens, and it is zero where both agree.
 
 Then the compressed model is trained: values in float32, products in bfloat16 where that is native. Where memory is not
-plenty, each decoder layer is run again when its gradient is due, so that the inside of one layer at a time is there.
-With Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight,
-four times a dense bfloat16 one. A model that does not fit is refused.
+plenty, each decoder layer is run again when its gradient is due. So the inside of one layer at a time is there. With
+Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight, four
+times a dense bfloat16 one. A model that does not fit is refused.
 
-The promise is that of refine, for the whole: the KL divergence on the held-out sequences, of the model as stored, is
+The promise is that of refine, for the whole. The KL divergence on the held-out sequences, of the model as stored, is
 never above that of the start.
 """
 
@@ -162,9 +162,9 @@ def peak_bytes(
 ) -> int:
     """The memory that tuning takes at its peak, from headers: values, gradients, moments, logits, insides of layers.
 
-    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4. Inside of a layer
-    there are A·S·B, and what goes into and comes out of the linears for one sequence of `length` tokens; with
-    `recompute` it is that of one layer at a time.
+    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4. The inside of a
+    layer is A·S·B, and what goes into and comes out of the linears for one sequence of `length` tokens. With
+    `recompute` the inside of one layer at a time is there.
     """
     trained = fixed = vocabulary = 0
     inside, replaced = [], set()

@@ -96,6 +96,17 @@ def test_unlock_needs_no_number_of_cores(run):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_catalogs_snakefile_plans_the_same_jobs(tmp_path):
+    """The workflow catalog and Snakedeploy ask for workflow/Snakefile."""
+    plans = []
+    for name in ("Snakefile", "workflow/Snakefile"):
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / name), "--dry-run"]
+        done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        plans.append(re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE))
+    assert plans[0] == plans[1] and plans[0][-1] == "all results"
+
+
 def test_rulegraph_draws_every_stage(run):
     drawn = run.snakemake("--rulegraph").stdout
     stages = "fetch inspect calibrate factorize assemble evaluate benchmark report".split()

@@ -24,7 +24,7 @@ from armor.run.status import read_status, start_run, summary
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
-    ARMOR_PIPELINE=str(workflow.basedir),  # for envs/armor.post-deploy.sh
+    ARMOR_PIPELINE=str(workflow.current_basedir.join("../..")),  # this repository, for envs/armor.post-deploy.sh
 )
 
 try:

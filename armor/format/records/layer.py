@@ -33,8 +33,8 @@ class LinearRecord(Typed):
     loss: float
     """The loss of the factors as they are stored."""
     condition: float | None = None
-    """The worst condition number of the blocks of A and B, as stored: how far an error in one of their entries can
-    grow; 1e16 for a singular block, null without blocks."""
+    """The worst condition number of the blocks of A and B, as stored. It says how far an error in one of their entries
+    can grow. 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
     """Points (iteration, seconds, best loss so far), at most 100."""
     seed: int
@@ -62,7 +62,7 @@ class Look(Typed):
 
 class Training(Typed):
     """What a training did. The loss of refine is the mean square error of a decoder layer's output against the dense
-    one's, that of tune the KL divergence of the predictions from the dense model's, in nats."""
+    one's. The loss of tune is the KL divergence of the predictions from the dense model's, in nats."""
 
     stage: Literal["refine", "tune"]
     """The stage that trained: one decoder layer, or the whole model."""

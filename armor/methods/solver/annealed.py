@@ -3,21 +3,21 @@
 With d absorbed, L = ‖A S B − W~‖² is a plain least-squares problem in each factor and splits into blocks:
 ‖A_i S_ij B_j − W~_ij‖², A_i shared along a block row, B_j along a block column. An iteration has two halves.
 
-Mask. In a group, let u be the kept entry that costs least to drop and v the entry that gains most when taken up. From
-G = Aᵀ R Bᵀ, R = A S B − W~, and the curvature ‖a_r‖²·(B Bᵀ)_uv of row r the exact change of L by that swap is known,
-for all groups at once. Those that lower L are made together, and by simulated annealing (Metropolis et al. 1953) some
-that raise it: a mask that only descends stops far too early, and what the search finds while it is warm is most of the
-final quality. The temperature starts at a multiple of the loss per group of the block and falls to zero. Swaps made
-together interact, so a block keeps its own only if its loss rose by no more than the heat allows, and otherwise makes
-fewer the next time.
+Mask. In a group, let u be the kept entry that costs least to drop and v the entry that gains most when taken up. Let G
+= Aᵀ R Bᵀ and R = A S B − W~, and let ‖a_r‖²·(B Bᵀ)_uv be the curvature of row r. They give the exact change of L by
+that swap, for all groups at once. Those that lower L are made together, and by simulated annealing (Metropolis et al.
+1953) some that raise it. A mask that only descends stops far too early. What the search finds while it is warm is most
+of the final quality. The temperature starts at a multiple of the loss per group of the block and falls to zero. Swaps
+made together interact. So a block keeps its own only if its loss rose by no more than the heat allows. Otherwise it
+makes fewer the next time.
 
 Values. With P = A S, Q = R Bᵀ the half gradients are Q Sᵀ (A), Pᵀ R (B) and G (S). Each is divided by its curvature:
 A's by (S B)(S B)ᵀ and B's by Pᵀ P, S's approximately by AᵀA on the left and B Bᵀ on the right (scaled gradient
 descent, Tong, Ma and Chi 2021, of three factors at once). Momentum that starts small, and a cosine schedule.
 
-The safeguard: a loss that leaps means that a curvature went stale, so back to the best iterate with a smaller step, and
-never quite up to the old one again. In the end the loss of the factors as they are stored is compared with NoWag-P's,
-in float64, and the better ones returned.
+The safeguard: a loss that leaps means that a curvature went stale. The solver then goes back to the best iterate with a
+smaller step, and never quite up to the old step again. In the end the loss of the factors as they are stored is
+compared with NoWag-P's, in float64, and the better ones returned.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run takes at its peak, in bytes, from shapes alone, so that a card too small is refused early.
 
-Two moments can be the peak: the work itself, and the end, where the factors to be stored are compared in float64 with
+Two moments can be the peak: the work itself, and the end. There the factors to be stored are compared in float64 with
 those of the start, in pieces of a bounded size. Counts are those of the code, in bytes an entry; a test holds them to
 what is measured. No torch is imported.
 """

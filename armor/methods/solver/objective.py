@@ -1,10 +1,10 @@
 """The proxy loss that every factorization method minimises and is judged by (NoWag, then ARMOR, arXiv 2510.05528).
 
-Divide every column of W by its 2-norm, then every row by its own: W̄. With d_j the mean of x_j² over calibration tokens,
-L = Σ (W̄ − Ŵ̄)²_ij d_j, reported relative to Σ W̄²_ij d_j. Equal rows weigh the same whatever their scale, and a column
-counts by how strongly its input fires. In the weight's own scale this is a weighted squared error, Σ (W − Ŵ)²_ij d_j /
-(r_i c_j)², so one float64 function, exact for every method and dtype, serves them all. Absorbing √d into W̄ leaves a
-plain Frobenius problem, W~ = W̄·diag(√d), which is what the solvers see.
+Divide every column of W by its 2-norm, then every row by its own: W̄. With d_j the mean of x_j² over calibration
+tokens, L = Σ (W̄ − Ŵ̄)²_ij d_j, reported relative to Σ W̄²_ij d_j. Equal rows weigh the same whatever their scale, and
+a column counts by how strongly its input fires. In the weight's own scale this is a weighted squared error, Σ (W −
+Ŵ)²_ij d_j / (r_i c_j)². So one float64 function, exact for every method and dtype, serves them all. Absorbing √d into
+W̄ leaves a plain Frobenius problem, W~ = W̄·diag(√d), which is what the solvers see.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MOST_SUPPORTS = 70  # those of 4:8
 class Objective:
     """The scales of W = diag(row) W̄ diag(column), and d; all float64.
 
-    row (out,) and column (in,) are the norms, 1 where a row or column is zero; importance (in,) is d, divided by its
-    mean (the relative loss does not change, and nothing overflows).
+    row (out,) and column (in,) are the norms, 1 where a row or column is zero. importance (in,) is d, divided by its
+    mean; the relative loss does not change, and nothing overflows.
     """
 
     row: Tensor
@@ -144,8 +144,8 @@ def finish(
     """The factorization to store: `factors` in the weight's own scale and dtype, or NoWag-P where that is no worse.
 
     factors are A (out/d, d, d), S (out, in), its mask, B (in/d, d, d) of the normalised weight. The norms of rows and
-    columns go into A and B; these are balanced; the three factors then get the same largest entry, the safest share of
-    a narrow dtype.
+    columns go into A and B. A and B are balanced. Then the three factors get the same largest entry, the safest share
+    of a narrow dtype.
     """
     mask = top_n_mask(objective.score(weight), pattern)
     options = {"dtype": weight.dtype, "device": weight.device}

@@ -1,11 +1,11 @@
 """The published ARMOR optimiser (arXiv 2510.05528), as its paper describes it: the slow twin of `solver`.
 
-Per iteration one joint Adam step on A, B and S (learning rate 1e-4, default betas, no schedule), then one step on the
-mask: in every block one group of m, drawn with probability proportional to the 1-norm of the loss gradient on it, gets
-the best of its supports with the least-squares values there (`draw` has the other rules of the paper's ablation).
+An iteration is one joint Adam step on A, B and S (learning rate 1e-4, default betas, no schedule), then one step on the
+mask. In every block one group of m is drawn, with probability proportional to the 1-norm of the loss gradient on it. It
+gets the best of its supports with the least-squares values there. `draw` has the other rules of the paper's ablation.
 20,000 iterations in the paper. Nothing makes the loss fall, so the best iterate is kept. The gradients are written out
-(six block products), and a drawn group is a rank-one update of its block's residual, so that an iteration costs no more
-than it must. An unstructured pattern has no groups to enumerate: its mask stays NoWag's.
+(six block products). A drawn group is a rank-one update of its block's residual. So an iteration costs no more than it
+must. An unstructured pattern has no groups to enumerate: its mask stays NoWag's.
 """
 
 from __future__ import annotations

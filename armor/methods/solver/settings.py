@@ -22,6 +22,6 @@ class SolverSettings(Typed):
     algorithm: Algorithm = "fast"
     """fast is this project's. published is the paper's joint Adam, kept for comparison; the paper gives it 20,000."""
     selection: Selection | None = None
-    """How published chooses the group of each block that it improves next. l1-random and l2-random draw one, likelier
-    the larger the 1-norm or 2-norm of the gradient on it; l1-greedy takes the largest; uniform draws any. Unset:
-    l1-random, the paper's choice."""
+    """How published chooses the group of each block that it improves next. l1-random and l2-random draw a group; the
+    larger the 1-norm or 2-norm of its gradient, the likelier it is. l1-greedy takes the group with the largest 1-norm.
+    uniform draws any. Unset: l1-random, the paper's choice."""
