@@ -234,10 +234,9 @@ def kept_predictions(logits: Iterator[Tensor]) -> Predictions:
     for sequence in logits:
         pieces = []
         for piece in sequence.split(TOKENS_AT_A_TIME):
-            logs = piece.double().log_softmax(-1)
-            top = logs.topk(min(KEPT, logs.shape[-1]), dim=-1)
-            rest = logs.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
-            pieces.append((top.indices.int(), torch.cat([top.values, rest], -1).float()))
+            top = piece.topk(min(KEPT, piece.shape[-1]), dim=-1)
+            logs = top.values.double() - piece.double().logsumexp(-1, keepdim=True)
+            pieces.append((top.indices.int(), torch.cat([logs, _rest(logs)], -1).float()))
         kept_tokens.append(torch.cat([tokens for tokens, _ in pieces]).cpu())
         kept.append(torch.cat([logs for _, logs in pieces]).cpu())
     return Predictions(torch.stack(kept_tokens), torch.stack(kept))
@@ -248,14 +247,18 @@ def kl_divergence(logits: Tensor, tokens: Tensor, log_probabilities: Tensor) -> 
 
     logits (length, vocabulary) of the compressed model, any float dtype; the dense one's as in `Predictions`.
     """
-    logs = logits.float().log_softmax(-1)
-    own = logs.gather(-1, tokens.long())
-    found = (log_probabilities[:, :-1].exp() * (log_probabilities[:, :-1] - own)).sum(-1)
-    if tokens.shape[-1] == logits.shape[-1]:
-        return found
-    rest = log_probabilities[:, -1]
-    others = logs.scatter(-1, tokens.long(), -torch.inf).logsumexp(-1)
-    return found + rest.exp() * (rest - others)
+    logits = logits.float()
+    own = logits.gather(-1, tokens.long()) - logits.logsumexp(-1, keepdim=True)
+    if tokens.shape[-1] < logits.shape[-1]:
+        own = torch.cat([own, _rest(own)], -1)
+    dense = log_probabilities[:, : own.shape[-1]]
+    return (dense.exp() * (dense - own)).sum(-1)
+
+
+def _rest(logs: Tensor) -> Tensor:
+    """The log-probability (length, 1) of all tokens but those of the log-probabilities (length, kept)."""
+    others = -torch.expm1(logs.logsumexp(-1, keepdim=True))
+    return others.clamp(min=torch.finfo(logs.dtype).eps).log()
 
 
 def _trainable_model(
@@ -292,8 +295,7 @@ def fit_whole(
         logits = model(input_ids=tokens[index : index + 1].to(device), use_cache=False).logits[0]
         kept = (x[index].to(device) for x in (predictions.tokens, predictions.log_probabilities))
         pieces = zip(*(x.split(TOKENS_AT_A_TIME) for x in (logits, *kept)), strict=True)
-        found = [checkpoint(kl_divergence, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat(found).mean()
+        return torch.cat([kl_divergence(*piece) for piece in pieces]).mean()
 
     for layer in layers if recompute else ():
         layer.module.forward = partial(checkpoint, layer.module.forward, use_reentrant=False)
