@@ -19,6 +19,8 @@ class ReportPair(Typed):
     model: Name
     recipe: Name
     method: MethodName
+    title: str
+    """The method's title."""
     pattern: PatternText = "2:4"
     block_size: int = Field(default=128, ge=1)
     calibration: Name | None = None

@@ -230,6 +230,7 @@ class Config(Typed):
                 model=model,
                 recipe=name,
                 method=self.factorized(name).method,
+                title=METHODS[self.factorized(name).method].title,
                 pattern=self.factorized(name).pattern,
                 block_size=self.factorized(name).block_size,
                 stage=self.made_by(name)[-1][0],

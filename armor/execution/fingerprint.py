@@ -2,9 +2,9 @@
 
 The hash covers the modules that a stage executes. They are found by following `import armor...` statements from its
 entry module. A module counts as its syntax tree without docstrings; comments and formatting do not count. Templates and
-C sources of the packages on the way count as they are. Modules that cannot change a result are left out: messages,
-devices and provenance touch no number. What is found by name at run time, as methods are, is not followed: it is named
-as an entry.
+C sources of the packages on the way count as they are. A method's title and source do not count. Modules that cannot
+change a result are left out: messages, devices and provenance touch no number. What is found by name at run time, as
+methods are, is not followed: it is named as an entry.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             # A bare string as a statement is a docstring, also below a class's field.
             node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and _is_text(n.value))] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                _drop_title(decorator)
     digest = hashlib.sha256(ast.dump(tree).encode())
     if file.name == "__init__.py":
         for other in sorted(path for path in file.parent.glob("*") if path.suffix in (".j2", ".c", ".h")):
@@ -81,3 +84,10 @@ def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
 
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _drop_title(decorator: ast.expr) -> None:
+    """Take title and source out of `@method(title, source=...)`: words, which the report has among its settings."""
+    if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == "method":
+        decorator.args = [value for value in decorator.args if not _is_text(value)]
+        decorator.keywords = [given for given in decorator.keywords if given.arg not in ("title", "source")]

@@ -263,9 +263,9 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
         measured = recipe.evaluation
         if recipe.has_blocks and measured and recipe.checkpoint:
             settings = [made.settings | {"block_size": None} for made in recipe.checkpoint.factors]
-            same = [recipe.method.title, recipe.pair.pattern, recipe.pair.calibration, settings]
+            same = [recipe.pair.title, recipe.pair.pattern, recipe.pair.calibration, settings]
             sizes = alike.setdefault(str([*same, measured.task, measured.made_by.settings]), {})
-            text = {"size": str(recipe.block_size), "label": number(measured.value), "method": recipe.method.title}
+            text = {"size": str(recipe.block_size), "label": number(measured.value), "method": recipe.pair.title}
             sizes.setdefault(recipe.pair.block_size, Mark(value=measured.value, **text))
     rows = [mark for _, mark in sorted(max(alike.values(), key=len, default={}).items())]
     if len(rows) < 3:

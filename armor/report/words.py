@@ -60,7 +60,7 @@ def _named(recipe: RecipeResults) -> str:
     details.append(recipe.pair.pattern)
     if recipe.has_blocks:
         details.append(f"blocks of {recipe.block_size}")
-    return f"{recipe.method.title} ({', '.join(details)})"
+    return f"{recipe.pair.title} ({', '.join(details)})"
 
 
 def _perplexity(record: EvaluationRecord) -> str:

@@ -16,7 +16,8 @@ def project(tmp_path):
     for name, text in {
         "__init__": "",
         "core/__init__": "",
-        "a": '"""A."""\nfrom armor.core.b import f\n\n\ndef g():\n    """Doc."""\n    return f()\n',
+        "a": '"""A."""\nfrom armor.core.b import f\n\n\n'
+        '@method("Title", source="Someone", instead="h")\ndef g():\n    """Doc."""\n    return f()\n',
         "core/b": "import json\n\n\ndef f():\n    return 1\n",
         "unrelated": "x = 1\n",
     }.items():
@@ -49,6 +50,9 @@ def project(tmp_path):
         ("core/page.html.j2", "<p>", "<div>", True),
         ("a", "Doc.", "Other words.", False),
         ("a", "return f()", "# a comment\n    return f( )", False),
+        ("a", '"Title"', '"Another"', False),
+        ("a", '"Someone"', '"Nobody"', False),
+        ("a", 'instead="h"', 'instead="i"', True),
         ("unrelated", "x = 1", "x = 2", False),
     ],
 )

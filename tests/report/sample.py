@@ -18,6 +18,7 @@ from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.methods import METHODS
 
 __all__ = ["change", "plan", "write_results"]
 
@@ -75,6 +76,7 @@ def plan(
                 model=model,
                 recipe=recipe,
                 method=method,
+                title=METHODS[method].title,
                 block_size=(block_sizes or {}).get(recipe, 64),
                 calibration=None if method == "dense" else "text",
                 evaluations=list(evaluations),

@@ -512,7 +512,7 @@ def test_a_method_that_is_one_file_is_reported_with_its_title(own, tmp_path, set
     try:
         importlib.import_module("armor.methods.toy")
         wanted = plan(["dense", "nowag"])
-        pair = wanted.pairs[1].model_copy(update={"method": "toy"})
+        pair = wanted.pairs[1].model_copy(update={"method": "toy", "title": "Toy & Co"})
         report = build(own, wanted.model_copy(update={"pairs": [wanted.pairs[0], pair]}), own / "report")
         assert report.rows[1].method == "toy" and "Toy & Co" in print_table(report.rows)
         assert "| Toy & Co |" in (own / "report" / "summary.md").read_text()

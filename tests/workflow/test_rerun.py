@@ -70,6 +70,7 @@ STATEMENT = ("\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ")
 CODE_EDITED = {
     "report code": ("report/page.py", *STATEMENT, {"report": 1}),
     "the optimiser's code": ("methods/solver/annealed.py", *STATEMENT, ONE_RECIPE),
+    "a method's title": ("methods/nowag.py", '"NoWag-P"', '"NoWag"', {"report": 1}),
     "pruning code": ("methods/solver/pruning.py", *STATEMENT, recipes(2)),
     "capture code": ("calibrate/capture.py", *STATEMENT, {"calibrate": 1} | recipes(2)),
     "evaluation code": ("evaluate/perplexity.py", *STATEMENT, {"evaluate": 3, "report": 1}),
