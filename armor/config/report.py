@@ -25,10 +25,9 @@ class ReportPair(Typed):
     block_size: int = Field(default=128, ge=1)
     calibration: Name | None = None
     """The calibration that the recipe uses; unset for a recipe without one."""
-    stage: str = "factorize"
-    """The stage that made the factors of the checkpoint: factorize, refine or tune."""
-    owner: Name | None = None
-    """The recipe that this stage was asked for by; unset: this one."""
+    made_by: list[tuple[str, Name]] = []
+    """The stages that made the factors, in order, each with the recipe that asks for it; unset: factorize, by this
+    one."""
     evaluations: list[Name] = []
     """Perplexities, the first of which goes into the summary."""
     tasks: dict[Name, list[str]] = {}

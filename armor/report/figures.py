@@ -25,7 +25,7 @@ from armor.report.charts import (
     palette,
     svg_of,
 )
-from armor.report.loss_figures import heat_map, loss_by_layer, trace
+from armor.report.loss_figures import heat_map, loss_by_layer, output_error, trace
 from armor.report.numbers import duration, size
 from armor.report.quality_figures import accuracy, block_sizes, pareto, perplexity
 from armor.report.results import STAGES, ModelResults
@@ -106,7 +106,7 @@ def figures(model: ModelResults, prefix: str) -> list[Figure]:
     for index, case in enumerate(model.benchmark_names()):
         drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))
         drawn.append(linears(model, case, f"{prefix}-linears-{index}"))
-    drawn.append(loss_by_layer(model, f"{prefix}-layers"))
+    drawn += [loss_by_layer(model, f"{prefix}-layers"), output_error(model, f"{prefix}-refined")]
     with_blocks = [recipe for recipe in model.compressed if recipe.has_blocks]
     drawn += [heat_map(recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(with_blocks)]
     drawn += [trace(model, f"{prefix}-trace"), _size(model, f"{prefix}-size"), _time(model, f"{prefix}-time")]

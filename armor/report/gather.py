@@ -54,14 +54,19 @@ def _read_recipe(
     source: SourceRecord | None,
     benchmarks: dict[str, BenchmarkRecord],
 ) -> RecipeResults:
-    names, made = (pair.model, pair.recipe), (pair.model, pair.owner or pair.recipe)
+    names = (pair.model, pair.recipe)
     layers = [layer.index for layer in topology.layers] if topology else []
+
+    def records(stage: str, owner: str) -> list[LayerRecord]:
+        paths_of = {k: paths.layer(pair.model, owner, k, stage) for k in layers}
+        return list(_there({k: LayerRecord.read_if_there(path) for k, path in paths_of.items()}).values())
+
     asked = {name: benchmarks[name] for name in pair.benchmarks if name in benchmarks}
     return RecipeResults(
         pair=pair,
         topology=topology,
         source=source,
-        layers=list(_there({k: LayerRecord.read_if_there(paths.layer(*made, k, pair.stage)) for k in layers}).values()),
+        stages=[(stage, records(stage, owner)) for stage, owner in pair.made_by or [("factorize", pair.recipe)]],
         checkpoint=CheckpointRecord.read_if_there(paths.checkpoint(*names)),
         evaluations=_there({e: EvaluationRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.evaluations}),
         tasks=_there({e: TasksRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.tasks}),

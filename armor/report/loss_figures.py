@@ -30,7 +30,7 @@ from armor.report.charts import (
 from armor.report.numbers import number
 from armor.report.results import ModelResults, Module, RecipeResults
 
-__all__ = ["heat_map", "loss_by_layer", "trace"]
+__all__ = ["heat_map", "loss_by_layer", "output_error", "trace"]
 
 
 def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
@@ -71,6 +71,45 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     )
     alternative = f"Relative loss by decoder layer, log scale, a line per recipe; means: {listed(means)}."
     return Figure(name, "Loss by decoder layer", svg_of(chart, name, alternative), caption)
+
+
+def output_error(model: ModelResults, name: str) -> Figure | None:
+    """The held-out output error of each decoder layer before and after refine, two lines per recipe; None without."""
+    rows, falls = [], []
+    for recipe in model.compressed:
+        own = [(r.layer, r.training[-1]) for r in recipe.layers if r.training and r.training[-1].stage == "refine"]
+        for when, losses in (("before", [t.start_loss for _, t in own]), ("after", [t.loss for _, t in own])):
+            places = (layer for layer, _ in own)
+            rows += [Mark(recipe=recipe.name, when=when, layer=k, loss=x) for k, x in zip(places, losses, strict=True)]
+        shares = [t.loss / t.start_loss for _, t in own if t.start_loss]
+        falls += [(recipe.name, number(fmean(shares), 2))] if shares else []
+    rows = [row for row in rows if row.loss > 0]
+    if not rows:
+        return None
+    colors = {r: SERIES[place] for r, place in series_places(model.compressed).items() if r in dict(falls)}
+    last = max(row.layer for row in rows)
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    dashes = {"before": DASHES[1], "after": DASHES[0]}
+    low, high = min(row.loss for row in rows) * 0.9, max(row.loss for row in rows) * 1.1
+    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
+    scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
+    chart = (
+        alt.Chart(data(rows))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
+            y=alt.Y("loss:Q", **log_axis(low, high, "mean square error, log scale")),
+            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+            strokeDash=alt.StrokeDash("when:N", **palette(dashes, legend=legend)),
+        )
+        .properties(width=WIDTH + 40, height=180)
+    )
+    caption = (
+        "The mean square error of each decoder layer's output against the dense one's, on held-out sequences: dashed "
+        "before the layer was refined, whole after."
+    )
+    alternative = f"Output error by decoder layer before and after refine; what is left in the mean: {listed(falls)}."
+    return Figure(name, "Output error by decoder layer", svg_of(chart, name, alternative), caption)
 
 
 def heat_map(recipe: RecipeResults, name: str) -> Figure | None:

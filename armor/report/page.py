@@ -36,8 +36,8 @@ __all__ = ["Section", "build", "write_page"]
 CAPTION = (
     "The best compressed value is bold; – was not measured or does not apply. Rel. loss: mean over the compressed "
     "linears, 0 is the dense weight, 1 no weight at all. Bits/weight: in the decoder's linears. Factorize: summed over "
-    "decoder layers. Tokens/s: greedy decoding, median; the dense model and the recipes took turns in one job. A "
-    "recipe's name leads to what made it."
+    "decoder layers, refine and tune included. Tokens/s: greedy decoding, median; the dense model and the recipes took "
+    "turns in one job. A recipe's name leads to what made it."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -49,6 +50,13 @@ def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
             "nothing: that is for perplexity and tasks."
         )
         yield PageTable("What they write", Table(_samples(samples)).html(f"{prefix}-samples", "data text"), caption)
+    if cells := _trainings(model):
+        caption = (
+            "What the factors were trained by after the solver, stage by stage. The loss is on held-out sequences, of "
+            "the model as it is stored. For refine it is the mean square error of a decoder layer's output, as a share "
+            "of that before, the mean over layers. For tune it is the KL divergence from the dense model, in nats."
+        )
+        yield PageTable("Training", Table(cells).html(f"{prefix}-training"), caption)
     if any((cells := _bits(model)).values()):
         caption = "Bits per weight of each linear of a decoder layer, blocks and mask included; ! is more than dense."
         yield PageTable("Bits per weight by linear", Table(cells).html(f"{prefix}-bits"), caption)
@@ -179,11 +187,34 @@ def _bits(model: ModelResults) -> Cells:
     return cells
 
 
+def _trainings(model: ModelResults) -> Cells:
+    """What trained each recipe's factors: on what, how long, and what the loss became."""
+    cells: Cells = {}
+    for recipe in model.compressed:
+        for number_of, layers in enumerate(recipe.trainings):
+            first, trained = layers[0], sum(training.parameters for training in layers)
+            refined = first.stage == "refine"
+            shares = [training.loss / training.start_loss for training in layers if training.start_loss]
+            stayed = sum(not training.kept for training in layers)
+            key = f"{recipe.name}, {first.stage}" + ("" if len(recipe.trainings) < 3 else f" {number_of + 1}")
+            cells[key] = {
+                "Numbers": f"{(trained if refined else first.parameters) / 1e6:,.1f} M",
+                "Sequences": f"{first.sequences} × {first.length:,}",
+                "Held out": str(first.held_out),
+                "Steps": str(max(training.steps for training in layers)),
+                "Before": "1" if refined else number(first.start_loss, 3),
+                "After": number(fmean(shares) if refined and shares else first.loss, 3),
+                "Stayed as it was": f"{stayed} of {len(layers)} layers" if refined else "no" if first.kept else "yes",
+            }
+    return cells
+
+
 def _stages(model: ModelResults) -> Cells:
     """Seconds and peak memory of every stage of a model's recipes."""
     cells: Cells = {}
+    known = [stage for stage in STAGES if any(stage in stages for stages in model.work().values())]
     for row, stages in model.work().items():
-        cells[row] = {stage.capitalize(): "" for stage in STAGES}
+        cells[row] = {stage.capitalize(): "" for stage in known}
         for stage, records in stages.items():
             seconds = sum(record.seconds for record in records) if records else None
             memory = max((record.peak_memory_bytes for record in records), default=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +20,7 @@ from armor.format.records.benchmark import BenchmarkRecord, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
 from armor.methods import METHODS, Method
@@ -27,7 +28,7 @@ from armor.model.cost import dtype_bits
 
 __all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
-STAGES = ("calibrate", "factorize", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "benchmark")
 DENSE = "dense"
 """What a benchmark's samples call the dense model, whatever its recipe is called."""
 Work = dict[str, list[Made]]
@@ -68,8 +69,8 @@ class RecipeResults:
     pair: ReportPair
     topology: Topology | None
     source: SourceRecord | None
-    layers: list[LayerRecord]
-    """In order, without those that are missing."""
+    stages: list[tuple[str, list[LayerRecord]]]
+    """The stages that made its factors, in order, with the records of their layers, without those that are missing."""
     checkpoint: CheckpointRecord | None
     evaluations: dict[str, EvaluationRecord]
     tasks: dict[str, TasksRecord]
@@ -80,6 +81,17 @@ class RecipeResults:
     @property
     def name(self) -> str:
         return self.pair.recipe
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """The records of the factors as they are in the checkpoint."""
+        return self.stages[-1][1]
+
+    @property
+    def trainings(self) -> list[list[Training]]:
+        """What refined or tuned its factors, in order, layer by layer; nothing where a layer is missing."""
+        rounds = zip_longest(*(record.training for record in self.layers)) if self.complete else ()
+        return [[done for done in found if done] for found in rounds]
 
     @property
     def method(self) -> Method:
@@ -101,8 +113,8 @@ class RecipeResults:
 
     @property
     def complete(self) -> bool:
-        """Whether every decoder layer's record is there."""
-        return self.topology is not None and 0 < len(self.layers) == len(self.topology.layers)
+        """Whether every decoder layer's record is there, of every stage."""
+        return self.topology is not None and all(0 < len(r) == len(self.topology.layers) for _, r in self.stages)
 
     @property
     def modules(self) -> list[Module]:
@@ -137,8 +149,8 @@ class RecipeResults:
 
     @property
     def factorize_seconds(self) -> float | None:
-        """Summed over all layers; None where one is missing."""
-        return sum(record.seconds for record in self.layers) if self.complete else None
+        """Summed over all layers and all stages that made the factors; None where one is missing."""
+        return sum(record.seconds for _, records in self.stages for record in records) if self.complete else None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -208,7 +220,7 @@ class RecipeResults:
     def records(self) -> Work:
         """The records of its own jobs that are there."""
         return {
-            "factorize": [*self.layers],
+            **{stage: [*records] for stage, records in self.stages},
             "assemble": [self.checkpoint] if self.checkpoint else [],
             "evaluate": [*self.evaluations.values(), *self.tasks.values()],
         }
@@ -218,7 +230,8 @@ class RecipeResults:
         asked = len(self.pair.evaluations) + len(self.pair.tasks)
         found, whole = self.records(), {"evaluate": len(self.evaluations) + len(self.tasks) == asked}
         if not self.dense:
-            whole = {"factorize": self.complete, "assemble": self.checkpoint is not None} | whole
+            made = dict.fromkeys((stage for stage, _ in self.stages), self.complete)
+            whole = made | {"assemble": self.checkpoint is not None} | whole
         return {stage: found[stage] if whole[stage] else [] for stage in whole}
 
 

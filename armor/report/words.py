@@ -19,7 +19,7 @@ def summarize(model: ModelResults) -> list[str]:
         best, rival = rival, None
     paragraphs = []
     if best:
-        paragraphs += [" ".join(_lost(model, best, rival)), " ".join(_saved(model, best, rival))]
+        paragraphs += [" ".join(_lost(model, best, rival)), _trained(best), " ".join(_saved(model, best, rival))]
     paragraphs.append(" ".join(_trust(model)))
     if gaps := missing(model):
         paragraphs.append(f"Missing, and left as gaps: {'; '.join(gaps)}.")
@@ -106,6 +106,19 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
             "positions both find the same token the most likely."
         )
     return sentences
+
+
+def _trained(best: RecipeResults) -> str:
+    """What was trained after the factorization, on what, how long."""
+    texts = []
+    for layers in best.trainings:
+        first = layers[0]
+        what = "each decoder layer to give" if first.stage == "refine" else "the whole model to predict"
+        texts.append(
+            f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
+            f"({max(training.steps for training in layers)} steps)"
+        )
+    return f"Its factors were trained: {'; then '.join(texts)}." if texts else ""
 
 
 def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None) -> list[str]:

@@ -122,7 +122,7 @@ def tune(
             statistics = read_statistics(calibration.parent / file, topology.fingerprint, gram=False)
             losses = {name: start.modules[name].loss for name in layer.linears}
             training = described("tune", settings.tune, found, layer, tokens.shape[1], losses, made, numbers)
-            seconds = steps.seconds()
+            seconds = steps.seconds() / len(layers)  # a layer's share: a report sums them up
             written.append(
                 write_trained(part / file, start, *layer.stored(), statistics, shards, training, made, seconds, device)
             )

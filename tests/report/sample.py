@@ -15,7 +15,7 @@ from armor.format.records.benchmark import BenchmarkRecord, CoreSide, LinearSpee
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.methods import METHODS
@@ -170,6 +170,39 @@ def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> Laye
         statistics_fingerprint="b" * 64,
         modules=modules,
     )
+
+
+def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord:
+    """The record of a layer after a training; layer 0 stays as it was when it is refined."""
+    start = 0.2 if stage == "tune" else 0.05 * (1 + record.layer)
+    loss = start * (1.0 if stage == "refine" and record.layer == 0 else 0.5)
+    training = Training(
+        stage=stage,
+        start_loss=start,
+        loss=loss,
+        kept=0 if loss == start else 48,
+        steps=48,
+        diverged=False,
+        looks=(),
+        sequences=128,
+        held_out=8,
+        length=1024,
+        tokens=48 * 4 * 1024,
+        rate=5e-3,
+        parameters=2_000_000,
+        norms_and_biases=(),
+        proxy_losses={},
+        made_by=record.made_by,
+    )
+    changes = made(stage, rng, 50, 8e8) | {"training": (*record.training, training)}
+    return record.model_copy(update=changes)
+
+
+def trained(settings: ReportSettings, recipe: str, *stages: str) -> ReportSettings:
+    """The same, with the factors of `recipe` trained by these stages."""
+    made_by = [(stage, recipe) for stage in ("factorize", *stages)]
+    pairs = [p.model_copy(update={"made_by": made_by}) if p.recipe == recipe else p for p in settings.pairs]
+    return settings.model_copy(update={"pairs": pairs})
 
 
 def _checkpoint(rng: random.Random, method: str, layers: int) -> CheckpointRecord:
@@ -336,6 +369,10 @@ def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Pat
         if pair.calibration:
             _calibration().write(paths.calibration(pair.model, pair.calibration))
             for layer in range(layers):
-                _layer(rng, layer, pair.method, pair.block_size).write(paths.layer(*names, layer))
+                record = _layer(rng, layer, pair.method, pair.block_size)
+                for stage, owner in pair.made_by or [("factorize", pair.recipe)]:
+                    if stage != "factorize":
+                        record = _trained(rng, record, stage)
+                    record.write(paths.layer(pair.model, owner, layer, stage))
             _checkpoint(rng, pair.method, layers).write(paths.checkpoint(*names))
     return root

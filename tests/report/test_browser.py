@@ -10,14 +10,14 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Error, sync_playwright
 
 from armor.report import build, compare
-from tests.report.sample import KL, PERPLEXITY, plan, write_results
+from tests.report.sample import KL, PERPLEXITY, plan, trained, write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)"),
     pytest.mark.xdist_group("browser"),
 ]
-FIGURES = 12
+FIGURES = 13
 PHONE, DESK = 380, 1280
 PAPER = 718  # A4 upright without Chromium's margins of a centimetre, in CSS pixels
 
@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
     folder = tmp_path_factory.mktemp("browser")
     wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
+    wanted = trained(trained(wanted, "armor", "refine", "tune"), "nowag", "refine")
     wanted.config["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
     results = write_results(folder / "results", wanted, 6)
     build(results, wanted, results / "report")
@@ -118,7 +119,7 @@ def test_numbers_sort_by_value_and_not_by_how_they_are_written(visit):
     page.locator("table.sortable thead").get_by_role("button", name="Size").click()
     assert [text for _, text in column(page, "Size")] == ["176 MB", "176 MB", "176 MB", "213 MB", "273 MB"]
     page.locator("table.sortable thead").get_by_role("button", name="Factorize").click()
-    assert [text.split()[1] for _, text in column(page, "Factorize")[:4]] == ["s", "s", "s", "s"]
+    assert [text.split()[1] for _, text in column(page, "Factorize")[:4]] == ["s", "s", "min", "min"]
     assert column(page, "Factorize")[3][0] == "armor" and column(page, "Factorize")[4][1] == "–"
 
 

@@ -31,7 +31,7 @@ from armor.report.gather import read_results
 from armor.report.numbers import duration, number, percent, plus_minus, size
 from armor.report.tables import csv_text, latex_text, markdown_text
 from armor.report.words import missing, summarize
-from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, PROMPTS, change, plan, write_results
+from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, PROMPTS, change, plan, trained, write_results
 
 LAYERS = 3
 MODEL = "smollm2-135m"
@@ -130,6 +130,26 @@ def test_rows_hold_what_the_stages_wrote(results):
     for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds", *FIELDS[12:]):
         assert getattr(dense, gap) is None
     assert rows["nowag"].block_size is None
+
+
+def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
+    wanted = trained(plan(["dense", "nowag", "armor"]), "armor", "refine", "tune")
+    report = build(write_results(tmp_path, wanted, 4), wanted, tmp_path / "report")
+    stages = ("factorize", "refine", "tune")
+    layers = [LayerRecord.read(Results(str(tmp_path)).layer(MODEL, "armor", k, s)) for s in stages for k in range(4)]
+    assert report.rows[2].factorize_seconds == pytest.approx(sum(layer.seconds for layer in layers))
+    page = page_of(tmp_path)
+    table = page[page.index(">Training</h3>") :]
+    cells = re.findall(r"<td[^>]*>(?:<data[^>]*>)?([^<]*)", table[: table.index("</table>")])
+    assert [cell for cell in cells if cell] == [
+        *("8.0 M", "128 × 1,024", "8", "48", "1", "0.625", "1 of 4 layers"),
+        *("2.0 M", "128 × 1,024", "8", "48", "0.200", "0.100", "no"),
+    ]
+    assert "Its factors were trained: each decoder layer to give what the dense one does, on 128 sequences" in page
+    assert "Refine</th>" in page and "Tune</th>" in page
+    assert "Output error by decoder layer" not in page  # of a recipe that ends with refine
+    build(tmp_path, trained(wanted, "armor", "refine"), tmp_path / "report")
+    assert "Output error by decoder layer" in page_of(tmp_path)
 
 
 @pytest.mark.parametrize(
