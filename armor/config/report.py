@@ -20,7 +20,8 @@ class ReportPair(Typed):
     recipe: Name
     method: MethodName
     pattern: PatternText = "2:4"
-    block_size: int = Field(default=128, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    """What was asked for; unset where a budget chooses."""
     calibration: Name | None = None
     """The calibration that the recipe uses; unset for a recipe without one."""
     stage: str = "factorize"
