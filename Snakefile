@@ -23,6 +23,7 @@ if "models" not in config:  # a configuration given with --configfile replaces t
 include: "workflow/rules/common.smk"
 include: "workflow/rules/model.smk"
 include: "workflow/rules/calibrate.smk"
+include: "workflow/rules/budget.smk"
 include: "workflow/rules/factorize.smk"
 include: "workflow/rules/refine.smk"
 include: "workflow/rules/assemble.smk"

@@ -51,7 +51,7 @@ def main() -> None:
     print("\n| key | an edit runs again |\n|---|---|")
     for stage, kind in KEYS.items():
         print(f"| {', '.join(f'`{key}`' for key in kind.model_fields)} | {stage} |")
-    print("| `seed` | factorize, refine, tune |\n| `runs`, names | what is new, and the report |")
+    print("| `seed` | sensitivity, factorize, refine, tune |\n| `runs`, names | what is new, and the report |")
 
 
 if __name__ == "__main__":

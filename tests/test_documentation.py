@@ -71,7 +71,7 @@ def test_every_file_that_is_named_exists(page):
 def commands(page):
     """Every command of a page, as words: those of shell blocks, and of code within lines that starts like one."""
     text = "\n".join(blocks(page, "sh", "bash"))
-    text += "\n" + "\n".join(re.findall(r"^    (\S.*(?:\\\n.*)*)", prose(page), re.MULTILINE))
+    text += "\n" + "\n".join(re.findall(r"^    (\S.*(?:(?<=\\)\n.*)*)", prose(page), re.MULTILINE))
     text += "\n" + "\n".join(re.findall(r"`((?:armor|snakemake|make|python -m) [^`]+)`", prose(page)))
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()")

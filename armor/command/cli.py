@@ -22,10 +22,10 @@ from armor.config import reference
 from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
-from armor.config.recipes import LayerSettings
+from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings
 from armor.config.report import ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.config.training import RefineJob, Sample, TuneJob
+from armor.config.training import RefineJob, Sample, SensitivityJob, TuneJob
 from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
@@ -114,6 +114,55 @@ def calibrate(
 
 
 @app.command()
+def sensitivity(
+    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Measure how the dense model's predictions depend on each linear -> a record and, beside it, the numbers."""
+    device = _prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.training.sensitivity import measure_sensitivity
+
+    parsed = parse_settings(SensitivityJob, settings)
+    measure_sensitivity(open_source(source), Topology.read(model), parsed, output, device)
+
+
+@app.command()
+def price(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    sensitivity: Annotated[Path, typer.Option(help="The record of the sensitivities.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Find what each choice for each linear of a decoder layer takes in bits and costs in KL divergence -> a record."""
+    device = _prepare(threads, gpus)
+    from armor.factorize.prices import price_layer
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+
+    parsed, statistics = parse_settings(PriceSettings, settings), statistics_of(calibration, layer)
+    topology = Topology.read(model)
+    price_layer(open_source(source), topology, layer, statistics, sensitivity, parsed, output, device)
+
+
+@app.command()
+def budget(
+    prices: Annotated[Path, typer.Option(help="The folder with every layer's prices.")],
+    settings: Settings,
+    output: Output,
+) -> None:
+    """Choose for each linear, within so many bits, what costs the least KL divergence in all -> a record."""
+    _prepare(1)
+    from armor.factorize.budget import choose
+
+    choose(prices, parse_settings(BudgetSettings, settings), output)
+
+
+@app.command()
 def factorize(
     source: SourceFile,
     model: ModelFile,
@@ -121,6 +170,9 @@ def factorize(
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
     output: Output,
     settings: Settings = "{}",
+    budget: Annotated[
+        Path | None, typer.Option(help="The record with a choice for each linear; unset: as the settings say.")
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
@@ -132,7 +184,7 @@ def factorize(
 
     parsed = parse_settings(LayerSettings, settings)
     statistics = statistics_of(calibration, layer)
-    factorize_layer(open_source(source), Topology.read(model), layer, statistics, parsed, output, device)
+    factorize_layer(open_source(source), Topology.read(model), layer, statistics, parsed, output, device, budget)
 
 
 @app.command()

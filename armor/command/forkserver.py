@@ -31,6 +31,9 @@ __all__ = ["run_there", "start"]
 VARIABLE = "ARMOR_FORK_SERVER"
 STAGES = (
     "calibrate",
+    "sensitivity",
+    "price",
+    "budget",
     "factorize",
     "states",
     "refine",
@@ -44,6 +47,9 @@ STAGES = (
 ENTRIES = (
     "armor.factorize.layer",
     "armor.calibrate.capture",
+    "armor.training.sensitivity",
+    "armor.factorize.prices",
+    "armor.factorize.budget",
     "armor.training.refine",
     "armor.training.tune",
     "armor.assemble.writer",

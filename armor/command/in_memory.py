@@ -95,6 +95,8 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
 
 def _recipe(given: Recipe | dict) -> Recipe:
     recipe = given if isinstance(given, Recipe) else parse_settings(Recipe, given, "recipe")
+    if recipe.budget is not None:
+        raise ArmorError("recipe: budget: is for the workflow; put the choices of its budget.json into overrides")
     if recipe.base is not None:
         raise ArmorError(f"recipe: base: there is no recipe {recipe.base} here; say in full how the factors are made")
     return recipe

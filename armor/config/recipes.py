@@ -15,7 +15,17 @@ from armor.core.typed import Typed
 from armor.methods import METHODS
 from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
 
-__all__ = ["LayerSettings", "MethodName", "ModuleSettings", "Override", "Recipe", "check_patterns"]
+__all__ = [
+    "BudgetSettings",
+    "Choice",
+    "LayerSettings",
+    "MethodName",
+    "ModuleSettings",
+    "Override",
+    "PriceSettings",
+    "Recipe",
+    "check_patterns",
+]
 
 
 def _known_method(name: str) -> str:
@@ -51,8 +61,8 @@ class ModuleSettings(Typed):
     """The optimiser of the method armor."""
 
 
-class ModuleChange(Typed):
-    """The part of ModuleSettings that an override changes."""
+class Choice(Typed):
+    """What decides the bits of a linear, where it is another than the recipe says."""
 
     method: MethodName | None = None
     """Another method; unset: that of the recipe."""
@@ -60,24 +70,57 @@ class ModuleChange(Typed):
     """Another pattern; unset: that of the recipe."""
     block_size: int | None = Field(default=None, ge=1)
     """Another block size; unset: that of the recipe."""
-    solver: SolverChange | None = None
-    """Other settings of the optimiser; those left out are those of the recipe."""
+
+    def given(self) -> dict[str, str | int]:
+        """What it changes, by key."""
+        found = {key: getattr(self, key) for key in Choice.model_fields}
+        return {key: value for key, value in found.items() if value is not None}
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:
         """`settings` with what is given here put in their place."""
-        change = {key: getattr(self, key) for key in ("method", "pattern", "block_size")}
-        if self.solver is not None:
-            change["solver"] = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
-        return settings.model_copy(update={key: value for key, value in change.items() if value is not None})
+        return settings.model_copy(update=self.given())
 
 
-class Override(ModuleChange):
+class Override(Choice):
     """A change for some decoder layers, some modules, or some modules of some layers."""
 
+    solver: SolverChange | None = None
+    """Other settings of the optimiser; those left out are those of the recipe."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Numbers of decoder layers, from 0; unset: all."""
     modules: str = "*"
     """A shell-style pattern over full module names, like *.down_proj."""
+
+    def apply(self, settings: ModuleSettings) -> ModuleSettings:
+        """`settings` with what is given here put in their place."""
+        settings = super().apply(settings)
+        if self.solver is None:
+            return settings
+        solver = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
+        return settings.model_copy(update={"solver": solver})
+
+
+class BudgetSettings(Typed):
+    """Bits to spend: the choice for each linear that costs the least KL divergence, as predicted, is looked for.
+
+    Linears whose bits `overrides` or `keep_dense` decide stay as these say; their bits count.
+    """
+
+    bits: float = Field(gt=0)
+    """The stored bits per weight of all linears together, in the mean and at most: the report's bits/weight."""
+    over: list[Choice] = Field(
+        default=[*(Choice(block_size=d) for d in (16, 32, 64, 128)), Choice(method="nowag"), Choice(method="dense")],
+        min_length=1,
+    )
+    """What each linear may become, with the keys of an override: method, pattern, block_size. Unset: blocks of 16, 32,
+    64 and 128, nowag, dense."""
+    sequences: int = Field(default=8, ge=1)
+    """How many token sequences of the recipe's calibration the sensitivities are measured on."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in each; unset: as the calibration says, or else the model's context length."""
+    iterations: int = Field(default=30, ge=3)
+    """The solver's iterations where a choice is tried: once with these and once with a third of them. What those of the
+    recipe would come to is extrapolated."""
 
 
 class LayerSettings(ModuleSettings):
@@ -87,10 +130,12 @@ class LayerSettings(ModuleSettings):
     """The seed of every random choice."""
     overrides: list[Override] = []
     """Those that concern this layer, their layer numbers dropped; later ones win."""
+    over: list[Choice] = []
+    """What the recipe's budget chooses from; empty without one."""
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""
-        return _methods(self.method, self.overrides)
+        return _methods(self.method, [*self.overrides, *self.over])
 
     def code(self) -> list[str]:
         """The modules of the methods, for the hash of the code that a layer's job executes."""
@@ -104,6 +149,18 @@ class LayerSettings(ModuleSettings):
                 settings = override.apply(settings)
         return settings
 
+    def choices(self, name: str) -> list[Choice]:
+        """What the budget may choose for this linear; one that changes nothing where an override decides its bits."""
+        decided = any(fnmatch.fnmatchcase(name, override.modules) for override in self.overrides if override.given())
+        return [Choice()] if decided or not self.over else self.over
+
+
+class PriceSettings(LayerSettings):
+    """A recipe resolved for one decoder layer, whose choices are priced."""
+
+    iterations: int = Field(ge=3)
+    """The solver's iterations where a choice is tried."""
+
 
 class Recipe(ModuleSettings):
     """A way to compress a model: a method with its settings, a calibration, and exceptions.
@@ -111,6 +168,8 @@ class Recipe(ModuleSettings):
     Or, with `base`, a way to go on from what another recipe makes, by refine, tune or both.
     """
 
+    budget: BudgetSettings | None = None
+    """Choose method, pattern and block size for each linear within so many bits; unset: the same for all."""
     base: Name | None = None
     """The recipe to start from: its factors are trained further, and it says everything about how they are made."""
     refine: RefineSettings | None = None
@@ -137,6 +196,8 @@ class Recipe(ModuleSettings):
                 raise ValueError("base: goes with refine or tune; without both this is the recipe that it names")
         elif self.method == "dense" and self.training():
             raise ValueError(f"{[*self.training()][0]}: a dense recipe has nothing to train")
+        elif self.method == "dense" and self.budget is not None:
+            raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
 
     def training(self) -> dict[str, TrainingSettings]:
@@ -145,7 +206,8 @@ class Recipe(ModuleSettings):
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""
-        return _methods(self.method, [*self.overrides, *(Override(method="dense") for _ in self.keep_dense)])
+        dense = [Choice(method="dense") for _ in self.keep_dense]
+        return _methods(self.method, [*self.overrides, *dense, *(self.budget.over if self.budget else [])])
 
     def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
         """The recipe resolved for decoder layer `layer`."""
@@ -153,11 +215,11 @@ class Recipe(ModuleSettings):
         overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
         overrides += [Override(modules=pattern, method="dense") for pattern in self.keep_dense]
         base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
-        return LayerSettings(**base, seed=seed, overrides=overrides)
+        return LayerSettings(**base, seed=seed, overrides=overrides, over=self.budget.over if self.budget else [])
 
 
-def _methods(own: str, overrides: list[Override]) -> list[str]:
-    return sorted({own, *(override.method for override in overrides if override.method)})
+def _methods(own: str, changes: Iterable[Choice]) -> list[str]:
+    return sorted({own, *(change.method for change in changes if change.method)})
 
 
 def check_patterns(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import Override, Recipe
+from armor.config.recipes import BudgetSettings, Override, Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
 from armor.config.training import RefineSettings, TuneSettings
@@ -30,6 +30,7 @@ SECTIONS = {
     "A recipe": Recipe,
     "The solver": SolverSettings,
     "An override": Override,
+    "A budget": BudgetSettings,
     "Refinement": RefineSettings,
     "Tuning": TuneSettings,
     "An evaluation": EvaluationSettings,
@@ -55,8 +56,9 @@ def markdown() -> str:
 
 
 def _linked(table: str) -> str:
-    """The names of types as links to their sections; a part that only an override has to the whole that it changes."""
-    anchors = {kind.__name__: heading.lower() for heading, kind in SECTIONS.items()} | {"SolverChange": "the solver"}
+    """The names of types as links to their sections; a part of a type that has one leads there."""
+    parts = {"SolverChange": "the solver", "Choice": "an override"}
+    anchors = {kind.__name__: heading.lower() for heading, kind in SECTIONS.items()} | parts
     return re.sub(
         r"\[(\w+)\]\(#\w+\)",
         lambda found: f"[{anchors[found[1]]}](#{anchors[found[1]].replace(' ', '-')})",

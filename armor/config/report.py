@@ -22,7 +22,8 @@ class ReportPair(Typed):
     title: str
     """The method's title."""
     pattern: PatternText = "2:4"
-    block_size: int = Field(default=128, ge=1)
+    block_size: int | None = Field(default=None, ge=1)
+    """What was asked for; unset where a budget chooses."""
     calibration: Name | None = None
     """The calibration that the recipe uses; unset for a recipe without one."""
     made_by: list[tuple[str, Name]] = []

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 
 from armor.config.common import Name, nearest
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import LayerSettings, Recipe
+from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings, Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.config.training import RefineJob, Sample, TuneJob, overlap
+from armor.config.training import RefineJob, Sample, SensitivityJob, TuneJob, overlap
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS
@@ -190,15 +190,38 @@ class Config(Typed):
 
     def states_of(self, recipe: str) -> str:
         """The name of the dense model's hidden states that `recipe` is refined on: recipes with one sample share it."""
-        settings, sample = self.recipes[recipe].refine, self.sample(recipe, "refine")
+        settings = self.recipes[recipe].refine
         assert settings is not None
-        name = settings.calibration or self.calibration_of(recipe)
-        return f"{name}-{sample.sequences}x{sample.sequence_length or 'context'}"
+        return _sample_name(settings.calibration or self.calibration_of(recipe), self.sample(recipe, "refine"))
 
     def states(self) -> dict[str, Sample]:
         """What hidden states there are to make, by name."""
         refined = [name for name, recipe in self.recipes.items() if recipe.refine is not None]
         return {self.states_of(name): self.sample(name, "refine") for name in refined}
+
+    def sensitivity_of(self, recipe: str) -> str:
+        """The name of the sensitivities that the budget of `recipe` goes by: recipes with one sample share them."""
+        return _sample_name(self.calibration_of(recipe), self._budget_sample(recipe))
+
+    def sensitivities(self) -> dict[str, SensitivityJob]:
+        """What sensitivities there are to measure, by name."""
+        asking = [name for name, recipe in self.recipes.items() if recipe.budget is not None]
+        return {self.sensitivity_of(n): SensitivityJob(sample=self._budget_sample(n), seed=self.seed) for n in asking}
+
+    def _budget_sample(self, recipe: str) -> Sample:
+        budget, calibration = self.budget(recipe), self.calibrations[self.calibration_of(recipe)]
+        length = budget.sequence_length or calibration.sequence_length
+        return Sample(text=calibration.text, sequences=budget.sequences, sequence_length=length)
+
+    def budget(self, recipe: str) -> BudgetSettings:
+        """The budget of `recipe`, which has one."""
+        budget = self.recipes[recipe].budget
+        assert budget is not None
+        return budget
+
+    def price_settings(self, recipe: str, layer: int) -> PriceSettings:
+        """`recipe` resolved for decoder layer `layer`, whose choices are priced."""
+        return PriceSettings(**dict(self.layer_settings(recipe, layer)), iterations=self.budget(recipe).iterations)
 
     def refine_settings(self, recipe: str) -> RefineJob:
         """What the refinement of a decoder layer reads."""
@@ -232,7 +255,7 @@ class Config(Typed):
                 method=self.factorized(name).method,
                 title=METHODS[self.factorized(name).method].title,
                 pattern=self.factorized(name).pattern,
-                block_size=self.factorized(name).block_size,
+                block_size=None if self.factorized(name).budget else self.factorized(name).block_size,
                 made_by=self.made_by(name),
                 calibration=self.calibration_of(name) if self.calibrations else None,
                 evaluations=asked.texts,
@@ -251,6 +274,10 @@ class Config(Typed):
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""
         return self.factorized(recipe).for_layer(layer, self.seed)
+
+
+def _sample_name(calibration: str, sample: Sample) -> str:
+    return f"{calibration}-{sample.sequences}x{sample.sequence_length or 'context'}"
 
 
 def _known(where: str, name: str, known: dict[str, Any]) -> None:

@@ -10,7 +10,16 @@ from armor.config.common import Name
 from armor.config.sources import TextSettings
 from armor.core.typed import Typed
 
-__all__ = ["RefineJob", "RefineSettings", "Sample", "TrainingSettings", "TuneJob", "TuneSettings", "overlap"]
+__all__ = [
+    "RefineJob",
+    "RefineSettings",
+    "Sample",
+    "SensitivityJob",
+    "TrainingSettings",
+    "TuneJob",
+    "TuneSettings",
+    "overlap",
+]
 
 
 class TrainingSettings(Typed):
@@ -73,6 +82,13 @@ class Sample(Typed):
     sequences: int = Field(ge=1)
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: the model's context length."""
+
+
+class SensitivityJob(Typed):
+    """The measurement of sensitivities as a job has it: the sequences, and the seed of the tokens that are drawn."""
+
+    sample: Sample
+    seed: int = 0
 
 
 class RefineJob(Typed):

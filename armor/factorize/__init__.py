@@ -1,1 +1,1 @@
-"""The stage that compresses one decoder layer."""
+"""The stage that compresses one decoder layer, and those that choose how: what each choice costs, a budget of bits."""

@@ -13,12 +13,14 @@ import dataclasses
 import hashlib
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from armor.config.recipes import LayerSettings, ModuleSettings, check_patterns
+from armor.config.reading import parse_settings
+from armor.config.recipes import Choice, LayerSettings, ModuleSettings, check_patterns
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
@@ -28,6 +30,7 @@ from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.factors import read_factors, write_factors
 from armor.format.provenance import machine, made_by
+from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.shards import Shards
@@ -36,7 +39,16 @@ from armor.methods import METHODS
 from armor.methods.solver.objective import condition
 from armor.model.source import Source
 
-__all__ = ["factorize_layer", "factorize_weight", "possible", "seed_of"]
+__all__ = [
+    "block_sizes_of",
+    "factorize_layer",
+    "factorize_somewhere",
+    "factorize_weight",
+    "inputs_of",
+    "layer_of",
+    "possible",
+    "seed_of",
+]
 
 TRACE_POINTS = 100
 
@@ -49,29 +61,36 @@ def factorize_layer(
     settings: LayerSettings,
     output: Path | str,
     device: str = "cpu",
+    budget: Path | str | None = None,
 ) -> LayerRecord:
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
-    `statistics` is the layer's file from calibration, not read if all stays dense. Returns what the JSON holds. Raises
-    ArmorError for NaN in a weight, and for an override that matches no linear of the model. So it does for statistics
-    that are missing, broken or of another model, and for a device with too little memory.
+    `statistics` is the layer's file from calibration, not read if all stays dense. `budget` is the record with a choice
+    for each linear, which goes before the settings. Returns what the JSON holds. Raises ArmorError for NaN in a weight,
+    and for an override that matches no linear of the model. So it does for statistics or a budget that are missing,
+    broken or of another model, and for a device with too little memory.
     """
     output = Path(output)
-    chosen = _layer(source, topology, layer)
-    check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
+    chosen = layer_of(source, topology, layer, settings)
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
-    _check_memory(chosen, resolved, device)
-    inputs = _statistics(Path(statistics), topology, chosen, resolved)
-    shards = Shards(source.path)
     used = {
         "model": topology.fingerprint,
         "statistics": sha256(statistics) if Path(statistics).is_file() else None,
     }
+    if budget is not None:
+        record = BudgetRecord.read(budget)
+        if record.fingerprint != topology.fingerprint:
+            raise ArmorError(f"{budget}: of another model (its fingerprint differs); {record.AGAIN}")
+        used["budget"] = record.content()
+        resolved = {name: choice.apply(resolved[name]) for name, choice in _choices(record, budget, chosen).items()}
+    inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
+    shards = Shards(source.path)
     work = {
         "layer": chosen.model_dump(mode="json"),
         "fingerprint": topology.fingerprint,
         "statistics": used["statistics"] if inputs else None,
         "settings": settings.model_dump(mode="json"),
+        "resolved": {name: asked.model_dump(mode="json") for name, asked in resolved.items()},
     }
     factors: dict[str, Factorization] = {}
     modules: dict[str, LinearRecord] = {}
@@ -88,7 +107,7 @@ def factorize_layer(
                 if asked.method != "dense":
                     weight = shards.read(f"{name}.weight")
                     where = f"{shards.folder / linear.shard}: {name}.weight"
-                    found, place = _factorize_somewhere(weight, inputs[name], asked, seed, where, device)
+                    found, place = factorize_somewhere(weight, inputs[name], asked, seed, where, device)
                     if place != device:
                         note = "computed on the CPU: the GPU had too little memory"
                 if note:
@@ -96,7 +115,7 @@ def factorize_layer(
                 entry = LinearRecord(
                     method=asked.method,
                     pattern=str(found.pattern) if found else None,
-                    block_size=_block_sizes(found) if found else None,
+                    block_size=block_sizes_of(found) if found else None,
                     start_loss=found.start_loss if found else 0.0,
                     loss=found.loss if found else 0.0,
                     condition=condition(found) if found else None,
@@ -134,7 +153,7 @@ def seed_of(seed: int, module: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
 
 
-def _factorize_somewhere(
+def factorize_somewhere(
     weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str, device: str
 ) -> tuple[Factorization, str]:
     """`factorize_weight` on `device`, or on the CPU if the GPU's memory is too small; and where it was done."""
@@ -168,13 +187,16 @@ def factorize_weight(
     return dataclasses.replace(found, **{name: t.cpu() for name, t in tensors.items() if t is not None})
 
 
-def _block_sizes(found: Factorization) -> BlockSizes | None:
+def block_sizes_of(found: Factorization) -> BlockSizes | None:
+    """The sizes of the blocks of A and B; None without blocks."""
     if found.left is None and found.right is None:
         return None
     return BlockSizes(**{s: f.shape[1] for s, f in (("left", found.left), ("right", found.right)) if f is not None})
 
 
-def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
+def layer_of(source: Source, topology: Topology, index: int, settings: LayerSettings) -> DecoderLayer:
+    """Decoder layer `index`. Raises ArmorError for another model, and an override that matches no linear of it."""
+    check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     if source.fingerprint != topology.fingerprint:
         raise ArmorError(
             f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
@@ -185,14 +207,40 @@ def _layer(source: Source, topology: Topology, index: int) -> DecoderLayer:
     raise ArmorError(f"layer {index}: the model has layers 0 to {len(topology.layers) - 1}")
 
 
-def _check_memory(layer: DecoderLayer, resolved: dict[str, ModuleSettings], device: str) -> None:
+def _choices(budget: BudgetRecord, file: Path | str, layer: DecoderLayer) -> dict[str, Choice]:
+    """What the record chooses for each linear of a layer. A person may have edited it: raises ArmorError."""
+    found = {}
+    for linear in layer.linears:
+        if linear.name not in budget.modules:
+            raise ArmorError(f"{file}: has no choice for {linear.name}; {budget.AGAIN}")
+        found[linear.name] = parse_settings(Choice, budget.modules[linear.name].choice, f"{file}: {linear.name}")
+    return found
+
+
+def inputs_of(
+    statistics: Path,
+    topology: Topology,
+    layer: DecoderLayer,
+    asked: Mapping[str, Sequence[ModuleSettings]],
+    device: str,
+) -> dict[str, Statistics]:
+    """The statistics of every linear's input, by name; empty where all stays dense.
+
+    `asked` are the ways in which each linear is compressed. Raises ArmorError if `device` has too little memory for one
+    of them, and for statistics that are missing, broken or of another model.
+    """
+    _check_memory(layer, asked, device)
+    return _statistics(statistics, topology, layer, asked)
+
+
+def _check_memory(layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]], device: str) -> None:
     """Refuse a device that cannot hold what one of the linears will need."""
     available = device_memory_bytes(device)
     for linear in layer.linears:
         shape = (linear.out_features, linear.in_features)
         itemsize = getattr(torch, linear.dtype).itemsize
-        chosen = possible(resolved[linear.name], *shape)[0]
-        needed = METHODS[chosen.method].peak_bytes(shape, itemsize, chosen)
+        chosen = [possible(settings, *shape)[0] for settings in asked[linear.name]]
+        needed = max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
         if available is not None and needed > available:
             raise ArmorError(
                 f"{linear.name}: {shape[0]} x {shape[1]} needs about {needed / 1e9:.1f} GB, {device} has "
@@ -201,12 +249,12 @@ def _check_memory(layer: DecoderLayer, resolved: dict[str, ModuleSettings], devi
 
 
 def _statistics(
-    file: Path, topology: Topology, layer: DecoderLayer, resolved: dict[str, ModuleSettings]
+    file: Path, topology: Topology, layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]]
 ) -> dict[str, Statistics]:
-    """The statistics of every linear's input, by name; empty where all stays dense."""
-    if all(settings.method == "dense" for settings in resolved.values()):
+    methods = {name: {settings.method for settings in several} for name, several in asked.items()}
+    if set().union(*methods.values()) <= {"dense"}:
         return {}
-    with_gram = {name for name, settings in resolved.items() if "gram" in METHODS[settings.method].statistics}
+    with_gram = {name for name, used in methods.items() if any("gram" in METHODS[m].statistics for m in used)}
     found = read_statistics(file, topology.fingerprint, gram=bool(with_gram))
     for linear in layer.linears:
         if linear.name not in found:

@@ -9,7 +9,10 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/predictions/{evaluation}.json        what the dense model predicts on the text of an evaluation
     results/{model}/predictions/{evaluation}.safetensors its logits, while they are needed
     results/{model}/states/{states}.json, {states}/      the dense model's hidden states, while they are needed
+    results/{model}/sensitivity/{sensitivity}.json       how predictions depend on each linear; .safetensors beside it
     results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
+    results/{model}/{recipe}/prices/layer_{layer}.json   of a recipe with a budget: what each choice takes and costs
+    results/{model}/{recipe}/budget.json                 what it chose for each linear, which you may edit
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
     results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
@@ -46,7 +49,7 @@ CHECKPOINT = "checkpoint.json"
 SUMMARY = "summary.json"
 RESERVED = {
     "models": ("report", "logs", "benchmarks"),
-    "recipes": ("calibration", "source", "benchmark", "predictions", "states"),
+    "recipes": ("calibration", "source", "benchmark", "predictions", "sensitivity", "states"),
 }
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
 FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned"}
@@ -80,6 +83,19 @@ class Results:
 
     def states(self, model: str = "{model}", states: str = "{states}") -> str:
         return f"{self.root}/{model}/states/{states}.json"
+
+    def sensitivity(self, model: str = "{model}", sensitivity: str = "{sensitivity}") -> str:
+        return f"{self.root}/{model}/sensitivity/{sensitivity}.json"
+
+    def prices_folder(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        """The folder with the prices of every decoder layer."""
+        return f"{self.root}/{model}/{recipe}/prices"
+
+    def prices(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
+        return f"{self.prices_folder(model, recipe)}/layer_{layer}.json"
+
+    def budget(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
+        return f"{self.root}/{model}/{recipe}/budget.json"
 
     def layers(self, model: str = "{model}", recipe: str = "{recipe}", stage: str = "factorize") -> str:
         """The folder with the factors of every decoder layer, as `stage` leaves them."""

@@ -27,6 +27,8 @@ ORDER = (
     "source",
     "topology",
     "calibration",
+    "sensitivity",
+    "budget",
     "layer",
     "states",
     "refine",

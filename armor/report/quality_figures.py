@@ -260,13 +260,13 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
     """Perplexity by block size of recipes that differ in nothing else; None where there are not three sizes."""
     alike: dict[str, dict[int, Mark]] = {}
     for recipe in model.compressed:
-        measured = recipe.evaluation
-        if recipe.has_blocks and measured and recipe.checkpoint:
+        measured, asked = recipe.evaluation, recipe.pair.block_size
+        if recipe.has_blocks and asked and measured and recipe.checkpoint:
             settings = [made.settings | {"block_size": None} for made in recipe.checkpoint.factors]
             same = [recipe.pair.title, recipe.pair.pattern, recipe.pair.calibration, settings]
             sizes = alike.setdefault(str([*same, measured.task, measured.made_by.settings]), {})
             text = {"size": str(recipe.block_size), "label": number(measured.value), "method": recipe.pair.title}
-            sizes.setdefault(recipe.pair.block_size, Mark(value=measured.value, **text))
+            sizes.setdefault(asked, Mark(value=measured.value, **text))
     rows = [mark for _, mark in sorted(max(alike.values(), key=len, default={}).items())]
     if len(rows) < 3:
         return None

@@ -138,7 +138,9 @@ class RecipeResults:
         """The one block size that all its linears have, or "32 to 48"; before any is made, what was asked for."""
         if not self.has_blocks:
             return None
-        used = self.used_block_sizes or [self.pair.block_size]
+        used = self.used_block_sizes
+        if not used:
+            return self.pair.block_size
         return used[0] if len(used) == 1 else f"{used[0]} to {used[-1]}"
 
     @property

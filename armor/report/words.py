@@ -45,7 +45,7 @@ def notes_on_blocks(model: ModelResults) -> list[str]:
     notes = []
     for recipe in model.compressed:
         asked, used = recipe.pair.block_size, recipe.used_block_sizes
-        if recipe.has_blocks and {*used} - {asked}:
+        if recipe.has_blocks and asked and {*used} - {asked}:
             sizes = " and ".join(map(str, used))
             notes.append(f"{recipe.name}: blocks of {asked} were asked for, {sizes} divide the dimensions.")
         if larger := recipe.larger_than_dense():

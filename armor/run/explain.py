@@ -9,7 +9,7 @@ are said, and make nothing run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from armor.execution.machine import versions
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
+from armor.format.records.budget import BudgetRecord, PricesRecord
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import FactorsMadeBy
 from armor.format.records.layer import LayerRecord
+from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.tune import TuneRecord
@@ -33,6 +35,13 @@ from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import last_config
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
+
+
+TOGETHER: dict[str, Callable[[Path], str]] = {
+    "before": lambda file: LayerRecord.read(file).sha256,
+    "prices": lambda file: PricesRecord.read(file).content(),
+}
+"""Inputs of which a record has one fingerprint for all layers, and how that of a layer is read."""
 
 
 class _AnyRecord(BaseModel):
@@ -187,12 +196,13 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
-        earlier = [other.record for name, other in self._before(job) if name == "before" and other.record.is_file()]
-        if earlier:
-            yield "before", combined(LayerRecord.read(file).sha256 for file in earlier)
+        for together, of_one in TOGETHER.items():
+            files = [other.record for name, other in self._before(job) if name == together and other.record.is_file()]
+            if files:
+                yield together, combined(map(of_one, files))
         for name, other in self._before(job):
             file = other.record
-            if not file.is_file() or name == "before":
+            if not file.is_file() or name in TOGETHER:
                 continue
             if job.stage == "report":
                 if other.stage not in FACTORS:  # a checkpoint stands for its layers
@@ -214,6 +224,10 @@ def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
         yield "statistics", of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
     elif other.stage == "states":
         yield "states", StatesRecord.read(file).text_fingerprint
+    elif other.stage == "sensitivity":
+        yield "sensitivity", SensitivityRecord.read(file).sha256
+    elif other.stage == "budget":
+        yield "budget", BudgetRecord.read(file).content()
     elif other.stage in BY_LAYER:
         yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
     elif other.stage == "tune":

@@ -81,7 +81,7 @@ def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> li
     return [_finished(config, model, recipe), *dense, ("predictions", "predict", (model, evaluation))]
 
 
-BY_LAYER = ("factorize", "refine")
+BY_LAYER = ("price", "factorize", "refine")
 """The stages that have a job for each decoder layer."""
 MEASURED = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "tasks", "benchmark")
 """What the report is made of."""
@@ -103,12 +103,36 @@ STAGES = {
         inputs=lambda config, model, calibration: _model(model),
         settings=lambda config, model, calibration: config.calibrations[calibration],
     ),
+    "sensitivity": Stage(
+        outputs=lambda results, model, sensitivity: (results.sensitivity(model, sensitivity),),
+        entry="armor.training.sensitivity",
+        inputs=lambda config, model, sensitivity: _model(model),
+        settings=lambda config, model, sensitivity: config.sensitivities()[sensitivity],
+    ),
+    "price": Stage(
+        outputs=lambda results, *names: (results.prices(*names),),
+        entry="armor.factorize.prices",
+        inputs=lambda config, model, recipe, layer: [
+            *_model(model),
+            ("calibration", "calibrate", (model, config.calibration_of(recipe))),
+            ("sensitivity", "sensitivity", (model, config.sensitivity_of(recipe))),
+        ],
+        settings=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)),
+        methods=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)).code(),
+    ),
+    "budget": Stage(
+        outputs=lambda results, model, recipe: (results.budget(model, recipe),),
+        entry="armor.factorize.budget",
+        inputs=lambda config, model, recipe: [("prices", "price", (model, recipe))],
+        settings=lambda config, model, recipe: config.budget(recipe),
+    ),
     "factorize": Stage(
         outputs=lambda results, *names: (results.factors(*names), results.layer(*names)),
         entry="armor.factorize.layer",
         inputs=lambda config, model, recipe, layer: [
             *_model(model),
             ("calibration", "calibrate", (model, config.calibration_of(recipe))),
+            *([("budget", "budget", (model, recipe))] if config.recipes[recipe].budget else []),
         ],
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
@@ -263,7 +287,9 @@ def _makers(config: Config, results: Results, compressed: list[tuple[str, str]])
     of = {stage: [names for asked, *names in made if asked == stage] for stage in FACTORS}
     of["states"] = list(map(list, dict.fromkeys((model, config.states_of(owner)) for model, owner in of["refine"])))
     of["refined"] = of["refine"]
-    for stage in ("factorize", "states", "refine", "refined", "tune"):
+    of["price"] = of["budget"] = [names for names in of["factorize"] if config.recipes[names[1]].budget]
+    of["sensitivity"] = list(map(list, dict.fromkeys((m, config.sensitivity_of(owner)) for m, owner in of["budget"])))
+    for stage in ("sensitivity", "price", "budget", "factorize", "states", "refine", "refined", "tune"):
         for model, name in of[stage]:
             layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
             for layer in layers:

@@ -193,14 +193,14 @@ def _run(file: Path) -> RunRecord:
 def summary(results: Path, config: Config) -> list[str]:
     """What the run that ends now did: by stage, the jobs that ran and those that it reused, seconds, memory."""
     began = (results / RUN).stat().st_mtime
-    lines = [f"{'stage':<10}{'ran':>6}{'reused':>8}{'seconds':>11}{'peak memory':>14}"]
+    lines = [f"{'stage':<12}{'ran':>6}{'reused':>8}{'seconds':>11}{'peak memory':>14}"]
     stages: dict[str, list[Job]] = {}
     for job in jobs(config, str(results)):
         if all(output.is_file() for output in job.outputs):
             stages.setdefault(job.stage, []).append(job)
     for stage, done in stages.items():
         costs = [found for job in done if (found := cost(job)) and found.ended >= began]
-        text = f"{stage:<10}{len(costs) or '':>6}{len(done) - len(costs) or '':>8}"
+        text = f"{stage:<12}{len(costs) or '':>6}{len(done) - len(costs) or '':>8}"
         if costs:
             seconds, peak = sum(c.seconds for c in costs), max(c.peak_memory_bytes for c in costs)
             text += f"{seconds:>11,.1f}{peak / 1e6:>11,.0f} MB"

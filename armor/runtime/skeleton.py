@@ -317,8 +317,9 @@ def record_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, li
 def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
     """The logits (batch, length, vocabulary) from the hidden states (batch, length, hidden) after the last layer.
 
-    tokens (batch, length) int64. What is outside of the layers must be loaded, the head too.
+    tokens (batch, length) int64. What is outside of the layers must be loaded, the head too. A gradient goes through
+    if `hidden` wants one.
     """
-    with _recorders(skeleton) as recorders, torch.no_grad():
+    with _recorders(skeleton) as recorders:
         recorders[-1].output = hidden
         return skeleton.model(input_ids=tokens, use_cache=False).logits

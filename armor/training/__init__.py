@@ -1,1 +1,1 @@
-"""Training after factorization: refine, each layer against the dense one, and tune, the whole against its output."""
+"""What takes gradients: refine, each layer against the dense one; tune, the whole; how much each linear matters."""

@@ -74,6 +74,7 @@ def test_an_error_leaves_the_model_as_it_was(tmp_path):
     for recipe, said in (
         ({**RECIPE, "refine": {**TRAINING, "sequences": 5000}}, "found .* tokens in 1 documents, needed 5002 x 48"),
         ({"base": "armor", "refine": {}}, "recipe: base: there is no recipe armor here"),
+        ({**RECIPE, "budget": {"bits": 20}}, "recipe: budget: is for the workflow"),
         ({"method": "dense", "refine": {}}, "a dense recipe has nothing to train"),
     ):
         with pytest.raises(ArmorError, match=said):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from armor.config.loading import load_config
 from armor.config.measures import PAPER_TASKS, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
-from armor.config.recipes import LayerSettings, Recipe, check_patterns
+from armor.config.recipes import LayerSettings, PriceSettings, Recipe, check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 
@@ -92,6 +92,19 @@ def test_an_override_of_the_solver_changes_only_what_it_names():
     assert found.algorithm == "published" and found.iterations == 5
 
 
+def test_a_budget_leaves_alone_what_an_override_decides():
+    overrides = [{"modules": "*.q_proj", "block_size": 8}, {"solver": {"iterations": 5}}]
+    over = [{"block_size": 16}, {"pattern": "4:8"}, {"method": "wanda"}]
+    recipe = {"overrides": overrides, "keep_dense": ["*.k_proj"], "budget": {"bits": 11.5, "over": over}}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
+    settings = parse_settings(PriceSettings, config.price_settings("mine", 0).model_dump_json(exclude_none=True))
+    assert [choice.given() for choice in settings.choices("x.v_proj")] == over
+    assert [choice.given() for name in "qk" for choice in settings.choices(f"x.{name}_proj")] == [{}, {}]
+    assert settings.iterations == 30 and settings.solver.iterations == 300
+    assert "armor.methods.wanda" in settings.code()  # what it may choose is among what it executes
+    assert {*config.sensitivities()} == {"a-8xcontext"} and config.report_settings().pairs[0].block_size is None
+
+
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
@@ -100,6 +113,11 @@ def test_an_override_of_the_solver_changes_only_what_it_names():
         ({"pattern": "3:2"}, "expected n:m"),
         ({"solver": {"selection": "uniform"}}, "solver.selection: goes with algorithm: published"),
         ({"overrides": [{"solver": {"selection": "uniform"}}]}, "solver.selection: goes with algorithm: published"),
+        ({"method": "dense", "budget": {"bits": 11.5}}, "budget: a dense recipe has none"),
+        ({"budget": {"bits": 11.5, "over": []}}, "budget.over: List should have at least 1 item"),
+        ({"budget": {"over": [{}]}}, "budget.bits: Field required"),
+        ({"budget": {"bits": 11.5, "over": [{"solver": {}}]}}, "budget.over.0.solver: unknown key"),
+        ({"budget": {"bits": 11.5, "over": [{"method": "sparsegpt"}]}}, "sparsegpt needs the Gram matrices"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):

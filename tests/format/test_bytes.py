@@ -19,6 +19,7 @@ from armor.format.checkpoint import CHECKPOINT_VERSION, PackedLinear, modules_of
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
 from armor.format.factors import FACTORS_VERSION, read_factors, read_others, write_factors
 from armor.format.records.base import File, Made, Record
+from armor.format.sensitivity import SENSITIVITY_VERSION, Sensitivity, write_sensitivities
 from armor.format.statistics import STATISTICS_VERSION, Statistics, read_statistics, write_statistics
 
 for module in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
@@ -28,6 +29,9 @@ FILES = {
     "SourceRecord": "source",
     "Topology": "model",
     "CalibrationRecord": "calibration",
+    "SensitivityRecord": "sensitivity",
+    "PricesRecord": "prices",
+    "BudgetRecord": "budget",
     "LayerRecord": "layer",
     "StatesRecord": "states",
     "RefineRecord": "refined",
@@ -57,6 +61,19 @@ def test_statistics(tmp_path):
         b"\x00\x00\x80?\x00\x00\x00?"
     )
     assert read_statistics(path)["a.k"].tokens == 7
+
+
+def test_sensitivities(tmp_path):
+    path = tmp_path / "words.safetensors"
+    write_sensitivities(path, {"a.q": Sensitivity(torch.tensor([1.0]), torch.tensor([0.25, 0.75]))}, "f0")
+    assert SENSITIVITY_VERSION == 1 and path.read_bytes() == (
+        b"\xd0\x00\x00\x00\x00\x00\x00\x00"
+        rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 1}"},'
+        b'"a.q.columns":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"a.q.rows":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}       '
+        b"\x00\x00\x80>\x00\x00@?"
+        b"\x00\x00\x80?"
+    )
 
 
 def test_factors(tmp_path):

@@ -23,7 +23,7 @@ CONFIG = Config.model_validate(
     {
         "models": {"tiny": {"folder": "tiny"}},
         "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
-        "recipes": {"armor": SETTINGS.model_dump(exclude={"seed", "overrides"})},
+        "recipes": {"armor": SETTINGS.model_dump(exclude={"seed", "overrides", "over"})},
     }
 )
 

@@ -82,7 +82,8 @@ def executed(tmp_path_factory, config):
     (folder / "run").mkdir()
     model = tiny_model(folder / "tiny", "llama", layers=1)  # each job of it is a process that imports torch
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
-    tuned = config["recipes"]["armor"] | {"refine": dict(training), "tune": dict(training)}
+    bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
+    tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training)}
     short = config | {"models": {"tiny": {"folder": str(model)}}, "recipes": {"tuned": tuned}}
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
@@ -97,7 +98,7 @@ def executed(tmp_path_factory, config):
 def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, stage):
     settings = Config.model_validate(config)
     methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]
-    entries = [STAGES[stage].entry, *(methods if stage == "factorize" else [])]
+    entries = [STAGES[stage].entry, *(methods if stage in ("price", "factorize") else [])]
     hashed = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.modules_of(*entries)}
     free = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.WITHOUT_EFFECT}
     missing = {file for file in executed[stage] - hashed - free - SAID.get(stage, set()) if not file.startswith(AROUND)}

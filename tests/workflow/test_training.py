@@ -1,4 +1,4 @@
-"""Refined and tuned recipes in the workflow: who shares what, what runs again, and that a kill changes no byte."""
+"""Refined, tuned and budgeted recipes in the workflow: who shares what, what runs again, a kill changes no byte."""
 
 import shutil
 from collections import Counter
@@ -12,8 +12,9 @@ from tests.killed import left_over, results_of
 from tests.workflow.conftest import LAYERS, Run
 
 TRAINED = ("refined", "chained", "tuned", "both")
+OVER = [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}]
 TARGETS = [
-    *(f"results/tiny/{recipe}/checkpoint.json" for recipe in (*TRAINED, "pruned")),
+    *(f"results/tiny/{recipe}/checkpoint.json" for recipe in (*TRAINED, "pruned", "bits")),
     *(
         f"results/tiny/{recipe}/refined/layer_{layer}.safetensors"
         for recipe in ("refined", "chained", "both", "pruned")
@@ -33,6 +34,7 @@ def trained(config, tmp_path_factory):
         "tuned": {"base": "refined", "tune": dict(training)},
         "both": {"base": "armor", "refine": dict(training), "tune": dict(training)},
         "pruned": {"method": "nowag", "refine": dict(training)},
+        "bits": config["recipes"]["armor"] | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},
     }
     run = Run(tmp_path_factory.mktemp("trained"), {**config, "recipes": recipes, "benchmarks": {}})
     done = run.snakemake("--", *TARGETS)
@@ -46,7 +48,7 @@ def asked(run, config=None):
 
 def explained(run, config):
     reruns = Reruns(run.folder / "results", Config.model_validate(config))
-    stages = ("factorize", "refine", "tune")
+    stages = ("sensitivity", "price", "budget", "factorize", "refine", "tune")
     return dict(Counter(job.stage for job in reruns.jobs if job.stage in stages and reruns.reasons(job)))
 
 
@@ -78,6 +80,18 @@ EDITS = {
         {"recipes__chained__refine__rate": 1e-3},
         {"states": 1, "refine": LAYERS, "refined": 4, "assemble": 1},
     ),
+    "a budget": (
+        {"recipes__bits__budget__bits": 22},
+        {"budget": 1, "factorize": LAYERS, "assemble": 1},
+    ),
+    "a choice more": (
+        {"recipes__bits__budget__over": [*OVER, {"method": "nowag"}]},
+        {"price": LAYERS, "budget": 1, "factorize": LAYERS, "assemble": 1},
+    ),
+    "more text of a budget": (
+        {"recipes__bits__budget__sequences": 3},
+        {"sensitivity": 1, "price": LAYERS, "budget": 1, "factorize": LAYERS, "assemble": 1},
+    ),
     "more text": (
         {"recipes__pruned__refine__sequences": 4},
         {"states": 1, "refine": LAYERS, "refined": 1, "assemble": 1},
@@ -90,7 +104,25 @@ def test_an_edit_reruns_what_it_touches(trained, edit):
     changes, expected = EDITS[edit]
     edited = trained.edited(**changes)
     assert asked(trained, edited) == expected
-    assert explained(trained, edited) == {key: n for key, n in expected.items() if key in ("refine", "tune")}
+    others = ("states", "refined", "assemble")
+    assert explained(trained, edited) == {key: n for key, n in expected.items() if key not in others}
+
+
+def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    file = again.folder / "results/tiny/bits/budget.json"
+    name = "model.layers.1.mlp.up_proj"
+    (line,) = [line for line in file.read_text().splitlines() if f'"{name}"' in line]
+    file.write_text(
+        file.read_text().replace(line, f'"{name}": {{"choice": {{"pattern": "1:4"}}, "bits": 0, "predicted_kl": 0}},')
+    )
+    expected = {"factorize": LAYERS, "assemble": 1}
+    assert asked(again) == expected and explained(again, again.config) == {"factorize": LAYERS}
+    done = again.snakemake("--", *TARGETS)
+    assert done.returncode == 0, done.stderr
+    assert LayerRecord.read(file.parent / "layers/layer_1.json").modules[name].pattern == "1:4"
+    assert asked(again) == explained(again, again.config) == {}
 
 
 def test_one_layer_again_leaves_the_others(trained, tmp_path):

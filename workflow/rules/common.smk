@@ -74,6 +74,7 @@ wildcard_constraints:
     recipe=any_of(SETTINGS.recipes),
     calibration=any_of(SETTINGS.calibrations),
     states=any_of(SETTINGS.states()),
+    sensitivity=any_of(SETTINGS.sensitivities()),
     evaluation=any_of(SETTINGS.evaluations),
     benchmark=any_of(SETTINGS.benchmarks),
     layer=r"\d+",
@@ -112,6 +113,17 @@ def factors_by(stage, model, recipe, path=R.factors):
         files = [path(model, recipe, layer.index, stage) for layer in topology.layers]
     again_if_interrupted(files)
     return files
+
+
+def budget_of(wildcards):
+    """The record that chooses for each linear, of a recipe with a budget."""
+    chosen = SETTINGS.recipes[wildcards.recipe].budget is not None
+    return [R.budget(wildcards.model, wildcards.recipe)] if chosen else []
+
+
+def prices_of(wildcards):
+    """The prices of every decoder layer."""
+    return factors_by("price", wildcards.model, wildcards.recipe, lambda *names: R.prices(*names[:3]))
 
 
 def summed_up(wildcards):
@@ -189,12 +201,14 @@ def all_records(wildcards):
 
 
 def all_factors(wildcards):
-    """Every factors file. A final target too: Snakemake does not miss a deleted file that only other rules ask for."""
+    """Every factors file, and every budget. Final targets too: Snakemake does not miss a deleted file that only other rules ask for."""
     compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
     made = dict.fromkeys(
         (stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe)
     )
-    return [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
+    files = [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
+    budgets = [R.budget(model, owner) for stage, model, owner in made if SETTINGS.recipes[owner].budget]
+    return [*dict.fromkeys(budgets), *files]
 
 
 def finished_model(wildcards):

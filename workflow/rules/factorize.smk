@@ -7,6 +7,7 @@ rule factorize:
         source=R.source(),
         model=R.topology(),
         calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
+        budget=budget_of,
     output:
         factors=R.factors(),
         record=R.layer(),
@@ -23,12 +24,13 @@ rule factorize:
         runtime="4h",
     params:
         settings=settings("factorize"),
+        budget=lambda wildcards, input: [f"--budget={file}" for file in input.budget],
         code=code("factorize"),
     message:
         "factorize {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
         armor factorize --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
-            --layer {wildcards.layer} --settings {params.settings:q} --output {output.factors:q} \
+            --layer {wildcards.layer} --settings {params.settings:q} {params.budget:q} --output {output.factors:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

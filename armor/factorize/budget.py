@@ -1,0 +1,97 @@
+"""Spend a budget of bits: one choice for each linear, so that the predicted KL divergences add up to the least.
+
+This is a knapsack with a class for each linear (multiple choice), and it is solved exactly. Of all ways to choose for
+the first k linears only those are kept that no other one beats in both bits and divergence (Nemhauser and Ullmann
+1969). There are few of them, some thousands for hundreds of linears: the sizes of linears are multiples of a large
+number. A Lagrange multiplier would be faster, and not exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from armor.config.recipes import BudgetSettings
+from armor.core.errors import ArmorError
+from armor.execution.log import log
+from armor.execution.machine import peak_memory_bytes
+from armor.format.provenance import combined, machine, made_by
+from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
+
+__all__ = ["cheapest", "choose"]
+
+
+def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> BudgetRecord:
+    """Write the choice for every linear to `output`, from the prices of every layer in the folder `prices`.
+
+    Raises ArmorError if there are none, and for a budget that no choice meets or that all of them leave unspent.
+    """
+    files = sorted(prices.glob("layer_*.json"), key=lambda file: int(file.stem.removeprefix("layer_")))
+    if not files:
+        raise ArmorError(f"{prices}: holds no prices; run armor price first")
+    layers = [PricesRecord.read(file) for file in files]
+    if len({layer.fingerprint for layer in layers}) > 1:
+        raise ArmorError(f"{prices}: holds prices of several models; delete it, and run armor price again")
+    linears = {name: linear for layer in layers for name, linear in layer.modules.items()}
+    weights = sum(linear.weights for linear in linears.values())
+    options = [[(_stored(linear, p), p.predicted_kl) for p in linear.prices] for linear in linears.values()]
+    least, most = (sum(pick(bits for bits, _ in own) for own in options) / weights for pick in (min, max))
+    if not least <= settings.bits <= most:
+        raise ArmorError(
+            f"budget.bits: found {settings.bits:g}, but the choices in over take {least:.4g} to {most:.4g} bits per "
+            "weight in the mean; set bits between them, or offer other choices"
+        )
+    picks = cheapest(options, int(settings.bits * weights))
+    chosen = {name: linear.prices[pick] for (name, linear), pick in zip(linears.items(), picks, strict=True)}
+    bits = sum(own[pick][0] for own, pick in zip(options, picks, strict=True)) / weights
+    record = BudgetRecord(
+        fingerprint=layers[0].fingerprint,
+        bits=bits,
+        predicted_kl=sum(price.predicted_kl for price in chosen.values()),
+        modules={name: _rounded(price) for name, price in chosen.items()},
+        seconds=sum(layer.seconds for layer in layers),
+        peak_memory_bytes=peak_memory_bytes("cpu"),
+        made_by=made_by(__name__, settings, {"prices": combined(layer.content() for layer in layers)}),
+        machine=machine(),
+    )
+    record.write(output)
+    counts = Counter(" ".join(f"{k} {v}" for k, v in p.choice.items()) or "unchanged" for p in chosen.values())
+    said = ", ".join(f"{count} x {choice}" for choice, count in counts.most_common())
+    log.info("%.4g bits per weight, predicted KL %.4g: %s", bits, record.predicted_kl, said)
+    return record
+
+
+def _stored(linear: LinearPrices, price: Price) -> int:
+    """The bits of a whole linear."""
+    return round(price.bits * linear.weights)
+
+
+def _rounded(price: Price) -> Price:
+    """With as many digits as a person reads."""
+    return Price(choice=price.choice, bits=round(price.bits, 3), predicted_kl=float(f"{price.predicted_kl:.4g}"))
+
+
+def cheapest(options: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int]:
+    """Which (bits, cost) to take of each class of `options`: the least sum of costs within `limit` bits, exactly.
+
+    Of several the one with the fewest bits. The limit must be possible.
+    """
+    least = [min(bits for bits, _ in own) for own in options]
+    bits, costs, steps = np.zeros(1, np.int64), np.zeros(1), []
+    for k, own in enumerate(options):
+        more, cost = (np.array(column) for column in zip(*own, strict=True))
+        bits, costs = (bits[:, None] + more).ravel(), (costs[:, None] + cost).ravel()  # (ways, choices)
+        order = np.lexsort((costs, bits))
+        order = order[bits[order] + sum(least[k + 1 :]) <= limit]
+        best = np.minimum.accumulate(costs[order])
+        order = order[np.append(True, costs[order][1:] < best[:-1])]
+        bits, costs = bits[order], costs[order]
+        steps.append(order)
+    way, picks = len(bits) - 1, []
+    for own, order in zip(reversed(options), reversed(steps), strict=True):
+        way, pick = divmod(int(order[way]), len(own))
+        picks.append(pick)
+    return picks[::-1]

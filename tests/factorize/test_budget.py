@@ -1,0 +1,171 @@
+"""A budget is spent exactly as well as can be, what it says is what is stored, and a person may change it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armor.assemble.writer import assemble
+from armor.config.recipes import BudgetSettings, Choice, Override, PriceSettings
+from armor.config.training import SensitivityJob
+from armor.core.errors import ArmorError
+from armor.factorize.budget import cheapest, choose
+from armor.factorize.layer import factorize_layer
+from armor.factorize.prices import extrapolated, price_layer
+from armor.format.records.budget import BudgetRecord, PricesRecord
+from armor.format.records.layer import LayerRecord
+from armor.methods.solver.settings import SolverSettings
+from armor.training.sensitivity import measure_sensitivity
+from tests.packed import opened
+from tests.training.trained import ready, sample
+
+OVER = [Choice(block_size=4), Choice(block_size=8), Choice(method="nowag"), Choice(method="dense")]
+SETTINGS = PriceSettings(
+    method="armor",
+    block_size=16,
+    solver=SolverSettings(iterations=5),
+    overrides=[Override(modules="*.k_proj", method="dense"), Override(modules="*", solver={"iterations": 4})],
+    over=[*OVER, Choice(block_size=9)],
+    iterations=3,
+)
+Q = "model.layers.1.self_attn.q_proj"
+
+classes = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=4)
+
+
+@given(st.lists(classes, min_size=1, max_size=5), st.integers(0, 100))
+@settings(deadline=None, max_examples=100)
+def test_the_choice_is_the_best_of_all_that_there_are(options, more):
+    limit = sum(min(bits for bits, _ in own) for own in options) + more
+    picks = cheapest(options, limit)
+
+    def sums(ways):
+        chosen = [own[way] for own, way in zip(options, ways, strict=True)]
+        return sum(cost for _, cost in chosen), sum(bits for bits, _ in chosen)
+
+    every = map(sums, itertools.product(*(range(len(own)) for own in options)))
+    assert sums(picks) == min(found for found in every if found[1] <= limit)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A tiny model with sensitivities and the prices of all layers."""
+    root = ready(tmp_path_factory.mktemp("model"))
+    measure_sensitivity(*opened(root), SensitivityJob(sample=sample(root, 2)), root / "words.json")
+    for layer in range(2):
+        priced(root, layer, root / "prices")
+    return root
+
+
+def priced(root, layer, folder, settings=SETTINGS):
+    statistics = root / f"calibration/layer_{layer}.safetensors"
+    return price_layer(*opened(root), layer, statistics, root / "words.json", settings, folder / f"layer_{layer}.json")
+
+
+def chosen(root, folder, bits):
+    return choose(root / "prices", BudgetSettings(bits=bits), folder / "budget.json")
+
+
+def factorized(root, folder, layer=1):
+    file = f"layer_{layer}.safetensors"
+    where = folder / "layers" / file
+    return factorize_layer(
+        *opened(root), layer, root / "calibration" / file, SETTINGS, where, "cpu", folder / "budget.json"
+    )
+
+
+def test_prices_rise_with_bits_and_fall_with_cost(root):
+    record = PricesRecord.read(root / "prices/layer_1.json")
+    assert {*record.modules} == {linear.name for linear in opened(root)[1].layers[1].linears}
+    for name, linear in record.modules.items():
+        if name.endswith("k_proj"):  # an override decides
+            assert [price.choice for price in linear.prices] == [{}] and linear.prices[0].bits == 32
+            continue
+        small, large, pruned, dense = linear.prices  # blocks of at most 9 are those of 8
+        assert [price.choice for price in linear.prices] == [choice.given() for choice in OVER]
+        assert pruned.bits == 17 < small.bits < large.bits < dense.bits == 32
+        assert pruned.predicted_kl > large.predicted_kl > dense.predicted_kl == 0
+    assert priced(root, 1, root / "again").content() == record.content()
+
+
+def test_costs_fall_as_a_power_of_the_iterations():
+    assert extrapolated({10: 8.0, 30: 4.0}, 90) == pytest.approx(2.0)
+    assert extrapolated({30: 4.0}, 30) == extrapolated({10: 3.0, 30: 4.0}, 90) == 4.0
+    assert extrapolated({10: 3.0, 30: 0.0}, 90) == 0.0
+
+
+def test_what_is_extrapolated_is_close_to_what_the_recipe_reaches(root):
+    sums = []
+    for tried in (15, 90):
+        solver = SolverSettings(iterations=90)
+        settings = PriceSettings(method="armor", solver=solver, over=[Choice(block_size=16)], iterations=tried)
+        modules = priced(root, 1, root / str(tried), settings).modules
+        sums.append(sum(linear.prices[0].predicted_kl for linear in modules.values()))
+    assert sums[0] == pytest.approx(sums[1], rel=0.3)
+
+
+def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_iterations(root, tmp_path):
+    record = chosen(root, tmp_path, 24)
+    assert record == BudgetRecord.read(tmp_path / "budget.json") and 23 < record.bits <= 24
+    layers = [factorized(root, tmp_path, layer) for layer in range(2)]
+    for layer in layers:
+        assert layer.made_by.inputs["budget"] == record.content()
+        for name, entry in layer.modules.items():
+            choice = record.modules[name].choice
+            assert entry.method == choice.get("method", "dense" if name.endswith("k_proj") else "armor")
+            if entry.block_size:
+                assert entry.block_size.left == choice["block_size"] and entry.trace[-1][0] == 4
+    done = assemble(*opened(root), tmp_path / "layers", tmp_path / "checkpoint.json")
+    assert done.bits_per_weight == pytest.approx(record.bits)
+
+
+def test_it_is_one_line_for_each_linear_and_may_be_edited(root, tmp_path):
+    chosen(root, tmp_path, 24)
+    file = tmp_path / "budget.json"
+    lines = {line.split('"')[1]: line for line in file.read_text().splitlines() if ".layers." in line}
+    assert list(lines) == sorted(linear.name for linear in opened(root)[1].linears())
+    before = file.read_text()
+
+    def edited(choice):
+        price = json.loads("{" + lines[Q].strip().rstrip(",") + "}")[Q]
+        new = lines[Q].replace(json.dumps(price["choice"]), json.dumps(choice))
+        file.write_text(before.replace(lines[Q], new))
+
+    edited({"method": "wanda", "pattern": "1:4"})
+    entry = factorized(root, tmp_path).modules[Q]
+    assert entry.method == "wanda" and entry.pattern == "1:4"
+    for choice, said in (
+        ({"block_sise": 8}, "block_sise: unknown key; did you mean block_size"),
+        ({"method": "armour"}, "'armour' is unknown; did you mean armor"),
+        ({"block_size": "wide"}, "block_size: Input should be a valid integer"),
+    ):
+        edited(choice)
+        with pytest.raises(ArmorError, match=f"budget.json: {Q}: .*{said}"):
+            factorized(root, tmp_path)
+    file.write_text("\n".join(line for line in before.splitlines() if f'"{Q}"' not in line))
+    with pytest.raises(ArmorError, match=f"has no choice for {Q}; run armor budget again"):
+        factorized(root, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [16, 33])
+def test_a_budget_that_cannot_be_met_says_what_can(root, tmp_path, bits):
+    with pytest.raises(ArmorError, match=rf"bits: found {bits}, but the choices in over take 17\.\d+ to 32 bits"):
+        chosen(root, tmp_path, bits)
+    with pytest.raises(ArmorError, match="holds no prices; run armor price first"):
+        choose(tmp_path, BudgetSettings(bits=20), tmp_path / "budget.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_bits_never_cost_more(root, tmp_path):
+    costs = [chosen(root, tmp_path, bits).predicted_kl for bits in (19, 21, 24, 28, 32)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == 0
+
+
+def test_a_layer_without_a_budget_is_as_ever(root, tmp_path):
+    file = "layer_0.safetensors"
+    factorize_layer(*opened(root), 0, root / "calibration" / file, SETTINGS, tmp_path / file)
+    assert "budget" not in LayerRecord.read(tmp_path / "layer_0.json").made_by.inputs
