@@ -117,15 +117,6 @@ class Run:
         return edited
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """In two workers, about as long: the finished run is made once in each."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            half = "edits" if item.path.stem in ("test_rerun", "test_jobs") else "runs"
-            item.add_marker(pytest.mark.xdist_group(f"workflow {half}"))
-
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """Two files of words, one to calibrate on and one to evaluate on."""
