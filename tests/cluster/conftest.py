@@ -70,14 +70,6 @@ if "snakemake" in sys.orig_argv:
 """
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """All of them in one worker: there is one cluster."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @dataclass
 class Cluster:
     """A running SLURM, and how to run the workflow on it."""
