@@ -98,15 +98,15 @@ def output_error(model: ModelResults, name: str) -> Figure | None:
         .mark_line(strokeWidth=2)
         .encode(
             x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
-            y=alt.Y("loss:Q", **log_axis(low, high, "mean square error, log scale")),
+            y=alt.Y("loss:Q", **log_axis(low, high, "relative error, log scale")),
             color=alt.Color("recipe:N", **palette(colors, legend=legend)),
             strokeDash=alt.StrokeDash("when:N", **palette(dashes, legend=legend)),
         )
         .properties(width=WIDTH + 40, height=180)
     )
     caption = (
-        "The mean square error of each decoder layer's output against the dense one's, on held-out sequences: dashed "
-        "before the layer was refined, whole after."
+        "What the output of each decoder layer misses on held-out sequences: of each token the square of the error by "
+        "the square of the dense state, the mean over tokens. Dashed before the layer was refined, whole after."
     )
     alternative = f"Output error by decoder layer before and after refine; what is left in the mean: {listed(falls)}."
     return Figure(name, "Output error by decoder layer", svg_of(chart, name, alternative), caption)

@@ -53,7 +53,7 @@ def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
     if cells := _trainings(model):
         caption = (
             "What the factors were trained by after the solver, stage by stage. The loss is on held-out sequences, of "
-            "the model as it is stored. For refine it is the mean square error of a decoder layer's output, as a share "
+            "the model as it is stored. For refine it is the relative error of a decoder layer's output, as a share "
             "of that before, the mean over layers. For tune it is the KL divergence from the dense model, in nats."
         )
         yield PageTable("Training", Table(cells).html(f"{prefix}-training"), caption)

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from armor.assemble.verify import verify
@@ -23,6 +22,7 @@ from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.load import load_model
 from armor.training import refine as stage
+from armor.training.refine import output_error
 from armor.training.states import make_states
 from tests.packed import opened
 from tests.tiny import FAMILIES
@@ -45,7 +45,7 @@ def _note(seen, _, args, kwargs, out):
 
 
 def errors(root, model, rows=slice(6, 8)):
-    """Per layer, the mean square of what its output misses on held-out rows, given the dense model's states."""
+    """Per layer, what its output misses on held-out rows, given the dense model's states."""
     tokens = load_file(root / "states/tokens.safetensors")["tokens"]
     dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
     found = [[] for _ in dense.model.layers]
@@ -57,10 +57,21 @@ def errors(root, model, rows=slice(6, 8)):
             dense(row[None], use_cache=False)
             for k, layer in enumerate(model.model.layers):
                 args, kwargs, out = seen[k]
-                found[k].append(F.mse_loss(layer(*args, **kwargs), out).item())
+                found[k].append(output_error(layer(*args, **kwargs), out).item())
         for hook in hooks:
             hook.remove()
     return [sum(values) / len(values) for values in found]
+
+
+def test_every_token_counts_alike_however_large():
+    wanted, missed = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    assert output_error(wanted, wanted) == 0
+    assert output_error(wanted + 0.1 * wanted, wanted).item() == pytest.approx(0.01)
+    size = torch.rand(3, 5, 1) * 1000
+    torch.testing.assert_close(
+        output_error(wanted + missed, wanted), output_error(size * (wanted + missed), size * wanted)
+    )
+    assert output_error(missed.bfloat16(), torch.zeros(3, 5, 8)).isfinite()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,7 +168,7 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
                 hook = m.model.layers[k].register_forward_hook(partial(_note, last), with_kwargs=True)
                 m(tokens, use_cache=False)
                 hook.remove()
-        assert F.mse_loss(*(out for _, _, out in last)).item() == pytest.approx(
+        assert output_error(*(out for _, _, out in last)).item() == pytest.approx(
             chain[k].training[0].start_loss, rel=1e-4
         )
 

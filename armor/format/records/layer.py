@@ -61,8 +61,9 @@ class Look(Typed):
 
 
 class Training(Typed):
-    """What a training did. The loss of refine is the mean square error of a decoder layer's output against the dense
-    one's. The loss of tune is the KL divergence of the predictions from the dense model's, in nats."""
+    """What a training did. The loss of refine is the error of a decoder layer's output: of each token the square of
+    what it misses by the square of the dense one, the mean over tokens. The loss of tune is the KL divergence of the
+    predictions from the dense model's, in nats."""
 
     stage: Literal["refine", "tune"]
     """The stage that trained: one decoder layer, or the whole model."""

@@ -12,7 +12,7 @@ __all__ = ["RefineRecord"]
 class RefineRecord(Made):
     """`refined.json`, by `armor refined`; layer_{k}.safetensors and .json lie in refined/.
 
-    Losses are the mean square error of a layer's output on the held-out sequences. `seconds` are those of all layers.
+    Losses are the relative error of a layer's output on the held-out sequences. `seconds` are those of all layers.
     """
 
     AGAIN: ClassVar[str] = "run armor refined again"
