@@ -175,7 +175,7 @@ def fit_layer(
 
 
 def output_error(output: Tensor, wanted: Tensor) -> Tensor:
-    """What a decoder layer's `output` misses of the dense one's, `wanted`, both (..., length, hidden); a float32 scalar.
+    """What a decoder layer's `output` misses of the dense one's, both (..., length, hidden); a float32 scalar.
 
     Of each token the square of its error by its own square, then the mean over tokens: whatever reads a state next is a
     norm, which divides by its size. Without that one token decides: in many models the first one's state is a hundred
