@@ -16,7 +16,7 @@ STAND_IN = """
 import os, sys, time, types
 from pathlib import Path
 
-def factorize_layer(source, topology, layer, statistics, settings, output, device):
+def factorize_layer(source, topology, layer, statistics, settings, output, device, budget):
     held = Path("held", os.environ["CUDA_VISIBLE_DEVICES"])
     with open(held, "x") as file:  # raises if another job holds it
         file.write(f"{layer} ")
