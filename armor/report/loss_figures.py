@@ -33,6 +33,28 @@ from armor.report.results import ModelResults, Module, RecipeResults
 __all__ = ["heat_map", "loss_by_layer", "output_error", "trace"]
 
 
+def _by_layer(
+    rows: Sequence[Mark], title: str, colors: dict[str, str], dashed: str, dashes: dict[str, list[int]]
+) -> alt.Chart:
+    """Lines of `rows` (recipe, layer, loss) over the layers, on a log scale; `dashed` is the field that dashes tell."""
+    low, high = min(row.loss for row in rows) * 0.9, max(row.loss for row in rows) * 1.1
+    last = max(row.layer for row in rows)
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
+    scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
+    return (
+        alt.Chart(data(rows))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
+            y=alt.Y("loss:Q", **log_axis(low, high, title)),
+            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+            strokeDash=alt.StrokeDash(f"{dashed}:N", **palette(dashes, legend=legend)),
+        )
+        .properties(width=WIDTH + 40, height=180)
+    )
+
+
 def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     """The mean loss of each decoder layer, a line per recipe; None where no layer has a loss."""
     rows, means = [], []
@@ -47,24 +69,9 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
     if not rows:
         return None
     places = {recipe: place for recipe, place in series_places(model.compressed).items() if recipe in dict(means)}
-    low, high = min(row.loss for row in rows) * 0.9, max(row.loss for row in rows) * 1.1
-    last = max(row.layer for row in rows)
-    legend = alt.Legend(title=None, columns=columns_of(places), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
     colors = {recipe: SERIES[place] for recipe, place in places.items()}
     dashes = {recipe: DASHES[place] for recipe, place in places.items()}
-    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
-    scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
-    chart = (
-        alt.Chart(data(rows))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
-            y=alt.Y("loss:Q", **log_axis(low, high, "relative loss, log scale")),
-            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
-            strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=legend)),
-        )
-        .properties(width=WIDTH + 40, height=180)
-    )
+    chart = _by_layer(rows, "relative loss, log scale", colors, "recipe", dashes)
     caption = (
         "The proxy loss of each decoder layer, the mean over its linears, relative to that of a zero matrix: 0 would "
         "be the dense weight, 1 no weight at all. A peak is a layer that this method finds hard."
@@ -78,32 +85,16 @@ def output_error(model: ModelResults, name: str) -> Figure | None:
     rows, falls = [], []
     for recipe in model.compressed:
         own = [(r.layer, r.training[-1]) for r in recipe.layers if r.training and r.training[-1].stage == "refine"]
-        for when, losses in (("before", [t.start_loss for _, t in own]), ("after", [t.loss for _, t in own])):
-            places = (layer for layer, _ in own)
-            rows += [Mark(recipe=recipe.name, when=when, layer=k, loss=x) for k, x in zip(places, losses, strict=True)]
-        shares = [t.loss / t.start_loss for _, t in own if t.start_loss]
-        falls += [(recipe.name, number(fmean(shares), 2))] if shares else []
+        for layer, done in own:
+            rows.append(Mark(recipe=recipe.name, when="before", layer=layer, loss=done.start_loss))
+            rows.append(Mark(recipe=recipe.name, when="after", layer=layer, loss=done.loss))
+        if shares := [done.loss / done.start_loss for _, done in own if done.start_loss]:
+            falls.append((recipe.name, number(fmean(shares), 2)))
     rows = [row for row in rows if row.loss > 0]
     if not rows:
         return None
     colors = {r: SERIES[place] for r, place in series_places(model.compressed).items() if r in dict(falls)}
-    last = max(row.layer for row in rows)
-    legend = alt.Legend(title=None, columns=columns_of(colors), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
-    dashes = {"before": DASHES[1], "after": DASHES[0]}
-    low, high = min(row.loss for row in rows) * 0.9, max(row.loss for row in rows) * 1.1
-    axis = alt.Axis(grid=False, values=layer_ticks(last + 1), format="d")
-    scale = alt.Scale(domain=[0, max(last, 1)], nice=False)
-    chart = (
-        alt.Chart(data(rows))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("layer:Q", title="decoder layer", scale=scale, axis=axis),
-            y=alt.Y("loss:Q", **log_axis(low, high, "relative error, log scale")),
-            color=alt.Color("recipe:N", **palette(colors, legend=legend)),
-            strokeDash=alt.StrokeDash("when:N", **palette(dashes, legend=legend)),
-        )
-        .properties(width=WIDTH + 40, height=180)
-    )
+    chart = _by_layer(rows, "relative error, log scale", colors, "when", {"before": DASHES[1], "after": DASHES[0]})
     caption = (
         "What the output of each decoder layer misses on held-out sequences: of each token the square of the error by "
         "the square of the dense state, the mean over tokens. Dashed before the layer was refined, whole after."
