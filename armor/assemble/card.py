@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -18,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from armor.execution.log import log
 from armor.format.provenance import ranges
 from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
-from armor.format.records.layer import LayerRecord, Training
+from armor.format.records.layer import LayerRecord, Training, trainings
 
 __all__ = ["Sizes", "card", "origins"]
 
@@ -135,8 +134,7 @@ def _recipe(part: FactorsMadeBy) -> str:
 
 def _trainings(records: list[LayerRecord]) -> str:
     """What the factors were trained by, a paragraph each; nothing if by nothing."""
-    rounds = zip_longest(*(record.training for record in records))
-    return "".join(f"{_training([done for done in found if done])}\n\n" for found in rounds)
+    return "".join(f"{_training(layers)}\n\n" for layers in trainings(records))
 
 
 def _training(layers: list[Training]) -> str:

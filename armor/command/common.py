@@ -14,7 +14,19 @@ from armor.core.errors import ArmorError
 from armor.execution import devices, machine
 from armor.format import layout
 
-__all__ = ["Gpus", "ModelFile", "Output", "Settings", "SourceFile", "Threads", "app", "folder_of", "prepare"]
+__all__ = [
+    "CalibrationFile",
+    "Gpus",
+    "ModelFile",
+    "Output",
+    "Settings",
+    "SourceFile",
+    "StartFolder",
+    "Threads",
+    "app",
+    "folder_of",
+    "prepare",
+]
 
 app = typer.Typer(
     name="armor",
@@ -37,6 +49,8 @@ def _writable(path: Path) -> Path:
 
 SourceFile = Annotated[Path, typer.Option(help=f"{layout.SOURCE}, or a folder with a Hugging Face model.")]
 ModelFile = Annotated[Path, typer.Option(help=f"{layout.MODEL}, as `armor inspect` writes it.")]
+CalibrationFile = Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")]
+StartFolder = Annotated[Path, typer.Option(help="The folder with the factors to start from.")]
 Output = Annotated[Path, typer.Option(help="The file to write.", callback=_writable)]
 Settings = Annotated[str, typer.Option(help="The stage's settings: inline YAML or JSON, or a file's path.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; unset: as many as torch chooses.")]

@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from armor.command.common import Gpus, ModelFile, Output, Settings, SourceFile, Threads, app, folder_of, prepare
+from armor.command.common import (
+    CalibrationFile,
+    Gpus,
+    ModelFile,
+    Output,
+    Settings,
+    SourceFile,
+    StartFolder,
+    Threads,
+    app,
+    folder_of,
+    prepare,
+)
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings
@@ -76,7 +88,7 @@ def sensitivity(
 def price(
     source: SourceFile,
     model: ModelFile,
-    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    calibration: CalibrationFile,
     sensitivity: Annotated[Path, typer.Option(help="The record of the sensitivities.")],
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
     settings: Settings,
@@ -112,7 +124,7 @@ def budget(
 def factorize(
     source: SourceFile,
     model: ModelFile,
-    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
+    calibration: CalibrationFile,
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
     output: Output,
     settings: Settings = "{}",
@@ -149,8 +161,8 @@ def states(
 def refine(
     source: SourceFile,
     model: ModelFile,
-    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
-    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    calibration: CalibrationFile,
+    factors: StartFolder,
     states: Annotated[Path, typer.Option(help="The record of the dense model's hidden states.")],
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
     settings: Settings,
@@ -185,8 +197,8 @@ def refined(
 def tune(
     source: SourceFile,
     model: ModelFile,
-    calibration: Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")],
-    factors: Annotated[Path, typer.Option(help="The folder with the factors to start from.")],
+    calibration: CalibrationFile,
+    factors: StartFolder,
     settings: Settings,
     output: Output,
     threads: Threads = None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +19,7 @@ from armor.format.records.benchmark import BenchmarkRecord, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training
+from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training, trainings
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
 from armor.methods import METHODS, Method
@@ -90,8 +89,7 @@ class RecipeResults:
     @property
     def trainings(self) -> list[list[Training]]:
         """What refined or tuned its factors, in order, layer by layer; nothing where a layer is missing."""
-        rounds = zip_longest(*(record.training for record in self.layers)) if self.complete else ()
-        return [[done for done in found if done] for found in rounds]
+        return trainings(self.layers) if self.complete else []
 
     @property
     def method(self) -> Method:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import ClassVar, Literal
 
 from armor.core.typed import Typed
 from armor.format.records.base import Made, MadeBy
 
-__all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training"]
+__all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training", "trainings"]
 
 
 class BlockSizes(Typed):
@@ -122,3 +124,9 @@ class LayerRecord(Made):
     """What made the factors that a training started from; null where this record is that of the factorization."""
     training: tuple[Training, ...] = ()
     """What the factors were trained by, in order."""
+
+
+def trainings(records: Iterable[LayerRecord]) -> list[list[Training]]:
+    """What trained a model's factors, in order, each as the layers' own; a layer with nothing to train is not in it."""
+    rounds = zip_longest(*(record.training for record in records))
+    return [[done for done in found if done] for found in rounds]
