@@ -46,7 +46,7 @@ docs: .venv/docs  ## the documentation as a site, in site/; every link is checke
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
 	touch $@
 
 clean:  ## remove the environment; results stay

@@ -34,23 +34,27 @@ def test_rules_and_table_agree_on_outputs_log_and_inputs(run):
 
 WRAPPER = """
 import atexit, inspect, os, sys
-os.environ.pop("ARMOR_FORK_SERVER", None)  # each job in a process of its own
-if sys.argv and os.path.basename(sys.argv[0]) in ("armor", "__main__.py", "-m"):
-    seen = set()
-    def note(frame, event, arg):  # of calls alone: it returns no function for the lines
-        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # of a function, not the body of a module or a class
-            if frame.f_code.co_name == "_root":  # the command begins; before it only modules were imported
-                seen.clear()
-            seen.add(frame.f_code.co_filename)
-    sys.settrace(note)
-    def tell():
-        sys.settrace(None)
-        root = os.environ["ARMOR_ROOT"]
-        own = [name for name in seen if name.startswith(root + "/armor/") and name.endswith(".py")]
-        names = sorted(os.path.relpath(name, root) for name in own)
-        with open(os.path.join(os.environ["ARMOR_SEEN"], f"{os.getpid()}.txt"), "w") as file:
-            file.write("\\n".join([" ".join(sys.argv[1:2]), *names]))
+seen = set()
+def note(frame, event, arg):  # of calls alone: it returns no function for the lines
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # of a function, not the body of a module or a class
+        if frame.f_code.co_name == "_root":  # the command begins; before it only modules were imported
+            seen.clear()
+        seen.add(frame.f_code.co_filename)
+def tell():
+    sys.settrace(None)
+    root = os.environ["ARMOR_ROOT"]
+    own = [name for name in seen if name.startswith(root + "/armor/") and name.endswith(".py")]
+    names = sorted(os.path.relpath(name, root) for name in own)
+    with open(os.path.join(os.environ["ARMOR_SEEN"], f"{os.getpid()}.txt"), "w") as file:
+        file.write("\\n".join([" ".join(sys.argv[1:2]), *names]))
+def begin():
     atexit.register(tell)
+    sys.settrace(note)
+name = os.path.basename(sys.argv[0]) if sys.argv else ""
+if name == "armor":
+    begin()
+elif name == "-m":  # the server that forks the jobs of most commands
+    os.register_at_fork(after_in_child=begin)
 """
 AROUND = (
     *("armor/__main__.py", "armor/__init__.py", "armor/command/", "armor/config/reading.py", "armor/run/"),
@@ -80,7 +84,7 @@ def executed(tmp_path_factory, config):
     header += f"os.environ['ARMOR_SEEN'] = {str(folder / 'seen')!r}\n"
     (folder / "python/sitecustomize.py").write_text(header + WRAPPER)
     (folder / "run").mkdir()
-    model = tiny_model(folder / "tiny", "llama", layers=1)  # each job of it is a process that imports torch
+    model = tiny_model(folder / "tiny", "llama", layers=1)
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
     tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training)}
