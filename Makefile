@@ -46,7 +46,9 @@ docs: .venv/docs  ## the documentation as a site, in site/; every link is checke
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	@# All cores make the bytecode, not pip's one. Without it each process compiles torch again where none is written.
+	-@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
 	touch $@
 
 clean:  ## remove the environment; results stay

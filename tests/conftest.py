@@ -12,13 +12,10 @@ set_threads(1)
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """A module's tests go to one process: what they share is made once. Those of the workflow share a finished run.
-
-    They are two groups, about as long.
-    """
+    """A module's tests go to one process: what they share is made once. Those of the workflow share a finished run."""
     for item in items:
-        of_workflow = "workflow with kills" if item.path.stem in ("test_rerun", "test_faults") else "workflow"
-        item.add_marker(pytest.mark.xdist_group(of_workflow if item.path.parent.name == "workflow" else item.path.stem))
+        folder, module = item.path.parent.name, item.path.stem
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "workflow" else module))
 
 
 @pytest.fixture(scope="module")

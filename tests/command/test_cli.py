@@ -8,11 +8,7 @@ import sys
 
 import pytest
 
-
-def armor(*arguments, folder):
-    return subprocess.run(
-        [sys.executable, "-m", "armor.command.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+from tests.forks import armor
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 import json
 import math
-import os
 import random
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
+from lm_eval.__main__ import cli_evaluate
 from safetensors.torch import load_file, save_file
 
+import armor.hf  # noqa: F401  packed checkpoints load by their path
 from armor.assemble.export import export
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
@@ -24,11 +25,18 @@ from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
 from armor.execution.files import read_json
 from armor.format.records.evaluation import Metric, TaskRecord, TaskResult, TasksRecord
 from armor.runtime.load import weights_bytes
+from tests.forks import fork
 from tests.killed import left_over
 from tests.packed import packed
 from tests.tiny import tiny_model
 
 BUILT = ["last_word", "continuation"]
+
+
+@pytest.fixture(autouse=True)
+def without_the_list_of_packages(monkeypatch):
+    """lm-eval asks pip for it at every evaluation, for a second."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pip_packages", lambda *_: ("pip", ""))
 
 
 def words(seed: int, count: int) -> str:
@@ -131,16 +139,18 @@ def arc(folder) -> Path:
     return folder / "own_arc.yaml"
 
 
-LM_EVAL = ["-m", "lm_eval"]
-LM_EVAL_ON_PACKED = ["-c", "import armor.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()", "run"]
-
-
-def command_line(lm_eval, folder, file, shots: int, output) -> tuple[dict, list]:
-    """The results and every log-likelihood of a task, by `python` with the arguments `lm_eval`."""
-    command = f"--model hf --model_args pretrained={folder},dtype=float32 --device cpu --tasks {file}"
+def command_line(folder, file, shots: int, output) -> tuple[dict, list]:
+    """The results and every log-likelihood of a task, by lm-eval's own command."""
+    command = f"lm_eval run --model hf --model_args pretrained={folder},dtype=float32 --device cpu --tasks {file}"
     command += f" --num_fewshot {shots} --batch_size {CPU_BATCH_SIZE} --output_path {output} --log_samples"
-    environment = os.environ | {"HF_DATASETS_CACHE": str(output / "cache"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, *lm_eval, *command.split()], env=environment, check=True, capture_output=True)
+
+    def work():
+        datasets.config.HF_DATASETS_CACHE = output / "cache"  # read from the environment before the fork
+        sys.argv = command.split()
+        cli_evaluate()
+
+    done = fork(work, folder)
+    assert done.returncode == 0, done.stderr
     (results,), (samples,) = (output.rglob(name) for name in ("results_*.json", "samples_*.jsonl"))
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
     found = [[float(response[0]) for response in line["filtered_resps"]] for line in lines]
@@ -154,7 +164,7 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     """
     root, file = packed(tmp_path), arc(tmp_path)
     export(root / "checkpoint", root / "dense", "float32")
-    row, theirs = command_line(LM_EVAL, root / "dense", file, 2, tmp_path / "theirs")
+    row, theirs = command_line(root / "dense", file, 2, tmp_path / "theirs")
     asked = EvaluationSettings(tasks=[str(file)], shots=2, samples=True, dtype="float32")
     for name in ("dense", "checkpoint"):
         evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
@@ -168,7 +178,7 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
     assert [len(item) for item in ours] == [4] * 32
     assert sum(ours, []) == pytest.approx(sum(theirs, []), rel=1e-6, abs=0)
-    assert command_line(LM_EVAL_ON_PACKED, root / "checkpoint", file, 2, tmp_path / "packed")[1] == ours
+    assert command_line(root / "checkpoint", file, 2, tmp_path / "packed")[1] == ours
 
 
 def test_a_finished_task_is_not_run_again(tmp_path, text, monkeypatch):

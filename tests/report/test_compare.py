@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from statistics import fmean
 
@@ -22,6 +20,7 @@ from armor.format.records.report import ReportRecord
 from armor.format.records.source import SourceRecord
 from armor.report import build, compare
 from armor.report.compare import comparison
+from tests.forks import armor
 from tests.report.sample import MACHINE, change, plan, write_results
 
 MODEL = "smollm2-135m"
@@ -210,20 +209,15 @@ def test_a_folder_without_a_report_is_one_error(runs, tmp_path):
         comparison(runs[0], tmp_path)
 
 
-def armor(*arguments, folder):
-    command = [sys.executable, "-m", "armor.command.cli", "report", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
 def test_the_command_takes_the_folders_of_two_runs(runs, tmp_path):
     for run in runs:
         build(run, plan(RECIPES), run / "report")
-    done = armor("a", "b/results", folder=tmp_path)
+    done = armor("report", "a", "b/results", folder=tmp_path)
     assert done.returncode == 0 and "B − A" in done.stdout
     assert (tmp_path / "comparison" / "index.html").is_file()
 
 
 @pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--settings", "{}"]], ids=" ".join)
 def test_the_command_takes_two_runs_or_settings(tmp_path, arguments):
-    done = armor(*arguments, folder=tmp_path)
+    done = armor("report", *arguments, folder=tmp_path)
     assert done.returncode == 2 and "expected --settings, or the results folders of two runs" in done.stderr

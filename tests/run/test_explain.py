@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -17,6 +15,7 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.run.explain import Reruns, describe, newer_versions, record_of, results_of
 from armor.run.status import start_run
+from tests.forks import armor
 from tests.packed import SETTINGS, packed
 
 CONFIG = Config.model_validate(
@@ -116,7 +115,6 @@ def test_differences_are_named(root):
 
 def test_the_command_says_it_in_lines(root):
     os.close(start_run(root, CONFIG, ["snakemake"]))
-    arguments = [sys.executable, "-m", "armor", "explain", str(root / "tiny/armor/checkpoint")]
-    said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    said = armor("explain", root / "tiny/armor/checkpoint", folder=root).stdout
     assert "\nstage        armor.assemble.writer\n" in said and "\ninput        factors of 2 layers\n" in said
     assert "assemble tiny armor would run again:\n  " in said  # there is no source.json

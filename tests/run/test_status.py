@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.run.jobs import jobs
 from armor.run.status import read_status, start_run, summary
+from tests.forks import armor
 from tests.tiny import tiny_model
 
 CONFIG = Config.model_validate(
@@ -101,8 +100,7 @@ def test_the_summary_tells_what_ran_from_what_was_there_before(results):
 
 def test_the_command_prints_a_table(results):
     os.close(start_run(results, CONFIG, ["snakemake"]))
-    arguments = [sys.executable, "-m", "armor", "status", str(results)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    done = armor("status", results, folder=results)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0] == ["stage", "of", "done", "running", "failed", "stopped", "missing"]
     assert ["factorize", "tiny", "armor", "4"] in rows and len(rows) == 1 + len(

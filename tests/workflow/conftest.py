@@ -6,20 +6,30 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import snakemake.cli
 import yaml
 
+from armor.command import forkserver
+from tests.forks import fork
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = 3
+
+
+@cache
+def server() -> str | None:
+    """The name of this process's server of forks: one for all runs on this code, instead of one for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))  # a part of the server's address
+        forkserver.start()
+    return os.environ.pop(forkserver.VARIABLE, None)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,11 @@ class Run:
         if self.python is not None:
             return subprocess.run(**command, capture_output=True, text=True)
 
+        name = server() if self.repository == REPOSITORY else None
+
         def work():
+            if name:
+                forkserver.start = partial(os.environ.__setitem__, forkserver.VARIABLE, name)
             sys.argv = command["args"][2:]
             snakemake.cli.main(sys.argv[1:])
 
@@ -53,44 +67,30 @@ class Run:
 
     def armor(self, *arguments: str) -> subprocess.CompletedProcess:
         """The command of this repository, in the run's folder."""
-        command = [sys.executable, "-m", "armor", *arguments]
-        return subprocess.run(command, env=self._environment(), cwd=self.folder, capture_output=True, text=True)
+
+        def work():
+            from armor.command import cli  # here: that of the fork
+
+            sys.argv = ["armor", *arguments]
+            cli.main()
+
+        return self.forked(work, self.folder)
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(map(str, filter(None, (self.python, self.repository))))
         return os.environ | {"PYTHONPATH": path}
 
-    def forked(self, work: Callable[[], object]) -> subprocess.CompletedProcess:
-        """Do `work` in a fork, on the code of this repository and in it; its exit code and what it said.
+    def forked(self, work: Callable[[], object], folder: Path | None = None) -> subprocess.CompletedProcess:
+        """Do `work` in a fork, on the code of this repository, in it or in `folder`."""
 
-        It finds all packages imported but ours.
-        """
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    for descriptor, file in enumerate((out, said), 1):
-                        os.dup2(file.fileno(), descriptor)
-                    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
-                    os.chdir(self.repository)
-                    os.environ.update(self._environment())
-                    sys.path.insert(0, str(self.repository))
-                    for name in [name for name in sys.modules if name.partition(".")[0] == "armor"]:
-                        del sys.modules[name]
-                    work()
-                    code = 0
-                except SystemExit as ended:
-                    code = int(ended.code or 0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(code)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            texts = [file.seek(0) or file.read() for file in (out, said)]
-        return subprocess.CompletedProcess("fork", code, *texts)
+        def anew() -> None:
+            if self.repository != REPOSITORY:
+                sys.path.insert(0, str(self.repository))
+                for name in [name for name in sys.modules if name.partition(".")[0] == "armor"]:
+                    del sys.modules[name]
+            work()
+
+        return fork(anew, folder or self.repository, self._environment())
 
     def would_run(self, config: dict | None = None, *arguments: str) -> dict[str, int]:
         """Jobs by rule that a run would execute now."""
@@ -152,7 +152,7 @@ def config(tmp_path_factory, text):
 def run(tmp_path_factory, config):
     """The workflow, run once to its end."""
     run = Run(tmp_path_factory.mktemp("run"), config)
-    done = subprocess.run(**run.command(), capture_output=True, text=True)
+    done = run.snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     return run
 

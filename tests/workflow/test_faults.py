@@ -16,11 +16,12 @@ import yaml
 
 from armor.config.run import Config
 from armor.run.status import start_run
+from tests.forks import armor
 from tests.killed import POINTS, SAVED, left_over, passed, results_of, sitecustomize
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 from tests.workflow.test_rerun import AFTER_FACTORS
 
-KILLS = int(os.environ.get("ARMOR_KILLS", "5"))  # `make test-faults`: 50
+KILLS = int(os.environ.get("ARMOR_KILLS", "3"))  # `make test-faults`: 50
 
 
 def command(run):
@@ -52,12 +53,6 @@ def is_alive(process, group):
         return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.Error):
         return False
-
-
-def status(folder):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    arguments = [sys.executable, "-m", "armor.command.cli", "status"]
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +127,7 @@ def test_one_layer_fails_and_the_others_go_on(run, tmp_path):
     assert "calibration/words/layer_1.safetensors" in said[0]
     line = done.stderr[done.stderr.index("again: ") :].splitlines()[0].removeprefix("again: ")
     assert line.startswith("snakemake results/tiny/armor/layers/layer_1.safetensors --snakefile ")
-    assert said[0] in status(again.folder).stdout
+    assert said[0] in armor("status", folder=again.folder).stdout
     (again.folder / "elsewhere").rename(statistics)
     # The command as it was printed; `snakemake` may not be on PATH here.
     arguments = [sys.executable, "-m", *shlex.split(line)]
