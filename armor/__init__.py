@@ -3,8 +3,9 @@
 import importlib
 from typing import Any
 
-__all__ = ["compress"]  # pyright: ignore[reportUnsupportedDunderAll]  made when it is asked for
-__version__ = "0.1.0"
+from armor.core.version import __version__
+
+__all__ = ["__version__", "compress"]  # pyright: ignore[reportUnsupportedDunderAll]  made when it is asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,12 @@ def test_a_part_imports_from_lower_floors_alone(part):
     assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in {part, *below}] == []
 
 
-def test_the_package_itself_imports_nothing():
-    assert list(imported(PACKAGE / "__init__.py")) == []
+def test_the_package_itself_imports_no_more_than_its_version_and_nothing_imports_it():
+    assert [name for _, name in imported(PACKAGE / "__init__.py")] == ["core"]
+    importing = [
+        file for file in PACKAGE.rglob("*.py") if re.search(r"^ *(import|from) armor( |$)", file.read_text(), re.M)
+    ]
+    assert importing == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import armor
+from armor.core.version import __version__
 
 __all__ = [
     "describe",
@@ -95,7 +95,7 @@ def _processor(root: Path = Path("/")) -> str:
 def versions() -> dict[str, str]:
     """The versions of Python, of this package and of those that it computes with."""
     packages = ("torch", "transformers", "safetensors", "numpy")
-    own = {"python": platform.python_version(), "armor": armor.__version__}
+    own = {"python": platform.python_version(), "armor": __version__}
     return own | {name: version(name) for name in packages}
 
 
