@@ -1,57 +1,148 @@
-"""What an edit makes run again, as tables: each module of the code, each type of record, each key of the configuration.
+"""What an edit makes run again: every module of armor/, every kind of setting, a version of a record and of a package.
 
-    python -m benchmarks.reruns            print the tables as Markdown
+    python -m benchmarks.reruns            print the tables as Markdown; status 1 if a row is not as it should be
 
-The stages of a module are those whose hash of the code it is in (armor.execution.fingerprint); a key's is the stage
-that reads it (armor.run.jobs). What follows runs again too where the result changed. tests/workflow/test_rerun.py and
-test_jobs.py hold the tables to what Snakemake does and to what the stages execute. A version of a package makes nothing
-run again; `armor explain` tells of it.
+A tiny random model goes through the whole workflow. Then each edit is made by itself, in a copy of the code or in the
+configuration, and Snakemake says in a dry run what it would run. Nothing more and nothing less: in every row that must
+be what `armor explain` has reasons for (armor.run.explain), which compares what the records say instead of what
+Snakemake remembers. That the hash of a stage's code holds all that it executes is in tests/workflow/test_jobs.py.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import Recipe
-from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.execution.fingerprint import WITHOUT_EFFECT, modules_of
-from armor.methods import METHODS
-from armor.run.jobs import STAGES
+from tests.tiny import tiny_model
+from tests.workflow.conftest import REPOSITORY, Run
+from tests.workflow.test_rerun import explained
 
-KEYS = {
-    "fetch": ModelSettings,
-    "calibrate": CalibrationSettings,
-    "factorize, refine or tune": Recipe,
-    "predict, evaluate or tasks": EvaluationSettings,
-    "benchmark": BenchmarkSettings,
+TRAINING = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
+OVER = [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}]
+SETTINGS = {
+    "seed": 1,
+    "models__tiny__dtype": "bfloat16",
+    "calibrations__words__sequences": 3,
+    "calibrations__words__sequence_length": 16,
+    "calibrations__words__gram": True,
+    "calibrations__words__hidden_states_memory_gb": 1.0,
+    "recipes__armor__method": "nowag",
+    "recipes__armor__pattern": "1:4",
+    "recipes__armor__block_size": 4,
+    "recipes__armor__solver": {"iterations": 4},
+    "recipes__armor__keep_dense": ["*.k_proj"],
+    "recipes__armor__overrides": [{"layers": [1], "block_size": 4}],
+    "recipes__armor__refine": TRAINING,
+    "recipes__refined__refine__steps": 3,
+    "recipes__refined__refine__rate": 1e-3,
+    "recipes__refined__refine__norm_rate": 0.1,
+    "recipes__refined__refine__warm_up": 0,
+    "recipes__refined__refine__patience": 1,
+    "recipes__refined__refine__batch": 1,
+    "recipes__refined__refine__sequences": 4,
+    "recipes__refined__refine__held_out": 2,
+    "recipes__refined__refine__sequence_length": 16,
+    "recipes__refined__refine__inputs": "compressed",
+    "recipes__tuned__tune__rate": 1e-4,
+    "recipes__tuned__tune__core": False,
+    "recipes__bits__budget__bits": 22,
+    "recipes__bits__budget__over": OVER[:2],
+    "recipes__bits__budget__sequences": 2,
+    "recipes__bits__budget__iterations": 2,
+    "recipes__more": {"method": "wanda"},
+    "evaluations__words__sequences": 3,
+    "evaluations__words__sequence_length": 16,
+    "evaluations__words__dtype": "bfloat16",
+    "evaluations__words__predictions_gb": 1.0,
+    "benchmarks__decode__prompt_tokens": 5,
+    "benchmarks__decode__new_tokens": 5,
+    "benchmarks__decode__batch_sizes": [1, 2],
+    "benchmarks__decode__prompts": ["A"],
+    "benchmarks__decode__repeats": 3,
+    "benchmarks__decode__dtype": "float32",
 }
+"""A value for each key that is not that of `finished`."""
 
 
-def modules() -> Iterator[tuple[str, str]]:
-    """Every module of the package, and the stages that run again when its code changes."""
-    stages = {stage: modules_of(row.entry) for stage, row in STAGES.items()}
-    methods = {module: method.name for method in METHODS.values() for module in modules_of(*method.modules)}
-    package = Path(__file__).resolve().parents[1] / "armor"
-    for file in sorted(package.rglob("*.py")):
-        name = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
-        found = [stage for stage, known in stages.items() if name in known]
-        if not found and name in methods:
-            using = [m.name for m in METHODS.values() if name in modules_of(*m.modules)]
-            found = [f"factorize, of recipes with {', '.join(using)}"]
-        why = "messages, devices or provenance" if name in WITHOUT_EFFECT else "no stage executes it"
-        yield name, ", ".join(found) or f"none: {why}"
+def finished(folder: Path) -> Run:
+    """A run of a tiny model to its end, with every stage but tasks."""
+    words = (REPOSITORY / "LICENSE").read_text().split()
+    for name, part in (("calibration", words[: len(words) // 2]), ("evaluation", words[len(words) // 2 :])):
+        (folder / f"{name}.txt").write_text(" ".join(part))
+    config = {
+        "models": {"tiny": {"folder": str(tiny_model(folder / "tiny", "llama", layers=2))}},
+        "calibrations": {"words": {"text": {"files": [str(folder / "calibration.txt")]}, "sequences": 4}},
+        "recipes": {
+            "dense": {"method": "dense"},
+            "armor": {"block_size": 8, "solver": {"iterations": 3}},
+            "refined": {"base": "armor", "refine": dict(TRAINING)},
+            "tuned": {"base": "refined", "tune": dict(TRAINING)},
+            "bits": {
+                "block_size": 8,
+                "solver": {"iterations": 3},
+                "budget": {"bits": 24, "over": OVER, "sequences": 1, "iterations": 3},
+            },
+        },
+        "evaluations": {"words": {"text": {"files": [str(folder / "evaluation.txt")]}, "sequences": 4}},
+        "benchmarks": {"decode": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 2}},
+    }
+    for text in (config["calibrations"]["words"], config["evaluations"]["words"]):
+        text["sequence_length"] = 32
+    run = Run(folder / "run", config)
+    run.folder.mkdir()
+    done = run.snakemake()
+    if done.returncode:
+        sys.exit(done.stderr)
+    return run
+
+
+def asked(run: Run, config: dict) -> tuple[str, bool]:
+    """What would run, in words, and whether both who are asked agree.
+
+    `armor explain` is not asked about `states`, whose files are deleted after use and made again for who needs them.
+    """
+    plan, told = run.would_run(config), explained(run, config)
+    words = ", ".join(rule if count == 1 else f"{rule} {count}" for rule, count in plan.items())
+    agreed = all(plan.get(rule) == told.get(rule) for rule in plan.keys() | told.keys() if rule != "states")
+    if not agreed:
+        print(f"explain: {told}", file=sys.stderr)
+    return words or "nothing", agreed
+
+
+def rows(run: Run, copy: Path) -> Iterator[tuple[str, str, bool]]:
+    """Every edit, what Snakemake would run then, and whether that is as it should be."""
+    yield "none", *asked(run, run.config)
+    for key, value in SETTINGS.items():
+        yield f"`{key.replace('__', '.')}`: {json.dumps(value)}", *asked(run, run.edited(**{key: value}))
+    for name in ("Snakefile", "workflow", "config", "envs", "profiles", "armor"):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+    edited = Run(run.folder, run.config, copy)
+    for file in sorted((copy / "armor").rglob("*.py")):
+        whole = file.read_text()
+        file.write_text(f"{whole}\nEDITED = 1\n")
+        yield f"`{file.relative_to(copy)}`", *asked(edited, run.config)
+        file.write_text(whole)
+    file = copy / "armor/execution/machine.py"  # a record says which versions made it
+    file.write_text(file.read_text() + '\nreal = version\nversion = lambda name: f"{real(name)}.1"\n')
+    yield "every package in a newer version", *asked(edited, run.config)
 
 
 def main() -> None:
-    print("| module | an edit of its code runs again |\n|---|---|")
-    for name, stages in modules():
-        print(f"| `{name}` | {stages} |")
-    print("\n| key | an edit runs again |\n|---|---|")
-    for stage, kind in KEYS.items():
-        print(f"| {', '.join(f'`{key}`' for key in kind.model_fields)} | {stage} |")
-    print("| `seed` | sensitivity, factorize, refine, tune |\n| `runs`, names | what is new, and the report |")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "copy").mkdir()
+        right = []
+        print("| edit | runs again | as `armor explain` says |\n|---|---|---|")
+        for edit, plan, agreed in rows(finished(folder), folder / "copy"):
+            print(f"| {edit} | {plan} | {'yes' if agreed else '**no**'} |", flush=True)
+            right.append(agreed)
+    print(f"\n{sum(right)} of {len(right)} rows agree")
+    sys.exit(not all(right))
 
 
 if __name__ == "__main__":

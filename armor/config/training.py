@@ -27,9 +27,9 @@ class TrainingSettings(Typed):
 
     steps: int = Field(default=64, ge=1)
     """Steps of the optimiser."""
-    batch: int = Field(default=4, ge=1)
+    batch: int = Field(default=2, ge=1)
     """Sequences in a step."""
-    sequences: int = Field(default=64, ge=1)
+    sequences: int = Field(default=128, ge=1)
     """How many token sequences there are to train on."""
     held_out: int = Field(default=8, ge=1)
     """The sequences behind them: the loss on these decides which step is kept, if any."""
@@ -57,6 +57,8 @@ class TrainingSettings(Typed):
 class RefineSettings(TrainingSettings):
     """Train each compressed decoder layer until its output is close to the dense one's."""
 
+    steps: int = Field(default=96, ge=1)
+    """Steps of the optimiser."""
     inputs: Literal["dense", "compressed"] = "dense"
     """What goes into a layer. dense: what the dense model has there; layers do not wait for each other. compressed:
     what the compressed layers before make of the text; a layer mends what they lost, and waits for them."""
@@ -65,10 +67,6 @@ class RefineSettings(TrainingSettings):
 class TuneSettings(TrainingSettings):
     """Train the whole compressed model until its predictions are close to the dense one's, by KL divergence."""
 
-    batch: int = Field(default=2, ge=1)
-    """Sequences in a step."""
-    sequences: int = Field(default=128, ge=1)
-    """How many token sequences there are to train on."""
     rate: float = Field(default=3e-4, gt=0)
     """The largest step of the optimiser, relative to the root mean square of each tensor."""
     core: bool = True
