@@ -7,6 +7,7 @@ whether layers exchange anything beside hidden states, which would make running 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def inspect(source: Source, output: Path | str) -> Topology:
             _decoder_layer(index, prefix, layer, linears, input_groups(layer, hidden, call, prefix, linears), shards)
         )
     if kept:
-        log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(kept), kept[0])
+        names = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in kept))
+        log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(kept), names)
     if not any(layer.linears for layer in layers):
         raise ArmorError(
             f"{source.path}: every linear is like {kept[0]}, which another module multiplies with by itself"

@@ -248,7 +248,7 @@ def test_blocks_of_another_size(copy):
 )
 def test_a_record_that_factorize_would_not_write(copy, change):
     edit_record(copy, change, layer=0)
-    refused(copy, "layer_0.json: .*factorize this layer again")
+    refused(copy, "layer_0.json: .*run armor factorize for this layer again")
 
 
 def test_nan_in_a_tensor_that_is_copied(copy):

@@ -21,7 +21,7 @@ def test_a_mamba_2_model_goes_through_and_runs_with_one_line_on_what_stays_dense
     with caplog.at_level(logging.WARNING, "armor"):
         root = packed(tmp_path, "mamba2", **MAMBA2)
     told = [line for line in caplog.messages if "stay dense, for another module" in line]
-    assert len(told) == 1 and "2 linears" in told[0] and "backbone.layers.0.mixer.out_proj" in told[0]
+    assert len(told) == 1 and "2 linears" in told[0] and told[0].endswith(": backbone.layers.*.mixer.out_proj")
     names = [linear.name for linear in opened(root)[1].linears()]
     assert names == ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.in_proj"]
     model = AutoModelForCausalLM.from_pretrained(root / "checkpoint")

@@ -200,7 +200,10 @@ def test_a_report_on_what_this_release_does_not_know_is_one_error(runs):
     made = MadeBy(stage="armor.report", code="", settings={"pairs": []}, inputs={})
     file = runs[1] / "report" / "summary.json"
     change(ReportRecord, file, made_by=made)
-    with pytest.raises(ArmorError, match=f"^{file}: made_by.settings.pairs: .*; run the report again$"):
+    with pytest.raises(
+        ArmorError,
+        match=f"^{file}: made_by.settings.pairs: .*; run armor report again$",
+    ):
         comparison(*runs)
 
 

@@ -93,8 +93,8 @@ def code(stage):
 def factors_of(model, recipe, path=R.factors):
     """The files of every decoder layer that become the checkpoint of one model and recipe, or those beside them.
 
-    `path` is R.factors or R.layer. Those of a tuned model are one job's: its record. Known once the model was
-    inspected, like whether the recipe's patterns match any of its modules.
+    `path` is R.factors or R.layer. Those of a tuned model are one job's: its record. The model is inspected first. Then
+    it is also known whether the recipe's patterns match any of its modules.
     """
     stage, owner = SETTINGS.made_by(recipe)[-1]
     return factors_by(stage, model, owner, path)
@@ -201,7 +201,10 @@ def all_records(wildcards):
 
 
 def all_factors(wildcards):
-    """Every factors file, and every budget. Final targets too: Snakemake does not miss a deleted file that only other rules ask for."""
+    """Every factors file and every budget.
+
+    They are final targets. Else Snakemake would not miss one that was deleted, for only rules that are done ask for it.
+    """
     compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
     made = dict.fromkeys(
         (stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe)

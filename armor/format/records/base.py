@@ -32,7 +32,9 @@ class Record(Typed):
         value = read_json(path)
         found = value.get("format_version")
         if type(found) is not int or found != cls.version():  # True == 1
-            raise ArmorError(f"{path}: format {found!r}, expected {cls.version()}; {cls.AGAIN}")
+            raise ArmorError(
+                f"{path}: format {found!r}, expected {cls.version()}; {cls.AGAIN}, or delete it and run the workflow"
+            )
         try:
             # JSON has no tuples: reading as JSON lets a list stand for one, and takes no text for a number.
             return cls.model_validate_json(json.dumps(value), strict=True)
@@ -40,7 +42,9 @@ class Record(Typed):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             what = {"missing": "is missing", "extra_forbidden": "is unknown"}.get(first["type"], first["msg"])
-            raise ArmorError(f"{path}: {where}: {what}; no record of this release; {cls.AGAIN}") from None
+            raise ArmorError(
+                f"{path}: {where}: {what}; no record of this release; {cls.AGAIN}, or delete it and run the workflow"
+            ) from None
 
     @classmethod
     def read_if_there(cls, path: Path | str) -> Self | None:

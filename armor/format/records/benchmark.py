@@ -115,7 +115,7 @@ class Sample(Typed):
 class BenchmarkRecord(Made):
     """`benchmark/{name}.json`, by `armor benchmark`."""
 
-    AGAIN: ClassVar[str] = "run this benchmark again"
+    AGAIN: ClassVar[str] = "run armor benchmark again"
 
     format_version: Literal[3] = 3
     case: str

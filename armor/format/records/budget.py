@@ -38,7 +38,7 @@ class LinearPrices(Typed):
 class PricesRecord(Made):
     """`prices/layer_{k}.json`, by `armor price`: what each choice for each linear of a layer takes and costs."""
 
-    AGAIN: ClassVar[str] = "price this layer again"
+    AGAIN: ClassVar[str] = "run armor price for this layer again"
 
     format_version: Literal[1] = 1
     layer: int

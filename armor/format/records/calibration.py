@@ -12,7 +12,7 @@ __all__ = ["CalibrationRecord"]
 class CalibrationRecord(Made):
     """`calibration.json`, by `armor calibrate`; the statistics lie beside it."""
 
-    AGAIN: ClassVar[str] = "calibrate again"
+    AGAIN: ClassVar[str] = "run armor calibrate again"
 
     format_version: Literal[2] = 2
     fingerprint: str

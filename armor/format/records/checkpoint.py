@@ -44,7 +44,7 @@ class ProvenanceRecord(Record):
 class CheckpointRecord(Made):
     """`checkpoint.json`, by `armor assemble`; checkpoint/ lies beside it."""
 
-    AGAIN: ClassVar[str] = "assemble again"
+    AGAIN: ClassVar[str] = "run armor assemble again"
 
     format_version: Literal[2] = 2
     fingerprint: str

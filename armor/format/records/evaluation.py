@@ -33,7 +33,7 @@ class AgainstDense(Typed):
 class EvaluationRecord(Made):
     """`evaluation/{name}.json`, by `armor evaluate` on a text: the perplexity."""
 
-    AGAIN: ClassVar[str] = "evaluate again"
+    AGAIN: ClassVar[str] = "run armor evaluate again"
 
     format_version: Literal[2] = 2
     task: str
@@ -83,7 +83,7 @@ class TaskResult(Metric):
 class TaskRecord(TaskResult, Record):
     """`evaluation/{name}/{task}.json`, by `armor evaluate` on tasks: all metrics of one task."""
 
-    AGAIN: ClassVar[str] = "evaluate again"
+    AGAIN: ClassVar[str] = "run armor evaluate again"
 
     format_version: Literal[2] = 2
     task: str
@@ -103,7 +103,7 @@ class TaskRecord(TaskResult, Record):
 class TasksRecord(Made):
     """`evaluation/{name}.json`, by `armor evaluate` on tasks: what stands for each of them."""
 
-    AGAIN: ClassVar[str] = "evaluate again"
+    AGAIN: ClassVar[str] = "run armor evaluate again"
 
     format_version: Literal[2] = 2
     task: str

@@ -107,7 +107,7 @@ class LayerRecord(Made):
     Those that `armor refine` and `armor tune` write are of the same kind, with `training`.
     """
 
-    AGAIN: ClassVar[str] = "factorize this layer again"
+    AGAIN: ClassVar[str] = "run armor factorize for this layer again"
 
     format_version: Literal[2] = 2
     layer: int

@@ -76,7 +76,7 @@ class Row(Typed):
 class ReportRecord(Record):
     """`report/summary.json`, by `armor report`: a row for each model and recipe."""
 
-    AGAIN: ClassVar[str] = "run the report again"
+    AGAIN: ClassVar[str] = "run armor report again"
 
     format_version: Literal[2] = 2
     rows: tuple[Row, ...]

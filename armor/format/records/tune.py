@@ -13,7 +13,7 @@ __all__ = ["TuneRecord"]
 class TuneRecord(Made):
     """`tuned.json`, by `armor tune`; layer_{k}.safetensors and .json lie in tuned/."""
 
-    AGAIN: ClassVar[str] = "tune again"
+    AGAIN: ClassVar[str] = "run armor tune again"
 
     format_version: Literal[1] = 1
     fingerprint: str
