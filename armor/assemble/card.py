@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from armor.execution.log import log
+from armor.format.layout import MODEL
 from armor.format.provenance import ranges
 from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
 from armor.format.records.layer import LayerRecord, Training, trainings
@@ -112,7 +113,7 @@ def _title(folder: Path) -> str | None:
     """Model and recipe of a checkpoint in a run's results, in MODEL/RECIPE; None for one that lies elsewhere."""
     recipe = folder.absolute().parent
     model = recipe.parent
-    return f"{model.name}, recipe {recipe.name}" if (model / "model.json").is_file() else None
+    return f"{model.name}, recipe {recipe.name}" if (model / MODEL).is_file() else None
 
 
 def _said_by(source: Path) -> dict:

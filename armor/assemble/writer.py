@@ -26,6 +26,7 @@ from armor.execution.resume import resumable
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
+from armor.format.layout import layer_file
 from armor.format.provenance import PROVENANCE, combined, machine, made_by
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
@@ -145,7 +146,8 @@ def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> Pro
 
 def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Shards) -> _Layer:
     """Read and check one layer's JSON and the header of its factors."""
-    file, described = folder / f"layer_{layer.index}.safetensors", folder / f"layer_{layer.index}.json"
+    file = layer_file(folder, layer.index)
+    described = file.with_suffix(".json")
     again = f"factorize layer {layer.index} again"
     record = LayerRecord.read(described)
     if record.fingerprint != fingerprint:

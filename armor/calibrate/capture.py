@@ -29,6 +29,7 @@ from armor.core.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
+from armor.format.layout import layer_file, layer_files
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord
@@ -114,7 +115,7 @@ def calibrate(
     }
     with resumable(output, __name__, device, **work) as steps:
         files = _finished(steps, output.parent)
-        for old in (output, *output.parent.glob("layer_*.safetensors")):
+        for old in (output, *layer_files(output.parent)):
             if old.name not in files:
                 old.unlink(missing_ok=True)
         shards = Shards(source.path)
@@ -138,7 +139,7 @@ def calibrate(
                         f"{length} tokens; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
                     ) from error
                 module.to("meta")
-                path = output.parent / f"layer_{layer.index}.safetensors"
+                path = layer_file(output.parent, layer.index)
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
                 write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
                 files[path.name] = File.of(path)
@@ -174,10 +175,10 @@ def _finished(steps: Steps, folder: Path) -> dict[str, File]:
     None, if the hidden states behind them are not there.
     """
     files: dict[str, File] = {}
-    while found := steps.get(name := f"layer_{len(files)}.safetensors", File):
-        if not (folder / name).is_file() or (folder / name).stat().st_size != found.bytes:
+    while found := steps.get((file := layer_file(folder, len(files))).name, File):
+        if not file.is_file() or file.stat().st_size != found.bytes:
             break
-        files[name] = found
+        files[file.name] = found
     return files if files and states_file(steps.folder, len(files)).is_file() else {}
 
 

@@ -177,7 +177,7 @@ def refine(
     from armor.training.refine import refine_layer
 
     parsed = parse_settings(RefineJob, settings)
-    start, statistics = factors / f"layer_{layer}.safetensors", statistics_of(calibration, layer)
+    start, statistics = layout.layer_file(factors, layer), statistics_of(calibration, layer)
     topology = Topology.read(model)
     refine_layer(open_source(source), topology, layer, start, states, statistics, parsed, output, device)
 
@@ -303,7 +303,7 @@ def report(
     settings: Annotated[
         str | None, typer.Option(help="What to report on: inline YAML or JSON, or a file's path. Not to compare.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path(layout.RESULTS),
     output: Annotated[
         Path | None, typer.Option(help="The folder to write; unset: results/report, or comparison for two runs.")
     ] = None,
@@ -319,4 +319,4 @@ def report(
     else:
         from armor.report import build
 
-        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path("results/report"))
+        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path(layout.RESULTS, layout.REPORT))

@@ -50,7 +50,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 @app.command()
 def status(
-    results: Annotated[Path, typer.Argument(help="The folder with all results, or the run's.")] = Path("results"),
+    results: Annotated[Path, typer.Argument(help="The folder with all results, or the run's.")] = Path(layout.RESULTS),
     configuration: Annotated[
         Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
     ] = None,
@@ -107,7 +107,7 @@ def summary(report: Annotated[Path, typer.Argument(help="The report's folder, or
     """Print the report's table, and where the page is."""
     from armor.report.tables import print_table
 
-    places = (report, report / "report", report / "results" / "report")
+    places = (report, report / layout.REPORT, report / layout.RESULTS / layout.REPORT)
     report = next((place for place in places if (place / layout.SUMMARY).is_file()), places[-1])
     print(print_table(ReportRecord.read(report / layout.SUMMARY).rows))
     print(f"The report: {report / 'index.html'}")

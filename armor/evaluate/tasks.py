@@ -45,6 +45,7 @@ from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
+from armor.format.layout import beside, samples_beside, task_beside
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
@@ -79,8 +80,7 @@ def evaluate_tasks(
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
-    place = output.with_suffix("")
-    built = {} if settings.text is None else _built(settings.text, settings, place)
+    built = {} if settings.text is None else _built(settings.text, settings, beside(output))
     specs = {
         name: (built.get(task, task), shots)
         for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True)
@@ -97,9 +97,9 @@ def evaluate_tasks(
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
             _check_finite(folder, found.samples)
             if settings.samples:
-                _write_samples(place / f"{name}.samples.jsonl", found.samples)
+                _write_samples(samples_beside(output, name), found.samples)
             record = _record(name, task.name if isinstance(task, Group) else task.task_name, found)
-            record.write(place / f"{name}.json")
+            record.write(task_beside(output, name))
             steps.put(name, record)
         records = {name: steps.get(name, TaskRecord) for name in specs}
         result = TasksRecord(

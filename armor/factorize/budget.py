@@ -18,6 +18,7 @@ from armor.config.recipes import BudgetSettings
 from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.execution.machine import peak_memory_bytes
+from armor.format.layout import layer_files
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 
@@ -29,7 +30,7 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
 
     Raises ArmorError if there are none, and for a budget that no choice meets or that all of them leave unspent.
     """
-    files = sorted(prices.glob("layer_*.json"), key=lambda file: int(file.stem.removeprefix("layer_")))
+    files = layer_files(prices, ".json")
     if not files:
         raise ArmorError(f"{prices}: holds no prices; run armor price first")
     layers = [PricesRecord.read(file) for file in files]

@@ -18,6 +18,7 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
     results/{model}/{recipe}/evaluation/{evaluation}.json
+    results/{model}/{recipe}/evaluation/{evaluation}/    of tasks: {task}.json, {task}.samples.jsonl, built tasks
     results/report/                                      the page, its summary, its figures
     results/logs/, results/benchmarks/                   a log and Snakemake's measurements of each job
 """
@@ -32,15 +33,25 @@ __all__ = [
     "CHECKPOINT",
     "FACTORS",
     "MODEL",
+    "REPORT",
     "RESERVED",
+    "RESULTS",
     "RUN",
     "SOURCE",
     "SUMMARY",
     "Results",
     "beside",
+    "layer_file",
+    "layer_files",
+    "layer_name",
     "logits_beside",
+    "samples_beside",
+    "task_beside",
 ]
 
+RESULTS = "results"
+"""The results folder, as it lies in the folder of a run."""
+REPORT = "report"
 RUN = "run.json"
 SOURCE = "source.json"
 MODEL = "model.json"
@@ -48,7 +59,7 @@ CALIBRATION = "calibration.json"
 CHECKPOINT = "checkpoint.json"
 SUMMARY = "summary.json"
 RESERVED = {
-    "models": ("report", "logs", "benchmarks"),
+    "models": (REPORT, "logs", "benchmarks"),
     "recipes": ("calibration", "source", "benchmark", "predictions", "sensitivity", "states"),
 }
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
@@ -61,7 +72,7 @@ REPORT_FILES = ("index.html", "summary.csv", SUMMARY, "summary.md", "summary.tex
 class Results:
     """The paths of the results folder `root`."""
 
-    root: str = "results"
+    root: str = RESULTS
 
     def run(self) -> str:
         return f"{self.root}/{RUN}"
@@ -92,7 +103,7 @@ class Results:
         return f"{self.root}/{model}/{recipe}/prices"
 
     def prices(self, model: str = "{model}", recipe: str = "{recipe}", layer: int | str = "{layer}") -> str:
-        return f"{self.prices_folder(model, recipe)}/layer_{layer}.json"
+        return f"{self.prices_folder(model, recipe)}/{layer_name(layer)}.json"
 
     def budget(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.root}/{model}/{recipe}/budget.json"
@@ -108,7 +119,7 @@ class Results:
         layer: int | str = "{layer}",
         stage: str = "factorize",
     ) -> str:
-        return f"{self.layers(model, recipe, stage)}/layer_{layer}.safetensors"
+        return f"{self.layers(model, recipe, stage)}/{layer_name(layer)}.safetensors"
 
     def layer(
         self,
@@ -117,7 +128,7 @@ class Results:
         layer: int | str = "{layer}",
         stage: str = "factorize",
     ) -> str:
-        return f"{self.layers(model, recipe, stage)}/layer_{layer}.json"
+        return f"{self.layers(model, recipe, stage)}/{layer_name(layer)}.json"
 
     def refined(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.layers(model, recipe, 'refine')}.json"
@@ -135,7 +146,7 @@ class Results:
         return f"{self.root}/{model}/benchmark/{benchmark}.json"
 
     def report(self) -> tuple[str, ...]:
-        return tuple(f"{self.root}/report/{name}" for name in REPORT_FILES)
+        return tuple(f"{self.root}/{REPORT}/{name}" for name in REPORT_FILES)
 
     def log(self, stage: str, *names: object) -> str:
         """A job's log, by its stage and its names."""
@@ -146,6 +157,21 @@ class Results:
         return "/".join([self.root, "benchmarks", stage, *map(str, names)]).removesuffix("/") + ".tsv"
 
 
+def layer_name(index: int | str) -> str:
+    """The name of a file of decoder layer `index`, without its suffix."""
+    return f"layer_{index}"
+
+
+def layer_file(folder: Path, index: int | str) -> Path:
+    """The safetensors of decoder layer `index` in `folder`; its record has the same name, with .json."""
+    return folder / f"{layer_name(index)}.safetensors"
+
+
+def layer_files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
+    """The files of all decoder layers in `folder`, by number: the safetensors, or with ".json" their records."""
+    return sorted(folder.glob(layer_name("*") + suffix), key=lambda file: (len(file.name), file.name))
+
+
 def beside(record: Path | str) -> Path:
     """The folder that a record speaks of: its name without .json, beside it."""
     return Path(record).with_suffix("")
@@ -154,3 +180,13 @@ def beside(record: Path | str) -> Path:
 def logits_beside(predictions: Path | str) -> Path:
     """The file with the logits that the record `predictions` speaks of."""
     return Path(predictions).with_suffix(".safetensors")
+
+
+def task_beside(evaluation: Path | str, task: str) -> Path:
+    """The record of one of the tasks that the record `evaluation` sums up."""
+    return beside(evaluation) / f"{task}.json"
+
+
+def samples_beside(evaluation: Path | str, task: str) -> Path:
+    """The file with every item of one of the tasks, and what the model said to it."""
+    return beside(evaluation) / f"{task}.samples.jsonl"

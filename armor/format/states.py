@@ -17,6 +17,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path, open_safetensors
+from armor.format.layout import layer_file
 from armor.format.shards import DTYPES
 
 __all__ = ["StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
@@ -26,7 +27,7 @@ NAME = "states"
 
 def states_file(folder: Path, layer: int) -> Path:
     """The file of what goes into decoder layer `layer`; that of the number of layers is what comes out of the last."""
-    return folder / f"layer_{layer}.safetensors"
+    return layer_file(folder, layer)
 
 
 def room_for(needed: int, folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
+from armor.format.layout import layer_file
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord
 
@@ -123,7 +124,7 @@ def statistics_of(calibration: Path, layer: int) -> Path:
     The record is written last, and has the hash of the file. Where the record is missing or the hash is another, the
     statistics are of a run that did not end, or of another one. Raises ArmorError.
     """
-    path = calibration.parent / f"layer_{layer}.safetensors"
+    path = layer_file(calibration.parent, layer)
     expected = CalibrationRecord.read(calibration).files.get(path.name)
     if expected is None:
         raise ArmorError(f"{calibration}: lists no {path.name}; calibrate again")

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from armor.config.report import ReportSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path
-from armor.format.layout import SUMMARY, Results
+from armor.format.layout import REPORT, RESULTS, SUMMARY, Results
 from armor.format.provenance import ranges
 from armor.format.records.evaluation import EvaluationRecord
 from armor.format.records.report import ReportRecord
@@ -80,11 +80,11 @@ class _Measured:
 
 def _models(run: Path) -> dict[str, ModelResults]:
     """What a run's report is about, by model."""
-    for results in (run, run / "results"):
+    for results in (run, run / RESULTS):
         file = next(path for path in map(Path, Results(str(results)).report()) if path.name == SUMMARY)
         if file.is_file():
             return {model.name: model for model in read_results(results, _settings_of(file))}
-    raise ArmorError(f"{run}: holds no report/{SUMMARY}; expected the results folder of a run with its report")
+    raise ArmorError(f"{run}: holds no {REPORT}/{SUMMARY}; expected the results folder of a run with its report")
 
 
 def _settings_of(file: Path) -> ReportSettings:

@@ -20,7 +20,7 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
-from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside
+from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside, layer_file
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.budget import BudgetRecord, PricesRecord
@@ -220,7 +220,7 @@ def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
     file, own = other.record, job.names[2:] if job.stage in BY_LAYER else ()
     if other.stage == "calibrate":
         known = CalibrationRecord.read(file)
-        of_layer = known.files.get(f"layer_{own[0]}.safetensors") if own else None
+        of_layer = known.files.get(layer_file(file.parent, own[0]).name) if own else None
         yield "statistics", of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
     elif other.stage == "states":
         yield "states", StatesRecord.read(file).text_fingerprint

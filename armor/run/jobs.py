@@ -14,7 +14,7 @@ from pathlib import Path
 from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
-from armor.format.layout import FACTORS, Results
+from armor.format.layout import FACTORS, RESULTS, Results
 from armor.format.records.topology import Topology
 
 __all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
@@ -252,7 +252,7 @@ class Job:
         return STAGES[self.stage].inputs(config, *self.names)
 
 
-def jobs(config: Config, root: str = "results") -> Iterator[Job]:
+def jobs(config: Config, root: str = RESULTS) -> Iterator[Job]:
     """Every job that `config` asks for, in the order of the stages; layer "?" where their number is not known yet."""
     results = Results(root)
     pairs = config.pairs()

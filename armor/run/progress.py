@@ -28,7 +28,7 @@ from typing import IO
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.layout import RUN
+from armor.format.layout import RESULTS, RUN
 from armor.methods import METHODS
 from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import cost, last_config
@@ -222,7 +222,7 @@ def _fitting(text: str, width: int) -> str:
 
 def _course(process: int, command: Sequence[str]) -> Course | None:
     """The run that `process` has begun, once it has: its file names it."""
-    file = Path(_option(command, "directory", "d") or ".") / "results" / RUN
+    file = Path(_option(command, "directory", "d") or ".") / RESULTS / RUN
     try:
         if read_json(file).get("process") != process:
             return None

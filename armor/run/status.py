@@ -29,7 +29,7 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.files import read_json, try_lock
-from armor.format.layout import RUN
+from armor.format.layout import RESULTS, RUN
 from armor.run.jobs import Job, jobs
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
     `results` may be the folder above, that of --directory. Raises ArmorError if there was no run and no `config` is
     given.
     """
-    if not (results / RUN).is_file() and (results / "results" / RUN).is_file():
-        results = results / "results"
+    if not (results / RUN).is_file() and (results / RESULTS / RUN).is_file():
+        results = results / RESULTS
     file = results / RUN
     last = _run(file) if file.is_file() else None
     if config is None:

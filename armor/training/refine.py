@@ -25,6 +25,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import log
 from armor.execution.resume import Steps, resumable
+from armor.format.layout import layer_file
 from armor.format.provenance import combined, made_by
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
@@ -78,7 +79,8 @@ def refine_layer(
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
     chained = settings.refine.inputs == "compressed"
-    before = [LayerRecord.read(output.parent / f"layer_{k}.json").sha256 for k in range(layer)] if chained else []
+    earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
+    before = [LayerRecord.read(file).sha256 for file in earlier]
     used = {
         "model": topology.fingerprint,
         f"layer {layer}": start.sha256,
@@ -223,7 +225,7 @@ def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRec
     if layer - start > 1:
         log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
     for index in range(start, layer):
-        factors = refined / f"layer_{index}.safetensors"
+        factors = layer_file(refined, index)
         run(index, factors, file(index), file(index + 1), getattr(torch, known.dtype), about(index + 1))
     for old in refined.glob(".states_*.safetensors"):
         if old != file(layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.core.errors import ArmorError
+from armor.format.layout import layer_files
 from armor.format.provenance import machine, made_by
 from armor.format.records.layer import LayerRecord
 from armor.format.records.refine import RefineRecord
@@ -14,7 +15,7 @@ __all__ = ["sum_up"]
 
 def sum_up(factors: Path, output: Path) -> RefineRecord:
     """Write the record of the refined layers in `factors` to `output`. Raises ArmorError if there is none."""
-    files = sorted(factors.glob("layer_*.json"), key=lambda file: int(file.stem.removeprefix("layer_")))
+    files = layer_files(factors, ".json")
     if not files:
         raise ArmorError(f"{factors}: holds no refined layer; run armor refine first")
     records = [LayerRecord.read(file) for file in files]

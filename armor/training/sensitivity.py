@@ -24,6 +24,7 @@ from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
+from armor.format.layout import layer_file, layer_name
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File
 from armor.format.records.sensitivity import SensitivityRecord
@@ -71,21 +72,21 @@ def measure_sensitivity(
         load_outside(skeleton, shards, head=True)
         calls = [of_layers for _, of_layers in record_each(skeleton, tokens)]
         count = len(topology.layers)
-        if steps.get(f"layer_{count}", File) is None:
+        if steps.get(layer_name(count), File) is None:
             place_outside(skeleton, device)
             generator = torch.Generator().manual_seed(settings.seed)
             _through_head(skeleton, tokens, states_file(dense, count), _gradients(dense, count), generator, device)
-            steps.put(f"layer_{count}", File.of(_gradients(dense, count)))
+            steps.put(layer_name(count), File.of(_gradients(dense, count)))
         unload_outside(skeleton)
-        left = [layer for layer in topology.layers if steps.get(f"layer_{layer.index}", File) is None][::-1]
+        left = [layer for layer in topology.layers if steps.get(layer_name(layer.index), File) is None][::-1]
         for layer in progress(left, "sensitivity", unit="layers", amount=tokens.numel() / count, amount_unit="tokens"):
             k = layer.index
             module = load_layer(skeleton, k, shards, device)
             found = _through_layer(module, layer, [call[k] for call in calls], dense, device)
             module.to("meta")
-            part = steps.folder / f"layer_{k}.safetensors"
+            part = layer_file(steps.folder, k)
             write_sensitivities(part, found, source.fingerprint)
-            steps.put(f"layer_{k}", File.of(part))
+            steps.put(layer_name(k), File.of(part))
             _gradients(dense, k + 1).unlink()
         numbers = output.with_suffix(".safetensors")
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new numbers
@@ -171,7 +172,7 @@ def _all(topology: Topology, folder: Path) -> dict[str, Sensitivity]:
     """What the steps left, of all layers."""
     found = {}
     for layer in topology.layers:
-        with open_safetensors(folder / f"layer_{layer.index}.safetensors") as file:
+        with open_safetensors(layer_file(folder, layer.index)) as file:
             for linear in layer.linears:
                 rows, columns = (file.get_tensor(f"{linear.name}.{side}") for side in ("rows", "columns"))
                 found[linear.name] = Sensitivity(rows, columns)

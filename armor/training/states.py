@@ -19,6 +19,7 @@ from armor.execution.files import save_safetensors
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
+from armor.format.layout import layer_name
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File
 from armor.format.records.states import StatesRecord
@@ -70,7 +71,7 @@ def make_states(
         recorded = list(record_each(skeleton, tokens))
         unload_outside(skeleton)
         done = 0
-        while done <= count and steps.get(f"layer_{done}", File) and states_file(part, done).is_file():
+        while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():
             done += 1
         room_for((count + 1 - done) * each, part)
         if done == 0:
@@ -78,7 +79,7 @@ def make_states(
             with write_states(states_file(part, 0), shape, dtype) as writer:
                 for hidden, _ in recorded:
                     writer.add(hidden)
-            steps.put("layer_0", File.of(states_file(part, 0)))
+            steps.put(layer_name(0), File.of(states_file(part, 0)))
         calls = [of_layers for _, of_layers in recorded]
         del recorded
         amount = tokens.numel() / count
@@ -87,7 +88,7 @@ def make_states(
             own = [of_layers[layer.index] for of_layers in calls]
             target = states_file(part, layer.index + 1)
             pass_on(skeleton, layer.index, shards, own, states_file(part, layer.index), target, device)
-            steps.put(f"layer_{layer.index + 1}", File.of(target))
+            steps.put(layer_name(layer.index + 1), File.of(target))
         folder = output.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)

@@ -35,6 +35,7 @@ from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.checkpoint import SUFFIXES
+from armor.format.layout import layer_file
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File, MadeBy
 from armor.format.records.calibration import CalibrationRecord
@@ -81,7 +82,7 @@ def tune(
         raise ArmorError(
             f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
         )
-    files = [factors / f"layer_{layer.index}.safetensors" for layer in topology.layers]
+    files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
     size = partial(peak_bytes, shards, files, settings.tune, tokens.shape[1])
@@ -118,13 +119,13 @@ def tune(
         numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
         written = []
         for start, layer in zip(starts, layers, strict=True):
-            file = f"layer_{start.layer}.safetensors"
-            statistics = read_statistics(calibration.parent / file, topology.fingerprint, gram=False)
+            inputs, trained = (layer_file(place, start.layer) for place in (calibration.parent, part))
+            statistics = read_statistics(inputs, topology.fingerprint, gram=False)
             losses = {name: start.modules[name].loss for name in layer.linears}
             training = described("tune", settings.tune, found, layer, tokens.shape[1], losses, made, numbers)
             seconds = steps.seconds() / len(layers)  # a layer's share: a report sums them up
             written.append(
-                write_trained(part / file, start, *layer.stored(), statistics, shards, training, made, seconds, device)
+                write_trained(trained, start, *layer.stored(), statistics, shards, training, made, seconds, device)
             )
         folder = output.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)
