@@ -3,8 +3,8 @@
 The hash covers the modules that a stage executes. They are found by following `import armor...` statements from its
 entry module. A module counts as its syntax tree without docstrings; comments and formatting do not count. Templates and
 C sources of the packages on the way count as they are. A method's title and source do not count. Modules that cannot
-change a result are left out: messages, devices, provenance and where files lie touch no number. What is found by name
-at run time, as methods are, is not followed: it is named as an entry.
+change a result are left out: messages, devices and provenance touch no number. What is found by name at run time, as
+methods are, is not followed: it is named as an entry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ WITHOUT_EFFECT = (
     "armor.execution.log",
     "armor.execution.machine",
     "armor.execution.nvml",
-    "armor.format.layout",
     "armor.format.provenance",
 )
 

@@ -24,6 +24,7 @@ from armor.format.records.base import Record
 __all__ = ["field_table", "layout_tree", "record_reference", "record_types", "table", "words"]
 
 ORDER = (
+    "run",
     "source",
     "topology",
     "calibration",

@@ -27,8 +27,8 @@ from typing import IO
 
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json
 from armor.format.layout import RESULTS, RUN
+from armor.format.records.run import RunRecord
 from armor.methods import METHODS
 from armor.run.jobs import BY_LAYER, Job, jobs
 from armor.run.status import cost, last_config
@@ -224,7 +224,7 @@ def _course(process: int, command: Sequence[str]) -> Course | None:
     """The run that `process` has begun, once it has: its file names it."""
     file = Path(_option(command, "directory", "d") or ".") / RESULTS / RUN
     try:
-        if read_json(file).get("process") != process:
+        if RunRecord.read(file).process != process:
             return None
         return Course(file.parent, last_config(file.parent), file.stat().st_mtime, _slots(command))
     except ArmorError:  # not there yet, or half written

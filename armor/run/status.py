@@ -20,16 +20,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from armor.config.reading import parse_settings
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.core.typed import Typed
 from armor.execution.files import read_json, try_lock
 from armor.format.layout import RESULTS, RUN
+from armor.format.records.run import RunRecord
 from armor.run.jobs import Job, jobs
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ __all__ = [
     "ERROR",
     "STATES",
     "Cost",
-    "RunRecord",
     "Status",
     "cost",
     "last_config",
@@ -51,19 +50,6 @@ __all__ = [
 ERROR = "armor: error: "
 """How the line begins with which a failed `armor` command ends."""
 STATES = ("done", "running", "failed", "stopped", "missing")
-
-
-class RunRecord(Typed):
-    """run.json: the run that is at work on the results, or the last one. It is the lock too, so it has no version."""
-
-    process: int
-    host: str
-    command: tuple[str, ...]
-    """The command line of Snakemake."""
-    folder: str
-    """Where it was typed."""
-    config: dict[str, Any]
-    """The configuration without its defaults."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
     file = results / RUN
     descriptor = try_lock(file)
     if descriptor is None:
-        other = _run(file)
+        other = RunRecord.read(file)
         raise ArmorError(
             f"{results.absolute()}: another run is at work here (process {other.process} on {other.host}); wait "
             "for its end, or choose another folder with --directory"
@@ -151,7 +137,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
     if not (results / RUN).is_file() and (results / RESULTS / RUN).is_file():
         results = results / RESULTS
     file = results / RUN
-    last = _run(file) if file.is_file() else None
+    last = RunRecord.read_if_there(file)
     if config is None:
         if last is None:
             raise ArmorError(f"{file}: no such file, so no run was started here; name another folder, or give --config")
@@ -180,14 +166,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
 
 def last_config(results: Path) -> Config:
     """The configuration of the last run on `results`. Raises ArmorError if there was none."""
-    return parse_settings(Config, _run(results / RUN).config, str(results / RUN))
-
-
-def _run(file: Path) -> RunRecord:
-    try:
-        return RunRecord.model_validate(read_json(file))
-    except ValidationError:
-        raise ArmorError(f"{file}: not of this release; delete it, and start the run again") from None
+    return parse_settings(Config, RunRecord.read(results / RUN).config, str(results / RUN))
 
 
 def summary(results: Path, config: Config) -> list[str]:

@@ -33,6 +33,7 @@ FILES = {
     "PricesRecord": "prices",
     "BudgetRecord": "budget",
     "LayerRecord": "layer",
+    "RunRecord": "run",
     "StatesRecord": "states",
     "RefineRecord": "refined",
     "TuneRecord": "tuned",

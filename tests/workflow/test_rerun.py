@@ -77,7 +77,6 @@ CODE_EDITED = {
     "a comment in the solver": ("methods/solver/annealed.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
     "a log message's setting": ("execution/log.py", "BETWEEN_LINES = 10.0", "BETWEEN_LINES = 5.0", {}),
     "provenance code": ("format/provenance.py", *STATEMENT, {}),
-    "where files lie": ("format/layout.py", *STATEMENT, {}),
 }
 
 
