@@ -62,7 +62,7 @@ def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    app.debug = debug  # type: ignore[attr-defined]
+    app.debug = debug  # pyright: ignore[reportAttributeAccessIssue]  a mark of ours on typer's object
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # progress bars of libraries would fill log files
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -23,6 +23,7 @@ from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
 from armor.format.statistics import Accumulator, Statistics
+from armor.methods import METHODS
 from armor.model.by_hand import is_taken
 from armor.runtime.quantizer import pack_linears
 from armor.runtime.skeleton import decoder_layers, finite
@@ -83,7 +84,8 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
         stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
         for stage, s in chosen.training().items()
     }
-    inputs = _statistics(model, linears, {name for name, s in settings.items() if s.method == "sparsegpt"}, tokens)
+    with_gram = {name for name, asked in settings.items() if "gram" in METHODS[asked.method].statistics}
+    inputs = _statistics(model, linears, with_gram, tokens)
     factors: dict[str, Factorization] = {}
     for name, linear in progress(linears.items(), "factorize", total=len(linears), unit="linear"):
         weight, chance = linear.weight.detach(), seed_of(seed, name)

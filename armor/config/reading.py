@@ -45,9 +45,7 @@ def read_yaml(path: Path) -> dict:
 
 def _mapping(text: str, where: str) -> dict:
     try:
-        if twice := _given_twice(yaml.compose(text, yaml.SafeLoader)):
-            key, first, second = twice
-            raise ArmorError(f"{where}: {key}: given on line {first} and again on line {second}; keep one of them")
+        _check(yaml.compose(text, yaml.SafeLoader), where, "", {})
         value = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ArmorError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -56,21 +54,32 @@ def _mapping(text: str, where: str) -> dict:
     return value
 
 
-def _given_twice(node: yaml.Node | None, place: str = "") -> tuple[str, int, int] | None:
-    """The first key that a mapping has twice, with both lines: YAML takes the last, and loses the other in silence."""
-    if isinstance(node, yaml.SequenceNode):
-        return next(filter(None, (_given_twice(inner, place) for inner in node.value)), None)
-    if not isinstance(node, yaml.MappingNode):
-        return None
+def _check(node: yaml.Node | None, where: str, place: str, done: dict[int, bool]) -> None:
+    """Refuse a key that a mapping has twice, of which YAML takes the last in silence, and a node that holds itself.
+
+    `done` has every node that was visited, by its id: True once all below it was. An alias is the node itself.
+    """
+    if not isinstance(node, yaml.CollectionNode) or done.get(id(node)):
+        return
+    if id(node) in done:
+        line = node.start_mark.line + 1
+        raise ArmorError(
+            f"{where}: {place}: what begins on line {line} holds itself by an alias; write out what is meant"
+        )
+    done[id(node)] = False
     lines: dict[str, int] = {}
-    for key, value in node.value:
+    for part in node.value:
+        if isinstance(node, yaml.SequenceNode):
+            _check(part, where, place, done)
+            continue
+        key, value = part
+        _check(key, where, place, done)
         name, line = f"{place}.{key.value}".lstrip("."), key.start_mark.line + 1
         if name in lines:
-            return name, lines[name], line
+            raise ArmorError(f"{where}: {name}: given on line {lines[name]} and again on line {line}; keep one of them")
         lines[name] = line
-        if twice := _given_twice(value, name):
-            return twice
-    return None
+        _check(value, where, name, done)
+    done[id(node)] = True
 
 
 _UNION_TAGS = ("str", "list[str]")  # pydantic's names for the types that a value may have, at the end of its place

@@ -112,8 +112,7 @@ class BudgetSettings(Typed):
         default=[*(Choice(block_size=d) for d in (16, 32, 64, 128)), Choice(method="nowag"), Choice(method="dense")],
         min_length=1,
     )
-    """What each linear may become, with the keys of an override: method, pattern, block_size. Unset: blocks of 16, 32,
-    64 and 128, nowag, dense."""
+    """What each linear may become. Unset: blocks of 16, 32, 64 and 128, nowag, dense."""
     sequences: int = Field(default=8, ge=1)
     """How many token sequences of the recipe's calibration the sensitivities are measured on."""
     sequence_length: int | None = Field(default=None, ge=2)

@@ -11,7 +11,7 @@ import json
 import re
 
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import BudgetSettings, Override, Recipe
+from armor.config.recipes import BudgetSettings, Choice, Override, Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
 from armor.config.training import RefineSettings, TuneSettings
@@ -31,6 +31,7 @@ SECTIONS = {
     "The solver": SolverSettings,
     "An override": Override,
     "A budget": BudgetSettings,
+    "A choice": Choice,
     "Refinement": RefineSettings,
     "Tuning": TuneSettings,
     "An evaluation": EvaluationSettings,
@@ -57,7 +58,7 @@ def markdown() -> str:
 
 def _linked(table: str) -> str:
     """The names of types as links to their sections; a part of a type that has one leads there."""
-    parts = {"SolverChange": "the solver", "Choice": "an override"}
+    parts = {"SolverChange": "the solver"}
     anchors = {kind.__name__: heading.lower() for heading, kind in SECTIONS.items()} | parts
     return re.sub(
         r"\[(\w+)\]\(#\w+\)",

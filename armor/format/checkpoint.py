@@ -130,7 +130,10 @@ def check_keys(found: object, expected: Iterable[str], where: str) -> None:
 
 def _layout(group: object, where: str) -> PackedLinear:
     check_keys(group, [*PackedLinear.__dataclass_fields__, "modules"], where)
-    values = {key: group[key] for key in PackedLinear.__dataclass_fields__}  # type: ignore[index]
+    values = {
+        key: group[key]  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked
+        for key in PackedLinear.__dataclass_fields__
+    }
     sizes = ("out_features", "in_features", "left_block_size", "right_block_size")
     for key in sizes:
         value = values[key]

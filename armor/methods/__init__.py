@@ -3,9 +3,9 @@
 A file holds a function `(weight, statistics..., *, settings...) -> Factorization` under the decorator `method`. Its
 name is the method's in a configuration. Its parameters are all there is to say of what it takes. Those after `weight`
 are statistics of the input, fields of `armor.format.statistics.Statistics`. Those after the star are settings of a
-recipe, or `seed`. The configuration, its schema and its reference, `armor.compress`, the checks of memory, the report
-and the table in the README read the registry `METHODS`. They do it without torch: a file here imports torch, and what
-imports torch, within its functions.
+recipe, or `seed`. Any other parameter is refused when the file is imported. The configuration, its schema and its
+reference, `armor.compress`, the checks of memory, the report and the table in the README read the registry `METHODS`.
+They do it without torch: a file here imports torch, and what imports torch, within its functions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from armor.core.errors import ArmorError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from armor.core.factorization import Factorization
 
-__all__ = ["METHODS", "Method", "method"]
+__all__ = ["METHODS", "SETTINGS", "STATISTICS", "Method", "method"]
+
+STATISTICS = ("importance", "gram")
+"""What a method may take of the calibration."""
+SETTINGS = ("pattern", "block_size", "solver", "seed")
+"""What a method may take of a recipe, and the seed."""
 
 Shape = tuple[int, int]
 
@@ -89,10 +96,15 @@ def method(
     obstacle: Callable[..., str | None] = lambda shape, **settings: None,
     instead: str = "",
 ) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
-    """Register the function below under its own name, which is that of its file."""
+    """Register the function below under its own name, which is that of its file.
+
+    Raises ArmorError for a parameter that is neither among STATISTICS nor, after the star, among SETTINGS.
+    """
 
     def register(function: Callable[..., Factorization]) -> Callable[..., Factorization]:
         parameters = list(inspect.signature(function).parameters.values())[1:]
+        for parameter in parameters:
+            _check_parameter(parameter, f"{function.__module__}: {function.__name__}")
         METHODS[function.__name__] = Method(
             name=function.__name__,
             title=title,
@@ -108,6 +120,16 @@ def method(
         return function
 
     return register
+
+
+def _check_parameter(parameter: inspect.Parameter, where: str) -> None:
+    of_recipe = parameter.kind is parameter.KEYWORD_ONLY
+    known, what, place = (SETTINGS, "setting", "after") if of_recipe else (STATISTICS, "statistic", "before")
+    if parameter.name not in known:
+        raise ArmorError(
+            f"{where}: parameter {parameter.name}: no {what} of that name, expected {', '.join(known)} {place} the "
+            "star; take it out, or make it a constant of the file"
+        )
 
 
 def _first_paragraph(module: Any) -> str:

@@ -33,7 +33,7 @@ class _StandIn(nn.Linear):
         )
 
     @property
-    def weight(self) -> NoWeight:  # type: ignore[override]
+    def weight(self) -> NoWeight:  # pyright: ignore[reportIncompatibleVariableOverride]  it has none to give
         return self._no_weight
 
     def forward(self, input: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def start_run(results: Path, config: Config, command: Sequence[str]) -> int:
     record = RunRecord(
         process=os.getpid(),
         host=socket.gethostname(),
-        command=tuple(command),
-        folder=_shells_folder(),
+        command_line=tuple(command),
+        typed_in=_shells_folder(),
         config=config.model_dump(mode="json", exclude_unset=True),
     )
     os.ftruncate(descriptor, 0)
@@ -160,7 +160,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             states[job] = "running"
         else:
             states[job] = "stopped"
-    command, folder = (last.command, last.folder) if last else (("snakemake",), _shells_folder())
+    command, folder = (last.command_line, last.typed_in) if last else (("snakemake",), _shells_folder())
     return Status(results, states, lines, command, folder)
 
 

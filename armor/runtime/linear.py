@@ -158,7 +158,9 @@ class ArmorLinear(nn.Linear):
         if self.is_unpacked:
             destination[f"{prefix}core_values"] = self._packed_values()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]  the rest goes on as it came
+        self, state_dict: dict, prefix: str, *args: Any
+    ) -> None:
         was_unpacked = self.is_unpacked
         super(ArmorLinear, self.pack())._load_from_state_dict(state_dict, prefix, *args)
         if was_unpacked:

@@ -18,6 +18,7 @@ from tests.forks import armor
         (["check", "."], ".: Is a directory; expected a YAML or JSON file"),
         (["check", "binary"], "binary: not UTF-8 text (invalid start byte at byte 0)"),
         (["check", "broken"], "broken: not valid YAML: "),
+        (["check", "circle"], "circle: b.c: what begins on line 2 holds itself by an alias; write out what is meant"),
         (["fetch", "--settings", "{folder: absent}", "--output", "source.json"], "absent: no such folder"),
         (["fetch", "--settings", "{fodler: m}", "--output", "source.json"], "--settings: fodler: unknown key; did you"),
         (["inspect", "--source", ".", "--output", "binary/model.json"], "binary is not a folder that you may write to"),
@@ -31,10 +32,11 @@ from tests.forks import armor
 def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, said):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "broken").write_text("models: [")
+    (tmp_path / "circle").write_text("a: 1\nb: &b\n  c: [*b]\n")
     done = armor(*arguments, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("armor: error: ") and said in done.stderr and done.stderr.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "broken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "broken", "circle"]
 
 
 def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.format.records.topology import Topology
+from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
@@ -63,6 +65,13 @@ def test_the_factors_are_those_of_the_pipeline(source, tmp_path):
     model = armor.compress(*loaded(source), TEXT, recipe, **SIZES, seed=7)
     expected, found = loaded(tmp_path / "checkpoint")[0].state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_method_gets_the_statistics_that_it_asks_for_whatever_its_name(source, monkeypatch):
+    monkeypatch.setitem(METHODS, "another", replace(METHODS["sparsegpt"], name="another"))
+    models = [armor.compress(*loaded(source), TEXT, {"method": name}, **SIZES) for name in ("sparsegpt", "another")]
+    expected, found = (model.state_dict() for model in models)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

@@ -202,6 +202,31 @@ def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path, text, ke
     assert str(error.value) == f"{file}: {key}: given on line {first} and again on line {second}; keep one of them"
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("a: &a [*a]", "a"),
+        ("a: &a {b: {c: [1, *a]}}", "a.b.c"),
+        ("a: &a {<<: *a}", "a.<<"),
+        ("a: &a {? [*a] : 1}", "a"),
+    ],
+)
+def test_a_value_of_yaml_that_holds_itself_is_refused_with_its_line(tmp_path, text, place):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"seed: 1\n{text}\n")
+    with pytest.raises(ArmorError) as error:
+        read_yaml(file)
+    assert (
+        str(error.value) == f"{file}: {place}: what begins on line 2 holds itself by an alias; write out what is meant"
+    )
+
+
+def test_aliases_of_aliases_are_visited_once(tmp_path):
+    lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 64))]
+    (tmp_path / "my.yaml").write_text("\n".join(lines))
+    assert len(read_yaml(tmp_path / "my.yaml")) == 64
+
+
 def test_merged_keys_of_yaml_may_be_given_again(tmp_path):
     (tmp_path / "my.yaml").write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {d: {<<: *b, y: 4}}\n")
     assert read_yaml(tmp_path / "my.yaml")["b"] == {"x": 3, "y": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def test_every_key_of_a_configuration_and_every_method_is_in_the_reference():
     for kind in reference.SECTIONS.values():
         assert [key for key in kind.model_fields if f"| `{key}` |" not in text] == []
     assert [m.title for m in METHODS.values() if f"| `{m.name}` | {m.title} |" not in text] == []
+
+
+@pytest.mark.parametrize("heading", reference.SECTIONS)
+def test_a_type_leads_to_the_section_that_has_its_keys_and_no_others(heading):
+    sections = {text.partition("\n")[0]: text for text in f"\n{reference.markdown()}".split("\n## ")}
+    keys = {
+        f"#{name.lower().replace(' ', '-')}": {*re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)}
+        for name, text in sections.items()
+    }
+    schema = reference.SECTIONS[heading].model_json_schema()
+    for key, value in schema["properties"].items():
+        (row,) = re.findall(rf"^\| `{key}` \|.*", sections[heading], re.MULTILINE)
+        types = re.findall(r"#/\$defs/(\w+)", str(value))
+        assert [keys[link] for link in re.findall(r"\((#[\w-]+)\)", row)] == [
+            schema["$defs"][name]["properties"].keys() for name in types
+        ], row
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def tell():
     own = [name for name in seen if name.startswith(root + "/armor/") and name.endswith(".py")]
     names = sorted(os.path.relpath(name, root) for name in own)
     with open(os.path.join(os.environ["ARMOR_SEEN"], f"{os.getpid()}.txt"), "w") as file:
-        file.write("\\n".join([" ".join(sys.argv[1:2]), *names]))
+        file.write("\\n".join([" ".join(sys.argv[1:]), *names]))
 def begin():
     atexit.register(tell)
     sys.settrace(note)
@@ -69,9 +69,11 @@ AROUND = (
 SAID = {
     "inspect": {
         *("armor/model/cost.py", "armor/core/pattern.py", "armor/core/blockdiag.py", "armor/format/checkpoint.py"),
-    }
+    },
 }
 """What a command executes after its stage, for what it prints."""
+ITEM = "The {0} rivers ran past the old stone city. It took {0} kings to build the bridge of the northern market.\n"
+"""What makes an item of both tasks that are built from a text."""
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +90,23 @@ def executed(tmp_path_factory, config):
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
     tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training)}
+    questions = folder / "questions.txt"
+    questions.write_text("".join(map(ITEM.format, ("two", "three", "four", "five"))))
+    tasks = {"text": {"files": [str(questions)]}, "tasks": ["last_word", "continuation"], "items": 4}
     short = config | {"models": {"tiny": {"folder": str(model)}}, "recipes": {"tuned": tuned}}
+    short["evaluations"] = config["evaluations"] | {"questions": tasks}
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     found: dict[str, set[str]] = {}
     for file in (folder / "seen").glob("*.txt"):
-        command, *names = file.read_text().splitlines()
-        found.setdefault(command, set()).update(names)
+        arguments, *names = file.read_text().splitlines()
+        command = arguments.partition(" ")[0]
+        stage = "tasks" if command == "evaluate" and '"tasks":' in arguments else command
+        found.setdefault(stage, set()).update(names)
     return found
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "tasks"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, stage):
     settings = Config.model_validate(config)
     methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]

@@ -19,9 +19,9 @@ class RunRecord(Record):
     """The number of Snakemake's process."""
     host: str
     """The machine that it runs on."""
-    command: tuple[str, ...]
-    """The command line of Snakemake."""
-    folder: str
-    """Where it was typed."""
+    command_line: tuple[str, ...]
+    """Of Snakemake."""
+    typed_in: str
+    """The folder."""
     config: dict[str, Any]
     """The configuration without its defaults."""
