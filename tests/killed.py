@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import signal
-import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from tests.forks import fork
 
 __all__ = [
     "HALF",
@@ -83,26 +83,17 @@ def forked(work: Callable[[], object], counter: Path, point: str = SAVED, number
     """
     counter.unlink(missing_ok=True)
     import torch  # sitecustomize.py needs none of it
-    from tqdm import tqdm
 
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setsid()
-            signal.alarm(3600)  # only if it hangs
-            tqdm.set_lock(threading.RLock())  # all forks share the parent's, and a killed one may leave it locked
-            torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
-            die_at(point, number, counter)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status == 0
+    def dying() -> None:
+        os.setsid()
+        signal.alarm(3600)  # only if it hangs
+        torch.set_num_threads(1)  # OpenMP's other threads, if a test before had some, did not come along
+        die_at(point, number, counter)
+        work()
+
+    done = fork(dying, Path.cwd())
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode == 0
 
 
 def passed(counter: Path) -> int:
