@@ -39,8 +39,8 @@ from torch import Tensor
 
 from armor.assemble.writer import assemble
 from armor.benchmark.generation import benchmark
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
-from armor.config.recipes import LayerSettings
 from armor.config.sources import ModelSettings
 from armor.execution.machine import describe
 from armor.factorize.layer import factorize_layer

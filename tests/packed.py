@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armor.assemble.writer import assemble
-from armor.config.recipes import LayerSettings
+from armor.config.layers import LayerSettings
 from armor.core.factorization import Factorization
 from armor.factorize.layer import factorize_layer
 from armor.format.factors import read_factors

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from armor.execution.log import log
-from armor.format.layout import MODEL
+from armor.format.names import MODEL
 from armor.format.provenance import ranges
 from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
 from armor.format.records.layer import LayerRecord, Training, trainings

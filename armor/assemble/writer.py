@@ -26,7 +26,7 @@ from armor.execution.resume import resumable
 from armor.format.checkpoint import SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
-from armor.format.layout import layer_file
+from armor.format.names import layer_file
 from armor.format.provenance import PROVENANCE, combined, machine, made_by
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord

@@ -41,7 +41,7 @@ from armor.execution.files import read_json
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.format.checkpoint import modules_of
-from armor.format.layout import CHECKPOINT
+from armor.format.names import record_of_folder
 from armor.format.provenance import machine, made_by
 from armor.format.records.benchmark import BenchmarkRecord, CoreSide, Phases, Runs, Sample, Side
 from armor.format.records.checkpoint import CheckpointRecord
@@ -95,7 +95,7 @@ def bytes_on_disk(folder: Path) -> tuple[int, float | None]:
     A packed checkpoint's bits come from its record; they are None where that is not beside the folder.
     """
     shards = Shards(folder)
-    record = CheckpointRecord.read_if_there(folder.parent / CHECKPOINT)
+    record = CheckpointRecord.read_if_there(record_of_folder(folder))
     if "quantization_config" not in read_json(folder / "config.json"):
         bits: float | None = 8.0 * getattr(torch, shards.main_dtype()).itemsize
     else:
@@ -113,7 +113,7 @@ def core_on_disk(folder: Path) -> tuple[int, float | None]:
     wrappers = [f"{name}.{suffix}" for name in modules for suffix in ("left", "right")]
     saved = sum(shards.bytes_of(name) for name in wrappers if name in shards)
     if bits is not None:  # the mean over all linears of the decoder, those too that stay dense
-        kept = CheckpointRecord.read(folder.parent / CHECKPOINT).kept_dense
+        kept = CheckpointRecord.read(record_of_folder(folder)).kept_dense
         weights = sum(math.prod(shards.shape(f"{name}.weight")) for name in kept)
         weights += sum(layout.out_features * layout.in_features for layout in modules.values())
         bits -= 8 * saved / weights

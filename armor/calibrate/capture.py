@@ -29,7 +29,7 @@ from armor.core.errors import ArmorError
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
-from armor.format.layout import layer_file, layer_files
+from armor.format.names import layer_file, layer_files
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord

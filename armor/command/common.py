@@ -12,7 +12,7 @@ import typer
 
 from armor.core.errors import ArmorError
 from armor.execution import devices, machine
-from armor.format import layout
+from armor.format import layout, names
 
 __all__ = [
     "CalibrationFile",
@@ -48,7 +48,7 @@ def _writable(path: Path) -> Path:
 
 
 SourceFile = Annotated[Path, typer.Option(help=f"{layout.SOURCE}, or a folder with a Hugging Face model.")]
-ModelFile = Annotated[Path, typer.Option(help=f"{layout.MODEL}, as `armor inspect` writes it.")]
+ModelFile = Annotated[Path, typer.Option(help=f"{names.MODEL}, as `armor inspect` writes it.")]
 CalibrationFile = Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")]
 StartFolder = Annotated[Path, typer.Option(help="The folder with the factors to start from.")]
 Output = Annotated[Path, typer.Option(help="The file to write.", callback=_writable)]
@@ -78,7 +78,7 @@ def prepare(threads: int | None, gpus: int = 0) -> str:
 def folder_of(path: Path) -> Path:
     """The model folder behind a source's or a checkpoint's record, or the folder itself."""
     if path.name == layout.CHECKPOINT:
-        return layout.beside(path)
+        return names.beside(path)
     if path.is_dir():  # no need of a fingerprint, for which every byte would be read
         from armor.format.shards import Shards
 

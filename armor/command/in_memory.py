@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from armor.command.in_memory_training import train
+from armor.config.layers import ModuleSettings
 from armor.config.reading import parse_settings
-from armor.config.recipes import ModuleSettings, Recipe
+from armor.config.recipes import Recipe
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress

@@ -25,14 +25,17 @@ from armor.command.common import (
     folder_of,
     prepare,
 )
+from armor.config.budget import BudgetSettings, PriceSettings
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings
-from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings
 from armor.config.report import ReportSettings
+from armor.config.sample import Sample, SensitivityJob
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.config.training import RefineJob, Sample, SensitivityJob, TuneJob
+from armor.config.training import RefineJob, TuneJob
 from armor.core.errors import ArmorError
 from armor.format import layout
+from armor.format.names import layer_file
 from armor.format.provenance import model_fingerprint
 from armor.format.records.topology import Topology
 
@@ -177,7 +180,7 @@ def refine(
     from armor.training.refine import refine_layer
 
     parsed = parse_settings(RefineJob, settings)
-    start, statistics = layout.layer_file(factors, layer), statistics_of(calibration, layer)
+    start, statistics = layer_file(factors, layer), statistics_of(calibration, layer)
     topology = Topology.read(model)
     refine_layer(open_source(source), topology, layer, start, states, statistics, parsed, output, device)
 

@@ -10,8 +10,10 @@ import inspect
 import json
 import re
 
+from armor.config.budget import BudgetSettings
+from armor.config.layers import Choice, Override
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import BudgetSettings, Choice, Override, Recipe
+from armor.config.recipes import Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
 from armor.config.training import RefineSettings, TuneSettings

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from armor.config.common import Name, PatternText
-from armor.config.recipes import MethodName
+from armor.config.layers import MethodName
 from armor.core.typed import Typed
 
 __all__ = ["ReportPair", "ReportSettings"]

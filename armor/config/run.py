@@ -7,12 +7,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.common import Name, nearest
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
-from armor.config.recipes import BudgetSettings, LayerSettings, PriceSettings, Recipe
+from armor.config.recipes import Recipe
 from armor.config.report import ReportPair, ReportSettings
+from armor.config.sample import Sample, SensitivityJob
 from armor.config.sources import CalibrationSettings, ModelSettings
-from armor.config.training import RefineJob, Sample, SensitivityJob, TuneJob, overlap
+from armor.config.training import RefineJob, TuneJob, overlap
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS

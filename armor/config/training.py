@@ -7,14 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from armor.config.common import Name
+from armor.config.sample import Sample
 from armor.config.sources import TextSettings
 from armor.core.typed import Typed
 
 __all__ = [
     "RefineJob",
     "RefineSettings",
-    "Sample",
-    "SensitivityJob",
     "TrainingSettings",
     "TuneJob",
     "TuneSettings",
@@ -71,22 +70,6 @@ class TuneSettings(TrainingSettings):
     """The largest step of the optimiser, relative to the root mean square of each tensor."""
     core: bool = True
     """Whether the values of S are trained too."""
-
-
-class Sample(Typed):
-    """Token sequences of a text."""
-
-    text: TextSettings
-    sequences: int = Field(ge=1)
-    sequence_length: int | None = Field(default=None, ge=2)
-    """Tokens in each; unset: the model's context length."""
-
-
-class SensitivityJob(Typed):
-    """The measurement of sensitivities as a job has it: the sequences, and the seed of the tokens that are drawn."""
-
-    sample: Sample
-    seed: int = 0
 
 
 class RefineJob(Typed):

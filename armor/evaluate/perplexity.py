@@ -39,8 +39,8 @@ from armor.evaluate.predictions import fitting
 from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
-from armor.format.layout import logits_beside
 from armor.format.logits import read_logits
+from armor.format.names import logits_beside
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord

@@ -34,8 +34,8 @@ from armor.evaluate.logits import (
 from armor.execution.log import log, progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
-from armor.format.layout import logits_beside
 from armor.format.logits import LogitsFile
+from armor.format.names import logits_beside
 from armor.format.provenance import machine, made_by
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype

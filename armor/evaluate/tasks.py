@@ -45,7 +45,7 @@ from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
-from armor.format.layout import beside, samples_beside, task_beside
+from armor.format.names import beside, samples_beside, task_beside
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from armor.config.recipes import BudgetSettings
+from armor.config.budget import BudgetSettings
 from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.execution.machine import peak_memory_bytes
-from armor.format.layout import layer_files
+from armor.format.names import layer_files
 from armor.format.provenance import combined, machine, made_by
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from armor.config.layers import Choice, LayerSettings, ModuleSettings, check_patterns
 from armor.config.reading import parse_settings
-from armor.config.recipes import Choice, LayerSettings, ModuleSettings, check_patterns
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern

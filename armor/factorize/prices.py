@@ -15,7 +15,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from armor.config.recipes import Choice, LayerSettings, ModuleSettings, PriceSettings
+from armor.config.budget import PriceSettings
+from armor.config.layers import Choice, LayerSettings, ModuleSettings
 from armor.core.blockdiag import sizes
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256

@@ -26,13 +26,13 @@ A method without names gives the path with wildcards, as a rule of the workflow 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from armor.format.names import MODEL, layer_name, logits_beside
 
 __all__ = [
     "CALIBRATION",
     "CHECKPOINT",
     "FACTORS",
-    "MODEL",
     "REPORT",
     "RESERVED",
     "RESULTS",
@@ -40,13 +40,6 @@ __all__ = [
     "SOURCE",
     "SUMMARY",
     "Results",
-    "beside",
-    "layer_file",
-    "layer_files",
-    "layer_name",
-    "logits_beside",
-    "samples_beside",
-    "task_beside",
 ]
 
 RESULTS = "results"
@@ -54,7 +47,6 @@ RESULTS = "results"
 REPORT = "report"
 RUN = "run.json"
 SOURCE = "source.json"
-MODEL = "model.json"
 CALIBRATION = "calibration.json"
 CHECKPOINT = "checkpoint.json"
 SUMMARY = "summary.json"
@@ -155,38 +147,3 @@ class Results:
     def measured(self, stage: str, *names: object) -> str:
         """What Snakemake measured of a job: seconds and memory."""
         return "/".join([self.root, "benchmarks", stage, *map(str, names)]).removesuffix("/") + ".tsv"
-
-
-def layer_name(index: int | str) -> str:
-    """The name of a file of decoder layer `index`, without its suffix."""
-    return f"layer_{index}"
-
-
-def layer_file(folder: Path, index: int | str) -> Path:
-    """The safetensors of decoder layer `index` in `folder`; its record has the same name, with .json."""
-    return folder / f"{layer_name(index)}.safetensors"
-
-
-def layer_files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
-    """The files of all decoder layers in `folder`, by number: the safetensors, or with ".json" their records."""
-    return sorted(folder.glob(layer_name("*") + suffix), key=lambda file: (len(file.name), file.name))
-
-
-def beside(record: Path | str) -> Path:
-    """The folder that a record speaks of: its name without .json, beside it."""
-    return Path(record).with_suffix("")
-
-
-def logits_beside(predictions: Path | str) -> Path:
-    """The file with the logits that the record `predictions` speaks of."""
-    return Path(predictions).with_suffix(".safetensors")
-
-
-def task_beside(evaluation: Path | str, task: str) -> Path:
-    """The record of one of the tasks that the record `evaluation` sums up."""
-    return beside(evaluation) / f"{task}.json"
-
-
-def samples_beside(evaluation: Path | str, task: str) -> Path:
-    """The file with every item of one of the tasks, and what the model said to it."""
-    return beside(evaluation) / f"{task}.samples.jsonl"

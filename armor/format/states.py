@@ -17,7 +17,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path, open_safetensors
-from armor.format.layout import layer_file
+from armor.format.names import layer_file
 from armor.format.shards import DTYPES
 
 __all__ = ["StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
-from armor.format.layout import layer_file
+from armor.format.names import layer_file
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord
 

@@ -15,7 +15,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from armor.config.recipes import LayerSettings
+from armor.config.layers import LayerSettings
 from armor.config.report import ReportSettings
 from armor.execution.files import atomic_path
 from armor.execution.log import log

@@ -20,7 +20,8 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
-from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY, beside, layer_file
+from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
+from armor.format.names import beside, layer_file, record_of_folder
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.budget import BudgetRecord, PricesRecord
@@ -72,7 +73,7 @@ def record_of(path: Path) -> Path:
     if path.is_dir():
         candidates = [path / file for file in (PROVENANCE, SUMMARY, CALIBRATION)]
         if (path / CHECKSUMS).is_file():
-            candidates.insert(0, path.with_name(f"{path.name}.json"))
+            candidates.insert(0, record_of_folder(path))
     else:
         here = [] if path.suffix == ".json" else [path.parent / CALIBRATION, path.parent / SUMMARY]
         candidates = [path.with_suffix(".json"), *here]

@@ -25,7 +25,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import log
 from armor.execution.resume import Steps, resumable
-from armor.format.layout import layer_file
+from armor.format.names import layer_file
 from armor.format.provenance import combined, made_by
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord

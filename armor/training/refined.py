@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.core.errors import ArmorError
-from armor.format.layout import layer_files
+from armor.format.names import layer_files
 from armor.format.provenance import machine, made_by
 from armor.format.records.layer import LayerRecord
 from armor.format.records.refine import RefineRecord

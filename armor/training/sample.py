@@ -6,7 +6,7 @@ import hashlib
 
 from torch import Tensor
 
-from armor.config.training import Sample
+from armor.config.sample import Sample
 from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.model.source import Source

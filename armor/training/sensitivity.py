@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from armor.config.training import SensitivityJob
+from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.format.layout import layer_file, layer_name
+from armor.format.names import layer_file, layer_name
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File
 from armor.format.records.sensitivity import SensitivityRecord

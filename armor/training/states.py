@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from armor.config.training import Sample
+from armor.config.sample import Sample
 from armor.core.errors import ArmorError
 from armor.execution.files import save_safetensors
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.format.layout import layer_name
+from armor.format.names import layer_name
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File
 from armor.format.records.states import StatesRecord

@@ -35,7 +35,7 @@ from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.checkpoint import SUFFIXES
-from armor.format.layout import layer_file
+from armor.format.names import layer_file
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File, MadeBy
 from armor.format.records.calibration import CalibrationRecord

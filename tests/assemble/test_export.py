@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.assemble.export import export
 from armor.assemble.verify import verify
-from armor.config.recipes import LayerSettings
+from armor.config.layers import LayerSettings
 from armor.core.errors import ArmorError
 from tests.packed import DEFECTS, edit_tensors, factors_of, packed
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from armor.assemble.writer import assemble
-from armor.config.recipes import LayerSettings, Override
+from armor.config.layers import LayerSettings, Override
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256

@@ -118,7 +118,7 @@ def test_what_is_no_checkpoint(root, tmp_path, kind):
 
 
 def test_unstructured_and_other_patterns_are_checked_too(tmp_path):
-    from armor.config.recipes import LayerSettings
+    from armor.config.layers import LayerSettings
 
     root = packed(tmp_path, settings=LayerSettings(method="wanda", pattern="50%"))
     folder = root / "checkpoint"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.config.recipes import LayerSettings, Override
+from armor.config.layers import LayerSettings, Override
 from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord

@@ -12,8 +12,8 @@ from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_on_disk, bytes_per_token, core_on_disk, greedy_text
 from armor.benchmark.loading import measure_loading
 from armor.benchmark.speed import generation_speed, random_prompt
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
-from armor.config.recipes import LayerSettings
 from armor.core.errors import ArmorError
 from armor.format.records.benchmark import BenchmarkRecord
 from armor.runtime.load import load_model, load_tokenizer

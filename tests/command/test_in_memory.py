@@ -13,7 +13,8 @@ import armor
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
-from armor.config.recipes import Override, Recipe
+from armor.config.layers import Override
+from armor.config.recipes import Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer

@@ -8,10 +8,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from armor.config.budget import PriceSettings
+from armor.config.layers import LayerSettings, check_patterns
 from armor.config.loading import load_config
 from armor.config.measures import PAPER_TASKS, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
-from armor.config.recipes import LayerSettings, PriceSettings, Recipe, check_patterns
+from armor.config.recipes import Recipe
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 

@@ -9,8 +9,8 @@ from armor.core.errors import ArmorError
 from armor.evaluate.perplexity import evaluate
 from armor.evaluate.predictions import predict
 from armor.execution.resume import part_of
-from armor.format.layout import logits_beside
 from armor.format.logits import LogitsFile
+from armor.format.names import logits_beside
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import load_model, load_tokenizer
 from tests.killed import left_over

@@ -7,8 +7,8 @@ import torch
 
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
+from armor.config.layers import LayerSettings
 from armor.config.measures import EvaluationSettings
-from armor.config.recipes import LayerSettings
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed

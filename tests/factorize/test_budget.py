@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armor.assemble.writer import assemble
-from armor.config.recipes import BudgetSettings, Choice, Override, PriceSettings
-from armor.config.training import SensitivityJob
+from armor.config.budget import BudgetSettings, PriceSettings
+from armor.config.layers import Choice, Override
+from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.factorize.budget import cheapest, choose
 from armor.factorize.layer import factorize_layer

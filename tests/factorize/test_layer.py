@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from armor.config.recipes import LayerSettings, Override
+from armor.config.layers import LayerSettings, Override
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern, is_nm
 from armor.factorize.layer import factorize_layer, seed_of

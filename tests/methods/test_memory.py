@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from armor.config.recipes import LayerSettings, ModuleSettings
+from armor.config.layers import LayerSettings, ModuleSettings
 from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.methods import METHODS
@@ -20,7 +20,7 @@ from tests.packed import opened, prepared
 # A small weight first, so that libraries are loaded; then the kernel's high-water mark is set back.
 MEASURE = """
 import gc, sys, torch
-from armor.config.recipes import ModuleSettings
+from armor.config.layers import ModuleSettings
 from armor.format.statistics import Statistics
 from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.methods import METHODS

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from armor.config.recipes import ModuleSettings
+from armor.config.layers import ModuleSettings
 from armor.core.errors import ArmorError
 from armor.format.statistics import Statistics
 from armor.methods import METHODS, SETTINGS, STATISTICS, method

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.config.recipes import LayerSettings
+from armor.config.layers import LayerSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord

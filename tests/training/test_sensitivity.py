@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from armor.config.training import SensitivityJob
+from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.sensitivity import read_sensitivities

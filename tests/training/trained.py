@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from armor.calibrate.capture import calibrate
-from armor.config.recipes import LayerSettings
+from armor.config.layers import LayerSettings
+from armor.config.sample import Sample
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.config.training import RefineJob, RefineSettings, Sample
+from armor.config.training import RefineJob, RefineSettings
 from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
 from armor.model.inspect import inspect

@@ -57,7 +57,7 @@ elif name == "-m":  # the server that forks the jobs of most commands
     os.register_at_fork(after_in_child=begin)
 """
 AROUND = (
-    *("armor/__main__.py", "armor/__init__.py", "armor/command/", "armor/config/reading.py", "armor/run/"),
+    *("armor/__main__.py", "armor/__init__.py", "armor/command/", "armor/run/"),
     "armor/model/source.py",  # the command opens the source; its fingerprint is an input of the job
     "armor/execution/fingerprint.py",  # the hash of the code for the record
     *(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from armor.command import forkserver
 from armor.config.reading import parse_settings, read_yaml
-from armor.config.recipes import check_patterns
+from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.format.layout import Results, beside
+from armor.format.layout import Results
+from armor.format.names import beside
 from armor.format.records.topology import Topology
 from armor.run.jobs import Job
 from armor.run.progress import typed

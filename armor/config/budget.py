@@ -1,0 +1,39 @@
+"""Settings of a budget of bits: what each linear may become, and how that is priced."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from armor.config.layers import Choice, LayerSettings
+from armor.core.typed import Typed
+
+__all__ = ["BudgetSettings", "PriceSettings"]
+
+
+class BudgetSettings(Typed):
+    """Bits to spend: the choice for each linear that costs the least KL divergence, as predicted, is looked for.
+
+    Linears whose bits `overrides` or `keep_dense` decide stay as these say; their bits count.
+    """
+
+    bits: float = Field(gt=0)
+    """The stored bits per weight of all linears together, in the mean and at most: the report's bits/weight."""
+    over: list[Choice] = Field(
+        default=[*(Choice(block_size=d) for d in (16, 32, 64, 128)), Choice(method="nowag"), Choice(method="dense")],
+        min_length=1,
+    )
+    """What each linear may become. Unset: blocks of 16, 32, 64 and 128, nowag, dense."""
+    sequences: int = Field(default=8, ge=1)
+    """How many token sequences of the recipe's calibration the sensitivities are measured on."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in each; unset: as the calibration says, or else the model's context length."""
+    iterations: int = Field(default=30, ge=3)
+    """The solver's iterations where a choice is tried: once with these and once with a third of them. What those of the
+    recipe would come to is extrapolated."""
+
+
+class PriceSettings(LayerSettings):
+    """A recipe resolved for one decoder layer, whose choices are priced."""
+
+    iterations: int = Field(ge=3)
+    """The solver's iterations where a choice is tried."""

@@ -1,0 +1,134 @@
+"""Settings of how one decoder layer and one linear of it are compressed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from armor.config.common import PatternText, nearest
+from armor.core.errors import ArmorError
+from armor.core.typed import Typed
+from armor.methods import METHODS
+from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
+
+__all__ = ["Choice", "LayerSettings", "MethodName", "ModuleSettings", "Override", "check_patterns", "methods_of"]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"{name!r} is unknown{nearest(name, METHODS)}")
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": list(METHODS)})]
+
+
+class SolverChange(Typed):
+    """The part of SolverSettings that an override changes."""
+
+    iterations: int | None = Field(default=None, ge=1)
+    """Another budget."""
+    algorithm: Algorithm | None = None
+    """Another optimiser."""
+    selection: Selection | None = None
+    """Another rule of choice."""
+
+
+class ModuleSettings(Typed):
+    """How one linear is compressed."""
+
+    method: MethodName = "armor"
+    """How a weight is compressed; dense leaves it as it is. The methods have a table of their own."""
+    pattern: PatternText = "2:4"
+    """n:m keeps at most n of every m consecutive weights of a row; 50% keeps that share of each row."""
+    block_size: int = Field(default=128, ge=1)
+    """Size of the blocks around the core. Where it does not divide a dimension, the largest divisor below it serves."""
+    solver: SolverSettings = SolverSettings()
+    """The optimiser of the method armor."""
+
+
+class Choice(Typed):
+    """What decides the bits of a linear, where it is another than the recipe says."""
+
+    method: MethodName | None = None
+    """Another method; unset: that of the recipe."""
+    pattern: PatternText | None = None
+    """Another pattern; unset: that of the recipe."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Another block size; unset: that of the recipe."""
+
+    def given(self) -> dict[str, str | int]:
+        """What it changes, by key."""
+        found = {key: getattr(self, key) for key in Choice.model_fields}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def apply(self, settings: ModuleSettings) -> ModuleSettings:
+        """`settings` with what is given here put in their place."""
+        return settings.model_copy(update=self.given())
+
+
+class Override(Choice):
+    """A change for some decoder layers, some modules, or some modules of some layers."""
+
+    solver: SolverChange | None = None
+    """Other settings of the optimiser; those left out are those of the recipe."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of decoder layers, from 0; unset: all."""
+    modules: str = "*"
+    """A shell-style pattern over full module names, like *.down_proj."""
+
+    def apply(self, settings: ModuleSettings) -> ModuleSettings:
+        """`settings` with what is given here put in their place."""
+        settings = super().apply(settings)
+        if self.solver is None:
+            return settings
+        solver = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
+        return settings.model_copy(update={"solver": solver})
+
+
+class LayerSettings(ModuleSettings):
+    """A recipe resolved for one decoder layer."""
+
+    seed: int = 0
+    """The seed of every random choice."""
+    overrides: list[Override] = []
+    """Those that concern this layer, their layer numbers dropped; later ones win."""
+    over: list[Choice] = []
+    """What the recipe's budget chooses from; empty without one."""
+
+    def methods(self) -> list[str]:
+        """The methods that it names, each once."""
+        return methods_of(self.method, [*self.overrides, *self.over])
+
+    def code(self) -> list[str]:
+        """The modules of the methods, for the hash of the code that a layer's job executes."""
+        return sorted({module for name in self.methods() for module in METHODS[name].modules})
+
+    def for_module(self, name: str) -> ModuleSettings:
+        """The settings of the linear with the full module name `name`."""
+        settings = ModuleSettings(**{key: getattr(self, key) for key in ModuleSettings.model_fields})
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(name, override.modules):
+                settings = override.apply(settings)
+        return settings
+
+    def choices(self, name: str) -> list[Choice]:
+        """What the budget may choose for this linear; one that changes nothing where an override decides its bits."""
+        decided = any(fnmatch.fnmatchcase(name, override.modules) for override in self.overrides if override.given())
+        return [Choice()] if decided or not self.over else self.over
+
+
+def methods_of(own: str, changes: Iterable[Choice]) -> list[str]:
+    return sorted({own, *(change.method for change in changes if change.method)})
+
+
+def check_patterns(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise ArmorError for the first of `patterns` that matches none of the full names `modules`: likely a typo."""
+    modules = list(modules)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+            ends = sorted({f"*.{name.rpartition('.')[2]}" for name in modules})
+            raise ArmorError(f"{where}: {pattern!r} matches no linear of the model{nearest(pattern, ends)}")

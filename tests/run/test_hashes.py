@@ -1,0 +1,110 @@
+"""Which stages an edit of a module runs again, written down room by room: an import that adds one shows here.
+
+That a hash lacks nothing that its stage executes is in tests/workflow/test_jobs.py.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from armor.execution.fingerprint import modules_of
+from armor.methods import METHODS
+from armor.run.jobs import STAGES
+
+PACKAGE = Path(__file__).resolve().parents[2] / "armor"
+TRAIN = "sensitivity states refine tune"
+MEASURE = "predict evaluate tasks benchmark"
+READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
+FACTORS = "price factorize refine tune"
+ALL = " ".join(STAGES)
+HELD_BY = {
+    # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
+    "__init__ __main__ hf command* run run/* core/errors core/version format/provenance format/records/run": "",
+    "execution/devices execution/log execution/machine execution/nvml assemble/export assemble/verify": "",
+    "config/loading config/reading config/recipes config/reference config/run format/reference": "",
+    # the stages
+    "model/fetch": "fetch",
+    "model/inspect model/by_hand": "inspect",
+    "calibrate*": "calibrate",
+    "training/sensitivity": "sensitivity",
+    "factorize/prices": "price",
+    "factorize/budget": "budget",
+    "factorize/layer methods/solver/annealed methods/solver/published methods/solver/pruning": "price factorize",
+    "factorize": "price budget factorize",
+    "training/states": "sensitivity states refine",
+    "training/refine": "refine",
+    "training/refined format/records/refine": "refined",
+    "training/tune format/records/tune": "tune",
+    "training/fit training/record training/trainable": "refine tune",
+    "training/sample": TRAIN,
+    "training": f"{TRAIN} refined",
+    "assemble*": "assemble",
+    "evaluate/predictions evaluate/logits": "predict evaluate",
+    "evaluate/perplexity": "evaluate",
+    "evaluate/tasks evaluate/built": "tasks",
+    "evaluate": "predict evaluate tasks",
+    "benchmark*": "benchmark",
+    "report*": "report",
+    # their settings
+    "config/layers methods/solver/settings": "price budget factorize report",
+    "config/budget": "price budget",
+    "config/training": "refine tune",
+    "config/sample": TRAIN,
+    "config/measures": MEASURE,
+    "config/report": "report",
+    "config/sources": f"fetch {READ_TEXT} benchmark",
+    "config config/common": f"fetch {READ_TEXT} benchmark price budget factorize report",
+    # their files
+    "format/layout format/records/report": "report",
+    "format/names": ALL.replace("fetch inspect ", ""),
+    "format/statistics": f"calibrate {FACTORS}",
+    "format/records/calibration": f"calibrate {FACTORS} report",
+    "format/sensitivity format/records/sensitivity": "sensitivity price",
+    "format/records/budget": "price budget factorize",
+    "format/states format/records/states": "sensitivity states refine",
+    "format/factors": f"{FACTORS} assemble",
+    "format/records/layer": f"{FACTORS} refined assemble report",
+    "format/records/checkpoint": "assemble benchmark report",
+    "format/logits format/records/predictions": "predict evaluate",
+    "format/records/evaluation": "evaluate tasks report",
+    "format/records/benchmark": "benchmark report",
+    "format/checksums": f"{TRAIN} assemble {MEASURE}",
+    # what several stages stand on
+    "methods methods/solver": f"{FACTORS} budget report",
+    "methods/solver/memory methods/solver/objective": FACTORS,
+    "methods/*": "price factorize",
+    "model/cost": "price report",
+    "text*": READ_TEXT,
+    "runtime/streamed": f"tune {MEASURE}",
+    "runtime*": f"inspect calibrate {TRAIN} {MEASURE}",
+    "model*": f"fetch inspect calibrate {TRAIN} price factorize assemble report",
+    "core* execution* format*": ALL,
+}
+"""The stages whose hash may hold a module, by patterns below armor/; the first that fits counts."""
+
+
+def held() -> dict[str, set[str]]:
+    """The stages whose hash holds each module of the package, by its name below armor/."""
+    methods = [module for method in METHODS.values() for module in method.modules]
+    of = {
+        stage: modules_of(row.entry, *(methods if stage in ("price", "factorize") else ()))
+        for stage, row in STAGES.items()
+    }
+    names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
+    found = {}
+    for name in (name.removesuffix("/__init__") for name in names):
+        module = "armor" if name == "__init__" else f"armor.{name.replace('/', '.')}"
+        found[name] = {stage for stage, modules in of.items() if module in modules}
+    return found
+
+
+def test_an_edit_reruns_these_stages_and_no_other():
+    seen: dict[str, set[str]] = {}
+    for name, stages in held().items():
+        room = next((p for p in HELD_BY if any(fnmatchcase(name, pattern) for pattern in p.split())), None)
+        assert room is not None, f"{name}: not in HELD_BY"
+        more = stages - {*HELD_BY[room].split()}
+        assert not more, f"armor/{name}: an edit reruns {', '.join(sorted(more))} too"
+        seen.setdefault(room, set()).update(stages)
+    assert seen == {room: {*stages.split()} for room, stages in HELD_BY.items()}
