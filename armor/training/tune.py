@@ -8,7 +8,8 @@ never above that over all tokens, and it is zero where both agree.
 Then the compressed model is trained: values in float32, products in bfloat16 where that is native. Where memory is not
 plenty, each decoder layer is run again when its gradient is due. So the inside of one layer at a time is there. With
 Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight, four
-times a dense bfloat16 one. A model that does not fit is refused.
+times a dense bfloat16 one. Of several devices each has some of the layers and hands the states on. A model that does
+not fit is refused.
 
 The promise is that of refine, for the whole. The KL divergence on the held-out sequences, of the model as stored, is
 never above that of the start.
@@ -50,9 +51,10 @@ from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.record import described, read_start, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
+from armor.training.spread import hand_on, leased, spread
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
 
-__all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "peak_bytes", "tune"]
+__all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "tune"]
 
 KEPT = 256
 """Tokens of each prediction that are kept."""
@@ -85,12 +87,15 @@ def tune(
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
-    size = partial(peak_bytes, shards, files, settings.tune, tokens.shape[1])
-    needed, available = size(), device_memory_bytes(device) or host_memory_bytes()
+    devices = leased(device)
+    placed = partial(_placed, shards, files, settings.tune, tokens.shape[1], devices=len(devices))
+    places, needed = placed(recompute=True)
+    available = min(device_memory_bytes(one) or host_memory_bytes() for one in devices)
     if needed > USABLE * available:
+        where = f"{device} has" if len(devices) == 1 else f"on the fullest of {len(devices)} devices; the smallest has"
         raise ArmorError(
-            f"{source.path}: tuning the whole model needs about {needed / 1e9:.1f} GB, {device} has "
-            f"{available / 1e9:.1f} GB; refine its layers instead, set core: false, or take a larger device"
+            f"{source.path}: tuning the whole model needs about {needed / 1e9:.1f} GB, {where} "
+            f"{available / 1e9:.1f} GB; refine its layers instead, set core: false, or take larger or more devices"
         )
     text = fingerprint_of(tokens)
     used = {
@@ -102,8 +107,11 @@ def tune(
     made = made_by(__name__, settings, used)
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
         predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
-        model, layers = _trainable_model(source, shards, files, settings.tune, device)
-        again = size(recompute=False) > ROOMY * available
+        roomy, most = placed(recompute=False)
+        if not (again := most > ROOMY * available):
+            places = roomy
+        on = [devices[place] for place in places]
+        model, layers = _trainable_model(source, shards, files, settings.tune, on, device)
         try:
             found = fit_whole(
                 model, layers, tokens, predictions, settings.tune, settings.seed, source.dtype, device, steps, again
@@ -158,40 +166,41 @@ def _record(
     )
 
 
-def peak_bytes(
-    shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int, recompute: bool = True
-) -> int:
-    """The memory that tuning takes at its peak, from headers: values, gradients, moments, logits, insides of layers.
+def _placed(
+    shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int, recompute: bool, devices: int
+) -> tuple[list[int], int]:
+    """The device of each layer, and the bytes that the fullest of `devices` holds at its peak; from headers.
 
-    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4. The inside of a
-    layer is A·S·B, and what goes into and comes out of the linears for one sequence of `length` tokens. With
-    `recompute` the inside of one layer at a time is there.
+    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4: values,
+    gradients, moments. The inside of a layer is A·S·B, and what goes into and comes out of the linears for one sequence
+    of `length` tokens. With `recompute` the inside of one layer at a time is there. The first device also has what is
+    outside of the layers, and the logits.
     """
-    trained = fixed = vocabulary = 0
-    inside, replaced = [], set()
+    kept, inside, replaced = [], [], set()
     for file in factors:
-        weights = features = 0
+        stays = weights = features = 0
         with open_safetensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118  not a dictionary
                 shape = opened.get_slice(name).get_shape()
                 module, _, suffix = name.rpartition(".")
                 entries = math.prod(shape)
                 if suffix == "core_mask":
-                    fixed += entries
+                    stays += entries
                     weights += 8 * entries
                     features += shape[0] + 8 * shape[1]
-                elif suffix == "core_values" and not settings.core:
-                    fixed += 4 * entries
                 else:
-                    trained += entries
+                    stays += entries * (4 if suffix == "core_values" and not settings.core else 20)
                 replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
-        inside.append((12 if recompute else 20) * weights + 12 * length * features)
-    for name in shards.names():
-        if name not in replaced:
-            fixed += 4 * math.prod(shards.shape(name))
-        if len(shards.shape(name)) == 2:
-            vocabulary = max(vocabulary, shards.shape(name)[0])
-    return 20 * trained + fixed + (max if recompute else sum)(inside) + 12 * length * vocabulary
+        states = 12 * length * features
+        kept.append(stays if recompute else stays + 20 * weights + states)
+        inside.append(12 * weights + states if recompute else 0)
+    left = [name for name in shards.names() if name not in replaced]
+    vocabulary = max((shards.shape(name)[0] for name in left if len(shards.shape(name)) == 2), default=0)
+    outside = 4 * sum(math.prod(shards.shape(name)) for name in left) + 12 * length * vocabulary
+    places, held = spread(kept, devices, outside), [outside] + [0] * (devices - 1)
+    for place, own in zip(places, kept, strict=True):
+        held[place] += own
+    return places, max(held) + max(inside)
 
 
 def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, device: str) -> Predictions:
@@ -263,13 +272,17 @@ def _rest(logs: Tensor) -> Tensor:
 
 
 def _trainable_model(
-    source: Source, shards: Shards, files: Sequence[Path], settings: TuneSettings, device: str
+    source: Source, shards: Shards, files: Sequence[Path], settings: TuneSettings, places: Sequence[str], home: str
 ) -> tuple[PreTrainedModel, list[TrainableLayer]]:
-    """The compressed model in float32 with all its layers ready to be trained."""
+    """The compressed model in float32 ready to be trained, each layer on the device in `places`, all else at `home`."""
     skeleton = open_skeleton(source.path, torch.float32)
     load_outside(skeleton, shards, head=True)
-    place_outside(skeleton, device)
-    layers = [load_trainable(skeleton, index, shards, file, device, settings.core) for index, file in enumerate(files)]
+    place_outside(skeleton, home)
+    layers = [
+        load_trainable(skeleton, index, shards, file, place, settings.core)
+        for index, (file, place) in enumerate(zip(files, places, strict=True))
+    ]
+    hand_on([layer.module for layer in layers], places, home)
     return skeleton.model, layers
 
 

@@ -8,11 +8,15 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.benchmark.generation import benchmark
 from armor.config.measures import BenchmarkSettings
+from armor.config.training import TuneJob, TuneSettings
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cuda
 from armor.runtime.linear import ArmorLinear
+from armor.training.tune import tune
 from tests.layers import layer, twin
+from tests.packed import opened
+from tests.training.trained import TRAINING, ready, sample
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -101,3 +105,15 @@ def test_a_benchmark_times_all_models_by_the_cards_own_clock(root, tmp_path):
         phases = side.tokens_per_second.values()
         assert all(run > 0 for phase in phases for runs in (phase.prefill, phase.decode) for run in runs.runs)
     assert all(run > 0 for linear in record.recipes["armor"].linears for run in linear.milliseconds.runs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_is_tuned_over_two_cards(tmp_path, monkeypatch):
+    root = ready(tmp_path)
+    calibration = root / "calibration/calibration.json"
+    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
+    both = tune(*opened(root), root / "layers", calibration, job, root / "both.json", "cuda:0").training
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    one = tune(*opened(root), root / "layers", calibration, job, root / "one.json", "cuda:0").training
+    assert both.kept > 0 and both.loss < both.start_loss
+    assert both.loss == pytest.approx(one.loss, rel=0.02)

@@ -114,6 +114,13 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     )
 
 
+def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch):
+    """Two that are one: layers are placed and hand their states on; cards of one kind multiply alike."""
+    expected = tuned(root, tmp_path / "a")
+    monkeypatch.setattr(whole, "leased", lambda device: [device, device])
+    assert tuned(root, tmp_path / "b").layers == expected.layers
+
+
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
     expected = tuned(root, tmp_path / "whole")
     monkeypatch.setattr(whole, "fit", dying(whole.fit, 1, 12, 13, 30))
