@@ -23,9 +23,7 @@ def fullest(sizes, places, count, first):
 def test_no_other_way_leaves_the_fullest_emptier(sizes, count, first):
     places = spread(sizes, count, first)
     assert places == sorted(places)
-    best = min(
-        fullest(sizes, other, count, first) for other in combinations_with_replacement(range(count), len(sizes))
-    )
+    best = min(fullest(sizes, other, count, first) for other in combinations_with_replacement(range(count), len(sizes)))
     assert fullest(sizes, places, count, first) == best
 
 
