@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -42,8 +44,10 @@ def spread(sizes: Sequence[int], count: int, first: int = 0) -> list[int]:
 def hand_on(layers: Sequence[nn.Module], places: Sequence[str], home: str) -> None:
     """Let each layer fetch what it is called with to its device, and the last one return its output to `home`."""
     for layer, place in zip(layers, places, strict=True):
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, place=place: (send_to_device(args, place), send_to_device(kwargs, place)),
-            with_kwargs=True,
-        )
+        layer.register_forward_pre_hook(partial(_fetch, place), with_kwargs=True)
     layers[-1].register_forward_hook(lambda _, args, output: send_to_device(output, home))
+
+
+def _fetch(place: str, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a layer is called with, on its device."""
+    return send_to_device(args, place), send_to_device(kwargs, place)
