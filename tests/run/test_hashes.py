@@ -35,7 +35,7 @@ HELD_BY = {
     "training/states": "sensitivity states refine",
     "training/refine": "refine",
     "training/refined format/records/refine": "refined",
-    "training/tune format/records/tune": "tune",
+    "training/tune training/spread format/records/tune": "tune",
     "training/fit training/record training/trainable": "refine tune",
     "training/sample": TRAIN,
     "training": f"{TRAIN} refined",
