@@ -18,6 +18,7 @@ FLOORS = (
     ("config", "runtime"),
     ("model", "text", "run", "hf"),
     ("calibrate", "factorize", "training", "assemble", "evaluate", "benchmark", "report"),
+    ("plan",),
     ("command",),
     ("__main__",),
 )

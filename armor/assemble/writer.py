@@ -9,6 +9,7 @@ format is in docs/FORMAT.md.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import DTYPES, Shards
 from armor.model.source import Source
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "bits_per_weight", "tensor_bytes"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def assemble(
         raise ArmorError(
             f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
         )
-    sizes = _sizes(shards, layers, modules)
+    packed = {tensor: size for layer in layers for tensor, size in layer.bytes.items()}
+    sizes = tensor_bytes(shards, packed, modules)
     work = {
         "fingerprint": source.fingerprint,
         "factors": [layer.record.sha256 for layer in layers],
@@ -105,7 +107,7 @@ def assemble(
             if modules:
                 config["quantization_config"] = quantization_config(modules)
             write_json(part / "config.json", config)
-            bits, dense_bits = _bits(topology, layers, shards)
+            bits, dense_bits = bits_per_weight(topology, packed, shards)
             made.write(part / PROVENANCE)
             whole = Sizes(sum(sizes.values()), sum(map(shards.bytes_of, shards.names())), bits, dense_bits)
             text = card(target, source.path, source.hub, topology.model_type, records, made, whole)
@@ -202,9 +204,11 @@ def _layout(linear: Linear, entry: LinearRecord) -> PackedLinear:
     return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.left, blocks.right)
 
 
-def _sizes(shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear]) -> dict[str, int]:
-    """The bytes of every tensor: the source's in natural order, compressed weights replaced by factors."""
-    packed = {tensor: size for layer in layers for tensor, size in layer.bytes.items()}
+def tensor_bytes(shards: Shards, packed: Mapping[str, int], modules: Mapping[str, PackedLinear]) -> dict[str, int]:
+    """The bytes of every tensor of a checkpoint: the source's in natural order, weights of `modules` replaced.
+
+    `packed` are the bytes of the factors' tensors by name.
+    """
     sizes: dict[str, int] = {}
     for name in sorted(shards.names(), key=natural):
         module = name.removesuffix(".weight")
@@ -217,15 +221,16 @@ def _sizes(shards: Shards, layers: list[_Layer], modules: dict[str, PackedLinear
     return sizes
 
 
-def _bits(topology: Topology, layers: list[_Layer], shards: Shards) -> tuple[float, float]:
-    """Bits per weight over all linears of the decoder layers, compressed and dense; biases do not count."""
-    packed = {name: layer for layer in layers for name in layer.modules}
+def bits_per_weight(topology: Topology, packed: Mapping[str, int], shards: Shards) -> tuple[float, float]:
+    """Bits per weight over all linears of the decoder layers, compressed and dense; biases do not count.
+
+    `packed` are the bytes of the factors' tensors by name.
+    """
     dense = compressed = 0
     for linear in topology.linears():
         size = shards.bytes_of(f"{linear.name}.weight")
+        factors = [packed[key] for key in (f"{linear.name}.{suffix}" for suffix in SUFFIXES) if key in packed]
         dense += size
-        if linear.name in packed:
-            size = sum(packed[linear.name].bytes.get(f"{linear.name}.{suffix}", 0) for suffix in SUFFIXES)
-        compressed += size
+        compressed += sum(factors) if factors else size
     weights = topology.linear_parameters
     return 8 * compressed / weights, 8 * dense / weights

@@ -44,6 +44,26 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
     print(f"{names}: {', '.join(counts)}")
 
 
+@app.command()
+def plan(
+    files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")],
+    card: Annotated[str, typer.Option(help="The GPU to plan for; an unknown name lists all.")] = "H100",
+    directory: Annotated[Path, typer.Option(help="The folder that the run will have with --directory.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Say what a run will take, from headers alone: jobs, memory, disk, sizes, speed, time; what will not fit."""
+    prepare(threads)
+    from armor.plan.run import make_plan
+
+    found, lines = make_plan(load_config(*files), card, directory)
+    print(found.model_dump_json(indent=1) if as_json else "\n".join(lines))
+    for problem in found.problems:
+        print(f"armor: error: {problem}", file=sys.stderr)
+    if found.problems:
+        raise typer.Exit(1)
+
+
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 

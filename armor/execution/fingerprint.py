@@ -3,9 +3,9 @@
 The hash covers the modules that a stage executes. They are found by following `import armor...` statements from its
 entry module. A module counts as its syntax tree without docstrings; comments and formatting do not count. Templates and
 C sources of the packages on the way count as they are. A method's title and source do not count. Modules that cannot
-change a result are left out: messages, devices and provenance touch no number. The messages include the reader of
-settings, for what it reads is compared itself. What is found by name at run time, as methods are, is not followed: it
-is named as an entry.
+change a result are left out: messages, devices, estimates of memory and provenance touch no number. The messages
+include the reader of settings, for what it reads is compared itself. What is found by name at run time, as methods are,
+is not followed: it is named as an entry.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ WITHOUT_EFFECT = (
     "armor.execution.machine",
     "armor.execution.nvml",
     "armor.format.provenance",
+    "armor.training.memory",
 )
 
 

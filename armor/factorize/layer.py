@@ -21,6 +21,7 @@ from torch import Tensor
 
 from armor.config.layers import Choice, LayerSettings, ModuleSettings, check_patterns
 from armor.config.reading import parse_settings
+from armor.core.blockdiag import sizes
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
@@ -28,11 +29,12 @@ from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import resumable
+from armor.format.checkpoint import PackedLinear
 from armor.format.factors import read_factors, write_factors
 from armor.format.provenance import machine, made_by
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
-from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
@@ -46,6 +48,8 @@ __all__ = [
     "factorize_weight",
     "inputs_of",
     "layer_of",
+    "layout_of",
+    "linear_bytes",
     "possible",
     "seed_of",
 ]
@@ -237,15 +241,32 @@ def _check_memory(layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettin
     """Refuse a device that cannot hold what one of the linears will need."""
     available = device_memory_bytes(device)
     for linear in layer.linears:
-        shape = (linear.out_features, linear.in_features)
-        itemsize = getattr(torch, linear.dtype).itemsize
-        chosen = [possible(settings, *shape)[0] for settings in asked[linear.name]]
-        needed = max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
+        needed = linear_bytes(linear, asked[linear.name])
         if available is not None and needed > available:
             raise ArmorError(
-                f"{linear.name}: {shape[0]} x {shape[1]} needs about {needed / 1e9:.1f} GB, {device} has "
-                f"{available / 1e9:.1f} GB; choose a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
+                f"{linear.name}: {linear.out_features} x {linear.in_features} needs about {needed / 1e9:.1f} GB, "
+                f"{device} has {available / 1e9:.1f} GB; choose a larger GPU, or compute on the CPU with --gpus 0 "
+                "(gpu=0)"
             )
+
+
+def linear_bytes(linear: Linear, asked: Sequence[ModuleSettings]) -> int:
+    """The memory that a linear takes at its peak, whichever of `asked` it is compressed with."""
+    shape = (linear.out_features, linear.in_features)
+    chosen = [possible(settings, *shape)[0] for settings in asked]
+    itemsize = getattr(torch, linear.dtype).itemsize
+    return max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
+
+
+def layout_of(linear: Linear, asked: ModuleSettings) -> PackedLinear | None:
+    """How a linear that is compressed as `asked` will be stored; None where it stays dense."""
+    shape = (linear.out_features, linear.in_features)
+    asked, _ = possible(asked, *shape)
+    if asked.method == "dense":
+        return None
+    pattern = Pattern.parse(asked.pattern)
+    blocks = sizes(shape, pattern, asked.block_size) if "block_size" in METHODS[asked.method].settings else (None, None)
+    return PackedLinear(*shape, pattern, *blocks)
 
 
 def _statistics(

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from armor.execution.log import log
 from armor.execution.packages import package_file
 from armor.format.records.source import SourceRecord
 from armor.format.shards import Shards
-from armor.model.source import UNWANTED, WANTED, describe, fingerprint
+from armor.model.hub import download, first_line
+from armor.model.source import describe, fingerprint
 
-__all__ = ["fetch"]
+__all__ = ["check_folder", "fetch", "fill", "gguf_dtype"]
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-SAID = ("README.md", "LICENSE*", "NOTICE*")  # what it says of itself
 
 
 def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
@@ -38,23 +38,15 @@ def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
     output = Path(output)
     made = output.parent / "source"
     if settings.hub is not None or settings.folder is not None:
-        folder = _download(settings.hub, settings.revision) if settings.hub else Path(settings.folder or "")
-        shards = _check(folder)
+        folder = download(settings.hub, settings.revision) if settings.hub else Path(settings.folder or "")
+        shards = check_folder(folder)
         if made.exists() and not folder.resolve().is_relative_to(made.resolve()):
             output.unlink(missing_ok=True)
             shutil.rmtree(made)
     else:
-        pairs = zip(as_list(settings.package), as_list(settings.file), strict=True)
-        origins = [Path(settings.gguf)] if settings.gguf else [package_file(*pair) for pair in pairs]
         with _making(made, output) as part:
-            if len(origins) > 1:
-                with tempfile.TemporaryDirectory(dir=part) as place:
-                    _convert_gguf(_join(origins, Path(place)), part, settings.dtype)
-            elif origins[0].is_dir():
-                shutil.copytree(origins[0], part, dirs_exist_ok=True)
-            else:
-                _convert_gguf(origins[0], part, settings.dtype)
-            _check(part)
+            fill(settings, part, _convert_gguf)
+            check_folder(part)
         folder, shards = made, Shards(made)
     files = describe(folder)
     absolute = folder.resolve()
@@ -69,6 +61,36 @@ def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
     )
     record.write(output)
     return record
+
+
+def fill(settings: ModelSettings, folder: Path, convert: Callable[[Path, Path, str], None]) -> None:
+    """Put the model of a GGUF file or of a package into `folder`; `convert` takes a GGUF file, `folder` and a dtype."""
+    pairs = zip(as_list(settings.package), as_list(settings.file), strict=True)
+    origins = [Path(settings.gguf)] if settings.gguf else [package_file(*pair) for pair in pairs]
+    if len(origins) == 1 and origins[0].is_dir():
+        shutil.copytree(origins[0], folder, dirs_exist_ok=True)
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = origins[0] if len(origins) == 1 else _join(origins, Path(place))
+        _check_gguf(file)
+        try:
+            with _quiet_transformers():
+                convert(file, folder, settings.dtype)
+        except ArmorError:
+            raise
+        except Exception as error:  # the readers of models and tokenizers raise all kinds
+            raise ArmorError(f"{file}: cannot be converted: {first_line(error)}") from error
+    for path in folder.iterdir():  # safetensors writes files that only the owner can read
+        if path.is_file():
+            shutil.copymode(folder / "config.json", path)
+
+
+def _check_gguf(file: Path) -> None:
+    if not file.is_file():
+        raise ArmorError(f"{file}: no such file; expected a GGUF model")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ArmorError(f"{file}: not a GGUF file; expected a model in GGUF format, or a folder")
 
 
 def _join(parts: list[Path], folder: Path) -> Path:
@@ -116,7 +138,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check(folder: Path) -> Shards:
+def check_folder(folder: Path) -> Shards:
     """The shards of a folder that holds a whole, dense model; otherwise an ArmorError that says what is missing."""
     if not folder.is_dir():
         raise ArmorError(f"{folder}: no such folder; expected a model with config.json, safetensors and tokenizer")
@@ -141,61 +163,24 @@ def _check(folder: Path) -> Shards:
     return shards
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                repo_id=name, revision=revision, allow_patterns=[*WANTED, *SAID], ignore_patterns=UNWANTED
-            )
-        )
-    except GatedRepoError:
-        reason = "its owner wants you to accept terms; do so on its page, then log in with `hf auth login`"
-    except RevisionNotFoundError:
-        reason = f"it has no revision {revision}"
-    except RepositoryNotFoundError:
-        reason = "there is no such model, or it is private; check the name, or log in with `hf auth login`"
-    except HFValidationError as error:
-        reason = f"not a valid name ({_first_line(error)})"
-    except OSError as error:
-        reason = f"cannot be downloaded ({_first_line(error)}); check network and disk, or give a folder"
-    except Exception as error:  # the hub's client passes on whatever its network library raises
-        reason = f"{type(error).__name__}: {_first_line(error)}; check the network, or give a folder"
-    raise ArmorError(f"hub model {name}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def gguf_dtype(dtype: str) -> str:
+    """The dtype that a GGUF model is kept in, where `dtype` is asked for."""
+    return "bfloat16" if dtype == "auto" else dtype
 
 
 def _convert_gguf(file: Path, folder: Path, dtype: str) -> None:
-    """Dequantize a GGUF model and its tokenizer into `folder`, in `dtype` (auto is bfloat16)."""
-    if not file.is_file():
-        raise ArmorError(f"{file}: no such file; expected a GGUF model")
-    with open(file, "rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ArmorError(f"{file}: not a GGUF file; expected a model in GGUF format, or a folder")
+    """Dequantize a GGUF model and its tokenizer into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("dequantizing %s", file.name)
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=target, output_loading_info=True)
-            model, report = loaded
-            missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-            if missing:  # transformers would go on with random numbers
-                raise ArmorError(f"{file}: holds no usable {missing[0]} ({len(missing)} such); get the file again")
-            model.hf_quantizer.remove_quantization_config(model)
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-    except ArmorError:
-        raise
-    except Exception as error:  # the readers of models and tokenizers raise all kinds
-        raise ArmorError(f"{file}: cannot be converted: {_first_line(error)}") from error
-    for path in folder.iterdir():  # safetensors writes files that only the owner can read
-        shutil.copymode(folder / "config.json", path)
+    target = getattr(torch, gguf_dtype(dtype))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=target, output_loading_info=True)
+    model, report = loaded
+    missing = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if missing:  # transformers would go on with random numbers
+        raise ArmorError(f"{file}: holds no usable {missing[0]} ({len(missing)} such); get the file again")
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)

@@ -24,6 +24,7 @@ from armor.config.training import RefineJob, RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import log
+from armor.execution.machine import device_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file
 from armor.format.provenance import combined, made_by
@@ -36,6 +37,7 @@ from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record_each, unload_outside
 from armor.training.fit import Fit, fit
+from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, read_start, write_trained
 from armor.training.states import TOKENS
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic
@@ -78,6 +80,8 @@ def refine_layer(
     if not (folder / TOKENS).is_file():
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
+    shards = Shards(source.path)
+    _check_memory(shards, topology.layers[layer].prefix, factors, known.length, device)
     chained = settings.refine.inputs == "compressed"
     earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
     before = [LayerRecord.read(file).sha256 for file in earlier]
@@ -91,7 +95,7 @@ def refine_layer(
     made = made_by(__name__, settings, used)
     work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
-        shards, skeleton = Shards(source.path), open_skeleton(source.path, torch.float32)
+        skeleton = open_skeleton(source.path, torch.float32)
         load_outside(skeleton, shards)
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
@@ -114,6 +118,16 @@ def refine_layer(
             for left in output.parent.glob(".states_*.safetensors"):
                 left.unlink()
     return record
+
+
+def _check_memory(shards: Shards, prefix: str, factors: Path, length: int, device: str) -> None:
+    """Refuse a device that cannot hold the layer while it is trained."""
+    needed, available = refine_bytes(shards, prefix, factor_shapes(factors), length), device_memory_bytes(device)
+    if available is not None and needed > available:
+        raise ArmorError(
+            f"{prefix}: refining it on sequences of {length} tokens needs about {needed / 1e9:.1f} GB, {device} has "
+            f"{available / 1e9:.1f} GB; lower sequence_length, or refine with --gpus 0 (gpu=0)"
+        )
 
 
 def _fit_or_say(

@@ -17,7 +17,6 @@ never above that of the start.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
-from armor.format.checkpoint import SUFFIXES
 from armor.format.names import layer_file
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File, MadeBy
@@ -49,9 +47,10 @@ from armor.model.source import Source
 from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
+from armor.training.memory import factor_shapes, tune_bytes
 from armor.training.record import described, read_start, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
-from armor.training.spread import hand_on, leased, spread
+from armor.training.spread import hand_on, leased
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
 
 __all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "tune"]
@@ -87,8 +86,8 @@ def tune(
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
-    devices = leased(device)
-    placed = partial(_placed, shards, files, settings.tune, tokens.shape[1], devices=len(devices))
+    devices, shapes = leased(device), [factor_shapes(file) for file in files]
+    placed = partial(tune_bytes, shards, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
     places, needed = placed(recompute=True)
     available = min(device_memory_bytes(one) or host_memory_bytes() for one in devices)
     if needed > USABLE * available:
@@ -164,43 +163,6 @@ def _record(
         seconds=steps.seconds(),
         peak_memory_bytes=peak_memory_bytes(device),
     )
-
-
-def _placed(
-    shards: Shards, factors: Sequence[Path], settings: TuneSettings, length: int, recompute: bool, devices: int
-) -> tuple[list[int], int]:
-    """The device of each layer, and the bytes that the fullest of `devices` holds at its peak; from headers.
-
-    Everything that is trained takes 16 bytes a number and the best values 4, all else of the model 4: values,
-    gradients, moments. The inside of a layer is A·S·B, and what goes into and comes out of the linears for one sequence
-    of `length` tokens. With `recompute` the inside of one layer at a time is there. The first device also has what is
-    outside of the layers, and the logits.
-    """
-    kept, inside, replaced = [], [], set()
-    for file in factors:
-        stays = weights = features = 0
-        with open_safetensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118  not a dictionary
-                shape = opened.get_slice(name).get_shape()
-                module, _, suffix = name.rpartition(".")
-                entries = math.prod(shape)
-                if suffix == "core_mask":
-                    stays += entries
-                    weights += 8 * entries
-                    features += shape[0] + 8 * shape[1]
-                else:
-                    stays += entries * (4 if suffix == "core_values" and not settings.core else 20)
-                replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
-        states = 12 * length * features
-        kept.append(stays if recompute else stays + 20 * weights + states)
-        inside.append(12 * weights + states if recompute else 0)
-    left = [name for name in shards.names() if name not in replaced]
-    vocabulary = max((shards.shape(name)[0] for name in left if len(shards.shape(name)) == 2), default=0)
-    outside = 4 * sum(math.prod(shards.shape(name)) for name in left) + 12 * length * vocabulary
-    places, held = spread(kept, devices, outside), [outside] + [0] * (devices - 1)
-    for place, own in zip(places, kept, strict=True):
-        held[place] += own
-    return places, max(held) + max(inside)
 
 
 def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, device: str) -> Predictions:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from armor.format.records.source import SourceRecord
 from armor.format.shards import SINGLE
 from armor.model.fetch import fetch
 from armor.model.source import open_source
+from tests.hub import hub
 from tests.killed import REPOSITORY, SAVED, WRITTEN, forked
 from tests.tiny import tiny_gguf, tiny_model
 
@@ -207,46 +205,6 @@ def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
         ModelSettings(package=names[0], file=names[1][:1])
 
 
-COMMIT = "c0" * 20
-
-
-class Hub(BaseHTTPRequestHandler):
-    """What a client asks of the Hugging Face hub, for the one model in `folder` at the one `revision`."""
-
-    folder: Path
-    revision = "abc"
-    asked: list[str]
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.asked.append(path)
-        place, _, name = path.rpartition("/")
-        if path == f"/api/models/someone/model/revision/{self.revision}":
-            files = [{"rfilename": file.name} for file in self.folder.iterdir()]
-            self.answer(json.dumps({"id": "someone/model", "sha": COMMIT, "siblings": files}).encode())
-        elif path == f"/api/models/someone/model/tree/{COMMIT}":
-            files = [{"type": "file", "path": file.name, "size": file.stat().st_size} for file in self.folder.iterdir()]
-            self.answer(json.dumps([file | {"oid": "0"} for file in files]).encode())
-        elif place.startswith("/someone/model/resolve/") and (self.folder / name).is_file():
-            self.answer((self.folder / name).read_bytes())
-        else:
-            self.send_error(404)
-
-    do_HEAD = do_GET
-
-    def answer(self, content):
-        self.send_response(200)
-        for key, value in (("X-Repo-Commit", COMMIT), ("ETag", f'"{hashlib.sha256(content).hexdigest()}"')):
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 def armor_fetch(output: Path, cache: Path, settings: dict, **environment: str) -> subprocess.CompletedProcess:
     """`armor fetch` in a process of its own: the hub's client reads its environment when it is imported."""
     command = [sys.executable, "-m", "armor.command.cli", "fetch", "--settings", json.dumps(settings)]
@@ -256,17 +214,14 @@ def armor_fetch(output: Path, cache: Path, settings: dict, **environment: str) -
 
 def test_the_hub_is_asked_for_the_revision_and_for_no_more_than_a_model(model, output, tmp_path):
     (model / "pytorch_model.bin").write_bytes(b"the same again")
-    handler = type("Asked", (Hub,), {"folder": model, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        done = armor_fetch(output, tmp_path / "hub", {"hub": "someone/model", "revision": "abc"}, HF_ENDPOINT=endpoint)
-        server.shutdown()
+    settings = {"hub": "someone/model", "revision": "abc"}
+    with hub(model) as (asked, endpoint):
+        done = armor_fetch(output, tmp_path / "hub", settings, HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stderr
     value = SourceRecord.read(output)
     assert value.hub == "someone/model" and value.fingerprint == open_source(model).fingerprint
-    assert {path.rpartition("/")[2] for path in handler.asked} >= {"abc", SINGLE, "config.json", "tokenizer.json"}
-    assert not any(path.endswith(".bin") for path in handler.asked)
+    assert {path.rpartition("/")[2] for path in asked.asked} >= {"abc", SINGLE, "config.json", "tokenizer.json"}
+    assert not any(path.endswith(".bin") for path in asked.asked)
 
 
 def test_the_silence_of_the_hub_is_one_clear_line(output, tmp_path):

@@ -20,11 +20,12 @@ FACTORS = "price factorize refine tune"
 ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
-    "__init__ __main__ hf command* run run/* core/errors core/version format/provenance format/records/run": "",
-    "execution/devices execution/log execution/machine execution/nvml assemble/export assemble/verify": "",
+    "__init__ __main__ hf command* plan* run run/* core/errors core/version format/provenance format/records/run": "",
+    "execution/devices execution/log execution/machine execution/nvml training/memory": "",
+    "assemble/export assemble/verify model/outline format/holes": "",
     "config/loading config/reading config/recipes config/reference config/run format/reference": "",
     # the stages
-    "model/fetch": "fetch",
+    "model/fetch model/hub": "fetch",
     "model/inspect model/by_hand": "inspect",
     "calibrate*": "calibrate",
     "training/sensitivity": "sensitivity",

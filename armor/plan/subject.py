@@ -1,0 +1,161 @@
+"""A model as a plan sees it: its topology, and what each recipe will make of it, as folders of holes.
+
+A recipe's checkpoint is written with its real header and no data (`armor.format.holes`). So whatever reads headers
+answers for it as it will for the real one: the bytes on disk, the memory of an evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from armor.assemble.folder import copy_others
+from armor.assemble.writer import bits_per_weight, tensor_bytes
+from armor.config.run import Config
+from armor.execution.files import read_json, write_json
+from armor.factorize.layer import layout_of
+from armor.format.checkpoint import PackedLinear, quantization_config
+from armor.format.holes import Hole, write_holes
+from armor.format.layout import Results
+from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.shards import DTYPES, SINGLE, Shards
+from armor.model.inspect import inspect
+from armor.model.outline import outline
+from armor.model.source import Source
+from armor.training.memory import Shapes
+
+__all__ = ["Packed", "Subject", "subject"]
+
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+"""safetensors' name of a dtype by torch's."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a recipe will make of a model: a checkpoint of holes, its linears by name, the factors of each layer."""
+
+    folder: Path
+    modules: dict[str, PackedLinear]
+    layers: tuple[Shapes, ...]
+    layer_bytes: tuple[int, ...]
+    bits: float
+    """A weight of the decoder layers' linears, in the mean."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Those of the safetensors files; that of a budget is what it may spend."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model `name` of a configuration, from its headers in `folder`, and by recipe what it will become."""
+
+    name: str
+    folder: Path
+    topology: Topology
+    shards: Shards
+    packed: dict[str, Packed]
+
+    def inside(self, layer: DecoderLayer, itemsize: int) -> int:
+        """The bytes of a decoder layer's tensors, each number of `itemsize`."""
+        return self._bytes((n for n in self.shards.names() if n.startswith(f"{layer.prefix}.")), itemsize)
+
+    def outside_names(self, head: bool = False) -> list[str]:
+        """The tensors of the base model outside of its decoder layers; with `head`, those beside it too."""
+        layers = self.topology.layers[0].prefix.rpartition(".")[0]
+        base = f"{layers.rpartition('.')[0]}." if "." in layers else ""
+        return [n for n in self.shards.names() if not n.startswith(f"{layers}.") and (head or n.startswith(base))]
+
+    def outside(self, itemsize: int, head: bool = False) -> int:
+        """The bytes of these tensors, each number of `itemsize`."""
+        return self._bytes(self.outside_names(head), itemsize)
+
+    @property
+    def vocabulary(self) -> int:
+        """The logits that it gives for a token."""
+        from armor.runtime.load import read_config
+
+        return read_config(self.folder).get_text_config().vocab_size
+
+    @property
+    def weights_bytes(self) -> int:
+        """Those of its safetensors files."""
+        return sum((self.folder / file).stat().st_size for file in self.shards.files)
+
+    @property
+    def table_bytes(self) -> int:
+        """Those of the table of embeddings, the largest matrix of the base model outside of its layers."""
+        outside = self.outside_names()
+        return max((self.shards.bytes_of(name) for name in outside if len(self.shards.shape(name)) == 2), default=0)
+
+    @property
+    def dense_bits(self) -> float:
+        """Bits that a weight of the decoder layers' linears takes in the source."""
+        size = sum(self.shards.bytes_of(f"{linear.name}.weight") for linear in self.topology.linears())
+        return 8 * size / self.topology.linear_parameters
+
+    def _bytes(self, names: Iterable[str], itemsize: int) -> int:
+        return itemsize * sum(math.prod(self.shards.shape(name)) for name in names)
+
+
+def subject(config: Config, name: str, results: Path) -> Subject:
+    """The model `name` of `config`; its folders of holes and its model.json go into `results`, a temporary one."""
+    place = Path(Results(str(results)).topology(name))
+    place.parent.mkdir(parents=True)
+    (place.parent / "outline").mkdir()
+    folder = outline(config.models[name], place.parent / "outline")
+    shards = Shards(folder)
+    topology = inspect(Source(folder, "planned", shards.main_dtype()), place)
+    recipes = [recipe for model, recipe in config.pairs() if model == name and not config.is_dense(recipe)]
+    owners = dict.fromkeys(config.made_by(recipe)[0][1] for recipe in recipes)
+    packed = {owner: _packed(config, owner, topology, shards, place.parent / owner) for owner in owners}
+    return Subject(name, folder, topology, shards, packed)
+
+
+def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, folder: Path) -> Packed:
+    """What the factorization of `recipe` will make, into `folder`."""
+    modules: dict[str, PackedLinear] = {}
+    holes: dict[str, Hole] = {}
+    layers, sizes = [], []
+    for layer in topology.layers:
+        settings, own = config.layer_settings(recipe, layer.index), {}
+        for linear in layer.linears:
+            layout = layout_of(linear, settings.for_module(linear.name))
+            if layout is not None:
+                modules[linear.name] = layout
+                own |= _factors(linear.name, layout, linear.dtype)
+        layers.append({name: hole.shape for name, hole in own.items()})
+        sizes.append(sum(hole.bytes for hole in own.values()))
+        holes |= own
+    size_of = {name: hole.bytes for name, hole in holes.items()}
+    written = tensor_bytes(shards, size_of, modules)
+    folder.mkdir()
+    write_holes(folder / SINGLE, {n: holes.get(n) or _copied(shards, n, size) for n, size in written.items()})
+    copy_others(shards.folder, folder)
+    described = read_json(shards.folder / "config.json")
+    if modules:
+        described["quantization_config"] = quantization_config(modules)
+    write_json(folder / "config.json", described)
+    bits, _ = bits_per_weight(topology, size_of, shards)
+    budget = config.recipes[recipe].budget
+    return Packed(folder, modules, tuple(layers), tuple(sizes), budget.bits if budget else bits)
+
+
+def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:
+    """The tensors of a compressed linear."""
+    code, width = CODES[dtype], DTYPES[CODES[dtype]][1]
+    found = {}
+    for suffix, shape in layout.shapes().items():
+        mask = suffix == "core_mask"
+        found[f"{name}.{suffix}"] = Hole("U8" if mask else code, shape, math.prod(shape) * (1 if mask else width))
+    return found
+
+
+def _copied(shards: Shards, name: str, size: int) -> Hole:
+    """A tensor of the source; one that has another size there is the mark that stops other readers."""
+    if size != shards.bytes_of(name):
+        return Hole("U8", (size,), size)
+    return Hole(CODES[shards.dtype(name)], shards.shape(name), size)

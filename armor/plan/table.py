@@ -1,0 +1,233 @@
+"""A plan as a person reads it, and as a program does: stages, recipes, disk, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from armor.core.typed import Typed
+from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
+from armor.plan.needs import Need, Plan
+from armor.plan.speed import decode_bytes
+from armor.plan.subject import Subject
+from armor.plan.work import Kind
+from armor.run.jobs import BY_LAYER, STAGES, Job, jobs
+
+__all__ = ["Planned", "RecipePlan", "StagePlan", "planned", "text"]
+
+
+class StagePlan(Typed):
+    """The jobs of one stage, model and recipe (or calibration, evaluation, ...)."""
+
+    stage: str
+    of: str
+    """Model and recipe, or whatever else tells these jobs from others of the stage."""
+    jobs: int
+    host_bytes: int
+    """Of one job at its peak, without a GPU."""
+    beside_bytes: int
+    """Of one job at its peak on the host, while a card computes; 0 where none does."""
+    card_bytes: int
+    """Of one job at its peak on the card."""
+    kept_bytes: int
+    """What the jobs leave in the results."""
+    scratch_bytes: int
+    """What they need on disk only for a while."""
+    seconds: float | None
+    """Of all the jobs on this machine, one after the other; null where nothing was measured."""
+    gpu_seconds: float
+    """Of all the jobs on the card."""
+
+
+class RecipePlan(Typed):
+    """One model and recipe: what will come out."""
+
+    model: str
+    recipe: str
+    weights_bytes: int
+    """The safetensors files of the checkpoint."""
+    dense_bytes: int
+    """Those of the source."""
+    bits_per_weight: float
+    """Of the decoder layers' linears."""
+    bytes_per_token: int
+    """Weights that are read for a token."""
+
+
+class Planned(Typed):
+    """A whole plan."""
+
+    stages: tuple[StagePlan, ...]
+    recipes: tuple[RecipePlan, ...]
+    results_bytes: int
+    """All that stays."""
+    scratch_bytes: int
+    """The most that is needed beside it at one time."""
+    elapsed_seconds: float | None
+    """From the start to the end on this machine; null where nothing was measured."""
+    gpu_hours: float
+    """Of the card, all jobs one after the other."""
+    notes: tuple[str, ...]
+    """What was assumed."""
+    problems: tuple[str, ...]
+    """What does not fit, each with what would."""
+
+
+def planned(plan: Plan, results: Path, rates: Mapping[Kind, float] | None) -> Planned:
+    """The plan in full. `results` is the folder with the model.json of every model; `rates` are seconds for a unit."""
+    groups = list(_groups(plan, results))
+    stages = [_stage(group, rates, plan.card) for group in groups]
+    kept = sum(stage.kept_bytes for stage in stages)
+    logits = sum(stage.scratch_bytes for stage in stages if stage.stage == "predict")
+    passing = max((stage.scratch_bytes for stage in stages if stage.stage != "predict"), default=0)
+    elapsed = None
+    if rates is not None:
+        side_by_side = {stage: plan.host.cores if stage in BY_LAYER else 1 for stage in STAGES}
+        elapsed = sum((s.seconds or 0.0) / side_by_side[s.stage] for s in stages)
+    return Planned(
+        stages=tuple(stages),
+        recipes=tuple(_recipes(plan)),
+        results_bytes=kept,
+        scratch_bytes=logits + passing,
+        elapsed_seconds=elapsed,
+        gpu_hours=sum(stage.gpu_seconds for stage in stages) / 3600,
+        notes=tuple(plan.notes),
+        problems=tuple(_problems(plan, groups, kept + logits + passing)),
+    )
+
+
+def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
+    """The jobs with what they take, those together that differ by their layer alone."""
+    groups: dict[tuple[str, ...], list[tuple[Job, Need]]] = {}
+    for job in jobs(plan.config, str(results)):
+        names = job.names[:-1] if job.stage in BY_LAYER else job.names
+        groups.setdefault((job.stage, *names), []).append((job, plan.need(job)))
+    yield from groups.values()
+
+
+def _stage(group: Sequence[tuple[Job, Need]], rates: Mapping[Kind, float] | None, card: Card) -> StagePlan:
+    job, needs = group[0][0], [need for _, need in group]
+    work = [work for need in needs for work in need.work]
+    names = job.names[:-1] if job.stage in BY_LAYER else job.names
+    return StagePlan(
+        stage=job.stage,
+        of=" ".join(names),
+        jobs=len(group),
+        host_bytes=max(need.memory.host for need in needs),
+        beside_bytes=max(need.memory.beside for need in needs),
+        card_bytes=max(need.memory.card for need in needs),
+        kept_bytes=sum(need.kept for need in needs),
+        scratch_bytes=max(need.scratch for need in needs),
+        seconds=None if rates is None else sum(rates[one.kind] * one.amount for one in work),
+        gpu_seconds=sum(one.seconds_on(card) for one in work) if any(need.memory.card for need in needs) else 0.0,
+    )
+
+
+def _recipes(plan: Plan) -> Iterator[RecipePlan]:
+    for model, recipe in plan.config.pairs():
+        subject = plan.subjects[model]
+        packed = None if plan.config.is_dense(recipe) else subject.packed[plan.config.made_by(recipe)[0][1]]
+        yield RecipePlan(
+            model=model,
+            recipe=recipe,
+            weights_bytes=subject.weights_bytes if packed is None else packed.weights_bytes,
+            dense_bytes=subject.weights_bytes,
+            bits_per_weight=subject.dense_bits if packed is None else packed.bits,
+            bytes_per_token=decode_bytes(subject, packed),
+        )
+
+
+def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: int) -> Iterator[str]:
+    """What does not fit this machine, and what would."""
+    if disk > plan.host.disk:
+        yield (
+            f"disk: {_size(disk)} needed for results and scratch, {_size(plan.host.disk)} free; choose a folder on a "
+            "larger disk with --directory, or plan fewer recipes and models"
+        )
+    gpu, room = plan.host.gpu, plan.host.memory
+    for group in groups:
+        job, need = max(group, key=lambda pair: max(pair[1].memory.card, pair[1].memory.host))
+        memory, remedy = need.memory, need.remedy or "take a larger machine"
+        on_card = gpu is not None and memory.card > 0
+        host = memory.beside if on_card else memory.host
+        if gpu is not None and memory.card > gpu:
+            yield f"{job}: {_size(memory.card)} needed on the GPU, it has {_size(gpu)}; {remedy}"
+        if host > room:
+            yield f"{job}: {_size(host)} needed on the host, it has {_size(room)}; {remedy}"
+        elif job.stage in BY_LAYER and not on_card and host * plan.host.cores > room:
+            at_once = f"{plan.host.cores} such jobs at once need {_size(host * plan.host.cores)}"
+            yield f"{job}: {at_once}, the host has {_size(room)}; use --cores {room // host}"
+
+
+def text(found: Planned, plan: Plan, measured: bool, bandwidth: float | None) -> Iterator[str]:
+    """The plan, line by line; `bandwidth` is this machine's in bytes a second, if it is known."""
+    for name, subject in plan.subjects.items():
+        yield f"{name}: {describe(subject)}"
+    yield ""
+    yield from _table(found, plan, measured)
+    yield ""
+    yield from _results(found, plan, bandwidth)
+    yield ""
+    yield (
+        f"disk: {_size(found.results_bytes)} of results, {_size(found.scratch_bytes)} more while it runs; "
+        f"{_size(plan.host.disk)} free"
+    )
+    if found.elapsed_seconds is not None:
+        yield f"time: about {_time(found.elapsed_seconds)} on this machine ({plan.host.cores} cores, no GPU)"
+    yield (
+        f"GPU: about {found.gpu_hours:.3g} hours of one {plan.card.name}, at {COMPUTE_SHARE:.0%} of its peak and "
+        f"{MEMORY_SHARE:.0%} of its bandwidth (assumed, not measured)"
+    )
+    for note in found.notes:
+        yield f"assumed: {note}"
+
+
+def describe(subject: Subject) -> str:
+    """A model in one line."""
+    topology = subject.topology
+    return (
+        f"{topology.model_type}, {topology.parameters / 1e9:.3g} billion parameters in {topology.dtype}, "
+        f"{len(topology.layers)} decoder layers; {topology.linear_parameters / max(topology.parameters, 1):.1%} of "
+        "them in linears that can be compressed"
+    )
+
+
+def _table(found: Planned, plan: Plan, measured: bool) -> Iterator[str]:
+    width = max(len(stage.of) for stage in found.stages)
+    seconds = "     seconds" if measured else ""
+    yield f"{'stage':<12}{'of':<{width}}{'jobs':>6}{'host':>9}{'beside':>9}{plan.card.name:>11}{seconds}{'GPU s':>9}"
+    for stage in found.stages:
+        line = f"{stage.stage:<12}{stage.of:<{width}}{stage.jobs:>6}{_size(stage.host_bytes):>9}"
+        line += f"{_size(stage.beside_bytes) if stage.card_bytes else '–':>9}"
+        line += f"{_size(stage.card_bytes) if stage.card_bytes else '–':>11}"
+        if measured:
+            line += f"{stage.seconds or 0.0:>12,.1f}"
+        yield line + (f"{stage.gpu_seconds:>9,.0f}" if stage.card_bytes else f"{'–':>9}")
+    yield "host: memory of a job without a GPU; beside: on the host while a GPU computes"
+
+
+def _results(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[str]:
+    width = max(len(f"{one.model} {one.recipe}") for one in found.recipes)
+    here = f"{'tokens/s here':>15}" if bandwidth else ""
+    yield f"{'checkpoint':<{width}}{'size':>10}{'of dense':>10}{'bits/weight':>13}{here}{'on ' + plan.card.name:>14}"
+    for one in found.recipes:
+        line = f"{one.model + ' ' + one.recipe:<{width}}{_size(one.weights_bytes):>10}"
+        line += f"{one.weights_bytes / one.dense_bytes:>10.1%}{one.bits_per_weight:>13.2f}"
+        if bandwidth:
+            line += f"{bandwidth / one.bytes_per_token:>15,.1f}"
+        yield line + f"{plan.card.bandwidth / one.bytes_per_token:>14,.0f}"
+    yield "tokens/s: at most, one sequence, the weights read once for a token at the full bandwidth"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,129 @@
+"""A model before it is here: the same shapes as the real one, from no more than headers, or one line that says why."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from armor.config.sources import ModelSettings
+from armor.core.errors import ArmorError
+from armor.format.shards import SINGLE, Shards
+from armor.model.fetch import fetch
+from armor.model.inspect import inspect
+from armor.model.outline import outline
+from armor.model.source import Source
+from tests.hub import hub
+from tests.tiny import tiny_gguf, tiny_model
+
+HUB = ModelSettings(hub="someone/model", revision="abc")
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return tiny_model(tmp_path / "model", layers=2, max_shard_size="100KB")
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def described(folder: Path) -> dict:
+    """Every tensor's file, dtype, shape and bytes."""
+    shards = Shards(folder)
+    return {n: (shards.file_of(n), shards.dtype(n), shards.shape(n), shards.bytes_of(n)) for n in shards.names()}
+
+
+def ask(monkeypatch, tmp_path, endpoint, settings, place):
+    """`outline` with the hub at `endpoint`."""
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return outline(settings, place)
+
+
+def test_of_a_model_on_the_hub_the_headers_alone_are_read(model, place, tmp_path, monkeypatch):
+    (model / "optimizer.safetensors").write_bytes(b"not of the model")
+    with hub(model) as (asked, endpoint):
+        folder = ask(monkeypatch, tmp_path, endpoint, HUB, place)
+    (model / "optimizer.safetensors").unlink()
+    assert folder == place and described(folder) == described(model)
+    assert not any(file.stat().st_blocks * 512 > 16384 for file in folder.glob("*.safetensors"))
+    assert "optimizer.safetensors" not in asked.sent
+    topologies = [
+        inspect(Source(where, "", "float32"), tmp_path / f"{name}.json")
+        for name, where in (("real", model), ("outline", folder))
+    ]
+    assert topologies[0] == topologies[1]
+
+
+def test_no_weights_are_sent(place, tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "large", layers=2, vocab_size=20_000)
+    with hub(model) as (asked, endpoint):
+        ask(monkeypatch, tmp_path, endpoint, HUB, place)
+    assert asked.sent[SINGLE] <= 100_001 < (model / SINGLE).stat().st_size
+
+
+def test_a_folder_is_taken_where_it_is(model, place):
+    assert outline(ModelSettings(folder=str(model)), place) == model and not any(place.iterdir())
+
+
+def test_of_a_gguf_file_it_is_what_fetch_makes(tmp_path, place):
+    gguf = tiny_gguf(tmp_path / "model.gguf", tiny_model(tmp_path / "model", layers=2))
+    settings = ModelSettings(gguf=str(gguf), dtype="float16")
+    fetch(settings, tmp_path / "results/source.json")
+    made = tmp_path / "results/source"
+    assert described(outline(settings, place)) == described(made)
+    assert {f.name for f in place.iterdir()} == {f.name for f in made.iterdir()} - {"generation_config.json"}
+
+
+def edit(model: Path, **keys) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | keys))
+
+
+def damage(model: Path) -> None:
+    file = sorted(model.glob("*.safetensors"))[0]
+    file.write_bytes(struct.pack("<Q", 40) + b"no JSON" * 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "breaking", "said"),
+    [
+        ("someone/absent", None, "hub model someone/absent: there is no such model, or it is private; check the name"),
+        ("someone/model-gated", None, "its owner wants you to accept terms; do so on its page, then log in with"),
+        ("not a name", None, "hub model not a name: not a valid name"),
+        ("someone/model", damage, r"someone/model: model-00001-of-\d+.safetensors: no safetensors header"),
+        (
+            "someone/model",
+            lambda model: edit(model, quantization_config={"quant_method": "gptq"}),
+            r"config.json: the model is quantized \(gptq\); expected a dense model",
+        ),
+    ],
+    ids=["wrong name", "gated", "no name", "corrupt header", "quantized"],
+)
+def test_what_cannot_be_planned_is_one_line(model, place, tmp_path, monkeypatch, name, breaking, said):
+    if breaking:
+        breaking(model)
+    with hub(model) as (_, endpoint), pytest.raises(ArmorError, match=said) as caught:
+        ask(monkeypatch, tmp_path, endpoint, ModelSettings(hub=name, revision="abc"), place)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_network_is_one_line(place, tmp_path, monkeypatch):
+    with pytest.raises(ArmorError, match="hub model someone/model: .*check (the )?network") as caught:
+        ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_family_is_one_line(model, tmp_path):
+    edit(model, model_type="unheard-of", architectures=["UnheardOf"])
+    with pytest.raises(ArmorError, match="config.json: transformers makes no causal language model of it: ") as caught:
+        inspect(Source(model, "", "float32"), tmp_path / "model.json")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,127 @@
+"""The plan: its sizes are those of the real files, every stage has its needs, and what is too large is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from armor.config.reading import parse_settings
+from armor.config.run import Config
+from armor.core.errors import ArmorError
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.shards import Shards
+from armor.plan.machine import CARDS, Host, card_named
+from armor.plan.needs import NEEDS, Plan
+from armor.plan.subject import subject
+from armor.plan.table import planned, text
+from armor.run.jobs import STAGES, jobs
+from tests.forks import armor
+from tests.packed import SETTINGS, packed
+from tests.tiny import tiny_model
+
+CONFIG = {
+    "calibrations": {"words": {"text": {"files": ["words.txt"]}, "sequences": 4, "sequence_length": 32}},
+    "recipes": {
+        "dense": {"method": "dense"},
+        "armor": {"block_size": 16, "solver": {"iterations": 2}},
+        "refined": {"base": "armor", "refine": {"steps": 2, "sequences": 2, "held_out": 1}},
+        "tuned": {"base": "refined", "tune": {"steps": 2, "sequences": 2, "held_out": 1}},
+        "bits": {"block_size": 16, "budget": {"bits": 24.0, "over": [{"block_size": 8}, {"method": "nowag"}]}},
+    },
+    "evaluations": {
+        "words": {"text": {"files": ["other.txt"]}, "sequences": 2, "sequence_length": 32},
+        "reading": {"text": {"files": ["other.txt"]}, "tasks": ["last_word"]},
+    },
+    "benchmarks": {"decode": {}},
+}
+ROOMY = Host(memory=10**12, disk=10**12, cores=2, gpu=None)
+
+
+def made(folder, place, recipes=None, host=ROOMY, **edits):
+    """The plan of the model in `folder`, its needs in full, and the folder with its topology."""
+    config = CONFIG | {"models": {"tiny": {"folder": str(folder)}}} | edits
+    config = parse_settings(Config, config | ({"recipes": recipes} if recipes else {}))
+    plan = Plan(config, {"tiny": subject(config, "tiny", place)}, host, CARDS["H100"])
+    return plan, planned(plan, place, None), place
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_checkpoint_will_be_as_large_as_the_plan_says(tmp_path, family):
+    root = packed(tmp_path, family)
+    recipe = {"block_size": SETTINGS.block_size, "solver": {"iterations": 2}}
+    plan, found, _ = made(root / "source", tmp_path / "plan", {"armor": recipe})
+    record, expected = CheckpointRecord.read(root / "checkpoint.json"), plan.subjects["tiny"].packed["armor"]
+    assert found.recipes[0].bits_per_weight == record.bits_per_weight
+    real, shards = Shards(root / "checkpoint"), Shards(expected.folder)
+    assert {n: (real.shape(n), real.dtype(n)) for n in real.names()} == {
+        n: (shards.shape(n), shards.dtype(n)) for n in shards.names()
+    }
+    assert found.recipes[0].weights_bytes == pytest.approx(sum(map(real.bytes_of, real.names())), rel=0.1)
+    layers = [(root / f"layers/layer_{k}.safetensors").stat().st_size for k in range(2)]
+    assert sum(s.kept_bytes for s in found.stages if s.stage == "factorize") == pytest.approx(sum(layers), rel=0.1)
+
+
+def test_every_stage_has_its_needs(tmp_path):
+    plan, found, place = made(tiny_model(tmp_path / "model", layers=2), tmp_path / "plan")
+    assert NEEDS.keys() == STAGES.keys() == {stage.stage for stage in found.stages}
+    assert all(stage.host_bytes > 0 for stage in found.stages)
+    assert sum(stage.jobs for stage in found.stages) == len(list(jobs(plan.config, str(place))))
+    by_layer = {stage.stage: stage.jobs for stage in found.stages}
+    assert by_layer["factorize"] == by_layer["refine"] == by_layer["price"] == 2
+    computing = {stage.stage for stage in found.stages if stage.card_bytes}
+    assert computing == set(STAGES) - {"fetch", "inspect", "assemble", "budget", "refined", "report"}
+    assert found.problems == () and any("time of tasks" in note for note in found.notes)
+    said = "\n".join(text(found, plan, measured=False, bandwidth=None))
+    assert "tiny bits" in said and "24.00" in said and "GPU: about" in said
+
+
+def test_more_of_everything_takes_more(tmp_path):
+    model = tiny_model(tmp_path / "model", layers=2)
+    _, found, _ = made(model, tmp_path / "less")
+    longer = {"words": CONFIG["calibrations"]["words"] | {"sequences": 8, "sequence_length": 128}}
+    _, more, _ = made(model, tmp_path / "more", calibrations=longer)
+    for one, other in zip(found.stages, more.stages, strict=True):
+        if one.stage in ("calibrate", "states", "sensitivity", "refine", "tune"):
+            assert other.host_bytes > one.host_bytes and other.card_bytes > one.card_bytes, one.stage
+            assert other.gpu_seconds > one.gpu_seconds or one.stage == "refine"
+            assert other.scratch_bytes >= one.scratch_bytes
+
+
+def test_what_does_not_fit_is_said_with_what_would(tmp_path):
+    model = tiny_model(tmp_path / "model", layers=2)
+    plan, _, place = made(model, tmp_path / "plan")
+
+    def problems(**of_host):
+        return planned(dataclasses.replace(plan, host=dataclasses.replace(ROOMY, **of_host)), place, None).problems
+
+    assert problems(disk=1000) and "free; choose a folder on a larger disk with --directory" in problems(disk=1000)[0]
+    small = problems(memory=300 * 10**6)
+    assert any(line.startswith("tune tiny tuned: ") and "recipes.tuned.tune.core to false" in line for line in small)
+    tight = problems(memory=700 * 10**6, cores=4)
+    assert any(line.startswith("factorize tiny armor layer") and line.endswith("; use --cores 1") for line in tight)
+    card = problems(gpu=1000)
+    assert any(line.startswith("calibrate tiny words: ") and "lower calibrations.words." in line for line in card)
+    assert all("\n" not in line for line in (*small, *tight, *card))
+
+
+def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_path):
+    model = tiny_model(tmp_path / "model", layers=1)
+    longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 4096}}
+    with pytest.raises(ArmorError, match="words.sequence_length: found 4096, but tiny has a context of 128"):
+        made(model, tmp_path / "plan", calibrations=longer)
+    with pytest.raises(ArmorError, match="--card: 'abacus' is not known; expected one of H200, H100, A100-80GB"):
+        card_named("abacus")
+
+
+def test_the_command_prints_tables_or_json(tmp_path):
+    tiny_model(tmp_path / "model", layers=1)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": "model"}}}))
+    done = armor("plan", "my.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
+    done = armor("plan", "my.yaml", "--json", "--card", "l40s", folder=tmp_path)
+    assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "my.yaml"]
