@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.config.sources import ModelSettings
+from armor.core.errors import ArmorError
 from armor.format.holes import Hole, write_holes
 from armor.format.shards import DTYPES, SINGLE
 from armor.model.fetch import check_folder, fill, gguf_dtype
-from armor.model.hub import download, headers
+from armor.model.hub import asking, download, first_line
+from armor.model.source import UNWANTED
 
 __all__ = ["outline"]
 
@@ -28,13 +30,41 @@ def outline(settings: ModelSettings, folder: Path) -> Path:
         for file in download(settings.hub, settings.revision, weights=False).iterdir():
             if file.is_file():
                 (folder / file.name).symlink_to(file.resolve())
-        for name, tensors in headers(settings.hub, settings.revision).items():
+        for name, tensors in _headers(settings.hub, settings.revision).items():
             (folder / name).unlink(missing_ok=True)  # the real one, of an earlier download
             write_holes(folder / name, tensors)
     elif settings.folder is None:
         fill(settings, folder, _outline_gguf)
     check_folder(place)
     return place
+
+
+def _headers(name: str, revision: str | None) -> dict[str, dict[str, Hole]]:
+    """The tensors of each safetensors file of the hub's model `name`, from the first bytes of each.
+
+    Raises ArmorError, as for a header that is no safetensors header.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    found: dict[str, dict[str, Hole]] = {}
+    with asking(name, revision):
+        client = HfApi()
+        files = [file.rfilename for file in client.model_info(name, revision=revision).siblings or ()]
+        unwanted = tuple(pattern.removesuffix("*") for pattern in UNWANTED[1:])
+        for file in files:
+            if "/" in file or not file.endswith(".safetensors") or file.startswith(unwanted):
+                continue
+            try:
+                read = client.parse_safetensors_file_metadata(name, file, revision=revision)
+            except (NotASafetensorsRepoError, SafetensorsParsingError, ValueError, KeyError) as error:
+                raise ArmorError(f"hub model {name}: {file}: no safetensors header ({first_line(error)})") from error
+            places = {key: (tensor.data_offsets, tensor) for key, tensor in read.tensors.items()}
+            found[file] = {
+                key: Hole(tensor.dtype, tensor.shape, end - begin)
+                for key, ((begin, end), tensor) in sorted(places.items(), key=lambda item: item[1][0])
+            }
+    return found
 
 
 def _outline_gguf(file: Path, folder: Path, dtype: str) -> None:
