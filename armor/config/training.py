@@ -36,7 +36,7 @@ class TrainingSettings(Typed):
     """Tokens in each; unset: as the calibration says, or else the model's context length."""
     calibration: Name | None = None
     """The calibration whose text serves; unset: the recipe's."""
-    rate: float = Field(default=5e-3, gt=0)
+    rate: float = Field(default=3e-3, gt=0)
     """The largest step of the optimiser, relative to the root mean square of each tensor."""
     norm_rate: float = Field(default=0.2, ge=0)
     """The rate of norms and biases, as a share of `rate`."""
@@ -56,7 +56,7 @@ class TrainingSettings(Typed):
 class RefineSettings(TrainingSettings):
     """Train each compressed decoder layer until its output is close to the dense one's."""
 
-    steps: int = Field(default=96, ge=1)
+    steps: int = Field(default=160, ge=1)
     """Steps of the optimiser."""
     inputs: Literal["dense", "compressed"] = "dense"
     """What goes into a layer. dense: what the dense model has there; layers do not wait for each other. compressed:
