@@ -16,7 +16,7 @@ FLOORS = (
     ("execution", "methods"),
     ("format",),
     ("config", "runtime"),
-    ("model", "text", "run", "hf"),
+    ("model", "text", "run", "serve", "hf"),
     ("calibrate", "factorize", "training", "assemble", "evaluate", "benchmark", "report"),
     ("plan",),
     ("command",),

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
-from armor.assemble.verify import open_checkpoint
 from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.format.checkpoint import SUFFIXES, check_tensor, read_packed
-from armor.format.checksums import read_checksums, start_hashing
+from armor.format.checksums import open_checkpoint, read_checksums, start_hashing
 
 __all__ = ["Exported", "export"]
 

@@ -19,34 +19,14 @@ from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.files import read_json
 from armor.execution.log import progress
-from armor.format.checkpoint import SUFFIXES, PackedLinear, check_headers, modules_of, read_packed, tombstone
-from armor.format.checksums import CHECKSUMS, check_contents, loaded_files, read_checksums, start_hashing
+from armor.format.checkpoint import SUFFIXES, PackedLinear, read_packed, tombstone
+from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
 from armor.format.provenance import PROVENANCE
 from armor.format.records.checkpoint import ProvenanceRecord
 from armor.format.shards import Shards
 from armor.runtime.load import check_names
 
-__all__ = ["Distance", "Verified", "open_checkpoint", "table", "verify"]
-
-
-def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedLinear]]:
-    """config.json, the tensors and the compressed linears of a checkpoint, all but its contents checked.
-
-    Raises ArmorError, one line, if `folder` is no checkpoint, or for the first thing that is wrong.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ArmorError(f"{folder}: holds no config.json; expected the folder of a checkpoint")
-    config = read_json(folder / "config.json")
-    found = config.get("quantization_config")
-    # A recipe that leaves everything dense makes a checkpoint without packed linears, known by its checksums.
-    dense = found is None and (folder / CHECKSUMS).is_file()
-    modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")
-    shards = Shards(folder)
-    sums = read_checksums(shards)
-    start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()  # an edited config.json is blamed itself
-    check_headers(shards, modules)
-    return config, shards, modules
+__all__ = ["Distance", "Verified", "table", "verify"]
 
 
 class Distance(Typed):

@@ -165,6 +165,39 @@ def export(
     print(f"{output}: {done.tensors} tensors, {done.modules} multiplied out, {done.bytes / 1e6:,.1f} MB")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+) -> None:
+    """Serve a packed checkpoint by OpenAI's interface: by vLLM, which takes all other options, or by transformers."""
+    from armor.serve.server import serve
+
+    serve(folder, host, port, context.args)
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    against: Annotated[
+        Path | None, typer.Option(help="A dense model (source.json, or its folder) to answer beside it.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    threads: Threads = None,
+) -> None:
+    """Talk to a packed checkpoint in the terminal, greedily; an empty input (Ctrl-D) ends it."""
+    prepare(threads)
+    from armor.serve.chat import Speaker, chat
+
+    speakers = [Speaker.of("dense", folder_of(against))] if against else []
+    speakers.append(Speaker.of("compressed", folder_of(folder)))
+    if sys.stdin.isatty():
+        print("Ask, and end with Ctrl-D.")
+    chat(speakers, sys.stdin, max_tokens)
+
+
 @app.command("devices")
 def list_devices() -> None:
     """List the GPUs that jobs may lease, their memory, and who holds them."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.checkpoint import REMEDY, PackedLinear, check_keys, check_tensor
+from armor.format.checkpoint import REMEDY, PackedLinear, check_headers, check_keys, check_tensor, modules_of
 from armor.format.provenance import CHECKSUMS
 from armor.format.records.base import File
 from armor.format.shards import INDEX, Shards
@@ -32,6 +32,7 @@ __all__ = [
     "CHECKSUMS_VERSION",
     "check_contents",
     "loaded_files",
+    "open_checkpoint",
     "read_checksums",
     "sealed",
     "start_hashing",
@@ -92,6 +93,26 @@ def tensor_sha256(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes as safetensors stores them (little-endian, row-major), in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedLinear]]:
+    """config.json, the tensors and the compressed linears of a checkpoint, all but its contents checked.
+
+    Raises ArmorError, one line, if `folder` is no checkpoint, or for the first thing that is wrong.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ArmorError(f"{folder}: holds no config.json; expected the folder of a checkpoint")
+    config = read_json(folder / "config.json")
+    found = config.get("quantization_config")
+    # A recipe that leaves everything dense makes a checkpoint without packed linears, known by its checksums.
+    dense = found is None and (folder / CHECKSUMS).is_file()
+    modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")
+    shards = Shards(folder)
+    sums = read_checksums(shards)
+    start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()  # an edited config.json is blamed itself
+    check_headers(shards, modules)
+    return config, shards, modules
 
 
 def sealed(files: Mapping[str, File], tensors: Mapping[str, str]) -> dict:

@@ -25,11 +25,46 @@ from torch import Tensor, nn
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.packing import unpack, unpack_mask
+from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["ArmorLinear"]
+__all__ = ["ArmorLinear", "multiply"]
+
+
+def multiply(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    *,
+    pattern: Pattern,
+    group: int,
+) -> Tensor:
+    """y = A (S (B x)) + bias for x (..., in): (..., out), on packed tensors as `armor.runtime.operator` describes them.
+
+    By the kernel for x's device and dtype, or else through a core that is made dense and dropped. `group` is the m of
+    `pattern` for a row of S.
+    """
+    operands = (values, bits, left, right, bias)
+    if cpu.supports(x, *operands):
+        return cpu.linear(x, *operands, group=group)
+    if cuda.supports(x, *operands, group=group):
+        return cuda.linear(x, *operands, group=group)
+    return _through(x, unpack(values, bits, x.shape[-1], pattern)[0], left, right, bias)
+
+
+def _through(x: Tensor, core: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The same with S dense, `core` (out, in)."""
+    if right is not None:
+        x = blockdiag.multiply(right, x)
+    y = F.linear(x, core)
+    if left is not None:
+        y = blockdiag.multiply(left, y)
+    return y if bias is None else y + bias
 
 
 class ArmorLinear(nn.Linear):
@@ -81,18 +116,10 @@ class ArmorLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        x = input
+        if self.core_values is None:
+            return _through(input, self.core, self.left, self.right, self.bias)
         operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
-        if cpu.supports(x, *operands):
-            return cpu.linear(x, *operands, group=self.group)
-        if cuda.supports(x, *operands, group=self.group):
-            return cuda.linear(x, *operands, group=self.group)
-        if self.right is not None:
-            x = blockdiag.multiply(self.right, x)
-        x = F.linear(x, self.dense_core())
-        if self.left is not None:
-            x = blockdiag.multiply(self.left, x)
-        return x if self.bias is None else x + self.bias
+        return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
 
     @property
     def weight(self) -> NoWeight:

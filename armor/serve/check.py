@@ -1,0 +1,32 @@
+"""What must hold before a server starts: a checkpoint that is whole, sound, and of the model in its config.json.
+
+Servers believe what they read. vLLM fills what a quantized checkpoint lacks with whatever was in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from armor.core.errors import ArmorError
+from armor.format.checkpoint import PackedLinear
+from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
+from armor.runtime.load import check_names
+
+__all__ = ["check"]
+
+
+def check(folder: Path | str) -> dict[str, PackedLinear]:
+    """The compressed linears of the checkpoint in `folder`, by name, after a look at all that is loaded of it.
+
+    Every shard is hashed, or its numbers are looked at where there are no hashes; every tensor is held against the
+    model. Raises ArmorError for the first thing that is wrong.
+    """
+    if not Path(folder).is_dir():
+        raise ArmorError(f"{folder}: not a folder on this machine; download the checkpoint, then give its folder")
+    _, shards, modules = open_checkpoint(folder)
+    sums = read_checksums(shards)
+    start_hashing(shards, sums, shards.files)()
+    if sums is None:
+        check_contents(shards, modules)
+    check_names(folder)
+    return modules

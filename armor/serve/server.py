@@ -1,0 +1,57 @@
+"""`armor serve`: an OpenAI-compatible server on a checkpoint, by vLLM, or by transformers where there is no vLLM.
+
+The checkpoint is checked here first, so that a broken one is one line instead of a server's traceback. Then the server
+takes the place of this process: signals, exit code and output are its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from armor.core.errors import ArmorError
+
+__all__ = ["command", "serve"]
+
+TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
+
+
+def command(folder: Path, host: str, port: int, options: Sequence[str]) -> list[str]:
+    """The command that serves `folder` on `host` and `port`; `options` are the server's own.
+
+    Raises ArmorError where neither vLLM nor what transformers' server needs is installed.
+    """
+    listen = ["--host", host, "--port", str(port)]
+    if find_spec("vllm"):
+        # Not `vllm serve`, which asks for a distribution of that name; builds for CPUs have another.
+        module = "vllm.entrypoints.openai.api_server"
+        return [sys.executable, "-m", module, "--model", str(folder), *listen, *options]
+    if missing := [name for name in ("fastapi", "openai", "uvicorn") if not find_spec(name)]:
+        raise ArmorError(
+            f"no server: vLLM is not installed, and transformers' server lacks {', '.join(missing)}; install vLLM as "
+            "docs/SERVING.md says, or transformers[serving]"
+        )
+    return [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), *listen, *options]
+
+
+def serve(folder: Path, host: str, port: int, options: Sequence[str]) -> None:
+    """Check the checkpoint in `folder`, say how to ask it, and become its server; does not return.
+
+    Raises ArmorError for a checkpoint that is broken, or where no server is installed.
+    """
+    words = command(folder, host, port, options)
+    from armor.serve.check import check
+
+    linears = len(check(folder))
+    names = list(options)
+    name = names[names.index("--served-model-name") + 1] if "--served-model-name" in names[:-1] else str(folder)
+    body = f'{{"model": "{name}", "prompt": "The city of Paris", "max_tokens": 30}}'
+    url = f"http://{host}:{port}/v1"
+    print(f"{folder}: sound, {linears} compressed linears; the server is {'vLLM' if '-m' in words else 'transformers'}")
+    print(f"{url} answers once the log says that startup is complete:")
+    print(f"  curl {url}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}", flush=True)
+    os.execv(words[0], words)

@@ -1,0 +1,209 @@
+"""The plugin by which vLLM runs packed checkpoints: a quantization method named "armor", found by its entry point.
+
+vLLM fuses linears that share an input: q, k and v, gate and up. Each of them may have blocks of its own, so a fused
+linear is a list of parts here, one for each linear on disk, with the tensors that this rank needs of it
+(`armor.serve.cut`). Linears that are one on disk, such as Phi-3's, are one part. On a CPU the tensors are views of the
+mapped files where nothing is converted. No dense weight is made, while loading neither.
+
+`armor.serve.register` imports this module in each of vLLM's processes; nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]  it has its own environment
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import (  # pyright: ignore[reportMissingImports]  the same
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import (  # pyright: ignore[reportMissingImports]  the same
+    QuantizationConfig,
+)
+from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]  the same
+
+from armor.core.errors import ArmorError
+from armor.format.checkpoint import QUANT_METHOD, SUFFIXES, PackedLinear, modules_of
+from armor.runtime.linear import multiply
+from armor.serve.check import check
+from armor.serve.cut import Part, cut
+
+__all__ = ["ArmorConfig", "ArmorLinearMethod", "Refused"]
+
+SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
+
+
+class Refused(RuntimeError):
+    """What cannot be served, in one line. No ValueError: vLLM's configuration would make several lines of it."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class ArmorConfig(QuantizationConfig):
+    """The compressed linears of a checkpoint by vLLM's names, which are the checkpoint's but for prefixes."""
+
+    def __init__(self, modules: dict[str, PackedLinear]) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ArmorConfig:
+        try:
+            return cls(modules_of(config))
+        except ArmorError as error:
+            raise Refused(str(error)) from None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """vLLM calls this once, before any other process starts: the time to look at the checkpoint's files."""
+        try:
+            check(model_name)
+        except ArmorError as error:
+            raise Refused(str(error)) from None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        parent, _, leaf = prefix.rpartition(".")
+        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        if prefix in self.modules:
+            names = [prefix]
+        if not isinstance(layer, LinearBase):
+            if found := next((name for name in self.modules if name == prefix or name.startswith(f"{prefix}.")), None):
+                raise Refused(
+                    f"{found}: compressed, but in vLLM part of a {type(layer).__name__}, which takes dense weights "
+                    "alone; multiply the checkpoint out with armor export and serve that"
+                )
+            return None
+        if any(name in self.modules for name in names):
+            return ArmorLinearMethod({name: self.modules.get(name) for name in names})
+        return UnquantizedLinearMethod()
+
+
+class ArmorLinearMethod(LinearMethodBase):
+    """One linear of vLLM, made of the linears on disk that `layouts` names; a dense one has None."""
+
+    def __init__(self, layouts: dict[str, PackedLinear | None]) -> None:
+        self.layouts = layouts
+        self.parts: list[Part] = []
+        self.awaited: set[tuple[int, str]] = set()
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **others: Any,
+    ) -> None:
+        try:
+            self.parts = self._parts(layer, input_size_per_partition, output_partition_sizes)
+        except ArmorError as error:
+            raise Refused(str(error)) from None
+        for index, part in enumerate(self.parts):
+            for suffix, shape in part.shapes().items():
+                dtype = torch.uint8 if suffix == "core_mask" else params_dtype
+                layer.register_parameter(f"{suffix}_{index}", _parameter(shape, dtype))
+                self.awaited.add((index, suffix))
+        # Tensors of a checkpoint find their way by name: to one of these, which has no numbers but a loader.
+        for suffix in (*SUFFIXES, "weight"):
+            entrance = _parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
+            set_weight_attrs(entrance, {"weight_loader": functools.partial(self._load, layer, suffix)})
+            layer.register_parameter(suffix, entrance)
+
+    def _parts(self, layer: Any, columns: int, sizes: list[int]) -> list[Part]:
+        """What this rank has of each linear on disk; `columns`, `sizes`: its input and output channels."""
+        rank, ranks, totals = layer.tp_rank, layer.tp_size, _output_sizes(layer)
+        first = rank * columns if columns < layer.input_size else 0
+        offset, ranges = 0, []
+        for size, total in zip(sizes, totals, strict=True):
+            pieces = total // size
+            start = offset + rank * pieces // ranks * size  # ranks may share a piece: heads of k and v
+            ranges.append(range(start, start + size))
+            offset += total
+        if len(self.layouts) == 1:
+            wholes, rows = [sum(totals)], [tuple(ranges)]
+        else:
+            wholes = totals
+            starts = [sum(totals[:index]) for index in range(len(totals))]
+            rows = [(range(r.start - start, r.stop - start),) for r, start in zip(ranges, starts, strict=True)]
+        if len(rows) != len(self.layouts):
+            raise ArmorError(f"{layer.prefix}: {len(rows)} linears in vLLM, {len(self.layouts)} in config.json")
+        parts = []
+        for (name, layout), whole, some in zip(self.layouts.items(), wholes, rows, strict=True):
+            if layout and (layout.out_features, layout.in_features) != (whole, layer.input_size):
+                raise ArmorError(
+                    f"config.json: quantization_config: {name}: shape {(layout.out_features, layout.in_features)}, "
+                    f"{(whole, layer.input_size)} in vLLM; was config.json edited?"
+                )
+            parts.append(cut(name, layout, some, range(first, first + columns), ranks))
+        return parts
+
+    def _load(self, layer: Any, suffix: str, _: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
+        """Take what this rank needs of the tensor `loaded`, `suffix` of a linear on disk; `shard` says of which one,
+        where there are several."""
+        if suffix == "weight" and loaded.dtype == torch.uint8:
+            return  # the tombstone
+        index = 0 if shard is None else SHARDS.get(shard, shard)
+        found, parameter = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
+        assert found.shape == parameter.shape, (suffix, found.shape, parameter.shape)
+        if found.device == parameter.device and found.dtype == parameter.dtype and found.is_contiguous():
+            parameter.data = found  # a view of the mapped file: nothing is copied
+        else:
+            parameter.data.copy_(found)
+        self.awaited.discard((index, suffix))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.awaited:
+            index, suffix = min(self.awaited)
+            name = list(self.layouts)[index]
+            raise Refused(f"{name}.{suffix}: not loaded; assemble or copy the checkpoint again")
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) -> (..., out), the outputs of the parts side by side."""
+        outputs, start = [], 0
+        for index, part in enumerate(self.parts):
+            some = None if bias is None else bias[start : start + part.out_features]
+            start += part.out_features
+            if (layout := part.packed) is None:
+                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), some))
+            else:
+                operands = (getattr(layer, f"{suffix}_{index}", None) for suffix in SUFFIXES)
+                group = layout.pattern.group(layout.in_features)[1]
+                outputs.append(multiply(x, *operands, some, pattern=layout.pattern, group=group))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def _output_sizes(layer: Any) -> list[int]:
+    """The output channels of the linears that `layer` is made of, on all ranks together."""
+    if isinstance(layer, QKVParallelLinear):  # its own list counts heads twice that ranks share
+        heads = layer.total_num_kv_heads
+        return [layer.total_num_heads * layer.head_size, heads * layer.head_size, heads * layer.v_head_size]
+    return list(getattr(layer, "output_sizes", [layer.output_size]))

@@ -1,0 +1,99 @@
+"""The parts of all ranks together compute what the whole linear does; what a cut would break is refused, with help."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from armor.core.errors import ArmorError
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern, top_n_mask
+from armor.format.checkpoint import PackedLinear
+from armor.runtime.linear import ArmorLinear
+from armor.serve.cut import MAX_RANKS, cut
+
+
+def whole(out, columns, pattern="2:4", left=None, right=None):
+    """A random packed linear, its tensors by suffix, its layout and its dense weight."""
+    generator = torch.Generator().manual_seed(out * columns)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32)  # noqa: E731
+    mask = top_n_mask(random(out, columns).abs(), Pattern.parse(pattern))
+    blocks = [size and random(total // size, size, size) for size, total in ((left, out), (right, columns))]
+    layer = ArmorLinear.of(Factorization(random(out, columns) * mask, mask, Pattern.parse(pattern), *blocks))
+    return layer.state_dict(), layer.layout, layer.dense_weight()
+
+
+def multiply(part, tensors, x):
+    """x (rows, columns of the part) by the part of the linear that `tensors` hold."""
+    layer = ArmorLinear(part.packed)
+    layer.load_state_dict({suffix: part.take(suffix, tensor) for suffix, tensor in tensors.items()})
+    return layer(x)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize(("left", "right"), [(8, 8), (4, None), (None, 16), (None, None)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_output_channels_divided_over_ranks(pattern, left, right, ranks):
+    tensors, layout, weight = whole(32, 48, pattern, left, right)
+    x, size = torch.randn(3, 48), 32 // ranks
+    rows = [(range(rank * size, (rank + 1) * size),) for rank in range(ranks)]
+    parts = [multiply(cut("q", layout, some, range(48), ranks), tensors, x) for some in rows]
+    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("left", "right"), [(8, 8), (4, None), (None, 16), (None, None)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_input_channels_divided_over_ranks(left, right, ranks):
+    tensors, layout, weight = whole(32, 64, "2:4", left, right)
+    x, size = torch.randn(3, 64), 64 // ranks
+    columns = [range(rank * size, (rank + 1) * size) for rank in range(ranks)]
+    parts = [multiply(cut("o", layout, (range(32),), c, ranks), tensors, x[:, c.start : c.stop]) for c in columns]
+    torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_several_ranges_of_one_linear_on_disk():
+    """q, k and v in one, two heads of q and one of k and v on each of two ranks."""
+    tensors, layout, weight = whole(64, 32, "2:4", 8, 8)
+    x = torch.randn(3, 32)
+    part = cut("qkv", layout, (range(16, 32), range(40, 48), range(56, 64)), range(32), 2)
+    rows = [*range(16, 32), *range(40, 48), *range(56, 64)]
+    torch.testing.assert_close(multiply(part, tensors, x), linear(x, weight[rows]), rtol=1e-4, atol=1e-4)
+
+
+def test_ranges_that_touch_are_one_and_need_no_block_to_end_there():
+    tensors, layout, _ = whole(32, 32, "2:4", 16, 16)
+    part = cut("qkv", layout, (range(8), range(8, 20), range(20, 32)), range(32), 1)
+    assert part.packed == layout
+    assert part.take("core_values", tensors["core_values"]).data_ptr() == tensors["core_values"].data_ptr()
+
+
+def test_a_dense_linear_is_cut_anywhere():
+    weight = torch.randn(12, 10)
+    part = cut("k", None, (range(3, 7),), range(5, 10), 2)
+    assert part.packed is None and torch.equal(part.take("weight", weight), weight[3:7, 5:])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("divided", ["output", "input"])
+@pytest.mark.parametrize("block", [None, 12, 24])
+def test_sizes_that_a_refusal_names_do_and_no_others(pattern, divided, block):
+    layout = PackedLinear(192, 192, Pattern.parse(pattern), block, block)
+
+    def divide(ranks):
+        some = range(192 // ranks)
+        rows, columns = (some, range(192)) if divided == "output" else (range(192), some)
+        return cut("layer.proj", layout, (rows,), columns, ranks)
+
+    refusals, fitting = {}, []
+    for ranks in (size for size in range(1, MAX_RANKS + 1) if 192 % size == 0):
+        try:
+            divide(ranks)
+            fitting.append(ranks)
+        except ArmorError as error:
+            refusals[ranks] = str(error)
+    assert fitting and (refusals or divided == "output")
+    for ranks, message in refusals.items():
+        assert message.startswith(f"layer.proj: {ranks} ranks would cut") and "\n" not in message
+        named = re.search(r"parallel size of ([\d, ]+) \(", message)[1]
+        assert [int(size) for size in named.split(", ")] == fitting

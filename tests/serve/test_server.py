@@ -1,0 +1,85 @@
+"""`armor serve`: a sound checkpoint and the server's own options reach the server; what is broken starts nothing."""
+
+import json
+import logging
+import shlex
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.forks import fork
+from tests.packed import DEFECTS, edit_config
+
+SERVER = "import json, sys; print(json.dumps(sys.argv)); sys.exit(7)"
+
+
+def serve(folder, *arguments, engine=None):
+    """`armor serve` in `folder`, with the modules in the folder `engine` installed."""
+
+    def work():
+        from armor.command import cli
+
+        logging.getLogger().handlers.clear()
+        if engine:
+            sys.path.insert(0, str(engine))
+        sys.argv = ["armor", "serve", *map(str, arguments)]
+        cli.main()
+
+    return fork(work, folder, {"PYTHONPATH": ":".join(map(str, filter(None, (engine, *sys.path))))})
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    """A folder with a vLLM whose server prints its arguments and ends with exit code 7."""
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "vllm/entrypoints/openai").mkdir(parents=True)
+    (folder / "vllm/entrypoints/openai/api_server.py").write_text(SERVER)
+    return folder
+
+
+def test_the_server_gets_the_folder_and_all_options_that_are_its_own(root, vllm):
+    options = ["--tensor-parallel-size", "2", "--served-model-name", "mine", "--enable-lora"]
+    done = serve(root, "checkpoint", "--port", "8100", *options, engine=vllm)
+    *told, started = done.stdout.splitlines()
+    assert done.returncode == 7, done.stderr
+    assert json.loads(started)[1:] == ["--model", "checkpoint", "--host", "127.0.0.1", "--port", "8100", *options]
+    words = shlex.split(told[-1])
+    assert words[:2] == ["curl", "http://127.0.0.1:8100/v1/completions"]
+    assert json.loads(words[-1])["model"] == "mine"
+
+
+def test_without_a_name_the_model_is_called_as_its_folder(root, vllm):
+    words = shlex.split(serve(root, "checkpoint", engine=vllm).stdout.splitlines()[-2])
+    assert json.loads(words[-1])["model"] == "checkpoint"
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("defect", ["missing mask", "NaN in a norm", "truncated"])
+def test_a_broken_checkpoint_is_one_line_and_starts_nothing(checkpoint, vllm, defect, checksums):
+    DEFECTS[defect][0](checkpoint)
+    if not checksums:
+        (checkpoint / "checksums.json").unlink()
+    done = serve(checkpoint.parent, checkpoint, engine=vllm)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("armor: error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_later_version_and_half_a_copy_and_a_hub_name_are_one_line(checkpoint, vllm):
+    found = [serve(checkpoint.parent, "meta-llama/Llama-3.2-1B", engine=vllm)]
+    (checkpoint / "checksums.json").unlink()
+    edit_config(checkpoint, lambda config: config.update(format_version=2))
+    found.append(serve(checkpoint.parent, "checkpoint", engine=vllm))
+    (checkpoint / "model.safetensors").unlink()
+    edit_config(checkpoint, lambda config: config.update(format_version=1))
+    found.append(serve(checkpoint.parent, "checkpoint", engine=vllm))
+    said = ["not a folder on this machine", "format_version 2, expected 1", "holds neither model.safetensors nor"]
+    for done, part in zip(found, said, strict=True):
+        assert done.returncode == 1 and done.stdout == "" and part in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_any_server_one_line_says_what_to_install(root):
+    if find_spec("vllm") or find_spec("fastapi"):
+        pytest.skip("a server is installed")
+    done = serve(root, "checkpoint")
+    assert done.returncode == 1 and "docs/SERVING.md" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,81 @@
+"""Tiny packed checkpoints of every family, vLLM on them, and how far what it says is from transformers in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+import armor.hf  # noqa: F401  teaches transformers the format
+from tests.packed import packed
+
+__all__ = ["BOUND", "FAMILIES", "checkpoint", "difference", "served"]
+
+BOUND = 1e-5
+"""How far log-probabilities may be from those of transformers, both in float32."""
+HEADS = {"head_dim": 32}  # vLLM's attention on a CPU takes heads of 32 channels and more
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "Llama": ("llama", {}),
+    "SmolLM2": ("llama", {"tie_word_embeddings": True}),
+    "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "Mistral": ("mistral", HEADS),
+    "Qwen2": ("qwen2", {"use_sliding_window": False}),
+    "Qwen3": ("qwen3", HEADS),
+    "Gemma 3": ("gemma3_text", {**HEADS, "query_pre_attn_scalar": 32}),
+    "Phi-3": ("phi3", {}),
+    "Granite": ("granite", {"embedding_multiplier": 1.5, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "GLM-4": ("glm4", HEADS),
+    "OLMo 2": ("olmo2", {}),
+}
+"""The families by name: transformers' name, and what their configuration has of its own."""
+PROMPTS = [list(range(1, 60)), list(range(100, 107)), list(range(60, 1, -1))]
+
+
+def checkpoint(root: Path, family: str) -> Path:
+    """A packed checkpoint of a tiny random model of `family`, made in `root` if it is not there."""
+    kind, config = FAMILIES[family]
+    if not (root / "checkpoint").exists():
+        packed(root, kind, **(SHAPE | config))
+    return root / "checkpoint"
+
+
+@contextlib.contextmanager
+def served(folder: Path, **options) -> Iterator[LLM]:
+    """vLLM on the checkpoint in `folder`, in float32; `options` are its own."""
+    eager = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
+    llm = LLM(str(folder), **(eager | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@torch.no_grad()
+def difference(llm: LLM, folder: Path, model: torch.nn.Module | None = None, **generate) -> float:
+    """The largest difference of a log-probability from those of transformers on `folder`, or of `model`.
+
+    All tokens of three prompts count, and the five likeliest of each of eight tokens that follow. `generate` goes to
+    vLLM.
+    """
+    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=5, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    largest = 0.0
+    for prompt, request in zip(PROMPTS, llm.generate(prompts, sampling, use_tqdm=False, **generate), strict=True):
+        answer = request.outputs[0]
+        tokens = prompt + list(answer.token_ids)
+        expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+        for place, found in enumerate([*request.prompt_logprobs, *answer.logprobs]):
+            for token, said in (found or {}).items():  # nothing is said of the first
+                largest = max(largest, abs(said.logprob - expected[place - 1, token].item()))
+    return largest

@@ -1,0 +1,14 @@
+"""vLLM says of every family what transformers says of the same checkpoint, with packed weights."""
+
+import pytest
+
+from tests.vllm.served import BOUND, FAMILIES, checkpoint, difference, served
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_transformers(family, tmp_path):
+    folder = checkpoint(tmp_path, family)
+    with served(folder) as llm:
+        found = difference(llm, folder)
+    print(f"{family}: {found:.1e}")
+    assert found < BOUND
