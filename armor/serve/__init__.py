@@ -15,7 +15,7 @@ def register() -> None:
     from vllm import __version__ as version  # pyright: ignore[reportMissingImports]  it has an environment of its own
 
     if ".".join(version.split(".")[:2]) in VERSIONS:
-        import armor.serve.vllm  # noqa: F401  registers itself
+        import armor.serve.plugin  # noqa: F401  registers itself
     else:
         known = " or ".join(f"{known}.*" for known in VERSIONS)
         log.error("armor: error: vLLM %s is installed, expected %s; packed checkpoints are not served", version, known)

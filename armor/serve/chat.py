@@ -38,7 +38,8 @@ class Speaker:
         """The tokens (1, length) of the talk so far: by the chat template, or plain text where there is none."""
         if self.tokenizer.chat_template:
             options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            return self.tokenizer.apply_chat_template(self.said, **options)["input_ids"]
+            found: Any = self.tokenizer.apply_chat_template(self.said, **options)
+            return found["input_ids"]
         text = "\n".join(turn["content"] for turn in self.said)
         return self.tokenizer(text, return_tensors="pt").input_ids
 
@@ -50,10 +51,9 @@ class Speaker:
         ends = self.model.generation_config.eos_token_id
         greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=ends)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generate: Any = self.model.generate
         begin = time.perf_counter()
-        written = self.model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy, streamer=streamer
-        )
+        written = generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy, streamer=streamer)
         seconds = time.perf_counter() - begin
         new = written[0, tokens.shape[1] :]
         text = self.tokenizer.decode(new, skip_special_tokens=True)

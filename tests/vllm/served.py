@@ -6,8 +6,10 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -15,7 +17,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 import armor.hf  # noqa: F401  teaches transformers the format
 from tests.packed import packed
 
-__all__ = ["BOUND", "FAMILIES", "checkpoint", "difference", "served"]
+__all__ = ["BOUND", "FAMILIES", "checkpoint", "difference", "expected", "served"]
 
 BOUND = 1e-5
 """How far log-probabilities may be from those of transformers, both in float32."""
@@ -61,21 +63,32 @@ def served(folder: Path, **options) -> Iterator[LLM]:
 
 
 @torch.no_grad()
-def difference(llm: LLM, folder: Path, model: torch.nn.Module | None = None, **generate) -> float:
-    """The largest difference of a log-probability from those of transformers on `folder`, or of `model`.
+def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
+    """What transformers says in float32, by the checkpoint in `folder` or by `model`: for every prompt its tokens and
+    eight more, greedily, and the log-probabilities (length, vocabulary) after each.
 
-    All tokens of three prompts count, and the five likeliest of each of eight tokens that follow. `generate` goes to
-    vLLM.
+    Ask before vLLM runs: it changes transformers' classes where it has no model of its own.
     """
     model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=5, prompt_logprobs=0)
+    found = []
+    for prompt in PROMPTS:
+        tokens = model.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=8, max_new_tokens=8)
+        found.append((tokens[0].tolist(), torch.log_softmax(model(tokens).logits[0].double(), dim=-1)))
+    return found
+
+
+def difference(llm: LLM, references: list[tuple[list[int], Tensor]], **generate: Any) -> float:
+    """The largest difference of a log-probability from `references`, where the greedy answers are the same.
+
+    All tokens of the prompts count, and the five likeliest of each token that follows. `generate` goes to vLLM.
+    """
+    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     largest = 0.0
-    for prompt, request in zip(PROMPTS, llm.generate(prompts, sampling, use_tqdm=False, **generate), strict=True):
+    for (tokens, log_p), request in zip(references, llm.generate(prompts, sampling, use_tqdm=False, **generate)):
         answer = request.outputs[0]
-        tokens = prompt + list(answer.token_ids)
-        expected = torch.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+        assert tokens == [*request.prompt_token_ids, *answer.token_ids]
         for place, found in enumerate([*request.prompt_logprobs, *answer.logprobs]):
             for token, said in (found or {}).items():  # nothing is said of the first
-                largest = max(largest, abs(said.logprob - expected[place - 1, token].item()))
+                largest = max(largest, abs(said.logprob - log_p[place - 1, token].item()))
     return largest

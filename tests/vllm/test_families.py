@@ -2,13 +2,14 @@
 
 import pytest
 
-from tests.vllm.served import BOUND, FAMILIES, checkpoint, difference, served
+from tests.vllm.served import BOUND, FAMILIES, checkpoint, difference, expected, served
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_those_of_transformers(family, tmp_path):
     folder = checkpoint(tmp_path, family)
+    references = expected(folder)
     with served(folder) as llm:
-        found = difference(llm, folder)
+        found = difference(llm, references)
     print(f"{family}: {found:.1e}")
     assert found < BOUND

@@ -167,7 +167,7 @@ class ArmorLinearMethod(LinearMethodBase):
         where there are several."""
         if suffix == "weight" and loaded.dtype == torch.uint8:
             return  # the tombstone
-        index = 0 if shard is None else SHARDS.get(shard, shard)
+        index = SHARDS[shard] if isinstance(shard, str) else shard or 0
         found, parameter = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
         assert found.shape == parameter.shape, (suffix, found.shape, parameter.shape)
         if found.device == parameter.device and found.dtype == parameter.dtype and found.is_contiguous():
@@ -191,9 +191,9 @@ class ArmorLinearMethod(LinearMethodBase):
             if (layout := part.packed) is None:
                 outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), some))
             else:
-                operands = (getattr(layer, f"{suffix}_{index}", None) for suffix in SUFFIXES)
+                operands: list[Any] = [getattr(layer, f"{suffix}_{index}", None) for suffix in SUFFIXES]
                 group = layout.pattern.group(layout.in_features)[1]
-                outputs.append(multiply(x, *operands, some, pattern=layout.pattern, group=group))
+                outputs.append(multiply(x, *operands, bias=some, pattern=layout.pattern, group=group))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
