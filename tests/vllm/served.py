@@ -77,18 +77,22 @@ def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
     return found
 
 
-def difference(llm: LLM, references: list[tuple[list[int], Tensor]], **generate: Any) -> float:
-    """The largest difference of a log-probability from `references`, where the greedy answers are the same.
+def difference(llm: LLM, references: list[tuple[list[int], Tensor]], prompts: bool = True, **generate: Any) -> float:
+    """The largest difference of a log-probability from `references`; the greedy answers must be the same.
 
-    All tokens of the prompts count, and the five likeliest of each token that follows. `generate` goes to vLLM.
+    The five likeliest of each token of an answer count, and with `prompts` every token of a prompt: vLLM then reads
+    nothing from its cache of prefixes. `generate` is vLLM's own.
     """
-    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=0)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    scored = 0 if prompts else None
+    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=scored)
+    asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    answers = llm.generate(asked, sampling, use_tqdm=False, **generate)
     largest = 0.0
-    for (tokens, log_p), request in zip(references, llm.generate(prompts, sampling, use_tqdm=False, **generate)):
-        answer = request.outputs[0]
-        assert tokens == [*request.prompt_token_ids, *answer.token_ids]
-        for place, found in enumerate([*request.prompt_logprobs, *answer.logprobs]):
+    for (tokens, log_p), request in zip(references, answers, strict=True):
+        prompt, answer = request.prompt_token_ids, request.outputs[0]
+        assert tokens == [*prompt, *answer.token_ids]
+        scores = [*(request.prompt_logprobs or [None] * len(prompt)), *answer.logprobs]
+        for place, found in enumerate(scores):
             for token, said in (found or {}).items():  # nothing is said of the first
                 largest = max(largest, abs(said.logprob - log_p[place - 1, token].item()))
     return largest

@@ -1,0 +1,76 @@
+"""What vLLM can do with a dense model it can do with a packed one, and says the same."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm.lora.request import LoRARequest
+
+from armor.config.recipes import LayerSettings, Override
+from tests.packed import SETTINGS, packed
+from tests.vllm.served import BOUND, SHAPE, checkpoint, difference, expected, served
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture(scope="module")
+def references(llama):
+    return expected(llama)
+
+
+def test_compiled(llama, references):
+    with served(llama, enforce_eager=False) as llm:
+        assert difference(llm, references) < BOUND
+
+
+def test_chunks_of_a_prompt_and_a_cached_prefix_and_weights_loaded_again(llama, references):
+    with served(llama, max_num_batched_tokens=32, enable_chunked_prefill=True, enable_prefix_caching=True) as llm:
+        assert difference(llm, references) < BOUND
+        assert difference(llm, references, prompts=False) < BOUND  # with what was kept of the prompts
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        assert difference(llm, references) < BOUND
+
+
+def test_an_adapter(llama, references, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    adapted = expected(llama, model)
+    assert any(a[0] != b[0] for a, b in zip(adapted, references, strict=True))
+    with served(llama, enable_lora=True, max_lora_rank=8) as llm:
+        assert difference(llm, adapted, lora_request=LoRARequest("mine", 1, str(tmp_path / "adapter"))) < BOUND
+        assert difference(llm, references) < BOUND
+
+
+def test_shards_of_a_fused_linear_with_blocks_of_their_own_and_a_dense_one(tmp_path):
+    overrides = [
+        Override(modules="*.k_proj", method="dense"),
+        Override(modules="*.v_proj", block_size=4),
+        Override(modules="*.up_proj", block_size=32, pattern="4:8"),
+        Override(modules="*.down_proj", method="wanda", pattern="50%"),
+    ]
+    settings = LayerSettings(**(SETTINGS.model_dump(exclude={"overrides"}) | {"overrides": overrides}))
+    folder = packed(tmp_path, settings=settings, **SHAPE) / "checkpoint"
+    references = expected(folder)
+    with served(folder) as llm:
+        assert difference(llm, references) < BOUND
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi-3"])
+def test_two_ranks_side_by_side(family, tmp_path):
+    folder = checkpoint(tmp_path, family)
+    references = expected(folder)
+    with served(folder, tensor_parallel_size=2) as llm:
+        assert difference(llm, references) < BOUND
+
+
+def test_two_ranks_one_after_the_other(llama, references):
+    with served(llama, pipeline_parallel_size=2) as llm:
+        assert difference(llm, references) < BOUND
