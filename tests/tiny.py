@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "VOCABULARY", "tiny_gguf", "tiny_model", "tiny_text", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "MIXTURES", "VOCABULARY", "tiny_gguf", "tiny_model", "tiny_text", "tiny_tokenizer"]
 
 VOCABULARY = 272  # 256 bytes, one special token, and a little room, as real models have
 FAMILIES: dict[str, dict] = {
@@ -27,6 +27,24 @@ FAMILIES: dict[str, dict] = {
         "layer_types": lambda layers: ["sliding_attention", "full_attention"] * (layers // 2 + 1),
     },
     "phi3": {"pad_token_id": None},
+}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MIXTURES: dict[str, dict] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**FEW_EXPERTS, "moe_intermediate_size": 32, "head_dim": 16},
+    "olmoe": FEW_EXPERTS,
+    "deepseek_v3": {
+        **LATENT,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 4,
+    },
 }
 
 
@@ -64,7 +82,7 @@ def tiny_model(folder: Path | str, family: str = "llama", layers: int = 3, seed:
         "bos_token_id": 256,
         "eos_token_id": 256,
         "pad_token_id": None,
-        **FAMILIES.get(family, {}),
+        **(FAMILIES | MIXTURES).get(family, {}),
     }
     if callable(settings.get("layer_types")):
         settings["layer_types"] = settings["layer_types"](layers)[:layers]

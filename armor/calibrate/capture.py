@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from armor.calibrate.hidden import HiddenStates, states_file
+from armor.calibrate.routed import Routed, run_on_all
 from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
@@ -34,9 +36,9 @@ from armor.format.provenance import combined, machine, made_by
 from armor.format.records.base import File
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Topology
-from armor.format.shards import Shards
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
+from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
     Call,
     Skeleton,
@@ -47,6 +49,7 @@ from armor.runtime.skeleton import (
     open_skeleton,
     record,
     record_each,
+    tensors_of,
     unload_outside,
 )
 from armor.text.blocks import token_blocks
@@ -114,25 +117,26 @@ def calibrate(
         "dtype": str(dtype),
     }
     with resumable(output, __name__, device, **work) as steps:
-        files = _finished(steps, output.parent)
+        done = _finished(steps, output.parent)
         for old in (output, *layer_files(output.parent)):
-            if old.name not in files:
+            if old.name not in done:
                 old.unlink(missing_ok=True)
-        shards = Shards(source.path)
         skeleton = open_skeleton(source.path, dtype)
+        shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
         limit = settings.hidden_states_memory_gb * 1e9
-        with _embed(skeleton, tokens, limit, steps.folder, len(files)) as (hidden, calls):
+        with _embed(skeleton, tokens, limit, steps.folder, len(done)) as (hidden, calls):
             unload_outside(skeleton)
             if hidden.spilled_bytes:
                 log.info("%.3g of %.3g GB of hidden states are on disk", hidden.spilled_bytes / 1e9, hidden.bytes / 1e9)
             share = tokens.numel() / len(topology.layers)  # a token that has passed all layers counts as one
-            left = topology.layers[len(files) :]
+            left = topology.layers[len(done) :]
             for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
                 own = [of_layers[layer.index] for of_layers in calls]
                 try:
                     module = load_layer(skeleton, layer.index, shards, device)
-                    inputs = _run_layer(module, layer, own, hidden, settings.gram, device)
+                    inside = partial(skeleton.inside, layer.index)
+                    inputs = _run_layer(module, layer, inside, own, hidden, settings.gram, device)
                 except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
                     raise ArmorError(
                         f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
@@ -142,11 +146,12 @@ def calibrate(
                 path = layer_file(output.parent, layer.index)
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
                 write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
-                files[path.name] = File.of(path)
+                done[path.name] = _Done(file=File.of(path), unrouted=_unrouted(inputs))
                 hidden.turn()
-                steps.put(path.name, files[path.name])
+                steps.put(path.name, done[path.name])
                 hidden.forget()
         seconds = steps.seconds()
+        files = {name: layer.file for name, layer in done.items()}
         record = CalibrationRecord(
             fingerprint=source.fingerprint,
             text_fingerprint=text_fingerprint,
@@ -157,6 +162,7 @@ def calibrate(
             dtype=str(hidden.dtype).removeprefix("torch."),
             device=device,
             files=files,
+            unrouted_experts=_told(done),
             hidden_states_bytes=hidden.bytes,
             spilled_bytes=hidden.spilled_bytes,
             seconds=round(seconds, 3),
@@ -169,14 +175,21 @@ def calibrate(
     return record
 
 
-def _finished(steps: Steps, folder: Path) -> dict[str, File]:
+class _Done(Typed):
+    """A decoder layer that is finished: the file of its statistics, and its experts that no token was sent to."""
+
+    file: File
+    unrouted: tuple[str, ...]
+
+
+def _finished(steps: Steps, folder: Path) -> dict[str, _Done]:
     """The files of the leading decoder layers that are finished, as `calibrate` describes them.
 
     None, if the hidden states behind them are not there.
     """
-    files: dict[str, File] = {}
-    while found := steps.get((file := layer_file(folder, len(files))).name, File):
-        if not file.is_file() or file.stat().st_size != found.bytes:
+    files: dict[str, _Done] = {}
+    while found := steps.get((file := layer_file(folder, len(files))).name, _Done):
+        if not file.is_file() or file.stat().st_size != found.file.bytes:
             break
         files[file.name] = found
     return files if files and states_file(steps.folder, len(files)).is_file() else {}
@@ -216,15 +229,28 @@ def _embed(
 
 
 def _run_layer(
-    module: nn.Module, layer: DecoderLayer, calls: list[Call], hidden: HiddenStates, gram: bool, device: str
-) -> dict[str, Accumulator]:
-    """Run a decoder layer on all sequences, replacing their hidden states by its output; the sums by input's name."""
-    inputs: dict[str, Accumulator] = {}
-    hooks = []
+    module: nn.Module,
+    layer: DecoderLayer,
+    inside: Callable[[str], str],
+    calls: list[Call],
+    hidden: HiddenStates,
+    gram: bool,
+    device: str,
+) -> dict[str, Accumulator | Routed]:
+    """Run a decoder layer on all sequences, replacing their hidden states by its output; the sums by input's name.
+
+    `inside` gives a linear's name within the layer.
+    """
+    inputs: dict[str, Accumulator | Routed] = {}
+    hooks = run_on_all(module)
     for first, *_ in layer.groups():
-        inputs[first.name] = Accumulator(first.in_features, gram, device)
-        linear = module.get_submodule(first.name.removeprefix(layer.prefix + "."))
-        hooks.append(linear.register_forward_pre_hook(partial(_add, inputs[first.name])))
+        path = inside(first.name)
+        above = module.get_submodule(path.rpartition(".")[0])
+        new = partial(Accumulator, first.in_features, gram, device)
+        sums = Routed(above, new) if isinstance(above, Expert) else new()
+        hook = sums.add if isinstance(sums, Routed) else partial(_add, sums)
+        hooks.append(module.get_submodule(path).register_forward_pre_hook(hook))
+        inputs[first.name] = sums
     on_device: dict[int, Call] = {}
     try:
         with torch.no_grad():
@@ -240,7 +266,7 @@ def _run_layer(
         for hook in hooks:
             hook.remove()
     for name, sums in inputs.items():
-        if sums.tokens == 0:
+        if isinstance(sums, Accumulator) and sums.tokens == 0:
             raise ArmorError(f"{name}: no token came by; the model does not use this linear and cannot be calibrated")
         if not sums.finite():
             raise ArmorError(_not_finite(layer, inputs, None))
@@ -251,7 +277,25 @@ def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
     sums.add(args[0])
 
 
-def _not_finite(layer: DecoderLayer, inputs: dict[str, Accumulator], sequence: int | None) -> str:
+def _unrouted(inputs: dict[str, Accumulator | Routed]) -> tuple[str, ...]:
+    """The experts that no token was sent to."""
+    routed = {name: sums for name, sums in inputs.items() if isinstance(sums, Routed)}
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name, sums in routed.items() if not sums.sent.tokens))
+
+
+def _told(done: dict[str, _Done]) -> tuple[str, ...]:
+    """The experts of all layers that no token was sent to; says so."""
+    unrouted = tuple(name for layer in done.values() for name in layer.unrouted)
+    if unrouted:
+        log.warning(
+            "%d experts saw no token of this text and have the statistics of all, the first is %s; take more text",
+            len(unrouted),
+            unrouted[0],
+        )
+    return unrouted
+
+
+def _not_finite(layer: DecoderLayer, inputs: dict[str, Accumulator | Routed], sequence: int | None) -> str:
     """The message that names the first linear whose input is not finite, or the layer if only its output is not."""
     bad = [linear for linear in layer.linears if linear.name in inputs and not inputs[linear.name].finite()]
     where = f"{bad[0].name}: its input holds" if bad else f"{layer.prefix}: its output holds"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,15 @@ def train(
     `samples` are the token sequences (sequences, length) of each stage of training.
     """
     prefix, layers = decoder_layers(model, type(model).__name__)
+    skeleton = Skeleton(model, layers, prefix)
     others: dict[str, Tensor] = {}
     was_training = model.training
     try:
         model.eval()
         if recipe.refine is not None:
-            _refine(Skeleton(model, layers, prefix), factors, others, recipe.refine, samples["refine"], seed)
+            _refine(skeleton, factors, others, recipe.refine, samples["refine"], seed)
         if recipe.tune is not None:
-            _tune(model, prefix, factors, others, recipe.tune, samples["tune"], seed)
+            _tune(skeleton, factors, others, recipe.tune, samples["tune"], seed)
     finally:
         model.train(was_training)
     with torch.no_grad():
@@ -52,12 +54,19 @@ def train(
 
 
 def _trainable(
-    layer: nn.Module, prefix: str, factors: dict[str, Factorization], others: dict[str, Tensor], core: bool = True
+    skeleton: Skeleton,
+    index: int,
+    layer: nn.Module,
+    factors: dict[str, Factorization],
+    others: dict[str, Tensor],
+    core: bool = True,
 ) -> TrainableLayer:
-    """`layer` with trainable linears and in float32; it must be a copy."""
+    """`layer`, a copy of decoder layer `index`, with trainable linears and in float32."""
+    prefix = f"{skeleton.prefix}.{index}"
     dtypes = {f"{prefix}.{name}": parameter.dtype for name, parameter in layer.named_parameters()}
     device = next(layer.parameters()).device
-    linears = put_linears(layer, prefix, {n: f for n, f in factors.items() if n.startswith(f"{prefix}.")})
+    own = {n: f for n, f in factors.items() if n.startswith(f"{prefix}.")}
+    linears = put_linears(layer, partial(skeleton.inside, index), own)
     return make_trainable(layer.to(device, torch.float32), prefix, linears, dtypes, others, core)
 
 
@@ -92,7 +101,7 @@ def _refine(
     for index, layer in enumerate(skeleton.layers):
         calls = [of_layers[index] for _, of_layers in recorded]
         wanted = _outputs(layer, calls, dense, device)
-        trained = _trainable(copy.deepcopy(layer), f"{skeleton.prefix}.{index}", factors, others)
+        trained = _trainable(skeleton, index, copy.deepcopy(layer), factors, others)
         own = [call.map(lambda x: x.float() if x.is_floating_point() else x) for call in calls]
         if trained.linears:
             fit_layer(trained, fed, wanted, own, settings, seed, f"{skeleton.prefix}.{index}", dtype, device)
@@ -114,8 +123,7 @@ def _outputs(layer: nn.Module, calls: Sequence[Call], inputs: _Rows, device: str
 
 
 def _tune(
-    model: PreTrainedModel,
-    prefix: str,
+    skeleton: Skeleton,
     factors: dict[str, Factorization],
     others: dict[str, Tensor],
     settings: TuneSettings,
@@ -123,14 +131,15 @@ def _tune(
     seed: int,
 ) -> None:
     """Train `factors` and `others` of all layers at once, as the stage tune does. tokens (sequences, length)."""
+    model = skeleton.model
     dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
     with torch.no_grad():
         logits = (model(input_ids=row[None].to(device), use_cache=False).logits[0] for row in tokens)
         predictions = kept_predictions(logits)
     whole = copy.deepcopy(model).requires_grad_(False)
     layers = [
-        _trainable(layer, f"{prefix}.{index}", factors, others, settings.core)
-        for index, layer in enumerate(decoder_layers(whole, prefix)[1])
+        _trainable(skeleton, index, layer, factors, others, settings.core)
+        for index, layer in enumerate(decoder_layers(whole, skeleton.prefix)[1])
     ]
     fit_whole(whole.float(), layers, tokens, predictions, settings, seed, dtype, device)
     for layer in layers:

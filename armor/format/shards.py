@@ -7,9 +7,10 @@ memory that it will live in. Format: https://huggingface.co/docs/safetensors. To
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +92,12 @@ class Shards:
     def where(self, tensor: str) -> str:
         """File and tensor, as error messages begin."""
         return f"{self.folder}/{self.file_of(tensor)}: {tensor}"
+
+    def renamed(self, name: Callable[[str], str]) -> Shards:
+        """The same tensors under the names that `name` gives them."""
+        other = copy.copy(self)
+        other._entries = {name(old): entry for old, entry in self._entries.items()}
+        return other
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""

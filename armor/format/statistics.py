@@ -45,13 +45,25 @@ class Accumulator:
 
     def __init__(self, features: int, gram: bool, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
+        self.weight = self.weight_squared = 0.0
         self.squares = torch.zeros(features, dtype=torch.float64, device=device)
         self.products = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
 
-    def add(self, x: Tensor) -> None:
-        """Add tokens: x (..., in), any float dtype. Products of one batch are float32, their sum is float64."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens: x (..., in), any float dtype. Products of one batch are float32, their sum is float64.
+
+        `weights` (tokens, 1) multiply them; the mean is then that of w²x² over that of w².
+        """
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
+        if weights is None:
+            self.weight += x.shape[0]
+            self.weight_squared += x.shape[0]
+        else:
+            given = weights.detach().float()
+            x = x * given
+            self.weight += given.square().sum(dtype=torch.float64).item()
+            self.weight_squared += given.pow(4).sum(dtype=torch.float64).item()
         self.squares += x.square().sum(0, dtype=torch.float64)
         if self.products is not None:
             self.products += x.T @ x
@@ -62,8 +74,12 @@ class Accumulator:
 
     def statistics(self) -> Statistics:
         """The means so far, on the CPU."""
-        gram = None if self.products is None else (self.products / self.tokens).float().cpu()
-        return Statistics((self.squares / self.tokens).float().cpu(), gram, self.tokens)
+        gram = None if self.products is None else (self.products / self.weight).float().cpu()
+        return Statistics((self.squares / self.weight).float().cpu(), gram, self.tokens)
+
+    def effective_tokens(self) -> float:
+        """How many tokens of equal weight say as much as those that were added: (Σw²)² / Σw⁴, Kish 1965."""
+        return self.weight**2 / self.weight_squared if self.weight_squared else 0.0
 
 
 def write_statistics(path: Path, inputs: dict[str, Statistics], users: dict[str, str], fingerprint: str) -> None:

@@ -20,7 +20,8 @@ from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.model.by_hand import by_hand
 from armor.model.source import Source
-from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record
+from armor.runtime.experts import routers
+from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, tensors_of
 
 __all__ = ["inspect", "input_groups"]
 
@@ -33,8 +34,9 @@ def inspect(source: Source, output: Path | str) -> Topology:
     Raises ArmorError if the model has no decoder layers with linears, stores weights under other names than the model's
     own, or has layers that cannot be run one by one.
     """
-    shards = Shards(source.path)
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
+    shards = tensors_of(skeleton, source.path)
+    stored = {skeleton.names.here(name): name for name in Shards(source.path).names()}
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
         _check_tensors(skeleton, index, shards)
@@ -49,14 +51,14 @@ def inspect(source: Source, output: Path | str) -> Topology:
         prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
         taken = by_hand(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
         kept += [f"{prefix}.{name}" for name in taken]
+        left = {*taken, *routers(layer)}
         linears = {
             f"{prefix}.{name}": module
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear) and name not in taken
+            if isinstance(module, nn.Linear) and name not in left
         }
-        layers.append(
-            _decoder_layer(index, prefix, layer, linears, input_groups(layer, hidden, call, prefix, linears), shards)
-        )
+        groups = input_groups(layer, hidden, call, prefix, linears)
+        layers.append(_decoder_layer(index, prefix, layer, linears, groups, shards, stored))
     if kept:
         names = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in kept))
         log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(kept), names)
@@ -100,7 +102,7 @@ def _check_tensors(skeleton: Skeleton, index: int, shards: Shards) -> None:
                 continue  # a buffer that is computed
             raise ArmorError(
                 f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; models whose "
-                "weights are stored under other names (as fused experts are) are not supported"
+                "weights are stored in another form are not supported"
             )
         if shards.shape(full) != tuple(tensor.shape):
             raise ArmorError(
@@ -110,13 +112,20 @@ def _check_tensors(skeleton: Skeleton, index: int, shards: Shards) -> None:
 
 
 def _decoder_layer(
-    index: int, prefix: str, layer: nn.Module, linears: dict[str, nn.Linear], groups: dict[str, int], shards: Shards
+    index: int,
+    prefix: str,
+    layer: nn.Module,
+    linears: dict[str, nn.Linear],
+    groups: dict[str, int],
+    shards: Shards,
+    stored: dict[str, str],
 ) -> DecoderLayer:
+    """What the record says of a layer: `stored` has the names of its tensors in the model's files."""
     weights = {f"{name}.weight" for name in linears}
     matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
     described = tuple(
         Linear(
-            name=name,
+            name=stored[f"{name}.weight"].removesuffix(".weight"),
             out_features=module.out_features,
             in_features=module.in_features,
             dtype=shards.dtype(f"{name}.weight"),
@@ -126,7 +135,7 @@ def _decoder_layer(
         )
         for name, module in linears.items()
     )
-    dense = tuple(name for name in matrices if name not in weights)
+    dense = tuple(stored.get(name, name) for name in matrices if name not in weights)
     return DecoderLayer(index=index, prefix=prefix, linears=described, dense_parameters=dense)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -36,7 +37,9 @@ from armor.format.checkpoint import (
 )
 from armor.format.checksums import check_contents, loaded_files, read_checksums, start_hashing
 from armor.format.shards import INDEX, SINGLE, Shards
+from armor.runtime.experts import Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
+from armor.runtime.names import Names
 
 __all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears", "swap_skeleton"]
 
@@ -111,7 +114,8 @@ class ArmorQuantizer(HfQuantizer):
             }
             check_headers(shards, modules)
         known = self._swap(model, modules, shards.place)
-        _check_shapes(model, shards)
+        renamed = shards.renamed(Names(model).here)
+        _check_shapes(model, renamed)
         devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else {str(device_map or "cpu")}
         if devices == {"meta"}:  # no numbers are wanted
             return
@@ -122,19 +126,35 @@ class ArmorQuantizer(HfQuantizer):
             if sums is None:  # what was hashed was checked when it was written
                 check_contents(shards, modules)
             if known is not None and devices == {"cpu"}:
-                known |= _fill(model, shards)
+                known |= _fill(model, renamed)
 
     def _swap(self, model: PreTrainedModel, modules: Mapping[str, PackedLinear], where: Path | str) -> set[str] | None:
         """Put ArmorLinears into `model`; the tensors that its loader must not ask a place for, None if it cannot tell.
 
         What is saved from the model names its modules as its tensors are named here.
         """
-        known = {tombstone(modules)}
+        known = {Names(model).here(tombstone(modules))}
         is_watched = _watch_keys(model, known, where)
         renamed = swap_linears(model, modules)
         _keep_from_initialization(model, renamed)
-        self.quantization_config = ArmorConfig(**quantization_config(renamed))
+        saved = Names(model).saved_module
+        self.quantization_config = ArmorConfig(**quantization_config({saved(n): m for n, m in renamed.items()}))
         return known if is_watched else None
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        """transformers' conversions without those that would fuse experts which are modules of their own."""
+        own = [
+            f"{path}.0.{name}.weight"
+            for path, module in model.named_modules()
+            if isinstance(module, Experts)
+            for name, _ in module.get_submodule("0").named_children()
+        ]
+        weight_conversions = [
+            entry
+            for entry in weight_conversions
+            if not (isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in own))
+        ]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._wait is not None:
@@ -184,15 +204,21 @@ class ArmorQuantizer(HfQuantizer):
 def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) -> dict[str, PackedLinear]:
     """Replace each linear in `modules` by an empty ArmorLinear, on its device and in its dtype.
 
-    Returns `modules` under the names that `model` has for them: a name may carry the base model's prefix where `model`
-    has none (AutoModel), or lack it. Raises ArmorError for a module that `model` does not have, that is not a linear,
-    or that has another shape.
+    Where experts are among them, all of the model's become modules of their own first. Returns `modules` under the
+    names that `model` has for them: a name may carry the base model's prefix where `model` has none (AutoModel), or
+    lack it, or be another altogether (`armor.runtime.names`). Raises ArmorError for a module that `model` does not
+    have, that is not a linear, or that has another shape.
     """
-    prefix = f"{model.base_model_prefix}."
+    prefix, names = f"{model.base_model_prefix}.", Names(model)
+    fused = tuple(f"{path}." for path in fused_experts(model))
     found: dict[str, nn.Module] = dict(model.named_modules())
+    named = {name: names.module_here(name) for name in modules}
+    if any(_named(name, prefix, lambda n: n.startswith(fused)) for name in named.values()):
+        unfuse(model)
+        found = dict(model.named_modules())
     renamed = {}
     for name, layout in modules.items():
-        here = _named(name, prefix, found.__contains__)
+        here = _named(named[name], prefix, found.__contains__)
         where = f"config.json: quantization_config: {name}"
         if here is None:
             raise ArmorError(f"{where}: {type(model).__name__} has no such module; was config.json edited?")
@@ -242,13 +268,13 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
 
     The model is then as one that was loaded from a checkpoint: it runs packed, and save_pretrained writes a checkpoint.
     """
-    modules = {}
+    modules, saved = {}, Names(model).saved_module
     for name, found in factors.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device)
         model.set_submodule(name, layer)
-        modules[name] = layer.layout
+        modules[saved(name)] = layer.layout
     quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
     told = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
     for name, value in told.items():  # nn.Module's type knows of tensors and modules alone

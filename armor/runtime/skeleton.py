@@ -15,6 +15,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
+from armor.runtime.experts import unfuse
+from armor.runtime.names import Names
 
 __all__ = [
     "Call",
@@ -42,6 +45,7 @@ __all__ = [
     "readers",
     "record",
     "record_each",
+    "tensors_of",
     "unload_outside",
 ]
 
@@ -81,11 +85,23 @@ def _same(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A causal language model on the meta device and its decoder layers; `prefix` is their name, like model.layers."""
+    """A causal language model on the meta device and its decoder layers; `prefix` is their name, like model.layers.
+
+    Experts are modules of their own in it (`armor.runtime.experts`).
+    """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     prefix: str
+
+    @cached_property
+    def names(self) -> Names:
+        """What checkpoints and the model call the same tensor."""
+        return Names(self.model)
+
+    def inside(self, index: int, module: str) -> str:
+        """The name, within decoder layer `index`, of a module that checkpoints and records call `module`."""
+        return self.names.module_here(module).removeprefix(f"{self.prefix}.{index}.")
 
     def outside(self, head: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
         """(full name, owner, name in the owner, tensor) of what the base model holds outside of the decoder layers.
@@ -114,9 +130,15 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         raise ArmorError(
             f"{folder / 'config.json'}: transformers makes no causal language model of it: {reason}"
         ) from error
+    unfuse(model)
     model.eval().requires_grad_(False)
     prefix, layers = decoder_layers(model, folder)
     return Skeleton(model, layers, prefix)
+
+
+def tensors_of(skeleton: Skeleton, folder: Path | str) -> Shards:
+    """The tensors in `folder`, a checkpoint of the skeleton's model, under the names that the skeleton has for them."""
+    return Shards(folder).renamed(skeleton.names.here)
 
 
 def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:

@@ -22,7 +22,16 @@ from armor.execution.machine import host_memory_bytes
 from armor.format.shards import Shards
 from armor.runtime.load import loaded_dtype
 from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import finish, load_outside, open_skeleton, place_outside, read_layer, readers, record
+from armor.runtime.skeleton import (
+    finish,
+    load_outside,
+    open_skeleton,
+    place_outside,
+    read_layer,
+    readers,
+    record,
+    tensors_of,
+)
 
 __all__ = ["USABLE", "StreamedModel"]
 
@@ -39,9 +48,9 @@ class StreamedModel:
 
     def __init__(self, folder: Path | str, dtype: str = "auto", device: str = "cpu") -> None:
         self.name_or_path, self.dtype, self.device = str(folder), loaded_dtype(folder, dtype), device
-        self._shards = Shards(folder)
         self.skeleton = open_skeleton(Path(folder), self.dtype)
-        swap_skeleton(self.skeleton.model, self._shards)
+        swap_skeleton(self.skeleton.model, Shards(folder))
+        self._shards = tensors_of(self.skeleton, folder)
         load_outside(self.skeleton, self._shards, head=True)
         place_outside(self.skeleton, device)
         if (Path(folder) / "generation_config.json").is_file():

@@ -35,7 +35,15 @@ from armor.format.shards import Shards
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
-from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record_each, unload_outside
+from armor.runtime.skeleton import (
+    Call,
+    Skeleton,
+    load_outside,
+    open_skeleton,
+    record_each,
+    tensors_of,
+    unload_outside,
+)
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, read_start, write_trained
@@ -96,6 +104,7 @@ def refine_layer(
     work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
         skeleton = open_skeleton(source.path, torch.float32)
+        shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
@@ -112,7 +121,15 @@ def refine_layer(
             losses = {name: start.modules[name].loss for name in trainable.linears}
             training = described("refine", settings.refine, found, trainable, known.length, losses, made)
         record = write_trained(
-            output, start, *trainable.stored(), inputs, shards, training, made, steps.seconds(), device
+            output,
+            start,
+            *trainable.stored(),
+            inputs,
+            Shards(source.path),
+            training,
+            made,
+            steps.seconds(),
+            device,
         )
         if chained and layer == len(topology.layers) - 1:
             for left in output.parent.glob(".states_*.safetensors"):

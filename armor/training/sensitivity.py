@@ -31,7 +31,6 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.sensitivity import Sensitivity, write_sensitivities
-from armor.format.shards import Shards
 from armor.format.states import open_states, states_file, write_states
 from armor.model.source import Source
 from armor.runtime.skeleton import (
@@ -44,6 +43,7 @@ from armor.runtime.skeleton import (
     open_skeleton,
     place_outside,
     record_each,
+    tensors_of,
     unload_outside,
 )
 from armor.training.states import TOKENS, make_states
@@ -68,7 +68,8 @@ def measure_sensitivity(
             steps.put("states", known)
         with open_safetensors(dense / TOKENS) as file:
             tokens = file.get_tensor("tokens")
-        shards, skeleton = Shards(source.path), open_skeleton(source.path, getattr(torch, known.dtype))
+        skeleton = open_skeleton(source.path, getattr(torch, known.dtype))
+        shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards, head=True)
         calls = [of_layers for _, of_layers in record_each(skeleton, tokens)]
         count = len(topology.layers)
@@ -82,7 +83,8 @@ def measure_sensitivity(
         for layer in progress(left, "sensitivity", unit="layers", amount=tokens.numel() / count, amount_unit="tokens"):
             k = layer.index
             module = load_layer(skeleton, k, shards, device)
-            found = _through_layer(module, layer, [call[k] for call in calls], dense, device)
+            weights = [module.get_parameter(f"{skeleton.inside(k, linear.name)}.weight") for linear in layer.linears]
+            found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, device)
             module.to("meta")
             part = layer_file(steps.folder, k)
             write_sensitivities(part, found, source.fingerprint)
@@ -136,10 +138,12 @@ def _through_head(
 
 
 def _through_layer(
-    module: nn.Module, layer: DecoderLayer, calls: list[Call], folder: Path, device: str
+    module: nn.Module, layer: DecoderLayer, weights: list[nn.Parameter], calls: list[Call], folder: Path, device: str
 ) -> dict[str, Sensitivity]:
-    """The sensitivity of every linear of a decoder layer, by name; writes the gradients of what goes into it."""
-    weights = [module.get_parameter(f"{n.name.removeprefix(f'{layer.prefix}.')}.weight") for n in layer.linears]
+    """The sensitivity of every linear of a decoder layer, by name; writes the gradients of what goes into it.
+
+    `weights` are those of `layer.linears` in `module`.
+    """
     zeros = [[torch.zeros(n, dtype=torch.float64, device=device) for n in weight.shape] for weight in weights]
     found = {linear.name: sums for linear, sums in zip(layer.linears, zeros, strict=True)}
     with (

@@ -36,6 +36,7 @@ from armor.runtime.skeleton import (
     load_outside,
     open_skeleton,
     record_each,
+    tensors_of,
     unload_outside,
 )
 from armor.training.sample import fingerprint_of, sample_tokens
@@ -66,7 +67,8 @@ def make_states(
     with resumable(output, __name__, device, **work) as steps:
         part = steps.folder / "states"
         part.mkdir(exist_ok=True)
-        shards, skeleton = Shards(source.path), open_skeleton(source.path, dtype)
+        skeleton = open_skeleton(source.path, dtype)
+        shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
         recorded = list(record_each(skeleton, tokens))
         unload_outside(skeleton)

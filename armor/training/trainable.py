@@ -12,9 +12,10 @@ of what would be stored, is computed as the model will be (`stored_arithmetic`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,19 @@ class TrainableLayer:
         return {name: linear.factors() for name, linear in self.linears.items()}, others
 
 
-def put_linears(layer: nn.Module, prefix: str, factors: Mapping[str, Factorization]) -> dict[str, TrainableLinear]:
+def put_linears(
+    layer: nn.Module, inside: Callable[[str], str], factors: Mapping[str, Factorization]
+) -> dict[str, TrainableLinear]:
     """Put trainable linears in the place of those of `layer` that `factors` are of, by full name; return them.
 
-    They keep their biases. `layer` may be on the meta device still; its other tensors are loaded after.
+    `inside` gives a linear's name within the layer. They keep their biases. `layer` may be on the meta device still;
+    its other tensors are loaded after.
     """
     linears = {}
     for name, found in factors.items():
-        inside = name.removeprefix(f"{prefix}.")
-        linear: Any = layer.get_submodule(inside)
+        linear: Any = layer.get_submodule(inside(name))
         linears[name] = TrainableLinear(found, linear.bias)
-        layer.set_submodule(inside, linears[name])
+        layer.set_submodule(inside(name), linears[name])
     return linears
 
 
@@ -186,7 +189,7 @@ def load_trainable(
     Raises ArmorError for a file or a shard that cannot be read.
     """
     prefix = f"{skeleton.prefix}.{index}"
-    linears = put_linears(skeleton.layers[index], prefix, read_factors(factors)[0])
+    linears = put_linears(skeleton.layers[index], partial(skeleton.inside, index), read_factors(factors)[0])
     layer = load_layer(skeleton, index, shards, device)
     dtypes = {name: getattr(torch, shards.dtype(name)) for name in shards.names() if name.startswith(f"{prefix}.")}
     return make_trainable(layer, prefix, linears, dtypes, read_others(factors), core)

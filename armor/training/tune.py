@@ -44,7 +44,7 @@ from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
-from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside
+from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, tune_bytes
@@ -110,7 +110,7 @@ def tune(
         if not (again := most > ROOMY * available):
             places = roomy
         on = [devices[place] for place in places]
-        model, layers = _trainable_model(source, shards, files, settings.tune, on, device)
+        model, layers = _trainable_model(source, files, settings.tune, on, device)
         try:
             found = fit_whole(
                 model, layers, tokens, predictions, settings.tune, settings.seed, source.dtype, device, steps, again
@@ -234,10 +234,11 @@ def _rest(logs: Tensor) -> Tensor:
 
 
 def _trainable_model(
-    source: Source, shards: Shards, files: Sequence[Path], settings: TuneSettings, places: Sequence[str], home: str
+    source: Source, files: Sequence[Path], settings: TuneSettings, places: Sequence[str], home: str
 ) -> tuple[PreTrainedModel, list[TrainableLayer]]:
     """The compressed model in float32 ready to be trained, each layer on the device in `places`, all else at `home`."""
     skeleton = open_skeleton(source.path, torch.float32)
+    shards = tensors_of(skeleton, source.path)
     load_outside(skeleton, shards, head=True)
     place_outside(skeleton, home)
     layers = [

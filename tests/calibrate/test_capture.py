@@ -268,7 +268,9 @@ for folder in folders:
         unload_outside(skeleton)
         before = resident_memory_bytes()
         open("/proc/self/clear_refs", "w").write("5")
-        _run_layer(load_layer(skeleton, 0, shards, "cpu"), layer, [of[0] for of in calls], hidden, bool(gram), "cpu")
+        inside = lambda name: skeleton.inside(0, name)
+        layer_0 = load_layer(skeleton, 0, shards, "cpu")
+        _run_layer(layer_0, layer, inside, [of[0] for of in calls], hidden, bool(gram), "cpu")
         print(peak_memory_bytes() - before)
 """
 

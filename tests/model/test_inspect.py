@@ -14,6 +14,7 @@ from armor.format.records.topology import Topology
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
 from armor.runtime.skeleton import Call, Skeleton, record
+from tests.packed import edit_tensors
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
@@ -59,10 +60,10 @@ def test_models_that_cannot_be_compressed_are_named(tmp_path):
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 272, "n_positions": 32}
     with pytest.raises(ArmorError, match="GPT2LMHeadModel hold no linear"):
         inspect(open_source(save(tmp_path / "gpt2", "gpt2", **tiny)), tmp_path / "a.json")
-    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
-    with pytest.raises(ArmorError, match="experts.*are not supported"):
-        inspect(open_source(save(tmp_path / "moe", "qwen3_moe", vocab_size=272, **tiny, **moe)), tmp_path / "b.json")
+    folder = tiny_model(tmp_path / "moe", "qwen3_moe", layers=1)
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.0.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(ArmorError, match=r"has no tensor model.layers.0.mlp.experts.3.up_proj.weight"):
+        inspect(open_source(folder), tmp_path / "b.json")
     folder = tiny_model(tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))

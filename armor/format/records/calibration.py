@@ -33,6 +33,8 @@ class CalibrationRecord(Made):
     """The torch device that it was run on."""
     files: dict[str, File]
     """The statistics by file name, one file for each decoder layer."""
+    unrouted_experts: tuple[str, ...] = ()
+    """The experts that the router sent no token to; they have the statistics of all tokens."""
     hidden_states_bytes: int
     """The size of the hidden states between two layers."""
     spilled_bytes: int

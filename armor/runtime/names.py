@@ -1,0 +1,49 @@
+"""Names of tensors in checkpoints and in transformers' model, where the two differ: by transformers' own mapping.
+
+transformers renames what it loads and names it back when it saves (`transformers.conversion_mapping`). Records,
+patterns and packed checkpoints have the names of the checkpoints on the Hub. Here one becomes the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_renamings,
+)
+
+__all__ = ["Names"]
+
+
+class Names:
+    """What checkpoints and `model` call the same tensor."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        # As save_pretrained does: by what was used to load the model, else by the mapping without old spellings.
+        used: Sequence[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+        if used is None:
+            without_old = get_model_conversion_mapping(model, add_legacy=False)
+            used = [entry for entry in without_old if not isinstance(entry, PrefixChange)]
+        reverse = [entry.reverse_transform() for entry in used[::-1] if isinstance(entry, WeightRenaming)]
+        self._reverse = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+
+    def here(self, tensor: str) -> str:
+        """The model's name of a tensor of a checkpoint."""
+        return apply_renamings(tensor, self._renamings)
+
+    def module_here(self, module: str) -> str:
+        """The model's name of a module that a checkpoint names."""
+        return self.here(f"{module}.weight").removesuffix(".weight")
+
+    def saved_module(self, module: str) -> str:
+        """What a checkpoint that save_pretrained writes calls a module of the model."""
+        return apply_renamings(f"{module}.weight", self._reverse).removesuffix(".weight")

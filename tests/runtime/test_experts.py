@@ -1,0 +1,110 @@
+"""Mixtures of experts, compressed expert by expert: the whole way, under the names of the checkpoints on the Hub."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from armor.assemble.export import export
+from armor.assemble.verify import verify
+from armor.config.recipes import LayerSettings
+from armor.format.shards import Shards
+from armor.runtime.experts import Experts, fused_experts, unfuse
+from armor.runtime.linear import ArmorLinear
+from armor.runtime.load import load_model
+from armor.runtime.streamed import StreamedModel
+from tests.packed import factors_of, opened, packed
+from tests.tiny import MIXTURES, tiny_model
+
+TOKENS = torch.arange(24)[None] * 5 % 256
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-5 * b.norm())
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpoint(tmp_path, family):
+    root = packed(tmp_path, family)
+    _, topology = opened(root)
+    stored = Shards(root / "source")
+    names = [linear.name for linear in topology.linears()]
+    assert {f"{name}.weight" for name in names} <= set(stored.names())
+    experts = [name for name in names if ".experts." in name]
+    assert len(experts) == 3 * 4 * (1 if family == "deepseek_v3" else 2)
+    gate, up = experts[:2]
+    groups = [{linear.name for linear in group} for layer in topology.layers for group in layer.groups()]
+    assert {gate, up} in groups and sum(gate in group for group in groups) == 1
+
+    model = load_model(root / "checkpoint")
+    assert not fused_experts(model)
+    assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == len(names)
+    verify(root / "checkpoint", root / "source")
+    export(root / "checkpoint", root / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()  # with the experts fused again
+    assert fused_experts(plain) and set(Shards(root / "dense").names()) == set(stored.names())
+    with torch.inference_mode():
+        expected = plain(TOKENS).logits
+        assert close(model(TOKENS).logits, expected)
+        assert close(next(StreamedModel(root / "checkpoint").logits([TOKENS])), expected)
+        cache = model(TOKENS[:, :-1], use_cache=True).past_key_values
+        assert close(model(TOKENS[:, -1:], past_key_values=cache).logits[:, -1], expected[:, -1])
+
+        model.save_pretrained(root / "saved")
+        assert set(Shards(root / "saved").names()) == set(Shards(root / "checkpoint").names())
+        assert torch.equal(load_model(root / "saved")(TOKENS).logits, model(TOKENS).logits)
+        verify(root / "saved")
+
+        source = AutoModelForCausalLM.from_pretrained(root / "source").eval()
+        assert close(next(StreamedModel(root / "source").logits([TOKENS])), source(TOKENS).logits)
+        unfuse(source)
+        assert close(source(TOKENS).logits, next(StreamedModel(root / "source").logits([TOKENS])))
+
+
+def test_a_pattern_chooses_experts_or_one_expert_and_leaves_the_others_dense(tmp_path):
+    one = {"modules": "model.layers.1.block_sparse_moe.experts.3.*", "method": "nowag"}
+    settings = LayerSettings(method="dense", overrides=[{"modules": "*.experts.0.*", "method": "magnitude"}, one])
+    root = packed(tmp_path, "mixtral", settings)
+    found = {name.rpartition(".")[0] for name in factors_of(root)}
+    layers = [f"model.layers.{k}.block_sparse_moe.experts" for k in range(2)]
+    assert found == {f"{layers[0]}.0", f"{layers[1]}.0", f"{layers[1]}.3"}
+    model, dense = load_model(root / "checkpoint"), export(root / "checkpoint", root / "dense")
+    assert dense.modules == 9
+    plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()
+    with torch.inference_mode():
+        assert close(model(TOKENS).logits, plain(TOKENS).logits)
+    # Its first compressed linear is an expert's: readers without the plugin must stop at it all the same.
+    config = root / "checkpoint/config.json"
+    config.write_text(config.read_text().replace('"armor"', '"nobody"'))
+    with pytest.raises(Exception, match="conversion"):
+        AutoModelForCausalLM.from_pretrained(root / "checkpoint", quantization_config=None)
+
+
+def test_experts_stay_fused_where_none_is_compressed(tmp_path):
+    attention = {"modules": "*.self_attn.*", "method": "nowag"}
+    root = packed(tmp_path, "qwen3_moe", LayerSettings(method="dense", overrides=[attention]))
+    model = load_model(root / "checkpoint")
+    assert fused_experts(model) and not any(isinstance(module, Experts) for module in model.modules())
+    export(root / "checkpoint", root / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()
+    with torch.inference_mode():
+        assert close(model(TOKENS).logits, plain(TOKENS).logits)
+
+
+def test_unfused_weights_are_views_and_a_token_without_experts_gets_nothing(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, "olmoe", layers=1)).eval()
+    fused = model.model.layers[0].mlp.experts
+    address = fused.down_proj.data_ptr()
+    (path,) = unfuse(model)
+    experts = model.get_submodule(path)
+    assert experts.get_submodule("0.down_proj").weight.data_ptr() == address and not list(fused.parameters())
+    x, index = torch.randn(3, 64), torch.tensor([[0, 2], [2, 1], [4, 4]])  # 4: no expert
+    weights = torch.rand(3, 2)
+    y = experts(x, top_k_weights=weights, top_k_index=index)
+    assert not y[2].any()
+    gate, up, down = (experts.get_submodule(f"2.{name}_proj") for name in ("gate", "up", "down"))
+    one = down(nn.functional.silu(gate(x[:2])) * up(x[:2])) * torch.stack([weights[0, 1], weights[1, 0]])[:, None]
+    rest = experts(x, index.masked_fill(index == 2, 4), weights)
+    assert close((y - rest)[:2], one)
