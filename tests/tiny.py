@@ -45,6 +45,14 @@ MIXTURES: dict[str, dict] = {
         "moe_intermediate_size": 32,
         "num_key_value_heads": 4,
     },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # stored fused
+    "gpt_oss": {  # stored fused, transposed and interleaved, with biases
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": lambda layers: ["sliding_attention", "full_attention"] * (layers // 2 + 1),
+    },
 }
 
 

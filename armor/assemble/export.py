@@ -7,6 +7,7 @@ appears when it is complete (`armor.assemble.folder`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.format.checkpoint import SUFFIXES, check_tensor, read_packed
 from armor.format.checksums import open_checkpoint, read_checksums, start_hashing
+from armor.format.shards import Part
+from armor.model.tensors import fused_parts
 
 __all__ = ["Exported", "export"]
 
@@ -78,17 +81,48 @@ def export(
             )
         return rounded
 
+    read_joined = _joined(fused_parts(folder), shapes, dtypes, read)
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     config.pop("quantization_config", None)
     if dtype:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     with growing(output) as part:
-        sums = write_tensors(part, sizes, read, max_shard_bytes, "export")
+        sums = write_tensors(part, sizes, read_joined, max_shard_bytes, "export")
         copy_others(folder, part)
         write_json(part / "config.json", config)
         (part / "README.md").write_text(_card(folder, config), encoding="utf-8")
         files = seal(part, sums)
     return Exported(len(sizes), len(modules), sum(sizes.values()), tuple(sorted(files)))
+
+
+def _joined(
+    parts: Mapping[str, Part],
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+    read: Callable[[str], Tensor],
+) -> Callable[[str], Tensor]:
+    """As `read`, but of all experts in one tensor where `parts` says so; changes `shapes` and `dtypes` to it."""
+    fused: dict[str, dict[str, Part]] = {}
+    for name, part in parts.items():
+        if name in shapes:
+            fused.setdefault(part.tensor, {})[name] = part
+    for tensor, own in fused.items():
+        of_one = [shapes[name] for name, part in own.items() if part.expert == 0]
+        block = (sum(rows for rows, *_ in of_one), *of_one[0][1:])
+        count, (first, part) = len(own) // len(of_one), next(iter(own.items()))
+        shapes[tensor], dtypes[tensor] = (count, *(block[::-1] if part.transposed else block)), dtypes[first]
+        for name in own:
+            del shapes[name]
+
+    def read_joined(name: str) -> Tensor:
+        if name not in fused:
+            return read(name)
+        tensor = torch.empty(shapes[name], dtype=dtypes[name])
+        for own, part in fused[name].items():
+            part.put(tensor[part.expert], read(own))
+        return tensor
+
+    return read_joined
 
 
 def _card(folder: Path, config: dict) -> str:

@@ -24,6 +24,7 @@ from armor.format.checksums import check_contents, open_checkpoint, read_checksu
 from armor.format.provenance import PROVENANCE
 from armor.format.records.checkpoint import ProvenanceRecord
 from armor.format.shards import Shards
+from armor.model.tensors import recorded_tensors
 from armor.runtime.load import check_names
 
 __all__ = ["Distance", "Verified", "table", "verify"]
@@ -103,7 +104,7 @@ def _open_source(folder: Path, shards: Shards, modules: dict[str, PackedLinear])
     """The tensors of the source model, whose names and shapes must be those that the checkpoint was made of."""
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("quantization_config"):
         raise ArmorError(f"{folder}: is quantized itself; expected the dense model that {shards.folder} was made of")
-    source = Shards(folder)
+    source = recorded_tensors(folder, modules)
     expected = {f"{name}.weight": (layout.out_features, layout.in_features) for name, layout in modules.items()}
     expected |= {name: shards.shape(name) for name in _copied(shards, modules)}
     if different := sorted(expected.keys() ^ set(source.names()), key=natural):

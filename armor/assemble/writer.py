@@ -34,6 +34,7 @@ from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import DTYPES, Shards
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 
 __all__ = ["assemble", "bits_per_weight", "tensor_bytes"]
 
@@ -65,9 +66,10 @@ def assemble(
         raise ArmorError(
             f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
         )
-    shards = Shards(source.path)
+    shards = recorded_tensors(source.path, (linear.name for linear in topology.linears()))
     layers = [_read_layer(factors, layer, topology.fingerprint, shards) for layer in topology.layers]
     modules = {name: layout for layer in layers for name, layout in layer.modules.items()}
+    kept = recorded_tensors(source.path, modules)  # experts that are stored fused stay so if none is compressed
     origin = {tensor: layer.file for layer in layers for tensor in (*layer.bytes, *layer.others)}
 
     def read(name: str) -> Tensor:
@@ -77,8 +79,8 @@ def assemble(
             with open_safetensors(origin[name]) as opened:
                 tensor = opened.get_tensor(name)
         else:
-            tensor = shards.read(name)
-        check_tensor(str(origin.get(name) or shards.folder / shards.file_of(name)), name, tensor, modules)
+            tensor = kept.read(name)
+        check_tensor(str(origin.get(name) or kept.folder / kept.file_of(name)), name, tensor, modules)
         return tensor
 
     target = output.with_suffix("")
@@ -87,7 +89,7 @@ def assemble(
             f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
         )
     packed = {tensor: size for layer in layers for tensor, size in layer.bytes.items()}
-    sizes = tensor_bytes(shards, packed, modules)
+    sizes = tensor_bytes(kept, packed, modules)
     work = {
         "fingerprint": source.fingerprint,
         "factors": [layer.record.sha256 for layer in layers],

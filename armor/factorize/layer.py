@@ -35,11 +35,11 @@ from armor.format.provenance import machine, made_by
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
-from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
 from armor.methods.solver.objective import condition
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 
 __all__ = [
     "block_sizes_of",
@@ -88,7 +88,7 @@ def factorize_layer(
         used["budget"] = record.content()
         resolved = {name: choice.apply(resolved[name]) for name, choice in _choices(record, budget, chosen).items()}
     inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
-    shards = Shards(source.path)
+    shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
     work = {
         "layer": chosen.model_dump(mode="json"),
         "fingerprint": topology.fingerprint,

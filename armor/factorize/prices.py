@@ -36,6 +36,7 @@ from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.model.cost import dtype_bits
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 
 __all__ = ["extrapolated", "price_layer"]
 
@@ -66,7 +67,8 @@ def price_layer(
         "statistics": sha256(statistics) if Path(statistics).is_file() else None,
         "sensitivity": SensitivityRecord.read(sensitivity).sha256,
     }
-    shards, modules, code = Shards(source.path), {}, settings.code()
+    shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
+    modules, code = {}, settings.code()
     work = {"layer": chosen.model_dump(mode="json"), "used": used, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, code, **work) as steps:
         for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["DTYPES", "INDEX", "SINGLE", "Shards"]
+__all__ = ["DTYPES", "INDEX", "SINGLE", "Part", "Shards"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,6 +50,32 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     bytes: int
+    part: Part | None = None
+    block: tuple[int, ...] = ()  # what is read for a part
+
+
+@dataclass(frozen=True)
+class Part:
+    """The matrix (out, in) or bias (out,) of one expert in `tensor`, which has that of all experts in its first axis.
+
+    `rows` are the expert's, of the matrix, which is stored as (in, out) where `transposed`.
+    """
+
+    tensor: str
+    expert: int
+    rows: slice
+    transposed: bool
+
+    def of(self, block: Tensor) -> Tensor:
+        """The part of an expert's `block` of the tensor."""
+        return self._view(block).contiguous()
+
+    def put(self, block: Tensor, tensor: Tensor) -> None:
+        """Write `tensor` to its place in an expert's block."""
+        self._view(block).copy_(tensor)
+
+    def _view(self, block: Tensor) -> Tensor:
+        return (block.T if self.transposed else block)[self.rows]
 
 
 class Shards:
@@ -97,6 +123,29 @@ class Shards:
         """The same tensors under the names that `name` gives them."""
         other = copy.copy(self)
         other._entries = {name(old): entry for old, entry in self._entries.items()}
+        return other
+
+    def split(self, parts: Mapping[str, Part]) -> Shards:
+        """The same tensors, with `parts` by name in the place of those that they are of; all of a tensor, or none."""
+        other = copy.copy(self)
+        whole = {part.tensor for part in parts.values()} & self._entries.keys()
+        other._entries = {name: entry for name, entry in self._entries.items() if name not in whole}
+        for name, part in parts.items():
+            if part.tensor in whole:
+                entry = self._entries[part.tensor]
+                count, *block = entry.shape
+                shape = block[::-1] if part.transposed else block
+                rows = len(range(*part.rows.indices(shape[0])))
+                each = entry.bytes // count
+                other._entries[name] = _Entry(
+                    entry.file,
+                    entry.dtype,
+                    (rows, *shape[1:]),
+                    entry.start + part.expert * each,
+                    each // shape[0] * rows,
+                    part,
+                    tuple(block),
+                )
         return other
 
     def names(self) -> list[str]:
@@ -166,7 +215,7 @@ class Shards:
         # converts no dtype, so that a tensor would take its room once more (docs/log/workflow.md).
         entry = self._entry(name)
         stored: torch.dtype = getattr(torch, entry.dtype)
-        out = torch.empty(entry.shape, dtype=dtype or stored)
+        out = torch.empty(entry.shape if entry.part is None else entry.block, dtype=dtype or stored)
         flat = out.view(-1)
         path = self.folder / entry.file
         try:
@@ -183,7 +232,7 @@ class Shards:
                         flat[begin : begin + step] = part
         except OSError as error:
             raise ArmorError(f"{path}: {error.strerror}; fetch the model again") from None
-        return out
+        return out if entry.part is None else entry.part.of(out)
 
 
 def _read_index(path: Path) -> dict[str, str]:

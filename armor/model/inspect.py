@@ -21,7 +21,7 @@ from armor.format.shards import Shards
 from armor.model.by_hand import by_hand
 from armor.model.source import Source
 from armor.runtime.experts import routers
-from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, tensors_of
+from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, stored_tensors, tensors_of
 
 __all__ = ["inspect", "input_groups"]
 
@@ -36,7 +36,7 @@ def inspect(source: Source, output: Path | str) -> Topology:
     """
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
     shards = tensors_of(skeleton, source.path)
-    stored = {skeleton.names.here(name): name for name in Shards(source.path).names()}
+    stored = {skeleton.names.here(name): name for name in stored_tensors(skeleton, source.path).names()}
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
         _check_tensors(skeleton, index, shards)

@@ -24,6 +24,7 @@ from armor.format.shards import DTYPES, SINGLE, Shards
 from armor.model.inspect import inspect
 from armor.model.outline import outline
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 from armor.training.memory import Shapes
 
 __all__ = ["Packed", "Subject", "subject"]
@@ -109,6 +110,7 @@ def subject(config: Config, name: str, results: Path) -> Subject:
     folder = outline(config.models[name], place.parent / "outline")
     shards = Shards(folder)
     topology = inspect(Source(folder, "planned", shards.main_dtype()), place)
+    shards = recorded_tensors(folder, (linear.name for linear in topology.linears()))
     recipes = [recipe for model, recipe in config.pairs() if model == name and not config.is_dense(recipe)]
     owners = dict.fromkeys(config.made_by(recipe)[0][1] for recipe in recipes)
     packed = {owner: _packed(config, owner, topology, shards, place.parent / owner) for owner in owners}

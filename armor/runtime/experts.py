@@ -1,11 +1,12 @@
 """The experts of a mixture as linears of their own, so that each is inspected, compressed and loaded like any other.
 
-transformers keeps all experts of a layer in one module with two or three tensors, (expert, out, in), and multiplies
-with slices of them. Most checkpoints on the Hub hold a weight for each expert, and transformers fuses them while it
-loads. `unfuse` puts a module in the place of the fused one that transformers calls in the same way: with the tokens,
-and for each token the numbers of its experts and what the router gives them. It gathers the tokens of each expert and
-calls the expert's linears on them. What lies between the linears is the fused module's own. So dense linears, packed
-ones and ones in training all work, and no expert is ever made dense.
+transformers keeps all experts of a layer in one module with a few tensors, (expert, out, in), and multiplies with
+slices of them. Most checkpoints on the Hub hold a weight for each expert, and transformers fuses them while it loads.
+Others hold the fused tensors; their experts get names of the same kind here (`parts_of`). `unfuse` puts a module in the
+place of the fused one that transformers calls in the same way: with the tokens, and for each token the numbers of its
+experts and what the router gives them. It gathers the tokens of each expert and calls the expert's linears on them.
+What lies between the linears is the fused module's own. So dense linears, packed ones and ones in training all work,
+and no expert is ever made dense.
 
 The price on a GPU is a few small products where transformers has one grouped product.
 """
@@ -13,7 +14,9 @@ The price on a GPU is a few small products where transformers has one grouped pr
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from armor.format.shards import Part
 from armor.runtime.names import Names
 
-__all__ = ["Expert", "Experts", "fused_experts", "routers", "unfuse"]
+__all__ = ["Expert", "Experts", "fused_experts", "parts_of", "routers", "unfuse"]
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
@@ -54,15 +58,16 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """The experts of one mixture, as modules 0, 1, ..., called as transformers' fused module is.
 
-    `fused` is that module, without its tensors: it has the activation and the way to combine gate and up.
+    `fused` is that module, without its tensors: it has the activation and the way to combine gate and up. Checkpoints
+    have tensors as it had, if `is_stored_fused`.
     """
 
-    def __init__(self, fused: nn.Module, experts: Sequence[Expert]) -> None:
+    def __init__(self, fused: nn.Module, experts: Sequence[Expert], is_stored_fused: bool) -> None:
         super().__init__()
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
         self.fused = fused
-        self.count = len(experts)
+        self.count, self.is_stored_fused = len(experts), is_stored_fused
         fused._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  for transformers: it has no weight to draw
 
     def experts(self) -> Iterator[tuple[int, Expert]]:
@@ -147,77 +152,94 @@ def routers(layer: nn.Module) -> list[str]:
 
 
 def unfuse(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Put an Experts in the place of each fused module whose experts checkpoints store one by one.
+    """Put an Experts in the place of each fused module that checkpoints store as it is, or expert by expert.
 
-    Weights are views of the fused tensors, on their device. Returns the modules that were replaced, by name.
+    Weights are views of the fused tensors where their layout allows it, on their device. Returns the modules that were
+    replaced, by name.
     """
     replaced = {}
     if fused := fused_experts(model):
         names = Names(model)
         for path, module in fused.items():
-            leaves = _leaves(names.converters, path, module)
+            stored = [_sources(names.converters, f"{path}.{tensor}") for tensor in (_first(module), "down_proj")]
+            leaves = _leaves(module, path, stored)
             if leaves is not None:
-                model.set_submodule(path, _unfused(module, leaves))
+                model.set_submodule(path, _unfused(module, leaves, stored == [None, None]))
                 replaced[path] = module
     return replaced
 
 
-def _leaves(converters: Sequence[WeightConverter], path: str, module: nn.Module) -> tuple[str, ...] | None:
-    """What checkpoints call the linears of an expert of the fused module at `path`: gate (if it has one), up, down.
+def parts_of(model: nn.Module) -> dict[str, Part]:
+    """The tensors of experts of `model` that checkpoints store fused, by name, as parts of tensors of transformers'."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts) and module.is_stored_fused:
+            leaves = dict(module.get_submodule("0").named_children())
+            width: Any = leaves[[*leaves][-1]].in_features
+            for name, part in _parts(module.fused, [*leaves], module.count, width).items():
+                found[f"{path}.{name}"] = replace(part, tensor=f"{path}.{part.tensor}")
+    return found
 
-    None where they do not store experts one by one.
+
+def _sources(converters: Sequence[WeightConverter], tensor: str) -> list[str] | None:
+    """The tensors of a checkpoint, with * for the expert's number, that transformers stacks and joins into `tensor`.
+
+    Their order is that in which they are joined. None where it takes `tensor` as it is, nothing where it does more.
     """
-    found: list[str] = []
-    for tensor, count in ((_first(module), 2 if module.has_gate else 1), ("down_proj", 1)):
-        full = f"{path}.{tensor}"
-        sources = next(filter(None, (_sources(converter, full) for converter in converters)), [])
-        leaves = [source.removeprefix(f"{path}.*.").removesuffix(".weight") for source in sources]
-        if len(leaves) != count or any("." in leaf or "*" in leaf for leaf in leaves):
-            return None
-        found += leaves
-    return tuple(found)
+    for converter in converters:
+        back = converter.reverse_transform()
+        renamed, pattern = back.rename_source_key(tensor)
+        if pattern is not None:
+            if any(type(step) not in (MergeModulelist, Concatenate) for step in converter.operations):
+                return []
+            return [renamed.replace(back.target_patterns[0], target) for target in back.target_patterns]
+    return None
 
 
-def _sources(converter: WeightConverter, tensor: str) -> list[str]:
-    """The tensors, with * for the expert's number, that a converter stacks and joins into `tensor` and does no more to.
+def _leaves(module: nn.Module, path: str, stored: list[list[str] | None]) -> tuple[str, ...] | None:
+    """The names of the linears of an expert of the fused module at `path`: gate (if it has one), up, down.
 
-    Their order is that in which they are joined; none if it makes another tensor, or makes it otherwise.
+    `stored` are the sources of its two tensors. None where they are stored in another form.
     """
-    if any(type(step) not in (MergeModulelist, Concatenate) for step in converter.operations):
-        return []
-    back = converter.reverse_transform()
-    renamed, pattern = back.rename_source_key(tensor)
-    if pattern is None:
-        return []
-    return [renamed.replace(back.target_patterns[0], target) for target in back.target_patterns]
+    if stored == [None, None]:
+        return ("gate_proj", "up_proj", "down_proj") if module.has_gate else ("up_proj", "down_proj")
+    leaves = [name.removeprefix(f"{path}.*.").removesuffix(".weight") for names in stored for name in names or ()]
+    is_plain = len(leaves) == (3 if module.has_gate else 2) and not module.is_transposed and not module.has_bias
+    return tuple(leaves) if is_plain and not any("." in leaf or "*" in leaf for leaf in leaves) else None
 
 
-def _unfused(module: nn.Module, leaves: Sequence[str]) -> Experts:
+def _parts(fused: nn.Module, leaves: Sequence[str], count: int, width: int) -> dict[str, Part]:
+    """The tensors of `count` experts of a fused module, by their name in an Experts, as parts of the module's.
+
+    `width` is the number of inputs of an expert's down projection.
+    """
+    *first, down = leaves
+    halves = [slice(width), slice(width, None)] if fused.is_concatenated else [slice(0, None, 2), slice(1, None, 2)]
+    rows = dict(zip(leaves, [*(halves if len(first) == 2 else [slice(None)]), slice(None)], strict=True))
+    found = {}
+    for expert, leaf in itertools.product(range(count), leaves):
+        tensor = "down_proj" if leaf == down else _first(fused)
+        weight = Part(tensor, expert, rows[leaf], bool(fused.is_transposed))
+        found[f"{expert}.{leaf}.weight"] = weight
+        if fused.has_bias:
+            found[f"{expert}.{leaf}.bias"] = replace(weight, tensor=f"{tensor}_bias", transposed=False)
+    return found
+
+
+def _unfused(fused: nn.Module, leaves: Sequence[str], is_stored_fused: bool) -> Experts:
     """An Experts of the fused module's tensors, which it loses."""
-    tensors = {name: module._parameters.pop(name) for name in tuple(module._parameters)}
-    count = tensors["down_proj"].shape[0]  # pyright: ignore[reportOptionalMemberAccess]  its parameters are there
+    tensors: Any = {name: fused._parameters.pop(name) for name in tuple(fused._parameters)}
+    count, *shape = tensors["down_proj"].shape
+    parts = _parts(fused, leaves, count, shape[0 if fused.is_transposed else 1])
+    own = {name: part.of(tensors[part.tensor][part.expert]).detach() for name, part in parts.items()}
 
-    def parts(expert: int, suffix: str) -> list[Tensor | None]:
-        first, down = (tensors.get(f"{name}{suffix}") for name in (_first(module), "down_proj"))
-        if first is None or down is None:
-            return [None] * len(leaves)
-        both = first[expert], down[expert]
-        one, last = (t.T for t in both) if not suffix and module.is_transposed else both
-        if len(leaves) == 2:
-            return [one, last]
-        halves = one.chunk(2) if module.is_concatenated else (one[::2], one[1::2])
-        return [*halves, last]
-
-    def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    def linear(name: str) -> nn.Linear:
+        rows, columns = own[f"{name}.weight"].shape
         with torch.device("meta"):
-            made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        made.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if bias is not None:
-            made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            made = nn.Linear(columns, rows, f"{name}.bias" in own)
+        for kind, _ in list(made.named_parameters()):
+            made.register_parameter(kind, nn.Parameter(own[f"{name}.{kind}"], requires_grad=False))
         return made
 
-    experts = [
-        Expert({n: linear(w, b) for n, w, b in zip(leaves, parts(e, ""), parts(e, "_bias"), strict=True)})  # pyright: ignore[reportArgumentType]  weights are there
-        for e in range(count)
-    ]
-    return Experts(module, experts)
+    experts = [Expert({leaf: linear(f"{expert}.{leaf}") for leaf in leaves}) for expert in range(count)]
+    return Experts(fused, experts, is_stored_fused)

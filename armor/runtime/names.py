@@ -44,6 +44,10 @@ class Names:
         """The model's name of a module that a checkpoint names."""
         return self.here(f"{module}.weight").removesuffix(".weight")
 
+    def saved(self, tensor: str) -> str:
+        """What a checkpoint that save_pretrained writes calls a tensor of the model."""
+        return apply_renamings(tensor, self._reverse)
+
     def saved_module(self, module: str) -> str:
-        """What a checkpoint that save_pretrained writes calls a module of the model."""
-        return apply_renamings(f"{module}.weight", self._reverse).removesuffix(".weight")
+        """The same of a module."""
+        return self.saved(f"{module}.weight").removesuffix(".weight")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
-from armor.runtime.experts import unfuse
+from armor.runtime.experts import parts_of, unfuse
 from armor.runtime.names import Names
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "readers",
     "record",
     "record_each",
+    "stored_tensors",
     "tensors_of",
     "unload_outside",
 ]
@@ -138,7 +139,17 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
 
 def tensors_of(skeleton: Skeleton, folder: Path | str) -> Shards:
     """The tensors in `folder`, a checkpoint of the skeleton's model, under the names that the skeleton has for them."""
-    return Shards(folder).renamed(skeleton.names.here)
+    return stored_tensors(skeleton, folder).renamed(skeleton.names.here)
+
+
+def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
+    """The tensors in `folder` under the names that records have for them: those in its files, but one for each expert.
+
+    Where experts are stored fused, the names are made up like those of other checkpoints.
+    """
+    shards, parts = Shards(folder), parts_of(skeleton.model)
+    fused, here = {part.tensor for part in parts.values()}, skeleton.names.here
+    return shards.renamed(lambda name: here(name) if parts and here(name) in fused else name).split(parts)
 
 
 def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:

@@ -35,6 +35,7 @@ from armor.format.shards import Shards
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 from armor.runtime.skeleton import (
     Call,
     Skeleton,
@@ -88,8 +89,8 @@ def refine_layer(
     if not (folder / TOKENS).is_file():
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
-    shards = Shards(source.path)
-    _check_memory(shards, topology.layers[layer].prefix, factors, known.length, device)
+    stored = recorded_tensors(source.path, start.modules)
+    _check_memory(stored, topology.layers[layer].prefix, factors, known.length, device)
     chained = settings.refine.inputs == "compressed"
     earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
     before = [LayerRecord.read(file).sha256 for file in earlier]
@@ -125,7 +126,7 @@ def refine_layer(
             start,
             *trainable.stored(),
             inputs,
-            Shards(source.path),
+            stored,
             training,
             made,
             steps.seconds(),

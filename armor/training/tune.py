@@ -44,6 +44,7 @@ from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
@@ -125,6 +126,7 @@ def tune(
         part.mkdir()
         numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
         written = []
+        stored = recorded_tensors(source.path, (name for layer in layers for name in layer.linears))
         for start, layer in zip(starts, layers, strict=True):
             inputs, trained = (layer_file(place, start.layer) for place in (calibration.parent, part))
             statistics = read_statistics(inputs, topology.fingerprint, gram=False)
@@ -132,7 +134,7 @@ def tune(
             training = described("tune", settings.tune, found, layer, tokens.shape[1], losses, made, numbers)
             seconds = steps.seconds() / len(layers)  # a layer's share: a report sums them up
             written.append(
-                write_trained(trained, start, *layer.stored(), statistics, shards, training, made, seconds, device)
+                write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, device)
             )
         folder = output.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,42 @@
+"""The tensors of a source model under the names that records have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from armor.format.shards import Part, Shards
+
+__all__ = ["fused_parts", "recorded_tensors"]
+
+
+def recorded_tensors(folder: Path | str, linears: Iterable[str]) -> Shards:
+    """The tensors in `folder`, a weight for each of `linears` among them.
+
+    They are what the files hold, except for experts that are stored fused: each has a name of its own in the records.
+    """
+    shards = Shards(folder)
+    if all(f"{name}.weight" in shards for name in linears):
+        return shards
+    import torch
+
+    from armor.runtime.skeleton import open_skeleton, stored_tensors
+
+    return stored_tensors(open_skeleton(Path(folder), torch.float32), folder)
+
+
+def fused_parts(folder: Path | str) -> dict[str, Part]:
+    """The tensors, under the names of records, of experts that the model in `folder` has stored fused when it is dense.
+
+    Each is a part of a tensor under the name that files have for it.
+    """
+    import torch
+
+    from armor.runtime.experts import parts_of
+    from armor.runtime.skeleton import open_skeleton
+
+    skeleton = open_skeleton(Path(folder), torch.float32)
+    return {
+        name: replace(part, tensor=skeleton.names.saved(part.tensor)) for name, part in parts_of(skeleton.model).items()
+    }
