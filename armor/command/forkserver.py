@@ -5,8 +5,8 @@ where the server is. The command hands over its arguments, environment, folder a
 ends as the fork ends. If it is killed, it takes the fork with it. So a run goes on with the code that it began with,
 and the hashes of the code in its records are those of then. Where no server listens for this Python the command does
 the work itself: on a cluster, in a conda environment of the rule's own, after a kill. The price: the job is no child of
-the shell, so Snakemake does not see its memory. So this is for the stages whose record tells that; the others are one
-job a model. Linux only, and only where no GPU is visible: never tried with CUDA.
+the shell, so Snakemake does not see its memory. So this is for the stages whose record tells that; the table of jobs
+(`armor.run.jobs`) says which. Linux only, and only where no GPU is visible: never tried with CUDA.
 """
 
 from __future__ import annotations
@@ -29,46 +29,19 @@ import sys
 __all__ = ["run_there", "start"]
 
 VARIABLE = "ARMOR_FORK_SERVER"
-STAGES = (
-    "calibrate",
-    "sensitivity",
-    "price",
-    "budget",
-    "factorize",
-    "states",
-    "refine",
-    "refined",
-    "tune",
-    "assemble",
-    "predict",
-    "evaluate",
-    "benchmark",
-)
-ENTRIES = (
-    "armor.factorize.layer",
-    "armor.calibrate.capture",
-    "armor.training.sensitivity",
-    "armor.factorize.prices",
-    "armor.factorize.budget",
-    "armor.training.refine",
-    "armor.training.tune",
-    "armor.assemble.writer",
-    "armor.evaluate.predictions",
-    "armor.evaluate.perplexity",
-    "armor.benchmark.generation",
-)
-"""The modules whose code the stages run; tasks are left to their job, for lm-eval's libraries begin threads."""
-PRELOADED = ("torch", "armor.command.cli", *ENTRIES[:1], "transformers", "transformers.modeling_utils", *ENTRIES[1:])
-"""Imported in this order; jobs that come meanwhile do not wait for all."""
+"""The environment's variable with the server's secret and the commands that it does: these need not read the table."""
+FIRST = ("torch", "armor.command.cli")
+"""Imported first; then the entry of `factorize`, which has the most jobs, transformers, and the other entries."""
 
 
 def start() -> None:
     """Start the server for all commands that this process will start, where there can be one; it ends with it."""
     from armor.execution.devices import visible_devices  # not for each command
+    from armor.run.jobs import STAGES
 
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")) or visible_devices():
         return
-    os.environ[VARIABLE] = secrets.token_hex(16)
+    os.environ[VARIABLE] = " ".join([secrets.token_hex(16), *(stage for stage, row in STAGES.items() if row.forked)])
     ends, _ = os.pipe()  # the other end is closed when this process ends, however it ends
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(_address())
@@ -85,7 +58,8 @@ def start() -> None:
 
 def run_there() -> int | None:
     """Let the server run this process's command; the exit status, negative for a signal, or None without a server."""
-    if VARIABLE not in os.environ or sys.argv[1:2] not in ([stage] for stage in STAGES):
+    _, *stages = os.environ.get(VARIABLE, "").split() or [""]
+    if sys.argv[1:2] not in ([stage] for stage in stages):
         return None
     with socket.socket(socket.AF_UNIX) as connection:
         try:
@@ -116,7 +90,7 @@ def _serve(listening: socket.socket) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; Snakemake's end is what counts
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a supervisor
-    modules = list(PRELOADED)
+    modules = preloaded()
     while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [], 0 if modules else None)[0]):
         if listening in ready:
             connection, _ = listening.accept()
@@ -132,9 +106,17 @@ def _serve(listening: socket.socket) -> None:
     os._exit(0)
 
 
+def preloaded() -> list[str]:
+    """What the server imports, in this order; jobs that come meanwhile do not wait for all."""
+    from armor.run.jobs import STAGES
+
+    entries = [row.entry for stage, row in STAGES.items() if row.forked and stage != "factorize"]
+    return [*FIRST, STAGES["factorize"].entry, "transformers", "transformers.modeling_utils", *entries]
+
+
 def _prepare(module: str) -> None:
     importlib.import_module(module)
-    if module in ENTRIES:
+    if module.startswith("armor.") and module not in FIRST:
         from armor.execution.fingerprint import code_hash
 
         code_hash(module)  # remembered: it is that of the code that was imported

@@ -32,7 +32,7 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.tune import TuneRecord
-from armor.run.jobs import BY_LAYER, Job, jobs
+from armor.run.jobs import STAGES, Job, jobs
 from armor.run.status import last_config
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
@@ -179,29 +179,22 @@ class Reruns:
     def _of_others(self, job: Job) -> Iterator[str]:
         """A line for each stage that goes before, if a job of it runs again."""
         again: dict[str, list[Job]] = {}
-        for _, other in self._before(job):
+        for _, other in job.before(self.config):
             if self.reasons(other):
                 again.setdefault(other.stage, []).append(other)
         for found in again.values():
             more = f", and {len(found) - 1} more of its stage" if len(found) > 1 else ""
             yield f"{found[0]}{more} would run again: {self.reasons(found[0])[0]}"
 
-    def _before(self, job: Job) -> list[tuple[str, Job]]:
-        """The jobs whose outputs `job` reads, by what it calls them."""
-        return [
-            (name, other)
-            for name, stage, names in job.inputs(self.config)
-            for other in self.jobs
-            if other.stage == stage and other.names[: len(names)] == names
-        ]
-
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
         for together, of_one in TOGETHER.items():
-            files = [other.record for name, other in self._before(job) if name == together and other.record.is_file()]
+            files = [
+                other.record for name, other in job.before(self.config) if name == together and other.record.is_file()
+            ]
             if files:
                 yield together, combined(map(of_one, files))
-        for name, other in self._before(job):
+        for name, other in job.before(self.config):
             file = other.record
             if not file.is_file() or name in TOGETHER:
                 continue
@@ -218,7 +211,7 @@ class Reruns:
 
 def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
     """The fingerprints of what `job` reads from a stage between inspect and assemble."""
-    file, own = other.record, job.names[2:] if job.stage in BY_LAYER else ()
+    file, own = other.record, job.names[2:] if STAGES[job.stage].by_layer else ()
     if other.stage == "calibrate":
         known = CalibrationRecord.read(file)
         of_layer = known.files.get(layer_file(file.parent, own[0]).name) if own else None
@@ -229,7 +222,7 @@ def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
         yield "sensitivity", SensitivityRecord.read(file).sha256
     elif other.stage == "budget":
         yield "budget", BudgetRecord.read(file).content()
-    elif other.stage in BY_LAYER:
+    elif STAGES[other.stage].by_layer:
         yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
     elif other.stage == "tune":
         layers = enumerate(TuneRecord.read(file).layers)

@@ -1,23 +1,24 @@
 """The one table of jobs: what the workflow can do, stage by stage, in the order of the data.
 
-The rules take log, measurements, settings and code of a job from here, `armor status` its outputs, `armor explain` all
-of it. A job is a stage and the names that tell it from others, in the order of the rule's wildcards. Paths come from
-`armor.format.layout`.
+A stage is one row. The rules take from it what a job reads from others, its settings and its code; their outputs, logs
+and measurements have the same paths, which come from `armor.format.layout`. `armor status`, `armor explain`, the line
+of progress and the fork server read it too. A job is a stage and the names that tell it from others, in the order of
+the rule's wildcards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
-from armor.format.layout import FACTORS, RESULTS, Results
+from armor.format.layout import RESULTS, Results
 from armor.format.records.topology import Topology
 
-__all__ = ["STAGES", "Job", "Names", "Stage", "jobs"]
+__all__ = ["STAGES", "Job", "Names", "Stage", "jobs", "jobs_of"]
 
 Names = tuple[str, ...]
 Needed = tuple[str, str, Names]
@@ -28,16 +29,54 @@ Needed = tuple[str, str, Names]
 class Stage:
     """One stage of the workflow: a rule of the same name.
 
-    `outputs(results, *names)` are the files that prove a job done; the JSON among them is its record, which says what
-    made it. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
+    `outputs(results, *names)` are the files that prove a job done, first of all that which others read; the JSON among
+    them is its record, which says what made it. `asked(config)` are the names of its jobs, without the number of the
+    decoder layer. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
     from, `settings(config, *names)` what of the configuration it reads, `methods(config, *names)` modules beside entry.
     """
 
     outputs: Callable[..., tuple[str, ...]]
+    asked: Callable[[Config], Iterable[Names]]
     entry: str
+    seconds: float
+    """What a job takes where nothing is known of the machine; the line of progress guesses the time left from it."""
     inputs: Callable[..., list[Needed]] = lambda config, *names: []
     settings: Callable[..., Typed | None] = lambda config, *names: None
     methods: Callable[..., list[str]] = lambda config, *names: []
+    by_layer: bool = False
+    """Whether there is a job for each decoder layer, whose number is the last of its names."""
+    reported: bool = False
+    """Whether the report reads its records."""
+    forked: bool = True
+    """Whether the fork server imports its entry before there is a job, and does its command."""
+
+
+def _models(config: Config) -> list[Names]:
+    return [(model,) for model, _ in config.pairs()]
+
+
+def _compressed(config: Config) -> list[Names]:
+    return [pair for pair in config.pairs() if not config.is_dense(pair[1])]
+
+
+def _made(config: Config, stage: str) -> list[Names]:
+    """The models and recipes whose factors `stage` makes; recipes that start from the same one share its."""
+    chains = [(model, made) for model, recipe in _compressed(config) for made in config.made_by(recipe)]
+    return [(model, owner) for model, (found, owner) in chains if found == stage]
+
+
+def _budgeted(config: Config) -> list[Names]:
+    return [names for names in _made(config, "factorize") if config.recipes[names[1]].budget]
+
+
+def _asked(config: Config, kind: str) -> list[Names]:
+    """Model, recipe and name of every evaluation or benchmark; `kind` is a field of Asked."""
+    return [(*pair, name) for pair, asked in config.pairs().items() for name in getattr(asked, kind)]
+
+
+def _once(config: Config, kind: str) -> list[Names]:
+    """The same for all recipes of a model together."""
+    return [(model, name) for model, _, name in _asked(config, kind)]
 
 
 def _model(*names: str) -> list[Needed]:
@@ -81,37 +120,45 @@ def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> li
     return [_finished(config, model, recipe), *dense, ("predictions", "predict", (model, evaluation))]
 
 
-BY_LAYER = ("price", "factorize", "refine")
-"""The stages that have a job for each decoder layer."""
-MEASURED = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "tasks", "benchmark")
-"""What the report is made of."""
-
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
+        asked=_models,
         entry="armor.model.fetch",
+        seconds=20,
         settings=lambda config, model: config.models[model],
+        forked=False,
     ),
     "inspect": Stage(
         outputs=lambda results, model: (results.topology(model),),
+        asked=_models,
         entry="armor.model.inspect",
+        seconds=4,
         inputs=lambda config, model: _model(model)[:1],
+        forked=False,
     ),
     "calibrate": Stage(
         outputs=lambda results, model, calibration: (results.calibration(model, calibration),),
+        asked=lambda config: [(model, config.calibration_of(recipe)) for model, recipe in _compressed(config)],
         entry="armor.calibrate.capture",
+        seconds=45,
         inputs=lambda config, model, calibration: _model(model),
         settings=lambda config, model, calibration: config.calibrations[calibration],
+        reported=True,
     ),
     "sensitivity": Stage(
         outputs=lambda results, model, sensitivity: (results.sensitivity(model, sensitivity),),
+        asked=lambda config: [(model, config.sensitivity_of(recipe)) for model, recipe in _budgeted(config)],
         entry="armor.training.sensitivity",
+        seconds=60,
         inputs=lambda config, model, sensitivity: _model(model),
         settings=lambda config, model, sensitivity: config.sensitivities()[sensitivity],
     ),
     "price": Stage(
         outputs=lambda results, *names: (results.prices(*names),),
+        asked=_budgeted,
         entry="armor.factorize.prices",
+        seconds=25,
         inputs=lambda config, model, recipe, layer: [
             *_model(model),
             ("calibration", "calibrate", (model, config.calibration_of(recipe))),
@@ -119,16 +166,21 @@ STAGES = {
         ],
         settings=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)).code(),
+        by_layer=True,
     ),
     "budget": Stage(
         outputs=lambda results, model, recipe: (results.budget(model, recipe),),
+        asked=_budgeted,
         entry="armor.factorize.budget",
+        seconds=2,
         inputs=lambda config, model, recipe: [("prices", "price", (model, recipe))],
         settings=lambda config, model, recipe: config.budget(recipe),
     ),
     "factorize": Stage(
         outputs=lambda results, *names: (results.factors(*names), results.layer(*names)),
+        asked=lambda config: _made(config, "factorize"),
         entry="armor.factorize.layer",
+        seconds=0.5,
         inputs=lambda config, model, recipe, layer: [
             *_model(model),
             ("calibration", "calibrate", (model, config.calibration_of(recipe))),
@@ -136,67 +188,98 @@ STAGES = {
         ],
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
+        by_layer=True,
+        reported=True,
     ),
     "states": Stage(
         outputs=lambda results, model, states: (results.states(model, states),),
+        asked=lambda config: [(model, config.states_of(recipe)) for model, recipe in _made(config, "refine")],
         entry="armor.training.states",
+        seconds=60,
         inputs=lambda config, model, states: _model(model),
         settings=lambda config, model, states: config.states()[states],
     ),
     "refine": Stage(
         outputs=lambda results, *names: (results.factors(*names, "refine"), results.layer(*names, "refine")),
+        asked=lambda config: _made(config, "refine"),
         entry="armor.training.refine",
+        seconds=50,
         inputs=_refine_inputs,
         settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
+        by_layer=True,
+        reported=True,
     ),
     "refined": Stage(
         outputs=lambda results, model, recipe: (results.refined(model, recipe),),
+        asked=lambda config: _made(config, "refine"),
         entry="armor.training.refined",
+        seconds=1,
         inputs=lambda config, model, recipe: [("factors", "refine", (model, recipe))],
     ),
     "tune": Stage(
         outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
+        asked=lambda config: _made(config, "tune"),
         entry="armor.training.tune",
+        seconds=1500,
         inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
         settings=lambda config, model, recipe: config.tune_settings(recipe),
+        reported=True,
     ),
     "assemble": Stage(
         outputs=lambda results, model, recipe: (results.checkpoint(model, recipe),),
+        asked=_compressed,
         entry="armor.assemble.writer",
+        seconds=1,
         inputs=lambda config, model, recipe: [*_model(model), _final(config, model, recipe)],
+        reported=True,
     ),
     "predict": Stage(
         outputs=lambda results, model, evaluation: (results.predictions(model, evaluation),),
+        asked=lambda config: _once(config, "texts"),
         entry="armor.evaluate.predictions",
+        seconds=25,
         inputs=lambda config, model, evaluation: _model(model)[:1],
         settings=lambda config, model, evaluation: config.evaluations[evaluation],
     ),
     "evaluate": Stage(
         outputs=lambda results, *names: (results.evaluation(*names),),
+        asked=lambda config: _asked(config, "texts"),
         entry="armor.evaluate.perplexity",
+        seconds=25,
         inputs=_text_inputs,
         settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+        reported=True,
     ),
     "tasks": Stage(
         outputs=lambda results, *names: (results.evaluation(*names),),
+        asked=lambda config: _asked(config, "tasks"),
         entry="armor.evaluate.tasks",
+        seconds=20,
         inputs=lambda config, model, recipe, evaluation: [_finished(config, model, recipe)],
         settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+        reported=True,
+        forked=False,  # lm-eval's libraries begin threads
     ),
     "benchmark": Stage(
         outputs=lambda results, model, benchmark: (results.benchmark(model, benchmark),),
+        asked=lambda config: _once(config, "benchmarks"),
         entry="armor.benchmark.generation",
+        seconds=75,
         inputs=lambda config, model, benchmark: [
             ("dense", "fetch", (model,)),
             *((recipe, "assemble", (model, recipe)) for recipe in config.benchmarked(model, benchmark)),
         ],
         settings=lambda config, model, benchmark: config.benchmarks[benchmark],
+        reported=True,
     ),
     "report": Stage(
         outputs=lambda results: results.report(),
+        asked=lambda config: [()],
         entry="armor.report",
-        inputs=lambda config: [(stage, stage, ()) for stage in MEASURED],
+        seconds=6,
+        inputs=lambda config: [(stage, stage, ()) for stage, row in STAGES.items() if row.reported],
         settings=lambda config: config.report_settings(),
+        forked=False,
     ),
 }
 """Every stage by the name of its rule, in the order of the data."""
@@ -212,7 +295,7 @@ class Job:
 
     def __str__(self) -> str:
         """As the rule's message announces it."""
-        names = [*self.names[:-1], f"layer {self.names[-1]}"] if self.stage in BY_LAYER else self.names
+        names = [*self.names[:-1], f"layer {self.names[-1]}"] if STAGES[self.stage].by_layer else self.names
         return " ".join((self.stage, *names))
 
     @property
@@ -248,52 +331,32 @@ class Job:
         return code_hash(stage.entry, *stage.methods(config, *self.names))
 
     def inputs(self, config: Config) -> list[Needed]:
-        """The jobs that it reads from. A stage with fewer names than its jobs have means all of them."""
+        """The jobs that it reads from. Without the number of a layer all layers are meant, without names all jobs."""
         return STAGES[self.stage].inputs(config, *self.names)
+
+    def before(self, config: Config) -> Iterator[tuple[str, Job]]:
+        """The jobs that it reads from one by one, by what it calls their fingerprints."""
+        for name, stage, names in self.inputs(config):
+            yield from ((name, job) for job in jobs_of(config, stage, self.results, names))
+
+
+def jobs_of(config: Config, stage: str, results: Results, names: Names = ()) -> Iterator[Job]:
+    """The jobs of one stage: all, or of one model and recipe, or the one with all these names.
+
+    The layer is "?" where their number is not known yet.
+    """
+    row = STAGES[stage]
+    for own in [names] if names else dict.fromkeys(row.asked(config)):
+        if row.by_layer and len(own) == 2:
+            yield from (Job(stage, (*own, layer), results) for layer in _layers(Path(results.topology(own[0]))))
+        else:
+            yield Job(stage, own, results)
 
 
 def jobs(config: Config, root: str = RESULTS) -> Iterator[Job]:
-    """Every job that `config` asks for, in the order of the stages; layer "?" where their number is not known yet."""
-    results = Results(root)
-    pairs = config.pairs()
-    compressed = [pair for pair in pairs if not config.is_dense(pair[1])]
-    models = dict.fromkeys(model for model, _ in pairs)
-    for model in models:
-        yield Job("fetch", (model,), results)
-        yield Job("inspect", (model,), results)
-    for names in dict.fromkeys((model, config.calibration_of(recipe)) for model, recipe in compressed):
-        yield Job("calibrate", names, results)
-    yield from _makers(config, results, compressed)
-    for names in compressed:
-        yield Job("assemble", names, results)
-    texts = [(model, name) for (model, _), asked in pairs.items() for name in asked.texts]
-    for names in dict.fromkeys(texts):
-        yield Job("predict", names, results)
-    for (model, recipe), asked in pairs.items():
-        for name in asked.texts:
-            yield Job("evaluate", (model, recipe, name), results)
-        for name in asked.tasks:
-            yield Job("tasks", (model, recipe, name), results)
-    for names in dict.fromkeys((model, name) for (model, _), asked in pairs.items() for name in asked.benchmarks):
-        yield Job("benchmark", names, results)
-    yield Job("report", (), results)
-
-
-def _makers(config: Config, results: Results, compressed: list[tuple[str, str]]) -> Iterator[Job]:
-    """The jobs between calibrate and assemble. Recipes that start from the same one share its factors."""
-    made = dict.fromkeys(
-        (stage, model, owner) for model, recipe in compressed for stage, owner in config.made_by(recipe)
-    )
-    of = {stage: [names for asked, *names in made if asked == stage] for stage in FACTORS}
-    of["states"] = list(map(list, dict.fromkeys((model, config.states_of(owner)) for model, owner in of["refine"])))
-    of["refined"] = of["refine"]
-    of["price"] = of["budget"] = [names for names in of["factorize"] if config.recipes[names[1]].budget]
-    of["sensitivity"] = list(map(list, dict.fromkeys((m, config.sensitivity_of(owner)) for m, owner in of["budget"])))
-    for stage in ("sensitivity", "price", "budget", "factorize", "states", "refine", "refined", "tune"):
-        for model, name in of[stage]:
-            layers = _layers(Path(results.topology(model))) if stage in BY_LAYER else [None]
-            for layer in layers:
-                yield Job(stage, (model, name) if layer is None else (model, name, layer), results)
+    """Every job that `config` asks for, in the order of the stages."""
+    for stage in STAGES:
+        yield from jobs_of(config, stage, Results(root))
 
 
 def _layers(inspected: Path) -> list[str]:

@@ -5,8 +5,8 @@ line. The line is made from files alone, as `armor status` is: the jobs that are
 Where there is no terminal Snakemake runs as ever, a line for each job. Either way its exit status is this one's.
 
 The time left is a guess that gets better. A job that is to come costs what others of its stage and recipe cost in the
-mean. If none of its stage has ended yet, it costs what it costs in the demo (`TYPICAL`), times how much dearer those
-that have ended were. Jobs of a single thread run side by side, the others one after the other.
+mean. If none of its stage has ended yet, it costs what the table of jobs says, times how much dearer those that have
+ended were. Jobs of a single thread run side by side, the others one after the other.
 """
 
 from __future__ import annotations
@@ -30,36 +30,15 @@ from armor.core.errors import ArmorError
 from armor.format.layout import RESULTS, RUN
 from armor.format.records.run import RunRecord
 from armor.methods import METHODS
-from armor.run.jobs import BY_LAYER, Job, jobs
+from armor.run.jobs import STAGES, Job, jobs
 from armor.run.status import cost, last_config
 
 __all__ = ["Course", "follow", "typed", "words"]
 
-TYPICAL = {
-    "fetch": 20.0,
-    "inspect": 4.0,
-    "calibrate": 45.0,
-    "sensitivity": 60.0,
-    "price": 25.0,
-    "budget": 2.0,
-    "factorize": 0.5,
-    "states": 60.0,
-    "refine": 50.0,
-    "refined": 1.0,
-    "tune": 1500.0,
-    "assemble": 1.0,
-    "predict": 25.0,
-    "evaluate": 25.0,
-    "tasks": 20.0,
-    "benchmark": 75.0,
-    "report": 6.0,
-}
-"""Seconds of a job in the demo, on two cores. Only their ratios count once a job has ended."""
 TYPICAL_ITERATION = 0.15
-"""Seconds that an iteration of the solver adds to a factorize job there."""
+"""Seconds that an iteration of the solver adds to a factorize job, beside those of the table of jobs."""
 LAYERS = 30
 """Decoder layers of a model that is not inspected yet."""
-SIDE_BY_SIDE = BY_LAYER
 QUIET = ("--quiet", "all")
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -117,7 +96,7 @@ class Course:
         self.share = spent / (spent + self.seconds_left) if spent + self.seconds_left else 1.0
 
     def _slots(self, job: Job) -> int:
-        return self.slots if job.stage in SIDE_BY_SIDE else 1
+        return self.slots if STAGES[job.stage].by_layer else 1
 
     def _guess(self, job: Job, costs: Mapping[tuple[str, ...], list[float]], dearer: float) -> float:
         """Seconds that a job which has not ended will take."""
@@ -127,8 +106,8 @@ class Course:
         return self._typical(job) * dearer
 
     def _typical(self, job: Job) -> float:
-        """Seconds of such a job in the demo."""
-        seconds = TYPICAL[job.stage]
+        """Seconds of such a job by the table of jobs."""
+        seconds = STAGES[job.stage].seconds
         if job.stage == "factorize":
             recipe = self.config.recipes[job.names[1]]
             if "solver" in METHODS[recipe.method].settings:

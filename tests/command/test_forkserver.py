@@ -127,7 +127,7 @@ def test_the_server_ends_with_the_process_that_started_it(server):
     process.wait(timeout=SECONDS)
 
 
-@pytest.mark.parametrize("module", forkserver.PRELOADED)
+@pytest.mark.parametrize("module", forkserver.preloaded())
 def test_what_it_imports_is_there(module):
     """The server itself passes over what it cannot import: the job says what is missing."""
     assert importlib.util.find_spec(module)
@@ -135,7 +135,7 @@ def test_what_it_imports_is_there(module):
 
 def test_what_it_imports_makes_no_lock_that_jobs_would_share():
     """A job that is killed while it holds one, as that of tqdm's bars, would stop all later ones."""
-    modules = "; ".join(f"import {module}" for module in forkserver.PRELOADED)
+    modules = "; ".join(f"import {module}" for module in forkserver.preloaded())
     said = f"{modules}; import tqdm.std; assert not hasattr(tqdm.std.TqdmDefaultWriteLock, 'mp_lock')"
     subprocess.run([sys.executable, "-c", said], check=True)
 

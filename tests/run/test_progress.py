@@ -10,8 +10,8 @@ import pytest
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.records.topology import DecoderLayer, Topology
-from armor.run.jobs import Job, jobs
-from armor.run.progress import TYPICAL, Course, follow, typed, words
+from armor.run.jobs import STAGES, Job, jobs
+from armor.run.progress import Course, follow, typed, words
 
 TEXT = {"files": ["words.txt"]}
 CONFIG = Config.model_validate(
@@ -71,7 +71,7 @@ def test_nothing_is_done_at_the_beginning_and_all_at_the_end(results):
     start = course(results)
     assert (start.done, start.share, start.running) == (0, 0.0, [])
     stages = {job.stage for job in jobs(CONFIG, str(results))}
-    assert start.seconds_left > sum(TYPICAL[stage] for stage in stages) and start.total > 30
+    assert start.seconds_left > sum(STAGES[stage].seconds for stage in stages) and start.total > 30
     every = [job for job in jobs(CONFIG, str(results)) if job.stage not in ("inspect", "factorize")]
     for job in every:
         finish(job, 2.0)
@@ -92,17 +92,17 @@ def test_a_stage_costs_what_its_jobs_cost_and_others_in_proportion(results):
     start = course(results).seconds_left
     own = of("evaluate", results)
     for job in own[:2]:
-        finish(job, 3 * TYPICAL["evaluate"])
-    assert course(results).seconds_left == pytest.approx(3 * (start - 2 * TYPICAL["evaluate"]))
-    finish(of("benchmark", results)[0], 3 * TYPICAL["benchmark"])
-    left = start - 2 * TYPICAL["evaluate"] - TYPICAL["benchmark"]
+        finish(job, 3 * STAGES["evaluate"].seconds)
+    assert course(results).seconds_left == pytest.approx(3 * (start - 2 * STAGES["evaluate"].seconds))
+    finish(of("benchmark", results)[0], 3 * STAGES["benchmark"].seconds)
+    left = start - 2 * STAGES["evaluate"].seconds - STAGES["benchmark"].seconds
     assert course(results).seconds_left == pytest.approx(3 * left)
 
 
 def test_the_networks_speed_says_nothing_about_the_machine(results):
     start = course(results).seconds_left
     finish(of("fetch", results)[0], 500.0)
-    assert course(results).seconds_left == pytest.approx(start - TYPICAL["fetch"])
+    assert course(results).seconds_left == pytest.approx(start - STAGES["fetch"].seconds)
 
 
 def test_what_was_reused_is_no_work_of_this_run(results):
@@ -114,7 +114,7 @@ def test_what_was_reused_is_no_work_of_this_run(results):
 
 def test_layers_run_side_by_side(results):
     one, two = course(results, slots=1), course(results, slots=2)
-    layers = TYPICAL["factorize"] * 60 + 0.15 * 100 * 30
+    layers = STAGES["factorize"].seconds * 60 + 0.15 * 100 * 30
     assert one.seconds_left - two.seconds_left == pytest.approx(layers / 2)
 
 
@@ -127,7 +127,7 @@ def test_a_job_that_runs_is_named_and_gets_nearer_to_its_end(results):
     found.look(BEGAN + 110)
     assert found.running == [job] and before - found.seconds_left == pytest.approx(10)
     found.look(BEGAN + 10_000)
-    assert before - found.seconds_left == pytest.approx(TYPICAL["predict"])
+    assert before - found.seconds_left == pytest.approx(STAGES["predict"].seconds)
     assert words(found).endswith("predict tiny words")
 
 

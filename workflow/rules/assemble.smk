@@ -6,7 +6,7 @@ rule assemble:
     input:
         source=R.source(),
         model=R.topology(),
-        factors=lambda wildcards: factors_of(wildcards.model, wildcards.recipe),
+        factors=needed("assemble", "factors"),
         refined=ancient(summed_up),
     output:
         R.checkpoint(),
@@ -22,7 +22,7 @@ rule assemble:
         mem_mb=16000,
         runtime="4h",
     params:
-        factors=final_layers,
+        factors=folder_needed("assemble"),
         code=code("assemble"),
     message:
         "assemble {wildcards.model} {wildcards.recipe}"

@@ -5,7 +5,7 @@ rule benchmark:
     """Time a model and its recipes in one process; takes every core, so that nothing else runs beside it."""
     input:
         source=R.source(),
-        checkpoints=benchmarked,
+        checkpoints=needed("benchmark", by="assemble"),
     output:
         R.benchmark(),
     log:

@@ -36,8 +36,8 @@ rule price:
     input:
         source=R.source(),
         model=R.topology(),
-        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
-        sensitivity=lambda wildcards: R.sensitivity(wildcards.model, SETTINGS.sensitivity_of(wildcards.recipe)),
+        calibration=needed("price", "calibration"),
+        sensitivity=needed("price", "sensitivity"),
     output:
         R.prices(),
     log:
@@ -67,7 +67,7 @@ rule price:
 rule budget:
     """Choose for each linear what costs the least in all. The layers are factorized as the file says, edited or not."""
     input:
-        prices_of,
+        needed("budget", "prices"),
     output:
         R.budget(),
     log:

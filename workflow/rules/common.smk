@@ -1,8 +1,8 @@
 """The checked configuration and the small functions that the rules share. No rules.
 
 `SETTINGS` is the configuration as types (armor.config.run), `R` has every path (armor.format.layout), and the table of
-jobs (armor.run.jobs) what of the configuration a stage reads and which code it executes. A rule passes on no more than
-that, as JSON text in its params, so that an edit reruns just what it touches.
+jobs (armor.run.jobs) what a stage reads of other jobs and of the configuration, and which code it executes. A rule
+passes on no more than that, as JSON text in its params, so that an edit reruns just what it touches.
 """
 
 import os
@@ -15,10 +15,10 @@ from armor.config.reading import parse_settings, read_yaml
 from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.format.layout import Results
+from armor.format.layout import FACTORS, Results
 from armor.format.names import beside
 from armor.format.records.topology import Topology
-from armor.run.jobs import Job
+from armor.run.jobs import STAGES, Job, jobs_of
 from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
 
@@ -91,94 +91,61 @@ def code(stage):
     return lambda wildcards: Job(stage, tuple(wildcards)).code(SETTINGS)
 
 
-def factors_of(model, recipe, path=R.factors):
-    """The files of every decoder layer that become the checkpoint of one model and recipe, or those beside them.
+def jobs_known(stage, names=()):
+    """The jobs of one stage, as armor.run.jobs.jobs_of has them.
 
-    `path` is R.factors or R.layer. Those of a tuned model are one job's: its record. The model is inspected first. Then
-    it is also known whether the recipe's patterns match any of its modules.
+    Where they are one for each decoder layer the model is inspected first. Then it is also known whether the recipe's
+    patterns match any of its modules.
     """
-    stage, owner = SETTINGS.made_by(recipe)[-1]
-    return factors_by(stage, model, owner, path)
+    if STAGES[stage].by_layer and len(names) < 3:
+        for model, recipe in [names] if names else dict.fromkeys(STAGES[stage].asked(SETTINGS)):
+            topology = Topology.read(checkpoints.inspect.get(model=model).output[0])
+            linears = (linear.name for linear in topology.linears())
+            try:
+                check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
+            except ArmorError as error:
+                raise WorkflowError(str(error)) from None
+    found = list(jobs_of(SETTINGS, stage, R, names))
+    again_if_interrupted([str(path) for job in found for path in job.outputs])
+    return found
 
 
-def factors_by(stage, model, recipe, path=R.factors):
-    """The files that `stage` makes of every decoder layer for `recipe`."""
-    topology = Topology.read(checkpoints.inspect.get(model=model).output[0])
-    try:
-        names = (linear.name for linear in topology.linears())
-        check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), names)
-    except ArmorError as error:
-        raise WorkflowError(str(error)) from None
-    files = [R.tuned(model, recipe)]
-    if stage != "tune":
-        files = [path(model, recipe, layer.index, stage) for layer in topology.layers]
-    again_if_interrupted(files)
+def needed(stage, name=None, by=None):
+    """The files that a job of `stage` reads from others: those that the table of jobs calls `name`, or made `by` one."""
+
+    def files(wildcards):
+        inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS)
+        read = [(maker, names) for called, maker, names in inputs if called == name or maker == by]
+        return [str(job.outputs[0]) for maker, names in read for job in jobs_known(maker, names)]
+
     return files
 
 
-def budget_of(wildcards):
-    """The record that chooses for each linear, of a recipe with a budget."""
-    chosen = SETTINGS.recipes[wildcards.recipe].budget is not None
-    return [R.budget(wildcards.model, wildcards.recipe)] if chosen else []
+def folder_needed(stage):
+    """The folder of the factors that a job of `stage` reads."""
 
+    def folder(wildcards):
+        inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS)
+        maker, (model, recipe, *_) = next(found for called, *found in inputs if called == "factors")
+        return R.layers(model, recipe, maker)
 
-def prices_of(wildcards):
-    """The prices of every decoder layer."""
-    return factors_by("price", wildcards.model, wildcards.recipe, lambda *names: R.prices(*names[:3]))
+    return folder
 
 
 def summed_up(wildcards):
-    """The records of the refinements behind a recipe."""
+    """The records that sum up the refinements behind a recipe: while they wait for them, the states are kept."""
     made = SETTINGS.made_by(wildcards.recipe)
     return [R.refined(wildcards.model, owner) for stage, owner in made if stage == "refine"]
 
 
-def final_layers(wildcards):
-    """The folder of the factors that become a checkpoint."""
-    stage, owner = SETTINGS.made_by(wildcards.recipe)[-1]
-    return R.layers(wildcards.model, owner, stage)
-
-
-def trained_from(stage):
-    """The files of the factors from which a training starts: those of the job's layer, or of all."""
-
-    def files(wildcards):
-        made, owner = SETTINGS.before(stage, wildcards.recipe)
-        if stage == "refine" and made != "tune":
-            return R.factors(wildcards.model, owner, wildcards.layer, made)
-        return factors_by(made, wildcards.model, owner)
-
-    return files
-
-
-def folder_before(stage):
-    """The folder of these factors."""
-
-    def folder(wildcards):
-        made, owner = SETTINGS.before(stage, wildcards.recipe)
-        return R.layers(wildcards.model, owner, made)
-
-    return folder
+def states_folder(wildcards):
+    """The folder of the hidden states that a recipe is refined on."""
+    return str(beside(R.states(wildcards.model, SETTINGS.states_of(wildcards.recipe))))
 
 
 def is_chained(wildcards):
     """Whether a layer's input is what the refined layers before it make of the text."""
     return SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
-
-
-def refined_before(wildcards):
-    """The refined layers that must go before a chained one."""
-    layers = range(int(wildcards.layer) if is_chained(wildcards) else 0)
-    return [R.factors(wildcards.model, wildcards.recipe, layer, "refine") for layer in layers]
-
-
-def states_of(wildcards):
-    """The record of the hidden states that a recipe is refined on; they lie in the folder of its name."""
-    return R.states(wildcards.model, SETTINGS.states_of(wildcards.recipe))
-
-
-def folder_of(record):
-    return str(beside(record))
 
 
 def again_if_interrupted(files):
@@ -189,16 +156,10 @@ def again_if_interrupted(files):
 
 
 def all_records(wildcards):
-    """Every JSON file that the configuration asks for: what the report is made of."""
-    files = []
-    for (model, recipe), asked in PAIRS.items():
-        files += [R.evaluation(model, recipe, name) for name in (*asked.texts, *asked.tasks)]
-        files += [R.benchmark(model, name) for name in asked.benchmarks]
-        if not SETTINGS.is_dense(recipe):
-            files += [R.calibration(model, SETTINGS.calibration_of(recipe)), R.checkpoint(model, recipe)]
-            files += factors_of(model, recipe, R.layer)
-    again_if_interrupted(files)
-    return list(dict.fromkeys(files))
+    """Every record that the report is made of."""
+    return [
+        str(job.record) for _, stage, names in Job("report", ()).inputs(SETTINGS) for job in jobs_known(stage, names)
+    ]
 
 
 def all_factors(wildcards):
@@ -206,22 +167,4 @@ def all_factors(wildcards):
 
     They are final targets. Else Snakemake would not miss one that was deleted, for only rules that are done ask for it.
     """
-    compressed = [pair for pair in PAIRS if not SETTINGS.is_dense(pair[1])]
-    made = dict.fromkeys(
-        (stage, model, owner) for model, recipe in compressed for stage, owner in SETTINGS.made_by(recipe)
-    )
-    files = [file for stage, model, owner in made for file in factors_by(stage, model, owner)]
-    budgets = [R.budget(model, owner) for stage, model, owner in made if SETTINGS.recipes[owner].budget]
-    return [*dict.fromkeys(budgets), *files]
-
-
-def finished_model(wildcards):
-    """What evaluation reads: the checkpoint of a recipe, or the source where the recipe leaves the model as it is."""
-    is_dense = SETTINGS.is_dense(wildcards.recipe)
-    return R.source(wildcards.model) if is_dense else R.checkpoint(wildcards.model, wildcards.recipe)
-
-
-def benchmarked(wildcards):
-    """The checkpoints that a benchmark times beside the dense model."""
-    recipes = SETTINGS.benchmarked(wildcards.model, wildcards.benchmark)
-    return [R.checkpoint(wildcards.model, recipe) for recipe in recipes]
+    return [str(job.outputs[0]) for stage in ("budget", *FACTORS) for job in jobs_known(stage)]

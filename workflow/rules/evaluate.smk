@@ -44,7 +44,7 @@ rule evaluate:
     """Perplexity on blocks of text; of a compressed model also KL divergence and agreement with the dense one."""
     input:
         source=R.source(),
-        model=finished_model,
+        model=needed("evaluate", "model"),
         predictions=R.predictions(),
     output:
         R.evaluation(),
@@ -79,7 +79,7 @@ rule evaluate:
 rule tasks:
     """Accuracy on tasks, by lm-eval."""
     input:
-        model=finished_model,
+        model=needed("tasks", "model"),
         files=lambda wildcards: SETTINGS.evaluations[wildcards.evaluation].task_files(),
     output:
         R.evaluation(),

@@ -6,8 +6,8 @@ rule factorize:
     input:
         source=R.source(),
         model=R.topology(),
-        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
-        budget=budget_of,
+        calibration=needed("factorize", "calibration"),
+        budget=needed("factorize", "budget"),
     output:
         factors=R.factors(),
         record=R.layer(),

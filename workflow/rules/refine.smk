@@ -8,7 +8,7 @@ rule states:
         model=R.topology(),
     output:
         record=R.states(),
-        folder=temp(directory(folder_of(R.states()))),
+        folder=temp(directory(str(beside(R.states())))),
     log:
         R.log("states", "{model}", "{states}"),
     benchmark:
@@ -37,11 +37,11 @@ rule refine:
     input:
         source=R.source(),
         model=R.topology(),
-        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
-        factors=trained_from("refine"),
-        before=refined_before,
+        calibration=needed("refine", "calibration"),
+        factors=needed("refine", "factors"),
+        before=needed("refine", "before"),
         # Made again when a layer needs them: that alone makes no other layer run again. `refined` holds the folder.
-        states=ancient(states_of),
+        states=ancient(needed("refine", "states")),
     output:
         factors=R.factors(stage="refine"),
         record=R.layer(stage="refine"),
@@ -58,7 +58,7 @@ rule refine:
         runtime="8h",
     params:
         settings=settings("refine"),
-        factors=folder_before("refine"),
+        factors=folder_needed("refine"),
         code=code("refine"),
     message:
         "refine {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
@@ -74,8 +74,8 @@ rule refine:
 rule refined:
     """Sum up a recipe's refinement. It holds the states until all layers are done: Snakemake deletes them then."""
     input:
-        states=lambda wildcards: folder_of(states_of(wildcards)),
-        factors=lambda wildcards: factors_by("refine", wildcards.model, wildcards.recipe),
+        states=states_folder,
+        factors=needed("refined", "factors"),
     output:
         R.refined(),
     log:
@@ -90,7 +90,7 @@ rule refined:
         mem_mb=2000,
         runtime="15m",
     params:
-        factors=lambda wildcards: R.layers(wildcards.model, wildcards.recipe, "refine"),
+        factors=folder_needed("refined"),
         code=code("refined"),
     message:
         "refined {wildcards.model} {wildcards.recipe}"
@@ -105,8 +105,8 @@ rule tune:
     input:
         source=R.source(),
         model=R.topology(),
-        calibration=lambda wildcards: R.calibration(wildcards.model, SETTINGS.calibration_of(wildcards.recipe)),
-        factors=trained_from("tune"),
+        calibration=needed("tune", "calibration"),
+        factors=needed("tune", "factors"),
     output:
         R.tuned(),
     log:
@@ -122,7 +122,7 @@ rule tune:
         runtime="24h",
     params:
         settings=settings("tune"),
-        factors=folder_before("tune"),
+        factors=folder_needed("tune"),
         code=code("tune"),
     message:
         "tune {wildcards.model} {wildcards.recipe}"
