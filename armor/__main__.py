@@ -6,13 +6,18 @@ import os
 import sys
 
 from armor.command.forkserver import run_there
+from armor.core.errors import ArmorError
 
 
 def main() -> None:
     status = run_there()
     if status is None:
-        from armor.command.cli import main
-
+        try:
+            from armor.command.cli import main
+        except ArmorError as error:  # of a method's file, which is read before there is a command
+            if "--debug" in sys.argv:
+                raise
+            sys.exit(f"armor: error: {error}")
         main()
     elif status < 0:  # the job was killed: so is its command, for whoever waits for it
         os.kill(os.getpid(), -status)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, create_model
 
 from armor.config.common import PatternText, nearest
 from armor.core.errors import ArmorError
@@ -37,7 +37,15 @@ class SolverChange(Typed):
     """Another rule of choice."""
 
 
-class ModuleSettings(Typed):
+_OWN: dict[str, Any] = {
+    name: (type(method.own) | None, Field(default=None, description=f"What {name} alone takes; unset: its defaults."))
+    for name, method in METHODS.items()
+    if method.own is not None
+}
+"""The settings that methods bring themselves, as fields of a recipe under their names."""
+
+
+class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
     """How one linear is compressed."""
 
     method: MethodName = "armor"

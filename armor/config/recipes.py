@@ -8,6 +8,7 @@ from armor.config.budget import BudgetSettings
 from armor.config.common import Name
 from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, methods_of
 from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
+from armor.methods import METHODS
 
 __all__ = ["Recipe"]
 
@@ -38,6 +39,10 @@ class Recipe(ModuleSettings):
         solvers = [self.solver, *(override.solver for override in self.overrides if override.solver)]
         if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
             raise ValueError("solver.selection: goes with algorithm: published")
+        named = self.methods()
+        for name in (name for name, method in METHODS.items() if method.own is not None and name not in named):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: goes with the method {name}, which this recipe does not name")
         if self.base is not None:
             own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune")]
             if given := [key for key in own if getattr(self, key) != Recipe.model_fields[key].default]:

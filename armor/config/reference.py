@@ -18,6 +18,7 @@ from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 from armor.format.reference import field_table, record_reference, table
 from armor.methods import METHODS, Method
 from armor.methods.solver.settings import SolverSettings
@@ -50,18 +51,22 @@ def json_schema() -> str:
 
 def markdown() -> str:
     """Every key of a configuration: a section with a table for each type; the methods after the recipe."""
+    own = {f"Settings of {name}": type(method.own) for name, method in METHODS.items() if method.own is not None}
+    sections = SECTIONS | own
     parts = []
-    for heading, kind in SECTIONS.items():
-        parts += [f"## {heading}", inspect.getdoc(kind) or "", _linked(field_table(kind, defaults=True))]
+    for heading, kind in sections.items():
+        parts += [f"## {heading}", inspect.getdoc(kind) or "", _linked(field_table(kind, defaults=True), sections)]
         if kind is Recipe:
             parts += ["## The methods", methods()]
     return "\n\n".join(parts)
 
 
-def _linked(table: str) -> str:
+def _linked(table: str, sections: dict[str, type[Typed]]) -> str:
     """The names of types as links to their sections; a part of a type that has one leads there."""
     parts = {"SolverChange": "the solver"}
-    anchors = {kind.__name__: heading.lower() for heading, kind in SECTIONS.items()} | parts
+    anchors = {kind.__name__: heading.lower() for heading, kind in sections.items()} | parts
+    for heading, kind in sections.items():  # as pydantic calls a type whose name another one has too
+        anchors[f"{kind.__module__}__{kind.__name__}".replace(".", "__")] = heading.lower()
     return re.sub(
         r"\[(\w+)\]\(#\w+\)",
         lambda found: f"[{anchors[found[1]]}](#{anchors[found[1]].replace(' ', '-')})",
@@ -92,7 +97,8 @@ def _needs(method: Method) -> str:
 
 
 def _takes(method: Method) -> str:
-    return ", ".join(f"`{name}`" for name in method.settings if name != "seed") or "–"
+    own = {"settings": method.name}  # a recipe has them under the method's name
+    return ", ".join(f"`{own.get(name, name)}`" for name in method.settings if name != "seed") or "–"
 
 
 PARTS = {

@@ -3,7 +3,8 @@
 A file holds a function `(weight, statistics..., *, settings...) -> Factorization` under the decorator `method`. Its
 name is the method's in a configuration. Its parameters are all there is to say of what it takes. Those after `weight`
 are statistics of the input, fields of `armor.format.statistics.Statistics`. Those after the star are settings of a
-recipe, or `seed`. Any other parameter is refused when the file is imported. The configuration, its schema and its
+recipe, or `seed`. One of them may be `settings`: the method's own, of a type in its file. A recipe gives them under the
+method's name. Any other parameter is refused when the file is imported. The configuration, its schema and its
 reference, `armor.compress`, the checks of memory, the report and the table in the README read the registry `METHODS`.
 They do it without torch: a file here imports torch, and what imports torch, within its functions.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from armor.core.errors import ArmorError
+from armor.core.typed import Typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +31,8 @@ __all__ = ["METHODS", "SETTINGS", "STATISTICS", "Method", "method"]
 
 STATISTICS = ("importance", "gram")
 """What a method may take of the calibration."""
-SETTINGS = ("pattern", "block_size", "solver", "seed")
-"""What a method may take of a recipe, and the seed."""
+SETTINGS = ("pattern", "block_size", "solver", "settings", "seed")
+"""What a method may take of a recipe, its own settings, and the seed."""
 
 Shape = tuple[int, int]
 
@@ -55,6 +58,8 @@ class Method:
     instead: str = ""
     statistics: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    own: Typed | None = None
+    """Its own settings, all at their defaults; None if it has none."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -62,8 +67,9 @@ class Method:
         return tuple(f"{__name__}.{name}" for name in (self.name, self.instead) if name)
 
     def chosen(self, settings: Any) -> dict[str, Any]:
-        """Those of a recipe's settings that it takes, by key."""
-        return {key: getattr(settings, key) for key in self.settings if key != "seed"}
+        """Those of a recipe's settings that it takes, by the name of its parameter."""
+        found = {key: getattr(settings, key) for key in self.settings if key not in ("settings", "seed")}
+        return found if self.own is None else found | {"settings": getattr(settings, self.name) or self.own}
 
     def peak_bytes(self, shape: Shape, itemsize: int, settings: Any) -> int:
         """The peak of its memory with the settings of a recipe."""
@@ -98,13 +104,15 @@ def method(
 ) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
     """Register the function below under its own name, which is that of its file.
 
-    Raises ArmorError for a parameter that is neither among STATISTICS nor, after the star, among SETTINGS.
+    Raises ArmorError for a parameter that is neither among STATISTICS nor, after the star, among SETTINGS, and for own
+    settings without a type.
     """
 
     def register(function: Callable[..., Factorization]) -> Callable[..., Factorization]:
         parameters = list(inspect.signature(function).parameters.values())[1:]
+        where = f"{function.__module__}: {function.__name__}"
         for parameter in parameters:
-            _check_parameter(parameter, f"{function.__module__}: {function.__name__}")
+            _check_parameter(parameter, where)
         METHODS[function.__name__] = Method(
             name=function.__name__,
             title=title,
@@ -116,6 +124,7 @@ def method(
             instead=instead,
             statistics=tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY),
             settings=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+            own=next((p.default for p in parameters if p.name == "settings"), None),
         )
         return function
 
@@ -130,11 +139,32 @@ def _check_parameter(parameter: inspect.Parameter, where: str) -> None:
             f"{where}: parameter {parameter.name}: no {what} of that name, expected {', '.join(known)} {place} the "
             "star; take it out, or make it a constant of the file"
         )
+    if parameter.name == "settings" and not isinstance(parameter.default, Typed):
+        found = "no default" if parameter.default is parameter.empty else repr(parameter.default)
+        raise ArmorError(
+            f"{where}: parameter settings: {found}, expected Settings(), of a class below armor.core.typed.Typed"
+        )
 
 
 def _first_paragraph(module: Any) -> str:
     return " ".join((inspect.getdoc(module) or "").partition("\n\n")[0].split())
 
 
+def _load(name: str) -> None:
+    """Import a method's file. Raises ArmorError with file and line for a mistake in it, in one line."""
+    try:
+        importlib.import_module(f"{__name__}.{name}")
+    except ArmorError:
+        raise
+    except Exception as error:
+        file = f"{__path__[0]}/{name}.py"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        at = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
+        said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise ArmorError(
+            f"{file}:{at or '?'}: {type(error).__name__}: {said}; mend this file of a method, or take it out"
+        ) from error
+
+
 for _module in sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.ispkg):
-    importlib.import_module(f"{__name__}.{_module}")
+    _load(_module)

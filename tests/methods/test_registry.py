@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -10,10 +14,12 @@ from armor.config.layers import ModuleSettings
 from armor.core.errors import ArmorError
 from armor.format.statistics import Statistics
 from armor.methods import METHODS, SETTINGS, STATISTICS, method
+from tests.killed import REPOSITORY
 
 
 def test_a_method_may_take_what_a_recipe_says_of_a_linear_and_what_a_calibration_measures():
-    assert {*SETTINGS} == {*ModuleSettings.model_fields} - {"method"} | {"seed"}
+    own = {name for name, method in METHODS.items() if method.own is not None}
+    assert {*SETTINGS} == {*ModuleSettings.model_fields} - {"method"} - own | {"settings", "seed"}
     assert {*STATISTICS} == {field.name for field in fields(Statistics)} - {"tokens"}
 
 
@@ -29,7 +35,7 @@ def anything(weight, importance, **settings): ...
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (of_the_recipe, "damping: no setting of that name, expected pattern, block_size, solver, seed after"),
+        (of_the_recipe, "damping: no setting of that name, expected pattern, block_size, solver, settings, seed after"),
         (of_the_calibration, "damping: no statistic of that name, expected importance, gram before"),
         (anything, "settings: no statistic of that name, expected importance, gram before"),
     ],
@@ -42,3 +48,28 @@ def test_a_parameter_that_nothing_gives_is_refused_in_one_line(function, said):
     text = str(error.value)
     assert text.startswith(f"{__name__}: {function.__name__}: parameter {said} the star; take it out, or make it a")
     assert "\n" not in text and before == METHODS
+
+
+def untyped(weight, importance, *, settings=None): ...
+
+
+def test_own_settings_need_a_type():
+    with pytest.raises(ArmorError, match=r"untyped: parameter settings: None, expected Settings\(\), of a class"):
+        method("A title", source="nobody, never", memory=lambda shape, itemsize: 0)(untyped)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\ny = = 2\n", "2: SyntaxError: invalid syntax"),
+        ("import os\n\nos.nothing\n", "3: AttributeError: module 'os' has no attribute 'nothing'"),
+    ],
+)
+def test_a_faulty_file_of_a_method_is_one_line(tmp_path, text, said):
+    shutil.copytree(REPOSITORY / "armor", tmp_path / "armor", ignore=shutil.ignore_patterns("__pycache__", "native"))
+    file = tmp_path / "armor/methods/faulty.py"
+    file.write_text(text)
+    command = [sys.executable, "-m", "armor", "check", "my.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.stderr == f"armor: error: {file}:{said}; mend this file of a method, or take it out\n"
+    assert (done.returncode, done.stdout) == (1, "")

@@ -3,24 +3,40 @@
 import csv
 import shutil
 
+from armor.format.records.layer import LayerRecord
 from tests.workflow.conftest import LAYERS, Run
 
-TOY = '''"""Toy keeps the leftmost weights of every group, whatever they are."""
+TOY = '''"""Toy keeps the weights at one end of every group, whatever they are."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from armor.core.pattern import PatternLike
+from armor.core.typed import Typed
 from armor.methods import method
 
 
-@method("Leftmost", source="nobody, never", memory=lambda shape, itemsize, *, pattern: 16 * shape[0] * shape[1])
-def toy(weight, importance, *, pattern: PatternLike = "2:4"):
-    """Keep the n leftmost of every group of weight (out, in)."""
+class Settings(Typed):
+    """What toy alone takes."""
+
+    end: Literal["left", "right"] = "left"
+    """Which end of a group stays."""
+
+
+def _peak_bytes(shape, itemsize, *, pattern, settings):
+    return 16 * shape[0] * shape[1]
+
+
+@method("One end", source="nobody, never", memory=_peak_bytes)
+def toy(weight, importance, *, pattern: PatternLike = "2:4", settings: Settings = Settings()):
+    """Keep the n leftmost or rightmost of every group of weight (out, in)."""
     import torch
 
     from armor.methods.solver.pruning import prune
 
-    return prune(weight, importance, pattern, lambda _, w: -torch.arange(w.shape[1]).expand(w.shape))
+    sign = -1 if settings.end == "left" else 1
+    return prune(weight, importance, pattern, lambda _, w: sign * torch.arange(w.shape[1]).expand(w.shape))
 '''
 
 
@@ -28,17 +44,32 @@ def test_a_new_file_is_a_new_method(clone, tmp_path):
     (clone.repository / "armor/methods/toy.py").write_text(TOY)
     assert len(TOY.splitlines()) <= 40
     shutil.copytree(clone.folder, tmp_path / "run")
-    run = Run(tmp_path / "run", clone.edited(recipes__leftmost={"method": "toy"}), clone.repository)
-    assert run.would_run() == {"factorize": LAYERS, "assemble": 1, "evaluate": 1, "benchmark": 1, "report": 1}
+    config = clone.edited(
+        recipes__leftmost={"method": "toy"}, recipes__rightmost={"method": "toy", "toy": {"end": "right"}}
+    )
+    run = Run(tmp_path / "run", config, clone.repository)
+    assert run.would_run() == {"factorize": 2 * LAYERS, "assemble": 2, "evaluate": 2, "benchmark": 1, "report": 1}
     done = run.snakemake("--", "results/report/index.html")
     assert done.returncode == 0, done.stderr + done.stdout
     checked = run.armor("check", "config.yaml")
-    assert checked.returncode == 0 and "4 pairs of model and recipe" in checked.stdout, checked.stderr
+    assert checked.returncode == 0 and "5 pairs of model and recipe" in checked.stdout, checked.stderr
     rows = list(csv.DictReader((run.folder / "results/report/summary.csv").open()))
-    assert [row["method"] for row in rows] == ["dense", "nowag", "armor", "toy"] and float(rows[3]["perplexity"]) > 1
-    assert "Leftmost" in (run.folder / "results/report/index.html").read_text()
-    assert "| `toy` | Leftmost |" in run.armor("schema", "--methods").stdout
-    # Its code is in the hash of its own recipe, and of no other's.
+    assert [row["method"] for row in rows] == ["dense", "nowag", "armor", "toy", "toy"]
+    assert 1 < float(rows[3]["perplexity"]) != float(rows[4]["perplexity"]) > 1
+    assert "One end" in (run.folder / "results/report/index.html").read_text()
+    assert "| `toy` | One end |" in run.armor("schema", "--methods").stdout
+    assert (
+        "| `end` | `left`, `right` | `left` | Which end of a group stays. |" in run.armor("schema", "--markdown").stdout
+    )
+    # Its own settings are in the params and the records of its recipes, and checked as others are.
+    assert run.would_run(run.edited(recipes__leftmost__toy={"end": "right"}))["factorize"] == LAYERS
+    made = LayerRecord.read(run.folder / "results/tiny/rightmost/layers/layer_0.json").made_by
+    assert made.settings["toy"] == {"end": "right"}
+    run.command(config=run.edited(recipes__leftmost__toy={"end": "top"}))
+    assert (
+        "recipes.leftmost.toy.end: 'top' is unknown; there is left, right" in run.armor("check", "config.yaml").stderr
+    )
+    # Its code is in the hash of its own recipes, and of no other's.
     file = clone.repository / "armor/methods/toy.py"
-    file.write_text(file.read_text().replace("-torch.arange", "torch.arange"))
-    assert run.would_run()["factorize"] == 3
+    file.write_text(file.read_text().replace("-1 if", "-2 if"))
+    assert run.would_run()["factorize"] == 2 * LAYERS
