@@ -22,11 +22,18 @@ from armor.execution.files import open_safetensors, save_safetensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FACTORS_VERSION", "FactorsHeader", "read_factors", "read_others", "write_factors"]
+__all__ = [
+    "FACTORS_VERSION",
+    "TRAINED_FACTORS_VERSION",
+    "FactorsHeader",
+    "read_factors",
+    "read_others",
+    "write_factors",
+]
 
 FACTORS_VERSION = 1
-WITH_OTHERS = 2
-"""The version of a file that holds other tensors too: who reads version 1 alone would lose them."""
+TRAINED_FACTORS_VERSION = 2
+"""That of a trained layer, whose file holds other tensors too: who reads version 1 alone would lose them."""
 
 
 def write_factors(
@@ -41,7 +48,7 @@ def write_factors(
         name: {"pattern": str(f.pattern), "in_features": f.core.shape[1], "loss": f.loss, "start_loss": f.start_loss}
         for name, f in factors.items()
     }
-    header = {"format_version": WITH_OTHERS if others else FACTORS_VERSION, **metadata, "modules": modules}
+    header = {"format_version": TRAINED_FACTORS_VERSION if others else FACTORS_VERSION, **metadata, "modules": modules}
     if others:
         header["others"] = sorted(others)
     save_safetensors(path, {**tensors, **(others or {})}, {"armor": json.dumps(header, sort_keys=True)})
@@ -93,9 +100,7 @@ class FactorsHeader:
 def _header(path: Path, file) -> dict:
     header = json.loads((file.metadata() or {}).get("armor", "{}"))
     found = header.get("format_version", "none")
-    if found not in (FACTORS_VERSION, WITH_OTHERS):
-        raise ArmorError(
-            f"{path}: format version {found}, expected {FACTORS_VERSION} or {WITH_OTHERS}: not a factors file of this "
-            "release"
-        )
+    if found not in (FACTORS_VERSION, TRAINED_FACTORS_VERSION):
+        known = f"{FACTORS_VERSION} or {TRAINED_FACTORS_VERSION}"
+        raise ArmorError(f"{path}: format version {found}, expected {known}: not a factors file of this release")
     return header

@@ -20,8 +20,9 @@ from armor.execution.files import atomic_path, open_safetensors
 from armor.format.names import layer_file
 from armor.format.shards import DTYPES
 
-__all__ = ["StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
+__all__ = ["STATES_VERSION", "StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
 
+STATES_VERSION = 1
 NAME = "states"
 
 
@@ -59,7 +60,8 @@ def write_states(
     """Write states of `shape` (sequences, length, hidden) atomically; `about` says which, for who reads them."""
     size = torch.empty(shape, dtype=dtype, device="meta").nbytes
     name = next(key for key, (torch_name, _) in DTYPES.items() if torch_name == str(dtype).removeprefix("torch."))
-    header = {"__metadata__": {"about": about}, NAME: {"dtype": name, "shape": shape, "data_offsets": [0, size]}}
+    about_it = {"about": about, "format_version": str(STATES_VERSION)}
+    header = {"__metadata__": about_it, NAME: {"dtype": name, "shape": shape, "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -85,8 +87,11 @@ class StatesReader:
 
 @contextmanager
 def open_states(path: Path) -> Iterator[StatesReader]:
-    """The states in a file. Raises ArmorError if it is missing or broken."""
+    """The states in a file. Raises ArmorError if it is missing, broken or of another version."""
     with open_safetensors(path) as file:
+        version = (file.metadata() or {}).get("format_version")
+        if version != str(STATES_VERSION):
+            raise ArmorError(f"{path}: format {version!r}, expected {STATES_VERSION}; run armor states again")
         if NAME not in file.keys():  # noqa: SIM118  not a dictionary
             raise ArmorError(f"{path}: holds no hidden states; run armor states again")
         yield StatesReader(file)

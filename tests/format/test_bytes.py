@@ -11,15 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.execution.files import write_json
 from armor.format import records
 from armor.format.checkpoint import CHECKPOINT_VERSION, PackedLinear, modules_of, quantization_config
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
-from armor.format.factors import FACTORS_VERSION, read_factors, read_others, write_factors
+from armor.format.factors import (
+    FACTORS_VERSION,
+    TRAINED_FACTORS_VERSION,
+    read_factors,
+    read_others,
+    write_factors,
+)
 from armor.format.records.base import File, Made, Record
 from armor.format.sensitivity import SENSITIVITY_VERSION, Sensitivity, write_sensitivities
+from armor.format.states import STATES_VERSION, open_states, write_states
 from armor.format.statistics import STATISTICS_VERSION, Statistics, read_statistics, write_statistics
 
 for module in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
@@ -77,6 +85,24 @@ def test_sensitivities(tmp_path):
     )
 
 
+def test_states(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    with write_states(path, (2, 1, 2), torch.bfloat16, "words") as writer:
+        for row in (torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 0.5]])):
+            writer.add(row)
+    assert STATES_VERSION == 1 and path.read_bytes() == (
+        b"\x88\x00\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__": {"about": "words", "format_version": "1"}, '
+        b'"states": {"dtype": "BF16", "shape": [2, 1, 2], "data_offsets": [0, 8]}}    '
+        b"\x80?\x00@\x80\xbf\x00?"
+    )
+    with open_states(path) as states:
+        assert states.about == "words" and states.row(1).tolist() == [[[-1.0, 0.5]]]
+    path.write_bytes(path.read_bytes().replace(b'"format_version": "1"', b'"format_version": "2"'))
+    with pytest.raises(ArmorError, match="format '2', expected 1; run armor states again"), open_states(path):
+        pass
+
+
 def test_factors(tmp_path):
     path = tmp_path / "layer_0.safetensors"
     core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
@@ -101,7 +127,7 @@ def test_factors_with_other_tensors_have_a_version_of_their_own(tmp_path):
     core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
     factors = {"a.q": Factorization(core, core != 0, Pattern(2, 4), None, None, 0.25, 0.5)}
     write_factors(path, factors, {"fingerprint": "f0", "layer": 0}, {"a.norm.weight": torch.tensor([2.0])})
-    assert path.read_bytes() == (
+    assert TRAINED_FACTORS_VERSION == 2 and path.read_bytes() == (
         b"\xb0\x01\x00\x00\x00\x00\x00\x00"
         rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 2, \"layer\": 0, '
         rb"\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", \"start_loss\": 0.5}}, "
