@@ -2,8 +2,7 @@
 
 The text is cut into n blocks of L tokens that do not overlap. In each block a model predicts tokens 2 to L from those
 before them. The log-softmax is float32 whatever the model computes in. It runs over a few tokens at a time. The logits
-of one block are already the largest tensor here (1,024 × 49,152 float32 are 200 MB), and a copy of all of them would
-double that.
+of one block (L × vocabulary) are already the largest tensor here, and a copy of all of them would double that.
 
 Models may not fit into the memory, of the GPU or else of the host. Then one decoder layer at a time is there
 (`armor.runtime.streamed`), of one model and then of the other. As many blocks as have room for their hidden states go

@@ -3,11 +3,10 @@
 KL divergence and agreement need the dense model's logits at every prediction. Here it is run once. Its losses go into
 the record, which is all that its own perplexity needs. Its logits, in the dtype that it computes in, go into a file
 beside the record. So an evaluation that reads them has the same numbers as one that runs the dense model beside, bit by
-bit. The price is disk: blocks · length · vocabulary numbers, 1.6 GB for 8 × 1,024 tokens of 49,152 in float32. Where
-that is more than the evaluation allows (`predictions_gb`), or than half of the free disk, nothing is stored and the
-record says why. The logits are a help and no result. A run of the workflow that succeeds removes them. Where they are
-not there an evaluation runs the dense model too. A run that was killed goes on after the last block
-(`armor.execution.resume`).
+bit. The price is disk: blocks · length · vocabulary numbers. Where that is more than the evaluation allows
+(`predictions_gb`), or than half of the free disk, nothing is stored and the record says why. The logits are a help and
+no result. A run of the workflow that succeeds removes them. Where they are not there an evaluation runs the dense model
+too. A run that was killed goes on after the last block (`armor.execution.resume`).
 """
 
 from __future__ import annotations
