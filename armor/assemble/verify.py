@@ -19,6 +19,7 @@ from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.files import read_json
 from armor.execution.log import progress
+from armor.execution.table import text_table
 from armor.format.checkpoint import SUFFIXES, PackedLinear, read_packed, tombstone
 from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
 from armor.format.provenance import PROVENANCE
@@ -157,15 +158,15 @@ def table(found: Verified) -> str:
         facts["source"] = f"{distance.against}: the other {distance.equal_tensors} tensors are equal"
         if trained := distance.trained_tensors:
             facts["source"] += f", {trained} norms and biases were trained"
-    lines = [f"{found.folder}: sound", *(f"  {key:<12}{value}" for key, value in facts.items())]
+    lines = [f"{found.folder}: sound", text_table(facts.items(), left=2)]
     if errors := distance and distance.relative_errors:
-        lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", *_grid(errors)]
+        lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", _grid(errors)]
         worst = max(errors, key=errors.__getitem__)
         lines.append(f"mean {sum(errors.values()) / len(errors):.4f}, largest {errors[worst]:.4f} ({worst})")
     return "\n".join(lines)
 
 
-def _grid(errors: dict[str, float]) -> list[str]:
+def _grid(errors: dict[str, float]) -> str:
     """A row for each layer, a column for each kind of linear: a name is split behind its last number."""
     cells: dict[str, dict[str, str]] = {}
     for name, error in sorted(errors.items(), key=lambda item: natural(item[0])):
@@ -176,7 +177,5 @@ def _grid(errors: dict[str, float]) -> list[str]:
     heads = [column.rpartition(".")[2] for column in columns]
     if len(set(heads)) < len(heads):
         heads = columns
-    width = max(map(len, cells))
-    widths = [max(len(head), 6) for head in heads]
-    rows = [("", heads), *((layer, [row.get(column, "–") for column in columns]) for layer, row in cells.items())]
-    return [f"{layer:<{width}}  " + "  ".join(map(str.rjust, texts, widths)) for layer, texts in rows]
+    rows = [(layer, *(row.get(column, "–") for column in columns)) for layer, row in cells.items()]
+    return text_table(rows, ("", *heads))

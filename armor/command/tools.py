@@ -14,6 +14,7 @@ from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS
 from armor.core.errors import ArmorError
 from armor.execution import devices
+from armor.execution.table import text_table
 from armor.format import layout
 from armor.format.records.report import ReportRecord
 from armor.run.status import read_status
@@ -76,12 +77,8 @@ def status(
     ] = None,
 ) -> None:
     """Say what is done, running, failed or missing, while a run goes on or after it."""
-    from rich.console import Console
-
     found = read_status(results, configuration and load_config(configuration))
-    Console(soft_wrap=True).print(found.table())
-    for text in found.details():
-        print(text)
+    print(found.table(), *found.details(), sep="\n")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -204,12 +201,15 @@ def list_devices() -> None:
     found = devices.list_devices()
     if not found:
         print("no CUDA device is visible: jobs compute on the CPU")
+    rows = []
     for device in found:
         used, total = device.used_bytes, device.memory_bytes
         memory = "memory unknown"
         if used is not None and total is not None:
             memory = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB used"
-        print(f"{device.name}  {device.model or 'unknown card'}  {memory}  {device.holder or 'free'}")
+        rows.append((device.name, device.model or "unknown card", memory, device.holder or "free"))
+    if rows:
+        print(text_table(rows, left=4))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A table of texts in the four forms that people read: plain, Markdown, LaTeX and HTML, all of them by pandas."""
+"""A table of texts in the four forms that people read: plain, Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import pandas as pd
 from markupsafe import Markup, escape
 
+from armor.execution.table import text_table
 from armor.report.numbers import GAP
 
 __all__ = ["Table", "escaped"]
@@ -35,7 +36,18 @@ class Table:
 
     def plain(self, width: int | None = None) -> str:
         """For a terminal, a star before the best; columns beyond `width` characters follow below."""
-        return self.texts.where(~self.best, "*" + self.texts).to_string(line_width=width)
+        texts = self.texts.where(~self.best, "*" + self.texts)
+        parts: list[list[str]] = [[]]
+        for column in texts.columns:
+            if parts[-1] and width and len(self._lines(texts[[*parts[-1], column]]).partition("\n")[0]) > width:
+                parts.append([])
+            parts[-1].append(column)
+        return "\n\n".join(self._lines(texts[columns]) for columns in parts)
+
+    def _lines(self, texts: pd.DataFrame) -> str:
+        return text_table(
+            [(name, *row) for name, row in zip(texts.index, texts.values, strict=True)], [self.corner, *texts.columns]
+        )
 
     def markdown(self) -> str:
         """The best are bold."""

@@ -20,6 +20,7 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, sha256
 from armor.execution.machine import versions
+from armor.execution.table import text_table
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
 from armor.format.names import beside, layer_file, record_of_folder
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
@@ -105,8 +106,8 @@ def describe(record: Path) -> list[str]:
     if settings := value.settings or (made and made.settings):
         rows.append(("settings", _text(settings)))
     for part in value.factors:
-        rows += [("layers", ranges(part.layers)), ("  settings", _text(part.settings))]
-        rows += [("  code", part.code), ("  versions", _text(part.versions))]
+        rows += [("layers", ranges(part.layers)), ("layer settings", _text(part.settings))]
+        rows += [("layer code", part.code), ("layer versions", _text(part.versions))]
     if machine := value.machine:
         rows += [("device", machine.device), ("processor", machine.processor), ("threads", machine.threads)]
         rows.append(("versions", _text(machine.versions)))
@@ -114,7 +115,7 @@ def describe(record: Path) -> list[str]:
         rows.append(("seconds", f"{value.seconds:,.1f}"))
     if value.peak_memory_bytes is not None:
         rows.append(("peak memory", f"{value.peak_memory_bytes / 1e6:,.0f} MB"))
-    return [f"{name:<12} {said}" for name, said in rows]
+    return text_table([(name, str(said)) for name, said in rows], left=2).splitlines()
 
 
 def newer_versions(record: Path) -> list[str]:

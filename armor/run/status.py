@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -28,12 +27,10 @@ from armor.config.reading import parse_settings
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, try_lock
+from armor.execution.table import text_table
 from armor.format.layout import RESULTS, RUN
 from armor.format.records.run import RunRecord
 from armor.run.jobs import Job, jobs
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = [
     "ERROR",
@@ -98,19 +95,13 @@ class Status:
     folder: str
     """Where the command was typed."""
 
-    def table(self) -> Table:
+    def table(self) -> str:
         """The jobs by stage, model and recipe, counted by state."""
-        from rich.table import Table
-
         groups: dict[tuple[str, str], Counter] = {}
         for job, state in self.states.items():
             groups.setdefault((job.stage, " ".join(job.names[:2])), Counter())[state] += 1
-        table = Table("stage", "of", box=None, pad_edge=False)
-        for state in STATES:
-            table.add_column(state, justify="right")
-        for (stage, of), counts in groups.items():
-            table.add_row(stage, of, *(str(counts[state] or "") for state in STATES))
-        return table
+        rows = [(*group, *(str(counts[state] or "") for state in STATES)) for group, counts in groups.items()]
+        return text_table(rows, ("stage", "of", *STATES), left=2)
 
     def details(self) -> list[str]:
         """Of every job that runs, where it is; of every one that failed or was stopped, the cause, and how to go on."""
@@ -172,19 +163,18 @@ def last_config(results: Path) -> Config:
 def summary(results: Path, config: Config) -> list[str]:
     """What the run that ends now did: by stage, the jobs that ran and those that it reused, seconds, memory."""
     began = (results / RUN).stat().st_mtime
-    lines = [f"{'stage':<12}{'ran':>6}{'reused':>8}{'seconds':>11}{'peak memory':>14}"]
+    rows = []
     stages: dict[str, list[Job]] = {}
     for job in jobs(config, str(results)):
         if all(output.is_file() for output in job.outputs):
             stages.setdefault(job.stage, []).append(job)
     for stage, done in stages.items():
         costs = [found for job in done if (found := cost(job)) and found.ended >= began]
-        text = f"{stage:<12}{len(costs) or '':>6}{len(done) - len(costs) or '':>8}"
-        if costs:
-            seconds, peak = sum(c.seconds for c in costs), max(c.peak_memory_bytes for c in costs)
-            text += f"{seconds:>11,.1f}{peak / 1e6:>11,.0f} MB"
-        lines.append(text.rstrip())
-    return [*lines, f"{time.time() - began:,.0f} s from the start to the end"]
+        seconds = f"{sum(c.seconds for c in costs):,.1f}" if costs else ""
+        peak = f"{max(c.peak_memory_bytes for c in costs) / 1e6:,.0f} MB" if costs else ""
+        rows.append((stage, str(len(costs) or ""), str(len(done) - len(costs) or ""), seconds, peak))
+    table = text_table(rows, ("stage", "ran", "reused", "seconds", "peak memory"))
+    return [*table.splitlines(), f"{time.time() - began:,.0f} s from the start to the end"]
 
 
 def cost(job: Job) -> Cost | None:

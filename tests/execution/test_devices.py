@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def visible():
 def listed():
     """Each device and who holds it, by the command."""
     command = [sys.executable, "-m", "armor.command.cli", "devices"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub("  +", "  ", line) for line in lines]
 
 
 def test_twenty_jobs_on_four_devices_some_killed(start, tmp_path):
