@@ -11,7 +11,7 @@ from armor.plan.needs import Need, Plan
 from armor.plan.speed import decode_bytes
 from armor.plan.subject import Subject
 from armor.plan.work import Kind
-from armor.run.jobs import BY_LAYER, STAGES, Job, jobs
+from armor.run.jobs import STAGES, Job, jobs
 
 __all__ = ["Planned", "RecipePlan", "StagePlan", "planned", "text"]
 
@@ -82,7 +82,7 @@ def planned(plan: Plan, results: Path, rates: Mapping[Kind, float] | None) -> Pl
     passing = max((stage.scratch_bytes for stage in stages if stage.stage != "predict"), default=0)
     elapsed = None
     if rates is not None:
-        side_by_side = {stage: plan.host.cores if stage in BY_LAYER else 1 for stage in STAGES}
+        side_by_side = {stage: plan.host.cores if STAGES[stage].by_layer else 1 for stage in STAGES}
         elapsed = sum((s.seconds or 0.0) / side_by_side[s.stage] for s in stages)
     return Planned(
         stages=tuple(stages),
@@ -100,7 +100,7 @@ def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
     """The jobs with what they take, those together that differ by their layer alone."""
     groups: dict[tuple[str, ...], list[tuple[Job, Need]]] = {}
     for job in jobs(plan.config, str(results)):
-        names = job.names[:-1] if job.stage in BY_LAYER else job.names
+        names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
         groups.setdefault((job.stage, *names), []).append((job, plan.need(job)))
     yield from groups.values()
 
@@ -108,7 +108,7 @@ def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
 def _stage(group: Sequence[tuple[Job, Need]], rates: Mapping[Kind, float] | None, card: Card) -> StagePlan:
     job, needs = group[0][0], [need for _, need in group]
     work = [work for need in needs for work in need.work]
-    names = job.names[:-1] if job.stage in BY_LAYER else job.names
+    names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
     return StagePlan(
         stage=job.stage,
         of=" ".join(names),
@@ -154,7 +154,7 @@ def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: in
             yield f"{job}: {_size(memory.card)} needed on the GPU, it has {_size(gpu)}; {remedy}"
         if host > room:
             yield f"{job}: {_size(host)} needed on the host, it has {_size(room)}; {remedy}"
-        elif job.stage in BY_LAYER and not on_card and host * plan.host.cores > room:
+        elif STAGES[job.stage].by_layer and not on_card and host * plan.host.cores > room:
             at_once = f"{plan.host.cores} such jobs at once need {_size(host * plan.host.cores)}"
             yield f"{job}: {at_once}, the host has {_size(room)}; use --cores {room // host}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -37,17 +37,19 @@ class Table:
     def plain(self, width: int | None = None) -> str:
         """For a terminal, a star before the best; columns beyond `width` characters follow below."""
         texts = self.texts.where(~self.best, "*" + self.texts)
-        parts: list[list[str]] = [[]]
-        for column in texts.columns:
-            if parts[-1] and width and len(self._lines(texts[[*parts[-1], column]]).partition("\n")[0]) > width:
-                parts.append([])
-            parts[-1].append(column)
-        return "\n\n".join(self._lines(texts[columns]) for columns in parts)
+        columns = {str(heading): [str(cell) for cell in cells] for heading, cells in texts.to_dict("list").items()}
+        parts: list[dict[str, list[str]]] = [{}]
+        for heading, cells in columns.items():
+            wider = parts[-1] | {heading: cells}
+            if width and parts[-1] and len(self._lines(wider).partition("\n")[0]) > width:
+                wider = {heading: cells}
+                parts.append(wider)
+            parts[-1] = wider
+        return "\n\n".join(map(self._lines, parts))
 
-    def _lines(self, texts: pd.DataFrame) -> str:
-        return text_table(
-            [(name, *row) for name, row in zip(texts.index, texts.values, strict=True)], [self.corner, *texts.columns]
-        )
+    def _lines(self, columns: Mapping[str, Sequence[str]]) -> str:
+        rows = zip(map(str, self.texts.index), *columns.values(), strict=True)
+        return text_table(rows, [self.corner, *columns])
 
     def markdown(self) -> str:
         """The best are bold."""
