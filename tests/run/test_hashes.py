@@ -21,7 +21,7 @@ ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
     "__init__ __main__ hf command* plan* run run/* core/errors core/version format/provenance format/records/run": "",
-    "execution/devices execution/log execution/machine execution/nvml training/memory": "",
+    "execution/devices execution/log execution/machine execution/nvml training/memory serve*": "",
     "assemble/export assemble/verify model/outline format/holes": "",
     "config/loading config/reading config/recipes config/reference config/run format/reference": "",
     # the stages
