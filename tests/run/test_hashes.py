@@ -78,7 +78,8 @@ HELD_BY = {
     "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE}",
-    "runtime*": f"inspect calibrate {TRAIN} {MEASURE}",
+    "runtime runtime/experts runtime/names runtime/skeleton": f"inspect calibrate price factorize {TRAIN} assemble {MEASURE}",
+    "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price factorize assemble report",
     "core* execution* format*": ALL,
 }
