@@ -17,6 +17,7 @@ TRAIN = "sensitivity states refine tune"
 MEASURE = "predict evaluate tasks benchmark"
 READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
 FACTORS = "price factorize refine tune"
+COMPRESS = "calibrate price factorize assemble"
 ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
@@ -78,7 +79,7 @@ HELD_BY = {
     "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE}",
-    "runtime runtime/experts runtime/names runtime/skeleton": f"inspect calibrate price factorize {TRAIN} assemble {MEASURE}",
+    "runtime runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price factorize assemble report",
     "core* execution* format*": ALL,
