@@ -168,11 +168,12 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call it; unset: the folder.")] = None,
 ) -> None:
     """Serve a packed checkpoint by OpenAI's interface: by vLLM, which takes all other options, or by transformers."""
     from armor.serve.server import serve
 
-    serve(folder, host, port, context.args)
+    serve(folder, served_model_name or str(folder), host, port, context.args)
 
 
 @app.command()

@@ -6,6 +6,7 @@ takes the place of this process: signals, exit code and output are its own.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -20,38 +21,40 @@ __all__ = ["command", "serve"]
 TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
 
 
-def command(folder: Path, host: str, port: int, options: Sequence[str]) -> list[str]:
-    """The command that serves `folder` on `host` and `port`; `options` are the server's own.
+def command(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
+    """The command that serves `folder` as model `name` on `host` and `port`; `options` are the server's own.
 
-    Raises ArmorError where neither vLLM nor what transformers' server needs is installed.
+    Raises ArmorError where neither vLLM nor what transformers' server needs is installed, and for a name that the
+    latter cannot give.
     """
     listen = ["--host", host, "--port", str(port)]
     if find_spec("vllm"):
         # Not `vllm serve`, which asks for a distribution of that name; builds for CPUs have another.
         module = "vllm.entrypoints.openai.api_server"
-        return [sys.executable, "-m", module, "--model", str(folder), *listen, *options]
-    if missing := [name for name in ("fastapi", "openai", "uvicorn") if not find_spec(name)]:
+        return [sys.executable, "-m", module, "--model", str(folder), "--served-model-name", name, *listen, *options]
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ArmorError("no server is installed; install vLLM as docs/SERVING.md says, or transformers[serving]")
+    if name != str(folder):
         raise ArmorError(
-            f"no server: vLLM is not installed, and transformers' server lacks {', '.join(missing)}; install vLLM as "
-            "docs/SERVING.md says, or transformers[serving]"
+            f"--served-model-name {name}: goes with vLLM; transformers' server calls a model by its folder"
         )
     return [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), *listen, *options]
 
 
-def serve(folder: Path, host: str, port: int, options: Sequence[str]) -> None:
+def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> None:
     """Check the checkpoint in `folder`, say how to ask it, and become its server; does not return.
 
     Raises ArmorError for a checkpoint that is broken, or where no server is installed.
     """
-    words = command(folder, host, port, options)
+    words = command(folder, name, host, port, options)
     from armor.serve.check import check
 
-    linears = len(check(folder))
-    names = list(options)
-    name = names[names.index("--served-model-name") + 1] if "--served-model-name" in names[:-1] else str(folder)
-    body = f'{{"model": "{name}", "prompt": "The city of Paris", "max_tokens": 30}}'
+    linears, engine = len(check(folder)), "vLLM" if "-m" in words else "transformers"
+    body = json.dumps({"model": name, "prompt": "The city of Paris", "max_tokens": 30})
     url = f"http://{host}:{port}/v1"
-    print(f"{folder}: sound, {linears} compressed linears; the server is {'vLLM' if '-m' in words else 'transformers'}")
+    print(f"{folder}: sound, {linears} compressed linears; {engine} serves it")
     print(f"{url} answers once the log says that startup is complete:")
     print(f"  curl {url}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}", flush=True)
     os.execv(words[0], words)

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from transformers.utils.import_utils import is_serve_available
 
 from tests.forks import fork
 from tests.packed import DEFECTS, edit_config
@@ -39,11 +40,12 @@ def vllm(tmp_path_factory):
 
 
 def test_the_server_gets_the_folder_and_all_options_that_are_its_own(root, vllm):
-    options = ["--tensor-parallel-size", "2", "--served-model-name", "mine", "--enable-lora"]
-    done = serve(root, "checkpoint", "--port", "8100", *options, engine=vllm)
+    options = ["--tensor-parallel-size", "2", "--enable-lora"]
+    done = serve(root, "checkpoint", "--port", "8100", "--served-model-name=mine", *options, engine=vllm)
     *told, started = done.stdout.splitlines()
     assert done.returncode == 7, done.stderr
-    assert json.loads(started)[1:] == ["--model", "checkpoint", "--host", "127.0.0.1", "--port", "8100", *options]
+    named = ["--model", "checkpoint", "--served-model-name", "mine", "--host", "127.0.0.1", "--port", "8100"]
+    assert json.loads(started)[1:] == [*named, *options]
     words = shlex.split(told[-1])
     assert words[:2] == ["curl", "http://127.0.0.1:8100/v1/completions"]
     assert json.loads(words[-1])["model"] == "mine"
@@ -79,7 +81,7 @@ def test_a_later_version_and_half_a_copy_and_a_hub_name_are_one_line(checkpoint,
 
 
 def test_without_any_server_one_line_says_what_to_install(root):
-    if find_spec("vllm") or find_spec("fastapi"):
+    if find_spec("vllm") or is_serve_available():
         pytest.skip("a server is installed")
     done = serve(root, "checkpoint")
     assert done.returncode == 1 and "docs/SERVING.md" in done.stderr and done.stderr.count("\n") == 1
