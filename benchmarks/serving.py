@@ -1,9 +1,8 @@
-"""vLLM on models dense and packed: bytes of weights, seconds and peak memory of loading; or families and what they can.
+"""vLLM on models dense and packed: bytes of weights in memory, seconds and peak memory of loading them.
 
-In the environment of `make test-vllm`, from the repository's root:
+In the environment of `make test-vllm`, from the repository's root, each model in a process of its own:
 
-    .venv-vllm/bin/python -m benchmarks.serving memory FOLDER...     # a dense model, a checkpoint; each in a process
-    .venv-vllm/bin/python -m benchmarks.serving families             # the largest difference of log-probabilities
+    .venv-vllm/bin/python -m benchmarks.serving FOLDER...
 
 Memory is what the process holds beyond what it held before the weights: its own (anonymous) pages, and with them the
 pages of mapped files, which the system may take back. It is looked at every 5 ms.
@@ -13,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -76,39 +73,19 @@ def memory(folder: Path) -> dict:
     return {"folder": str(folder), "bytes on disk": on_disk, "bytes in memory": held} | found
 
 
-def families() -> None:
-    """A line for each family and each way to run it, one rank in this process and two in two others."""
-    from tests.vllm.served import FAMILIES, checkpoint, difference, expected, served
-
-    ways = {"eager": {}, "TP 2": {"tensor_parallel_size": 2}, "PP 2": {"pipeline_parallel_size": 2}}
-    ways["compiled"] = {"enforce_eager": False}
-    for family in FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            made = checkpoint(Path(folder), family)
-            references = expected(made)
-            for way, options in ways.items():
-                try:
-                    with served(made, **options) as llm:
-                        said = f"{difference(llm, references):.1e}"
-                except Exception as error:  # the table has a line for what does not work
-                    said = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"{family}\t{way}\t{said}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["memory", "families", "one"])
-    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("folders", nargs="+", type=Path, help="Models, dense or packed.")
+    parser.add_argument("--here", action="store_true", help="Load the only one in this very process.")
     given = parser.parse_args()
-    from tests.vllm import conftest  # noqa: F401  the environment of vLLM
+    if given.here:
+        from tests.vllm import conftest  # noqa: F401  the environment of vLLM
 
-    if given.what == "families":
-        families()
-    elif given.what == "one":
         print(json.dumps(memory(given.folders[0])))
-    for folder in given.folders if given.what == "memory" else ():
-        command = [sys.executable, "-m", "benchmarks.serving", "one", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
+        return
+    for folder in given.folders:
+        command = [sys.executable, "-m", "benchmarks.serving", "--here", str(folder)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(done.stdout.splitlines()[-1], flush=True)
 
 

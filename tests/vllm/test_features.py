@@ -68,8 +68,3 @@ def test_two_ranks_side_by_side(family, tmp_path):
     references = expected(folder)
     with served(folder, tensor_parallel_size=2) as llm:
         assert difference(llm, references) < BOUND
-
-
-def test_two_ranks_one_after_the_other(llama, references):
-    with served(llama, pipeline_parallel_size=2) as llm:
-        assert difference(llm, references) < BOUND
