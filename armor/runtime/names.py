@@ -10,13 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    apply_renamings,
-)
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, WeightTransform
 
 __all__ = ["Names"]
 
@@ -38,7 +32,7 @@ class Names:
 
     def here(self, tensor: str) -> str:
         """The model's name of a tensor of a checkpoint."""
-        return apply_renamings(tensor, self._renamings)
+        return _renamed(tensor, self._renamings)
 
     def module_here(self, module: str) -> str:
         """The model's name of a module that a checkpoint names."""
@@ -46,8 +40,15 @@ class Names:
 
     def saved(self, tensor: str) -> str:
         """What a checkpoint that save_pretrained writes calls a tensor of the model."""
-        return apply_renamings(tensor, self._reverse)
+        return _renamed(tensor, self._reverse)
 
     def saved_module(self, module: str) -> str:
         """The same of a module."""
         return self.saved(f"{module}.weight").removesuffix(".weight")
+
+
+def _renamed(tensor: str, renamings: Sequence[WeightRenaming]) -> str:
+    """A name after all renamings, in order; transformers has this as a function from 5.20 alone."""
+    for renaming in renamings:
+        tensor, _ = renaming.rename_source_key(tensor)
+    return tensor
