@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,7 @@ from armor.execution import devices
 from armor.execution.table import text_table
 from armor.format import layout
 from armor.format.records.report import ReportRecord
+from armor.plan.machine import USUAL
 from armor.run.status import read_status
 
 
@@ -46,18 +48,39 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Option(prompt=True, help="A name on the hub, a folder, or a GGUF file.")],
+    output: Annotated[Path, typer.Option(help="The file to write; it must be new.")] = Path("my.yaml"),
+    threads: Threads = None,
+) -> None:
+    """Write a configuration for a model that this machine can run, and say what to type next."""
+    if output.exists():
+        raise ArmorError(f"{output}: is there already; choose another name with --output")
+    prepare(threads)
+    from armor.plan.start import first_configuration
+
+    text = first_configuration(model, Path())
+    output.write_text(text, encoding="utf-8")
+    gpus = len(devices.list_devices())
+    print(f"{output} is written. What it will take, and then the run:")
+    print(f"  armor plan {output}")
+    print(f"  snakemake --cores {os.cpu_count()}{f' --resources gpu={gpus}' if gpus else ''} --configfile {output}")
+
+
+@app.command()
 def plan(
     files: Annotated[list[Path], typer.Argument(help="Configuration files; later ones override.")],
-    card: Annotated[str, typer.Option(help="The GPU to plan for; an unknown name lists all.")] = "H100",
+    card: Annotated[str, typer.Option(help="The GPU to plan for; an unknown name lists all.")] = USUAL,
     directory: Annotated[Path, typer.Option(help="The folder that the run will have with --directory.")] = Path(),
+    measure: Annotated[bool, typer.Option(help="Time a layer here, and say how long the run will take.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     threads: Threads = None,
 ) -> None:
     """Say what a run will take, from headers alone: jobs, memory, disk, sizes, speed, time; what will not fit."""
-    prepare(threads)
+    prepare(threads or os.cpu_count())
     from armor.plan.run import make_plan
 
-    found, lines = make_plan(load_config(*files), card, directory)
+    found, lines = make_plan(load_config(*files), card, directory, measure)
     print(found.model_dump_json(indent=1) if as_json else "\n".join(lines))
     for problem in found.problems:
         print(f"armor: error: {problem}", file=sys.stderr)

@@ -39,7 +39,7 @@ from armor.format.provenance import machine, made_by
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype
 
-__all__ = ["fitting", "predict"]
+__all__ = ["SHARE_OF_DISK", "fitting", "predict"]
 
 SHARE_OF_DISK = 0.5
 

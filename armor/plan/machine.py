@@ -11,7 +11,7 @@ from armor.core.errors import ArmorError
 from armor.execution.devices import list_devices
 from armor.execution.machine import host_memory_bytes
 
-__all__ = ["CARDS", "COMPUTE_SHARE", "MEMORY_SHARE", "Card", "Host", "card_named"]
+__all__ = ["CARDS", "COMPUTE_SHARE", "MEMORY_SHARE", "USUAL", "Card", "Host", "card_named"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ CARDS = {
     )
 }
 """By name; the SXM modules where there are several."""
+USUAL = "H100"
+"""The card to plan for where none is named."""
 COMPUTE_SHARE = 0.4
 """Of a card's peak that products of matrices are assumed to reach."""
 MEMORY_SHARE = 0.6

@@ -23,6 +23,7 @@ from armor.config.training import TrainingSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.logits import TOKENS_AT_A_TIME
 from armor.evaluate.logits import peak_bytes as evaluation_bytes
+from armor.evaluate.predictions import SHARE_OF_DISK
 from armor.factorize.layer import linear_bytes, possible
 from armor.format.records.topology import DecoderLayer, Linear
 from armor.methods import METHODS
@@ -54,6 +55,7 @@ about as many."""
 TASK_TOKENS = 1024
 """Tokens of one request of a task."""
 START = Work(Start(), 1)
+IN_WHOLE = Work(Start(whole=True), 1)
 
 
 class Memory(NamedTuple):
@@ -134,14 +136,14 @@ def _forward(subject: Subject, dtype: torch.dtype, sequences: int, length: int, 
     attention = 4.0 * tokens * length * subject.topology.hidden_size
     operations = layers * (_products(subject, tokens) + attention)
     moved = 30.0 * layers * tokens * subject.topology.hidden_size * dtype.itemsize
-    kind = Forward(str(dtype).removeprefix("torch."), length, recipe)
+    kind = Forward(subject.name, str(dtype).removeprefix("torch."), length, recipe)
     return Work(kind, tokens * layers, operations, dtype == torch.float32, moved)
 
 
 def _head(subject: Subject, dtype: torch.dtype, tokens: int, compared: bool) -> Work:
     size = subject.vocabulary
     operations = 2.0 * tokens * size * subject.topology.hidden_size
-    kind = Head(str(dtype).removeprefix("torch."), compared)
+    kind = Head(subject.name, str(dtype).removeprefix("torch."), compared)
     return Work(kind, tokens, operations, dtype == torch.float32, (60.0 if compared else 30.0) * tokens * size)
 
 
@@ -154,13 +156,13 @@ def _fetch(plan: Plan, model: str) -> Need:
     # A GGUF model is dequantized whole: the model, and what each of its tensors takes on the way.
     process = PROCESS + size + subject.outside(4) if made else LIGHT
     kept, read = 0 if settings.folder else size, Work(Read(), size * (4.0 if made else 1.0))
-    return Need(Memory(process, process), kept, work=(START, read))
+    return Need(Memory(process, process), kept, work=(IN_WHOLE, read))
 
 
 def _inspect(plan: Plan, model: str) -> Need:
     subject = plan.subjects[model]
     outside = subject.outside(getattr(torch, subject.topology.dtype).itemsize)
-    return Need(Memory(PROCESS + outside, PROCESS + outside), work=(START,))
+    return Need(Memory(PROCESS + outside, PROCESS + outside), work=(IN_WHOLE,))
 
 
 def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
@@ -260,7 +262,9 @@ def _training(subject: Subject, settings: TrainingSettings, length: int, block: 
     tokens = float(settings.steps * settings.batch * length + looked / 3)
     weights = subject.topology.linear_parameters / max(len(subject.topology.layers), 1)
     products = 3 * settings.steps * 4 * block * weights
-    return Work(Train(length), tokens * layers, layers * (3 * _products(subject, tokens) + products), True)
+    return Work(
+        Train(subject.name, length), tokens * layers, layers * (3 * _products(subject, tokens) + products), True
+    )
 
 
 def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
@@ -326,7 +330,8 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     blocks, length = plan.tokens(subject, settings.sequences, settings.sequence_length, where)
     dtype = loaded_dtype(subject.folder, settings.dtype)
     block = length * subject.vocabulary * dtype.itemsize
-    stored = blocks * block if blocks * block <= settings.predictions_gb * 1e9 else 0
+    room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)
+    stored = blocks * block if blocks * block <= room else 0
     owner = recipe and plan.config.made_by(recipe)[0][1]
     group = blocks * length * subject.topology.hidden_size * dtype.itemsize
     memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group)
@@ -352,7 +357,7 @@ def _tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
     owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
-    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0), work=(START,))
+    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0), work=(IN_WHOLE,))
 
 
 def _benchmark(plan: Plan, model: str, benchmark: str) -> Need:
@@ -368,12 +373,12 @@ def _benchmark(plan: Plan, model: str, benchmark: str) -> Need:
     steps = float(settings.repeats * sum(rows) + settings.new_tokens * len(settings.prompts))
     work = [START, Work(Read(), 2.0 * sum(sizes))]
     for owner, size in zip((None, *owners), sizes, strict=True):
-        work.append(Work(Step(dtype, owner), steps * len(subject.topology.layers), moved=steps * size))
+        work.append(Work(Step(model, dtype, owner), steps * len(subject.topology.layers), moved=steps * size))
     return Need(_memory(0, together), work=tuple(work), remedy="take a larger machine, or leave benchmarks out")
 
 
-def _light(memory: int) -> Callable[..., Need]:
-    return lambda plan, *names: Need(Memory(memory, memory), work=(START,))
+def _light(memory: int, start: Work = START) -> Callable[..., Need]:
+    return lambda plan, *names: Need(Memory(memory, memory), work=(start,))
 
 
 NEEDS: dict[str, Callable[..., Need]] = {
@@ -393,6 +398,6 @@ NEEDS: dict[str, Callable[..., Need]] = {
     "evaluate": _evaluate,
     "tasks": _tasks,
     "benchmark": _benchmark,
-    "report": _light(PAGE),
+    "report": _light(PAGE, IN_WHOLE),
 }
 """By stage, as `armor.run.jobs` has them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from armor.config.run import Config
@@ -10,17 +12,32 @@ from armor.format.layout import RESULTS
 from armor.plan.machine import Host, card_named
 from armor.plan.needs import Plan
 from armor.plan.subject import subject
-from armor.plan.table import Planned, planned, text
+from armor.plan.table import Planned, kinds, planned, text
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "opened"]
 
 
-def make_plan(config: Config, card: str, folder: Path = Path()) -> tuple[Planned, list[str]]:
-    """The plan of `config` for a run in `folder`, and the lines that say it. Raises ArmorError where a stage would."""
+@contextmanager
+def opened(config: Config, card: str, folder: Path) -> Iterator[tuple[Plan, Path]]:
+    """The plan of `config` for a run in `folder`, and the temporary folder with all models' headers."""
     known, host = card_named(card), Host.here(folder / RESULTS)
     models = dict.fromkeys(model for model, _ in config.pairs())
     with tempfile.TemporaryDirectory(prefix="armor-plan-") as place:
         results = Path(place) / RESULTS
-        plan = Plan(config, {name: subject(config, name, results) for name in models}, host, known)
-        found = planned(plan, results, None)
-        return found, [*text(found, plan, measured=False, bandwidth=None)]
+        yield Plan(config, {name: subject(config, name, results) for name in models}, host, known), results
+
+
+def make_plan(config: Config, card: str, folder: Path, measure: bool) -> tuple[Planned, list[str]]:
+    """The plan of `config` for a run in `folder`, and the lines that say it; `measure`: time this machine too.
+
+    Raises ArmorError where a stage would, for what headers tell.
+    """
+    with opened(config, card, folder) as (plan, results):
+        rates = speed = None
+        if measure:
+            from armor.plan.measure import bandwidth
+            from armor.plan.measure import rates as timed
+
+            rates, speed = timed(plan.subjects, kinds(plan, results)), bandwidth()
+        found = planned(plan, results, rates)
+        return found, [*text(found, plan, speed)]

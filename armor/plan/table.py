@@ -13,7 +13,7 @@ from armor.plan.subject import Subject
 from armor.plan.work import Kind
 from armor.run.jobs import STAGES, Job, jobs
 
-__all__ = ["Planned", "RecipePlan", "StagePlan", "planned", "text"]
+__all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text"]
 
 
 class StagePlan(Typed):
@@ -96,6 +96,11 @@ def planned(plan: Plan, results: Path, rates: Mapping[Kind, float] | None) -> Pl
     )
 
 
+def kinds(plan: Plan, results: Path) -> set[Kind]:
+    """All kinds of work that there are, to be timed."""
+    return {work.kind for group in _groups(plan, results) for _, need in group for work in need.work}
+
+
 def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
     """The jobs with what they take, those together that differ by their layer alone."""
     groups: dict[tuple[str, ...], list[tuple[Job, Need]]] = {}
@@ -159,12 +164,12 @@ def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: in
             yield f"{job}: {at_once}, the host has {_size(room)}; use --cores {room // host}"
 
 
-def text(found: Planned, plan: Plan, measured: bool, bandwidth: float | None) -> Iterator[str]:
+def text(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[str]:
     """The plan, line by line; `bandwidth` is this machine's in bytes a second, if it is known."""
     for name, subject in plan.subjects.items():
         yield f"{name}: {describe(subject)}"
     yield ""
-    yield from _table(found, plan, measured)
+    yield from _table(found, plan)
     yield ""
     yield from _results(found, plan, bandwidth)
     yield ""
@@ -192,8 +197,8 @@ def describe(subject: Subject) -> str:
     )
 
 
-def _table(found: Planned, plan: Plan, measured: bool) -> Iterator[str]:
-    width = max(len(stage.of) for stage in found.stages)
+def _table(found: Planned, plan: Plan) -> Iterator[str]:
+    width, measured = max(len(stage.of) for stage in found.stages), found.elapsed_seconds is not None
     seconds = "     seconds" if measured else ""
     yield f"{'stage':<12}{'of':<{width}}{'jobs':>6}{'host':>9}{'beside':>9}{plan.card.name:>11}{seconds}{'GPU s':>9}"
     for stage in found.stages:

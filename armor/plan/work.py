@@ -23,7 +23,9 @@ SECONDS_TO_START = 15.0
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a job: its libraries. In jobs."""
+    """The start of a job, `whole` where it imports its libraries itself instead of in a fork. In jobs."""
+
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Forward:
-    """Tokens through one decoder layer, in sequences of `length`, in `dtype`; of what `recipe` makes, None: dense."""
+    """Tokens through a decoder layer of `model`, in sequences of `length`, in `dtype`; packed by `recipe`, or dense."""
 
+    model: str
     dtype: str
     length: int
     recipe: str | None = None
@@ -42,24 +45,27 @@ class Forward:
 
 @dataclass(frozen=True)
 class Step:
-    """Single rows through one decoder layer, as in decoding; of what `recipe` makes, None: dense."""
+    """Single rows through a decoder layer of `model`, as in decoding; packed by `recipe`, or dense."""
 
+    model: str
     dtype: str
     recipe: str | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """Tokens through the output head, and the losses; `compared` to other logits or not."""
+    """Tokens through the output head of `model`, and the losses; `compared` to other logits or not."""
 
+    model: str
     dtype: str
     compared: bool
 
 
 @dataclass(frozen=True)
 class Train:
-    """Tokens through one decoder layer and back, in sequences of `length`."""
+    """Tokens through a decoder layer of `model` and back, in sequences of `length`, in float32."""
 
+    model: str
     length: int
 
 

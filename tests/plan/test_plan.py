@@ -74,7 +74,7 @@ def test_every_stage_has_its_needs(tmp_path):
     computing = {stage.stage for stage in found.stages if stage.card_bytes}
     assert computing == set(STAGES) - {"fetch", "inspect", "assemble", "budget", "refined", "report"}
     assert found.problems == () and any("time of tasks" in note for note in found.notes)
-    said = "\n".join(text(found, plan, measured=False, bandwidth=None))
+    said = "\n".join(text(found, plan, bandwidth=None))
     assert "tiny bits" in said and "24.00" in said and "GPU: about" in said
 
 

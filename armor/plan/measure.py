@@ -1,0 +1,184 @@
+"""How long a unit of each kind of work takes on this machine: one decoder layer, one linear, a file, a process.
+
+Weights may be zeros (`armor.format.holes`): products of matrices take as long with them. The fastest of a few runs
+counts, so that what else the machine does meanwhile is left out as far as it can be.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from armor.core import blockdiag
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern, top_n_mask
+from armor.evaluate.logits import comparison, token_losses
+from armor.execution.files import sha256
+from armor.format.statistics import Statistics
+from armor.methods import METHODS
+from armor.plan.subject import Subject
+from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
+from armor.runtime.linear import ArmorLinear
+from armor.runtime.skeleton import Call, load_outside, open_skeleton, read_layer, record, unload_outside
+
+__all__ = ["bandwidth", "rates"]
+
+ROWS = 64  # that go through the head at a time
+ENTRIES = 1 << 21  # of the weight that is compressed
+EARLY = 20  # iterations of the solver in which all is computed every time
+MORE = 8
+BYTES = 1 << 26
+REPEATS = 3
+
+
+def rates(subjects: Mapping[str, Subject], kinds: Iterable[Kind]) -> dict[Kind, float]:
+    """Seconds for a unit of each of `kinds`."""
+    timer = _Timer(subjects)
+    return {kind: timer.seconds(kind) for kind in kinds}
+
+
+def bandwidth() -> float:
+    """The bytes a second that all threads together read from memory: a sum over 256 MB."""
+    data = torch.ones(BYTES)
+    return data.nbytes / _timed(data.sum)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Seconds: the fastest of a few runs, after one that pays for buffers and threads."""
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+class _Timer:
+    """What is timed of the `subjects`, by name."""
+
+    def __init__(self, subjects: Mapping[str, Subject]) -> None:
+        self.subjects = subjects
+        self.opened = cache(self._opened)
+
+    def seconds(self, kind: Kind) -> float:
+        """Of one unit of `kind`."""
+        match kind:
+            case Start():
+                code = "import armor.model.inspect" if kind.whole else "import armor.command.cli"
+                return _timed(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+            case Read():
+                return _file()
+            case Forward():
+                layer, hidden, call = self.opened(kind.model, kind.dtype, kind.length, kind.recipe)
+                return _timed(lambda: _run(layer, hidden, call)) / kind.length
+            case Step():
+                layer, hidden, call = self.opened(kind.model, kind.dtype, 1, kind.recipe)
+                return _timed(lambda: _run(layer, hidden, call))
+            case Train():
+                layer, hidden, call = self.opened(kind.model, "float32", kind.length, None)
+                return _timed(lambda: _back(layer, hidden, call)) / kind.length
+            case Head():
+                return self._head(kind)
+            case Solve():
+                return self._solve(kind)
+
+    def _opened(self, model: str, dtype: str, length: int, recipe: str | None) -> tuple[nn.Module, Tensor, Call]:
+        """The last decoder layer, packed by `recipe` if there is one, and what it is called with."""
+        subject, wanted = self.subjects[model], getattr(torch, dtype)
+        skeleton = open_skeleton(subject.folder, wanted)
+        load_outside(skeleton, subject.shards)
+        hidden, calls = record(skeleton, torch.arange(length).remainder(subject.vocabulary)[None])
+        unload_outside(skeleton)
+        chosen = subject.topology.layers[-1]
+        layer = read_layer(skeleton, chosen.index, subject.shards)
+        for linear in chosen.linears if recipe else ():
+            layout = subject.packed[recipe or ""].modules.get(linear.name)
+            if layout is not None:
+                own = linear.name.removeprefix(f"{chosen.prefix}.")
+                bias = layer.get_submodule(own).bias
+                layer.set_submodule(own, _packed(layout.shapes(), layout.in_features, layout.pattern, wanted, bias))
+        return layer, torch.randn_like(hidden), calls[chosen.index]
+
+    def _head(self, kind: Head) -> float:
+        subject, dtype = self.subjects[kind.model], getattr(torch, kind.dtype)
+        head = torch.zeros(subject.vocabulary, subject.topology.hidden_size, dtype=dtype)
+        states, tokens = torch.randn(ROWS, head.shape[1], dtype=dtype), torch.zeros(ROWS, dtype=torch.int64)
+
+        def work() -> None:
+            logits = F.linear(states, head)
+            token_losses(logits, tokens)
+            if kind.compared:
+                comparison(logits, logits)
+
+        return _timed(work) / ROWS
+
+    def _solve(self, kind: Solve) -> float:
+        """Of one weight: a part of the largest linear, in one thread, as a layer's job has it."""
+        linears = [linear for subject in self.subjects.values() for linear in subject.topology.layers[-1].linears]
+        largest = max(linears, key=lambda linear: linear.out_features * linear.in_features)
+        columns = min(largest.in_features, ENTRIES // 128)
+        rows = min(largest.out_features, max(ENTRIES // columns // 128 * 128, 128))
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        gram = torch.eye(columns) if "gram" in METHODS[kind.settings.method].statistics else None
+        of_input = Statistics(torch.ones(columns), gram, 1)
+
+        def seconds(iterations: int) -> float:
+            solver = kind.settings.solver.model_copy(update={"iterations": iterations})
+            asked = kind.settings.model_copy(update={"solver": solver})
+            start = time.perf_counter()
+            METHODS[asked.method].run(weight, of_input, asked, 0)
+            return time.perf_counter() - start
+
+        threads, wanted = torch.get_num_threads(), kind.settings.solver.iterations
+        torch.set_num_threads(1)
+        try:
+            seconds(1)
+            if "solver" not in METHODS[kind.settings.method].settings or wanted <= EARLY + MORE:
+                return min(seconds(wanted) for _ in range(REPEATS)) / weight.numel()
+            first, more = seconds(EARLY), seconds(EARLY + MORE)
+            return (first + (wanted - EARLY) * (more - first) / MORE) / weight.numel()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _packed(shapes: dict, columns: int, pattern: Pattern, dtype: torch.dtype, bias: Tensor | None) -> ArmorLinear:
+    """A packed linear of zeros with these tensors; `columns` are the inputs."""
+    rows = shapes["core_values"][0]
+    mask = top_n_mask(torch.zeros(1, columns), pattern).expand(rows, columns).clone()
+    sides = {
+        side: blockdiag.identity(shape[0] * shape[1], shape[1], dtype=dtype)
+        for side, shape in shapes.items()
+        if side in ("left", "right")
+    }
+    return ArmorLinear.of(Factorization(torch.zeros(rows, columns, dtype=dtype), mask, pattern, **sides), bias)
+
+
+@torch.no_grad()
+def _run(layer: nn.Module, hidden: Tensor, call: Call) -> None:
+    layer(hidden, *call.args, **call.kwargs)
+
+
+def _back(layer: nn.Module, hidden: Tensor, call: Call) -> None:
+    layer.requires_grad_(True)
+    layer(hidden, *call.args, **call.kwargs).sum().backward()
+
+
+def _file() -> float:
+    """Of one byte of a file that is written, and read to be hashed; the mean of both."""
+    data = bytes(BYTES)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data"
+        start = time.perf_counter()
+        file.write_bytes(data)
+        sha256(file)
+        return (time.perf_counter() - start) / (2 * BYTES)
