@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from torch.nn import functional as F
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
-from armor.core.pattern import Pattern, top_n_mask
+from armor.core.pattern import top_n_mask
 from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
+from armor.format.checkpoint import PackedLinear
 from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.plan.subject import Subject
@@ -52,11 +54,11 @@ def bandwidth() -> float:
     return data.nbytes / _timed(data.sum)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Seconds: the fastest of a few runs, after one that pays for buffers and threads."""
     work()
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)
@@ -75,7 +77,7 @@ class _Timer:
         match kind:
             case Start():
                 code = "import armor.model.inspect" if kind.whole else "import armor.command.cli"
-                return _timed(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+                return _timed(lambda: subprocess.run([sys.executable, "-c", code], check=True), repeats=1)
             case Read():
                 return _file()
             case Forward():
@@ -105,8 +107,8 @@ class _Timer:
             layout = subject.packed[recipe or ""].modules.get(linear.name)
             if layout is not None:
                 own = linear.name.removeprefix(f"{chosen.prefix}.")
-                bias = layer.get_submodule(own).bias
-                layer.set_submodule(own, _packed(layout.shapes(), layout.in_features, layout.pattern, wanted, bias))
+                dense: Any = layer.get_submodule(own)
+                layer.set_submodule(own, _packed(layout, wanted, dense.bias))
         return layer, torch.randn_like(hidden), calls[chosen.index]
 
     def _head(self, kind: Head) -> float:
@@ -151,16 +153,16 @@ class _Timer:
             torch.set_num_threads(threads)
 
 
-def _packed(shapes: dict, columns: int, pattern: Pattern, dtype: torch.dtype, bias: Tensor | None) -> ArmorLinear:
-    """A packed linear of zeros with these tensors; `columns` are the inputs."""
-    rows = shapes["core_values"][0]
+def _packed(layout: PackedLinear, dtype: torch.dtype, bias: Tensor | None) -> ArmorLinear:
+    """A packed linear of zeros."""
+    rows, columns, pattern = layout.out_features, layout.in_features, layout.pattern
     mask = top_n_mask(torch.zeros(1, columns), pattern).expand(rows, columns).clone()
-    sides = {
-        side: blockdiag.identity(shape[0] * shape[1], shape[1], dtype=dtype)
-        for side, shape in shapes.items()
-        if side in ("left", "right")
-    }
-    return ArmorLinear.of(Factorization(torch.zeros(rows, columns, dtype=dtype), mask, pattern, **sides), bias)
+    left, right = (
+        None if size is None else blockdiag.identity(features, size, dtype=dtype)
+        for features, size in ((rows, layout.left_block_size), (columns, layout.right_block_size))
+    )
+    core = torch.zeros(rows, columns, dtype=dtype)
+    return ArmorLinear.of(Factorization(core, mask, pattern, left=left, right=right), bias)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def first_configuration(model: str, folder: Path) -> str:
         block = next((size for size in BLOCK_SIZES if bits[size] <= BITS * subject.dense_bits), BLOCK_SIZES[-1])
         packed = {"armor": subject.packed[f"block-{block}"]}
         chosen = {"dense": {"method": "dense"}, "armor": {"method": "armor", "block_size": block}}
-        problems: tuple[str, ...] = ()
+        problems: list[str] = []
         for content in _tries(name, source, subject.topology.context_length, chosen):
             config = parse_settings(Config, content)
             this = replace(plan, config=config, subjects={name: replace(subject, packed=packed)}, notes={})
@@ -61,7 +61,7 @@ def first_configuration(model: str, folder: Path) -> str:
             if not found.problems:
                 text = yaml.safe_dump(content, sort_keys=False, width=110)
                 return HEADER.format(described=f"{model}: {describe(subject)}") + text
-            problems = problems or found.problems
+            problems += found.problems
     raise ArmorError(f"{model}: nothing that was tried fits this machine: {problems[0]}")
 
 
