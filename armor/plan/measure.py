@@ -30,7 +30,7 @@ from armor.methods import METHODS
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
 from armor.runtime.linear import ArmorLinear
-from armor.runtime.skeleton import Call, load_outside, open_skeleton, read_layer, record, unload_outside
+from armor.runtime.skeleton import Call, load_outside, open_skeleton, read_layer, record, tensors_of, unload_outside
 
 __all__ = ["bandwidth", "rates"]
 
@@ -98,15 +98,16 @@ class _Timer:
         """The last decoder layer, packed by `recipe` if there is one, and what it is called with."""
         subject, wanted = self.subjects[model], getattr(torch, dtype)
         skeleton = open_skeleton(subject.folder, wanted)
-        load_outside(skeleton, subject.shards)
+        shards = tensors_of(skeleton, subject.folder)
+        load_outside(skeleton, shards)
         hidden, calls = record(skeleton, torch.arange(length).remainder(subject.vocabulary)[None])
         unload_outside(skeleton)
         chosen = subject.topology.layers[-1]
-        layer = read_layer(skeleton, chosen.index, subject.shards)
+        layer = read_layer(skeleton, chosen.index, shards)
         for linear in chosen.linears if recipe else ():
             layout = subject.packed[recipe or ""].modules.get(linear.name)
             if layout is not None:
-                own = linear.name.removeprefix(f"{chosen.prefix}.")
+                own = skeleton.inside(chosen.index, linear.name)
                 dense: Any = layer.get_submodule(own)
                 layer.set_submodule(own, _packed(layout, wanted, dense.bias))
         return layer, torch.randn_like(hidden), calls[chosen.index]

@@ -108,8 +108,7 @@ def subject(config: Config, name: str, results: Path) -> Subject:
     place.parent.mkdir(parents=True)
     (place.parent / "outline").mkdir()
     folder = outline(config.models[name], place.parent / "outline")
-    shards = Shards(folder)
-    topology = inspect(Source(folder, "planned", shards.main_dtype()), place)
+    topology = inspect(Source(folder, "planned", Shards(folder).main_dtype()), place)
     shards = recorded_tensors(folder, (linear.name for linear in topology.linears()))
     recipes = [recipe for model, recipe in config.pairs() if model == name and not config.is_dense(recipe)]
     owners = dict.fromkeys(config.made_by(recipe)[0][1] for recipe in recipes)
