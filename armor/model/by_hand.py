@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from armor.core.errors import ArmorError
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["by_hand", "is_taken"]
@@ -43,20 +44,28 @@ class _StandIn(nn.Linear):
 def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     """The names, within `layer`, of linears that other modules multiply with by themselves; `run` calls the layer.
 
-    The layer is on the meta device. Errors of `run` that are about something else are left for whoever runs it next.
+    The layer is on the meta device. Where it fails as it is, its error is raised. Raises ArmorError where it runs as it
+    is, and not with linears that have no weight.
     """
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     found = {name for name in linears if is_taken(layer, name)}
-    while True:
-        with _replaced(layer, {name: linear for name, linear in linears.items() if name not in found}):
-            try:
+    failed: Exception | None = None
+    while failed is None:
+        try:
+            with _replaced(layer, {name: linear for name, linear in linears.items() if name not in found}):
                 run(layer)
-            except NoWeightError as error:
-                found.add(error.module)
-                continue
-            except Exception:  # noqa: BLE001, S110  of whatever a layer does with what it is not given here
-                pass
-        return [name for name in linears if name in found]
+        except NoWeightError as error:
+            found.add(error.module)
+        except Exception as error:  # noqa: BLE001  whatever a layer does with what it is not given here
+            failed = error
+        else:
+            return [name for name in linears if name in found]
+    run(layer)
+    said = " ".join(str(failed).split())
+    raise ArmorError(
+        f"{type(layer).__name__}: runs, but not with linears that have no weight ({type(failed).__name__}: {said}), so "
+        "a compressed model of this kind would not run"
+    ) from failed
 
 
 def is_taken(layer: nn.Module, name: str) -> bool:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
+from armor.core.errors import ArmorError
 from armor.model.by_hand import by_hand
 from tests.packed import opened, packed
 
@@ -52,3 +53,24 @@ def test_what_the_source_hides_is_found_by_running(times):
     layer = type("Made", (Mixer,), {"forward": ways[times]})().to("meta")
     assert by_hand(layer, lambda layer: layer(torch.empty(2, 4, device="meta"))) == ["taken"]
     assert isinstance(layer.taken, nn.Linear) and isinstance(layer.taken.weight, nn.Parameter)
+
+
+class Picky(nn.Module):
+    """It runs, but asks more of its linear than that it can be called."""
+
+    def __init__(self, wrong: int = 0):
+        super().__init__()
+        self.inner, self.wrong = nn.Linear(4, 4 + wrong), wrong
+
+    def forward(self, x):
+        if type(self.inner) is not nn.Linear:
+            raise TypeError("a linear is expected")
+        return self.inner(x) + x
+
+
+def test_a_layer_that_fails_on_linears_without_a_weight_is_refused():
+    empty = torch.empty(2, 4, device="meta")
+    with pytest.raises(ArmorError, match="Picky: runs, but not .* .TypeError: a linear is expected., so a compressed"):
+        by_hand(Picky().to("meta"), lambda layer: layer(empty))
+    with pytest.raises(RuntimeError, match="broadcast"):  # of the layer as it is
+        by_hand(Picky(wrong=1).to("meta"), lambda layer: layer(empty))
