@@ -8,6 +8,7 @@ whether layers exchange anything beside hidden states, which would make running 
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.model.by_hand import by_hand
+from armor.model.contents import Contents
 from armor.model.source import Source
 from armor.runtime.experts import routers
 from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, stored_tensors, tensors_of
@@ -31,9 +33,32 @@ TOKENS = 8  # in the sequence that is followed through the model
 def inspect(source: Source, output: Path | str) -> Topology:
     """Find the topology of `source` and write it to `output` (model.json); returns it.
 
-    Raises ArmorError if the model has no decoder layers with linears, stores weights under other names than the model's
-    own, or has layers that cannot be run one by one.
+    Says in the log what the decoder layers are made of (`armor.model.contents`). Raises ArmorError if the model has no
+    decoder layers with linears, stores weights in another form than transformers', or has layers that cannot be run one
+    by one.
     """
+    try:
+        topology = _topology(source)
+    except ArmorError:
+        raise
+    except Exception as error:  # a family's own code may do anything with layers that are run one by one
+        reason = " ".join(str(error).split())[:200]
+        raise ArmorError(
+            f"{source.path}: {_culprit(error)}: {type(error).__name__}: {reason}; its decoder layers cannot be run one "
+            "by one, and the model is not supported"
+        ) from error
+    topology.write(output)
+    return topology
+
+
+def _culprit(error: Exception) -> str:
+    """The class of the innermost module that the error went through."""
+    modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((type(module).__name__ for module in modules[::-1] if isinstance(module, nn.Module)), "the model")
+
+
+def _topology(source: Source) -> Topology:
+    """The topology of `source`."""
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
     shards = tensors_of(skeleton, source.path)
     stored = {skeleton.names.here(name): name for name in stored_tensors(skeleton, source.path).names()}
@@ -46,12 +71,13 @@ def inspect(source: Source, output: Path | str) -> Topology:
         )
     load_outside(skeleton, shards)
     hidden, calls = record(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
-    layers, kept = [], []
+    layers, kept, contents = [], [], Contents()
     for index, layer in enumerate(skeleton.layers):
         prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
         taken = by_hand(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
         kept += [f"{prefix}.{name}" for name in taken]
-        left = {*taken, *routers(layer)}
+        left = dict.fromkeys(taken, "another module multiplies with it") | dict.fromkeys(routers(layer), "a router")
+        contents.add(layer, left)
         linears = {
             f"{prefix}.{name}": module
             for name, module in layer.named_modules()
@@ -66,12 +92,11 @@ def inspect(source: Source, output: Path | str) -> Topology:
         raise ArmorError(
             f"{source.path}: every linear is like {kept[0]}, which another module multiplies with by itself"
         )
-    matrices = {name for layer in layers for name in layer.dense_parameters} - {f"{name}.weight" for name in kept}
-    if matrices:
-        log.warning(
-            "%d matrices of decoder layers are no linears and stay dense, the first is %s", len(matrices), min(matrices)
-        )
-    topology = Topology(
+    for line in contents.table():
+        log.info("%s", line)
+    if warning := contents.warning():
+        log.warning("%s: %s", source.path, warning)
+    return Topology(
         model_type=skeleton.model.config.model_type,
         fingerprint=source.fingerprint,
         dtype=source.dtype,
@@ -82,8 +107,6 @@ def inspect(source: Source, output: Path | str) -> Topology:
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
     )
-    topology.write(output)
-    return topology
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,0 +1,87 @@
+"""What decoder layers are made of, in a table: kinds of matrices, and whether each is compressed or why it is not.
+
+Nothing is left out in silence: if less than ENOUGH of the decoder's weights can be compressed, one line names the
+largest of the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+__all__ = ["Contents"]
+
+ENOUGH = 0.9
+SMALL = "norms, biases and the like"
+
+
+@dataclass
+class _Kind:
+    """Matrices of one name within their layers, of one shape and one fate."""
+
+    name: str
+    shape: tuple[int, ...]
+    why_not: str | None
+    count: int = 0
+    numbers: int = 0
+
+
+@dataclass
+class Contents:
+    """The parameters of decoder layers, added layer by layer."""
+
+    _kinds: dict[tuple, _Kind] = field(default_factory=dict)
+
+    def add(self, layer: nn.Module, why_not: dict[str, str]) -> None:
+        """Add a decoder layer. `why_not` has the reason, by name in it, for each linear that is not compressed."""
+        linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() < 2:
+                self._count(SMALL, (), "small", parameter)
+                continue
+            module = name.removesuffix(".weight")
+            reason = why_not.get(module) if module in linears else "not the weight of a linear"
+            self._count(re.sub(r"\.\d+(?=\.|$)", ".*", module), tuple(parameter.shape), reason, parameter)
+
+    def _count(self, name: str, shape: tuple[int, ...], why_not: str | None, parameter: torch.Tensor) -> None:
+        kind = self._kinds.setdefault((name, shape, why_not), _Kind(name, shape, why_not))
+        kind.count += 1
+        kind.numbers += parameter.numel()
+
+    def share(self) -> float:
+        """The share of the decoder layers' weights that can be compressed."""
+        compressed = sum(kind.numbers for kind in self._kinds.values() if kind.why_not is None)
+        return compressed / max(self._total(), 1)
+
+    def _total(self) -> int:
+        return sum(kind.numbers for kind in self._kinds.values())
+
+    def table(self) -> Iterator[str]:
+        """A line for each kind: name, count, shape, share of the decoder layers' weights, compressed or why not."""
+        rows = [
+            (
+                kind.name,
+                f"{kind.count} x",
+                " x ".join(map(str, kind.shape)) or "–",
+                f"{kind.numbers / self._total():.1%}",
+                f"dense: {kind.why_not}" if kind.why_not else "compressed",
+            )
+            for kind in sorted(self._kinds.values(), key=lambda kind: -kind.numbers)
+        ]
+        name, count, shape, share, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        for row in rows:
+            yield f"{row[0]:<{name}}  {row[1]:>{count}} {row[2]:<{shape}}  {row[3]:>{share}}  {row[4]}"
+
+    def warning(self) -> str | None:
+        """One line if little can be compressed: how much, and the largest kind of what cannot."""
+        if self.share() >= ENOUGH:
+            return None
+        most = max((kind for kind in self._kinds.values() if kind.why_not), key=lambda kind: kind.numbers)
+        return (
+            f"{self.share():.1%} of the decoder layers' weights can be compressed; the largest rest is {most.name} "
+            f"({most.numbers / self._total():.1%}), {most.why_not}; no setting changes this"
+        )
