@@ -25,7 +25,13 @@ def twin(x, values, bits, left, right, bias, group, ulps=1):
 
     Each result is rounded by at most so many `ulps`, 2 where it is cut off.
     """
-    core = unpack(values, bits, x.shape[-1])[0].double()
+    core = unpack(values, bits, x.shape[-1])[0]
+    return product_within(x, core, left, right, bias, ulps)
+
+
+def product_within(x, core, left, right, bias, ulps=1):
+    """The same of a dense core."""
+    core = core.double()
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-24}[x.dtype] * ulps
     summing = 2.0**-23 * (x.shape[-1] + sum(b.shape[-1] for b in (left, right) if b is not None))
     y, size, error = x.double(), x.double().abs(), torch.zeros_like(x, dtype=torch.float64)

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
+from armor.config.quantization import QuantizeOverride, QuantizeSettings
 from armor.core.factorization import Factorization
 from armor.factorize.layer import factorize_layer
+from armor.factorize.quantize import quantize_layer
 from armor.format.factors import read_factors
 from armor.format.records.topology import Topology
 from armor.format.statistics import Statistics, write_statistics
@@ -23,6 +25,7 @@ from tests.tiny import tiny_model
 
 __all__ = [
     "DEFECTS",
+    "QUANTIZE",
     "SETTINGS",
     "edit_config",
     "edit_tensors",
@@ -31,8 +34,10 @@ __all__ = [
     "opened",
     "packed",
     "prepared",
+    "quantized",
 ]
 
+QUANTIZE = QuantizeSettings(overrides=[QuantizeOverride(modules="*.down_proj", core="int4", group=16)])
 SETTINGS = LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=2))
 
 
@@ -73,6 +78,18 @@ def packed(root: Path, family: str = "llama", settings: LayerSettings = SETTINGS
     factors = factorized(prepared(root, family, **config), settings)
     assemble(*opened(root), factors, root / "checkpoint.json", **sharding)
     return root
+
+
+def quantized(root: Path, settings: QuantizeSettings = QUANTIZE, name: str = "quantized", **sharding: int) -> Path:
+    """Quantize what `factorized` left in `root`, and assemble it to `root`/{name}/checkpoint, which is returned."""
+    source, topology = opened(root)
+    for layer in topology.layers:
+        file = f"layer_{layer.index}.safetensors"
+        statistics, output = root / "calibration" / file, root / name / "quantized" / file
+        own = settings.for_layer(layer.index)
+        quantize_layer(source, topology, layer.index, root / "layers" / file, statistics, own, output)
+    assemble(source, topology, root / name / "quantized", root / name / "checkpoint.json", **sharding)
+    return root / name / "checkpoint"
 
 
 def factors_of(root: Path) -> dict[str, Factorization]:
@@ -159,7 +176,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "mixed dtypes": (_set(f"{Q}.left", torch.Tensor.half), (f"{Q}.left", "float16", "float32")),
     "values as integers": (_set(f"{Q}.core_values", torch.Tensor.int), (f"{Q}.core_values", "int32")),
     "truncated": (_truncate, ("model.safetensors",)),
-    "a version to come": (_config(format_version=2), ("config.json", "format_version", "2")),
+    "a version to come": (_config(format_version=3), ("config.json", "format_version", "3")),
     "a version that equals 1": (_config(format_version=True), ("config.json", "format_version", "True")),
     "an unknown key": (_config(scales=True), ("config.json", "scales")),
     "no groups": (_config(groups=[]), ("config.json", "groups")),

@@ -1,7 +1,8 @@
 """Export: a packed checkpoint multiplied out to a plain dense model, for programs that know nothing of this format.
 
-Every A·S·B is computed in float32 and rounded once; all else is copied. What was lost in compression stays lost. What
-was saved in bytes is given back: the dense model is as large as the source. Written shard by shard into a folder that
+Every A·S·B is computed in float32 and rounded once; all else is copied. What is stored as integers is multiplied by its
+scales first, which is exact. What was lost in compression stays lost. What was saved in bytes is given back: the dense
+model is as large as the source. Written shard by shard into a folder that
 appears when it is complete (`armor.assemble.folder`).
 """
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.core.errors import ArmorError
+from armor.core.factorization import SUFFIXES
 from armor.execution.files import write_json
-from armor.format.checkpoint import SUFFIXES, check_tensor, read_packed
+from armor.format.checkpoint import check_tensor, read_packed
 from armor.format.checksums import open_checkpoint, read_checksums, start_hashing
 from armor.format.shards import Part
 from armor.model.tensors import fused_parts
@@ -51,8 +53,13 @@ def export(
     sums = read_checksums(shards)
     start_hashing(shards, sums, sums.files if sums else ())()
 
+    of_integers = config.get("dtype") or config.get("torch_dtype") or shards.main_dtype()
+
     def target(name: str) -> torch.dtype:
         own: torch.dtype = getattr(torch, shards.dtype(name))
+        module, _, suffix = name.rpartition(".")
+        if module in modules and suffix == "core_values" and not own.is_floating_point:
+            own = getattr(torch, of_integers)
         return getattr(torch, dtype) if dtype and own.is_floating_point else own
 
     shapes: dict[str, tuple[int, ...]] = {}

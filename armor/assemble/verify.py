@@ -16,11 +16,12 @@ import torch
 
 from armor.assemble.folder import natural
 from armor.core.errors import ArmorError
+from armor.core.factorization import SUFFIXES
 from armor.core.typed import Typed
 from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.execution.table import text_table
-from armor.format.checkpoint import SUFFIXES, PackedLinear, read_packed, tombstone
+from armor.format.checkpoint import PackedLinear, read_packed, tombstone
 from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
 from armor.format.provenance import PROVENANCE
 from armor.format.records.checkpoint import ProvenanceRecord

@@ -20,11 +20,13 @@ from torch import Tensor
 from armor.assemble.card import Sizes, card, origins
 from armor.assemble.folder import MAX_SHARD_BYTES, copy_others, growing, natural, seal, write_tensors
 from armor.core.errors import ArmorError
+from armor.core.factorization import SUFFIXES
 from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.format.checkpoint import SUFFIXES, PackedLinear, check_tensor, quantization_config, tombstone
+from armor.format.checkpoint import PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
 from armor.format.names import layer_file
@@ -177,7 +179,7 @@ def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Sha
             if found != entry.pattern:
                 expected = f"expected {entry.pattern} as {described.name} says"
                 raise ArmorError(f"{file}: {name}: pattern {found}, {expected}; {again}")
-            modules[name] = layout = _layout(linear, entry)
+            modules[name] = layout = _layout(linear, entry, header.quantizations.get(name))
             for suffix, shape in layout.shapes().items():
                 tensor = f"{name}.{suffix}"
                 if tensor not in names:
@@ -201,9 +203,9 @@ def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:
             raise ArmorError(f"{file}: {name}: {found[1]} of shape {found[0]}, expected {expected[1]} of {expected[0]}")
 
 
-def _layout(linear: Linear, entry: LinearRecord) -> PackedLinear:
+def _layout(linear: Linear, entry: LinearRecord, quantization: Quantization | None) -> PackedLinear:
     blocks, pattern = entry.block_size or BlockSizes(), Pattern.parse(entry.pattern or "")
-    return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.left, blocks.right)
+    return PackedLinear(linear.out_features, linear.in_features, pattern, blocks.left, blocks.right, quantization)
 
 
 def tensor_bytes(shards: Shards, packed: Mapping[str, int], modules: Mapping[str, PackedLinear]) -> dict[str, int]:

@@ -110,7 +110,8 @@ def core_on_disk(folder: Path) -> tuple[int, float | None]:
     """
     shards, (size, bits) = Shards(folder), bytes_on_disk(folder)
     modules = modules_of(read_json(folder / "config.json").get("quantization_config"))
-    wrappers = [f"{name}.{suffix}" for name in modules for suffix in ("left", "right")]
+    suffixes = ("left", "left_scales", "right", "right_scales")
+    wrappers = [f"{name}.{suffix}" for name in modules for suffix in suffixes]
     saved = sum(shards.bytes_of(name) for name in wrappers if name in shards)
     if bits is not None:  # the mean over all linears of the decoder, those too that stay dense
         kept = CheckpointRecord.read(record_of_folder(folder)).kept_dense

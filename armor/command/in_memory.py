@@ -23,6 +23,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
+from armor.factorize.quantize import quantize_weight
 from armor.format.statistics import Accumulator, Statistics
 from armor.methods import METHODS
 from armor.model.by_hand import is_taken
@@ -92,6 +93,7 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
         weight, chance = linear.weight.detach(), seed_of(seed, name)
         factors[name] = factorize_weight(weight, inputs[name], settings[name], chance, f"{where}: {name}")
     train(model, chosen, samples, factors, seed)
+    _quantize(chosen, linears, inputs, factors, prefix)
     pack_linears(model, factors)
     return model
 
@@ -103,6 +105,22 @@ def _recipe(given: Recipe | dict) -> Recipe:
     if recipe.base is not None:
         raise ArmorError(f"recipe: base: there is no recipe {recipe.base} here; say in full how the factors are made")
     return recipe
+
+
+def _quantize(
+    recipe: Recipe,
+    linears: dict[str, nn.Linear],
+    inputs: dict[str, Statistics],
+    factors: dict[str, Factorization],
+    prefix: str,
+) -> None:
+    """Put integers in the place of `factors`, by full name of the linear, where `recipe` asks for them."""
+    for name, own in factors.items() if recipe.quantize else ():
+        layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
+        asked = recipe.quantize and recipe.quantize.for_layer(layer).for_module(name)
+        if asked is not None:
+            weight, trained = linears[name].weight.detach(), bool(recipe.training())
+            factors[name] = quantize_weight(weight, inputs[name], own, asked, trained)
 
 
 def _tokens(

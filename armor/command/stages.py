@@ -28,6 +28,7 @@ from armor.command.common import (
 from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
+from armor.config.quantization import QuantizeSettings
 from armor.config.reading import parse_settings
 from armor.config.report import ReportSettings
 from armor.config.sample import Sample, SensitivityJob
@@ -214,6 +215,29 @@ def tune(
 
     parsed = parse_settings(TuneJob, settings)
     tune(open_source(source), Topology.read(model), factors, calibration, parsed, output, device)
+
+
+@app.command()
+def quantize(
+    source: SourceFile,
+    model: ModelFile,
+    calibration: CalibrationFile,
+    factors: StartFolder,
+    layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
+    output: Output,
+    settings: Settings = "{}",
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Round the factors of one decoder layer to integers -> its factors, and a record beside them."""
+    device = prepare(threads, gpus)
+    from armor.factorize.quantize import quantize_layer
+    from armor.format.statistics import statistics_of
+    from armor.model.source import open_source
+
+    parsed = parse_settings(QuantizeSettings, settings)
+    start, statistics = layer_file(factors, layer), statistics_of(calibration, layer)
+    quantize_layer(open_source(source), Topology.read(model), layer, start, statistics, parsed, output, device)
 
 
 @app.command()

@@ -21,7 +21,12 @@ def _of_base_60(value: Any) -> Any:
 
 
 def _pattern(value: str) -> str:
-    return str(Pattern.parse(value))
+    pattern = Pattern.parse(value)
+    if pattern.is_dense:
+        raise ValueError(
+            f"pattern {value}: keeps every weight, and prunes nothing; take the method int8, int4 or dense"
+        )
+    return str(pattern)
 
 
 def local_path(value: str) -> str:

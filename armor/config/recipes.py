@@ -7,6 +7,7 @@ from pydantic import model_validator
 from armor.config.budget import BudgetSettings
 from armor.config.common import Name
 from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, methods_of
+from armor.config.quantization import QuantizeSettings
 from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
 from armor.methods import METHODS
 
@@ -16,7 +17,7 @@ __all__ = ["Recipe"]
 class Recipe(ModuleSettings):
     """A way to compress a model: a method with its settings, a calibration, and exceptions.
 
-    Or, with `base`, a way to go on from what another recipe makes, by refine, tune or both.
+    Or, with `base`, a way to go on from what another recipe makes, by refine, tune, quantize or several of them.
     """
 
     budget: BudgetSettings | None = None
@@ -27,6 +28,8 @@ class Recipe(ModuleSettings):
     """Train each decoder layer against the dense one; unset: don't."""
     tune: TuneSettings | None = None
     """Then train the whole model against the dense one's predictions; unset: don't."""
+    quantize: QuantizeSettings | None = None
+    """Then store the factors as integers; unset: don't."""
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""
     keep_dense: list[str] = []
@@ -44,13 +47,15 @@ class Recipe(ModuleSettings):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: goes with the method {name}, which this recipe does not name")
         if self.base is not None:
-            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune")]
+            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune", "quantize")]
             if given := [key for key in own if getattr(self, key) != Recipe.model_fields[key].default]:
                 raise ValueError(f"{given[0]}: is what the base says; leave it out, or leave base out")
-            if not self.training():
-                raise ValueError("base: goes with refine or tune; without both this is the recipe that it names")
-        elif self.method == "dense" and self.training():
-            raise ValueError(f"{[*self.training()][0]}: a dense recipe has nothing to train")
+            if not self.stages():
+                raise ValueError(
+                    "base: goes with refine, tune or quantize; without them this is the recipe that it names"
+                )
+        elif self.method == "dense" and self.stages():
+            raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
         elif self.method == "dense" and self.budget is not None:
             raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
@@ -58,6 +63,10 @@ class Recipe(ModuleSettings):
     def training(self) -> dict[str, TrainingSettings]:
         """The stages of training that it asks for, in order."""
         return {name: found for name, found in (("refine", self.refine), ("tune", self.tune)) if found is not None}
+
+    def stages(self) -> list[str]:
+        """The stages after factorization that it asks for, in order."""
+        return [*self.training(), *(["quantize"] if self.quantize else [])]
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""

@@ -13,6 +13,7 @@ import re
 from armor.config.budget import BudgetSettings
 from armor.config.layers import Choice, Override
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
+from armor.config.quantization import QuantizeOverride, QuantizeSettings
 from armor.config.recipes import Recipe
 from armor.config.run import Config, Run
 from armor.config.sources import CalibrationSettings, ModelSettings, TextSettings
@@ -37,6 +38,8 @@ SECTIONS = {
     "A choice": Choice,
     "Refinement": RefineSettings,
     "Tuning": TuneSettings,
+    "Quantization": QuantizeSettings,
+    "An override of it": QuantizeOverride,
     "An evaluation": EvaluationSettings,
     "A benchmark": BenchmarkSettings,
     "A run": Run,

@@ -11,6 +11,7 @@ from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.common import Name, nearest
 from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
+from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sample import Sample, SensitivityJob
@@ -122,11 +123,14 @@ class Config(Typed):
             _known(f"recipes.{line[-1]}.base", base, self.recipes)
             if base in line:
                 raise ValueError(f"recipes.{name}.base: {' -> '.join([*line, base])}: goes round in a circle")
+            if self.recipes[base].quantize is not None:
+                raise ValueError(
+                    f"recipes.{line[-1]}.base: {base} is quantized, and integers are not trained or rounded again; "
+                    "name a recipe in floats"
+                )
             line.append(base)
         if self.is_dense(name):
-            raise ValueError(
-                f"recipes.{name}.{[*self.recipes[name].training()][0]}: a dense recipe has nothing to train"
-            )
+            raise ValueError(f"recipes.{name}.{self.recipes[name].stages()[0]}: a dense recipe has no factors")
 
     def _check_training(self, name: str) -> None:
         """The texts that a recipe is trained on are there, and none that it is evaluated on."""
@@ -170,10 +174,10 @@ class Config(Typed):
         """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""
         settings = self.recipes[recipe]
         before = [("factorize", recipe)] if settings.base is None else self.made_by(settings.base)
-        return [*before, *((stage, recipe) for stage in settings.training())]
+        return [*before, *((stage, recipe) for stage in settings.stages())]
 
     def before(self, stage: str, recipe: str) -> tuple[str, str]:
-        """What makes the factors that the training `stage` of `recipe` starts from: a stage and a recipe."""
+        """What makes the factors that the `stage` of `recipe` starts from: a stage and a recipe."""
         line = self.made_by(recipe)
         return line[line.index((stage, recipe)) - 1]
 
@@ -240,6 +244,12 @@ class Config(Typed):
         own = settings.model_copy(update={"calibration": None})
         return TuneJob(tune=own, sample=self.sample(recipe, "tune"), seed=self.seed)
 
+    def quantize_settings(self, recipe: str, layer: int) -> QuantizeSettings:
+        """What the quantization of decoder layer `layer` reads."""
+        settings = self.recipes[recipe].quantize
+        assert settings is not None
+        return settings.for_layer(layer)
+
     def benchmarked(self, model: str, benchmark: str) -> list[str]:
         """The compressing recipes of `model` that `benchmark` times, beside the dense model."""
         asked = {recipe: asked for (name, recipe), asked in self.pairs().items() if name == model}
@@ -271,8 +281,9 @@ class Config(Typed):
 
     def module_patterns(self, recipe: str) -> list[str]:
         """The patterns over module names that `recipe` has, each of which should match something."""
-        settings = self.factorized(recipe)
-        return [*settings.keep_dense, *(override.modules for override in settings.overrides)]
+        settings, quantize = self.factorized(recipe), self.recipes[recipe].quantize
+        overrides = [*settings.overrides, *(quantize.overrides if quantize else [])]
+        return [*settings.keep_dense, *(override.modules for override in overrides)]
 
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""

@@ -3,6 +3,7 @@
 A pattern n:m lets at most n of every m consecutive entries of a row be nonzero. Unstructured sparsity ("50%") is the
 pattern whose group is the whole row, as in Wanda (Sun et al. 2023): n is then a share of the row's length. Hence every
 pattern keeps the same number of entries in each row, and one packed form (see `armor.core.packing`) serves them all.
+1:1 is the dense core of methods that quantize and do not prune; no mask is stored for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Pattern", "PatternLike", "is_nm", "top_n_mask"]
+__all__ = ["DENSE", "Pattern", "PatternLike", "is_nm", "top_n_mask"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
-        if self.m == 0 and 0 < self.n < 100:
+        if self.m == 0 and 0 < self.n < 100 or self.is_dense:
             return
         if not 0 < self.n < self.m:
             raise ValueError(
@@ -47,6 +48,11 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.m else f"{self.n}%"
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every entry is kept."""
+        return self.n == self.m == 1
+
     def group(self, columns: int) -> tuple[int, int]:
         """The (n, m) of a row of `columns` entries; m divides columns. Raises ValueError where none does."""
         if self.m == 0:
@@ -62,7 +68,13 @@ class Pattern:
         """Whether rows of `columns` entries can hold this pattern."""
         return columns * self.n >= 100 if self.m == 0 else columns % self.m == 0
 
+    def columns_of(self, kept: int) -> int:
+        """In how many columns of a row about `kept` entries are kept: exactly so many where the pattern allows it."""
+        return kept * 100 // self.n if self.m == 0 else kept * self.m // self.n
 
+
+DENSE = Pattern(1, 1)
+"""The pattern that keeps every entry."""
 PatternLike: TypeAlias = Pattern | str | tuple[int, int]
 
 

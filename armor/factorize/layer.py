@@ -9,7 +9,6 @@ them. One that the GPU has no memory for is left to the CPU.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import time
@@ -33,7 +32,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.format.factors import read_factors, write_factors
 from armor.format.provenance import machine, made_by
 from armor.format.records.budget import BudgetRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.layer import BlockSizes, Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
@@ -129,6 +128,7 @@ def factorize_layer(
                     seconds=time.perf_counter() - began,
                     peak_memory_bytes=peak_memory_bytes(place),  # of the process so far
                     note=note,
+                    quantization=Integers.of(found.quantization) if found else None,
                 )
                 write_factors(file, {name: found} if found else {}, {})
                 steps.put(name, entry)
@@ -187,8 +187,7 @@ def factorize_weight(
         raise ArmorError(
             f"{where}: {settings.method} ended with loss {found.loss}, expected a number; try another method"
         )
-    tensors = {name: getattr(found, name) for name in ("core", "mask", "left", "right")}
-    return dataclasses.replace(found, **{name: t.cpu() for name, t in tensors.items() if t is not None})
+    return found.to("cpu")
 
 
 def block_sizes_of(found: Factorization) -> BlockSizes | None:

@@ -136,7 +136,9 @@ def _price(
             weight, of_input, asked.model_copy(update={"solver": solver}), seed, where, device
         )
         blocks = block_sizes_of(found) or BlockSizes()
-        layout = PackedLinear(linear.out_features, linear.in_features, found.pattern, blocks.left, blocks.right)
+        layout = PackedLinear(
+            linear.out_features, linear.in_features, found.pattern, blocks.left, blocks.right, found.quantization
+        )
         bits = layout.bits_per_weight(dense_bits)
         costs[iterations] = sensitivity.predicted_kl(weight.float() - found.reconstruct())
     return Price(choice=choice.given(), bits=bits, predicted_kl=extrapolated(costs, wanted))

@@ -1,7 +1,8 @@
 """The packed checkpoint: which tensors stand for a compressed linear, and how a sound one is told from a broken one.
 
 A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
-`.left` and `.right`. Which linears, with which shapes, stands in config.json under `quantization_config`.
+`.left` and `.right`, and scales of those that are integers. Which linears, with which shapes and types, stands in
+config.json under `quantization_config`. A checkpoint without integers is of version 1, as it always was.
 docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
 file. So the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
 """
@@ -12,23 +13,25 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import Factorization
-from armor.core.packing import unpack, unpack_mask
+from armor.core.factorization import SUFFIXES, Factorization, kept_in
+from armor.core.packing import unpack_mask
 from armor.core.pattern import Pattern, is_nm
+from armor.core.quantization import LIMITS, Quantization, groups_of
 from armor.execution.files import read_json
 from armor.format.shards import INDEX, SINGLE, Shards
 
 __all__ = [
     "CHECKPOINT_VERSION",
+    "INTEGERS_VERSION",
     "QUANT_METHOD",
     "REMEDY",
-    "SUFFIXES",
     "PackedLinear",
     "check_headers",
     "check_keys",
@@ -41,7 +44,8 @@ __all__ = [
 
 QUANT_METHOD = "armor"
 CHECKPOINT_VERSION = 1
-SUFFIXES = ("core_values", "core_mask", "left", "right")
+INTEGERS_VERSION = 2
+"""The version of a checkpoint with linears that are quantized."""
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"
 WEIGHTS = (SINGLE, "model-*-of-*.safetensors")
@@ -53,6 +57,7 @@ class PackedLinear:
     """A compressed linear: the (out, in) of the weight it replaces, the core's pattern, the wrappers' block sizes.
 
     `left_block_size` d makes `left` (out/d, d, d), `right_block_size` d makes `right` (in/d, d, d); None: no wrapper.
+    `quantization` says which of the tensors hold integers; None: none of them.
     """
 
     out_features: int
@@ -60,25 +65,41 @@ class PackedLinear:
     pattern: Pattern
     left_block_size: int | None = None
     right_block_size: int | None = None
+    quantization: Quantization | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by its suffix."""
-        n, m = self.pattern.group(self.in_features)
-        shapes: dict[str, tuple[int, ...]] = {
-            "core_values": (self.out_features, self.in_features // m * n),
-            "core_mask": (self.out_features, -(-self.in_features // 8)),
-        }
-        if d := self.left_block_size:
-            shapes["left"] = (self.out_features // d, d, d)
-        if d := self.right_block_size:
-            shapes["right"] = (self.in_features // d, d, d)
+        kept, own = kept_in(self.in_features, self.pattern), self.quantization
+        shapes: dict[str, tuple[int, ...]] = {"core_values": (self.out_features, kept)}
+        if own is not None:
+            if own.core == "int4":
+                shapes["core_values"] = (self.out_features, -(-kept // 2))
+            shapes["core_scales"] = (self.out_features, groups_of(self.in_features, own.group))
+        if not self.pattern.is_dense:
+            shapes["core_mask"] = (self.out_features, -(-self.in_features // 8))
+        sides = (("left", self.left_block_size, self.out_features), ("right", self.right_block_size, self.in_features))
+        for side, d, dimension in sides:
+            if d:
+                shapes[side] = (dimension // d, d, d)
+                if own is not None and own.blocks:
+                    shapes[f"{side}_scales"] = (dimension,)
         return shapes
 
+    def integers(self) -> dict[str, str]:
+        """The dtype of every tensor that does not hold floats, by suffix."""
+        found, own = {"core_mask": "uint8"}, self.quantization
+        if own is not None:
+            found["core_values"] = "uint8" if own.core == "int4" else "int8"
+            if own.blocks:
+                found |= {"left": "int8", "right": "int8"}
+        return found
+
     def bits_per_weight(self, bits: int) -> float:
-        """What one entry of the weight takes, in a dtype of `bits` bits; the mask takes one bit for each column."""
-        shapes = self.shapes()
-        mask = 8 * math.prod(shapes.pop("core_mask"))
-        return (mask + bits * sum(map(math.prod, shapes.values()))) / (self.out_features * self.in_features)
+        """What one entry of the weight takes as this pipeline stores it, the floats of what is not quantized in a dtype
+        of `bits` bits; the mask takes one bit for each column. A linear with integers has its floats in bfloat16."""
+        widths, floats = self.integers(), bits if self.quantization is None else 16
+        total = sum(math.prod(shape) * (8 if suffix in widths else floats) for suffix, shape in self.shapes().items())
+        return total / (self.out_features * self.in_features)
 
 
 def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
@@ -87,7 +108,11 @@ def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
     for name, layout in modules.items():
         groups.setdefault(layout, []).append(name)
     described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
-    return {"quant_method": QUANT_METHOD, "format_version": CHECKPOINT_VERSION, "groups": described}
+    version = INTEGERS_VERSION if any(layout.quantization for layout in groups) else CHECKPOINT_VERSION
+    if version == CHECKPOINT_VERSION:
+        for group in described:
+            del group["quantization"]
+    return {"quant_method": QUANT_METHOD, "format_version": version, "groups": described}
 
 
 def modules_of(config: object, where: str = "config.json: quantization_config") -> dict[str, PackedLinear]:
@@ -98,9 +123,10 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
             f"{where}: found {found!r}, expected quant_method {QUANT_METHOD!r}; is this a packed checkpoint?"
         )
     version = config.get("format_version")
-    if type(version) is not int or version != CHECKPOINT_VERSION:  # True == 1
+    if type(version) is not int or version not in (CHECKPOINT_VERSION, INTEGERS_VERSION):  # True == 1
         raise ArmorError(
-            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION}; use the armor that wrote it"
+            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION} or {INTEGERS_VERSION}; use the armor "
+            "that wrote it"
         )
     check_keys(config, ("quant_method", "format_version", "groups"), where)
     if not isinstance(config["groups"], (list, tuple)) or not config["groups"]:
@@ -108,7 +134,7 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
     modules: dict[str, PackedLinear] = {}
     for index, group in enumerate(config["groups"]):
         place = f"{where}: groups.{index}"
-        layout = _layout(group, place)
+        layout = _layout(group, place, version)
         names = group["modules"]
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise ArmorError(f"{place}.modules: found {names!r}, expected a list of names; {REMEDY}")
@@ -128,12 +154,10 @@ def check_keys(found: object, expected: Iterable[str], where: str) -> None:
         raise ArmorError(f"{where}: {what} key {wrong[0]}, expected {', '.join(sorted(expected))}; {REMEDY}")
 
 
-def _layout(group: object, where: str) -> PackedLinear:
-    check_keys(group, [*PackedLinear.__dataclass_fields__, "modules"], where)
-    values = {
-        key: group[key]  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked
-        for key in PackedLinear.__dataclass_fields__
-    }
+def _layout(group: object, where: str, version: int) -> PackedLinear:
+    keys = [key for key in PackedLinear.__dataclass_fields__ if version > 1 or key != "quantization"]
+    check_keys(group, [*keys, "modules"], where)
+    values = {key: group[key] for key in keys}  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked
     sizes = ("out_features", "in_features", "left_block_size", "right_block_size")
     for key in sizes:
         value = values[key]
@@ -147,9 +171,26 @@ def _layout(group: object, where: str) -> PackedLinear:
             raise ValueError(f"pattern {values['pattern']!r}: expected text, like 2:4")
         values["pattern"] = Pattern.parse(values["pattern"])
         values["pattern"].group(values["in_features"])
+        if values["pattern"].is_dense and values.get("quantization") is None:
+            raise ValueError("pattern 1:1: only with integers, as a dense weight in floats is stored as it is")
     except ValueError as error:
         raise ArmorError(f"{where}.pattern: {error}; {REMEDY}") from None
+    if values.get("quantization") is not None:
+        values["quantization"] = _quantization(values["quantization"], f"{where}.quantization")
     return PackedLinear(**values)
+
+
+def _quantization(found: object, where: str) -> Quantization:
+    check_keys(found, Quantization.__dataclass_fields__, where)
+    values: dict[str, Any] = {**found}  # pyright: ignore[reportGeneralTypeIssues]  just checked
+    allowed = {"core": tuple(LIMITS), "blocks": (None, "int8")}
+    for key, known in allowed.items():
+        if values[key] not in known or not isinstance(values[key], str | None):
+            said = ", ".join("null" if each is None else each for each in known)
+            raise ArmorError(f"{where}.{key}: found {values[key]!r}, expected one of {said}; {REMEDY}")
+    if type(values["group"]) is not int or values["group"] < 1:
+        raise ArmorError(f"{where}.group: found {values['group']!r}, expected a positive integer; {REMEDY}")
+    return Quantization(**values)
 
 
 def tombstone(modules: Mapping[str, PackedLinear]) -> str:
@@ -166,7 +207,7 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
 ) -> None:
     """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
     for name, layout in modules.items():
-        dtype = None
+        dtype, integers = None, layout.integers()
         for suffix, shape in layout.shapes().items():
             tensor = f"{name}.{suffix}"
             if tensor not in shards:
@@ -178,9 +219,9 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
             if shards.shape(tensor) != shape:
                 raise ArmorError(f"{where}: shape {shards.shape(tensor)}, expected {shape}; {REMEDY}")
             found = shards.dtype(tensor)
-            if suffix == "core_mask":
-                if found != "uint8":
-                    raise ArmorError(f"{where}: dtype {found}, expected uint8; {REMEDY}")
+            if suffix in integers:
+                if found != integers[suffix]:
+                    raise ArmorError(f"{where}: dtype {found}, expected {integers[suffix]}; {REMEDY}")
             elif found not in FLOATS or found != (dtype or found):
                 raise ArmorError(f"{where}: dtype {found}, expected {dtype or 'a float dtype'}; {REMEDY}")
             else:
@@ -213,11 +254,17 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
 def check_tensor(where: str, name: str, tensor: Tensor, modules: Mapping[str, PackedLinear]) -> None:
     """Check what tensor `name` of file `where` holds: a mask of the pattern, or numbers. Raises ArmorError.
 
-    No tensor may hold NaN; those of compressed linears must be finite.
+    No tensor may hold NaN; those of compressed linears must be finite, and int8 is never −128.
     """
     module, _, suffix = name.rpartition(".")
-    if suffix == "core_mask" and module in modules:
-        layout = modules[module]
+    layout = modules.get(module)
+    if tensor.dtype == torch.int8 and layout is not None and tensor.numel():
+        if int(tensor.detach().cpu().numpy().min()) < LIMITS["int8"][0]:
+            count = int((tensor < LIMITS["int8"][0]).sum())
+            raise ArmorError(
+                f"{where}: {name}: {count} of {tensor.numel()} numbers are -128, expected -127 to 127; {REMEDY}"
+            )
+    elif suffix == "core_mask" and layout is not None:
         bad = _row_off_pattern(tensor.cpu(), layout.in_features, layout.pattern)
         if bad is not None:
             raise ArmorError(f"{where}: {name}: row {bad} does not keep {layout.pattern} of its positions; {REMEDY}")
@@ -281,5 +328,4 @@ def read_packed(shards: Shards, name: str, layout: PackedLinear) -> Factorizatio
         tensor = f"{name}.{suffix}"
         tensors[suffix] = shards.read(tensor)
         check_tensor(str(shards.folder / shards.file_of(tensor)), tensor, tensors[suffix], {name: layout})
-    core = unpack(tensors.pop("core_values"), tensors.pop("core_mask"), layout.in_features, layout.pattern)
-    return Factorization(*core, layout.pattern, **tensors)
+    return Factorization.of_tensors(tensors, layout.in_features, layout.pattern, layout.quantization)

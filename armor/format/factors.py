@@ -9,31 +9,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import Factorization
-from armor.core.packing import unpack
+from armor.core.factorization import SUFFIXES, Factorization
 from armor.core.pattern import Pattern
-from armor.execution.files import open_safetensors, save_safetensors
+from armor.core.quantization import Quantization
+from armor.execution.files import open_safetensors, save_safetensors, sha256
+from armor.format.records.layer import LayerRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "FACTORS_VERSION",
+    "INTEGER_FACTORS_VERSION",
     "TRAINED_FACTORS_VERSION",
     "FactorsHeader",
     "read_factors",
     "read_others",
+    "read_start",
     "write_factors",
 ]
 
 FACTORS_VERSION = 1
 TRAINED_FACTORS_VERSION = 2
 """That of a trained layer, whose file holds other tensors too: who reads version 1 alone would lose them."""
+INTEGER_FACTORS_VERSION = 3
+"""That of a file with factors that are quantized."""
 
 
 def write_factors(
@@ -46,9 +51,13 @@ def write_factors(
     tensors = {f"{name}.{key}": t for name, f in factors.items() for key, t in f.tensors().items()}
     modules = {
         name: {"pattern": str(f.pattern), "in_features": f.core.shape[1], "loss": f.loss, "start_loss": f.start_loss}
+        | ({"quantization": asdict(f.quantization)} if f.quantization else {})
         for name, f in factors.items()
     }
-    header = {"format_version": TRAINED_FACTORS_VERSION if others else FACTORS_VERSION, **metadata, "modules": modules}
+    version = TRAINED_FACTORS_VERSION if others else FACTORS_VERSION
+    if any(f.quantization for f in factors.values()):
+        version = INTEGER_FACTORS_VERSION
+    header = {"format_version": version, **metadata, "modules": modules}
     if others:
         header["others"] = sorted(others)
     save_safetensors(path, {**tensors, **(others or {})}, {"armor": json.dumps(header, sort_keys=True)})
@@ -60,18 +69,13 @@ def read_factors(path: Path) -> tuple[dict[str, Factorization], dict]:
         header = _header(path, file)
         factors = {}
         for name, module in header["modules"].items():
-            keys = [k for k in ("core_values", "core_mask", "left", "right") if f"{name}.{k}" in file.keys()]
-            tensors = {k: file.get_tensor(f"{name}.{k}") for k in keys}
-            pattern = Pattern.parse(module["pattern"])
-            core, mask = unpack(tensors.pop("core_values"), tensors.pop("core_mask"), module["in_features"], pattern)
-            factors[name] = Factorization(
-                core,
-                mask,
-                pattern,
-                **tensors,
-                loss=module["loss"],
-                start_loss=module["start_loss"],
+            keys = [key for key in SUFFIXES if f"{name}.{key}" in file.keys()]
+            tensors = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+            quantization = Quantization(**module["quantization"]) if "quantization" in module else None
+            found = Factorization.of_tensors(
+                tensors, module["in_features"], Pattern.parse(module["pattern"]), quantization
             )
+            factors[name] = replace(found, loss=module["loss"], start_loss=module["start_loss"])
         return factors, header
 
 
@@ -83,24 +87,38 @@ def read_others(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FactorsHeader:
-    """What a factors file says of itself: its model's fingerprint, the pattern of each linear, the other tensors."""
+    """What a factors file says of itself: its model's fingerprint, pattern and quantization of each linear, the other
+    tensors."""
 
     fingerprint: str | None
     patterns: dict[str, str]
+    quantizations: dict[str, Quantization | None]
     others: tuple[str, ...]
 
     @classmethod
     def of(cls, file: Any) -> FactorsHeader:
         """The header of an opened safetensors file; one of another kind of file is empty."""
         header = json.loads((file.metadata() or {}).get("armor", "{}"))
-        patterns = {name: module.get("pattern") for name, module in header.get("modules", {}).items()}
-        return cls(header.get("fingerprint"), patterns, tuple(sorted(header.get("others", ()))))
+        modules = header.get("modules", {})
+        patterns = {name: module.get("pattern") for name, module in modules.items()}
+        quantizations = {n: Quantization(**q) if (q := m.get("quantization")) else None for n, m in modules.items()}
+        return cls(header.get("fingerprint"), patterns, quantizations, tuple(sorted(header.get("others", ()))))
 
 
 def _header(path: Path, file) -> dict:
     header = json.loads((file.metadata() or {}).get("armor", "{}"))
     found = header.get("format_version", "none")
-    if found not in (FACTORS_VERSION, TRAINED_FACTORS_VERSION):
-        known = f"{FACTORS_VERSION} or {TRAINED_FACTORS_VERSION}"
+    if found not in (FACTORS_VERSION, TRAINED_FACTORS_VERSION, INTEGER_FACTORS_VERSION):
+        known = f"{FACTORS_VERSION} to {INTEGER_FACTORS_VERSION}"
         raise ArmorError(f"{path}: format version {found}, expected {known}: not a factors file of this release")
     return header
+
+
+def read_start(factors: Path, fingerprint: str) -> LayerRecord:
+    """The record beside a layer's factors, held against them. Raises ArmorError for those of another model."""
+    record = LayerRecord.read(factors.with_suffix(".json"))
+    if record.fingerprint != fingerprint:
+        raise ArmorError(f"{factors}: factors of another model (its fingerprint differs); factorize it again")
+    if not factors.is_file() or sha256(factors) != record.sha256:
+        raise ArmorError(f"{factors}: not what the JSON beside it describes; make this layer again")
+    return record

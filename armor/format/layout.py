@@ -16,6 +16,7 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
     results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
+    results/{model}/{recipe}/quantized/                  the same, as integers
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
     results/{model}/{recipe}/evaluation/{evaluation}.json
     results/{model}/{recipe}/evaluation/{evaluation}/    of tasks: {task}.json, {task}.samples.jsonl, built tasks
@@ -55,7 +56,7 @@ RESERVED = {
     "recipes": ("calibration", "source", "benchmark", "predictions", "sensitivity", "states"),
 }
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
-FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned"}
+FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned", "quantize": "quantized"}
 """The stages that make factors, and the folder of a recipe in which each leaves them."""
 REPORT_FILES = ("index.html", "summary.csv", SUMMARY, "summary.md", "summary.tex")
 

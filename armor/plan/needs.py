@@ -54,6 +54,8 @@ TEXT_TOKENS = 300_000
 about as many."""
 TASK_TOKENS = 1024
 """Tokens of one request of a task."""
+ROUNDING = 64
+"""Bytes for each entry of a weight while its factors are rounded. Assumed."""
 START = Work(Start(), 1)
 IN_WHOLE = Work(Start(whole=True), 1)
 
@@ -297,6 +299,15 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     return Need(_memory(0, least), kept=sum(packed.layer_bytes), work=work, remedy=remedy)
 
 
+def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
+    subject, owner = plan.subjects[model], plan.config.made_by(recipe)[0][1]
+    layer, written = subject.topology.layers[int(index)], subject.packed[owner].layer_bytes[int(index)]
+    plan.note(f"recipes.{recipe}: planned with its factors in floats; quantize makes its checkpoint smaller")
+    # The weight, its factors, their integers and what the search for scales takes, each about as large as the weight.
+    computing = max(ROUNDING * linear.out_features * linear.in_features for linear in layer.linears)
+    return Need(_memory(2 * written, computing), kept=written, work=(START, Work(Read(), 3.0 * written)))
+
+
 def _assemble(plan: Plan, model: str, recipe: str) -> Need:
     packed = plan.subjects[model].packed[plan.config.made_by(recipe)[0][1]]
     size = packed.weights_bytes
@@ -393,6 +404,7 @@ NEEDS: dict[str, Callable[..., Need]] = {
     "refine": _refine,
     "refined": _light(FORKED),
     "tune": _tune,
+    "quantize": _quantize,
     "assemble": _assemble,
     "predict": _predict,
     "evaluate": _evaluate,

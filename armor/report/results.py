@@ -13,6 +13,7 @@ from typing import Any
 
 from armor.config.report import ReportPair
 from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.base import Made
 from armor.format.records.benchmark import BenchmarkRecord, Side
@@ -27,7 +28,7 @@ from armor.model.cost import dtype_bits
 
 __all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
-STAGES = ("calibrate", "factorize", "refine", "tune", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", "factorize", "refine", "tune", "quantize", "assemble", "evaluate", "benchmark")
 DENSE = "dense"
 """What a benchmark's samples call the dense model, whatever its recipe is called."""
 Work = dict[str, list[Made]]
@@ -58,7 +59,9 @@ class Module:
         if self.result.pattern is None:
             return self.dense_bits
         shape, pattern = (self.linear.out_features, self.linear.in_features), Pattern.parse(self.result.pattern)
-        return PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right).bits_per_weight(self.dense_bits)
+        own = self.result.quantization
+        kind = Quantization(**own.model_dump()) if own else None
+        return PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right, kind).bits_per_weight(self.dense_bits)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _finished(config: Config, model: str, recipe: str) -> Needed:
 
 
 def _training(config: Config, stage: str, model: str, recipe: str, *layer: str) -> list[Needed]:
-    """What refine and tune read: the factors before them, of one layer or all, and the statistics for the record."""
+    """What refine, tune and quantize read: the factors before them, of one layer or all, and the statistics."""
     before, owner = config.before(stage, recipe)
     names = (model, owner) if before == "tune" else (model, owner, *layer)
     return [
@@ -223,6 +223,16 @@ STAGES = {
         seconds=1500,
         inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
         settings=lambda config, model, recipe: config.tune_settings(recipe),
+        reported=True,
+    ),
+    "quantize": Stage(
+        outputs=lambda results, *names: (results.factors(*names, "quantize"), results.layer(*names, "quantize")),
+        entry="armor.factorize.quantize",
+        asked=lambda config: _made(config, "quantize"),
+        seconds=5,
+        inputs=lambda config, model, recipe, layer: _training(config, "quantize", model, recipe, layer),
+        settings=lambda config, model, recipe, layer: config.quantize_settings(recipe, int(layer)),
+        by_layer=True,
         reported=True,
     ),
     "assemble": Stage(

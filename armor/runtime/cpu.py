@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,12 +24,23 @@ from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["LEVELS", "available", "level", "linear", "runs_in_c", "supports", "unpack"]
+__all__ = ["LEVELS", "TYPES", "available", "level", "linear", "multiply", "runs_in_c", "supports", "unpack"]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
+
+
+class _Integers(ctypes.Structure):
+    """`struct integers` of native/layer.h."""
+
+    _fields_ = (
+        ("core", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("core_scales", "left_scales", "right_scales")),
+        ("group", ctypes.c_int64),
+    )
 
 
 def _load() -> ctypes.CDLL | None:
@@ -39,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
         library = None
     if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.armor_linear.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, number]
+        library.armor_linear.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
         library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
         library.armor_unpack.restype = None
     return library
@@ -80,7 +92,7 @@ def level() -> str:
 def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | None) -> bool:
     """Whether `linear` can run on these tensors, given in its order. The library is there. All are on the CPU and (the
     mask aside) of one dtype, bfloat16 or float32. The factors are frozen."""
-    if values is None or x.device.type != "cpu" or x.dtype not in _TYPES or not available():
+    if values is None or x.device.type != "cpu" or x.dtype not in TYPES or not available():
         return False
     return operator.fits(x, values, bits, *others)
 
@@ -99,14 +111,14 @@ def _run(
     """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
     operator.check_shapes(x, values, bits, left, right, bias)
     if runs_in_c(x):
-        return _native(x, values, bits, left, right, bias, group, _best)
+        return multiply(x, values, bits, left, right, bias, group, _best)
     return _through_torch(x, values, bits, left, right, bias)
 
 
 linear = operator.register("cpu", _run)
 
 
-def _native(
+def multiply(
     x: Tensor,
     values: Tensor,
     bits: Tensor,
@@ -114,25 +126,39 @@ def _native(
     right: Tensor | None,
     bias: Tensor | None,
     group: int,
-    level: int,
+    level: int = _best,
+    scales: Sequence[Tensor | None] = (),
+    columns: int = 0,
 ) -> Tensor:
-    """The C loops at `level`, an index into LEVELS."""
+    """The C loops at `level`, an index into LEVELS.
+
+    `scales` are those of integers in values, left and right, `columns` how many columns of the core share one.
+    """
     x, values, bits = x.contiguous(), values.contiguous(), bits.contiguous()
     left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
-    columns, (out, kept) = x.shape[-1], values.shape
+    in_features, out = x.shape[-1], len(values)
+    kept, own = values.shape[1], None
+    if scales:
+        scales = [None if t is None else t.contiguous() for t in scales]
+        packed = values.dtype == torch.uint8
+        blocks = any(t is not None and t.dtype == torch.int8 for t in (left, right))
+        addresses = (None if t is None else t.data_ptr() for t in scales)
+        own = ctypes.pointer(_Integers(2 if packed else 1, int(blocks), *addresses, columns))
+        kept = in_features // 2 if packed else kept
     y = x.new_empty(*x.shape[:-1], out)
     assert _library is not None  # `supports` said so
     error = _library.armor_linear(
         level,
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         *(None if t is None else t.data_ptr() for t in (x, values, bits, left, right, bias, y)),
-        x.numel() // columns,
-        columns,
+        x.numel() // in_features,
+        in_features,
         out,
         kept,
         group,
         0 if left is None else left.shape[-1],
         0 if right is None else right.shape[-1],
+        own,
         _parallel,
         torch.get_num_threads(),
     )
@@ -149,7 +175,7 @@ def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Te
     assert _library is not None
     _library.armor_unpack(
         level,
-        _TYPES[values.dtype],
+        TYPES[values.dtype],
         *(t.data_ptr() for t in (values, bits, dense)),
         out,
         columns,

@@ -7,7 +7,10 @@ every forward pass and keeps nothing. `unpack` trades the packed values for the 
 is then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
 the blocks. The packed values are recovered exactly: core[mask].
 
-The three tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
+Where the checkpoint has integers the layer holds them, and their scales in its own dtype. Kernels multiply with the
+integers. What runs through dense products multiplies them out first, in float32, and rounds once to the layer's dtype.
+
+The tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 
 To whoever asks it is an nn.Linear, for that is what libraries look for that do something with linears (PEFT puts its
 adapters on them). It has no dense weight, though: `weight` tells where and in which dtype the layer computes. All else
@@ -23,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armor.core import blockdiag
-from armor.core.factorization import Factorization
+from armor.core.factorization import SUFFIXES, Factorization
+from armor.core.integers import pack_int4
 from armor.core.packing import unpack, unpack_mask
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
-from armor.runtime import cpu, cuda
+from armor.runtime import cpu, cuda, integers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["ArmorLinear", "multiply"]
@@ -71,16 +75,21 @@ class ArmorLinear(nn.Linear):
     """A linear of the given `layout`, its tensors empty until a checkpoint or `load` fills them.
 
     Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
-    buffer core_mask (out, ceil(in/8)) uint8. After `unpack`, core (out, in) stands in for core_values. With
-    `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them.
+    buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. For integers also the parameters core_scales
+    (out, groups), left_scales (out,) and right_scales (in,). After `unpack`, core (out, in) stands in for core_values;
+    it is integers where these were. With `hide_packed` the state dict lacks the packed tensors, so that no loader looks
+    for them.
     """
 
     hide_packed = False
     core_values: nn.Parameter | None
-    core_mask: Tensor
+    core_scales: nn.Parameter | None
+    core_mask: Tensor | None
     core: Tensor
     left: nn.Parameter | None
+    left_scales: nn.Parameter | None
     right: nn.Parameter | None
+    right_scales: nn.Parameter | None
     bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]  torch's own may be None too
 
     def __init__(
@@ -96,11 +105,14 @@ class ArmorLinear(nn.Linear):
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self.group = layout.pattern.group(layout.in_features)[1]
-        shapes = layout.shapes()
-        self.register_buffer("core_mask", torch.empty(shapes.pop("core_mask"), device=device, dtype=torch.uint8))
-        for name in ("core_values", "left", "right"):
-            empty = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
-            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+        shapes, integers = layout.shapes(), layout.integers()
+        for name in SUFFIXES:
+            kind = getattr(torch, integers[name]) if name in integers else dtype
+            empty = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
+            if name == "core_mask":
+                self.register_buffer(name, empty)
+            else:
+                self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
         empty = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
@@ -108,7 +120,8 @@ class ArmorLinear(nn.Linear):
     def of(cls, factors: Factorization, bias: Tensor | None = None) -> ArmorLinear:
         """The layer of a factorization W ~ A·S·B and the linear's bias (out,), in their dtype, on their device."""
         left, right = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
-        layout = PackedLinear(factors.core.shape[0], factors.core.shape[1], factors.pattern, left, right)
+        out, columns = factors.core.shape
+        layout = PackedLinear(out, columns, factors.pattern, left, right, factors.quantization)
         with torch.device("meta"):
             layer = cls(layout, bias is not None)
         tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
@@ -116,15 +129,22 @@ class ArmorLinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self.core_values is None:
-            return _through(input, self.core, self.left, self.right, self.bias)
-        operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
-        return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
+        if self.core_values is not None and self.core_mask is not None and self.layout.quantization is None:
+            operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
+            return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
+        if self.layout.quantization is not None and integers.supports(self.layout, input, *(own := self._integers())):
+            return integers.linear(self.layout, input, *own)
+        factors, own = self._factors().in_floats(), self.weight.dtype
+        core, left, right = (None if t is None else t.to(own) for t in (factors.core, factors.left, factors.right))
+        assert core is not None
+        return _through(input, core, left, right, self.bias)
 
     @property
     def weight(self) -> NoWeight:
         """Device, dtype and shape of the weight that is not there; see the module's docstring."""
         held = self.core if self.core_values is None else self.core_values
+        if self.core_scales is not None:
+            held = self.core_scales
         return NoWeight(held.device, held.dtype, (self.out_features, self.in_features))
 
     @weight.setter
@@ -134,15 +154,30 @@ class ArmorLinear(nn.Linear):
 
     def dense_core(self) -> Tensor:
         """S, dense (out, in), in the layer's dtype."""
-        if self.core_values is None:
-            return self.core
-        return unpack(self.core_values, self.core_mask, self.in_features, self.layout.pattern)[0]
+        return self._factors().in_floats().core.to(self.weight.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """A·S·B multiplied out, (out, in), in `dtype` (None: the layer's own) after a product in float32 at least."""
-        core, mask = self.dense_core(), unpack_mask(self.core_mask, self.in_features)
-        factors = Factorization(core, mask, self.layout.pattern, self.left, self.right)
-        return factors.reconstruct(torch.promote_types(core.dtype, torch.float32)).to(dtype or core.dtype)
+        own = self.weight.dtype
+        return self._factors().reconstruct(torch.promote_types(own, torch.float32)).to(dtype or own)
+
+    def _integers(self) -> tuple[Any, ...]:
+        """The operands of `integers.linear` behind x."""
+        scales = (self.core_scales, self.left_scales, self.right_scales)
+        return (self.core_values, self.core_mask, self.left, self.right, self.bias, *scales)
+
+    def _factors(self) -> Factorization:
+        """What the layer holds."""
+        own = self.layout
+        others = ("left", "right", "core_scales", "left_scales", "right_scales")
+        tensors = {name: t for name in others if (t := getattr(self, name)) is not None}
+        if self.core_values is None:
+            unread = torch.empty(0, dtype=torch.bool)  # the mask: nothing here asks for it
+            return Factorization(self.core, unread, own.pattern, quantization=own.quantization, **tensors)
+        tensors["core_values"] = self.core_values
+        if self.core_mask is not None:
+            tensors["core_mask"] = self.core_mask
+        return Factorization.of_tensors(tensors, self.in_features, own.pattern, own.quantization)
 
     @property
     def is_unpacked(self) -> bool:
@@ -153,16 +188,19 @@ class ArmorLinear(nn.Linear):
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
         values = self.core_values
-        if values is None:
+        if values is None or self.core_mask is None:
             return False
+        if self.core_scales is not None:
+            return integers.supports(self.layout, self.core_scales, *self._integers())
         operands = (values, self.core_mask, self.left, self.right, self.bias)
         return cpu.supports(values, *operands) or cuda.supports(values, *operands, group=self.group)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:
         """Keep the dense core instead of the packed values, to compute faster. Offloaded layers stay as they are."""
-        if self.core_values is not None and not self.core_values.is_meta and not self.core_mask.is_meta:
-            self.register_buffer("core", self.dense_core(), persistent=False)
+        masked = self.core_mask is None or not self.core_mask.is_meta
+        if self.core_values is not None and not self.core_values.is_meta and masked:
+            self.register_buffer("core", self._factors().core, persistent=False)
             self.core_values = None
         return self
 
@@ -174,7 +212,10 @@ class ArmorLinear(nn.Linear):
         return self
 
     def _packed_values(self) -> Tensor:
-        return self.core[unpack_mask(self.core_mask, self.in_features)].view(self.layout.shapes()["core_values"])
+        values, own = self.core, self.layout
+        if self.core_mask is not None:
+            values = values[unpack_mask(self.core_mask, self.in_features)].view(self.out_features, -1)
+        return pack_int4(values) if own.quantization is not None and own.quantization.core == "int4" else values
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.hide_packed:
@@ -198,5 +239,5 @@ class ArmorLinear(nn.Linear):
         blocks = f"left_block_size={layout.left_block_size}, right_block_size={layout.right_block_size}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, pattern={layout.pattern}, {blocks}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}" + (f", {layout.quantization}" if layout.quantization else "")
         )

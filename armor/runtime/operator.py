@@ -15,7 +15,7 @@ from torch.jit._trace import is_tracing
 
 from armor.core import blockdiag, packing
 
-__all__ = ["check_shapes", "fits", "register"]
+__all__ = ["check_shapes", "fits", "is_needed", "register"]
 
 _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
 
@@ -45,7 +45,7 @@ def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tens
         (out/d, d, d), `right` (in/d, d, d), `bias` (out,) or None. Gradients reach x and the bias. Ask the backend's
         `supports` first. Raises ValueError if the shapes do not fit each other.
         """
-        if _is_needed(x, bias):
+        if is_needed(x, bias):
             return operator(x, values, bits, left, right, bias, group)
         # The same, past torch's dispatcher, whose code each layer sweeps from the caches (docs/log/kernels.md).
         return multiply(x, values, bits, left, right, bias, group)
@@ -62,7 +62,7 @@ def fits(x: Tensor, values: Tensor, bits: Tensor, *others: Tensor | None) -> boo
     return bits.device == x.device and all(t.device == x.device and t.dtype == x.dtype for t in floats)
 
 
-def _is_needed(x: Tensor, bias: Tensor | None) -> bool:
+def is_needed(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, torch.compile or a tensor subclass must see the operator; calling past it is faster."""
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
     return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing()

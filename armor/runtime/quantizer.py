@@ -163,8 +163,8 @@ class ArmorQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, ArmorLinear):
                 module.hide_packed = False
-                for name in ("core_values", "left", "right"):  # transformers made them trainable
-                    if (parameter := getattr(module, name)) is not None:
+                for parameter in module.parameters(recurse=False):  # transformers made them trainable
+                    if parameter is not module.bias:
                         parameter.requires_grad_(False)
                 if not module.runs_packed:
                     module.unpack()

@@ -31,13 +31,14 @@ from vllm.model_executor.layers.quantization.base_config import (  # pyright: ig
 from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]  the same
 
 from armor.core.errors import ArmorError
-from armor.format.checkpoint import QUANT_METHOD, SUFFIXES, PackedLinear, modules_of
+from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime.linear import multiply
 from armor.serve.check import check
 from armor.serve.cut import Part, cut
 
 __all__ = ["ArmorConfig", "ArmorLinearMethod", "Refused"]
 
+SUFFIXES = ("core_values", "core_mask", "left", "right")
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
 
 
@@ -70,9 +71,15 @@ class ArmorConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArmorConfig:
         try:
-            return cls(modules_of(config))
+            modules = modules_of(config)
         except ArmorError as error:
             raise Refused(str(error)) from None
+        if integers := [name for name, layout in modules.items() if layout.quantization]:
+            raise Refused(
+                f"{integers[0]}: holds integers, which this plugin does not multiply with; serve the checkpoint with "
+                "transformers, or multiply it out with armor export"
+            )
+        return cls(modules)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls this once, before any other process starts: the time to look at the checkpoint's files."""

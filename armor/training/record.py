@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor
 
 from armor.config.training import TrainingSettings
-from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.machine import peak_memory_bytes
@@ -24,17 +23,7 @@ from armor.methods.solver.objective import Objective, condition, relative_loss
 from armor.training.fit import Fit
 from armor.training.trainable import TrainableLayer
 
-__all__ = ["described", "read_start", "write_trained"]
-
-
-def read_start(factors: Path, fingerprint: str) -> LayerRecord:
-    """The record beside a layer's factors, held against them. Raises ArmorError for those of another model."""
-    record = LayerRecord.read(factors.with_suffix(".json"))
-    if record.fingerprint != fingerprint:
-        raise ArmorError(f"{factors}: factors of another model (its fingerprint differs); factorize it again")
-    if not factors.is_file() or sha256(factors) != record.sha256:
-        raise ArmorError(f"{factors}: not what the JSON beside it describes; make this layer again")
-    return record
+__all__ = ["described", "write_trained"]
 
 
 def described(

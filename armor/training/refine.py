@@ -26,6 +26,7 @@ from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes
 from armor.execution.resume import Steps, resumable
+from armor.format.factors import read_start
 from armor.format.names import layer_file
 from armor.format.provenance import combined, made_by
 from armor.format.records.layer import LayerRecord
@@ -47,7 +48,7 @@ from armor.runtime.skeleton import (
 )
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
-from armor.training.record import described, read_start, write_trained
+from armor.training.record import described, write_trained
 from armor.training.states import TOKENS
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic
 

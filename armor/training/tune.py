@@ -34,6 +34,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
+from armor.format.factors import read_start
 from armor.format.names import layer_file
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import File, MadeBy
@@ -49,7 +50,7 @@ from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, p
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, tune_bytes
-from armor.training.record import described, read_start, write_trained
+from armor.training.record import described, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.spread import hand_on, leased
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic

@@ -6,45 +6,70 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings, Override
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256
-from armor.format.factors import write_factors
+from armor.format.factors import read_factors, write_factors
 from armor.format.records.layer import BlockSizes
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed, prepared
+from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
 from tests.records import layer_record, linear_record
+
+
+def numbers(path):
+    """The tensors of a safetensors file; BF16, which numpy has not, in float32."""
+    raw = path.read_bytes()
+    start, found = 8 + int.from_bytes(raw[:8], "little"), {}
+    dtypes = {"U8": "u1", "I8": "i1", "BF16": "<u2", "F32": "<f4"}
+    for name, entry in json.loads(raw[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            tensor = np.frombuffer(raw[start + begin : start + end], dtypes[entry["dtype"]])
+            if entry["dtype"] == "BF16":
+                tensor = (tensor.astype("<u4") << 16).view("<f4")
+            found[name] = tensor.reshape(entry["shape"])
+    return found
+
+
+def numpy_core(tensors, module, rows, columns, own):
+    """S, dense; `own` is what config.json says of integers."""
+    values, mask = tensors[f"{module}.core_values"], tensors[f"{module}.core_mask"]
+    if own and own["core"] == "int4":
+        values = np.stack((values & 15, values >> 4), 2).reshape(rows, -1).astype(int)
+        values = np.where(values > 7, values - 16, values)
+    core = np.zeros((rows, columns))
+    for r in range(rows):
+        k = 0
+        for c in range(columns):
+            if mask[r, c // 8] >> (c % 8) & 1:
+                scale = tensors[f"{module}.core_scales"][r, c // own["group"]] if own else 1
+                core[r, c] = values[r, k] * float(scale)
+                k += 1
+        assert k == values.shape[1]
+    return core
 
 
 def numpy_weights(folder):
     """Every compressed W of a checkpoint, from nothing but JSON, safetensors, numpy and the rules of the page."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "armor" and type(config["format_version"]) is int and config["format_version"] == 1
+    version = config["format_version"]
+    assert config["quant_method"] == "armor" and type(version) is int and version in (1, 2)
     index = folder / "model.safetensors.index.json"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     tensors = {}
     for file in files:
-        with safe_open(folder / file, "numpy") as opened_file:
-            tensors |= {name: opened_file.get_tensor(name) for name in opened_file.keys()}
+        tensors |= numbers(folder / file)
 
     weights = {}
     for group in config["groups"]:
         rows, columns = group["out_features"], group["in_features"]
         for module in group["modules"]:
-            values, mask = tensors[f"{module}.core_values"], tensors[f"{module}.core_mask"]
-            core = np.zeros((rows, columns))
-            for r in range(rows):
-                k = 0
-                for c in range(columns):
-                    if mask[r, c // 8] >> (c % 8) & 1:
-                        core[r, c] = values[r, k]
-                        k += 1
-                assert k == values.shape[1]
+            own = group["quantization"] if version == 2 else None
+            core = numpy_core(tensors, module, rows, columns, own)
             matrices = []
             for side, size, dimension in (
                 ("left", group["left_block_size"], rows),
@@ -54,6 +79,8 @@ def numpy_weights(folder):
                 if size is not None:
                     matrix[:] = 0
                     for i, block in enumerate(tensors[f"{module}.{side}"]):
+                        if own and own["blocks"]:
+                            block = block * tensors[f"{module}.{side}_scales"][i * size : (i + 1) * size, None]
                         matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
                 matrices.append(matrix)
             weights[module] = matrices[0] @ core @ matrices[1]
@@ -72,6 +99,20 @@ def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, max_shard_b
     assert found.keys() == expected.keys()
     for name, factors in expected.items():
         assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
+
+
+@pytest.mark.parametrize("blocks", ["int8", "bfloat16"])
+def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, blocks):
+    root = prepared(tmp_path)
+    factorized(root)
+    settings = QUANTIZE.model_copy(update={"blocks": blocks})
+    folder = quantized(root, settings)
+    found = numpy_weights(folder)
+    for file in sorted((root / "quantized/quantized").glob("*.safetensors")):
+        for name, factors in read_factors(file)[0].items():
+            assert factors.quantization is not None
+            expected = factors.reconstruct(torch.float64).numpy()
+            assert np.allclose(found[name], expected, rtol=1e-12, atol=1e-12), name
 
 
 def grid(*shape):

@@ -14,12 +14,14 @@ import torch
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
 from armor.execution.files import write_json
 from armor.format import records
-from armor.format.checkpoint import CHECKPOINT_VERSION, PackedLinear, modules_of, quantization_config
+from armor.format.checkpoint import CHECKPOINT_VERSION, INTEGERS_VERSION, PackedLinear, modules_of, quantization_config
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
 from armor.format.factors import (
     FACTORS_VERSION,
+    INTEGER_FACTORS_VERSION,
     TRAINED_FACTORS_VERSION,
     read_factors,
     read_others,
@@ -143,6 +145,40 @@ def test_factors_with_other_tensors_have_a_version_of_their_own(tmp_path):
     assert torch.equal(read_factors(path)[0]["a.q"].core, core)
 
 
+def test_factors_of_integers_have_a_version_of_their_own(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    core, scales = torch.tensor([[1, 0, 0, -2]], dtype=torch.int8), torch.tensor([[0.5]], dtype=torch.bfloat16)
+    kind = Quantization("int4", "int8", 4)
+    own = Factorization(
+        core,
+        core != 0,
+        Pattern(2, 4),
+        torch.tensor([[[127]]], dtype=torch.int8),
+        loss=0.25,
+        start_loss=0.5,
+        quantization=kind,
+        core_scales=scales,
+        left_scales=torch.tensor([2.0], dtype=torch.bfloat16),
+    )
+    write_factors(path, {"a.q": own}, {"fingerprint": "f0", "layer": 0})
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    assert INTEGER_FACTORS_VERSION == 3 and raw[:start].rstrip() == (
+        raw[:8] + rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": 3, \"layer\": 0, '
+        rb"\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", "
+        rb'\"quantization\": {\"blocks\": \"int8\", \"core\": \"int4\", \"group\": 4}, \"start_loss\": 0.5}}}"},'
+        b'"a.q.core_scales":{"dtype":"BF16","shape":[1,1],"data_offsets":[0,2]},'
+        b'"a.q.left_scales":{"dtype":"BF16","shape":[1],"data_offsets":[2,4]},'
+        b'"a.q.left":{"dtype":"I8","shape":[1,1,1],"data_offsets":[4,5]},'
+        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[5,6]},'
+        b'"a.q.core_values":{"dtype":"U8","shape":[1,1],"data_offsets":[6,7]}}'
+    )
+    assert raw[start:] == b"\x00\x3f\x00\x40\x7f\x09\xe1"
+    found = read_factors(path)[0]["a.q"]
+    assert torch.equal(found.core, core) and found.quantization == kind
+    assert found.reconstruct().tolist() == [[127.0, 0.0, 0.0, -254.0]]
+
+
 def test_the_config_of_a_checkpoint(tmp_path):
     modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2), "a.k": PackedLinear(8, 4, Pattern(2, 4), 2)}
     write_json(tmp_path / "config.json", quantization_config(modules))
@@ -150,6 +186,18 @@ def test_the_config_of_a_checkpoint(tmp_path):
         b'{\n "format_version": 1,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
         b'   "modules": [\n    "a.q",\n    "a.k"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n'
         b'   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
+    )
+    assert modules_of(quantization_config(modules)) == modules
+
+
+def test_the_config_of_a_checkpoint_of_integers(tmp_path):
+    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2, None, Quantization("int8", None, 4))}
+    write_json(tmp_path / "config.json", quantization_config(modules))
+    assert INTEGERS_VERSION == 2 and (tmp_path / "config.json").read_bytes() == (
+        b'{\n "format_version": 2,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
+        b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": {\n'
+        b'    "blocks": null,\n    "core": "int8",\n    "group": 4\n   },\n   "right_block_size": null\n  }\n ],\n'
+        b' "quant_method": "armor"\n}\n'
     )
     assert modules_of(quantization_config(modules)) == modules
 

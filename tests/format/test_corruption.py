@@ -27,7 +27,7 @@ from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.format.checksums import sealed
 from armor.format.records.base import File
-from tests.packed import edit_config, edit_tensors, opened
+from tests.packed import edit_config, edit_tensors, opened, quantized
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.1.self_attn.k_proj"
@@ -227,7 +227,7 @@ CONTENT: dict[str, Defect] = {
     "tombstone of another shape": change(f"{Q}.weight", lambda tensor: torch.zeros(2).byte()),
     **{
         f"format_version {value!r}": config(lambda found, v=value: found.update(format_version=v), "format_version")
-        for value in (True, 2, 0, "1", 1.0, None, [1])
+        for value in (True, 3, 0, "1", 1.0, None, [1])
     },
     "no format_version": config(lambda found: found.pop("format_version"), "format_version"),
     "an unknown key": config(lambda found: found.update(scales=True), "scales"),
@@ -484,6 +484,77 @@ def test_a_bit_of_the_checksums(root, tmp_path, seed):
 def test_a_bit_of_the_index(shards, tmp_path, seed):
     apply, named = flip(INDEX, f"index {seed}")
     refused(copied(shards, tmp_path / "broken", apply, sums=True), named, exactly=False)
+
+
+@pytest.fixture(scope="module")
+def integers(root):
+    return quantized(root)
+
+
+def place_in(content: bytes, suffix: str, draw: random.Random) -> int:
+    """A byte of a tensor of that suffix, or of the header."""
+    stop = header_bytes(content)
+    if suffix == "header":
+        return draw.randrange(stop)
+    header = json.loads(content[8:stop])
+    start, end = draw.choice([item["data_offsets"] for name, item in header.items() if name.endswith(suffix)])
+    return stop + draw.randrange(start, end)
+
+
+def test_two_hundred_broken_checkpoints_of_integers(integers, tmp_path):
+    """A bit of the values, scales, mask, blocks or header, or an end that is missing: none of them is read."""
+    whole, folder = (integers / ONE).read_bytes(), tmp_path / "broken"
+    shutil.copytree(integers, folder)
+    verify(folder)
+    kinds = ("core_values", "core_scales", "core_mask", "left", "right_scales", "header", "cut")
+    for seed in range(203):
+        draw, content, kind = random.Random(seed), bytearray(whole), kinds[seed % len(kinds)]
+        if kind == "cut":
+            del content[draw.randrange(len(content)) :]
+        else:
+            content[place_in(whole, kind, draw)] ^= 1 << draw.randrange(8)
+        (folder / ONE).unlink()  # a thread may still be hashing the one before, which is mapped
+        (folder / ONE).write_bytes(content)
+        message(verify, folder)
+        if seed % 20 == 0:
+            message(load, folder)
+
+
+OF_INTEGERS: dict[str, Defect] = {
+    "version 1 with integers": config(lambda found: found.update(format_version=1), "quantization"),
+    "no quantization": config(lambda found: found["groups"][0].pop("quantization"), "quantization"),
+    **{
+        f"{key} {value!r}": config(lambda f, k=key, v=value: f["groups"][0]["quantization"].update({k: v}), key)
+        for key, value in (
+            ("core", "int2"),
+            ("core", None),
+            ("core", ["int8"]),
+            ("blocks", "int4"),
+            ("blocks", True),
+            ("group", 0),
+            ("group", True),
+            ("group", None),
+            ("zero_points", 1),
+        )
+    },
+    "other groups": (group("quantization", {"core": "int8", "blocks": "int8", "group": 8})[0], (ONE, "core_scales")),
+    "another type": (group("quantization", {"core": "int4", "blocks": "int8", "group": 128})[0], (ONE, "core_values")),
+    "a dense pattern": (group("pattern", "1:1")[0], (ONE, Q)),
+    "missing scales": drop(f"{Q}.core_scales"),
+    "missing scales of a block": drop(f"{Q}.right_scales"),
+    "NaN in scales": put(f"{Q}.core_scales", NAN, 5),
+    "infinity in the scales of a block": put(f"{Q}.left_scales", INF, 5),
+    "-128": put(f"{Q}.core_values", -128, 7),
+    "-128 in a block": put(f"{Q}.left", -128, 7),
+    "values in floats": change(f"{Q}.core_values", torch.Tensor.float),
+    "scales in integers": change(f"{Q}.core_scales", torch.Tensor.int),
+}
+
+
+@pytest.mark.parametrize("defect", OF_INTEGERS)
+def test_what_the_files_of_integers_show(integers, tmp_path, defect):
+    apply, named = OF_INTEGERS[defect]
+    refused(copied(integers, tmp_path / "broken", apply, sums=False), named, exactly=True)
 
 
 def test_no_weights_at_all(root, tmp_path):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "armor"
 TRAIN = "sensitivity states refine tune"
 MEASURE = "predict evaluate tasks benchmark"
 READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
-FACTORS = "price factorize refine tune"
+FACTORS = "price factorize refine tune quantize"
 COMPRESS = "calibrate price factorize assemble"
 ALL = " ".join(STAGES)
 HELD_BY = {
@@ -33,7 +33,8 @@ HELD_BY = {
     "factorize/prices": "price",
     "factorize/budget": "budget",
     "factorize/layer methods/solver/annealed methods/solver/published methods/solver/pruning": "price factorize",
-    "factorize*": "price budget factorize",
+    "factorize/quantize methods/solver/rounding": "quantize",
+    "factorize*": "price budget factorize quantize",
     "training/states": "sensitivity states refine",
     "training/refine": "refine",
     "training/refined format/records/refine": "refined",
@@ -49,14 +50,15 @@ HELD_BY = {
     "benchmark*": "benchmark",
     "report*": "report",
     # their settings
-    "config/layers methods/solver/settings": "price budget factorize report",
+    "config/layers methods/solver/settings": "price budget factorize quantize report",
+    "config/quantization": "quantize",
     "config/budget": "price budget",
     "config/training": "refine tune",
     "config/sample": TRAIN,
     "config/measures": MEASURE,
     "config/report": "report",
     "config/sources": f"fetch {READ_TEXT} benchmark",
-    "config*": f"fetch {READ_TEXT} benchmark price budget factorize report",
+    "config*": f"fetch {READ_TEXT} benchmark price budget factorize quantize report",
     # their files
     "format/layout format/records/report": "report",
     "format/names": ALL.replace("fetch inspect ", ""),
@@ -81,7 +83,7 @@ HELD_BY = {
     "runtime/streamed": f"tune {MEASURE}",
     "runtime runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
-    "model*": f"fetch inspect calibrate {TRAIN} price factorize assemble report",
+    "model*": f"fetch inspect calibrate {TRAIN} price factorize quantize assemble report",
     "core* execution* format*": ALL,
 }
 """The stages whose hash may hold a module, by patterns below armor/; the first that fits counts."""

@@ -11,7 +11,7 @@ from armor.run.explain import Reruns
 from tests.killed import left_over, results_of
 from tests.workflow.conftest import LAYERS, Run
 
-TRAINED = ("refined", "chained", "tuned", "both")
+TRAINED = ("refined", "chained", "tuned", "both", "integers")
 OVER = [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}]
 TARGETS = [
     *(f"results/tiny/{recipe}/checkpoint.json" for recipe in (*TRAINED, "pruned", "bits")),
@@ -33,6 +33,7 @@ def trained(config, tmp_path_factory):
         "chained": {"base": "armor", "refine": training | {"inputs": "compressed"}},
         "tuned": {"base": "refined", "tune": dict(training)},
         "both": {"base": "armor", "refine": dict(training), "tune": dict(training)},
+        "integers": {"base": "tuned", "quantize": {"overrides": [{"layers": [1], "core": "int4"}]}},
         "pruned": {"method": "nowag", "refine": dict(training)},
         "bits": config["recipes"]["armor"] | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},
     }
@@ -48,7 +49,7 @@ def asked(run, config=None):
 
 def explained(run, config):
     reruns = Reruns(run.folder / "results", Config.model_validate(config))
-    stages = ("sensitivity", "price", "budget", "factorize", "refine", "tune")
+    stages = ("sensitivity", "price", "budget", "factorize", "refine", "tune", "quantize")
     return dict(Counter(job.stage for job in reruns.jobs if job.stage in stages and reruns.reasons(job)))
 
 
@@ -62,6 +63,7 @@ def test_recipes_that_start_from_one_another_share_factors_and_states(trained):
         "chained/refined": ["refine"],
         "tuned/tuned": ["refine", "tune"],
         "both/tuned": ["refine", "tune"],
+        "integers/quantized": ["refine", "tune"],
         "pruned/refined": ["refine"],
     }
     for folder, stages in chains.items():
@@ -73,9 +75,14 @@ def test_recipes_that_start_from_one_another_share_factors_and_states(trained):
 EDITS = {
     "a rate": (
         {"recipes__refined__refine__rate": 1e-3},
-        {"states": 1, "refine": LAYERS, "refined": 4, "tune": 1, "assemble": 2},
+        {"states": 1, "refine": LAYERS, "refined": 4, "tune": 1, "quantize": LAYERS, "assemble": 3},
     ),
-    "of tune": ({"recipes__tuned__tune__rate": 1e-4}, {"tune": 1, "assemble": 1}),
+    "of tune": ({"recipes__tuned__tune__rate": 1e-4}, {"tune": 1, "quantize": LAYERS, "assemble": 2}),
+    "of all integers": ({"recipes__integers__quantize__group": 32}, {"quantize": LAYERS, "assemble": 1}),
+    "of the integers of a layer": (
+        {"recipes__integers__quantize__overrides": [{"layers": [1], "core": "int8"}]},
+        {"quantize": 1, "assemble": 1},
+    ),
     "of the chain": (
         {"recipes__chained__refine__rate": 1e-3},
         {"states": 1, "refine": LAYERS, "refined": 4, "assemble": 1},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import ClassVar, Literal
 
+from armor.core.quantization import IntegerType, Quantization
 from armor.core.typed import Typed
 from armor.format.records.base import Made, MadeBy
 
-__all__ = ["BlockSizes", "LayerRecord", "LinearRecord", "Look", "Training", "trainings"]
+__all__ = ["BlockSizes", "Integers", "LayerRecord", "LinearRecord", "Look", "Training", "trainings"]
 
 
 class BlockSizes(Typed):
@@ -19,6 +21,22 @@ class BlockSizes(Typed):
     """A's: it divides the linear's outputs."""
     right: int | None = None
     """B's: it divides the linear's inputs."""
+
+
+class Integers(Typed):
+    """What the factors of a linear are stored as, with bfloat16 scales."""
+
+    core: IntegerType
+    """The type of S's numbers."""
+    blocks: Literal["int8"] | None
+    """The type of the numbers of A and B, which have a scale for each row; null: floats."""
+    group: int
+    """How many columns of S share a scale."""
+
+    @classmethod
+    def of(cls, quantization: Quantization | None) -> Integers | None:
+        """What a record says of it; None of floats."""
+        return cls(**asdict(quantization)) if quantization else None
 
 
 class LinearRecord(Typed):
@@ -31,7 +49,7 @@ class LinearRecord(Typed):
     block_size: BlockSizes | None
     """Null without blocks."""
     start_loss: float
-    """The loss of plain NoWag-P pruning."""
+    """The loss of plain NoWag-P pruning; where the factors are quantized, of its weights rounded alike."""
     loss: float
     """The loss of the factors as they are stored."""
     condition: float | None = None
@@ -49,6 +67,10 @@ class LinearRecord(Typed):
     """The most memory of the process until this linear was done."""
     note: str | None
     """What was done otherwise than asked."""
+    quantization: Integers | None = None
+    """Null where the factors are floats."""
+    float_loss: float | None = None
+    """The loss of the factors before they were quantized; null where they were not."""
 
 
 class Look(Typed):
@@ -104,7 +126,8 @@ class Training(Typed):
 class LayerRecord(Made):
     """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
 
-    Those that `armor refine` and `armor tune` write are of the same kind, with `training`.
+    Those that `armor refine` and `armor tune` write are of the same kind, with `training`; so are those of `armor
+    quantize`, with `quantization` of linears.
     """
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"
@@ -121,7 +144,8 @@ class LayerRecord(Made):
     modules: dict[str, LinearRecord]
     """The linears by full name."""
     factorized: MadeBy | None = None
-    """What made the factors that a training started from; null where this record is that of the factorization."""
+    """What made the factors that training or quantization started from; null where this record is that of the
+    factorization."""
     training: tuple[Training, ...] = ()
     """What the factors were trained by, in order."""
 

@@ -87,6 +87,7 @@ def relative_loss(weight: Tensor, objective: Objective, factors: Factorization) 
     The factors are multiplied in float64, in pieces of block rows. Where every weight counts for nothing the loss is 0.
     """
     rows, columns = weight.shape
+    factors = factors.in_floats()
     left = factors.left
     size = left.shape[1] if left is not None else 1
     step = max(PIECE // columns // size, 1) * size
@@ -129,6 +130,7 @@ def balanced(a: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def condition(factors: Factorization) -> float | None:
     """The worst condition number of the blocks of A and B, at most 1e16; None without blocks."""
+    factors = factors.in_floats()
     sides = [side for side in (factors.left, factors.right) if side is not None]
     return max((float(blockdiag.condition(side).max()) for side in sides), default=None)
 

@@ -150,10 +150,13 @@ static const struct kernel *kernel_for(int level, int type, int64_t right_size) 
 
 /* y (rows, out) = left (core (right x)) + bias, all of `type`; 0, or an errno.
  * values (out, kept), mask (out, ceil(in / 8)), left (out / left_size, left_size, left_size) or null, right likewise,
- * bias (out) or null. `group`: in every `group` consecutive columns of a row the core keeps kept * group / in. */
+ * bias (out) or null. `group`: in every `group` consecutive columns of a row the core keeps kept * group / in.
+ * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
+ * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
 int armor_linear(int level, int type, const void *x, const void *values, const void *mask, const void *left,
                  const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
-                 int64_t group, int64_t left_size, int64_t right_size, parallel_function parallel, int threads) {
+                 int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,
+                 parallel_function parallel, int threads) {
     const struct kernel *kernel = kernel_for(level, type, right ? right_size : 0);
     int64_t wave = rows < WAVE ? rows : WAVE, step = kernel->lanes * kernel->unit;
     int dot = wave <= kernel->dot_rows;
@@ -169,7 +172,11 @@ int armor_linear(int level, int type, const void *x, const void *values, const v
         .mask_stride = (in + 7) / 8,
         .half = kept * 2 == in && step % group == 0,
         .two_of_four = kept * 2 == in && group == 4,
+        .stride = kept,
+        .integers.group = in,
     };
+    if (integers) layer.integers = *integers;
+    if (layer.integers.core == INT4) layer.stride = (kept + 1) / 2 * 2;
     layer.left_cut = layer.core_cut = cut_of(out, left ? left_size : out);
     layer.right_cut = cut_of(in, right ? right_size : in);
 

@@ -70,6 +70,36 @@ static inline void store_bf16(uint16_t *p, vec v, int64_t n) {
     }
 }
 
+static inline vec fused(vec s, vec a, vec b) { return _mm256_fmadd_ps(a, b, s); }
+static inline vec bytes_to_floats(uint64_t bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
+}
+static inline vec load_int8(const void *p, int64_t n) {
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, n >= 8 ? 8 : (size_t)n);
+    return bytes_to_floats(bytes);
+}
+static inline vec load_half_int8(const void *p) {
+    uint32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return bytes_to_floats(bytes);
+}
+/* Eight int4, the first in the lowest four bits, as bytes. */
+static inline uint64_t nibbles(uint32_t packed) {
+    uint64_t bytes = _pdep_u64(packed, 0x0f0f0f0f0f0f0f0f);
+    return (((bytes ^ 0x0808080808080808) | 0x8080808080808080) - 0x0808080808080808) ^ 0x8080808080808080;
+}
+static inline vec load_int4(const void *p, int64_t n) {
+    uint32_t packed = 0;
+    memcpy(&packed, p, n >= 8 ? 4 : (size_t)(n + 1) / 2);
+    return bytes_to_floats(nibbles(packed));
+}
+static inline vec load_half_int4(const void *p) {
+    uint16_t packed;
+    memcpy(&packed, p, sizeof packed);
+    return bytes_to_floats(nibbles(packed));
+}
+
 static inline vec spread(vec packed, uint32_t bits) {
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)armor_spread_index[bits]));
     vec columns = _mm256_permutevar8x32_ps(packed, index);

@@ -43,6 +43,16 @@ static inline __m256i narrow(vec v) {
 }
 static inline void store_bf16(uint16_t *p, vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first16(n), narrow(v)); }
 
+static inline vec fused(vec s, vec a, vec b) { return _mm512_fmadd_ps(a, b, s); }
+static inline __m512 sixteen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+/* 2 n int4 in the low n <= 8 bytes, the first in the lowest four bits, as 16 bytes. */
+static inline __m128i nibbles(__m128i packed) {
+    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    __m128i halves =
+        _mm_unpacklo_epi8(_mm_and_si128(packed, low), _mm_and_si128(_mm_srli_epi16(packed, 4), low));
+    return _mm_sub_epi8(_mm_xor_si128(halves, eight), eight);
+}
+
 static inline void transpose(vec v[16]) {
     vec t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -91,6 +101,22 @@ static inline vec load_packed(const weight *p, int64_t n) { return load(p, n); }
 static inline vec load_half(const weight *p) {
     return words(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)p)));
 }
+/* An integer of a byte is exact in bf16. */
+static inline vec bytes_to_units(__m256i bytes) {
+    return (vec)_mm512_cvtne2ps_pbh(sixteen(_mm256_extracti128_si256(bytes, 1)), sixteen(_mm256_castsi256_si128(bytes)));
+}
+static inline vec bytes_to_half(__m128i bytes) {
+    return words(_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sixteen(bytes))));
+}
+static inline vec load_int8(const void *p, int64_t n) {
+    return bytes_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
+}
+static inline vec load_half_int8(const void *p) { return bytes_to_half(_mm_loadu_si128(p)); }
+static inline vec load_int4(const void *p, int64_t n) {
+    __m128i packed = n >= 32 ? _mm_loadu_si128(p) : _mm_maskz_loadu_epi8((__mmask16)first32((n + 1) / 2), p);
+    return bytes_to_units(_mm256_set_m128i(nibbles(_mm_unpackhi_epi64(packed, packed)), nibbles(packed)));
+}
+static inline vec load_half_int4(const void *p) { return bytes_to_half(nibbles(_mm_loadl_epi64(p))); }
 static inline vec spread(vec packed, uint32_t bits) {
     return words(_mm512_maskz_expand_epi16(bits, _mm512_castps_si512(packed)));
 }
@@ -198,6 +224,18 @@ static inline vec to_units(vec even, vec odd) {
 typedef float element;
 
 static inline vec load_element(const element *p, int64_t n) { return load_f32(p, n); }
+static inline vec load_int8(const void *p, int64_t n) {
+    return sixteen(n >= 16 ? _mm_loadu_si128(p) : _mm_maskz_loadu_epi8(first16(n), p));
+}
+static inline vec load_half_int8(const void *p) { return sixteen(_mm_loadl_epi64(p)); }
+static inline vec load_int4(const void *p, int64_t n) {
+    return sixteen(nibbles(_mm_maskz_loadu_epi8(first16(n >= 16 ? 8 : (n + 1) / 2), p)));
+}
+static inline vec load_half_int4(const void *p) {
+    int packed;
+    memcpy(&packed, p, sizeof packed);
+    return sixteen(nibbles(_mm_cvtsi32_si128(packed)));
+}
 static inline vec spread(vec packed, uint32_t bits) { return _mm512_maskz_expand_ps((__mmask16)bits, packed); }
 static inline vec multiply_add(vec s, vec w, vec x) { return _mm512_fmadd_ps(w, x, s); }
 static inline vec broadcast(const void *unit) {

@@ -25,11 +25,24 @@ struct cut {
     int64_t tasks;
 };
 
+/* What the numbers of a matrix are stored as. */
+enum numbers { FLOATS, INT8, INT4 };
+
+/* The integers of a layer: of the core a scale for every `group` columns of a row, of a block one for each row. Scales
+ * are of the type of x. Null stands for a layer in floats. */
+struct integers {
+    int core, blocks;
+    const void *core_scales, *left_scales, *right_scales;
+    int64_t group;
+};
+
 struct layer {
+    struct integers integers;
     const void *x, *values, *left, *right, *bias; /* left, right and bias may be null */
     const uint8_t *mask;                          /* (out, mask_stride) bytes, least significant bit first */
     void *y;                                      /* (rows, out) */
     int64_t rows, in, out, kept, mask_stride;     /* kept: values in a row of the core */
+    int64_t stride;                               /* values from a row of the core to the next */
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;
     struct cut right_cut, core_cut, left_cut;

@@ -19,6 +19,9 @@
  *   load_floats(const weight *, n), store_floats(weight *, vec, n), store_elements(element *, vec, n)  n <= LANES
  *   store_weights(weight *, vec units, n)                    n <= STEP
  *   transpose(vec[LANES])              of 32-bit words
+ *   load_int8(const void *, n), load_int4(const void *, n)   n <= STEP integers as units, zeros after them
+ *   load_half_int8(const void *), load_half_int4(const void *)   STEP / 2 of them, packed, rest anything
+ *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
  * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, spread_pairs, store_pairs,
  * pair_places, repeat_four and broadcast_one_of.
@@ -53,17 +56,38 @@ static inline uint32_t bits_of(const uint8_t *mask, int64_t n) {
     return bits & ((1u << n) - 1);
 }
 
+/* Where number `index` of a matrix is stored. An int4 has an even index. */
+static inline const void *place(const void *numbers, int64_t index, int type) {
+    return (const char *)numbers + (type == FLOATS ? index * (int64_t)sizeof(weight) : type == INT8 ? index : index / 2);
+}
+static inline vec load_as(const void *p, int64_t n, int type) {
+    return type == FLOATS ? load(p, n) : type == INT8 ? load_int8(p, n) : load_int4(p, n);
+}
+static inline float scale_at(const weight *p) {
+    float f;
+    uint32_t bits = 0;
+    if (sizeof *p == sizeof f)
+        memcpy(&f, p, sizeof *p);
+    else {
+        memcpy((char *)&bits, p, sizeof *p);
+        bits <<= 16;
+        memcpy(&f, &bits, sizeof f);
+    }
+    return f;
+}
+
 /* The next `n` <= STEP columns of a packed row: `*at` values are used up already. A mask that sets more bits than there
  * are values reads zeros for the rest, never memory beyond the row. */
-static inline vec next_columns(const weight *values, int64_t kept, int64_t *at, const uint8_t *mask, int64_t n,
-                               int half) {
+static inline vec next_columns(const void *values, int64_t kept, int64_t *at, const uint8_t *mask, int64_t n, int half,
+                               int type) {
     uint32_t bits = bits_of(mask, n);
+    const void *next = place(values, *at, type);
     if (half && n == STEP) {
-        vec packed = load_half(values + *at);
+        vec packed = type == FLOATS ? load_half(next) : type == INT8 ? load_half_int8(next) : load_half_int4(next);
         *at += STEP / 2;
         return spread(packed, bits);
     }
-    vec packed = load_packed(values + *at, kept - *at);
+    vec packed = type == FLOATS ? load_packed(next, kept - *at) : load_as(next, least(STEP, kept - *at), type);
     *at = least(kept, *at + __builtin_popcount(bits));
     return spread(packed, bits);
 }
@@ -85,28 +109,30 @@ static inline struct span span_of(const struct cut *cut, int64_t task) {
 
 /* ---- the dot way ---- */
 
-/* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant). */
-static inline __attribute__((always_inline)) void dense_dot(const weight *weights, int64_t rows, int64_t n,
-                                                            const void *x, int64_t stride, int is_weight, int count,
-                                                            int64_t valid, float out[][CHUNK]) {
+/* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant).
+ * `scales` has one for each row of integers. */
+static inline __attribute__((always_inline)) void dense_dot(const void *weights, int type, const weight *scales,
+                                                            int64_t rows, int64_t n, const void *x, int64_t stride,
+                                                            int is_weight, int count, int64_t valid,
+                                                            float out[][CHUNK]) {
     for (int64_t i = 0; i < rows; i++) {
         vec sums[8];
         for (int r = 0; r < count; r++) sums[r] = zero();
         for (int64_t c = 0; c < n; c += STEP) {
             int64_t m = least(STEP, n - c);
-            vec w = load(weights + i * n + c, m);
+            vec w = load_as(place(weights, i * n + c, type), m, type);
             for (int r = 0; r < count; r++) {
                 int64_t at = least(r, valid - 1) * stride + c;
                 vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
                 sums[r] = multiply_add(sums[r], w, v);
             }
         }
-        for (int r = 0; r < count; r++) out[r][i] = sum(sums[r]);
+        for (int r = 0; r < count; r++) out[r][i] = type == FLOATS ? sum(sums[r]) : scale_at(scales + i) * sum(sums[r]);
     }
 }
 
 /* The values 3 KB further on, and the mask if `with_mask`: into L1 while x leaves room there, else into L2. */
-static inline __attribute__((always_inline)) void fetch_ahead(const weight *values, const uint8_t *mask, int with_mask,
+static inline __attribute__((always_inline)) void fetch_ahead(const void *values, const uint8_t *mask, int with_mask,
                                                               int into_l1) {
     const char *next = (const char *)values + 3072;
     if (into_l1) {
@@ -121,78 +147,96 @@ static inline __attribute__((always_inline)) void fetch_ahead(const weight *valu
 /* The same for packed rows, count[0] from first[0] on and count[1] from first[1] on: two places, because memory gives
  * more to a thread that reads in two. Several chains of sums run at once, since a multiply-add takes several cycles.
  * Where the processor can pick from two vectors of x (`gathers`, 2:4 only), the values stay as they are packed and meet
- * the columns of x that they belong to; otherwise they are spread to their columns. */
-static inline __attribute__((always_inline)) void packed_dot(const struct layer *layer, const int64_t first[2],
-                                                             const int64_t count[2], int gathers, int half, int x_rows,
+ * the columns of x that they belong to; otherwise they are spread to their columns. Integers are summed up by groups
+ * of columns, whose sums then meet their scales. */
+static inline __attribute__((always_inline)) void packed_dot(const struct layer *layer, int type,
+                                                             const int64_t first[2], const int64_t count[2],
+                                                             int gathers, int half, int x_rows,
                                                              float out[2][8][CHUNK]) {
     enum { MOST = 4, WIDE = 2 * STEP };
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
     const element *u = layer->u;
     const int64_t in = layer->in, kept = layer->kept, last = layer->rows - 1;
+    const int64_t group = type == FLOATS ? in : layer->integers.group, groups = (in + group - 1) / group;
     for (int64_t i = 0; i < count[0] || i < count[1]; i += each) {
-        const weight *values[MOST];
+        const void *values[MOST];
         const uint8_t *mask[MOST];
+        const weight *scales[MOST];
         int64_t at[MOST], c = 0;
-        vec sums[MOST][8], more[MOST];
+        vec sums[MOST][8], more[MOST], totals[MOST][8];
         for (int j = 0; j < rows; j++) {
             int side = count[1] ? j / each : 0;
             int64_t row = first[side] + least(i + j % each, count[side] - 1);
-            values[j] = (const weight *)layer->values + row * kept;
+            values[j] = place(layer->values, row * layer->stride, type);
             mask[j] = layer->mask + row * layer->mask_stride;
+            scales[j] = type == FLOATS ? 0 : (const weight *)layer->integers.core_scales + row * groups;
             at[j] = 0;
-            more[j] = zero();
-            for (int r = 0; r < x_rows; r++) sums[j][r] = zero();
+            for (int r = 0; r < x_rows; r++) totals[j][r] = zero();
         }
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t end = least(in, (g + 1) * group);
+            for (int j = 0; j < rows; j++) {
+                more[j] = zero();
+                for (int r = 0; r < x_rows; r++) sums[j][r] = zero();
+            }
 #ifdef GATHER
-        if (gathers)
-            for (; c + ahead * WIDE <= in; c += ahead * WIDE)
-                for (int a = 0; a < ahead; a++) {
-                    int64_t now = c + a * WIDE;
-                    vec w[MOST], index[MOST];
-                    for (int j = 0; j < rows; j++) {
-                        fetch_ahead(values[j] + now / 2, mask[j] + now / 8, now % 512 == 0, x_rows == 1);
-                        w[j] = load(values[j] + now / 2, STEP);
-                        index[j] = gather_index(mask[j] + now / 8);
+            if (gathers)
+                for (; c + ahead * WIDE <= end; c += ahead * WIDE)
+                    for (int a = 0; a < ahead; a++) {
+                        int64_t now = c + a * WIDE;
+                        vec w[MOST], index[MOST];
+                        for (int j = 0; j < rows; j++) {
+                            fetch_ahead(place(values[j], now / 2, type), mask[j] + now / 8, now % 512 == 0,
+                                        x_rows == 1);
+                            w[j] = load_as(place(values[j], now / 2, type), STEP, type);
+                            index[j] = gather_index(mask[j] + now / 8);
+                        }
+                        for (int r = 0; r < x_rows; r++) {
+                            const element *x = u + least(r, last) * in + now;
+                            vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
+                            for (int j = 0; j < rows; j++) {
+                                vec *to = a ? &more[j] : &sums[j][r];
+                                *to = multiply_add(*to, w[j], gather(low, high, index[j]));
+                            }
+                        }
                     }
+            if (gathers)
+                for (int j = 0; j < rows; j++) at[j] = c / 2;
+#else
+            (void)gathers;
+#endif
+            for (; c + ahead * STEP <= end; c += ahead * STEP)
+                for (int a = 0; a < ahead; a++) {
+                    vec w[MOST];
+                    int64_t now = c + a * STEP;
+                    for (int j = 0; j < rows; j++)
+                        w[j] = next_columns(values[j], kept, &at[j], mask[j] + now / 8, STEP, half, type);
                     for (int r = 0; r < x_rows; r++) {
-                        const element *x = u + least(r, last) * in + now;
-                        vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
+                        vec x = load_element(u + least(r, last) * in + now, STEP);
                         for (int j = 0; j < rows; j++) {
                             vec *to = a ? &more[j] : &sums[j][r];
-                            *to = multiply_add(*to, w[j], gather(low, high, index[j]));
+                            *to = multiply_add(*to, w[j], x);
                         }
                     }
                 }
-        for (int j = 0; j < rows; j++) at[j] = c / 2;
-#else
-        (void)gathers;
-#endif
-        for (; c + ahead * STEP <= in; c += ahead * STEP)
-            for (int a = 0; a < ahead; a++) {
-                vec w[MOST];
-                int64_t now = c + a * STEP;
-                for (int j = 0; j < rows; j++)
-                    w[j] = next_columns(values[j], kept, &at[j], mask[j] + now / 8, STEP, half);
-                for (int r = 0; r < x_rows; r++) {
-                    vec x = load_element(u + least(r, last) * in + now, STEP);
-                    for (int j = 0; j < rows; j++) {
-                        vec *to = a ? &more[j] : &sums[j][r];
-                        *to = multiply_add(*to, w[j], x);
-                    }
+            for (; c < end; c += STEP) {
+                int64_t n = least(STEP, end - c);
+                for (int j = 0; j < rows; j++) {
+                    vec w = next_columns(values[j], kept, &at[j], mask[j] + c / 8, n, half, type);
+                    for (int r = 0; r < x_rows; r++)
+                        sums[j][r] = multiply_add(sums[j][r], w, load_element(u + least(r, last) * in + c, n));
                 }
             }
-        for (; c < in; c += STEP) {
-            int64_t n = least(STEP, in - c);
             for (int j = 0; j < rows; j++) {
-                vec w = next_columns(values[j], kept, &at[j], mask[j] + c / 8, n, half);
+                float f = type == FLOATS ? 1 : scale_at(scales[j] + g);
+                sums[j][0] = add(sums[j][0], more[j]);
                 for (int r = 0; r < x_rows; r++)
-                    sums[j][r] = multiply_add(sums[j][r], w, load_element(u + least(r, last) * in + c, n));
+                    totals[j][r] = type == FLOATS ? sums[j][r] : fused(totals[j][r], broadcast(&f), sums[j][r]);
             }
         }
         for (int j = 0; j < rows; j++)
             for (int r = 0; r < x_rows; r++)
-                if (i + j % each < CHUNK)
-                    out[j / each][r][i + j % each] = sum(r ? sums[j][r] : add(sums[j][r], more[j]));
+                if (i + j % each < CHUNK) out[j / each][r][i + j % each] = sum(totals[j][r]);
     }
 }
 
@@ -218,6 +262,22 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
         call;                                             \
     }                                                     \
     }
+
+/* packed_dot for the kind of a layer; each constant makes loops of its own. */
+#define BY_KIND(type)                                                                       \
+    {                                                                                       \
+        if (CAN_GATHER && layer->two_of_four)                                               \
+            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, CAN_GATHER, 1, COUNT, out)) \
+        else if (layer->half)                                                               \
+            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, 0, 1, COUNT, out))  \
+        else                                                                                \
+            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, 0, 0, COUNT, out))  \
+    }
+
+/* The scales from `row` on; null for a matrix in floats. */
+static inline const weight *scales_of(const void *scales, int64_t row) {
+    return scales ? (const weight *)scales + row : 0;
+}
 
 static void emit_elements(element *to, int64_t stride, int64_t rows, float from[][CHUNK], int64_t n) {
     for (int64_t r = 0; r < rows; r++)
@@ -249,9 +309,16 @@ static void NAME(right_dot)(struct layer *layer, int64_t task) {
     struct span span = span_of(&layer->right_cut, task);
     int64_t d = layer->right_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const weight *weights = (const weight *)layer->right + (b * d + span.row) * d;
+        const int type = layer->integers.blocks;
+        const void *weights = place(layer->right, (b * d + span.row) * d, type);
+        const weight *scales = scales_of(layer->integers.right_scales, b * d + span.row);
         const weight *x = (const weight *)layer->x + b * d;
-        BY_COUNT(layer->rows, dense_dot(weights, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
+        if (type == FLOATS)
+            BY_COUNT(layer->rows,
+                     dense_dot(weights, FLOATS, 0, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
+        else
+            BY_COUNT(layer->rows,
+                     dense_dot(weights, INT8, scales, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
         emit_elements((element *)layer->u + b * d + span.row, layer->in, layer->rows, out, span.rows);
     }
 }
@@ -265,12 +332,12 @@ static void NAME(core_dot)(struct layer *layer, int64_t task) {
         first[side] = span.block * layer->core_cut.size + span.row;
         count[side] = span.rows * span.blocks;
     }
-    if (CAN_GATHER && layer->two_of_four)
-        BY_COUNT(layer->rows, packed_dot(layer, first, count, CAN_GATHER, 1, COUNT, out))
-    else if (layer->half)
-        BY_COUNT(layer->rows, packed_dot(layer, first, count, 0, 1, COUNT, out))
+    if (layer->integers.core == INT8)
+        BY_KIND(INT8)
+    else if (layer->integers.core == INT4)
+        BY_KIND(INT4)
     else
-        BY_COUNT(layer->rows, packed_dot(layer, first, count, 0, 0, COUNT, out))
+        BY_KIND(FLOATS)
     for (int side = 0; side < 2 && count[side]; side++)
         if (layer->left)
             emit_elements((element *)layer->z + first[side], layer->out, layer->rows, out[side], count[side]);
@@ -283,9 +350,16 @@ static void NAME(left_dot)(struct layer *layer, int64_t task) {
     struct span span = span_of(&layer->left_cut, task);
     int64_t d = layer->left_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const weight *weights = (const weight *)layer->left + (b * d + span.row) * d;
+        const int type = layer->integers.blocks;
+        const void *weights = place(layer->left, (b * d + span.row) * d, type);
+        const weight *scales = scales_of(layer->integers.left_scales, b * d + span.row);
         const element *z = (const element *)layer->z + b * d;
-        BY_COUNT(layer->rows, dense_dot(weights, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
+        if (type == FLOATS)
+            BY_COUNT(layer->rows,
+                     dense_dot(weights, FLOATS, 0, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
+        else
+            BY_COUNT(layer->rows,
+                     dense_dot(weights, INT8, scales, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
         emit_outputs(layer, b * d + span.row, out, span.rows);
     }
 }
@@ -316,14 +390,15 @@ struct ahead {
 enum { AHEAD_BYTES = 512, AHEAD_STEP = DEPTH * 64 / (TILE * AHEAD_BYTES) };
 
 /* sums (TILE, count * LANES, row stride `stride`) += tile (TILE, n units) times `count` panels; count is a constant.
- * What is ahead is fetched meanwhile, a line every few multiply-adds, so that memory and arithmetic overlap. */
-static inline __attribute__((always_inline)) void multiply_tile(const int32_t *tile, const int32_t *panel,
-                                                                int64_t panel_stride, int64_t n, float *sums,
-                                                                int64_t stride, int begin, int count,
+ * With `scales` (TILE) each row of the tile counts by its own. What is ahead is fetched meanwhile, a line every few
+ * multiply-adds, so that memory and arithmetic overlap. */
+static inline __attribute__((always_inline)) void multiply_tile(const int32_t *tile, const float *scales,
+                                                                const int32_t *panel, int64_t panel_stride, int64_t n,
+                                                                float *sums, int64_t stride, int begin, int count,
                                                                 struct ahead ahead) {
     vec acc[TILE][2];
     for (int i = 0; i < TILE; i++)
-        for (int p = 0; p < count; p++) acc[i][p] = begin ? zero() : load_vec(sums + i * stride + p * LANES);
+        for (int p = 0; p < count; p++) acc[i][p] = begin || scales ? zero() : load_vec(sums + i * stride + p * LANES);
     for (int64_t k = 0; k < n; k++) {
         if (k % AHEAD_STEP == 0) {
             int64_t at = k / AHEAD_STEP * 64;
@@ -337,12 +412,18 @@ static inline __attribute__((always_inline)) void multiply_tile(const int32_t *t
         }
     }
     for (int i = 0; i < TILE; i++)
-        for (int p = 0; p < count; p++) store_vec(sums + i * stride + p * LANES, acc[i][p]);
+        for (int p = 0; p < count; p++) {
+            float *to = sums + i * stride + p * LANES;
+            if (scales) acc[i][p] = fused(begin ? zero() : load_vec(to), broadcast(scales + i), acc[i][p]);
+            store_vec(to, acc[i][p]);
+        }
 }
 
-/* All panels times a tile of `rows` <= CHUNK unpacked weight rows; `panel` points at the tile's first column. */
-static void multiply_panels(const struct layer *layer, const int32_t *tile, int64_t rows, const int32_t *panel,
-                            int64_t panel_stride, int64_t n, float *sums, int begin, struct ahead ahead) {
+/* All panels times a tile of `rows` <= CHUNK unpacked weight rows; `panel` points at the tile's first column. `scales`
+ * (CHUNK) or null: those of the rows. */
+static void multiply_panels(const struct layer *layer, const int32_t *tile, const float *scales, int64_t rows,
+                            const int32_t *panel, int64_t panel_stride, int64_t n, float *sums, int begin,
+                            struct ahead ahead) {
     int64_t stride = layer->panel_count * LANES;
     for (int64_t p = 0; p < layer->panel_count; p += 2)
         for (int64_t i = 0; i < rows; i += TILE) {
@@ -351,58 +432,68 @@ static void multiply_panels(const struct layer *layer, const int32_t *tile, int6
             struct ahead mine =
                 p ? (struct ahead){(const char *)t, 0} : (struct ahead){ahead.start + i * ahead.stride, ahead.stride};
             if (p + 1 < layer->panel_count)
-                multiply_tile(t, x, panel_stride, n, to, stride, begin, 2, mine);
+                multiply_tile(t, scales ? scales + i : 0, x, panel_stride, n, to, stride, begin, 2, mine);
             else
-                multiply_tile(t, x, panel_stride, n, to, stride, begin, 1, mine);
+                multiply_tile(t, scales ? scales + i : 0, x, panel_stride, n, to, stride, begin, 1, mine);
         }
 }
 
 static inline int64_t units_of(int64_t columns) { return (columns + UNIT - 1) / UNIT; }
 
 /* sums (rows, panels) = dense weight rows (rows, columns) times the panels. */
-static void dense_panels(const struct layer *layer, const weight *weights, int64_t rows, int64_t columns,
-                         const int32_t *panel, int64_t panel_stride, float *sums) {
+static void dense_panels(const struct layer *layer, const void *weights, const weight *scales, int64_t rows,
+                         int64_t columns, const int32_t *panel, int64_t panel_stride, float *sums) {
     _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
+    float own[CHUNK] = {0};
+    const int type = layer->integers.blocks;
+    for (int64_t i = 0; i < rows && scales; i++) own[i] = scale_at(scales + i);
     if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
     for (int64_t k = 0; k < units_of(columns); k += DEPTH) {
         int64_t start = k * UNIT, n = least(DEPTH * UNIT, columns - start);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t c = 0; c < n; c += STEP)
                 store_vec(tile + i * TILE_STRIDE + c / UNIT,
-                          load(weights + i * columns + start + c, least(STEP, n - c)));
-        multiply_panels(layer, tile, rows, panel + k * LANES, panel_stride, units_of(n), sums, k == 0,
+                          load_as(place(weights, i * columns + start + c, type), least(STEP, n - c), type));
+        multiply_panels(layer, tile, scales ? own : 0, rows, panel + k * LANES, panel_stride, units_of(n), sums, k == 0,
                         (struct ahead){(const char *)tile, 0});
     }
 }
 
-/* The same for packed rows from row `first` of the core on. */
+/* The same for packed rows from row `first` of the core on; integers by their groups of columns, or parts of these. */
 static void packed_panels(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
     int64_t at[CHUNK] = {0}, units = units_of(layer->in);
+    const int type = layer->integers.core;
+    const int64_t group = layer->integers.group, groups = (layer->in + group - 1) / group;
+    const int64_t depth = type == FLOATS ? DEPTH : least(DEPTH, group / UNIT);
     const int32_t *u = layer->u;
+    float scales[CHUNK] = {0};
     if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
-    for (int64_t k = 0; k < units; k += DEPTH) {
-        int64_t start = k * UNIT, n = least(DEPTH * UNIT, layer->in - start);
+    for (int64_t k = 0; k < units; k += depth) {
+        int64_t start = k * UNIT, n = least(depth * UNIT, layer->in - start);
         for (int64_t i = 0; i < rows; i++) {
-            const weight *values = (const weight *)layer->values + (first + i) * layer->kept;
+            const void *values = place(layer->values, (first + i) * layer->stride, type);
             const uint8_t *mask = layer->mask + (first + i) * layer->mask_stride + start / 8;
             int32_t *to = tile + i * TILE_STRIDE;
             int64_t c = 0;
             __builtin_prefetch(mask + n / 8, 0, L2); /* its values: see struct ahead */
+            if (type != FLOATS)
+                scales[i] = scale_at((const weight *)layer->integers.core_scales + (first + i) * groups + start / group);
 #ifdef GATHER
             if (layer->two_of_four)
                 for (; c + 2 * STEP <= n; c += 2 * STEP, at[i] += STEP)
-                    spread_pairs(to + c / UNIT, load(values + at[i], STEP), mask + c / 8);
+                    spread_pairs(to + c / UNIT, load_as(place(values, at[i], type), STEP, type), mask + c / 8);
 #endif
             for (; c < n; c += STEP)
-                store_vec(to + c / UNIT,
-                          next_columns(values, layer->kept, &at[i], mask + c / 8, least(STEP, n - c), layer->half));
+                store_vec(to + c / UNIT, next_columns(values, layer->kept, &at[i], mask + c / 8, least(STEP, n - c),
+                                                      layer->half, type));
         }
-        int64_t row_bytes = layer->kept * (int64_t)sizeof(weight), done = layer->kept * (start + n) / layer->in;
-        const char *next = (const char *)layer->values + first * row_bytes + done * (int64_t)sizeof(weight);
+        int64_t done = layer->kept * (start + n) / layer->in;
+        int64_t row_bytes = (const char *)place(layer->values, layer->stride, type) - (const char *)layer->values;
+        const char *next = place((const char *)layer->values + first * row_bytes, done, type);
         if (start + n >= layer->in) next += (rows - 1) * row_bytes;
-        multiply_panels(layer, tile, rows, u + k * LANES, units * LANES, units_of(n), sums, k == 0,
-                        (struct ahead){next, row_bytes});
+        multiply_panels(layer, tile, type == FLOATS ? 0 : scales, rows, u + k * LANES, units * LANES, units_of(n), sums,
+                        k == 0, (struct ahead){next, row_bytes});
     }
 }
 
@@ -514,8 +605,9 @@ static void NAME(right_panel)(struct layer *layer, int64_t task) {
     struct span span = span_of(&layer->right_cut, task);
     int64_t d = layer->right_cut.size, stride = units_of(layer->in) * LANES;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const weight *weights = (const weight *)layer->right + (b * d + span.row) * d;
-        dense_panels(layer, weights, span.rows, d, (int32_t *)layer->panels + b * d / UNIT * LANES, stride, sums);
+        const void *weights = place(layer->right, (b * d + span.row) * d, layer->integers.blocks);
+        const weight *scales = scales_of(layer->integers.right_scales, b * d + span.row);
+        dense_panels(layer, weights, scales, span.rows, d, (int32_t *)layer->panels + b * d / UNIT * LANES, stride, sums);
         emit_panels(layer, sums, span.rows, (int32_t *)layer->u + (b * d + span.row) / UNIT * LANES, stride);
     }
 }
@@ -526,7 +618,7 @@ static void NAME(core_panel)(struct layer *layer, int64_t task) {
     int64_t d = layer->core_cut.size, units = units_of(d);
     int64_t first = span.block * d + span.row, rows = span.rows * span.blocks;
 #ifdef GATHER
-    if (layer->two_of_four && layer->panel_count == 1)
+    if (layer->two_of_four && layer->panel_count == 1 && layer->integers.core == FLOATS)
         packed_pairs(layer, first, rows, sums);
     else
 #endif
@@ -546,8 +638,9 @@ static void NAME(left_panel)(struct layer *layer, int64_t task) {
     struct span span = span_of(&layer->left_cut, task);
     int64_t d = layer->left_cut.size, units = units_of(d), stride = layer->left_cut.count * units * LANES;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const weight *weights = (const weight *)layer->left + (b * d + span.row) * d;
-        dense_panels(layer, weights, span.rows, d, (int32_t *)layer->z + b * units * LANES, stride, sums);
+        const void *weights = place(layer->left, (b * d + span.row) * d, layer->integers.blocks);
+        const weight *scales = scales_of(layer->integers.left_scales, b * d + span.row);
+        dense_panels(layer, weights, scales, span.rows, d, (int32_t *)layer->z + b * units * LANES, stride, sums);
         emit_transposed(layer, sums, span.rows, b * d + span.row);
     }
 }
@@ -560,7 +653,7 @@ static void NAME(unpack)(const void *values, const uint8_t *mask, int64_t rows, 
         int64_t at = 0;
         for (int64_t c = 0; c < in; c += STEP) {
             int64_t n = least(STEP, in - c);
-            vec w = next_columns((const weight *)values + i * kept, kept, &at, mask + i * mask_stride + c / 8, n, 0);
+            vec w = next_columns((const weight *)values + i * kept, kept, &at, mask + i * mask_stride + c / 8, n, 0, FLOATS);
             store_weights((weight *)dense + i * in + c, w, n);
         }
     }

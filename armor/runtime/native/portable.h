@@ -58,6 +58,22 @@ static inline void store_bf16(uint16_t *p, vec v, int64_t n) {
     }
 }
 
+static inline vec fused(vec s, vec a, vec b) { return s + a * b; }
+static inline vec load_int8(const void *p, int64_t n) {
+    const int8_t *bytes = p;
+    vec v = {0};
+    for (int i = 0; i < 8 && i < n; i++) v[i] = bytes[i];
+    return v;
+}
+static inline vec load_half_int8(const void *p) { return load_int8(p, 4); }
+static inline vec load_int4(const void *p, int64_t n) {
+    const uint8_t *bytes = p;
+    vec v = {0};
+    for (int i = 0; i < 8 && i < n; i++) v[i] = (float)(((bytes[i / 2] >> i % 2 * 4 & 15) ^ 8) - 8);
+    return v;
+}
+static inline vec load_half_int4(const void *p) { return load_int4(p, 4); }
+
 static inline vec spread(vec packed, uint32_t bits) {
     const uint8_t *index = armor_spread_index[bits];
     float v[128 + 1];

@@ -1,0 +1,75 @@
+"""Numbers as small integers with a scale for each group of a row: q·s.
+
+A row is cut into groups of consecutive columns, the last of which may be shorter, and every group has one scale. int8
+holds −127 to 127, int4 −8 to 7. So q·s, with a scale in bfloat16, is exact in float32: that is what is meant by the
+numbers of a quantized matrix, everywhere. Two int4 share a byte, the first of them in its low half.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armor.core.quantization import LIMITS, IntegerType, groups_of
+
+__all__ = ["expand_scales", "pack_int4", "rounded", "unpack_int4"]
+
+SHARES = {"int8": (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87), "int4": tuple(8 / 7 - 0.04 * i for i in range(16))}
+"""Of the scale that just holds a group's largest number: the scales that are tried."""
+
+
+def expand_scales(scales: Tensor, group: int, columns: int) -> Tensor:
+    """`scales` (rows, groups) as the scale of every entry, (rows, columns)."""
+    return scales.repeat_interleave(group, 1)[:, :columns]
+
+
+def rounded(values: Tensor, kind: IntegerType, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`values` (rows, columns) as integers (rows, columns) int8 and scales (rows, groups) bfloat16.
+
+    Each number goes to the nearest. Of some scales for each group the one with the least squared error is taken, every
+    column weighed by `importance` (columns,) or (rows, columns), and then fitted to the integers by least squares where
+    that helps. A group of zeros has the scale 0.
+    """
+    rows, columns = values.shape
+    count = groups_of(columns, group)
+    short = count * group - columns
+    w = F.pad(values.float(), (0, short)).view(rows, count, group)
+    h = torch.ones(1, columns, device=values.device) if importance is None else importance.float().view(-1, columns)
+    h = h / h.mean().clamp_min(1e-38)
+    h = F.pad(h.clamp_min(1e-4), (0, short)).view(-1, count, group)  # a floor, so that no number counts for nothing
+    least, most = LIMITS[kind]
+    high, low = w.amax(2), w.amin(2)
+    # Where there is one integer more below zero than above, the larger side may have it, by a scale of its sign.
+    top = torch.where(high > -low, high, low) / (least if -least > most else most)
+    if -least == most:
+        top = top.abs()
+    best_scale, best_error = torch.zeros_like(top), (h * w.square()).sum(2)
+    for share in SHARES[kind]:
+        scale = top * share
+        for _ in range(2):
+            scale = scale.to(torch.bfloat16).float()
+            q = _nearest(w, scale[..., None], least, most)
+            error = (h * (w - q * scale[..., None]).square()).sum(2)
+            better = error < best_error
+            best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+            size = (h * q.square()).sum(2)
+            scale = torch.where(size > 0, (h * w * q).sum(2) / size.clamp_min(1e-38), scale)
+    q = _nearest(w, best_scale[..., None], least, most)
+    return q.view(rows, -1)[:, :columns].to(torch.int8), best_scale.to(torch.bfloat16)
+
+
+def _nearest(values: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    return torch.where(scale == 0, 0.0, (values / torch.where(scale == 0, 1.0, scale)).round_().clamp_(least, most))
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int4 `values` (rows, n) int8 as bytes (rows, ⌈n / 2⌉) uint8."""
+    pairs = F.pad(values, (0, values.shape[1] % 2)).view(torch.uint8).view(len(values), -1, 2)
+    return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The int4 numbers (rows, columns) int8 in `packed` (rows, ⌈columns / 2⌉) uint8."""
+    halves = torch.stack((packed & 15, packed >> 4), 2).view(len(packed), -1)[:, :columns]
+    return ((halves ^ 8).to(torch.int8) - 8).contiguous()

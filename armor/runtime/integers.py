@@ -1,0 +1,124 @@
+"""The CPU kernel on integers: y = A (S (B x)) + bias, the integers of A, S and B expanded in registers.
+
+Decoding takes the time of its bytes, and int8 has half of those of bfloat16. The integers of a byte are exact in
+bfloat16. So they meet x as they are, in float32 sums, and the sum of each group meets its scale. Nothing is rounded but
+B x and S B x, as with floats. Gradients reach x and the bias, through a dense product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
+from armor.format.checkpoint import PackedLinear
+from armor.runtime import cpu, operator
+
+__all__ = ["linear", "supports"]
+
+_SCHEMA = (
+    "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, Tensor core_scales, "
+    "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
+)
+_TILE = 512  # columns that the kernel unpacks at a time: a larger group is a multiple of them
+
+
+def supports(
+    layout: PackedLinear,
+    x: Tensor,
+    values: Tensor | None,
+    bits: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    *scales: Tensor | None,
+) -> bool:
+    """Whether `linear` can run on these tensors, given in its order. The library is there. All are on the CPU, and what
+    is no integer of one dtype, bfloat16 or float32. The groups and the pattern are such as the kernel cuts."""
+    own = layout.quantization
+    if own is None or values is None or bits is None or x.dtype not in cpu.TYPES or not cpu.available():
+        return False
+    floats = [*scales, bias, *((left, right) if not own.blocks else ())]
+    if any(t is not None and t.dtype != x.dtype for t in floats):
+        return False
+    if any(t is not None and t.device.type != "cpu" for t in (x, values, bits, left, right, *floats)):
+        return False
+    n, m = layout.pattern.group(layout.in_features)
+    cut = own.group >= layout.in_features or own.group % (_TILE if own.group > _TILE else 32) == 0
+    return cut and (own.core == "int8" or 2 * n == m and 8 % m == 0)
+
+
+def _run(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    core_scales: Tensor,
+    left_scales: Tensor | None,
+    right_scales: Tensor | None,
+    n: int,
+    m: int,
+    columns: int,
+) -> Tensor:
+    operator.check_shapes(x, values, bits, left, right, bias)
+    if core_scales.shape != (len(values), -(-x.shape[-1] // columns)):
+        raise ValueError(f"scales {tuple(core_scales.shape)} do not fit {len(values)} rows of {x.shape[-1]} columns")
+    scales = (core_scales, left_scales, right_scales)
+    return cpu.multiply(x, values, bits, left, right, bias, m, scales=scales, columns=columns)
+
+
+_operator = torch.library.custom_op(
+    "armor::cpu_integers_linear", _run, mutates_args=(), device_types="cpu", schema=_SCHEMA
+)
+_operator.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], values.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5], *inputs[6:9])
+    ctx.rest = (inputs[0].shape[-1], *inputs[9:])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    values, bits, left, right, *scales = ctx.saved_tensors
+    in_features, n, m, columns = ctx.rest
+    bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
+    names = ("core_values", "core_mask", "left", "right", "core_scales", "left_scales", "right_scales")
+    given = zip(names, (values, bits, left, right, *scales), strict=True)
+    tensors = {name: tensor for name, tensor in given if tensor is not None}
+    kind = Quantization(
+        "int4" if values.dtype == torch.uint8 else "int8", "int8" if scales[1] is not None else None, columns
+    )
+    factors = Factorization.of_tensors(tensors, in_features, Pattern(n, m), kind)
+    return gradient @ factors.reconstruct().to(gradient.dtype), None, None, None, None, bias, *([None] * 6)
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+def linear(
+    layout: PackedLinear,
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    core_scales: Tensor,
+    left_scales: Tensor | None = None,
+    right_scales: Tensor | None = None,
+) -> Tensor:
+    """y = A (S (B x)) + bias for x (..., in): (..., out), the tensors those of a checkpoint of `layout`.
+
+    Ask `supports` first. Raises ValueError if the shapes do not fit each other.
+    """
+    assert layout.quantization is not None
+    pattern = layout.pattern if layout.pattern.m else Pattern(*layout.pattern.group(layout.in_features))
+    operands = (x, values, bits, left, right, bias, core_scales, left_scales, right_scales)
+    multiply = _operator if operator.is_needed(x, bias) else _run  # past torch's dispatcher, as in `operator`
+    return multiply(*operands, pattern.n, pattern.m, layout.quantization.group)

@@ -1,0 +1,58 @@
+"""From floats to integers: the loss is never above that of plain pruning at the same bits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armor.core.pattern import Pattern, is_nm
+from armor.core.quantization import LIMITS
+from armor.methods import METHODS
+from armor.methods.solver.objective import Objective, relative_loss
+from armor.methods.solver.rounding import quantize
+from armor.methods.solver.settings import SolverSettings
+
+
+def problem(rows, columns, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * torch.rand(columns, generator=generator) * scale
+    return weight, torch.rand(columns, generator=generator) ** 3
+
+
+def factors_of(method, weight, importance, pattern="2:4", **options):
+    return METHODS[method].function(weight, importance, pattern=pattern, **options)
+
+
+ARMOR = {"block_size": 8, "solver": SolverSettings(iterations=3)}
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from([(16, 16), (24, 32), (8, 48)]),
+    st.sampled_from(["2:4", "4:8", "50%"]),
+    st.sampled_from([*LIMITS]),
+    st.sampled_from(["int8", "bfloat16"]),
+    st.sampled_from([1, 4, 16, 64]),
+    st.sampled_from([1e-4, 1.0, 1e3]),
+    st.integers(0, 2**31),
+)
+def test_never_above_plain_pruning_at_the_same_bits(shape, pattern, core, blocks, group, scale, seed):
+    weight, importance = problem(*shape, seed, scale)
+    found = factors_of("armor", weight, importance, pattern, **ARMOR)
+    done = quantize(weight, importance, found, core=core, blocks=blocks, group=group)
+    plain = quantize(weight, importance, factors_of("nowag", weight, importance, pattern), core=core, group=group)
+    assert done.loss <= done.start_loss
+    assert done.start_loss == pytest.approx(plain.loss, rel=1e-5)
+    assert done.loss == relative_loss(weight, Objective.of(weight, importance), done)
+    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.core[~done.mask].any()
+    assert done.quantization.core == core and (done.left.dtype == torch.int8) == (blocks == "int8")
+
+
+@pytest.mark.parametrize("core", LIMITS)
+def test_what_was_trained_is_rounded_as_it_is(core):
+    weight, importance = problem(16, 32, 0)
+    found = factors_of("armor", weight, importance, **ARMOR)
+    other = torch.randn(16, 32)  # the factors serve another weight
+    done = quantize(other, importance, found, core=core, trained=True)
+    assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss
+    assert (done.reconstruct() - found.reconstruct()).norm() < (0.02 if core == "int8" else 0.3) * weight.norm()

@@ -1,0 +1,104 @@
+"""The CPU kernel on int8 and int4, every level against the product of the stored numbers in float64."""
+
+import pytest
+import torch
+
+from armor.core.factorization import Factorization
+from armor.core.integers import rounded
+from armor.core.pattern import Pattern, top_n_mask
+from armor.core.quantization import Quantization
+from armor.runtime import cpu, integers
+from armor.runtime.linear import ArmorLinear
+from tests.layers import product_within
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
+LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [  # out, in, left block, right block, pattern, core, blocks, group
+    (64, 256, 32, 64, "2:4", "int8", "int8", 128),
+    (36, 100, 4, 20, "2:4", "int8", None, 32),
+    (36, 100, 4, 20, "2:4", "int4", "int8", 32),
+    (70, 1156, None, None, "2:4", "int8", None, 512),
+    (40, 96, 8, 16, "4:8", "int4", "int8", 64),
+    (30, 72, 5, 9, "1:3", "int8", "int8", 96),
+    (33, 100, 11, 20, "50%", "int8", "int8", 100),
+    (64, 128, None, 32, "2:4", "int4", "int8", 128),
+]
+
+
+def stored(out, columns, left, right, pattern, core, blocks, group, dtype):
+    """Random factors of integers, their scales and floats in `dtype`, and a bias."""
+    generator = torch.Generator().manual_seed(out * columns)
+    mask = top_n_mask(torch.randn(out, columns, generator=generator), Pattern.parse(pattern))
+    values, scales = rounded(torch.randn(out, columns, generator=generator) / columns**0.5 * mask, core, group)
+    sides = {}
+    for side, size, n in (("left", left, out), ("right", right, columns)):
+        if size is None:
+            continue
+        made = torch.randn(n // size, size, size, generator=generator) / size**0.5
+        if blocks:
+            numbers, own = rounded(made.view(n, size), "int8", size)
+            sides |= {side: numbers.view(made.shape), f"{side}_scales": own.view(-1).to(dtype)}
+        else:
+            sides[side] = made.to(dtype)
+    kind = Quantization(core, blocks, group)
+    found = Factorization(
+        values, mask, Pattern.parse(pattern), quantization=kind, core_scales=scales.to(dtype), **sides
+    )
+    return found, torch.randn(out, generator=generator).to(dtype)
+
+
+def multiplied(layer, x, level):
+    values, bits, left, right, bias, *scales = layer._integers()
+    columns = layer.layout.quantization.group
+    return cpu.multiply(x, values, bits, left, right, bias, layer.group, level, scales, columns)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
+    factors, bias = stored(*shape, dtype)
+    layer = ArmorLinear.of(factors, bias)
+    for rows in (1, 2, 3, 7, 8, 9, 16, 17, 33):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        y = multiplied(layer, x, level)
+        exact = factors.in_floats()
+        expected, bound = product_within(x, exact.core, exact.left, exact.right, bias)
+        assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_layer_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
+    factors, bias = stored(*SHAPES[0], dtype)
+    layer = ArmorLinear.of(factors, bias)
+    assert layer.runs_packed
+    x = torch.randn(3, 256).to(dtype).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    expected = factors.reconstruct().sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    unpacked = ArmorLinear.of(factors, bias).unpack()
+    torch.testing.assert_close(unpacked(x).float(), y.float(), rtol=0.05, atol=0.05)
+
+
+@needs_library
+def test_the_operator_is_one_to_torch():
+    factors, bias = stored(*SHAPES[2], torch.float32)
+    layer = ArmorLinear.of(factors, bias)
+    tensors = [None if t is None else t.detach() for t in layer._integers()]
+    operands = (torch.randn(2, 100), *tensors, 2, 4, layer.layout.quantization.group)
+    torch.library.opcheck(torch.ops.armor.cpu_integers_linear, operands)
+
+
+@pytest.mark.parametrize("group", [4, 48, 528])
+def test_groups_that_the_kernel_does_not_cut_go_through_torch(group):
+    factors, bias = stored(16, 1056, None, None, "2:4", "int8", None, group, torch.float32)
+    layer = ArmorLinear.of(factors, bias)
+    x = torch.randn(2, 1056)
+    assert not integers.supports(layer.layout, x, *layer._integers())
+    torch.testing.assert_close(layer(x), x @ factors.reconstruct().T + bias, rtol=1e-4, atol=1e-4)
