@@ -49,9 +49,11 @@ def _load() -> ctypes.CDLL | None:
         library = None if path is None else ctypes.CDLL(str(path))
     except OSError:  # built for another machine
         library = None
+    if library is not None and not hasattr(library, "armor_multiply"):  # by an earlier release
+        library = None
     if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.armor_linear.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
+        library.armor_multiply.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
         library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
         library.armor_unpack.restype = None
     return library
@@ -74,7 +76,10 @@ _has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 @cache
 def _tell_once() -> None:
-    log.warning("the CPU kernel was not built: layers run through torch; install a C compiler, then the package again")
+    log.warning(
+        "the CPU kernel was not built, or by another release: layers run through torch; install a C compiler, then the "
+        "package again"
+    )
 
 
 def available() -> bool:
@@ -147,7 +152,7 @@ def multiply(
         kept = in_features // 2 if packed else kept
     y = x.new_empty(*x.shape[:-1], out)
     assert _library is not None  # `supports` said so
-    error = _library.armor_linear(
+    error = _library.armor_multiply(
         level,
         TYPES[x.dtype],
         *(None if t is None else t.data_ptr() for t in (x, values, bits, left, right, bias, y)),

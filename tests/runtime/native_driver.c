@@ -9,7 +9,7 @@
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 int armor_initialize(void);
-int armor_linear(int level, int type, const void *x, const void *values, const void *mask, const void *left,
+int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
                  const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
                  int64_t group, int64_t left_size, int64_t right_size, const void *integers,
                  parallel_function parallel, int threads);
@@ -88,7 +88,7 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
                 mask[i * stride + c / 8] |= (uint8_t)(1 << c % 8);
                 left_to_keep--;
             }
-    armor_linear(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
+    armor_multiply(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
                  threads);
     armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
     for (int64_t r = 0; r < rows; r++) {
@@ -113,7 +113,7 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
     }
     /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
     memset(mask, 0xff, (size_t)(out * stride));
-    armor_linear(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
+    armor_multiply(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
                  threads);
     armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
     void *all[] = {x, values, y, left, right, bias, dense, mask, u, z};

@@ -153,7 +153,7 @@ static const struct kernel *kernel_for(int level, int type, int64_t right_size) 
  * bias (out) or null. `group`: in every `group` consecutive columns of a row the core keeps kept * group / in.
  * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
  * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
-int armor_linear(int level, int type, const void *x, const void *values, const void *mask, const void *left,
+int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
                  const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
                  int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,
                  parallel_function parallel, int threads) {
