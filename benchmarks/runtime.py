@@ -1,6 +1,7 @@
 """The CPU kernel against dense layers, and whole models, dense against packed.
 
-Layers: F.linear in bfloat16, float16 and float32, and the packed 2:4 layer in bfloat16.
+Layers: F.linear in bfloat16, float16 and float32, torch's int8 linear, and the packed 2:4 layer in bfloat16, int8 and
+int4.
 
 For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
@@ -81,6 +82,37 @@ def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
     return kinds | {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
 
 
+def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
+    """The same of integers: ours with blocks of 64, and torch's own int8 linear, a scale for each row."""
+    values, bits, *_ = packed(out, columns, 64)
+    blocks = [torch.randint(-127, 128, (n // 64, 64, 64), dtype=torch.int8) for n in (out, columns)]
+    scales = [torch.rand(n).bfloat16() for n in (out, columns)]
+    int8 = torch.randint(-127, 128, values.shape, dtype=torch.int8)
+    int4 = torch.randint(0, 256, (out, columns // 4), dtype=torch.uint8)
+    by_group = {group: torch.rand(out, columns // group).bfloat16() for group in (128, 64)}
+    dense = torch.randint(-127, 128, (out, columns), dtype=torch.int8)
+    return {
+        "torch int8": [dense, scales[0]],
+        "armor int8": [int8, bits, *blocks, by_group[128], *scales],
+        "armor int4": [int4, bits, *blocks, by_group[64], *scales],
+    }
+
+
+def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> Callable[[], Tensor]:
+    """What a CPU does for a layer of that kind."""
+    if kind.startswith("as "):
+        return tensors[0].sum
+    if kind.startswith("linear"):
+        return partial(F.linear, x[tensors[0].dtype], tensors[0])
+    own = x[torch.bfloat16]
+    if kind == "torch int8":
+        return partial(torch.ops.aten._weight_int8pack_mm, own, *tensors)
+    if len(tensors) == 4:
+        return partial(cpu.linear, own, *tensors, group=4)
+    columns = own.shape[1] // tensors[4].shape[1]
+    return partial(cpu.multiply, own, *tensors[:4], None, 4, scales=tensors[4:], columns=columns)
+
+
 def size_of(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -101,7 +133,7 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows and each kind."""
     out, columns = map(int, layer.split("x"))
     total = 4 * last_level_cache_bytes()
-    kinds = kinds_of(out, columns)
+    kinds = kinds_of(out, columns) | kinds_of_integers(out, columns)
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64)
     for kind, tensors in list(kinds.items()):
@@ -118,12 +150,7 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
                 if kind != "linear bfloat16" and turn > 0 and sum(times[kind]) > 5:
                     continue
                 tensors = all_copies[turn % len(all_copies)]
-                if kind.startswith("as "):
-                    taken = seconds(tensors[0].sum)
-                elif kind.startswith("linear"):
-                    taken = seconds(F.linear, x[tensors[0].dtype], tensors[0])
-                else:
-                    taken = seconds(cpu.linear, x[torch.bfloat16], *tensors, group=4)
+                taken = seconds(multiply(kind, x, tensors))
                 if turn >= 0:  # the turn before the first only warms up
                     times[kind].append(taken)
             if turn >= 0:
