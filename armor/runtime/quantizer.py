@@ -9,7 +9,7 @@ names that transformers could not match after; each defect is one ArmorError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class ArmorQuantizer(HfQuantizer):
     """
 
     _wait: Callable[[], None] | None = None
+    _own: Sequence[str] = ()  # weights of the first expert of every list of experts that are modules of their own
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -137,24 +138,26 @@ class ArmorQuantizer(HfQuantizer):
         is_watched = _watch_keys(model, known, where)
         renamed = swap_linears(model, modules)
         _keep_from_initialization(model, renamed)
-        saved = Names(model).saved_module
-        self.quantization_config = ArmorConfig(**quantization_config({saved(n): m for n, m in renamed.items()}))
-        return known if is_watched else None
-
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        """transformers' conversions without those that would fuse experts which are modules of their own."""
-        own = [
+        self._own = [
             f"{path}.0.{name}.weight"
             for path, module in model.named_modules()
             if isinstance(module, Experts)
             for name, _ in module.get_submodule("0").named_children()
         ]
+        saved = Names(model).saved_module
+        self.quantization_config = ArmorConfig(**quantization_config({saved(n): m for n, m in renamed.items()}))
+        return known if is_watched else None
+
+    def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]  versions give more or less
+        self, weight_conversions: list, *others: Any
+    ) -> list:
+        """transformers' conversions without those that would fuse experts which are modules of their own."""
         weight_conversions = [
             entry
             for entry in weight_conversions
-            if not (isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in own))
+            if not (isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in self._own))
         ]
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *others)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._wait is not None:
