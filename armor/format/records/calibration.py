@@ -14,7 +14,7 @@ class CalibrationRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor calibrate again"
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     fingerprint: str
     """That of the model."""
     text_fingerprint: str
