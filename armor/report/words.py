@@ -9,7 +9,7 @@ from armor.format.records.evaluation import EvaluationRecord
 from armor.report.numbers import number, percent, plus_minus, size
 from armor.report.results import ModelResults, RecipeResults, decode_speed
 
-__all__ = ["missing", "notes_on_blocks", "summarize"]
+__all__ = ["missing", "notes_on_blocks", "summarize", "unrouted"]
 
 
 def summarize(model: ModelResults) -> list[str]:
@@ -21,9 +21,21 @@ def summarize(model: ModelResults) -> list[str]:
     if best:
         paragraphs += [" ".join(_lost(model, best, rival)), _trained(best), " ".join(_saved(model, best, rival))]
     paragraphs.append(" ".join(_trust(model)))
+    paragraphs += unrouted(model)
     if gaps := missing(model):
         paragraphs.append(f"Missing, and left as gaps: {'; '.join(gaps)}.")
     return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def unrouted(model: ModelResults) -> list[str]:
+    """The experts that a calibration sent no token to, a line for each calibration that has some."""
+    found = {name: record.unrouted_experts for name, record in model.calibrations.items()}
+    return [
+        f"{len(experts)} experts saw no token of the calibration {name} and have the statistics of all tokens: "
+        f"{', '.join(experts[:3])}{' and more' if len(experts) > 3 else ''}."
+        for name, experts in found.items()
+        if experts
+    ]
 
 
 def missing(model: ModelResults) -> list[str]:

@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -30,7 +31,7 @@ from armor.report.figures import figures
 from armor.report.gather import read_results
 from armor.report.numbers import duration, number, percent, plus_minus, size
 from armor.report.tables import csv_text, latex_text, markdown_text
-from armor.report.words import missing, summarize
+from armor.report.words import missing, summarize, unrouted
 from tests.report.sample import BITS, BYTES, FILES, MACHINE, PERPLEXITY, PROMPTS, change, plan, trained, write_results
 
 LAYERS = 3
@@ -171,6 +172,17 @@ def test_a_missing_result_is_a_gap_and_never_zero(own, file, gaps):
     text = dict(zip(FIELDS, csv_text([row]).splitlines()[1].split(","), strict=True))
     assert all(text[key] == "" for key in gaps)
     assert any(gap.startswith("armor: ") for gap in missing(model_of(own)))
+
+
+def test_experts_that_saw_no_token_are_named(own):
+    model = model_of(own)
+    assert not unrouted(model)
+    experts = tuple(f"model.layers.3.mlp.experts.{number}" for number in range(5))
+    name, record = next(iter(model.calibrations.items()))
+    changed = replace(model, calibrations={name: record.model_copy(update={"unrouted_experts": experts})})
+    (line,) = unrouted(changed)
+    assert line.startswith(f"5 experts saw no token of the calibration {name}") and experts[2] in line
+    assert experts[3] not in line and line in summarize(changed)
 
 
 def test_a_recipe_without_any_result_still_has_its_row(own):
