@@ -155,6 +155,8 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
                                                              float out[2][8][CHUNK]) {
     enum { MOST = 4, WIDE = 2 * STEP };
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
+    const int wide = type == INT4 ? 1 : ahead; /* its groups are shorter */
+    (void)wide;
     const element *u = layer->u;
     const int64_t in = layer->in, kept = layer->kept, last = layer->rows - 1;
     const int64_t group = type == FLOATS ? in : layer->integers.group, groups = (in + group - 1) / group;
@@ -181,8 +183,8 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
             }
 #ifdef GATHER
             if (gathers)
-                for (; c + ahead * WIDE <= end; c += ahead * WIDE)
-                    for (int a = 0; a < ahead; a++) {
+                for (; c + wide * WIDE <= end; c += wide * WIDE)
+                    for (int a = 0; a < wide; a++) {
                         int64_t now = c + a * WIDE;
                         vec w[MOST], index[MOST];
                         for (int j = 0; j < rows; j++) {
