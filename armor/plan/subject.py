@@ -42,12 +42,14 @@ class Packed:
     layers: tuple[Shapes, ...]
     layer_bytes: tuple[int, ...]
     bits: float
-    """A weight of the decoder layers' linears, in the mean."""
+    """A weight of the decoder layers' linears takes, in the mean."""
+    more_bytes: int
+    """That a budget spends beyond what the folder has, which is as the recipe says without it."""
 
     @property
     def weights_bytes(self) -> int:
-        """Those of the safetensors files; that of a budget is what it may spend."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        """Those of the safetensors files."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) + self.more_bytes
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     write_json(folder / "config.json", described)
     bits, _ = bits_per_weight(topology, size_of, shards)
     budget = config.recipes[recipe].budget
-    return Packed(folder, modules, tuple(layers), tuple(sizes), budget.bits if budget else bits)
+    spent = budget.bits if budget else bits
+    more = round((spent - bits) * topology.linear_parameters / 8)
+    return Packed(folder, modules, tuple(layers), tuple(sizes), spent, more)
 
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:

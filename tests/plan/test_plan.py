@@ -79,6 +79,19 @@ def test_every_stage_has_its_needs(tmp_path):
     assert "tiny bits" in said and "24.00" in said and "GPU: about" in said
 
 
+def test_a_token_reads_the_experts_that_it_is_sent_to_and_a_budget_is_spent(tmp_path):
+    mixture = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    plan, found, _ = made(tiny_model(tmp_path / "model", "qwen3_moe", layers=1, **mixture), tmp_path / "plan")
+    by_recipe, subject = {one.recipe: one for one in found.recipes}, plan.subjects["tiny"]
+    experts = sum(subject.shards.bytes_of(name) for name in subject.shards.names() if ".experts." in name)
+    outside = sum(map(subject.shards.bytes_of, subject.shards.names())) - subject.table_bytes - experts
+    assert by_recipe["dense"].bytes_per_token == outside + experts // 4
+    spent = by_recipe["bits"].weights_bytes - by_recipe["armor"].weights_bytes
+    bits = by_recipe["bits"].bits_per_weight - by_recipe["armor"].bits_per_weight
+    assert by_recipe["bits"].bits_per_weight == 24.0
+    assert spent == pytest.approx(bits * subject.topology.linear_parameters / 8, abs=16)
+
+
 def test_more_of_everything_takes_more(tmp_path):
     model = tiny_model(tmp_path / "model", layers=2)
     _, found, _ = made(model, tmp_path / "less")
