@@ -19,7 +19,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.machine import describe
 from armor.format.layout import RESULTS, Results
 from armor.format.names import beside
-from armor.run.jobs import BY_LAYER, jobs
+from armor.run.jobs import STAGES, jobs
 from armor.run.status import cost
 
 MEMORY, BYTES, SECONDS = 1.25, 1.01, 1.5
@@ -34,7 +34,7 @@ def taken(configuration: Path, run: Path) -> tuple[dict[str, dict], dict[str, in
     config, results = load_config(configuration), run / RESULTS
     found: dict[str, dict] = {}
     for job in jobs(config, str(results)):
-        names = job.names[:-1] if job.stage in BY_LAYER else job.names
+        names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
         spent = cost(job)
         if spent is not None:
             own = found.setdefault(" ".join((job.stage, *names)), {"jobs": 0, "seconds": 0.0, "memory_bytes": None})
