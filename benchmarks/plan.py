@@ -38,7 +38,9 @@ def taken(configuration: Path, run: Path) -> tuple[dict[str, dict], dict[str, in
         spent = cost(job)
         if spent is not None:
             own = found.setdefault(" ".join((job.stage, *names)), {"jobs": 0, "seconds": 0.0, "memory_bytes": None})
-            recorded = [read_json(p).get("peak_memory_bytes") for p in job.outputs if p.suffix == ".json"]
+            recorded = [
+                read_json(p).get("peak_memory_bytes") for p in job.outputs if p.suffix == ".json" and p.is_file()
+            ]
             own["jobs"] += 1
             own["seconds"] += spent.seconds
             own["memory_bytes"] = max(filter(None, [*recorded, own["memory_bytes"]]), default=None)
