@@ -74,4 +74,5 @@ def test_a_streamed_answer_is_what_transformers_writes(folder, engine, tmp_path)
         stream = ask(model=name, prompt=prompt, max_tokens=12, temperature=0, stream=True)
         parts = [part.choices[0].text for part in stream if part.choices]
     assert len(parts) > 3
-    assert "".join(parts) == tokenizer.decode(written, skip_special_tokens=True)
+    # A character whose bytes are not all there yet is held back by a stream.
+    assert "".join(parts).rstrip("\ufffd") == tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd")
