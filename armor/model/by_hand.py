@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,16 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
 def is_taken(layer: nn.Module, name: str) -> bool:
     """Whether the source of the module above the linear `name` of `layer` takes its weight."""
     above, _, own = name.rpartition(".")
+    return re.search(USED.format(name=re.escape(own)), _source(type(layer.get_submodule(above)))) is not None
+
+
+@cache  # a mixture has thousands of modules of one class
+def _source(kind: type) -> str:
+    """The source of a class; empty for one that was made without a file."""
     try:
-        source = inspect.getsource(type(layer.get_submodule(above)))
-    except (OSError, TypeError):  # a class that was made without a file
-        return False
-    return re.search(USED.format(name=re.escape(own)), source) is not None
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 @contextmanager
