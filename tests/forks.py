@@ -29,6 +29,8 @@ def fork(
                 for descriptor, file in enumerate((out, said), 1):
                     os.dup2(file.fileno(), descriptor)
                 sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+                if "torch" in sys.modules:  # a fork has no pool of threads, and to wait for one would never end
+                    sys.modules["torch"].set_num_threads(1)
                 if "tqdm" in sys.modules:  # all forks share the parent's lock
                     sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
                 os.chdir(folder)

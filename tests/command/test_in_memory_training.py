@@ -75,7 +75,7 @@ def test_an_error_leaves_the_model_as_it_was(tmp_path):
         ({**RECIPE, "refine": {**TRAINING, "sequences": 5000}}, "found .* tokens in 1 documents, needed 5002 x 48"),
         ({"base": "armor", "refine": {}}, "recipe: base: there is no recipe armor here"),
         ({**RECIPE, "budget": {"bits": 20}}, "recipe: budget: is for the workflow"),
-        ({"method": "dense", "refine": {}}, "a dense recipe has nothing to train"),
+        ({"method": "dense", "refine": {}}, "a dense recipe has no factors"),
     ):
         with pytest.raises(ArmorError, match=said):
             armor.compress(model, tokenizer, tiny_text(), recipe, **SIZES)

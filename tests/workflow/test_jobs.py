@@ -69,6 +69,7 @@ AROUND = (
 SAID = {
     "inspect": {
         *("armor/model/cost.py", "armor/core/pattern.py", "armor/core/blockdiag.py", "armor/format/checkpoint.py"),
+        *("armor/core/factorization.py", "armor/core/integers.py"),
     },
 }
 """What a command executes after its stage, for what it prints."""
@@ -89,7 +90,7 @@ def executed(tmp_path_factory, config):
     model = tiny_model(folder / "tiny", "llama", layers=1)
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
-    tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training)}
+    tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training), "quantize": {}}
     questions = folder / "questions.txt"
     questions.write_text("".join(map(ITEM.format, ("two", "three", "four", "five"))))
     tasks = {"text": {"files": [str(questions)]}, "tasks": ["last_word", "continuation"], "items": 4}
