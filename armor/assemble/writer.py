@@ -31,6 +31,7 @@ from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
 from armor.format.names import layer_file
 from armor.format.provenance import PROVENANCE, combined, machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
@@ -138,9 +139,9 @@ def assemble(
 
 def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> ProvenanceRecord:
     """The checkpoint's provenance: that of its own making and of the factors, and which other tensors were trained."""
-    inputs = {f"layer {record.layer}": record.sha256 for record in records}
+    inputs = {Input.LAYER.format(record.layer): record.sha256 for record in records}
     statistics = combined(record.statistics_fingerprint for record in records)
-    made = made_by(__name__, None, {"model": source.fingerprint, "statistics": statistics, **inputs})
+    made = made_by(__name__, None, {Input.MODEL: source.fingerprint, Input.STATISTICS: statistics, **inputs})
     return ProvenanceRecord(
         fingerprint=source.fingerprint,
         statistics_fingerprint=statistics,

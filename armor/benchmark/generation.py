@@ -43,6 +43,7 @@ from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak
 from armor.format.checkpoint import modules_of
 from armor.format.names import record_of_folder
 from armor.format.provenance import machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.benchmark import BenchmarkRecord, CoreSide, Phases, Runs, Sample, Side
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
@@ -51,7 +52,7 @@ from armor.runtime.streamed import USABLE
 
 __all__ = ["DENSE", "benchmark", "bytes_on_disk", "bytes_per_token", "core_on_disk", "greedy_text"]
 
-DENSE = "dense"
+DENSE = Input.DENSE
 """What the dense model is called among the recipes."""
 FEWEST = 8  # new tokens of each sequence in a batch, below which their times say little
 

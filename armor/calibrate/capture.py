@@ -33,7 +33,7 @@ from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file, layer_files
 from armor.format.provenance import combined, machine, made_by
-from armor.format.records.base import File
+from armor.format.records.base import File, Input
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.statistics import Accumulator, write_statistics
@@ -168,7 +168,7 @@ def calibrate(
             seconds=round(seconds, 3),
             tokens_per_second=round(tokens.numel() / seconds, 1),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {"model": source.fingerprint, "text": text_fingerprint}),
+            made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint}),
             machine=machine(device),
         )
         record.write(output)

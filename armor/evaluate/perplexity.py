@@ -42,6 +42,7 @@ from armor.execution.resume import Steps, identity, resumable
 from armor.format.logits import read_logits
 from armor.format.names import logits_beside
 from armor.format.provenance import combined, machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import load_tokenizer
@@ -92,7 +93,7 @@ def evaluate(
     """
     start = time.monotonic()
     folder, output = Path(folder), Path(output)
-    inputs = {"model": fingerprint}
+    inputs = {Input.MODEL: fingerprint}
     if dense is not None:
         dense = Path(dense)
         _check_same_tokens(folder, dense)
@@ -107,7 +108,7 @@ def evaluate(
             return _write(output, settings, blocks, means, inputs, device, time.monotonic() - start)
         dense_fingerprint = known.fingerprint
     if dense is not None or known is not None:
-        inputs["dense"] = dense_fingerprint
+        inputs[Input.DENSE] = dense_fingerprint
     stored = known if known is not None and _has_logits(known, Path(predictions or "")) else None
     if known is not None and stored is None:
         why = known.not_stored or "they were removed"
@@ -205,7 +206,7 @@ def _write(
         against_dense=against,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
-        made_by=made_by(__name__, settings, {**inputs, "text": blocks.fingerprint}),
+        made_by=made_by(__name__, settings, {**inputs, Input.TEXT: blocks.fingerprint}),
         machine=machine(device),
     )
     record.write(output)

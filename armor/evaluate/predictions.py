@@ -36,6 +36,7 @@ from armor.execution.resume import Steps, identity, resumable
 from armor.format.logits import LogitsFile
 from armor.format.names import logits_beside
 from armor.format.provenance import machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype
 
@@ -100,7 +101,7 @@ def predict(
             not_stored=why,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {"model": fingerprint, "text": blocks.fingerprint}),
+            made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.TEXT: blocks.fingerprint}),
             machine=machine(device),
         )
         record.write(output)

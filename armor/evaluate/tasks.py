@@ -47,6 +47,7 @@ from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak
 from armor.execution.resume import identity, resumable
 from armor.format.names import beside, samples_beside, task_beside
 from armor.format.provenance import combined, machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE, StreamedModel
@@ -107,7 +108,7 @@ def evaluate_tasks(
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {"model": fingerprint, "files": files}),
+            made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}),
             machine=machine(device),
         )
         result.write(output)

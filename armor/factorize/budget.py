@@ -20,6 +20,7 @@ from armor.execution.log import log
 from armor.execution.machine import peak_memory_bytes
 from armor.format.names import layer_files
 from armor.format.provenance import combined, machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 
 __all__ = ["cheapest", "choose"]
@@ -55,7 +56,7 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
         modules={name: _rounded(price) for name, price in chosen.items()},
         seconds=sum(layer.seconds for layer in layers),
         peak_memory_bytes=peak_memory_bytes("cpu"),
-        made_by=made_by(__name__, settings, {"prices": combined(layer.content() for layer in layers)}),
+        made_by=made_by(__name__, settings, {Input.PRICES: combined(layer.content() for layer in layers)}),
         machine=machine(),
     )
     record.write(output)

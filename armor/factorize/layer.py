@@ -31,6 +31,7 @@ from armor.execution.resume import resumable
 from armor.format.checkpoint import PackedLinear
 from armor.format.factors import read_factors, write_factors
 from armor.format.provenance import machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
@@ -77,21 +78,21 @@ def factorize_layer(
     chosen = layer_of(source, topology, layer, settings)
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
     used = {
-        "model": topology.fingerprint,
-        "statistics": sha256(statistics) if Path(statistics).is_file() else None,
+        Input.MODEL: topology.fingerprint,
+        Input.STATISTICS: sha256(statistics) if Path(statistics).is_file() else None,
     }
     if budget is not None:
         record = BudgetRecord.read(budget)
         if record.fingerprint != topology.fingerprint:
             raise ArmorError(f"{budget}: of another model (its fingerprint differs); {record.AGAIN}")
-        used["budget"] = record.content()
+        used[Input.BUDGET] = record.content()
         resolved = {name: choice.apply(resolved[name]) for name, choice in _choices(record, budget, chosen).items()}
     inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
     shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
     work = {
         "layer": chosen.model_dump(mode="json"),
         "fingerprint": topology.fingerprint,
-        "statistics": used["statistics"] if inputs else None,
+        "statistics": used[Input.STATISTICS] if inputs else None,
         "settings": settings.model_dump(mode="json"),
         "resolved": {name: asked.model_dump(mode="json") for name, asked in resolved.items()},
     }
@@ -141,7 +142,7 @@ def factorize_layer(
             layer=layer,
             fingerprint=topology.fingerprint,
             sha256=sha256(output),
-            statistics_fingerprint=used["statistics"],
+            statistics_fingerprint=used[Input.STATISTICS],
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             modules=modules,

@@ -26,6 +26,7 @@ from armor.execution.resume import resumable
 from armor.factorize.layer import block_sizes_of, factorize_somewhere, inputs_of, layer_of, possible, seed_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.provenance import machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.budget import LinearPrices, Price, PricesRecord
 from armor.format.records.layer import BlockSizes
 from armor.format.records.sensitivity import SensitivityRecord
@@ -63,9 +64,9 @@ def price_layer(
     inputs = inputs_of(Path(statistics), topology, chosen, asked, device)
     weighed = read_sensitivities(Path(sensitivity), [*asked], topology.fingerprint)
     used = {
-        "model": topology.fingerprint,
-        "statistics": sha256(statistics) if Path(statistics).is_file() else None,
-        "sensitivity": SensitivityRecord.read(sensitivity).sha256,
+        Input.MODEL: topology.fingerprint,
+        Input.STATISTICS: sha256(statistics) if Path(statistics).is_file() else None,
+        Input.SENSITIVITY: SensitivityRecord.read(sensitivity).sha256,
     }
     shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
     modules, code = {}, settings.code()

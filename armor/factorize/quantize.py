@@ -20,6 +20,7 @@ from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.factors import read_factors, read_others, read_start, write_factors
 from armor.format.provenance import machine, made_by
+from armor.format.records.base import Input
 from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards
@@ -50,7 +51,11 @@ def quantize_layer(
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     start = read_start(factors, topology.fingerprint)
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
-    used = {"model": topology.fingerprint, f"layer {layer}": start.sha256, "statistics": sha256(statistics)}
+    used = {
+        Input.MODEL: topology.fingerprint,
+        Input.LAYER.format(layer): start.sha256,
+        Input.STATISTICS: sha256(statistics),
+    }
     made = made_by(__name__, settings, used)
     shards, modules = Shards(source.path), dict(start.modules)
     given, _ = read_factors(factors)

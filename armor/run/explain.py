@@ -12,23 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
 
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json, sha256
+from armor.execution.files import sha256
 from armor.execution.machine import versions
 from armor.execution.table import text_table
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
 from armor.format.names import beside, layer_file, record_of_folder
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
-from armor.format.records.base import Machine, MadeBy
+from armor.format.records.base import Input, Machine, Made, Origin
 from armor.format.records.budget import BudgetRecord, PricesRecord
 from armor.format.records.calibration import CalibrationRecord
-from armor.format.records.checkpoint import FactorsMadeBy
+from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import LayerRecord
+from armor.format.records.report import ReportRecord
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.states import StatesRecord
@@ -40,26 +38,10 @@ __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
 
 
 TOGETHER: dict[str, Callable[[Path], str]] = {
-    "before": lambda file: LayerRecord.read(file).sha256,
-    "prices": lambda file: PricesRecord.read(file).content(),
+    Input.BEFORE: lambda file: LayerRecord.read(file).sha256,
+    Input.PRICES: lambda file: PricesRecord.read(file).content(),
 }
 """Inputs of which a record has one fingerprint for all layers, and how that of a layer is read."""
-
-
-class _AnyRecord(BaseModel):
-    """What is looked at of a record, of whatever stage and version."""
-
-    format_version: int | None = None
-    made_by: MadeBy | None = None
-    machine: Machine | None = None
-    factors: tuple[FactorsMadeBy, ...] = ()
-    settings: dict[str, Any] | None = None
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> _AnyRecord:
-        return cls.model_validate(read_json(path))
 
 
 def record_of(path: Path) -> Path:
@@ -79,7 +61,7 @@ def record_of(path: Path) -> Path:
         here = [] if path.suffix == ".json" else [path.parent / CALIBRATION, path.parent / SUMMARY]
         candidates = [path.with_suffix(".json"), *here]
     for file in candidates:
-        if file.is_file() and (record := _AnyRecord.read(file)) and (record.made_by or record.settings is not None):
+        if file.is_file() and (Origin.within(file) or SourceRecord.within(file)):
             return file
     hint = (
         "expected a result of the pipeline: factors, statistics, a checkpoint, an evaluation, a benchmark, the report"
@@ -96,31 +78,37 @@ def results_of(record: Path) -> Path | None:
 
 def describe(record: Path) -> list[str]:
     """What made the result that `record` speaks of, one thing a line."""
-    value = _AnyRecord.read(record)
     rows: list[tuple[str, object]] = [("record", str(record))]
-    if made := value.made_by:
-        layers = [name for name in made.inputs if name.startswith("layer ")]
+    if origin := Origin.within(record):
+        made = origin.made_by
+        layers = made.layers()
         rows += [("stage", made.stage), ("code", made.code)]
         rows += [("input", f"{name} {found or 'unknown'}") for name, found in made.inputs.items() if name not in layers]
         rows += [("input", f"factors of {len(layers)} layers")] if layers else []
-    if settings := value.settings or (made and made.settings):
-        rows.append(("settings", _text(settings)))
-    for part in value.factors:
+        rows += [("settings", _text(made.settings))] if made.settings else []
+    elif source := SourceRecord.within(record):
+        rows.append(("settings", _text(source.settings)))
+    checkpoint = CheckpointRecord.within(record) or ProvenanceRecord.within(record)
+    for part in checkpoint.factors if checkpoint else ():
         rows += [("layers", ranges(part.layers)), ("layer settings", _text(part.settings))]
         rows += [("layer code", part.code), ("layer versions", _text(part.versions))]
-    if machine := value.machine:
+    if machine := _machine(record):
         rows += [("device", machine.device), ("processor", machine.processor), ("threads", machine.threads)]
         rows.append(("versions", _text(machine.versions)))
-    if value.seconds is not None:
-        rows.append(("seconds", f"{value.seconds:,.1f}"))
-    if value.peak_memory_bytes is not None:
-        rows.append(("peak memory", f"{value.peak_memory_bytes / 1e6:,.0f} MB"))
+    if cost := Made.within(record):
+        rows += [("seconds", f"{cost.seconds:,.1f}"), ("peak memory", f"{cost.peak_memory_bytes / 1e6:,.0f} MB")]
     return text_table([(name, str(said)) for name, said in rows], left=2).splitlines()
+
+
+def _machine(record: Path) -> Machine | None:
+    """What the result was made on; None where `record` does not say it."""
+    found = Made.within(record) or ReportRecord.within(record)
+    return found and found.machine
 
 
 def newer_versions(record: Path) -> list[str]:
     """The packages whose versions are others here than where the result was made, one line each."""
-    machine = _AnyRecord.read(record).machine
+    machine = _machine(record)
     made = machine.versions if machine else {}
     return [f"{name} {made[name]} then, {now} here" for name, now in versions().items() if made.get(name, now) != now]
 
@@ -158,12 +146,13 @@ class Reruns:
             return
         if job.stage == "inspect":  # what follows compares what it says
             return
-        value = _AnyRecord.read(job.record)
-        then: dict[str, Any] = value.settings or {}
-        if job.stage != "fetch":
-            if (made := value.made_by) is None:
+        if job.stage == "fetch":
+            then = SourceRecord.read(job.record).settings
+        else:
+            if (origin := Origin.within(job.record)) is None:
                 yield "it was made by another release, which noted no provenance"
                 return
+            made = origin.made_by
             then = made.settings
             if (now := job.code(self.config)) != made.code:
                 yield f"the code of {made.stage} has changed ({made.code}, now {now})"
@@ -216,18 +205,18 @@ def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
     if other.stage == "calibrate":
         known = CalibrationRecord.read(file)
         of_layer = known.files.get(layer_file(file.parent, own[0]).name) if own else None
-        yield "statistics", of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
+        yield Input.STATISTICS, of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
     elif other.stage == "states":
-        yield "states", StatesRecord.read(file).text_fingerprint
+        yield Input.STATES, StatesRecord.read(file).text_fingerprint
     elif other.stage == "sensitivity":
-        yield "sensitivity", SensitivityRecord.read(file).sha256
+        yield Input.SENSITIVITY, SensitivityRecord.read(file).sha256
     elif other.stage == "budget":
-        yield "budget", BudgetRecord.read(file).content()
+        yield Input.BUDGET, BudgetRecord.read(file).content()
     elif STAGES[other.stage].by_layer:
-        yield f"layer {other.names[2]}", LayerRecord.read(file).sha256
+        yield Input.LAYER.format(other.names[2]), LayerRecord.read(file).sha256
     elif other.stage == "tune":
         layers = enumerate(TuneRecord.read(file).layers)
-        yield from ((f"layer {index}", found) for index, found in layers if not own or str(index) in own)
+        yield from ((Input.LAYER.format(index), found) for index, found in layers if not own or str(index) in own)
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:

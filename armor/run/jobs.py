@@ -16,13 +16,14 @@ from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
 from armor.format.layout import RESULTS, Results
+from armor.format.records.base import Input
 from armor.format.records.topology import Topology
 
 __all__ = ["STAGES", "Job", "Names", "Stage", "jobs", "jobs_of"]
 
 Names = tuple[str, ...]
 Needed = tuple[str, str, Names]
-"""What a record calls the fingerprint of one of its inputs, the stage that makes it, and that job's names."""
+"""What a rule calls one of its inputs, the stage that makes it, and that job's names."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def _once(config: Config, kind: str) -> list[Names]:
 
 def _model(*names: str) -> list[Needed]:
     """The inputs of nearly every stage: where the model is, and what it is made of."""
-    return [("model", "fetch", names[:1]), ("topology", "inspect", names[:1])]
+    return [(Input.MODEL, "fetch", names[:1]), ("topology", "inspect", names[:1])]
 
 
 def _finished(config: Config, model: str, recipe: str) -> Needed:
     """What an evaluation reads: the checkpoint of a recipe, or the source where that leaves the model as it is."""
-    return ("model", "fetch", (model,)) if config.is_dense(recipe) else ("model", "assemble", (model, recipe))
+    return (Input.MODEL, "fetch", (model,)) if config.is_dense(recipe) else (Input.MODEL, "assemble", (model, recipe))
 
 
 def _training(config: Config, stage: str, model: str, recipe: str, *layer: str) -> list[Needed]:
@@ -104,8 +105,8 @@ def _refine_inputs(config: Config, model: str, recipe: str, layer: str) -> list[
     chained = layer.isdigit() and config.refine_settings(recipe).refine.inputs == "compressed"
     return [
         *_training(config, "refine", model, recipe, layer),
-        ("states", "states", (model, config.states_of(recipe))),
-        *(("before", "refine", (model, recipe, str(number))) for number in range(int(layer) if chained else 0)),
+        (Input.STATES, "states", (model, config.states_of(recipe))),
+        *((Input.BEFORE, "refine", (model, recipe, str(number))) for number in range(int(layer) if chained else 0)),
     ]
 
 
@@ -116,7 +117,7 @@ def _final(config: Config, model: str, recipe: str) -> Needed:
 
 
 def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> list[Needed]:
-    dense = [] if config.is_dense(recipe) else [("dense", "fetch", (model,))]
+    dense = [] if config.is_dense(recipe) else [(Input.DENSE, "fetch", (model,))]
     return [_finished(config, model, recipe), *dense, ("predictions", "predict", (model, evaluation))]
 
 
@@ -162,7 +163,7 @@ STAGES = {
         inputs=lambda config, model, recipe, layer: [
             *_model(model),
             ("calibration", "calibrate", (model, config.calibration_of(recipe))),
-            ("sensitivity", "sensitivity", (model, config.sensitivity_of(recipe))),
+            (Input.SENSITIVITY, "sensitivity", (model, config.sensitivity_of(recipe))),
         ],
         settings=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)).code(),
@@ -173,7 +174,7 @@ STAGES = {
         asked=_budgeted,
         entry="armor.factorize.budget",
         seconds=2,
-        inputs=lambda config, model, recipe: [("prices", "price", (model, recipe))],
+        inputs=lambda config, model, recipe: [(Input.PRICES, "price", (model, recipe))],
         settings=lambda config, model, recipe: config.budget(recipe),
     ),
     "factorize": Stage(
@@ -184,7 +185,7 @@ STAGES = {
         inputs=lambda config, model, recipe, layer: [
             *_model(model),
             ("calibration", "calibrate", (model, config.calibration_of(recipe))),
-            *([("budget", "budget", (model, recipe))] if config.recipes[recipe].budget else []),
+            *([(Input.BUDGET, "budget", (model, recipe))] if config.recipes[recipe].budget else []),
         ],
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
@@ -276,7 +277,7 @@ STAGES = {
         entry="armor.benchmark.generation",
         seconds=75,
         inputs=lambda config, model, benchmark: [
-            ("dense", "fetch", (model,)),
+            (Input.DENSE, "fetch", (model,)),
             *((recipe, "assemble", (model, recipe)) for recipe in config.benchmarked(model, benchmark)),
         ],
         settings=lambda config, model, benchmark: config.benchmarks[benchmark],

@@ -29,6 +29,7 @@ from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import layer_file
 from armor.format.provenance import combined, made_by
+from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
@@ -96,11 +97,11 @@ def refine_layer(
     earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
     before = [LayerRecord.read(file).sha256 for file in earlier]
     used = {
-        "model": topology.fingerprint,
-        f"layer {layer}": start.sha256,
-        "states": known.text_fingerprint,
-        "statistics": sha256(statistics),
-        **({"before": combined(before)} if chained else {}),
+        Input.MODEL: topology.fingerprint,
+        Input.LAYER.format(layer): start.sha256,
+        Input.STATES: known.text_fingerprint,
+        Input.STATISTICS: sha256(statistics),
+        **({Input.BEFORE: combined(before)} if chained else {}),
     }
     made = made_by(__name__, settings, used)
     work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}

@@ -26,7 +26,7 @@ from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.names import layer_file, layer_name
 from armor.format.provenance import machine, made_by
-from armor.format.records.base import File
+from armor.format.records.base import File, Input
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import DecoderLayer, Topology
@@ -102,7 +102,7 @@ def measure_sensitivity(
             dtype=known.dtype,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {"model": source.fingerprint, "text": known.text_fingerprint}),
+            made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: known.text_fingerprint}),
             machine=machine(device),
         )
         result.write(output)

@@ -21,7 +21,7 @@ from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.names import layer_name
 from armor.format.provenance import machine, made_by
-from armor.format.records.base import File
+from armor.format.records.base import File, Input
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards
@@ -103,7 +103,7 @@ def make_states(
             bytes=(count + 1) * each,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, sample, {"model": source.fingerprint, "text": text}),
+            made_by=made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text}),
             machine=machine(device),
         )
         record.write(output)

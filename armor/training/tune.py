@@ -37,7 +37,7 @@ from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import layer_file
 from armor.format.provenance import machine, made_by
-from armor.format.records.base import File, MadeBy
+from armor.format.records.base import File, Input, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
@@ -100,10 +100,10 @@ def tune(
         )
     text = fingerprint_of(tokens)
     used = {
-        "model": topology.fingerprint,
-        "text": text,
-        "statistics": CalibrationRecord.read(calibration).statistics_fingerprint,
-        **{f"layer {start.layer}": start.sha256 for start in starts},
+        Input.MODEL: topology.fingerprint,
+        Input.TEXT: text,
+        Input.STATISTICS: CalibrationRecord.read(calibration).statistics_fingerprint,
+        **{Input.LAYER.format(start.layer): start.sha256 for start in starts},
     }
     made = made_by(__name__, settings, used)
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:

@@ -27,14 +27,15 @@ from armor.format.factors import (
     read_others,
     write_factors,
 )
-from armor.format.records.base import File, Made, Record
+from armor.format.records.base import File
+from armor.format.reference import record_types
 from armor.format.sensitivity import SENSITIVITY_VERSION, Sensitivity, write_sensitivities
 from armor.format.states import STATES_VERSION, open_states, write_states
 from armor.format.statistics import STATISTICS_VERSION, Statistics, read_statistics, write_statistics
 
 for module in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
     importlib.import_module(module.name)
-RECORDS = {kind.__name__: kind for base in (Record, Made) for kind in base.__subclasses__() if kind is not Made}
+RECORDS = {kind.__name__: kind for kind in record_types() if "format_version" in kind.model_fields}
 FILES = {
     "SourceRecord": "source",
     "Topology": "model",

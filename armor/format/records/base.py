@@ -12,7 +12,7 @@ from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256, write_json
 
-__all__ = ["File", "Made", "MadeBy", "Machine", "Record"]
+__all__ = ["File", "Input", "Made", "MadeBy", "Machine", "Origin", "Record"]
 
 
 class Record(Typed):
@@ -45,6 +45,19 @@ class Record(Typed):
             raise ArmorError(
                 f"{path}: {where}: {what}; no record of this release; {cls.AGAIN}, or delete it and run the workflow"
             ) from None
+
+    @classmethod
+    def within(cls, path: Path | str) -> Self | None:
+        """The fields of this type in the record at `path`, whatever its stage and version; None unless all are there.
+
+        Raises ArmorError if the file is missing or broken.
+        """
+        value = read_json(path)
+        own = {name: value[name] for name in cls.model_fields if name in value}
+        try:
+            return cls.model_validate_json(json.dumps(own), strict=True)
+        except ValidationError:
+            return None
 
     @classmethod
     def read_if_there(cls, path: Path | str) -> Self | None:
@@ -89,6 +102,33 @@ class Machine(Typed):
     """Versions of Python, of this package and of those that it computes with."""
 
 
+class Input:
+    """The names of what a job read, in `MadeBy.inputs`. A report names records by path, a benchmark each recipe."""
+
+    MODEL = "model"
+    """The model: that of a source, or a checkpoint."""
+    DENSE = "dense"
+    """The source, where it stands beside a compressed model."""
+    TEXT = "text"
+    """The tokens."""
+    FILES = "files"
+    """The files of the tasks that were built."""
+    STATISTICS = "statistics"
+    """The file of a decoder layer's statistics; of all layers, where a stage reads all."""
+    STATES = "states"
+    """The text of the hidden states."""
+    SENSITIVITY = "sensitivity"
+    """The file of the sensitivities."""
+    PRICES = "prices"
+    """The prices of all decoder layers."""
+    BUDGET = "budget"
+    """The choices of a budget."""
+    BEFORE = "before"
+    """The refined factors of all decoder layers before."""
+    LAYER = "layer {}"
+    """The file of a decoder layer's factors, by its number."""
+
+
 class MadeBy(Typed):
     """What made a result: nothing in it names a path or a time."""
 
@@ -101,12 +141,21 @@ class MadeBy(Typed):
     inputs: dict[str, str | None]
     """Fingerprints of what it read, by name; null for one that has none."""
 
+    def layers(self) -> list[str]:
+        """The names of those inputs that are factors of a decoder layer."""
+        return [name for name in self.inputs if name.startswith(Input.LAYER.format(""))]
 
-class Made(Record):
-    """A record of a result that a job computed."""
+
+class Origin(Record):
+    """A record that says what made a result."""
 
     made_by: MadeBy
     """What made the result."""
+
+
+class Made(Origin):
+    """A record of a result that a job computed."""
+
     machine: Machine
     """What the job ran on."""
     seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from armor.core.typed import Typed
-from armor.format.records.base import File, Made, MadeBy, Record
+from armor.format.records.base import File, Made, Origin
 
 __all__ = ["CheckpointRecord", "FactorsMadeBy", "ProvenanceRecord"]
 
@@ -23,7 +23,7 @@ class FactorsMadeBy(Typed):
     """Versions of Python and of packages."""
 
 
-class ProvenanceRecord(Record):
+class ProvenanceRecord(Origin):
     """`provenance.json` in a packed checkpoint: what made it, wherever it is copied to."""
 
     AGAIN: ClassVar[str] = "assemble or copy the checkpoint again"
@@ -33,8 +33,6 @@ class ProvenanceRecord(Record):
     """That of the source."""
     statistics_fingerprint: str
     """One fingerprint for the statistics of all layers."""
-    made_by: MadeBy
-    """What made the checkpoint."""
     factors: tuple[FactorsMadeBy, ...]
     """What made the factors, layers alike together."""
     trained: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from armor.core.typed import Typed
-from armor.format.records.base import Machine, MadeBy, Record
+from armor.format.records.base import Machine, Origin
 
 __all__ = ["ReportRecord", "Row", "Score"]
 
@@ -73,7 +73,7 @@ class Row(Typed):
         return found
 
 
-class ReportRecord(Record):
+class ReportRecord(Origin):
     """`report/summary.json`, by `armor report`: a row for each model and recipe."""
 
     AGAIN: ClassVar[str] = "run armor report again"
@@ -81,7 +81,5 @@ class ReportRecord(Record):
     format_version: Literal[2] = 2
     rows: tuple[Row, ...]
     """In the order of the configuration."""
-    made_by: MadeBy
-    """What made the report."""
     machine: Machine
     """What the job ran on."""
