@@ -90,7 +90,8 @@ def executed(tmp_path_factory, config):
     model = tiny_model(folder / "tiny", "llama", layers=1)
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
-    tuned = config["recipes"]["armor"] | {"budget": bits, "refine": dict(training), "tune": dict(training), "quantize": {}}
+    trained = {"refine": dict(training), "tune": dict(training), "quantize": {}}
+    tuned = config["recipes"]["armor"] | {"budget": bits} | trained
     questions = folder / "questions.txt"
     questions.write_text("".join(map(ITEM.format, ("two", "three", "four", "five"))))
     tasks = {"text": {"files": [str(questions)]}, "tasks": ["last_word", "continuation"], "items": 4}
