@@ -65,6 +65,7 @@ def topology_record(layers: int = 2, **values) -> Topology:
         "hidden_size": 64,
         "parameters": 0,
         "linear_parameters": 0,
+        "decoder_parameters": 0,
         "tied_embeddings": False,
         "layers": decoder,
     }

@@ -27,12 +27,16 @@ PASSED_ON = ("license", "license_name", "license_link", "language")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of all tensors, packed and in the source; bits per weight of the decoder layers' linears, likewise."""
+    """Bytes of all tensors, packed and in the source; bits per weight of the decoder layers' linears, likewise.
+
+    `compressed_share` is the share of the decoder layers' weights that is compressed.
+    """
 
     bytes: int
     dense_bytes: int
     bits_per_weight: float
     dense_bits_per_weight: float
+    compressed_share: float
 
 
 def origins(records: Iterable[LayerRecord]) -> tuple[FactorsMadeBy, ...]:
@@ -99,6 +103,7 @@ def card(
         share=f"{sizes.bytes / sizes.dense_bytes:.0%}",
         bits=f"{sizes.bits_per_weight:.3f}",
         dense_bits=f"{sizes.dense_bits_per_weight:.3f}",
+        compressed=f"{sizes.compressed_share:.1%}",
         recipe="\n".join(_recipe(part) for part in made.factors),
         training=_trainings(records),
         fingerprint=made.fingerprint,
@@ -186,7 +191,8 @@ Without `import armor.hf` loading stops with a shape error: that is on purpose. 
 {table}
 
 The loss is the share of the calibration-weighted norm of W that is lost, {loss} in the mean over all of these. Packed,
-the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source.
+the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source. Of the decoder layers'
+weights, {compressed} are compressed.
 
 {recipe}
 {training}| made from | |

@@ -72,6 +72,7 @@ def assemble(
     shards = recorded_tensors(source.path, (linear.name for linear in topology.linears()))
     layers = [_read_layer(factors, layer, topology.fingerprint, shards) for layer in topology.layers]
     modules = {name: layout for layer in layers for name, layout in layer.modules.items()}
+    kept_dense = tuple(linear.name for linear in topology.linears() if linear.name not in modules)
     kept = recorded_tensors(source.path, modules)  # experts that are stored fused stay so if none is compressed
     origin = {tensor: layer.file for layer in layers for tensor in (*layer.bytes, *layer.others)}
 
@@ -114,7 +115,13 @@ def assemble(
             write_json(part / "config.json", config)
             bits, dense_bits = bits_per_weight(topology, packed, shards)
             made.write(part / PROVENANCE)
-            whole = Sizes(sum(sizes.values()), sum(map(shards.bytes_of, shards.names())), bits, dense_bits)
+            whole = Sizes(
+                sum(sizes.values()),
+                sum(map(shards.bytes_of, shards.names())),
+                bits,
+                dense_bits,
+                topology.compressed_share(kept_dense),
+            )
             text = card(target, source.path, source.hub, topology.model_type, records, made, whole)
             (part / "README.md").write_text(text, encoding="utf-8")
             files = seal(part, sums)
@@ -128,7 +135,7 @@ def assemble(
             factors=made.factors,
             machine=machine(),
             modules=len(modules),
-            kept_dense=tuple(linear.name for linear in topology.linears() if linear.name not in modules),
+            kept_dense=kept_dense,
             files=files,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(),

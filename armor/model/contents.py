@@ -55,9 +55,10 @@ class Contents:
     def share(self) -> float:
         """The share of the decoder layers' weights that can be compressed."""
         compressed = sum(kind.numbers for kind in self._kinds.values() if kind.why_not is None)
-        return compressed / max(self._total(), 1)
+        return compressed / max(self.total(), 1)
 
-    def _total(self) -> int:
+    def total(self) -> int:
+        """The number of the decoder layers' weights."""
         return sum(kind.numbers for kind in self._kinds.values())
 
     def table(self) -> Iterator[str]:
@@ -67,7 +68,7 @@ class Contents:
                 kind.name,
                 f"{kind.count} x",
                 " x ".join(map(str, kind.shape)) or "–",
-                f"{kind.numbers / self._total():.1%}",
+                f"{kind.numbers / self.total():.1%}",
                 f"dense: {kind.why_not}" if kind.why_not else "compressed",
             )
             for kind in sorted(self._kinds.values(), key=lambda kind: -kind.numbers)
@@ -83,5 +84,5 @@ class Contents:
         most = max((kind for kind in self._kinds.values() if kind.why_not), key=lambda kind: kind.numbers)
         return (
             f"{self.share():.1%} of the decoder layers' weights can be compressed; the largest rest is {most.name} "
-            f"({most.numbers / self._total():.1%}), {most.why_not}; no setting changes this"
+            f"({most.numbers / self.total():.1%}), {most.why_not}; no setting changes this"
         )

@@ -104,6 +104,7 @@ def _topology(source: Source) -> Topology:
         hidden_size=hidden.shape[-1],
         parameters=_parameters(skeleton.model),
         linear_parameters=sum(linear.out_features * linear.in_features for layer in layers for linear in layer.linears),
+        decoder_parameters=contents.total(),
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
     )

@@ -89,6 +89,7 @@ COLUMNS = (
     Column("top1_agreement", "same top", lambda recipe: recipe.top1, percent, HIGHEST, by_text=True),
     Column("relative_loss", "rel. loss", lambda recipe: recipe.relative_loss, partial(number, digits=3), LOWEST),
     Column("bits_per_weight", "bits/weight", lambda recipe: recipe.bits_per_weight, "{:.2f}".format, LOWEST),
+    Column("compressed_share", "compressed", lambda recipe: recipe.compressed_share, percent),
     Column("checkpoint_bytes", "size", lambda recipe: recipe.checkpoint_bytes, size, LOWEST),
     Column("factorize_seconds", "factorize", lambda recipe: recipe.factorize_seconds, duration, LOWEST),
     Column(
@@ -136,9 +137,10 @@ def task_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
-    """Those of COLUMNS that say more of these recipes than their names and one pattern for all of them do."""
+    """Those of COLUMNS that say more of these recipes than their names, one pattern and all weights compressed do."""
     known = {
         "method": all(row.method in row.recipe for row in rows),
         "pattern": len({row.pattern for row in rows} - {None}) == 1,
+        "compressed_share": {percent(row.compressed_share) for row in rows} <= {percent(1), GAP},
     }
     return [column for column in COLUMNS if not known.get(column.name)]

@@ -163,6 +163,13 @@ class RecipeResults:
         return self.checkpoint.bits_per_weight if self.checkpoint else None
 
     @property
+    def compressed_share(self) -> float | None:
+        """Of the decoder layers' weights."""
+        if self.dense or self.topology is None or self.checkpoint is None:
+            return None
+        return self.topology.compressed_share(self.checkpoint.kept_dense)
+
+    @property
     def checkpoint_bytes(self) -> int | None:
         """The files of the checkpoint, or of the dense model."""
         if self.dense:

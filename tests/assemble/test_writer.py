@@ -113,6 +113,7 @@ def test_checkpoint_json(root):
     assert {name: file.bytes for name, file in result.files.items()} == {n: len(b) for n, b in files.items()}
     assert result.modules == 14 and result.kept_dense == () and result.dense_bits_per_weight == 32
     # fp32, 2:4: 16 bits of values and 1 of mask for each weight, and the blocks of 16.
+    assert f"{topology.compressed_share():.1%} are compressed" in (root / "checkpoint/README.md").read_text()
     blocks = sum(32 * 16 * (linear.out_features + linear.in_features) for linear in topology.linears())
     assert result.bits_per_weight == pytest.approx(17 + blocks / topology.linear_parameters)
 

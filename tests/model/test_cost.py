@@ -30,6 +30,7 @@ def topology(*linears):
         hidden_size=8,
         parameters=1,
         linear_parameters=1,
+        decoder_parameters=1,
         tied_embeddings=False,
         layers=(DecoderLayer(index=0, prefix="model.layers.0", linears=made),),
     )

@@ -36,6 +36,7 @@ def topology() -> Topology:
         hidden_size=4,
         parameters=1000,
         linear_parameters=96,
+        decoder_parameters=128,
         tied_embeddings=True,
         layers=(layer,),
     )
@@ -44,6 +45,11 @@ def topology() -> Topology:
 def test_what_was_written_is_read(tmp_path):
     topology().write(tmp_path / "model.json")
     assert Topology.read(tmp_path / "model.json") == topology()
+
+
+def test_what_is_kept_dense_is_not_of_the_compressed_share():
+    assert topology().compressed_share() == 96 / 128
+    assert topology().compressed_share(["model.layers.0.q", "model.layers.0.m"]) == 64 / 128
 
 
 def test_groups_keep_the_order_of_the_linears():

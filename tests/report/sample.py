@@ -22,6 +22,7 @@ from armor.methods import METHODS
 
 __all__ = ["change", "plan", "write_results"]
 
+NORMS = 2 * 576
 LINEARS = {
     "self_attn.q_proj": (576, 576),
     "self_attn.k_proj": (192, 576),
@@ -344,6 +345,7 @@ def _topology(layers: int) -> Topology:
         hidden_size=576,
         parameters=134_515_008,
         linear_parameters=106_168_320,
+        decoder_parameters=layers * (sum(out * columns for out, columns in LINEARS.values()) + NORMS),
         tied_embeddings=True,
         layers=[layer(index) for index in range(layers)],
     )

@@ -23,6 +23,7 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord
 from armor.format.records.report import ReportRecord, Row, Score
+from armor.format.records.topology import Topology
 from armor.methods import METHODS
 from armor.report import build, print_table
 from armor.report.charts import beside
@@ -93,7 +94,7 @@ def test_csv_has_exactly_the_columns_and_a_row_per_recipe(results):
         rows = list(csv.DictReader(file))
     assert ",".join(rows[0]) == (
         "model,recipe,method,pattern,block_size,perplexity,perplexity_se,relative_loss,bits_per_weight,"
-        "checkpoint_bytes,factorize_seconds,decode_tokens_per_second,kl,kl_se,top1_agreement,top1_agreement_se"
+        "compressed_share,checkpoint_bytes,factorize_seconds,decode_tokens_per_second,kl,kl_se,top1_agreement,top1_agreement_se"
     )
     assert [row["recipe"] for row in rows] == list(PERPLEXITY)
     assert {row["model"] for row in rows} == {MODEL}
@@ -124,11 +125,12 @@ def test_rows_hold_what_the_stages_wrote(results):
     assert armor.factorize_seconds == pytest.approx(sum(layer.seconds for layer in layers))
     assert (armor.bits_per_weight, armor.checkpoint_bytes) == (BITS["armor"], BYTES["armor"])
     assert armor.decode_tokens_per_second == decode.recipes["armor"].tokens_per_second["1"].decode.median
+    assert armor.compressed_share == Topology.read(Results(str(results)).topology(MODEL)).compressed_share()
     dense = rows["dense"]
-    assert dense.bits_per_weight == 16
+    assert (dense.bits_per_weight, dense.compressed_share) == (16, None)
     assert dense.checkpoint_bytes == sum(file.bytes for file in FILES.values())
     assert dense.decode_tokens_per_second == decode.dense.tokens_per_second["1"].decode.median
-    for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds", *FIELDS[12:]):
+    for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds", "compressed_share", *FIELDS[13:]):
         assert getattr(dense, gap) is None
     assert rows["nowag"].block_size is None
 
@@ -156,9 +158,9 @@ def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
 @pytest.mark.parametrize(
     "file, gaps",
     [
-        ("armor/evaluation/wikipedia.json", {*FIELDS[5:7], *FIELDS[12:]}),
+        ("armor/evaluation/wikipedia.json", {*FIELDS[5:7], *FIELDS[13:]}),
         ("benchmark/decode.json", {"decode_tokens_per_second"}),
-        ("armor/checkpoint.json", {"bits_per_weight", "checkpoint_bytes"}),
+        ("armor/checkpoint.json", {"bits_per_weight", "checkpoint_bytes", "compressed_share"}),
         ("armor/layers/layer_1.json", {"relative_loss", "factorize_seconds"}),
         ("armor/layers/layer_2.json", {"relative_loss", "factorize_seconds"}),
     ],
@@ -188,7 +190,7 @@ def test_experts_that_saw_no_token_are_named(own):
 def test_a_recipe_without_any_result_still_has_its_row(own):
     wanted = plan(["dense", "armor", "wanda"], evaluations=["elsewhere", "wikipedia"])
     built = build(own, wanted, own / "report").rows
-    assert [value for key, value in built[2].flat().items() if key not in FIELDS[:4]] == [None] * 12
+    assert [value for key, value in built[2].flat().items() if key not in FIELDS[:4]] == [None] * 13
     assert built[1].perplexity is None  # of the first evaluation, which nobody ran
     gaps = "dense: evaluation elsewhere; armor: evaluation elsewhere; wanda: evaluation elsewhere, evaluation wikipedia"
     assert f"Missing, and left as gaps: {gaps}, benchmark decode, checkpoint, some decoder layers." in page_of(own)
@@ -494,7 +496,19 @@ def test_the_summary_says_what_each_cell_sorts_by_but_of_a_gap(results):
         values = re.findall(r'<data value="([^"]+)">', line)
         assert gaps + len(values) == line.count("<td") == 10
         assert values[0] == str(row.perplexity)
-        assert gaps == sum(getattr(row, column.name) is None for column in COLUMNS)
+        assert gaps == sum(getattr(row, column.name) is None for column in COLUMNS if column.name != "compressed_share")
+
+
+def test_what_is_left_out_of_a_model_has_a_column(own):
+    assert "compressed" not in print_table(list(rows_of(own).values())).splitlines()[1]
+    paths = Results(str(own))
+    record = CheckpointRecord.read(paths.checkpoint(MODEL, "armor"))
+    names = tuple(linear.name for linear in Topology.read(paths.topology(MODEL)).linears())
+    record.model_copy(update={"kept_dense": names[::2]}).write(paths.checkpoint(MODEL, "armor"))
+    rows = rows_of(own)
+    assert 0 < rows["armor"].compressed_share < rows["nowag"].compressed_share
+    heading, _, *lines = print_table(list(rows.values())).splitlines()[1:]
+    assert "compressed" in heading and any(f"{rows['armor'].compressed_share:.1%}" in line for line in lines)
 
 
 def test_the_summary_says_what_was_lost_and_saved(results):

@@ -35,6 +35,7 @@ TOPOLOGY = Topology(
     hidden_size=4,
     parameters=1,
     linear_parameters=1,
+    decoder_parameters=1,
     tied_embeddings=False,
     layers=(),
 )

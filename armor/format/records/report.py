@@ -44,6 +44,8 @@ class Row(Typed):
     """The mean proxy loss over the linears: 0 is the dense weight, 1 no weight at all."""
     bits_per_weight: float | None = None
     """What a weight of the decoder layers' linears takes, in bits, in the mean."""
+    compressed_share: float | None = None
+    """The share of the decoder layers' weights that is compressed; null for the dense model."""
     checkpoint_bytes: int | None = None
     """The size of all files of the checkpoint."""
     factorize_seconds: float | None = None

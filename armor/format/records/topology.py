@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from armor.core.typed import Typed
@@ -54,7 +55,7 @@ class Topology(Record):
 
     AGAIN: ClassVar[str] = "run armor inspect again"
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     model_type: str
     """transformers' name of the architecture."""
     fingerprint: str
@@ -69,6 +70,8 @@ class Topology(Record):
     """All parameters of the model, tied ones counted once."""
     linear_parameters: int
     """The weights of the linears of all decoder layers."""
+    decoder_parameters: int
+    """All parameters of all decoder layers."""
     tied_embeddings: bool
     """Whether the output head is the embedding."""
     layers: tuple[DecoderLayer, ...]
@@ -77,3 +80,9 @@ class Topology(Record):
     def linears(self) -> list[Linear]:
         """All linears of all decoder layers, in order."""
         return [linear for layer in self.layers for linear in layer.linears]
+
+    def compressed_share(self, kept_dense: Collection[str] = ()) -> float:
+        """The share of the decoder layers' weights that is compressed where the linears `kept_dense` are not."""
+        kept = set(kept_dense)
+        numbers = (linear.out_features * linear.in_features for linear in self.linears() if linear.name not in kept)
+        return sum(numbers) / self.decoder_parameters
