@@ -56,6 +56,8 @@ class Recipe(ModuleSettings):
                 )
         elif self.method == "dense" and self.stages():
             raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
+        elif self.stages() and (name := self.integers()):
+            raise ValueError(f"{self.stages()[0]}: {name} makes integers, which are not trained or rounded again")
         elif self.method == "dense" and self.budget is not None:
             raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
@@ -72,6 +74,10 @@ class Recipe(ModuleSettings):
         """The methods that it names, each once."""
         dense = [Choice(method="dense") for _ in self.keep_dense]
         return methods_of(self.method, [*self.overrides, *dense, *(self.budget.over if self.budget else [])])
+
+    def integers(self) -> str | None:
+        """The first method it names that makes integers; None where it makes floats alone."""
+        return next((name for name in self.methods() if METHODS[name].stored is not None), None)
 
     def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
         """The recipe resolved for decoder layer `layer`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from armor.config.common import Name, PatternText
+from armor.config.common import Name
 from armor.config.layers import MethodName
 from armor.core.typed import Typed
 
@@ -21,7 +21,8 @@ class ReportPair(Typed):
     method: MethodName
     title: str
     """The method's title."""
-    pattern: PatternText = "2:4"
+    pattern: str = "2:4"
+    """That of the cores; 1:1 where every weight stays, as an integer."""
     block_size: int | None = Field(default=None, ge=1)
     """What was asked for; unset where a budget chooses."""
     calibration: Name | None = None

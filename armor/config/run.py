@@ -123,7 +123,7 @@ class Config(Typed):
             _known(f"recipes.{line[-1]}.base", base, self.recipes)
             if base in line:
                 raise ValueError(f"recipes.{name}.base: {' -> '.join([*line, base])}: goes round in a circle")
-            if self.recipes[base].quantize is not None:
+            if self.recipes[base].quantize is not None or self.recipes[base].integers() is not None:
                 raise ValueError(
                     f"recipes.{line[-1]}.base: {base} is quantized, and integers are not trained or rounded again; "
                     "name a recipe in floats"
@@ -267,7 +267,7 @@ class Config(Typed):
                 recipe=name,
                 method=self.factorized(name).method,
                 title=METHODS[self.factorized(name).method].title,
-                pattern=self.factorized(name).pattern,
+                pattern=str(METHODS[self.factorized(name).method].pattern(self.factorized(name))),
                 block_size=None if self.factorized(name).budget else self.factorized(name).block_size,
                 made_by=self.made_by(name),
                 calibration=self.calibration_of(name) if self.calibrations else None,

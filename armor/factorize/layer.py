@@ -23,7 +23,6 @@ from armor.config.reading import parse_settings
 from armor.core.blockdiag import sizes
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.core.pattern import Pattern
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
@@ -264,9 +263,10 @@ def layout_of(linear: Linear, asked: ModuleSettings) -> PackedLinear | None:
     asked, _ = possible(asked, *shape)
     if asked.method == "dense":
         return None
-    pattern = Pattern.parse(asked.pattern)
-    blocks = sizes(shape, pattern, asked.block_size) if "block_size" in METHODS[asked.method].settings else (None, None)
-    return PackedLinear(*shape, pattern, *blocks)
+    method = METHODS[asked.method]
+    pattern = method.pattern(asked)
+    blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
+    return PackedLinear(*shape, pattern, *blocks, method.integers(shape, asked))
 
 
 def _statistics(
@@ -292,12 +292,12 @@ def possible(settings: ModuleSettings, out_features: int, in_features: int) -> t
     """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
     if settings.method == "dense":
         return settings, None
-    pattern = Pattern.parse(settings.pattern)
+    method = METHODS[settings.method]
+    pattern = method.pattern(settings)
     shape = f"{out_features} x {in_features}"
     if not pattern.fits(in_features):
         note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
         return settings.model_copy(update={"method": "dense"}), note
-    method = METHODS[settings.method]
     if why := method.why_not((out_features, in_features), settings):
         return settings.model_copy(update={"method": method.instead}), f"pruned by {method.instead}: {why}"
     return settings, None

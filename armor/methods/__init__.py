@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from armor.core.errors import ArmorError
+from armor.core.pattern import DENSE, Pattern
 from armor.core.typed import Typed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from armor.core.factorization import Factorization
+    from armor.core.quantization import Quantization
 
 __all__ = ["METHODS", "SETTINGS", "STATISTICS", "Method", "method"]
 
@@ -45,7 +47,9 @@ class Method:
     `statistics` are those of the input that it takes, `settings` the keys of a recipe. `idea` is its first paragraph.
     `memory(shape, itemsize, **settings)` is the peak in bytes of its run on a weight of `shape` (out, in) and
     `itemsize` bytes an entry, the weight included. `obstacle(shape, **settings)` says why a weight cannot be done as
-    asked, None where it can; the method named `instead` then takes its place.
+    asked, None where it can; the method named `instead` then takes its place. `stored(shape, **settings)` is how it
+    holds a weight of `shape` in integers, every one of them; None for a method that holds the entries of a pattern, in
+    floats.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Method:
     memory: Callable[..., int] = lambda shape, itemsize: 0
     obstacle: Callable[..., str | None] = lambda shape, **settings: None
     instead: str = ""
+    stored: Callable[..., Quantization] | None = None
     statistics: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     own: Typed | None = None
@@ -79,6 +84,14 @@ class Method:
         """Why it cannot do a weight of `shape` (out, in) with the settings of a recipe; None where it can."""
         return self.obstacle(shape, **self.chosen(settings))
 
+    def pattern(self, settings: Any) -> Pattern:
+        """The pattern of its cores with the settings of a recipe."""
+        return Pattern.parse(settings.pattern) if "pattern" in self.settings else DENSE
+
+    def integers(self, shape: Shape, settings: Any) -> Quantization | None:
+        """How it holds a weight of `shape` (out, in) in integers with the settings of a recipe; None: in floats."""
+        return self.stored(shape, **self.chosen(settings)) if self.stored else None
+
     def run(self, weight: Tensor, statistics: Any, settings: Any, seed: int) -> Factorization:
         """Compress weight (out, in) under its input's statistics, on the weight's device. Raises ValueError."""
         if self.function is None:
@@ -101,6 +114,7 @@ def method(
     memory: Callable[..., int],
     obstacle: Callable[..., str | None] = lambda shape, **settings: None,
     instead: str = "",
+    stored: Callable[..., Quantization] | None = None,
 ) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
     """Register the function below under its own name, which is that of its file.
 
@@ -122,6 +136,7 @@ def method(
             memory=memory,
             obstacle=obstacle,
             instead=instead,
+            stored=stored,
             statistics=tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY),
             settings=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
             own=next((p.default for p in parameters if p.name == "settings"), None),

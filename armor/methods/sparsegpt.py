@@ -49,11 +49,8 @@ def sparsegpt(weight: Tensor, importance: Tensor, gram: Tensor, *, pattern: Patt
 
     pattern = check(weight, importance, pattern)
     columns = weight.shape[1]
-    if gram.shape != (columns, columns) or not gram.isfinite().all():
-        found = tuple(gram.shape) if gram.isfinite().all() else "NaN or infinity"
-        raise ValueError(f"gram: found {found}, expected finite numbers of shape {(columns, columns)}")
     w = weight.float()
-    upper, dead = inverse_factor(gram.to(w.device))
+    upper, dead = inverse_factor(gram.to(w.device), columns)
     w = w.masked_fill(dead, 0)
     kept, m = pattern.group(columns)
     width = max(WIDTH // m, 1) * m if pattern.m else WIDTH
@@ -83,13 +80,17 @@ def sparsegpt(weight: Tensor, importance: Tensor, gram: Tensor, *, pattern: Patt
     return Factorization(found.core, mask, pattern, loss=losses[0], start_loss=losses[1])
 
 
-def inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_factor(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """U (in, in) float32, upper triangular, Uᵀ U the inverse of the damped gram (in, in), and the dead inputs (in,).
 
-    An input that is always zero is dead: its weights do nothing and are pruned.
+    An input that is always zero is dead: its weights do nothing and become zero. Raises ValueError for a gram that is
+    not (columns, columns) or not finite.
     """
     import torch
 
+    if gram.shape != (columns, columns) or not gram.isfinite().all():
+        found = tuple(gram.shape) if gram.isfinite().all() else "NaN or infinity"
+        raise ValueError(f"gram: found {found}, expected finite numbers of shape {(columns, columns)}")
     h = gram.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     dead = diagonal == 0

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from armor.core import blockdiag
-from armor.core.factorization import Factorization
+from armor.core.packing import pack_mask
 from armor.core.pattern import top_n_mask
 from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
@@ -109,7 +108,7 @@ class _Timer:
             if layout is not None:
                 own = skeleton.inside(chosen.index, linear.name)
                 dense: Any = layer.get_submodule(own)
-                layer.set_submodule(own, _packed(layout, wanted, dense.bias))
+                layer.set_submodule(own, _packed(layout, wanted, dense.bias is not None))
         return layer, torch.randn_like(hidden), calls[chosen.index]
 
     def _head(self, kind: Head) -> float:
@@ -154,16 +153,15 @@ class _Timer:
             torch.set_num_threads(threads)
 
 
-def _packed(layout: PackedLinear, dtype: torch.dtype, bias: Tensor | None) -> ArmorLinear:
+@torch.no_grad()
+def _packed(layout: PackedLinear, dtype: torch.dtype, bias: bool) -> ArmorLinear:
     """A packed linear of zeros."""
-    rows, columns, pattern = layout.out_features, layout.in_features, layout.pattern
-    mask = top_n_mask(torch.zeros(1, columns), pattern).expand(rows, columns).clone()
-    left, right = (
-        None if size is None else blockdiag.identity(features, size, dtype=dtype)
-        for features, size in ((rows, layout.left_block_size), (columns, layout.right_block_size))
-    )
-    core = torch.zeros(rows, columns, dtype=dtype)
-    return ArmorLinear.of(Factorization(core, mask, pattern, left=left, right=right), bias)
+    layer = ArmorLinear(layout, bias, dtype=dtype)
+    for tensor in layer.state_dict().values():
+        tensor.zero_()
+    if layer.core_mask is not None:
+        layer.core_mask.copy_(pack_mask(top_n_mask(torch.zeros(1, layout.in_features), layout.pattern)))
+    return layer
 
 
 @torch.no_grad()

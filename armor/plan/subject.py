@@ -151,11 +151,11 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:
     """The tensors of a compressed linear."""
-    code, width = CODES[dtype], DTYPES[CODES[dtype]][1]
+    integers, floats = layout.integers(), "bfloat16" if layout.quantization else dtype
     found = {}
     for suffix, shape in layout.shapes().items():
-        mask = suffix == "core_mask"
-        found[f"{name}.{suffix}"] = Hole("U8" if mask else code, shape, math.prod(shape) * (1 if mask else width))
+        code = CODES[integers.get(suffix, floats)]
+        found[f"{name}.{suffix}"] = Hole(code, shape, math.prod(shape) * DTYPES[code][1])
     return found
 
 

@@ -69,10 +69,10 @@ def notes_on_blocks(model: ModelResults) -> list[str]:
 def _named(recipe: RecipeResults) -> str:
     """What the recipe is, like "ARMOR (2:4, blocks of 64)", and its name where that says more than the method."""
     details = [f"recipe {recipe.name}"] if recipe.name != recipe.pair.method else []
-    details.append(recipe.pair.pattern)
+    details += [recipe.pair.pattern] if "pattern" in recipe.method.settings else []
     if recipe.has_blocks:
         details.append(f"blocks of {recipe.block_size}")
-    return f"{recipe.pair.title} ({', '.join(details)})"
+    return f"{recipe.pair.title} ({', '.join(details)})" if details else recipe.pair.title
 
 
 def _perplexity(record: EvaluationRecord) -> str:

@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+import armor.hf  # noqa: F401
+from armor.assemble.export import export
+from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings, Override
 from armor.core.factorization import Factorization
@@ -37,7 +42,7 @@ def numbers(path):
 
 def numpy_core(tensors, module, rows, columns, own):
     """S, dense; `own` is what config.json says of integers."""
-    values, mask = tensors[f"{module}.core_values"], tensors[f"{module}.core_mask"]
+    values, mask = tensors[f"{module}.core_values"], tensors.get(f"{module}.core_mask")
     if own and own["core"] == "int4":
         values = np.stack((values & 15, values >> 4), 2).reshape(rows, -1).astype(int)
         values = np.where(values > 7, values - 16, values)
@@ -45,7 +50,7 @@ def numpy_core(tensors, module, rows, columns, own):
     for r in range(rows):
         k = 0
         for c in range(columns):
-            if mask[r, c // 8] >> (c % 8) & 1:
+            if mask is None or mask[r, c // 8] >> (c % 8) & 1:
                 scale = tensors[f"{module}.core_scales"][r, c // own["group"]] if own else 1
                 core[r, c] = values[r, k] * float(scale)
                 k += 1
@@ -113,6 +118,23 @@ def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, blocks):
             assert factors.quantization is not None
             expected = factors.reconstruct(torch.float64).numpy()
             assert np.allclose(found[name], expected, rtol=1e-12, atol=1e-12), name
+
+
+def test_a_reader_made_from_the_page_gets_the_same_dense_integers(tmp_path):
+    overrides = [Override(modules="*.down_proj", method="int8"), Override(modules="*.k_proj", method="armor")]
+    root = packed(tmp_path, settings=LayerSettings(method="int4", block_size=16, overrides=overrides))
+    found, expected = numpy_weights(root / "checkpoint"), factors_of(root)
+    assert found.keys() == expected.keys()
+    export(root / "checkpoint", tmp_path / "dense")
+    exported = load_file(tmp_path / "dense/model.safetensors")
+    for name, factors in expected.items():
+        assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
+        weight = exported[f"{name}.weight"]
+        assert torch.equal(weight, factors.reconstruct().to(weight.dtype)), name
+    assert verify(root / "checkpoint").modules == 14
+    models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
+    packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
+    torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)
 
 
 def grid(*shape):

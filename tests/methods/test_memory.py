@@ -28,7 +28,7 @@ settings = ModuleSettings.model_validate_json(sys.argv[4])
 for shape in ((256, 256), (int(sys.argv[1]), int(sys.argv[2]))):
     before = resident_memory_bytes()
     weight = torch.randn(shape).to(getattr(torch, sys.argv[3]))
-    gram = torch.eye(shape[1]) if settings.method == "sparsegpt" else None
+    gram = torch.eye(shape[1]) if "gram" in METHODS[settings.method].statistics else None
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")
     METHODS[settings.method].run(weight, Statistics(torch.rand(shape[1]) + 0.1, gram, 1), settings, 0)
@@ -53,8 +53,9 @@ def settings(method="armor", algorithm="fast", **keys):
         ((1024, 1024), "float32", 4, settings(algorithm="published", block_size=64)),
         ((1024, 2048), "bfloat16", 2, settings("wanda")),
         ((1024, 1024), "float32", 4, settings("sparsegpt")),
+        ((1024, 2048), "bfloat16", 2, settings("int4")),
     ],
-    ids=["small", "large", "published", "wanda", "sparsegpt"],
+    ids=["small", "large", "published", "wanda", "sparsegpt", "int4"],
 )
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(shape, dtype, itemsize, asked):
     command = [sys.executable, "-c", MEASURE, *map(str, shape), dtype, asked.model_dump_json()]

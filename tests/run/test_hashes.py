@@ -34,6 +34,7 @@ HELD_BY = {
     "factorize/budget": "budget",
     "factorize/layer methods/solver/annealed methods/solver/published methods/solver/pruning": "price factorize",
     "factorize/quantize methods/solver/rounding": "quantize",
+    "methods/solver/feedback": "price factorize quantize",
     "factorize*": "price budget factorize quantize",
     "training/states": "sensitivity states refine",
     "training/refine": "refine",

@@ -33,7 +33,7 @@ class Row(Typed):
     method: str
     """The method's name."""
     pattern: str | None = None
-    """The pattern of the cores; null for the dense model."""
+    """The pattern of the cores, 1:1 where every weight stays, as an integer; null for the dense model."""
     block_size: int | str | None = None
     """The size of the blocks around the cores, or "32 to 48"; null where there are none."""
     perplexity: float | None = None

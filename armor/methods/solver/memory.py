@@ -8,10 +8,11 @@ what is measured. No torch is imported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from armor.core.pattern import PatternLike
 
-__all__ = ["PIECE", "pruning_bytes"]
+__all__ = ["PIECE", "pruning_bytes", "rounding_bytes"]
 
 PIECE = 1 << 22
 """Entries of the float64 pieces in which the loss is summed: 32 MB each."""
@@ -26,3 +27,10 @@ def pruning_bytes(scoring: int) -> Callable[..., int]:
         return entries * itemsize + max(entries * (stored + scoring), entries * 2 * stored + 24 * min(entries, PIECE))
 
     return peak
+
+
+def rounding_bytes(shape: tuple[int, int], itemsize: int, **settings: Any) -> int:
+    """The peak of a method that rounds every weight to the nearest; what is stored is a byte and its mask."""
+    entries = shape[0] * shape[1]
+    normalised, multiplied_out = entries * 16, entries * 8 + 24 * min(entries, PIECE)
+    return entries * (itemsize + 2) + max(normalised, multiplied_out)

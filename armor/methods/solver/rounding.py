@@ -22,6 +22,7 @@ from armor.core.factorization import Factorization
 from armor.core.integers import expand_scales, rounded
 from armor.core.pattern import top_n_mask
 from armor.core.quantization import LIMITS, IntegerType, Quantization
+from armor.methods.solver.feedback import swept
 from armor.methods.solver.objective import Objective, relative_loss
 
 __all__ = ["quantize"]
@@ -139,20 +140,6 @@ def _upper(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(inverse, upper=True)[0].float()
 
 
-def _swept(values: Tensor, upper: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
-    """`values` (..., k) as integers of `scales` alike, one after the other; those behind take up each error."""
-    rest, found = values.clone(), torch.empty_like(values)
-    for t in range(values.shape[-1]):
-        scale = scales[..., t]
-        q = torch.where(
-            scale == 0, 0.0, (rest[..., t] / torch.where(scale == 0, 1.0, scale)).round().clamp(least, most)
-        )
-        found[..., t] = q
-        error = (rest[..., t] - q * scale) / upper[..., t, t]
-        rest[..., t + 1 :] -= error[..., None] * upper[..., t, t + 1 :]
-    return found
-
-
 def _core_with_feedback(factors: Factorization, gram: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
     """The integers of S (out, in), on `scales` (out, in); gram (in/d, d, d) is B D Bᵀ."""
     count, size, _ = gram.shape
@@ -165,7 +152,7 @@ def _core_with_feedback(factors: Factorization, gram: Tensor, scales: Tensor, le
         places = mask.int().argsort(dim=-1, descending=True, stable=True)[..., :kept]
         blocks = torch.arange(count, device=gram.device).view(1, -1, 1, 1)
         small = gram[blocks, places[..., :, None], places[..., None, :]]
-        values = _swept(core.gather(2, places), _upper(small), own.gather(2, places), least, most)
+        values, _ = swept(core.gather(2, places), _upper(small), own.gather(2, places), least, most)
         out.scatter_(2, places, values)
     return found
 
@@ -184,9 +171,10 @@ def _blocks_with_feedback(
     own = scales.float().view(-1, size, 1).expand_as(blocks)
     upper = _upper(gram)[:, None]
     if across_rows:
-        numbers = _swept(blocks.transpose(1, 2), upper, own.transpose(1, 2), *LIMITS[kind.blocks]).transpose(1, 2)
+        numbers, _ = swept(blocks.transpose(1, 2), upper, own.transpose(1, 2), *LIMITS[kind.blocks])
+        numbers = numbers.transpose(1, 2)
     else:
-        numbers = _swept(blocks, upper, own, *LIMITS[kind.blocks])
+        numbers, _ = swept(blocks, upper, own, *LIMITS[kind.blocks])
     return numbers.contiguous().to(torch.int8), scales.view(-1)
 
 

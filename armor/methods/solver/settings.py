@@ -1,4 +1,4 @@
-"""The settings of the optimiser, for a configuration; without torch."""
+"""The settings of the optimiser and of groups of integers, for a configuration; without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from armor.core.typed import Typed
 
-__all__ = ["Algorithm", "Selection", "SolverSettings"]
+__all__ = ["Algorithm", "GroupSettings", "Selection", "SolverSettings"]
 
 Algorithm = Literal["fast", "published"]
 Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
@@ -25,3 +25,10 @@ class SolverSettings(Typed):
     """How published chooses the group of each block that it improves next. l1-random and l2-random draw a group; the
     larger the 1-norm or 2-norm of its gradient, the likelier it is. l1-greedy takes the group with the largest 1-norm.
     uniform draws any. Unset: l1-random, the paper's choice."""
+
+
+class GroupSettings(Typed):
+    """The groups of a method that rounds to int4."""
+
+    group: int = Field(default=128, ge=1)
+    """How many weights of a row, one after the other, share a scale. 16 bits more for each group."""

@@ -1,0 +1,30 @@
+"""Rounding with feedback: entries of a row go one after the other, and those behind make up for each error.
+
+The rule is that of Frantar et al. 2023 (GPTQ, arXiv 2210.17323). It needs U, upper triangular, with Uᵀ U the inverse of
+the row's Hessian.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["swept"]
+
+
+def swept(values: Tensor, upper: Tensor, scales: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
+    """`values` (..., k) as integers of `scales` alike, from `least` to `most`, and the errors that they make.
+
+    `upper` (..., k, k) is U. An error is what is lost of an entry by the diagonal of U: with the row of U it says what
+    the entries behind are to take up, those beyond the k too.
+    """
+    rest, found, errors = values.clone(), torch.empty_like(values), torch.empty_like(values)
+    for t in range(values.shape[-1]):
+        scale = scales[..., t]
+        q = torch.where(
+            scale == 0, 0.0, (rest[..., t] / torch.where(scale == 0, 1.0, scale)).round().clamp(least, most)
+        )
+        found[..., t] = q
+        errors[..., t] = error = (rest[..., t] - q * scale) / upper[..., t, t]
+        rest[..., t + 1 :] -= error[..., None] * upper[..., t, t + 1 :]
+    return found, errors
