@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster test-faults test-vllm lint bench docs reference clean
+.PHONY: demo test test-cluster test-faults test-vllm lint bench families docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	@$(BIN)/armor progress -- $(BIN)/snakemake --cores $(CORES)
@@ -41,6 +41,9 @@ lint: .venv/installed  ## what CI checks of the form
 
 bench: .venv/installed  ## the solver against the published optimiser
 	$(BIN)/python benchmarks/solver.py
+
+families: .venv/installed  ## every causal class of transformers, tiny, through the pipeline; writes docs/FAMILIES.md
+	$(BIN)/python -m benchmarks.families
 
 reference: .venv/installed  ## make the generated pages anew: configuration, methods, records, the JSON schema
 	$(BIN)/armor schema > workflow/schemas/config.schema.json

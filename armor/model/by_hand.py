@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from armor.core.errors import ArmorError
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["by_hand", "is_taken"]
+__all__ = ["by_hand", "is_taken", "other_forward"]
 
 USED = r"\bself\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
 
@@ -48,7 +48,8 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     The layer is on the meta device. Where it fails as it is, its error is raised. Raises ArmorError where it runs as it
     is, and not with linears that have no weight.
     """
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    own = {*other_forward(layer)}
+    linears = {n: module for n, module in layer.named_modules() if isinstance(module, nn.Linear) and n not in own}
     found = {name for name in linears if is_taken(layer, name)}
     failed: Exception | None = None
     while failed is None:
@@ -67,6 +68,15 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
         f"{type(layer).__name__}: runs, but not with linears that have no weight ({type(failed).__name__}: {said}), so "
         "a compressed model of this kind would not run"
     ) from failed
+
+
+def other_forward(layer: nn.Module) -> list[str]:
+    """The names, within `layer`, of linears whose class computes something else than a linear, as some routers do."""
+    return [
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
 
 
 def is_taken(layer: nn.Module, name: str) -> bool:

@@ -19,7 +19,7 @@ from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
-from armor.model.by_hand import by_hand
+from armor.model.by_hand import by_hand, other_forward
 from armor.model.contents import Contents
 from armor.model.source import Source
 from armor.runtime.experts import routers
@@ -76,7 +76,11 @@ def _topology(source: Source) -> Topology:
         prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
         taken = by_hand(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
         kept += [f"{prefix}.{name}" for name in taken]
-        left = dict.fromkeys(taken, "another module multiplies with it") | dict.fromkeys(routers(layer), "a router")
+        left = (
+            dict.fromkeys(taken, "another module multiplies with it")
+            | dict.fromkeys(other_forward(layer), "its class has a forward of its own")
+            | dict.fromkeys(routers(layer), "a router")
+        )
         contents.add(layer, left)
         linears = {
             f"{prefix}.{name}": module

@@ -62,3 +62,12 @@ def test_a_family_whose_own_code_fails_on_single_layers_is_refused_in_one_line(t
     with pytest.raises(ArmorError, match="CpmAnt.*: ValueError: .*not supported") as caught:
         inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
     assert "\n" not in str(caught.value) and not (tmp_path / "model.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
+def test_a_router_with_a_forward_of_its_own_stays_dense(tmp_path, caplog, family):
+    tiny = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "pad_token_id": 0}
+    lines, _ = told(caplog, tmp_path, family, **tiny)
+    routers = [line for line in lines if line.split()[0].endswith(("router", "mlp.gate"))]
+    assert routers and all(" dense: " in line for line in routers)
+    assert any("q_proj" in line and line.endswith("compressed") for line in lines)

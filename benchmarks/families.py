@@ -1,0 +1,297 @@
+"""Every causal class of transformers, as a tiny random model, through the whole pipeline; writes docs/FAMILIES.md.
+
+    make families                                  # all of them; goes on where it was stopped
+    python -m benchmarks.families mixtral gpt_oss  # these, again
+
+A family's configuration is made small by `SMALL`, and by `OWN` where it needs more. Its model is inspected, calibrated,
+factorized with blocks of 16, and assembled. The packed checkpoint is then loaded, and so is the dense one that `armor
+export` makes of the same factors. Their logits in float32 are compared. Each family has a process of its own and a
+limit of time. What it came to is a line of JSON in FOLDER/families.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from armor.assemble.export import export
+from armor.assemble.writer import assemble
+from armor.calibrate.capture import calibrate
+from armor.config.recipes import LayerSettings
+from armor.config.sources import CalibrationSettings
+from armor.core.errors import ArmorError
+from armor.factorize.layer import factorize_layer
+from armor.methods.solver.settings import SolverSettings
+from armor.model.inspect import inspect
+from armor.model.source import open_source
+from armor.runtime.load import load_model
+from tests.tiny import VOCABULARY, tiny_text, tiny_tokenizer
+
+__all__ = ["FAMILIES", "attempt", "page", "small_config"]
+
+FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+PAGE = Path("docs/FAMILIES.md")
+LINES = "families.jsonl"
+SECONDS = 120
+"""The limit of a family's process."""
+LARGEST = 30_000_000
+"""Parameters of a model that is still tiny; more means that some size has a name that SMALL lacks."""
+TOKENS = 40
+"""In the sequence that packed and dense logits are compared on."""
+CLOSE = 1e-5
+"""How far packed and dense logits may be apart, relative, in float32."""
+
+# fmt: off
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "ffn_hidden_size", "n_inner", "shared_intermediate_size",
+                     "decoder_ffn_dim", "encoder_ffn_dim"), 128),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+                     "num_encoder_layers", "num_decoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads",
+                     "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_experts_per_tok", "moe_k", "moe_topk",
+                     "n_group", "attn_layer_period", "expert_layer_period", "expand", "mamba_expand"), 2),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "conv_kernel",
+                     "linear_num_value_heads"), 4),
+    **dict.fromkeys(("topk_group", "n_shared_experts", "first_k_dense_replace", "attn_layer_offset",
+                     "expert_layer_offset", "n_groups", "mamba_n_groups"), 1),
+    **dict.fromkeys(("head_dim", "global_head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                     "v_head_dim", "sliding_window", "attention_window", "window_size", "mamba_d_head",
+                     "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim",
+                     "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("state_size", "time_step_rank", "mamba_d_state", "mamba_dt_rank", "mamba_n_heads", "num_heads",
+                     "mamba_num_heads", "ssm_state_size", "laurel_rank"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
+    "moe_intermediate_size": 32, "q_lora_rank": 32, "shared_expert_intermediate_size": 64,
+    "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "use_mamba_kernels": False,
+    "partial_rotary_factor": 0.5,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 16},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
+    "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"head_dim": 16, "num_heads": 8},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attention_head_size": 16,
+                 "feed_forward_size": 128, "attn_layers": ["local", "local"], "local_attn_chunk_length": 16},
+    "xlnet": {"d_head": 16, "d_inner": 128},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+}
+"""What a family needs beside; a value of None takes a key out."""
+# fmt: on
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
+    """Small values for the keys that `config` has, and lists by layer as short, each of their values once in them."""
+    found = {
+        key: value
+        for key, value in SMALL.items()
+        if getattr(type(config), key, None).__class__ is not property and _has(config, key)
+    }
+    layers = getattr(config, "num_hidden_layers", None)
+    by_layer = {
+        key: list(dict.fromkeys(value))
+        for key, value in config.to_dict().items()
+        if isinstance(value, list) and value and len(value) == layers and not isinstance(value[0], list | dict)
+    }
+    if "kv_lora_rank" in found:  # latent attention has no groups of heads
+        found["num_key_value_heads"] = SMALL["num_attention_heads"]
+    few = max([2, *map(len, by_layer.values())])
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        found |= {key: few} if key in found else {}
+    return found | {key: (kinds * few)[:few] for key, kinds in by_layer.items()}
+
+
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    """Whether `config` has a value of its own for `key`; one that differs by layer is not asked for as a whole."""
+    try:
+        return getattr(config, key, None) is not None or key in config.to_dict()
+    except AttributeError:
+        return False
+
+
+def small_config(family: str) -> PreTrainedConfig:
+    """A configuration of `family` for a model of some hundred thousand parameters."""
+    full = AutoConfig.for_model(family)
+    parts = {name: getattr(full, name, None) for name in full.sub_configs}
+    small = {name: _small(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    given = _small(full) | small | OWN.get(family, {})
+    return AutoConfig.for_model(family, **{key: value for key, value in given.items() if value is not None})
+
+
+def _model(family: str, folder: Path) -> None:
+    """Save a tiny random model of `family` to `folder`; ValueError, or an error of its own, if it does not run."""
+    config = small_config(family)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters are left in its small configuration")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        if not model(torch.arange(TOKENS)[None]).logits.isfinite().all():
+            raise ValueError("its logits are not finite")
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+
+
+def attempt(family: str, root: Path) -> dict[str, Any]:
+    """What came of `family`: its class, outcome, share compressed, packed against dense, and a note; works in `root`.
+
+    The outcome is "ok", "refused" (with the line), "differs", "fails" (with the error), or "no model" where no tiny one
+    was made that runs as it is.
+    """
+    found: dict[str, Any] = {"family": family, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
+    stage = "model"
+    try:
+        _model(family, root / "source")
+        stage, source = "inspect", open_source(root / "source")
+        topology = inspect(source, root / "model.json")
+        found["compressed_share"] = topology.compressed_share()
+        stage, text = "calibrate", root / "text.txt"
+        text.write_text(tiny_text(120), encoding="utf-8")
+        settings = CalibrationSettings(text={"files": [str(text)]}, sequences=2, sequence_length=48)
+        calibrate(source, topology, settings, root / "calibration" / "calibration.json")
+        stage, settings = "factorize", LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=1))
+        for layer in topology.layers:
+            file = f"layer_{layer.index}.safetensors"
+            factorize_layer(
+                source, topology, layer.index, root / "calibration" / file, settings, root / "layers" / file
+            )
+        stage = "assemble"
+        assemble(source, topology, root / "layers", root / "checkpoint.json")
+        stage, packed = "load", load_model(root / "checkpoint", "float32")
+        export(root / "checkpoint", root / "dense")
+        tokens = torch.arange(TOKENS)[None]
+        with torch.no_grad():
+            one, other = packed(tokens).logits, load_model(root / "dense", "float32")(tokens).logits
+        found["packed_against_dense"] = ((one - other).norm() / other.norm()).item()
+        found["outcome"] = "ok" if found["packed_against_dense"] <= CLOSE else "differs"
+    except ArmorError as error:
+        found |= {"outcome": "refused", "note": f"{stage}: {_line(error, root)}"}
+    except Exception as error:  # whatever a family's own code raises is what is to be seen
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        note = f"{type(error).__name__}: {_line(error, root)} ({Path(place.filename).name}:{place.lineno})"
+        found |= {"outcome": "no model" if stage == "model" else "fails", "note": f"{stage}: {note}"}
+    return found
+
+
+def _line(error: Exception, root: Path) -> str:
+    return " ".join(str(error).replace(f"{root}/", "").split())
+
+
+def _child(family: str, root: Path) -> None:
+    """`attempt` in a process of its own, its noise in `root`/log.txt and what it found in `root`/found.json."""
+    with (root / "log.txt").open("w", encoding="utf-8") as noise:
+        os.dup2(noise.fileno(), 1)
+        os.dup2(noise.fileno(), 2)
+        (root / "found.json").write_text(json.dumps(attempt(family, root)), encoding="utf-8")
+
+
+def _tried(family: str, root: Path) -> dict[str, Any]:
+    """What came of `family` in a process that is ended after SECONDS."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    start = time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(family, root))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    seconds = round(time.monotonic() - start, 1)
+    file = root / "found.json"
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        note = f"no end in {SECONDS} s" if seconds >= SECONDS else f"its process ended with {process.exitcode}"
+        found = {"family": family, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], "outcome": "fails", "note": note}
+    shutil.rmtree(root)
+    return found | {"seconds": seconds}
+
+
+TEXT = """# Families
+
+Every class of transformers {version} that AutoModelForCausalLM maps, as a tiny random model of float32, through
+`inspect`, `calibrate`, `factorize` (ARMOR, blocks of 16), `assemble`, and loading. Written by `make families`
+(`benchmarks/families.py`).
+
+"Share compressed" is the share of the decoder layers' weights that is compressed. Tiny models have large norms and
+convolutions for their size: of a real model the share is higher. "Packed against dense" is the relative difference of
+the logits of the packed model and of the dense one of the same factors; ok is at most {close:g}. "No model" says that
+the script made no tiny model that runs as it is, which tells nothing about the family.
+
+{counts}.
+
+| family | share compressed | packed against dense | notes |
+|---|--:|--:|---|
+{rows}
+"""
+
+
+def page(lines: dict[str, dict[str, Any]]) -> str:
+    """docs/FAMILIES.md from the `lines` by family; says how many families were not tried."""
+    outcomes = [found["outcome"] for found in lines.values()]
+    counts = {outcome: outcomes.count(outcome) for outcome in ("ok", "refused", "differs", "fails", "no model")}
+    counts["not tried"] = len(set(FAMILIES) - lines.keys())
+    return TEXT.format(
+        version=transformers.__version__,
+        close=CLOSE,
+        counts=", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count),
+        rows="\n".join(_row(lines[family]) for family in sorted(lines)),
+    )
+
+
+def _row(found: dict[str, Any]) -> str:
+    share, apart = found.get("compressed_share"), found.get("packed_against_dense")
+    note = found.get("note", "").replace("|", r"\|").replace("<", r"\<").replace("*", r"\*")[:300]
+    notes = found["outcome"] + (f": {note}" if note else "")
+    cells = (f"{share:.1%}" if share is not None else "–", f"{apart:.1e}" if apart is not None else "–", notes)
+    return f"| {found['family']} | " + " | ".join(cells) + " |"
+
+
+def main(
+    families: Annotated[list[str] | None, typer.Argument(help="Try these, again if need be. All by default.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where families.jsonl is, and models for a moment.")] = Path(
+        "build/families"
+    ),
+) -> None:
+    """Try the families that have no line yet, or those that are named, and write docs/FAMILIES.md."""
+    torch.set_num_threads(1)  # processes are forked: no other thread may run
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("armor").setLevel("ERROR")
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LINES
+    said = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = {found["family"]: found for found in map(json.loads, said)}
+    for family in families or [family for family in FAMILIES if family not in lines]:
+        lines[family] = _tried(family, folder / family)
+        print(*(f"{key}={value}" for key, value in lines[family].items()), flush=True)
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(lines[family]) + "\n")
+    PAGE.write_text(page(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

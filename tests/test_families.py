@@ -1,0 +1,30 @@
+"""The table of families: what a family comes to is what happens to it, and the page has all that was found."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.families import CLOSE, FAMILIES, OWN, attempt, page
+
+
+def test_what_becomes_of_a_family(tmp_path):
+    (tmp_path / "llama").mkdir()
+    found = attempt("llama", tmp_path / "llama")
+    assert found["outcome"] == "ok" and 0 < found["packed_against_dense"] <= CLOSE
+    assert 0.9 < found["compressed_share"] < 1
+
+
+@pytest.mark.parametrize("family, outcome, said", [("gpt2", "refused", "no linear"), ("blt", "no model", "parameters")])
+def test_what_stops_a_family_is_told(tmp_path, family, outcome, said):
+    found = attempt(family, tmp_path)
+    assert found["outcome"] == outcome and said in found["note"] and str(tmp_path) not in found["note"]
+
+
+def test_the_page_counts_what_was_not_tried():
+    found = {"family": "llama", "outcome": "ok", "compressed_share": 0.5, "packed_against_dense": 1e-7}
+    text = page({"llama": found})
+    assert f"1 ok, {len(FAMILIES) - 1} not tried." in text and "| llama | 50.0% | 1.0e-07 | ok |" in text
+
+
+def test_settings_of_families_are_of_families_that_there_are():
+    assert OWN.keys() <= {*FAMILIES}
