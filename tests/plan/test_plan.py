@@ -133,9 +133,9 @@ def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_
 def test_the_command_prints_tables_or_json(tmp_path):
     tiny_model(tmp_path / "model", layers=1)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": "model"}}}))
-    done = armor("plan", "my.yaml", folder=tmp_path)
+    done = armor("plan", "my.yaml", "--threads", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
-    done = armor("plan", "my.yaml", "--json", "--card", "l40s", folder=tmp_path)
+    done = armor("plan", "my.yaml", "--json", "--card", "l40s", "--threads", "1", folder=tmp_path)
     assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "my.yaml"]
