@@ -148,7 +148,8 @@ class _Timer:
             if "solver" not in METHODS[kind.settings.method].settings or wanted <= EARLY + MORE:
                 return min(seconds(wanted) for _ in range(REPEATS)) / weight.numel()
             first, more = seconds(EARLY), seconds(EARLY + MORE)
-            return (first + (wanted - EARLY) * (more - first) / MORE) / weight.numel()
+            slope = max(0.0, more - first) / MORE  # on a busy machine the longer run may have been the faster one
+            return (first + (wanted - EARLY) * slope) / weight.numel()
         finally:
             torch.set_num_threads(threads)
 
