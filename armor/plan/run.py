@@ -10,7 +10,7 @@ from pathlib import Path
 from armor.config.run import Config
 from armor.format.layout import RESULTS
 from armor.plan.machine import Host, card_named
-from armor.plan.needs import Plan
+from armor.plan.need import Plan
 from armor.plan.subject import subject
 from armor.plan.table import Planned, kinds, planned, text
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from armor.core.typed import Typed
 from armor.format.shards import Shards
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
-from armor.plan.needs import Need, Plan
+from armor.plan.need import Need, Plan
+from armor.plan.needs import need
 from armor.plan.subject import Packed, Subject
 from armor.plan.work import Kind
 from armor.run.jobs import STAGES, Job, jobs
@@ -107,7 +108,7 @@ def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
     groups: dict[tuple[str, ...], list[tuple[Job, Need]]] = {}
     for job in jobs(plan.config, str(results)):
         names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
-        groups.setdefault((job.stage, *names), []).append((job, plan.need(job)))
+        groups.setdefault((job.stage, *names), []).append((job, need(plan, job)))
     yield from groups.values()
 
 

@@ -14,7 +14,8 @@ from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
 from armor.plan.machine import CARDS, Host, card_named
-from armor.plan.needs import NEEDS, Plan
+from armor.plan.need import Plan
+from armor.plan.needs import NEEDS
 from armor.plan.subject import subject
 from armor.plan.table import planned, text
 from armor.run.jobs import STAGES, jobs

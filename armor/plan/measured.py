@@ -1,0 +1,106 @@
+"""What the jobs take that run a finished model: predictions, perplexity, tasks, benchmarks."""
+
+from __future__ import annotations
+
+from armor.evaluate.logits import TOKENS_AT_A_TIME
+from armor.evaluate.logits import peak_bytes as evaluation_bytes
+from armor.evaluate.predictions import SHARE_OF_DISK
+from armor.plan.need import (
+    BESIDE_CUDA,
+    FORKED,
+    IN_WHOLE,
+    PROCESS,
+    START,
+    Memory,
+    Need,
+    Plan,
+    forward,
+    head,
+    memory_of,
+)
+from armor.plan.subject import Subject
+from armor.plan.work import Read, Step, Work
+from armor.runtime.load import loaded_dtype, weights_bytes
+from armor.runtime.streamed import HIDDEN_STATES, USABLE
+
+__all__ = ["benchmark", "evaluate", "predict", "tasks"]
+
+TASK_TOKENS = 1024
+"""Tokens of one request of a task."""
+
+
+def _measured(
+    plan: Plan, subject: Subject, recipe: str | None, dtype: str, length: int, more: int, group: int
+) -> Memory:
+    """Memory of a job that runs one model on blocks of `length` tokens: loaded where it fits, else streamed.
+
+    `more` bytes are needed beside the model, `group` bytes are the hidden states of all blocks.
+    """
+    folder = subject.folder if recipe is None else subject.packed[recipe].folder
+    itemsize = loaded_dtype(folder, dtype).itemsize
+    loaded = evaluation_bytes([folder], dtype, length) + more
+    largest = max(subject.inside(layer, itemsize) for layer in subject.topology.layers)
+    logits = length * subject.vocabulary * itemsize + TOKENS_AT_A_TIME * 12 * subject.vocabulary
+    streamed = subject.outside(itemsize, head=True) + largest + logits + more
+    states = min(group, int(HIDDEN_STATES * plan.host.memory))
+    fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card.memory))
+    host, beside = loaded if fits else streamed + states, 0 if on_card else states
+    return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else streamed)
+
+
+def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared: bool) -> Need:
+    """A model on the text of an evaluation; `recipe` None: the dense one, whose logits are stored."""
+    subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
+    where = f"evaluations.{evaluation}"
+    blocks, length = plan.tokens(subject, settings.sequences, settings.sequence_length, where)
+    dtype = loaded_dtype(subject.folder, settings.dtype)
+    block = length * subject.vocabulary * dtype.itemsize
+    room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)
+    stored = blocks * block if blocks * block <= room else 0
+    owner = recipe and plan.config.made_by(recipe)[0][1]
+    group = blocks * length * subject.topology.hidden_size * dtype.itemsize
+    memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group)
+    work = [START, forward(subject, dtype, blocks, length, owner), head(subject, dtype, blocks * length, compared)]
+    if not stored and compared:
+        work.append(forward(subject, dtype, blocks, length))
+    work.append(Work(Read(), float(stored + subject.weights_bytes)))
+    remedy = f"lower {where}.sequence_length"
+    return Need(memory, scratch=0 if compared else stored, work=tuple(work), remedy=remedy)
+
+
+def predict(plan: Plan, model: str, evaluation: str) -> Need:
+    """What `predict` takes."""
+    return _text(plan, model, None, evaluation, compared=False)
+
+
+def evaluate(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
+    """What `evaluate` takes."""
+    if plan.config.is_dense(recipe):  # its losses are in the predictions
+        return Need(Memory(FORKED, PROCESS), work=(START,))
+    return _text(plan, model, recipe, evaluation, compared=True)
+
+
+def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
+    """What `tasks` takes."""
+    subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
+    plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
+    owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
+    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0), work=(IN_WHOLE,))
+
+
+def benchmark(plan: Plan, model: str, name: str) -> Need:
+    """What `benchmark` takes."""
+    subject, settings = plan.subjects[model], plan.config.benchmarks[name]
+    owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
+    folders = [subject.folder, *(subject.packed[owner].folder for owner in owners)]
+    sizes = [weights_bytes(folder, settings.dtype) for folder in folders]
+    together = sum(sizes)
+    if together > USABLE * plan.host.memory:
+        together = sizes[0] + max(sizes[1:], default=0)
+    dtype = str(loaded_dtype(subject.folder, settings.dtype)).removeprefix("torch.")
+    rows = [max(settings.new_tokens // size, 8) for size in settings.batch_sizes]
+    steps = float(settings.repeats * sum(rows) + settings.new_tokens * len(settings.prompts))
+    work = [START, Work(Read(), 2.0 * sum(sizes))]
+    for owner, size in zip((None, *owners), sizes, strict=True):
+        work.append(Work(Step(model, dtype, owner), steps * len(subject.topology.layers), moved=steps * size))
+    return Need(memory_of(0, together), work=tuple(work), remedy="take a larger machine, or leave benchmarks out")
