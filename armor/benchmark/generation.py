@@ -96,11 +96,11 @@ def bytes_on_disk(folder: Path) -> tuple[int, float | None]:
     A packed checkpoint's bits come from its record; they are None where that is not beside the folder.
     """
     shards = Shards(folder)
-    record = CheckpointRecord.read_if_there(record_of_folder(folder))
-    if "quantization_config" not in read_json(folder / "config.json"):
-        bits: float | None = 8.0 * getattr(torch, shards.main_dtype()).itemsize
-    else:
+    if "quantization_config" in read_json(folder / "config.json"):
+        record = CheckpointRecord.read_if_there(record_of_folder(folder))
         bits = record and record.bits_per_weight
+    else:
+        bits = 8.0 * getattr(torch, shards.main_dtype()).itemsize
     return sum((folder / file).stat().st_size for file in shards.files), bits
 
 

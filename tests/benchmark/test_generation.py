@@ -191,6 +191,13 @@ def test_a_sample_ends_with_the_text(folder):
     assert greedy_text(model, tokenizer, "A", 50) == tokenizer.decode(last)
 
 
+def test_the_dense_model_may_lie_beside_its_own_record(folder, tmp_path):
+    """As in results/: the record is a source's, which has no bits."""
+    (tmp_path / "source").symlink_to(folder)
+    (tmp_path / "source.json").write_text("{}")
+    assert bytes_on_disk(tmp_path / "source")[1] == 16
+
+
 def test_sizes_are_those_of_the_files(result, root, folder):
     for side, place in ((result.dense, root / "source"), (result.recipes["armor"], root / "checkpoint")):
         assert side.bytes_on_disk == (place / "model.safetensors").stat().st_size
