@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from armor.core.pattern import DENSE
 from armor.execution.log import log
 from armor.format.names import MODEL
 from armor.format.provenance import ranges
@@ -104,6 +105,7 @@ def card(
         bits=f"{sizes.bits_per_weight:.3f}",
         dense_bits=f"{sizes.dense_bits_per_weight:.3f}",
         compressed=f"{sizes.compressed_share:.1%}",
+        instead=_instead(sizes.bits_per_weight) if {*patterns} - {str(DENSE)} else "",
         recipe="\n".join(_recipe(part) for part in made.factors),
         training=_trainings(records),
         fingerprint=made.fingerprint,
@@ -131,6 +133,23 @@ def _said_by(source: Path) -> dict:
         log.warning("%s: not read: %s", source / "README.md", " ".join(str(error).split()))
         return {}
     return {key: data[key] for key in PASSED_ON if data.get(key)}
+
+
+def _instead(bits: float) -> str:
+    """What one could take in the place of so many bits per weight."""
+    sizes = {"int8": 8.0, "int4 (GPTQ, groups of 128)": 4 + 16 / 128}
+    larger = [name for name, size in sizes.items() if bits > size]
+    if len(larger) == len(sizes):
+        found = "This checkpoint takes more bits than both, so size is no reason to take it"
+    elif larger:
+        found = "This checkpoint takes fewer bits than the first and more than the second"
+    else:
+        found = "This checkpoint takes fewer bits than both"
+    told = " and ".join(f"{size:.1f} bits as {name}" for name, size in sizes.items())
+    return (
+        f"Without pruning a weight takes about {told}. int8 as a rule loses next to nothing. {found}. What each "
+        "of them loses, and how fast it decodes, is in the report of a run that has these recipes too.\n\n"
+    )
 
 
 def _recipe(part: FactorsMadeBy) -> str:
@@ -194,7 +213,7 @@ The loss is the share of the calibration-weighted norm of W that is lost, {loss}
 the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source. Of the decoder layers'
 weights, {compressed} are compressed.
 
-{recipe}
+{instead}{recipe}
 {training}| made from | |
 |---|---|
 | source, its fingerprint | `{fingerprint}` |

@@ -27,7 +27,7 @@ from armor.report.charts import (
 )
 from armor.report.loss_figures import heat_map, loss_by_layer, output_error, trace
 from armor.report.numbers import duration, size
-from armor.report.quality_figures import accuracy, block_sizes, pareto, perplexity
+from armor.report.quality_figures import accuracy, block_sizes, perplexity
 from armor.report.results import STAGES, ModelResults
 from armor.report.speed_figures import decoding, linears
 
@@ -101,7 +101,7 @@ def _time(model: ModelResults, name: str) -> Figure | None:
 def figures(model: ModelResults, prefix: str) -> list[Figure]:
     """The figures of one model that its results allow, with names that begin with `prefix`."""
     drawn = [perplexity(model, e, f"{prefix}-perplexity-{i}") for i, e in enumerate(model.evaluation_names())]
-    drawn += [pareto(model, f"{prefix}-pareto"), block_sizes(model, f"{prefix}-blocks")]
+    drawn += [block_sizes(model, f"{prefix}-blocks")]
     drawn += [accuracy(model, task, f"{prefix}-task-{i}") for i, task in enumerate(model.task_names())]
     for index, case in enumerate(model.benchmark_names()):
         drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))

@@ -1,10 +1,7 @@
-"""The figures of what was lost: perplexity and tasks by recipe, quality against bits per weight and by block size."""
+"""The figures of what was lost: perplexity and tasks by recipe, perplexity by block size."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -13,12 +10,10 @@ from armor.report.charts import (
     ACCENT,
     INK,
     MUTED,
-    PAPER,
     ROW,
     WIDTH,
     Figure,
     Mark,
-    beside,
     data,
     linear_axis,
     listed,
@@ -31,7 +26,7 @@ from armor.report.columns import summary_rows, task_columns
 from armor.report.numbers import number, score
 from armor.report.results import ModelResults, RecipeResults
 
-__all__ = ["accuracy", "block_sizes", "pareto", "perplexity"]
+__all__ = ["accuracy", "block_sizes", "perplexity"]
 
 
 def _by_recipe(rows: list[Mark], across: dict[str, Any]) -> alt.TopLevelMixin:
@@ -123,137 +118,6 @@ def _dense_line(value: float, y: alt.Y, width: float) -> list[alt.Chart]:
         line.mark_rule(color=INK, strokeDash=[3, 3]),
         line.mark_text(**text).encode(x=alt.value(width), text="label:N"),
     ]
-
-
-@dataclass(frozen=True)
-class _Perplexities:
-    """A vertical axis from `start` at the bottom to `end`: of perplexities, or of their logarithms if far apart."""
-
-    start: float
-    end: float
-    logarithmic: bool
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> _Perplexities:
-        logarithmic = max(values) > 3 * min(values)
-        start, end = (math.log(value) if logarithmic else value for value in (min(values), max(values)))
-        length = end - start or 1
-        return cls(start - 0.1 * length, end + 0.06 * length, logarithmic)
-
-    @property
-    def axis(self) -> dict[str, Any]:
-        if self.logarithmic:
-            return log_axis(math.exp(self.start), math.exp(self.end), "perplexity, log scale (lower is better)")
-        scale = alt.Scale(domain=[self.start, self.end], nice=False, zero=False)
-        return {"scale": scale, "axis": alt.Axis(tickCount=5), "title": "perplexity (lower is better)"}
-
-    def depth(self, value: float) -> float:
-        """How far below the top a value is, as a share of the height."""
-        return (self.end - (math.log(value) if self.logarithmic else value)) / (self.end - self.start)
-
-    def at(self, depth: float) -> float:
-        """The value there."""
-        place = self.end - depth * (self.end - self.start)
-        return math.exp(place) if self.logarithmic else place
-
-
-def _front(points: list[Mark]) -> list[Mark]:
-    """The Pareto front: those that no other point equals or beats in both bits and value, by rising bits."""
-    front: list[Mark] = []
-    for point in sorted(points, key=lambda point: (point.bits, point.value)):
-        if not front or point.value < front[-1].value:
-            front.append(point)
-    return front
-
-
-def _speed(recipe: RecipeResults) -> str:
-    """How many times as fast as dense it decodes one sequence, the median; of the first benchmark."""
-    speedup = recipe.benchmark.speedup if recipe.benchmark else None
-    return f"{number(speedup['1'].decode.median, 2)}×" if speedup and "1" in speedup else ""
-
-
-def _measured(recipe: RecipeResults) -> Mark | None:
-    """A point of the figure; None where a recipe lacks one of the two."""
-    if not recipe.evaluation or recipe.bits_per_weight is None:
-        return None
-    speed = _speed(recipe)
-    text = f"{recipe.name} {speed}".strip()
-    return Mark(recipe=recipe.name, bits=recipe.bits_per_weight, value=recipe.evaluation.value, speed=speed, text=text)
-
-
-def _texts(points: list[Mark], bits: tuple[float, float], down: _Perplexities, size: tuple[int, int]) -> list[Mark]:
-    """The points with the places of their texts: the side, the height as a value, and whether a line leads there.
-
-    `bits` are the ends of the horizontal axis, `size` is the figure's; `near` is where the line ends.
-    """
-    (least, most), (width, height) = bits, size
-    places = [((p.bits - least) / (most - least) * width, down.depth(p.value) * height, p.text) for p in points]
-    found = []
-    for point, (_, place, _), (left, y) in zip(points, places, beside(places, width), strict=True):
-        near = point.bits + (-7 if left else 7) / width * (most - least)
-        found.append(Mark(**vars(point), left=left, label=down.at(y / height), near=near, moved=place - y > 14))
-    return found
-
-
-def _dots(points: list[Mark], front: list[Mark], x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """The front as a line with filled dots, the other points hollow."""
-    others = [point for point in points if point not in front]
-    hollow = {"filled": True, "fill": PAPER, "stroke": MUTED, "strokeWidth": 1.5}
-    line, filled = (alt.Chart(data(front)).encode(x=x, y=y) for _ in range(2))
-    return [
-        line.mark_line(color=ACCENT, interpolate="step-after"),
-        *([alt.Chart(data(others)).mark_point(size=60, opacity=1, **hollow).encode(x=x, y=y)] if others else []),
-        filled.mark_point(size=70, opacity=1, filled=True, color=ACCENT),
-    ]
-
-
-def pareto(model: ModelResults, name: str) -> Figure | None:
-    """Perplexity against bits per weight, with speed; None where not two compressed recipes have both."""
-    points = [point for recipe in model.compressed if (point := _measured(recipe))]
-    if len(points) < 2:
-        return None
-    front, dense = _front(points), model.dense and model.dense.evaluation
-    down = _Perplexities.of([point.value for point in points] + ([dense.value] if dense else []))
-    bits = [point.bits for point in points]
-    margin = max(0.25, 0.08 * (max(bits) - min(bits)))
-    ends, size = (min(bits) - margin, max(bits) + margin), (WIDTH + 40, 220)
-    scale = alt.Scale(domain=list(ends), nice=False, zero=False)
-    x = alt.X("bits:Q", scale=scale, axis=alt.Axis(grid=False, tickCount=5), title="bits per weight")
-    y = alt.Y("value:Q", **down.axis)
-    layers = _dense_line(dense.value, y, size[0]) if dense else []
-    texts = _texts(points, ends, down, size)
-    if moved := [text for text in texts if text.moved]:
-        line = alt.Chart(data(moved)).mark_rule(color=MUTED, strokeWidth=0.8)
-        layers.append(line.encode(x=x, y=y, x2="near:Q", y2="label:Q"))
-    layers += _dots(points, front, x, y)
-    for left in (False, True):
-        if own := [text for text in texts if text.left is left]:
-            written = alt.Chart(data(own)).encode(x=x, y=alt.Y("label:Q", **down.axis), text="text:N")
-            beside_dot = {"align": "right", "dx": -8} if left else {"align": "left", "dx": 8}
-            layers.append(written.mark_text(fontSize=12, color=INK, **beside_dot))
-    chart = alt.layer(*layers).properties(width=size[0], height=size[1])
-    caption, alternative = _told(points, front, dense is not None)
-    return Figure(name, "Quality against bits per weight", svg_of(chart, name, alternative), caption)
-
-
-def _told(points: list[Mark], front: list[Mark], dense: bool) -> tuple[str, str]:
-    """The caption of the figure, and its text alternative."""
-    caption = (
-        "Perplexity against the bits that a weight takes: down and to the left is better. The line is the Pareto "
-        "front: no other recipe is both as small and as good as one of its filled dots."
-    )
-    if dense:
-        caption += " The dashed line is the dense model's perplexity."
-    speeds = [f" ({point.speed})" if point.speed else "" for point in points]
-    values = [f"{number(p.value)} at {p.bits:.2f} bits{speed}" for p, speed in zip(points, speeds, strict=True)]
-    told = listed([(point.recipe, value) for point, value in zip(points, values, strict=True)])
-    ends = ", ".join(point.recipe for point in front)
-    alternative = f"Perplexity against bits per weight: {told}. On the Pareto front: {ends}."
-    if any(speeds):
-        speed = "how many times as fast as the dense model it decodes, one sequence at a time."
-        caption += f" Beside a recipe's name: {speed}"
-        alternative += f" In brackets: {speed}"
-    return caption, alternative
 
 
 def block_sizes(model: ModelResults, name: str) -> Figure | None:

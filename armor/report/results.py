@@ -113,6 +113,11 @@ class RecipeResults:
         return "dense" if self.dense else "blocks" if self.has_blocks else "pruned"
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether its method keeps every weight, as an integer."""
+        return not self.dense and Pattern.parse(self.pair.pattern).is_dense
+
+    @property
     def complete(self) -> bool:
         """Whether every decoder layer's record is there, of every stage."""
         return self.topology is not None and all(0 < len(r) == len(self.topology.layers) for _, r in self.stages)
@@ -263,9 +268,14 @@ class ModelResults:
         return [recipe for recipe in self.recipes if not recipe.dense]
 
     def best(self, *, blocks: bool) -> RecipeResults | None:
-        """The recipe with the lowest perplexity, of those whose method has blocks, or of the others that compress."""
-        known = [(r.evaluation.value, r) for r in self.compressed if r.evaluation and r.has_blocks is blocks]
-        return min(known, key=lambda pair: pair[0], default=(None, None))[1]
+        """The recipe with the lowest perplexity, of those whose method has blocks, or of the others that compress.
+
+        Of those others one that prunes, if there is one: what keeps all weights as integers is another comparison.
+        """
+        known = [
+            (r.keeps_all, r.evaluation.value, r) for r in self.compressed if r.evaluation and r.has_blocks is blocks
+        ]
+        return min(known, key=lambda known: known[:2], default=(None, None, None))[2]
 
     def work(self) -> dict[str, Work]:
         """The work by whom it was done for: a calibration, a recipe, or a benchmark of all recipes."""

@@ -104,11 +104,13 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
         return []
     facts = [f"On {own.task}, {_named(best)} has a perplexity of {_perplexity(own)}"]
     facts += [f"the dense model has {_perplexity(dense)}"] if dense else []
-    facts += [f"the best pruning method, {_named(rival)}, has {_perplexity(other)}"] if rival and other else []
+    if rival and other:
+        kind = "quantization without pruning" if rival.keeps_all else "pruning method"
+        facts += [f"the best {kind}, {_named(rival)}, has {_perplexity(other)}"]
     sentences = ["; ".join(facts) + "."]
     if dense:
         second = f"That is {_ratio(own, dense)} times the dense model's"
-        second += f", where pruning makes it {_ratio(other, dense)} times" if other else ""
+        second += f", where {rival.pair.title} makes it {_ratio(other, dense)} times" if rival and other else ""
         sentences.append(second + ".")
     if best.kl and best.top1:
         divergence = plus_minus(best.kl.value, best.kl.standard_error, digits=3)

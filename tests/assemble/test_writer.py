@@ -70,6 +70,7 @@ def test_the_card_says_what_the_hub_and_people_ask(copy):
     tags = ["armor", "sparse", "2:4"]
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     assert "import armor.hf" in card.text and "| armor | 2:4 | 16 / 16 | 14 |" in card.text
+    assert "takes more bits than both, so size is no reason to take it." in card.text  # 17 and the blocks
     record = LayerRecord.read(copy / "layers/layer_0.json")
     assert record.fingerprint in card.text and record.made_by.code in card.text and "iterations: 2" in card.text
     assert f"torch {version('torch')}" in card.text and str(copy) not in card.text

@@ -14,7 +14,7 @@ from tests.report.sample import KL, PERPLEXITY, plan, trained, write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
-FIGURES = 13
+FIGURES = 16
 PHONE, DESK = 380, 1280
 PAPER = 718  # A4 upright without Chromium's margins of a centimetre, in CSS pixels
 

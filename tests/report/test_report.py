@@ -29,6 +29,7 @@ from armor.report import build, print_table
 from armor.report.charts import beside
 from armor.report.columns import COLUMNS, summary_rows
 from armor.report.figures import figures
+from armor.report.front import choices
 from armor.report.gather import read_results
 from armor.report.numbers import duration, number, percent, plus_minus, size
 from armor.report.tables import csv_text, latex_text, markdown_text
@@ -264,9 +265,10 @@ def test_a_report_by_hand_without_a_configuration_offers_none(own):
     assert "config.yaml" not in page_of(own) and "A processor, 2 of 2 cores" in page_of(own)
 
 
-def test_the_same_json_gives_the_same_bytes(results):
+def test_the_same_json_gives_the_same_bytes(results, forget_drawings):
     names = ("index.html", "summary.csv", "summary.json", "summary.md", "summary.tex")
     first = [(results / "report" / name).read_bytes() for name in names]
+    forget_drawings()
     build(results, plan(), results / "again")
     assert [(results / "again" / name).read_bytes() for name in names] == first
 
@@ -316,39 +318,48 @@ def test_the_page_is_sound_and_every_figure_has_marks_and_words(results):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert all(reference in page.ids for reference in re.findall(r"url\(#([^)]+)\)", text))
-    assert len(page.figures) == 9 == text.count("<figcaption>")
+    assert len(page.figures) == 12 == text.count("<figcaption>")
     for figure, marks in zip(page.figures, page.marks, strict=True):
         assert figure["role"] == "img" and len(figure["aria-label"]) > 30
         assert marks > 10
     assert "nan" not in re.sub(r"[a-z]+nan|nan[a-z]+", "", text.lower())
 
 
-def test_the_pareto_figure_names_its_points_and_its_front(own):
-    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
-    points = "nowag 113.2 at 9.00 bits (0.92×), armor 30.96 at 11.74 bits (0.66×)"
-    assert f"{points}. On the Pareto front: nowag, armor. In brackets: how many times as fast" in figure.svg
-    assert {">nowag 0.92×<", ">armor 0.66×<", ">dense<", ">bits per weight<"} <= set(re.findall(">[^<>]+<", figure.svg))
-    # A recipe that is larger and worse than another is not on the front.
-    change(EvaluationRecord, evaluation_of(own, "armor"), value=120.0)
-    assert "On the Pareto front: nowag." in next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto").svg
+def test_what_one_could_take_instead_is_on_the_page(results):
+    found = page_of(results).partition(">What you could take instead</h3>")[2].partition('<div class="figures">')[0]
+    assert found.count("<figcaption>On the front: ") == 4 == len([*results.glob("report/figures/m0-front-*.svg")])
+    assert "On the front: nowag, armor, dense. Far above, and not drawn: magnitude 1,179." in found
+    assert "Perplexity over speed: nowag 113.2 at 0.9225, " in found and "armor 30.96 at 0.6620" in found
+    assert "At most 12 bits a weight: armor is the best, with a perplexity of 30.96 (1.36 times" in found
+    assert "bits, 0.66 times as fast as dense." in found and "Diamonds are ARMOR." in found
 
 
-def test_the_pareto_figure_tells_the_speed_of_one_sequence_where_it_was_measured(own):
+def test_a_recipe_is_a_choice_where_bits_and_perplexity_are_known(own):
+    def offered():
+        return {choice.name: choice for choice in choices(model_of(own))}
+
+    assert list(offered()) == ["nowag", "armor", "dense"]  # by bits
+    assert [choice.speed for choice in offered().values()] == [pytest.approx(r / 14.2) for r in (13.1, 9.4, 14.2)]
     without_benchmark(own, "nowag")
-    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
-    assert "nowag 113.2 at 9.00 bits, armor 30.96 at 11.74 bits (0.66×)." in figure.svg
-    assert {">nowag<", ">armor 0.66×<"} <= set(re.findall(">[^<>]+<", figure.svg))
-    assert "Beside a recipe's name: how many times as fast" in figure.caption
+    assert offered()["nowag"].speed is None and offered()["dense"].speed == 1
     of_four = {"4": benchmark_of(own).recipes["armor"].speedup["4"]}
     change_side(own, "armor", speedup=of_four)  # a batch is another speed
-    figure = next(f for f in figures(model_of(own), "m0") if f.name == "m0-pareto")
-    assert "×" not in figure.svg and "fast" not in figure.svg + figure.caption and ">armor<" in figure.svg
+    assert {choice.speed for choice in offered().values()} == {None}
+    (own / MODEL / "armor/checkpoint.json").unlink()
+    assert list(offered()) == ["nowag", "dense"]
+    (own / MODEL / "nowag/evaluation/wikipedia.json").unlink()
+    assert list(offered()) == ["dense"]
 
 
-@pytest.mark.parametrize("gap", ["armor/checkpoint.json", "nowag/evaluation/wikipedia.json"])
-def test_a_pareto_figure_needs_two_compressed_recipes_that_are_measured(own, gap):
-    (own / MODEL / gap).unlink()
-    assert not any("pareto" in figure.name for figure in figures(model_of(own), "m0"))
+def test_quantization_without_pruning_is_not_called_pruning(tmp_path):
+    wanted = plan(["dense", "nowag", "armor"])
+    write_results(tmp_path, wanted, LAYERS)
+    change(EvaluationRecord, evaluation_of(tmp_path, "nowag"), value=20.0)
+    pair = wanted.pairs[1].model_copy(update={"method": "int8", "title": "int8", "pattern": "1:1"})
+    changed = wanted.model_copy(update={"pairs": [wanted.pairs[0], pair, wanted.pairs[2]]})
+    words = summarize(read_results(tmp_path, changed)[0])[0]
+    assert "the best quantization without pruning, int8 (recipe nowag), has 20.00" in words
+    assert "where int8 makes it" in words
 
 
 def test_block_sizes_have_a_figure_where_three_recipes_differ_in_nothing_else(tmp_path):
@@ -448,11 +459,16 @@ def test_figures_of_speed_have_gaps_and_need_one_compressed_recipe_that_is_measu
 
 def test_figures_are_files_of_their_own_too(own):
     """Those of the page, sized, and in colours that any program knows; none is left of an earlier report."""
-    for recipes in (["dense", "nowag", "armor"], ["dense", "nowag"]):
+    both = {"m0-front-bits", "m0-front-speed"}
+    without_kl = (["dense", "nowag"], both)  # the dense model has none, and one recipe is no figure
+    for recipes, panels in (
+        (["dense", "nowag", "armor"], both | {"m0-front-kl-bits", "m0-front-kl-speed"}),
+        without_kl,
+    ):
         build(own, plan(recipes), own / "report")
         files = sorted((own / "report" / "figures").glob("*"))
         names = {figure.name for figure in figures(model_of(own, *recipes), "m0")}
-        assert {file.stem for file in files} == names and {file.suffix for file in files} == {".svg"}
+        assert {file.stem for file in files} == names | panels and {file.suffix for file in files} == {".svg"}
         for file in files:
             root = ElementTree.fromstring(file.read_text())
             assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
