@@ -113,12 +113,10 @@ def _dots(points: list[Mark], x: alt.X, y: alt.Y) -> list[alt.Chart]:
         color, shape = (ACCENT, "diamond") if ours else (INK, "circle")
         for on_front in (False, True):
             own = [point for point in points if point.ours is ours and point.front is on_front]
-            look: dict[str, Any] = {"shape": shape, "size": 110 if ours else 70}
-            look |= (
-                {"fill": color} if on_front else {"fill": PAPER, "stroke": color, "strokeWidth": 1.5, "opacity": 0.5}
-            )
-            mark = alt.Chart(data(own)).encode(x=x, y=y)
-            layers += [mark.mark_point(filled=True, **{"opacity": 1} | look)] if own else []
+            look: dict[str, Any] = {"filled": True, "shape": shape, "size": 110 if ours else 70}
+            paper = {"fill": PAPER, "stroke": color, "strokeWidth": 1.5, "opacity": 0.5}
+            look |= {"fill": color, "opacity": 1} if on_front else paper
+            layers += [alt.Chart(data(own)).encode(x=x, y=y).mark_point(**look)] if own else []
     return layers
 
 
