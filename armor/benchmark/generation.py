@@ -177,7 +177,7 @@ def _by_batch(function: Callable[..., Runs], *runs: Speeds) -> dict[str, Phases]
 def _core(folder: Path, model: PreTrainedModel, own: Speeds, dense: Speeds, dense_bytes: int) -> CoreSide:
     """The packed `model` in `folder` without A and B, beside the dense one."""
     size, bits = core_on_disk(folder)
-    tensors = [t for linear in wrapped(model) for t in (linear.left, linear.right) if t is not None]
+    tensors = [t for linear in wrapped(model) for t in (linear.left, linear.right) if t is not None]  # each B once
     read = bytes_per_token(folder, model) - sum(t.numel() * t.element_size() for t in tensors)
     return CoreSide(
         bytes_on_disk=size,

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from armor.command.in_memory_training import train
-from armor.config.layers import ModuleSettings
+from armor.config.layers import ModuleSettings, Sharing, check_patterns, sharing_patterns
 from armor.config.reading import parse_settings
 from armor.config.recipes import Recipe
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
 from armor.factorize.layer import factorize_weight, possible, seed_of
-from armor.factorize.quantize import quantize_weight
+from armor.factorize.quantize import asked_for, quantize_weights, sharing_right
+from armor.factorize.sharing import groups_of, parts_of
+from armor.format.records.topology import Linear
 from armor.format.statistics import Accumulator, Statistics
 from armor.methods import METHODS
 from armor.model.by_hand import is_taken
@@ -79,6 +81,7 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
                 raise ArmorError(f"{where}: {name}: is offloaded; load the model without offloading")
             if not finite(module.weight):
                 raise ArmorError(f"{where}: {name}: its weight holds NaN or infinity; load the model again")
+    check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:
         return model
     tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
@@ -87,15 +90,51 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
         for stage, s in chosen.training().items()
     }
     with_gram = {name for name, asked in settings.items() if "gram" in METHODS[asked.method].statistics}
-    inputs = _statistics(model, linears, with_gram, tokens)
-    factors: dict[str, Factorization] = {}
-    for name, linear in progress(linears.items(), "factorize", total=len(linears), unit="linear"):
-        weight, chance = linear.weight.detach(), seed_of(seed, name)
-        factors[name] = factorize_weight(weight, inputs[name], settings[name], chance, f"{where}: {name}")
+    inputs, fed = _statistics(model, linears, with_gram, tokens)
+    factors = _factors(chosen.share_right, linears, settings, inputs, fed, seed, where)
     train(model, chosen, samples, factors, seed)
     _quantize(chosen, linears, inputs, factors, prefix)
     pack_linears(model, factors)
     return model
+
+
+def _factors(
+    share: Sharing,
+    linears: dict[str, nn.Linear],
+    settings: dict[str, ModuleSettings],
+    inputs: dict[str, Statistics],
+    fed: dict[str, int],
+    seed: int,
+    where: str,
+) -> dict[str, Factorization]:
+    """The factors of `linears` by name; those that `share` B are one problem."""
+
+    def factorize(weight: Tensor, name: str, asked: ModuleSettings) -> Factorization:
+        return factorize_weight(weight, inputs[name], asked, seed_of(seed, name), f"{where}: {name}")
+
+    described = [
+        Linear(
+            name=name,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            dtype=str(linear.weight.dtype).removeprefix("torch."),
+            bias=linear.bias is not None,
+            shard="",
+            input_group=fed[name],
+        )
+        for name, linear in linears.items()
+    ]
+    factors: dict[str, Factorization] = {}
+    for group, asked in progress(groups_of(described, share, settings), "factorize", unit="linear"):
+        names = [linear.name for linear in group]
+        weights, parts = [linears[name].weight.detach() for name in names], None
+        if len(group) > 1:
+            together = factorize(torch.cat(weights), names[0], asked)
+            parts = parts_of(together, names, [weight.cpu() for weight in weights], inputs[names[0]])
+        if parts is None:
+            parts = [factorize(weight, name, settings[name]) for weight, name in zip(weights, names, strict=True)]
+        factors |= dict(zip(names, parts, strict=True))
+    return {name: factors[name] for name in linears}
 
 
 def _recipe(given: Recipe | dict) -> Recipe:
@@ -115,12 +154,13 @@ def _quantize(
     prefix: str,
 ) -> None:
     """Put integers in the place of `factors`, by full name of the linear, where `recipe` asks for them."""
-    for name, own in factors.items() if recipe.quantize else ():
-        layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
-        asked = recipe.quantize and recipe.quantize.for_layer(layer).for_module(name)
+    for names in sharing_right(factors) if recipe.quantize else ():
+        layer = int(names[0].removeprefix(f"{prefix}.").partition(".")[0])
+        asked = recipe.quantize and asked_for(recipe.quantize.for_layer(layer), names)
         if asked is not None:
-            weight, trained = linears[name].weight.detach(), bool(recipe.training())
-            factors[name] = quantize_weight(weight, inputs[name], own, asked, trained)
+            weights, trained = [linears[name].weight.detach() for name in names], bool(recipe.training())
+            own = {name: factors[name] for name in names}
+            factors |= quantize_weights(weights, inputs[names[0]], own, asked, trained)
 
 
 def _tokens(
@@ -139,10 +179,12 @@ def _tokens(
 
 def _statistics(
     model: PreTrainedModel, linears: dict[str, nn.Linear], with_gram: set[str], tokens: Tensor
-) -> dict[str, Statistics]:
-    """The statistics of each linear's input, by name. tokens (sequences, length)."""
+) -> tuple[dict[str, Statistics], dict[str, int]]:
+    """The statistics of each linear's input, by name, and a number of its input, the same for linears that are handed
+    the same tensor one after the other. tokens (sequences, length)."""
+    fed = _Fed()
     sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
-    hooks = [linear.register_forward_pre_hook(partial(_add, sums[name])) for name, linear in linears.items()]
+    hooks = [linear.register_forward_pre_hook(partial(_add, sums[n], fed, n)) for n, linear in linears.items()]
     was_training = model.training
     try:
         model.eval()
@@ -158,8 +200,22 @@ def _statistics(
             raise ArmorError(f"{name}: no token came by; the model does not use this linear; name it in keep_dense")
         if not own.finite():
             raise ArmorError(f"{name}: its input holds NaN or infinity; weights or dtype are not fit for this text")
-    return {name: own.statistics() for name, own in sums.items()}
+    return {name: own.statistics() for name, own in sums.items()}, fed.numbers
 
 
-def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+class _Fed:
+    """A number for the input of each linear, by name."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self._last: tuple[Tensor | None, int] = None, 0  # kept alive: another tensor cannot be it
+
+    def note(self, name: str, x: Tensor) -> None:
+        last, number = self._last
+        self._last = x, number if x is last else number + 1
+        self.numbers.setdefault(name, self._last[1])
+
+
+def _add(sums: Accumulator, fed: _Fed, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    fed.note(name, args[0])
     sums.add(args[0])

@@ -14,7 +14,17 @@ from armor.core.typed import Typed
 from armor.methods import METHODS
 from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
 
-__all__ = ["Choice", "LayerSettings", "MethodName", "ModuleSettings", "Override", "check_patterns", "methods_of"]
+__all__ = [
+    "Choice",
+    "LayerSettings",
+    "MethodName",
+    "ModuleSettings",
+    "Override",
+    "Sharing",
+    "check_patterns",
+    "methods_of",
+    "sharing_patterns",
+]
 
 
 def _known_method(name: str) -> str:
@@ -97,9 +107,24 @@ class Override(Choice):
         return settings.model_copy(update={"solver": solver})
 
 
+def _check_groups(groups: bool | list[list[str]]) -> bool | list[list[str]]:
+    names = [] if isinstance(groups, bool) else [name for group in groups for name in group]
+    if isinstance(groups, list) and any(len(group) < 2 for group in groups) or "" in names:
+        raise ValueError(f"found {groups!r}, expected lists of two names and more, like [[gate_proj, up_proj]]")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named twice; a linear has one B")
+    return groups
+
+
+Sharing = Annotated[bool | list[list[str]], AfterValidator(_check_groups)]
+"""Which linears share B: true, false, or lists of the last parts of their names."""
+
+
 class LayerSettings(ModuleSettings):
     """A recipe resolved for one decoder layer."""
 
+    share_right: Sharing = False
+    """Which of its linears share B."""
     seed: int = 0
     """The seed of every random choice."""
     overrides: list[Override] = []
@@ -131,6 +156,11 @@ class LayerSettings(ModuleSettings):
 
 def methods_of(own: str, changes: Iterable[Choice]) -> list[str]:
     return sorted({own, *(change.method for change in changes if change.method)})
+
+
+def sharing_patterns(groups: Sharing) -> list[str]:
+    """The names in the lists of `share_right` as patterns over full module names."""
+    return [] if isinstance(groups, bool) else [f"*.{name}" for group in groups for name in group]
 
 
 def check_patterns(where: str, patterns: Iterable[str], modules: Iterable[str]) -> None:

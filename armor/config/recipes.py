@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from armor.config.budget import BudgetSettings
 from armor.config.common import Name
-from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, methods_of
+from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, Sharing, methods_of
 from armor.config.quantization import QuantizeSettings
 from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
 from armor.methods import METHODS
@@ -30,6 +30,10 @@ class Recipe(ModuleSettings):
     """Then train the whole model against the dense one's predictions; unset: don't."""
     quantize: QuantizeSettings | None = None
     """Then store the factors as integers; unset: don't."""
+    share_right: Sharing = False
+    """Linears of a decoder layer that are fed the same tensor share one B, with blocks that fit all of them: true, all
+    that lie in one module, like q_proj, k_proj and v_proj; lists of last parts of names, like [[gate_proj, up_proj]],
+    these alone. Settings must be equal. Unset: each has its own."""
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""
     keep_dense: list[str] = []
@@ -58,6 +62,10 @@ class Recipe(ModuleSettings):
             raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
         elif self.stages() and (name := self.integers()):
             raise ValueError(f"{self.stages()[0]}: {name} makes integers, which are not trained or rounded again")
+        elif self.share_right and self.budget is not None:
+            raise ValueError("share_right: goes without budget, which chooses for each linear by itself")
+        elif self.share_right and not any("block_size" in METHODS[name].settings for name in self.methods()):
+            raise ValueError(f"share_right: {self.method} makes no B; leave it out, or choose armor")
         elif self.method == "dense" and self.budget is not None:
             raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
@@ -85,4 +93,5 @@ class Recipe(ModuleSettings):
         overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
         overrides += [Override(modules=pattern, method="dense") for pattern in self.keep_dense]
         base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
-        return LayerSettings(**base, seed=seed, overrides=overrides, over=self.budget.over if self.budget else [])
+        over = self.budget.over if self.budget else []
+        return LayerSettings(**base, share_right=self.share_right, seed=seed, overrides=overrides, over=over)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.common import Name, nearest
-from armor.config.layers import LayerSettings
+from armor.config.layers import LayerSettings, sharing_patterns
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
@@ -283,7 +283,8 @@ class Config(Typed):
         """The patterns over module names that `recipe` has, each of which should match something."""
         settings, quantize = self.factorized(recipe), self.recipes[recipe].quantize
         overrides = [*settings.overrides, *(quantize.overrides if quantize else [])]
-        return [*settings.keep_dense, *(override.modules for override in overrides)]
+        shared = sharing_patterns(settings.share_right)
+        return [*settings.keep_dense, *shared, *(override.modules for override in overrides)]
 
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""

@@ -6,7 +6,7 @@ prune have neither, and W ~ S.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from armor.core.packing import pack, unpack
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 
-__all__ = ["SUFFIXES", "Factorization", "kept_in"]
+__all__ = ["SUFFIXES", "Factorization", "kept_in", "owner"]
 
 SUFFIXES = ("core_values", "core_scales", "core_mask", "left", "left_scales", "right", "right_scales")
 """Of the tensors that stand for a weight, in the order of a file."""
@@ -35,6 +35,9 @@ class Factorization:
 
     With `quantization` core, and left and right too where it says so, are int8, and their numbers are these times
     core_scales (out, groups), left_scales (out,) and right_scales (in,), a scale for each row of A and B.
+
+    Linears with the same input may share B. One of them holds it. The others have the last part of its name in
+    `right_of`, as q_proj, and B and its scales are not among their `tensors()`.
     """
 
     core: Tensor
@@ -49,6 +52,7 @@ class Factorization:
     core_scales: Tensor | None = None
     left_scales: Tensor | None = None
     right_scales: Tensor | None = None
+    right_of: str | None = None
 
     def to(self, device: torch.device | str) -> Factorization:
         """The same on `device`."""
@@ -86,8 +90,8 @@ class Factorization:
             "core_mask": None if self.pattern.is_dense else bits,
             "left": self.left,
             "left_scales": self.left_scales,
-            "right": self.right,
-            "right_scales": self.right_scales,
+            "right": None if self.right_of else self.right,
+            "right_scales": None if self.right_of else self.right_scales,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -106,11 +110,45 @@ class Factorization:
             core, mask = unpack(values, bits, columns, pattern)
         return cls(core, mask, pattern, quantization=quantization, **others)
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Factorization]) -> Factorization:
+        """The factors of the weights of `parts`, which share B, one below the other; without losses."""
+        first, found = parts[0], {}
+        for name in ("core", "mask", "left", "core_scales", "left_scales"):
+            own = [getattr(part, name) for part in parts]
+            found[name] = None if own[0] is None else torch.cat(own)
+        return cls(
+            **found,
+            pattern=first.pattern,
+            right=first.right,
+            right_scales=first.right_scales,
+            quantization=first.quantization,
+        )
+
+    def split(self, names: Sequence[str], rows: Sequence[int]) -> list[Factorization]:
+        """The factors of weights that are stacked here, `rows` of each; the first of `names` (full) holds B."""
+        parts, start = [], 0
+        for name, count in zip(names, rows, strict=True):
+            own, stop = {}, start + count
+            for key in ("core", "mask", "left", "core_scales", "left_scales"):
+                if (tensor := getattr(self, key)) is not None:
+                    size = self.core.shape[0] // len(tensor)
+                    own[key] = tensor[start // size : stop // size].clone()
+            parts.append(replace(self, **own, right_of=None if name == names[0] else names[0].rpartition(".")[2]))
+            start = stop
+        return parts
+
 
 def kept_in(columns: int, pattern: Pattern) -> int:
     """How many entries a row of `columns` keeps."""
     n, m = pattern.group(columns)
     return columns // m * n
+
+
+def owner(name: str, suffix: str, right_of: str | None) -> str:
+    """The full name of the linear that holds `suffix` of linear `name`: of a shared B the one that `right_of` says."""
+    parent, dot, _ = name.rpartition(".")
+    return f"{parent}{dot}{right_of}" if right_of and suffix in ("right", "right_scales") else name
 
 
 def _multiplied_out(blocks: Tensor | None, scales: Tensor | None) -> Tensor | None:

@@ -1,9 +1,9 @@
 """Factorize the linears of one decoder layer: the unit that the pipeline spreads over devices and machines.
 
-One linear's weight is in memory at a time, besides the factors found so far. A linear that is finished stays so if the
-job dies (`armor.execution.resume`). What cannot be done as asked is done in the nearest way that can, said in the log
-and noted in the JSON. A linear whose rows cannot hold the pattern stays dense. One that no blocks fit is pruned without
-them. One that the GPU has no memory for is left to the CPU.
+The weight of one linear is in memory at a time, or those of the linears that share B, besides the factors found so far.
+A linear that is finished stays so if the job dies (`armor.execution.resume`). What cannot be done as asked is done in
+the nearest way that can, said in the log and noted in the JSON. A linear whose rows cannot hold the pattern stays
+dense. One that no blocks fit is pruned without them. One that the GPU has no memory for is left to the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from armor.config.layers import Choice, LayerSettings, ModuleSettings, check_patterns
+from armor.config.layers import Choice, LayerSettings, ModuleSettings, check_patterns, sharing_patterns
 from armor.config.reading import parse_settings
 from armor.core.blockdiag import sizes
 from armor.core.errors import ArmorError
@@ -27,6 +27,7 @@ from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import resumable
+from armor.factorize.sharing import groups_of, one_linear, parts_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.factors import read_factors, write_factors
 from armor.format.provenance import machine, made_by
@@ -34,6 +35,7 @@ from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods import METHODS
 from armor.methods.solver.objective import condition
@@ -45,9 +47,10 @@ __all__ = [
     "factorize_layer",
     "factorize_somewhere",
     "factorize_weight",
+    "groups_asked",
     "inputs_of",
     "layer_of",
-    "layout_of",
+    "layouts_of",
     "linear_bytes",
     "possible",
     "seed_of",
@@ -87,6 +90,8 @@ def factorize_layer(
         used[Input.BUDGET] = record.content()
         resolved = {name: choice.apply(resolved[name]) for name, choice in _choices(record, budget, chosen).items()}
     inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
+    groups = groups_asked(chosen, settings, resolved)
+    check_memory([(one_linear(group), [asked]) for group, asked in groups], device)
     shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
     work = {
         "layer": chosen.model_dump(mode="json"),
@@ -99,40 +104,16 @@ def factorize_layer(
     modules: dict[str, LinearRecord] = {}
     code = settings.code()
     with resumable(output, __name__, device, code, **work) as steps:
-        for linear in progress(chosen.linears, f"layer {layer}", unit="linear"):
-            name, file = linear.name, steps.folder / f"{linear.name}.safetensors"
-            entry = steps.get(name, LinearRecord)
-            if entry is None or not file.is_file():
-                began = time.perf_counter()
-                asked, note = possible(resolved[name], linear.out_features, linear.in_features)
-                seed = seed_of(settings.seed, name)
-                found, place = None, device
-                if asked.method != "dense":
-                    weight = shards.read(f"{name}.weight")
-                    where = f"{shards.folder / linear.shard}: {name}.weight"
-                    found, place = factorize_somewhere(weight, inputs[name], asked, seed, where, device)
-                    if place != device:
-                        note = "computed on the CPU: the GPU had too little memory"
-                if note:
-                    log.warning("%s: %s", name, note)
-                entry = LinearRecord(
-                    method=asked.method,
-                    pattern=str(found.pattern) if found else None,
-                    block_size=block_sizes_of(found) if found else None,
-                    start_loss=found.start_loss if found else 0.0,
-                    loss=found.loss if found else 0.0,
-                    condition=condition(found) if found else None,
-                    trace=tuple(_thinned(found.trace)) if found else (),
-                    seed=seed,
-                    device=place,
-                    seconds=time.perf_counter() - began,
-                    peak_memory_bytes=peak_memory_bytes(place),  # of the process so far
-                    note=note,
-                    quantization=Integers.of(found.quantization) if found else None,
-                )
-                write_factors(file, {name: found} if found else {}, {})
-                steps.put(name, entry)
-            modules[name] = entry
+        for group, asked in progress(groups, f"layer {layer}", unit="linear"):
+            file = steps.folder / f"{group[0].name}.safetensors"
+            entries = {linear.name: steps.get(linear.name, LinearRecord) for linear in group}
+            if None in entries.values() or not file.is_file():
+                done = _factorized(group, asked, resolved, shards, inputs, settings.seed, device)
+                write_factors(file, {name: found for name, (_, found) in done.items() if found}, {})
+                for name, (entry, _) in done.items():
+                    entries[name] = entry
+                    steps.put(name, entry)
+            modules |= {name: entry for name, entry in entries.items() if entry}
             factors |= read_factors(file)[0]
         described = output.with_suffix(".json")
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
@@ -150,6 +131,81 @@ def factorize_layer(
         )
         record.write(described)
     return record
+
+
+def groups_asked(
+    layer: DecoderLayer, settings: LayerSettings, resolved: Mapping[str, ModuleSettings]
+) -> list[tuple[list[Linear], ModuleSettings]]:
+    """The linears of `layer` as they are compressed, those together that share B, and with what settings each group.
+
+    `resolved` is what is asked for each linear.
+    """
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
+    asked = {name: possible(resolved[name], *shape)[0] for name, shape in shapes.items()}
+    return groups_of(layer.linears, settings.share_right, asked)
+
+
+def _factorized(
+    group: Sequence[Linear],
+    asked: ModuleSettings,
+    resolved: Mapping[str, ModuleSettings],
+    shards: Shards,
+    inputs: Mapping[str, Statistics],
+    seed: int,
+    device: str,
+    note: str | None = None,
+) -> dict[str, tuple[LinearRecord, Factorization | None]]:
+    """The record of each linear of `group` by name, and its factors, None of one that stays dense.
+
+    Several share B, and take `asked`; one alone takes what `resolved` asks for it. Where sharing would leave a loss
+    above NoWag-P's each gets a B of its own.
+    """
+    began, names, first = time.perf_counter(), [linear.name for linear in group], group[0]
+    if len(group) == 1:
+        asked, why = possible(resolved[first.name], first.out_features, first.in_features)
+        note = why or note
+    found: Sequence[Factorization | None] | None = [None]
+    chance, place = seed_of(seed, first.name), device
+    if asked.method != "dense":
+        weights = [shards.read(f"{name}.weight") for name in names]
+        where = [f"{shards.folder / linear.shard}: {linear.name}.weight" for linear in group]
+        for weight, own in zip(weights, where, strict=True) if len(group) > 1 else ():
+            check_finite(weight, own)
+        of_input = inputs[first.name]
+        stacked = torch.cat(weights) if len(group) > 1 else weights[0]
+        done, place = factorize_somewhere(stacked, of_input, asked, chance, where[0], device)
+        found = parts_of(done, names, weights, of_input) if len(group) > 1 else [done]
+        if found is None:
+            alone = "has a B of its own, for with a shared one a loss would be above NoWag-P's"
+            apart = (_factorized([one], asked, resolved, shards, inputs, seed, device, alone) for one in group)
+            return {name: own for each in apart for name, own in each.items()}
+        if place != device:
+            note = "computed on the CPU: the GPU had too little memory"
+    if note:
+        log.warning("%s: %s", " and ".join(names), note)
+    seconds = (time.perf_counter() - began) / one_linear(group).out_features
+    return {
+        linear.name: (
+            LinearRecord(
+                method=asked.method,
+                pattern=str(own.pattern) if own else None,
+                block_size=block_sizes_of(own) if own else None,
+                start_loss=own.start_loss if own else 0.0,
+                loss=own.loss if own else 0.0,
+                condition=condition(own) if own else None,
+                trace=tuple(_thinned(own.trace)) if own else (),
+                seed=chance,
+                device=place,
+                seconds=seconds * linear.out_features,  # its share
+                peak_memory_bytes=peak_memory_bytes(place),  # of the process so far
+                note=note,
+                quantization=Integers.of(own.quantization) if own else None,
+                right_of=own.right_of if own else None,
+            ),
+            own,
+        )
+        for linear, own in zip(group, found, strict=True)
+    }
 
 
 def seed_of(seed: int, module: str) -> int:
@@ -177,8 +233,7 @@ def factorize_weight(
     weight: Tensor, of_input: Statistics, settings: ModuleSettings, seed: int, where: str
 ) -> Factorization:
     """The factors of weight (out, in) under its input's statistics, on the CPU. Raises ArmorError naming `where`."""
-    if bad := int((~weight.isfinite()).sum()):
-        raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
+    check_finite(weight, where)
     try:
         found = METHODS[settings.method].run(weight, of_input, settings, seed)
     except ValueError as error:
@@ -190,6 +245,12 @@ def factorize_weight(
     return found.to("cpu")
 
 
+def check_finite(weight: Tensor, where: str) -> None:
+    """Raises ArmorError, naming `where`, for a weight that holds NaN or infinity."""
+    if bad := int((~weight.isfinite()).sum()):
+        raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
+
+
 def block_sizes_of(found: Factorization) -> BlockSizes | None:
     """The sizes of the blocks of A and B; None without blocks."""
     if found.left is None and found.right is None:
@@ -199,7 +260,9 @@ def block_sizes_of(found: Factorization) -> BlockSizes | None:
 
 def layer_of(source: Source, topology: Topology, index: int, settings: LayerSettings) -> DecoderLayer:
     """Decoder layer `index`. Raises ArmorError for another model, and an override that matches no linear of it."""
-    check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
+    names = [linear.name for linear in topology.linears()]
+    check_patterns("settings: overrides", (override.modules for override in settings.overrides), names)
+    check_patterns("settings: share_right", sharing_patterns(settings.share_right), names)
     if source.fingerprint != topology.fingerprint:
         raise ArmorError(
             f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
@@ -232,15 +295,15 @@ def inputs_of(
     `asked` are the ways in which each linear is compressed. Raises ArmorError if `device` has too little memory for one
     of them, and for statistics that are missing, broken or of another model.
     """
-    _check_memory(layer, asked, device)
+    check_memory([(linear, asked[linear.name]) for linear in layer.linears], device)
     return _statistics(statistics, topology, layer, asked)
 
 
-def _check_memory(layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]], device: str) -> None:
-    """Refuse a device that cannot hold what one of the linears will need."""
+def check_memory(asked: Sequence[tuple[Linear, Sequence[ModuleSettings]]], device: str) -> None:
+    """Refuse a device that cannot hold what one of the linears will need, in any of the ways asked for."""
     available = device_memory_bytes(device)
-    for linear in layer.linears:
-        needed = linear_bytes(linear, asked[linear.name])
+    for linear, ways in asked:
+        needed = linear_bytes(linear, ways)
         if available is not None and needed > available:
             raise ArmorError(
                 f"{linear.name}: {linear.out_features} x {linear.in_features} needs about {needed / 1e9:.1f} GB, "
@@ -257,16 +320,19 @@ def linear_bytes(linear: Linear, asked: Sequence[ModuleSettings]) -> int:
     return max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
 
 
-def layout_of(linear: Linear, asked: ModuleSettings) -> PackedLinear | None:
-    """How a linear that is compressed as `asked` will be stored; None where it stays dense."""
-    shape = (linear.out_features, linear.in_features)
-    asked, _ = possible(asked, *shape)
-    if asked.method == "dense":
-        return None
-    method = METHODS[asked.method]
-    pattern = method.pattern(asked)
-    blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
-    return PackedLinear(*shape, pattern, *blocks, method.integers(shape, asked))
+def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, PackedLinear]:
+    """How the linears of `layer` will be stored, by name, without those that stay dense."""
+    found: dict[str, PackedLinear] = {}
+    resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
+    for group, asked in groups_asked(layer, settings, resolved):
+        method = METHODS[asked.method]
+        pattern, last = method.pattern(asked), group[0].name.rpartition(".")[2]
+        for linear in group if asked.method != "dense" else ():
+            shape = (linear.out_features, linear.in_features)
+            blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
+            right_of = None if linear is group[0] else last
+            found[linear.name] = PackedLinear(*shape, pattern, *blocks, method.integers(shape, asked), right_of)
+    return {linear.name: found[linear.name] for linear in layer.linears if linear.name in found}
 
 
 def _statistics(

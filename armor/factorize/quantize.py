@@ -6,14 +6,17 @@ tune work on floats, and to try another type costs a minute. What was trained be
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from armor.config.layers import check_patterns
 from armor.config.quantization import QuantizeSettings
-from armor.core.factorization import Factorization
+from armor.core.errors import ArmorError
+from armor.core.factorization import Factorization, owner
 from armor.execution.files import sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
@@ -26,10 +29,10 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods.solver.objective import condition
-from armor.methods.solver.rounding import quantize
+from armor.methods.solver.rounding import held_against, quantize
 from armor.model.source import Source
 
-__all__ = ["quantize_layer", "quantize_weight"]
+__all__ = ["asked_for", "quantize_layer", "quantize_weights", "sharing_right"]
 
 
 def quantize_layer(
@@ -61,19 +64,22 @@ def quantize_layer(
     given, _ = read_factors(factors)
     found: dict[str, Factorization] = {}
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
-        for name, own in progress(given.items(), f"layer {layer}", unit="linear", total=len(given)):
-            asked, file = settings.for_module(name), steps.folder / f"{name}.safetensors"
+        groups = sharing_right(given)
+        for names in progress(groups, f"layer {layer}", unit="linear"):
+            asked, file = asked_for(settings, names), steps.folder / f"{names[0]}.safetensors"
             if asked is None:
-                found[name] = own
+                found |= {name: given[name] for name in names}
                 continue
-            entry = steps.get(name, LinearRecord)
-            if entry is None or not file.is_file():
-                weight, trained = shards.read(f"{name}.weight").to(device), bool(start.training)
-                done = quantize_weight(weight, inputs[name], own, asked, trained)
-                write_factors(file, {name: done}, {})
-                entry = _described(start.modules[name], done)
-                steps.put(name, entry)
-            modules[name] = entry
+            entries = {name: steps.get(name, LinearRecord) for name in names}
+            if None in entries.values() or not file.is_file():
+                weights, trained = [shards.read(f"{name}.weight").to(device) for name in names], bool(start.training)
+                own = {name: given[name] for name in names}
+                done = quantize_weights(weights, inputs[names[0]], own, asked, trained)
+                write_factors(file, done, {})
+                for name, one in done.items():
+                    entries[name] = entry = _described(start.modules[name], one)
+                    steps.put(name, entry)
+            modules |= {name: entry for name, entry in entries.items() if entry}
             found |= read_factors(file)[0]
         described = output.with_suffix(".json")
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
@@ -96,14 +102,47 @@ def quantize_layer(
     return record
 
 
-def quantize_weight(
-    weight: Tensor, of_input: Statistics, factors: Factorization, settings: QuantizeSettings, trained: bool
-) -> Factorization:
-    """The `factors` of weight (out, in) as integers, computed on the weight's device, on the CPU."""
-    importance, own = of_input.importance.to(weight.device), factors.to(weight.device)
-    core, blocks, group = settings.core, settings.blocks, settings.group
+def sharing_right(factors: Mapping[str, Factorization]) -> list[list[str]]:
+    """The names of `factors` in order, those together that share B, its holder first."""
+    groups: dict[str, list[str]] = {}
+    for name, own in factors.items():
+        group = groups.setdefault(owner(name, "right", own.right_of), [])
+        group.insert(len(group) if own.right_of else 0, name)
+    return list(groups.values())
+
+
+def asked_for(settings: QuantizeSettings, names: Sequence[str]) -> QuantizeSettings | None:
+    """What `settings` ask for the linears `names`, which share B; None: they stay in floats. Raises ArmorError."""
+    asked = [settings.for_module(name) for name in names]
+    if different := [name for name, own in zip(names, asked, strict=True) if own != asked[0]]:
+        raise ArmorError(
+            f"settings: overrides: {different[0]}: another quantization than {names[0]}, with which it shares B; give "
+            "both the same"
+        )
+    return asked[0]
+
+
+def quantize_weights(
+    weights: Sequence[Tensor],
+    of_input: Statistics,
+    factors: Mapping[str, Factorization],
+    settings: QuantizeSettings,
+    trained: bool,
+) -> dict[str, Factorization]:
+    """The `factors` of weights (out, in), by full name, as integers, computed on the weights' device, on the CPU.
+
+    Several share B, and are rounded as one matrix.
+    """
+    importance, names = of_input.importance.to(weights[0].device), list(factors)
+    given = [factors[name].to(weights[0].device) for name in names]
+    how: dict[str, Any] = {"core": settings.core, "blocks": settings.blocks, "group": settings.group}
     with torch.no_grad():
-        return quantize(weight, importance, own, core=core, blocks=blocks, group=group, trained=trained).to("cpu")
+        if len(names) == 1:
+            return {names[0]: quantize(weights[0], importance, given[0], **how, trained=trained).to("cpu")}
+        whole = quantize(torch.cat(list(weights)), importance, Factorization.stacked(given), **how, trained=trained)
+        parts = whole.split(names, [len(weight) for weight in weights])
+        done = [held_against(part, own, importance) for part, own in zip(parts, weights, strict=True)]
+    return {name: own.to("cpu") for name, own in zip(names, done, strict=True)}
 
 
 def _described(before: LinearRecord, done: Factorization) -> LinearRecord:

@@ -2,7 +2,8 @@
 
 A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
 `.left` and `.right`, and scales of those that are integers. Which linears, with which shapes and types, stands in
-config.json under `quantization_config`. A checkpoint without integers is of version 1, as it always was.
+config.json under `quantization_config`. Linears that share B have it once. A checkpoint without integers and without a
+shared B is of version 1, as it always was.
 docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
 file. So the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import SUFFIXES, Factorization, kept_in
+from armor.core.factorization import SUFFIXES, Factorization, kept_in, owner
 from armor.core.packing import unpack_mask
 from armor.core.pattern import Pattern, is_nm
 from armor.core.quantization import LIMITS, Quantization, groups_of
@@ -29,7 +30,7 @@ from armor.format.shards import INDEX, SINGLE, Shards
 
 __all__ = [
     "CHECKPOINT_VERSION",
-    "INTEGERS_VERSION",
+    "LATER_VERSION",
     "QUANT_METHOD",
     "REMEDY",
     "PackedLinear",
@@ -44,8 +45,8 @@ __all__ = [
 
 QUANT_METHOD = "armor"
 CHECKPOINT_VERSION = 1
-INTEGERS_VERSION = 2
-"""The version of a checkpoint with linears that are quantized."""
+LATER_VERSION = 2
+"""The version of a checkpoint with linears that are quantized, or share B."""
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"
 WEIGHTS = (SINGLE, "model-*-of-*.safetensors")
@@ -57,7 +58,8 @@ class PackedLinear:
     """A compressed linear: the (out, in) of the weight it replaces, the core's pattern, the wrappers' block sizes.
 
     `left_block_size` d makes `left` (out/d, d, d), `right_block_size` d makes `right` (in/d, d, d); None: no wrapper.
-    `quantization` says which of the tensors hold integers; None: none of them.
+    `quantization` says which of the tensors hold integers; None: none of them. `right_of` is the last part of the name
+    of the linear beside it that holds its B; None: it holds its own.
     """
 
     out_features: int
@@ -66,9 +68,10 @@ class PackedLinear:
     left_block_size: int | None = None
     right_block_size: int | None = None
     quantization: Quantization | None = None
+    right_of: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by its suffix."""
+        """The shape of every tensor that the linear holds, by its suffix."""
         kept, own = kept_in(self.in_features, self.pattern), self.quantization
         shapes: dict[str, tuple[int, ...]] = {"core_values": (self.out_features, kept)}
         if own is not None:
@@ -79,7 +82,7 @@ class PackedLinear:
             shapes["core_mask"] = (self.out_features, -(-self.in_features // 8))
         sides = (("left", self.left_block_size, self.out_features), ("right", self.right_block_size, self.in_features))
         for side, d, dimension in sides:
-            if d:
+            if d and not (side == "right" and self.right_of):
                 shapes[side] = (dimension // d, d, d)
                 if own is not None and own.blocks:
                     shapes[f"{side}_scales"] = (dimension,)
@@ -108,10 +111,13 @@ def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
     for name, layout in modules.items():
         groups.setdefault(layout, []).append(name)
     described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
-    version = INTEGERS_VERSION if any(layout.quantization for layout in groups) else CHECKPOINT_VERSION
-    if version == CHECKPOINT_VERSION:
-        for group in described:
+    later = any(layout.quantization or layout.right_of for layout in groups)
+    version = LATER_VERSION if later else CHECKPOINT_VERSION
+    for group in described:
+        if version == CHECKPOINT_VERSION:
             del group["quantization"]
+        if group["right_of"] is None:
+            del group["right_of"]
     return {"quant_method": QUANT_METHOD, "format_version": version, "groups": described}
 
 
@@ -123,9 +129,9 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
             f"{where}: found {found!r}, expected quant_method {QUANT_METHOD!r}; is this a packed checkpoint?"
         )
     version = config.get("format_version")
-    if type(version) is not int or version not in (CHECKPOINT_VERSION, INTEGERS_VERSION):  # True == 1
+    if type(version) is not int or version not in (CHECKPOINT_VERSION, LATER_VERSION):  # True == 1
         raise ArmorError(
-            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION} or {INTEGERS_VERSION}; use the armor "
+            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION} or {LATER_VERSION}; use the armor "
             "that wrote it"
         )
     check_keys(config, ("quant_method", "format_version", "groups"), where)
@@ -142,7 +148,22 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
             if name in modules:
                 raise ArmorError(f"{place}.modules: {name} is listed twice; {REMEDY}")
             modules[name] = layout
+    for name, layout in modules.items():
+        if layout.right_of is not None:
+            _check_holder(name, layout, modules, where)
     return modules
+
+
+def _check_holder(name: str, layout: PackedLinear, modules: Mapping[str, PackedLinear], where: str) -> None:
+    """Raises ArmorError unless the linear that `right_of` names holds a B that fits linear `name`."""
+    holder = owner(name, "right", layout.right_of)
+
+    def of_right(own: PackedLinear) -> tuple:
+        return own.in_features, own.right_block_size, own.quantization and own.quantization.blocks
+
+    found = modules.get(holder)
+    if found is None or found.right_of or of_right(found) != of_right(layout):
+        raise ArmorError(f"{where}: {name}: right_of {layout.right_of!r}: {holder} has no such B; {REMEDY}")
 
 
 def check_keys(found: object, expected: Iterable[str], where: str) -> None:
@@ -156,6 +177,8 @@ def check_keys(found: object, expected: Iterable[str], where: str) -> None:
 
 def _layout(group: object, where: str, version: int) -> PackedLinear:
     keys = [key for key in PackedLinear.__dataclass_fields__ if version > 1 or key != "quantization"]
+    if version == 1 or not (isinstance(group, Mapping) and "right_of" in group):
+        keys.remove("right_of")
     check_keys(group, [*keys, "modules"], where)
     values = {key: group[key] for key in keys}  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked
     sizes = ("out_features", "in_features", "left_block_size", "right_block_size")
@@ -175,6 +198,9 @@ def _layout(group: object, where: str, version: int) -> PackedLinear:
             raise ValueError("pattern 1:1: only with integers, as a dense weight in floats is stored as it is")
     except ValueError as error:
         raise ArmorError(f"{where}.pattern: {error}; {REMEDY}") from None
+    of = values.get("right_of", "q_proj")
+    if not (isinstance(of, str) and of) or "right_of" in values and not values["right_block_size"]:
+        raise ArmorError(f"{where}.right_of: found {of!r}, expected the name of a linear beside it, and a B; {REMEDY}")
     if values.get("quantization") is not None:
         values["quantization"] = _quantization(values["quantization"], f"{where}.quantization")
     return PackedLinear(**values)
@@ -324,8 +350,9 @@ def _row_off_pattern(bits: Tensor, columns: int, pattern: Pattern) -> int | None
 def read_packed(shards: Shards, name: str, layout: PackedLinear) -> Factorization:
     """The factors of the compressed linear `name`, checked as they are read. Raises ArmorError if they are broken."""
     tensors = {}
-    for suffix in layout.shapes():
-        tensor = f"{name}.{suffix}"
+    for suffix in replace(layout, right_of=None).shapes():
+        holder = owner(name, suffix, layout.right_of)
+        tensor = f"{holder}.{suffix}"
         tensors[suffix] = shards.read(tensor)
-        check_tensor(str(shards.folder / shards.file_of(tensor)), tensor, tensors[suffix], {name: layout})
+        check_tensor(str(shards.folder / shards.file_of(tensor)), tensor, tensors[suffix], {holder: layout})
     return Factorization.of_tensors(tensors, layout.in_features, layout.pattern, layout.quantization)

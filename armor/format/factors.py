@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import SUFFIXES, Factorization
+from armor.core.factorization import SUFFIXES, Factorization, owner
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import open_safetensors, save_safetensors, sha256
@@ -38,7 +38,7 @@ FACTORS_VERSION = 1
 TRAINED_FACTORS_VERSION = 2
 """That of a trained layer, whose file holds other tensors too: who reads version 1 alone would lose them."""
 INTEGER_FACTORS_VERSION = 3
-"""That of a file with factors that are quantized."""
+"""That of a file with factors that are quantized, or share B."""
 
 
 def write_factors(
@@ -52,10 +52,11 @@ def write_factors(
     modules = {
         name: {"pattern": str(f.pattern), "in_features": f.core.shape[1], "loss": f.loss, "start_loss": f.start_loss}
         | ({"quantization": asdict(f.quantization)} if f.quantization else {})
+        | ({"right_of": f.right_of} if f.right_of else {})
         for name, f in factors.items()
     }
     version = TRAINED_FACTORS_VERSION if others else FACTORS_VERSION
-    if any(f.quantization for f in factors.values()):
+    if any(f.quantization or f.right_of for f in factors.values()):
         version = INTEGER_FACTORS_VERSION
     header = {"format_version": version, **metadata, "modules": modules}
     if others:
@@ -69,13 +70,14 @@ def read_factors(path: Path) -> tuple[dict[str, Factorization], dict]:
         header = _header(path, file)
         factors = {}
         for name, module in header["modules"].items():
-            keys = [key for key in SUFFIXES if f"{name}.{key}" in file.keys()]
-            tensors = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+            holder, stored = module.get("right_of"), file.keys()
+            places = {key: f"{owner(name, key, holder)}.{key}" for key in SUFFIXES}
+            tensors = {key: file.get_tensor(place) for key, place in places.items() if place in stored}
             quantization = Quantization(**module["quantization"]) if "quantization" in module else None
             found = Factorization.of_tensors(
                 tensors, module["in_features"], Pattern.parse(module["pattern"]), quantization
             )
-            factors[name] = replace(found, loss=module["loss"], start_loss=module["start_loss"])
+            factors[name] = replace(found, loss=module["loss"], start_loss=module["start_loss"], right_of=holder)
         return factors, header
 
 

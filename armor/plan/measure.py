@@ -28,7 +28,7 @@ from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
-from armor.runtime.linear import ArmorLinear
+from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.skeleton import Call, load_outside, open_skeleton, read_layer, record, tensors_of, unload_outside
 
 __all__ = ["bandwidth", "rates"]
@@ -109,6 +109,7 @@ class _Timer:
                 own = skeleton.inside(chosen.index, linear.name)
                 dense: Any = layer.get_submodule(own)
                 layer.set_submodule(own, _packed(layout, wanted, dense.bias is not None))
+        share_right(layer)
         return layer, torch.randn_like(hidden), calls[chosen.index]
 
     def _head(self, kind: Head) -> float:

@@ -15,7 +15,8 @@ from armor.assemble.folder import MAX_SHARD_BYTES
 from armor.calibrate.capture import peak_bytes as calibration_bytes
 from armor.config.sample import Sample
 from armor.config.training import TrainingSettings
-from armor.factorize.layer import linear_bytes, possible
+from armor.factorize.layer import groups_asked, linear_bytes, possible
+from armor.factorize.sharing import one_linear
 from armor.methods import METHODS
 from armor.plan.measured import benchmark, evaluate, predict, tasks
 from armor.plan.need import (
@@ -92,11 +93,12 @@ def _factorize(plan: Plan, model: str, recipe: str, index: str) -> Need:
     gram = any("gram" in METHODS[one.method].statistics for several in asked.values() for one in several)
     statistics = 4 * sum(group[0].in_features ** (2 if gram else 1) for group in layer.groups())
     held, peak, computing, work = statistics, 0, 0, [START]
-    for linear, several in asked.items():
+    resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
+    for group, chosen in groups_asked(layer, settings, resolved):
+        linear = one_linear(group)
         entries, itemsize = linear.out_features * linear.in_features, getattr(torch, linear.dtype).itemsize
-        own = linear_bytes(linear, several)
+        own = linear_bytes(linear, asked[group[0]] if len(group) == 1 else [chosen])
         peak, computing = max(peak, held + own), max(computing, own)
-        chosen, _ = possible(settings.for_module(linear.name), linear.out_features, linear.in_features)
         if chosen.method != "dense":
             held += entries * (itemsize + 1)  # the core and its mask, as they are read back
             work.append(solving(chosen, (linear.out_features, linear.in_features)))

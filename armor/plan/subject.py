@@ -15,7 +15,7 @@ from armor.assemble.folder import copy_others
 from armor.assemble.writer import bits_per_weight, tensor_bytes
 from armor.config.run import Config
 from armor.execution.files import read_json, write_json
-from armor.factorize.layer import layout_of
+from armor.factorize.layer import layouts_of
 from armor.format.checkpoint import PackedLinear, quantization_config
 from armor.format.holes import Hole, write_holes
 from armor.format.layout import Results
@@ -125,11 +125,10 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     layers, sizes = [], []
     for layer in topology.layers:
         settings, own = config.layer_settings(recipe, layer.index), {}
-        for linear in layer.linears:
-            layout = layout_of(linear, settings.for_module(linear.name))
-            if layout is not None:
-                modules[linear.name] = layout
-                own |= _factors(linear.name, layout, linear.dtype)
+        dtypes = {linear.name: linear.dtype for linear in layer.linears}
+        for linear, layout in layouts_of(layer, settings).items():
+            modules[linear] = layout
+            own |= _factors(linear, layout, dtypes[linear])
         layers.append({name: hole.shape for name, hole in own.items()})
         sizes.append(sum(hole.bytes for hole in own.values()))
         holes |= own

@@ -55,13 +55,14 @@ class Module:
 
     @property
     def bits(self) -> float:
-        """Bits per weight, from the format; a linear that stays dense counts with its own dtype."""
+        """Bits per weight, from the format; a shared B counts where it is held, a dense linear with its own dtype."""
         if self.result.pattern is None:
             return self.dense_bits
         shape, pattern = (self.linear.out_features, self.linear.in_features), Pattern.parse(self.result.pattern)
         own = self.result.quantization
         kind = Quantization(**own.model_dump()) if own else None
-        return PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right, kind).bits_per_weight(self.dense_bits)
+        layout = PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right, kind, self.result.right_of)
+        return layout.bits_per_weight(self.dense_bits)
 
 
 @dataclass(frozen=True)

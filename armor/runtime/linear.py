@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armor.core import blockdiag
-from armor.core.factorization import SUFFIXES, Factorization
+from armor.core.factorization import SUFFIXES, Factorization, owner
 from armor.core.integers import pack_int4
 from armor.core.packing import unpack, unpack_mask
 from armor.core.pattern import Pattern
@@ -34,7 +34,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, integers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["ArmorLinear", "multiply"]
+__all__ = ["ArmorLinear", "multiply", "share_right"]
 
 
 def multiply(
@@ -78,7 +78,7 @@ class ArmorLinear(nn.Linear):
     buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. For integers also the parameters core_scales
     (out, groups), left_scales (out,) and right_scales (in,). After `unpack`, core (out, in) stands in for core_values;
     it is integers where these were. With `hide_packed` the state dict lacks the packed tensors, so that no loader looks
-    for them.
+    for them. A layer that shares the B of another (`share_right`) has no `right` of its own.
     """
 
     hide_packed = False
@@ -103,6 +103,7 @@ class ArmorLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self._is_hf_initialized = True  # for transformers, which would draw a weight at random
         self.layout = layout
+        self._holder: tuple[ArmorLinear, ...] = ()  # of B; a tuple hides it from nn.Module, whose part it would become
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self.group = layout.pattern.group(layout.in_features)[1]
         shapes, integers = layout.shapes(), layout.integers()
@@ -121,7 +122,7 @@ class ArmorLinear(nn.Linear):
         """The layer of a factorization W ~ A·S·B and the linear's bias (out,), in their dtype, on their device."""
         left, right = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
         out, columns = factors.core.shape
-        layout = PackedLinear(out, columns, factors.pattern, left, right, factors.quantization)
+        layout = PackedLinear(out, columns, factors.pattern, left, right, factors.quantization, factors.right_of)
         with torch.device("meta"):
             layer = cls(layout, bias is not None)
         tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
@@ -130,7 +131,7 @@ class ArmorLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.core_values is not None and self.core_mask is not None and self.layout.quantization is None:
-            operands = (self.core_values, self.core_mask, self.left, self.right, self.bias)
+            operands = (self.core_values, self.core_mask, self.left, self.held("right"), self.bias)
             return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
         if self.layout.quantization is not None and integers.supports(self.layout, input, *(own := self._integers())):
             return integers.linear(self.layout, input, *own)
@@ -163,14 +164,28 @@ class ArmorLinear(nn.Linear):
 
     def _integers(self) -> tuple[Any, ...]:
         """The operands of `integers.linear` behind x."""
-        scales = (self.core_scales, self.left_scales, self.right_scales)
-        return (self.core_values, self.core_mask, self.left, self.right, self.bias, *scales)
+        scales = (self.core_scales, self.left_scales, self.held("right_scales"))
+        return (self.core_values, self.core_mask, self.left, self.held("right"), self.bias, *scales)
+
+    def held(self, name: str) -> Tensor | None:
+        """B (`right`) or its scales (`right_scales`), which another layer may hold."""
+        if self.layout.right_of is None:
+            return getattr(self, name)
+        if not self._holder:
+            raise RuntimeError(f"shares the B of {self.layout.right_of}, which is not there; call share_right")
+        holder = self._holder[0]
+        tensor = getattr(holder, name)
+        if tensor is not None and tensor.is_meta and (hook := getattr(holder, "_hf_hook", None)) is not None:
+            return hook.weights_map[name].to(self.weight.device)  # accelerate has offloaded it
+        return tensor
 
     def _factors(self) -> Factorization:
         """What the layer holds."""
         own = self.layout
-        others = ("left", "right", "core_scales", "left_scales", "right_scales")
-        tensors = {name: t for name in others if (t := getattr(self, name)) is not None}
+        right, right_scales = self.held("right"), self.held("right_scales")
+        others = {"left": self.left, "right": right, "core_scales": self.core_scales}
+        others |= {"left_scales": self.left_scales, "right_scales": right_scales}
+        tensors: dict[str, Any] = {name: t for name, t in others.items() if t is not None}
         if self.core_values is None:
             unread = torch.empty(0, dtype=torch.bool)  # the mask: nothing here asks for it
             return Factorization(self.core, unread, own.pattern, quantization=own.quantization, **tensors)
@@ -192,7 +207,7 @@ class ArmorLinear(nn.Linear):
             return False
         if self.core_scales is not None:
             return integers.supports(self.layout, self.core_scales, *self._integers())
-        operands = (values, self.core_mask, self.left, self.right, self.bias)
+        operands = (values, self.core_mask, self.left, self.held("right"), self.bias)
         return cpu.supports(values, *operands) or cuda.supports(values, *operands, group=self.group)
 
     @torch.no_grad()
@@ -240,4 +255,11 @@ class ArmorLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, pattern={layout.pattern}, {blocks}, "
             f"bias={self.bias is not None}" + (f", {layout.quantization}" if layout.quantization else "")
-        )
+        ) + (f", right_of={layout.right_of}" if layout.right_of else "")
+
+
+def share_right(model: nn.Module) -> None:
+    """Let every packed linear below `model` that has no B of its own find the one beside it that holds it."""
+    for name, module in model.named_modules():
+        if isinstance(module, ArmorLinear) and module.layout.right_of:
+            module._holder = (model.get_submodule(owner(name, "right", module.layout.right_of)),)  # pyright: ignore

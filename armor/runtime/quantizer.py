@@ -10,6 +10,7 @@ names that transformers could not match after; each defect is one ArmorError.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import Factorization
+from armor.core.factorization import Factorization, owner
 from armor.format.checkpoint import (
     QUANT_METHOD,
     PackedLinear,
@@ -38,7 +39,7 @@ from armor.format.checkpoint import (
 from armor.format.checksums import check_contents, loaded_files, read_checksums, start_hashing
 from armor.format.shards import INDEX, SINGLE, Shards
 from armor.runtime.experts import Experts, fused_experts, unfuse
-from armor.runtime.linear import ArmorLinear
+from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.names import Names
 
 __all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears", "swap_skeleton"]
@@ -145,7 +146,8 @@ class ArmorQuantizer(HfQuantizer):
             for name, _ in module.get_submodule("0").named_children()
         ]
         saved = Names(model).saved_module
-        self.quantization_config = ArmorConfig(**quantization_config({saved(n): m for n, m in renamed.items()}))
+        modules = {saved(name): _renamed(layout, name, saved) for name, layout in renamed.items()}
+        self.quantization_config = ArmorConfig(**quantization_config(modules))
         return known if is_watched else None
 
     def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]  versions give more or less
@@ -233,11 +235,19 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
             raise ArmorError(
                 f"{where}: shape {shape} in {type(model).__name__}, {expected} here; was config.json edited?"
             )
-        weight = linear.weight
+        weight, layout = linear.weight, _renamed(layout, name, names.module_here)
         layer = ArmorLinear(layout, linear.bias is not None, device=weight.device, dtype=weight.dtype)
         model.set_submodule(here, layer)
         renamed[here] = layout
+    share_right(model)
     return renamed
+
+
+def _renamed(layout: PackedLinear, name: str, rename: Callable[[str], str]) -> PackedLinear:
+    """The layout of module `name` where modules are renamed: the one that holds its B is, too."""
+    if layout.right_of is None:
+        return layout
+    return replace(layout, right_of=rename(owner(name, "right", layout.right_of)).rpartition(".")[2])
 
 
 def _keep_from_initialization(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -277,7 +287,8 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
         assert isinstance(linear, nn.Linear)
         layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device)
         model.set_submodule(name, layer)
-        modules[saved(name)] = layer.layout
+        modules[saved(name)] = _renamed(layer.layout, name, saved)
+    share_right(model)
     quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
     told = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
     for name, value in told.items():  # nn.Module's type knows of tensors and modules alone

@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.base_config import (  # pyright: ig
 from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]  the same
 
 from armor.core.errors import ArmorError
+from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime.linear import multiply
 from armor.serve.check import check
@@ -167,6 +168,11 @@ class ArmorLinearMethod(LinearMethodBase):
                     f"{(whole, layer.input_size)} in vLLM; was config.json edited?"
                 )
             parts.append(cut(name, layout, some, range(first, first + columns), ranks))
+            if layout and (holder := owner(name, "right", layout.right_of)) not in self.layouts:
+                raise ArmorError(
+                    f"{name}: shares the B of {holder}, which is another linear in vLLM; multiply the checkpoint out "
+                    "with armor export and serve that"
+                )
         return parts
 
     def _load(self, layer: Any, suffix: str, _: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
@@ -198,10 +204,17 @@ class ArmorLinearMethod(LinearMethodBase):
             if (layout := part.packed) is None:
                 outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), some))
             else:
-                operands: list[Any] = [getattr(layer, f"{suffix}_{index}", None) for suffix in SUFFIXES]
+                operands: list[Any] = [self._tensor(layer, suffix, index) for suffix in SUFFIXES]
                 group = layout.pattern.group(layout.in_features)[1]
                 outputs.append(multiply(x, *operands, bias=some, pattern=layout.pattern, group=group))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _tensor(self, layer: Any, suffix: str, index: int) -> Tensor | None:
+        """`suffix` of the part `index`; a B that it shares is another part's."""
+        part, names = self.parts[index], list(self.layouts)
+        if part.layout and part.layout.right_of:
+            index = names.index(owner(names[index], suffix, part.layout.right_of))
+        return getattr(layer, f"{suffix}_{index}", None)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

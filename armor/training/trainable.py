@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from armor.core import blockdiag
-from armor.core.factorization import Factorization
+from armor.core.factorization import Factorization, owner
 from armor.core.packing import pack, unpack
 from armor.format.factors import read_factors, read_others
 from armor.format.shards import Shards
@@ -60,7 +60,7 @@ def stored_arithmetic(dtype: str, device: str) -> AbstractContextManager:
 class TrainableLinear(nn.Module):
     """y = A·S·B x + b with float32 parameters: core_values (out, in·n/m), left, right, as in a checkpoint.
 
-    `bias` is the linear's own parameter or None.
+    `bias` is the linear's own parameter or None. `right` is that of the linear with which this one shares B, else None.
     """
 
     core_values: nn.Parameter
@@ -69,7 +69,9 @@ class TrainableLinear(nn.Module):
     right: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, factors: Factorization, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, factors: Factorization, bias: nn.Parameter | None = None, right: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
         self.start = factors
         self.out_features, self.in_features = factors.core.shape
@@ -77,6 +79,8 @@ class TrainableLinear(nn.Module):
         self.register_buffer("core_mask", bits, persistent=False)
         for name, tensor in (("core_values", values), ("left", factors.left), ("right", factors.right)):
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.float().clone()))
+        if right is not None:
+            self.right = right
         self.register_parameter("bias", bias)
         self.product: Tensor | None = None
         """A·S·B while `multiplied_once` holds it."""
@@ -94,6 +98,11 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return F.linear(x, self.weight if self.product is None else self.product, self.bias)
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """Its parameters but for the bias, by suffix; a B that another linear holds is that one's."""
+        suffixes = ("core_values", "left") if self.start.right_of else ("core_values", "left", "right")
+        return {suffix: found for suffix in suffixes if (found := getattr(self, suffix)) is not None}
 
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
@@ -123,8 +132,8 @@ class TrainableLayer:
         """All that is trained, by full name."""
         found = {}
         for name, linear in self.linears.items():
-            for suffix in ("core_values", "left", "right"):
-                if (parameter := getattr(linear, suffix)) is not None and parameter.requires_grad:
+            for suffix, parameter in linear.own().items():
+                if parameter.requires_grad:
                     found[f"{name}.{suffix}"] = parameter
         return found | self.others
 
@@ -142,12 +151,14 @@ def put_linears(
     `inside` gives a linear's name within the layer. They keep their biases. `layer` may be on the meta device still;
     its other tensors are loaded after.
     """
-    linears = {}
-    for name, found in factors.items():
+    linears: dict[str, TrainableLinear] = {}
+    for name in sorted(factors, key=lambda name: factors[name].right_of is not None):  # who holds B comes first
         linear: Any = layer.get_submodule(inside(name))
-        linears[name] = TrainableLinear(found, linear.bias)
+        right_of = factors[name].right_of
+        right = linears[owner(name, "right", right_of)].right if right_of else None
+        linears[name] = TrainableLinear(factors[name], linear.bias, right)
         layer.set_submodule(inside(name), linears[name])
-    return linears
+    return {name: linears[name] for name in factors}
 
 
 def make_trainable(
@@ -174,10 +185,9 @@ def make_trainable(
             found[full] = parameter
     stored = {name: dtypes[name] for name in found}
     for name, linear in linears.items():
-        for suffix, parameter in linear.named_parameters(recurse=False):
-            if suffix != "bias":
-                parameter.requires_grad_(core or suffix != "core_values")
-                stored[f"{name}.{suffix}"] = linear.start.core.dtype
+        for suffix, parameter in linear.own().items():
+            parameter.requires_grad_(core or suffix != "core_values")
+            stored[f"{name}.{suffix}"] = linear.start.core.dtype
     return TrainableLayer(layer, linears, found, stored)
 
 

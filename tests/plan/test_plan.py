@@ -50,10 +50,10 @@ def made(folder, place, recipes=None, host=ROOMY, **edits):
     return plan, planned(plan, place, None), place
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_checkpoint_will_be_as_large_as_the_plan_says(tmp_path, family):
-    root = packed(tmp_path, family)
-    recipe = {"block_size": SETTINGS.block_size, "solver": {"iterations": 2}}
+@pytest.mark.parametrize(("family", "share"), [("llama", True), ("qwen2", False)])
+def test_a_checkpoint_will_be_as_large_as_the_plan_says(tmp_path, family, share):
+    root = packed(tmp_path, family, SETTINGS.model_copy(update={"share_right": share}))
+    recipe = {"block_size": SETTINGS.block_size, "solver": {"iterations": 2}, "share_right": share}
     plan, found, _ = made(root / "source", tmp_path / "plan", {"armor": recipe})
     record, expected = CheckpointRecord.read(root / "checkpoint.json"), plan.subjects["tiny"].packed["armor"]
     assert found.recipes[0].bits_per_weight == record.bits_per_weight

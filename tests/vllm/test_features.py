@@ -12,7 +12,9 @@ from tests.vllm.served import BOUND, SHAPE, checkpoint, difference, expected, se
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("llama"), "Llama")
+    """One whose q, k and v share B, as do gate and up."""
+    settings = SETTINGS.model_copy(update={"share_right": True})
+    return packed(tmp_path_factory.mktemp("llama"), settings=settings, **SHAPE) / "checkpoint"
 
 
 @pytest.fixture(scope="module")

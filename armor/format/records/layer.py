@@ -56,7 +56,7 @@ class LinearRecord(Typed):
     """The worst condition number of the blocks of A and B, as stored. It says how far an error in one of their entries
     can grow. 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
-    """Points (iteration, seconds, best loss so far), at most 100."""
+    """Points (iteration, seconds, best loss so far), at most 100; of linears that share B those of all together."""
     seed: int
     """The seed of its random choices."""
     device: str
@@ -71,6 +71,8 @@ class LinearRecord(Typed):
     """Null where the factors are floats."""
     float_loss: float | None = None
     """The loss of the factors before they were quantized; null where they were not."""
+    right_of: str | None = None
+    """The last part of the name of the linear beside it whose B it shares; null where it holds its own."""
 
 
 class Look(Typed):

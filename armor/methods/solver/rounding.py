@@ -25,7 +25,7 @@ from armor.core.quantization import LIMITS, IntegerType, Quantization
 from armor.methods.solver.feedback import swept
 from armor.methods.solver.objective import Objective, relative_loss
 
-__all__ = ["quantize"]
+__all__ = ["held_against", "quantize"]
 
 DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
 
@@ -51,8 +51,7 @@ def quantize(
     )
     objective = Objective.of(weight, importance)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
-    d = objective.importance / objective.column.square()
-    d = (d / d.amax()).float()
+    d = _importance(objective)
     target = given.reconstruct() if trained else weight
     candidates = [_rounded(given, kind, d)]
     if _has_feedback(given):
@@ -64,6 +63,24 @@ def quantize(
         best = plain
     loss = losses[0] if best is not plain else losses[1]
     return replace(best, loss=loss, start_loss=losses[1])
+
+
+def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> Factorization:
+    """The integers `factors` of weight (out, in) with the losses of this weight alone, as `quantize` reports them.
+
+    For one that was rounded together with others.
+    """
+    objective = Objective.of(weight, importance)
+    assert factors.quantization is not None
+    plain = _plain(weight, objective, factors, factors.quantization, _importance(objective))
+    loss, start_loss = (relative_loss(weight, objective, each) for each in (factors, plain))
+    return replace(factors, loss=loss, start_loss=start_loss)
+
+
+def _importance(objective: Objective) -> Tensor:
+    """The weight of each column's errors (in,), in the weight's own scale, the largest 1."""
+    d = objective.importance / objective.column.square()
+    return (d / d.amax()).float()
 
 
 def _rounded(factors: Factorization, kind: Quantization, d: Tensor) -> Factorization:
