@@ -13,7 +13,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "MIXTURES", "VOCABULARY", "tiny_gguf", "tiny_model", "tiny_text", "tiny_tokenizer"]
+__all__ = [
+    "FAMILIES",
+    "FEW_EXPERTS",
+    "MAMBA2",
+    "MIXTURES",
+    "VOCABULARY",
+    "tiny_gguf",
+    "tiny_model",
+    "tiny_text",
+    "tiny_tokenizer",
+]
 
 VOCABULARY = 272  # 256 bytes, one special token, and a little room, as real models have
 FAMILIES: dict[str, dict] = {
@@ -28,6 +38,7 @@ FAMILIES: dict[str, dict] = {
     },
     "phi3": {"pad_token_id": None},
 }
+MAMBA2 = {"state_size": 16, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1}
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 MIXTURES: dict[str, dict] = {

@@ -7,7 +7,8 @@ kept if the process ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,15 @@ from armor.factorize.sharing import groups_of, parts_of
 from armor.format.records.topology import Linear
 from armor.format.statistics import Accumulator, Statistics
 from armor.methods import METHODS
-from armor.model.by_hand import is_taken
+from armor.model.by_hand import check_linears, left_dense, tell
+from armor.model.contents import Contents
 from armor.runtime.quantizer import pack_linears
-from armor.runtime.skeleton import decoder_layers, finite
+from armor.runtime.skeleton import Call, decoder_layers, finite
 from armor.text.blocks import blocks
 
 __all__ = ["compress"]
+
+FEW_TOKENS = 8
 
 
 def compress(  # noqa: C901  all that can be wrong is looked for before any work starts
@@ -64,23 +68,14 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
     prefix, layers = decoder_layers(model, where)
     linears: dict[str, nn.Linear] = {}
     settings: dict[str, ModuleSettings] = {}
-    for index, layer in enumerate(layers):
-        resolved = chosen.for_layer(index, seed)
-        for name, module in layer.named_modules(prefix=f"{prefix}.{index}"):
-            if not isinstance(module, nn.Linear):
-                continue
-            if is_taken(layer, name.removeprefix(f"{prefix}.{index}.")):
-                log.warning("%s: stays dense, for another module multiplies with its weight", name)
-                continue
-            asked, note = possible(resolved.for_module(name), module.out_features, module.in_features)
-            if note:
-                log.warning("%s: %s", name, note)
-            if asked.method != "dense":
-                linears[name], settings[name] = module, asked
-            if module.weight.is_meta:
-                raise ArmorError(f"{where}: {name}: is offloaded; load the model without offloading")
-            if not finite(module.weight):
-                raise ArmorError(f"{where}: {name}: its weight holds NaN or infinity; load the model again")
+    resolved = [chosen.for_layer(index, seed) for index in range(len(layers))]
+    for name, module in _compressible(model, prefix, layers, where).items():
+        own = resolved[_layer_of(name, prefix)].for_module(name)
+        asked, note = possible(own, module.out_features, module.in_features)
+        if note:
+            log.warning("%s: %s", name, note)
+        if asked.method != "dense":
+            linears[name], settings[name] = module, asked
     check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:
         return model
@@ -146,6 +141,77 @@ def _recipe(given: Recipe | dict) -> Recipe:
     return recipe
 
 
+def _layer_of(name: str, prefix: str) -> int:
+    """The number of the decoder layer that a linear is in; `prefix` is the name of their list."""
+    return int(name.removeprefix(f"{prefix}.").partition(".")[0])
+
+
+def _compressible(model: PreTrainedModel, prefix: str, layers: nn.ModuleList, where: str) -> dict[str, nn.Linear]:
+    """The linears of the decoder layers that a recipe may compress, by full name; the same as `armor inspect` finds.
+
+    Warns and refuses as it does. Raises ArmorError too for weights that are not in memory, or not finite.
+    """
+    check_linears(layers, model, where)
+    linears = {
+        name: module
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules(prefix=f"{prefix}.{index}")
+        if isinstance(module, nn.Linear)
+    }
+    for name, linear in linears.items():
+        if linear.weight.is_meta:
+            raise ArmorError(f"{where}: {name}: is offloaded; load the model without offloading")
+        if not finite(linear.weight):
+            raise ArmorError(f"{where}: {name}: its weight holds NaN or infinity; load the model again")
+    left: dict[str, str] = {}
+    contents = Contents()
+    with _undisturbed(model):
+        calls = _calls(model, layers)
+        for index, layer in enumerate(layers):
+            own = left_dense(layer, partial(_run, calls.get(index)))
+            contents.add(layer, own)
+            left |= {f"{prefix}.{index}.{name}": reason for name, reason in own.items()}
+    tell(left, where, is_all=linears.keys() == left.keys())
+    if warning := contents.warning():
+        log.warning("%s: %s", where, warning)
+    return {name: linear for name, linear in linears.items() if name not in left}
+
+
+def _calls(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, Call]:
+    """What decoder layers are called with, by their number, where the model reads a few tokens."""
+    seen: dict[int, Call] = {}
+
+    def note(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(index, Call(args, kwargs))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, index), with_kwargs=True) for index, layer in enumerate(layers)
+    ]
+    try:
+        model.base_model(input_ids=torch.arange(FEW_TOKENS, device=model.device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _run(call: Call | None, layer: nn.Module) -> None:
+    if call is not None:  # else the model does not use this layer
+        layer(*call.args, **call.kwargs)
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """The model evaluates, without gradients, and is then as it was."""
+    was_training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def _quantize(
     recipe: Recipe,
     linears: dict[str, nn.Linear],
@@ -155,8 +221,7 @@ def _quantize(
 ) -> None:
     """Put integers in the place of `factors`, by full name of the linear, where `recipe` asks for them."""
     for names in sharing_right(factors) if recipe.quantize else ():
-        layer = int(names[0].removeprefix(f"{prefix}.").partition(".")[0])
-        asked = recipe.quantize and asked_for(recipe.quantize.for_layer(layer), names)
+        asked = recipe.quantize and asked_for(recipe.quantize.for_layer(_layer_of(names[0], prefix)), names)
         if asked is not None:
             weights, trained = [linears[name].weight.detach() for name in names], bool(recipe.training())
             own = {name: factors[name] for name in names}
@@ -185,14 +250,11 @@ def _statistics(
     fed = _Fed()
     sums = {n: Accumulator(linear.in_features, n in with_gram, linear.weight.device) for n, linear in linears.items()}
     hooks = [linear.register_forward_pre_hook(partial(_add, sums[n], fed, n)) for n, linear in linears.items()]
-    was_training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with _undisturbed(model):
             for row in progress(tokens, "calibrate", unit="sequence", amount=tokens.shape[1], amount_unit="tokens"):
                 model.base_model(input_ids=row.unsqueeze(0).to(model.device), use_cache=False)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     for name, own in sums.items():

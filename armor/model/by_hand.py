@@ -1,56 +1,92 @@
-"""Linears that are not called: another module takes their weight and multiplies by itself, as Mamba's mixers do.
+"""Linears that stay dense whatever a recipe says, because of what they are.
 
-A packed linear has no weight to take, so such a one must stay dense. It is found in two ways. The decoder layer runs
-once on the meta device with stand-ins that have no weight either, which finds what happens here. And the source of the
-module above is searched for uses of the weight, which finds what happens on another path, as with kernels on a GPU.
+Some are not called: another module takes their weight and multiplies by itself, as Mamba's mixers do. A packed linear
+has no weight to take. Such a one is found in two ways. The decoder layer runs once with stand-ins that have no weight
+either, which finds what happens here. And the source of the module above is searched for uses of the weight, which
+finds what happens on another path, as with kernels on a GPU. The others are routers, and linears with a forward of
+their own.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
-import torch
 from torch import Tensor, nn
 
 from armor.core.errors import ArmorError
+from armor.execution.log import log
+from armor.runtime.experts import routers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["by_hand", "is_taken", "other_forward"]
+__all__ = ["by_hand", "check_linears", "left_dense", "tell"]
 
+BY_HAND = "another module multiplies with it"
 USED = r"\bself\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
 
 
 class _StandIn(nn.Linear):
-    """A linear of the same shape on the meta device, without a weight."""
+    """A linear that can be called and has no weight to give."""
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self._no_weight = NoWeight(
-            torch.device("meta"), linear.weight.dtype, (linear.out_features, linear.in_features), name
-        )
+        self._linear = (linear,)  # a tuple hides it from nn.Module, whose child it would become
+        shape = linear.out_features, linear.in_features
+        self._no_weight = NoWeight(linear.weight.device, linear.weight.dtype, shape, name)
 
     @property
     def weight(self) -> NoWeight:  # pyright: ignore[reportIncompatibleVariableOverride]  it has none to give
         return self._no_weight
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.new_empty((*input.shape[:-1], self.out_features))
+        return self._linear[0](input)
+
+
+def check_linears(layers: nn.ModuleList, model: nn.Module, where: object) -> None:
+    """Raise ArmorError, naming the model as `where`, if its decoder layers hold no linear."""
+    if not any(isinstance(module, nn.Linear) for module in layers.modules()):
+        raise ArmorError(f"{where}: the decoder layers of {type(model).__name__} hold no linear; nothing to compress")
+
+
+def left_dense(layer: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, str]:
+    """Why linears of a decoder layer stay dense, by their name in it; what is not here can be compressed.
+
+    `run` calls the layer. Raises ArmorError as `by_hand` does.
+    """
+    return (
+        dict.fromkeys(by_hand(layer, run), BY_HAND)
+        | dict.fromkeys(_other_forward(layer), "its class has a forward of its own")
+        | dict.fromkeys(routers(layer), "a router")
+    )
+
+
+def tell(left: Mapping[str, str], where: object, is_all: bool) -> None:
+    """Warn of the linears, by full name with their reason, whose weight another module takes.
+
+    Raises ArmorError, naming the model as `where`, if these are all linears that there are (`is_all`).
+    """
+    names = [name for name, reason in left.items() if reason == BY_HAND]
+    if names:
+        told = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(names), told)
+    if is_all:
+        name, reason = next(iter(left.items()))
+        raise ArmorError(f"{where}: every linear of the decoder layers stays dense: {name}: {reason}")
 
 
 def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     """The names, within `layer`, of linears that other modules multiply with by themselves; `run` calls the layer.
 
-    The layer is on the meta device. Where it fails as it is, its error is raised. Raises ArmorError where it runs as it
-    is, and not with linears that have no weight.
+    Where the layer fails as it is, its error is raised. Raises ArmorError where it runs as it is, and not with linears
+    that have no weight.
     """
-    own = {*other_forward(layer)}
+    own = {*_other_forward(layer)}
     linears = {n: module for n, module in layer.named_modules() if isinstance(module, nn.Linear) and n not in own}
-    found = {name for name in linears if is_taken(layer, name)}
+    found = {name for name in linears if _is_taken(layer, name)}
     failed: Exception | None = None
     while failed is None:
         try:
@@ -70,7 +106,7 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     ) from failed
 
 
-def other_forward(layer: nn.Module) -> list[str]:
+def _other_forward(layer: nn.Module) -> list[str]:
     """The names, within `layer`, of linears whose class computes something else than a linear, as some routers do."""
     return [
         name
@@ -79,7 +115,7 @@ def other_forward(layer: nn.Module) -> list[str]:
     ]
 
 
-def is_taken(layer: nn.Module, name: str) -> bool:
+def _is_taken(layer: nn.Module, name: str) -> bool:
     """Whether the source of the module above the linear `name` of `layer` takes its weight."""
     above, _, own = name.rpartition(".")
     return re.search(USED.format(name=re.escape(own)), _source(type(layer.get_submodule(above)))) is not None

@@ -7,7 +7,6 @@ whether layers exchange anything beside hidden states, which would make running 
 
 from __future__ import annotations
 
-import re
 import traceback
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
-from armor.model.by_hand import by_hand, other_forward
+from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.model.source import Source
-from armor.runtime.experts import routers
 from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, stored_tensors, tensors_of
 
 __all__ = ["inspect", "input_groups"]
@@ -65,22 +63,16 @@ def _topology(source: Source) -> Topology:
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
         _check_tensors(skeleton, index, shards)
-    if not any(isinstance(module, nn.Linear) for module in skeleton.layers.modules()):
-        raise ArmorError(
-            f"{source.path}: the decoder layers of {type(skeleton.model).__name__} hold no linear; nothing to compress"
-        )
+    check_linears(skeleton.layers, skeleton.model, source.path)
     load_outside(skeleton, shards)
     hidden, calls = record(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
-    layers, kept, contents = [], [], Contents()
+    layers: list[DecoderLayer] = []
+    kept: dict[str, str] = {}
+    contents = Contents()
     for index, layer in enumerate(skeleton.layers):
         prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
-        taken = by_hand(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
-        kept += [f"{prefix}.{name}" for name in taken]
-        left = (
-            dict.fromkeys(taken, "another module multiplies with it")
-            | dict.fromkeys(other_forward(layer), "its class has a forward of its own")
-            | dict.fromkeys(routers(layer), "a router")
-        )
+        left = left_dense(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
+        kept |= {f"{prefix}.{name}": reason for name, reason in left.items()}
         contents.add(layer, left)
         linears = {
             f"{prefix}.{name}": module
@@ -89,13 +81,7 @@ def _topology(source: Source) -> Topology:
         }
         groups = input_groups(layer, hidden, call, prefix, linears)
         layers.append(_decoder_layer(index, prefix, layer, linears, groups, shards, stored))
-    if kept:
-        names = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in kept))
-        log.warning("%d linears stay dense, for another module multiplies with their weight: %s", len(kept), names)
-    if not any(layer.linears for layer in layers):
-        raise ArmorError(
-            f"{source.path}: every linear is like {kept[0]}, which another module multiplies with by itself"
-        )
+    tell(kept, source.path, is_all=not any(layer.linears for layer in layers))
     for line in contents.table():
         log.info("%s", line)
     if warning := contents.warning():

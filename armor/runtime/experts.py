@@ -141,13 +141,14 @@ def routers(layer: nn.Module) -> list[str]:
     They are small, and what an error in them does is out of proportion to that.
     """
     found = []
-    for path, module in layer.named_modules():
-        if isinstance(module, Experts):
-            above = path.rpartition(".")[0]
-            for name, beside in layer.get_submodule(above).named_modules(prefix=above):
-                inside = f"{name}.".startswith(f"{path}.")
-                if isinstance(beside, nn.Linear) and not inside and beside.out_features in (1, module.count):
-                    found.append(name)
+    mixtures = {path: module.count for path, module in layer.named_modules() if isinstance(module, Experts)}
+    mixtures |= {path: len(module.get_parameter("down_proj")) for path, module in fused_experts(layer).items()}
+    for path, count in mixtures.items():
+        above = path.rpartition(".")[0]
+        for name, beside in layer.get_submodule(above).named_modules(prefix=above):
+            inside = f"{name}.".startswith(f"{path}.")
+            if isinstance(beside, nn.Linear) and not inside and beside.out_features in (1, count):
+                found.append(name)
     return found
 
 

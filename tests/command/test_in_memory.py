@@ -1,5 +1,6 @@
 """armor.compress does in memory what the pipeline does through files."""
 
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.linear import ArmorLinear
-from tests.tiny import tiny_model, tiny_text
+from tests.tiny import FEW_EXPERTS, MAMBA2, tiny_model, tiny_text
 
 TOKENS = torch.arange(40).view(2, 20)
 TEXT = tiny_text()
@@ -160,6 +161,66 @@ def test_what_is_no_dense_model_of_transformers(source):
     model = armor.compress(*loaded(source), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
     with pytest.raises(ArmorError, match="quantized already"):
         armor.compress(model, None, TEXT, RECIPE)
+
+
+def taking(model, take):
+    """Let the MLPs of `model` do by hand what their down projection does; `take` gets it and its input."""
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        made = {"forward": lambda self, x: take(self.down_proj, self.act_fn(self.gate_proj(x)) * self.up_proj(x))}
+        mlp.__class__ = type("Made", (type(mlp),), made)
+    return model
+
+
+def picky(linear, x):
+    if type(linear) is not nn.Linear:
+        raise TypeError("a linear is expected")
+    return linear(x)
+
+
+def test_a_linear_that_another_module_multiplies_with_stays_dense_with_one_line(source, caplog):
+    model, tokenizer = loaded(source)
+    taking(model, lambda linear, x: x @ getattr(linear, "weight").T)  # noqa: B009  as no search of the source finds it
+    with caplog.at_level(logging.WARNING, "armor"):
+        armor.compress(model, tokenizer, TEXT, RECIPE | {"method": "nowag"}, **SIZES)
+    (told,) = [line for line in caplog.messages if "stay dense, for another module" in line]
+    assert told.startswith("2 linears ") and told.endswith(": model.layers.*.mlp.down_proj")
+    kinds = [type(model.model.layers[1].mlp.get_submodule(name)) for name in ("up_proj", "down_proj")]
+    assert kinds == [ArmorLinear, nn.Linear] and logits(model).isfinite().all()
+
+
+def test_a_model_that_fails_on_linears_without_a_weight_is_refused(source):
+    model, tokenizer = loaded(source)
+    taking(model, picky)
+    with pytest.raises(ArmorError, match="DecoderLayer: runs, but not .* .TypeError: a linear is expected., so a comp"):
+        armor.compress(model, tokenizer, TEXT, RECIPE, **SIZES)
+    assert not any(isinstance(module, ArmorLinear) for module in model.modules())
+
+
+def test_mamba_2_is_as_in_the_pipeline(tmp_path, caplog):
+    folder = tiny_model(tmp_path / "mamba2", "mamba2", layers=2, **MAMBA2)
+    with caplog.at_level(logging.WARNING, "armor"):
+        model = armor.compress(*loaded(folder), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
+    (told,) = [line for line in caplog.messages if "stay dense, for another module" in line]
+    assert "2 linears" in told and told.endswith(": backbone.layers.*.mixer.out_proj")
+    packed = [name for name, module in model.named_modules() if isinstance(module, ArmorLinear)]
+    assert packed == ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.in_proj"]
+    assert logits(model).isfinite().all()
+
+
+def test_a_mixtures_router_stays_dense_and_what_is_left_out_is_said(tmp_path, caplog):
+    small = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    folder = tiny_model(tmp_path / "moe", "qwen2_moe", 1, **FEW_EXPERTS, **small)
+    with caplog.at_level(logging.WARNING, "armor"):
+        model = armor.compress(*loaded(folder), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
+    packed = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
+    assert packed == {f"{letter}_proj" for letter in "qkvo"} | {"gate_proj", "up_proj", "down_proj"}
+    assert type(model.model.layers[0].mlp.shared_expert_gate) is nn.Linear
+    (told,) = [line for line in caplog.messages if "can be compressed; the largest rest is" in line]
+    assert "mlp.experts.gate_up_proj" in told
+    model.save_pretrained(tmp_path / "saved")
+    assert verify(tmp_path / "saved").modules == 7
+    torch.testing.assert_close(logits(loaded(tmp_path / "saved")[0]), logits(model))
 
 
 def test_importing_armor_stays_light():

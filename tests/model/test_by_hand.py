@@ -14,8 +14,7 @@ import armor.hf  # noqa: F401
 from armor.core.errors import ArmorError
 from armor.model.by_hand import by_hand
 from tests.packed import opened, packed
-
-MAMBA2 = {"state_size": 16, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1}
+from tests.tiny import MAMBA2
 
 
 def test_a_mamba_2_model_goes_through_and_runs_with_one_line_on_what_stays_dense(tmp_path, caplog):
