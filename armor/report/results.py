@@ -15,6 +15,7 @@ from armor.config.report import ReportPair
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.format.checkpoint import PackedLinear
+from armor.format.layout import FACTORS
 from armor.format.records.base import Made
 from armor.format.records.benchmark import BenchmarkRecord, Side
 from armor.format.records.calibration import CalibrationRecord
@@ -28,7 +29,8 @@ from armor.model.cost import dtype_bits
 
 __all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
-STAGES = ("calibrate", "factorize", "refine", "tune", "quantize", "assemble", "evaluate", "benchmark")
+STAGES = ("calibrate", *FACTORS, "assemble", "evaluate", "benchmark")
+"""The stages of which the report tells the time, in the order of the data. Tasks count as evaluate."""
 DENSE = "dense"
 """What a benchmark's samples call the dense model, whatever its recipe is called."""
 Work = dict[str, list[Made]]

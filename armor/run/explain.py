@@ -37,6 +37,49 @@ from armor.run.status import last_config
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]
 
 
+Noted = dict[str, str | None]
+"""Fingerprints by name, as `MadeBy.inputs` has them."""
+
+
+def _nothing(made: Job, name: str, layer: str | None) -> Noted:
+    """Of what changes no more than the source does, as the topology."""
+    return {}
+
+
+def _statistics(made: Job, name: str, layer: str | None) -> Noted:
+    """Those of a decoder layer, or of all."""
+    record = CalibrationRecord.read(made.record)
+    if layer is None:
+        return {Input.STATISTICS: record.statistics_fingerprint}
+    file = record.files.get(layer_file(made.record.parent, layer).name)
+    return {Input.STATISTICS: file and file.sha256}
+
+
+def _factors(made: Job, name: str, layer: str | None) -> Noted:
+    return {Input.LAYER.format(made.names[-1]): LayerRecord.read(made.record).sha256}
+
+
+def _tuned(made: Job, name: str, layer: str | None) -> Noted:
+    """The factors of all decoder layers, or of one."""
+    found = {str(index): sha256 for index, sha256 in enumerate(TuneRecord.read(made.record).layers)}
+    return {Input.LAYER.format(index): sha256 for index, sha256 in found.items() if layer in (None, index)}
+
+
+NOTED: dict[str, Callable[[Job, str, str | None], Noted]] = {
+    "fetch": lambda made, name, layer: {name: SourceRecord.read(made.record).fingerprint},
+    "inspect": _nothing,
+    "calibrate": _statistics,
+    "sensitivity": lambda made, name, layer: {name: SensitivityRecord.read(made.record).sha256},
+    "budget": lambda made, name, layer: {name: BudgetRecord.read(made.record).content()},
+    "factorize": _factors,
+    "states": lambda made, name, layer: {name: StatesRecord.read(made.record).text_fingerprint},
+    "refine": _factors,
+    "tune": _tuned,
+    "quantize": _factors,
+    "assemble": lambda made, name, layer: {name: model_fingerprint(made.record)},
+    "predict": _nothing,
+}
+"""What a job notes of another one's result, which it calls `name`; `layer` is its own. By the stage of the other."""
 TOGETHER: dict[str, Callable[[Path], str]] = {
     Input.BEFORE: lambda file: LayerRecord.read(file).sha256,
     Input.PRICES: lambda file: PricesRecord.read(file).content(),
@@ -178,45 +221,18 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
-        for together, of_one in TOGETHER.items():
-            files = [
-                other.record for name, other in job.before(self.config) if name == together and other.record.is_file()
-            ]
-            if files:
-                yield together, combined(map(of_one, files))
+        layer = job.names[-1] if STAGES[job.stage].by_layer else None
+        together: dict[str, list[str]] = {}
         for name, other in job.before(self.config):
-            file = other.record
-            if not file.is_file() or name in TOGETHER:
+            if not other.record.is_file():
                 continue
-            if job.stage == "report":
-                if other.stage not in FACTORS:  # a checkpoint stands for its layers
-                    yield file.relative_to(self.results).as_posix(), sha256(file)
-            elif other.stage == "fetch":
-                yield name, SourceRecord.read(file).fingerprint
-            elif other.stage == "assemble":
-                yield name, model_fingerprint(file)
-            else:
-                yield from _of_layers(job, other)
-
-
-def _of_layers(job: Job, other: Job) -> Iterator[tuple[str, str | None]]:
-    """The fingerprints of what `job` reads from a stage between inspect and assemble."""
-    file, own = other.record, job.names[2:] if STAGES[job.stage].by_layer else ()
-    if other.stage == "calibrate":
-        known = CalibrationRecord.read(file)
-        of_layer = known.files.get(layer_file(file.parent, own[0]).name) if own else None
-        yield Input.STATISTICS, of_layer.sha256 if of_layer else None if own else known.statistics_fingerprint
-    elif other.stage == "states":
-        yield Input.STATES, StatesRecord.read(file).text_fingerprint
-    elif other.stage == "sensitivity":
-        yield Input.SENSITIVITY, SensitivityRecord.read(file).sha256
-    elif other.stage == "budget":
-        yield Input.BUDGET, BudgetRecord.read(file).content()
-    elif STAGES[other.stage].by_layer:
-        yield Input.LAYER.format(other.names[2]), LayerRecord.read(file).sha256
-    elif other.stage == "tune":
-        layers = enumerate(TuneRecord.read(file).layers)
-        yield from ((Input.LAYER.format(index), found) for index, found in layers if not own or str(index) in own)
+            if name in TOGETHER:
+                together.setdefault(name, []).append(TOGETHER[name](other.record))
+            elif job.stage != "report":
+                yield from NOTED[other.stage](other, name, layer).items()
+            elif other.stage not in FACTORS:  # a checkpoint stands for its layers
+                yield other.record.relative_to(self.results).as_posix(), sha256(other.record)
+        yield from ((name, combined(found)) for name, found in together.items())
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:

@@ -1,0 +1,33 @@
+"""The table of jobs is the one list of stages: what else tells them apart knows the same ones."""
+
+from __future__ import annotations
+
+from armor.config.run import Config
+from armor.report import results
+from armor.run.explain import NOTED, TOGETHER
+from armor.run.jobs import STAGES, jobs
+
+TRAINING = {"steps": 2, "sequences": 2, "held_out": 1}
+EVERY_STAGE = Config.model_validate(
+    {
+        "models": {"tiny": {"folder": "tiny"}},
+        "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
+        "recipes": {
+            "armor": {"budget": {"bits": 24, "over": [{"block_size": 8}, {"method": "nowag"}]}},
+            "refined": {"method": "nowag", "refine": TRAINING, "tune": TRAINING, "quantize": {}},
+        },
+        "evaluations": {"held_out": {"text": {"files": ["held_out.txt"]}}, "questions": {"tasks": ["piqa"]}},
+        "benchmarks": {"decode": {}},
+    }
+)
+
+
+def test_explain_knows_what_a_job_notes_of_each_stage_that_it_reads():
+    table = list(jobs(EVERY_STAGE))
+    assert {job.stage for job in table} == STAGES.keys()
+    read = {(name, stage) for job in table if job.stage != "report" for name, stage, _ in job.inputs(EVERY_STAGE)}
+    assert {stage for name, stage in read if name not in TOGETHER} == NOTED.keys()
+
+
+def test_the_report_tells_the_time_of_the_stages_whose_records_it_reads():
+    assert list(results.STAGES) == [stage for stage, row in STAGES.items() if row.reported and stage != "tasks"]
