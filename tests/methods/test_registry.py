@@ -58,6 +58,16 @@ def test_own_settings_need_a_type():
         method("A title", source="nobody, never", memory=lambda shape, itemsize: 0)(untyped)
 
 
+def checked(tmp_path, text, *options):
+    """`armor check` of a copy of the package with a method in a file, and the file."""
+    shutil.copytree(REPOSITORY / "armor", tmp_path / "armor", ignore=shutil.ignore_patterns("__pycache__", "native"))
+    file = tmp_path / "armor/methods/faulty.py"
+    file.write_text(text)
+    command = [sys.executable, "-m", "armor", *options, "check", "my.yaml"]
+    environment = os.environ | {"PYTHONPATH": ""}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True), file
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -66,10 +76,12 @@ def test_own_settings_need_a_type():
     ],
 )
 def test_a_faulty_file_of_a_method_is_one_line(tmp_path, text, said):
-    shutil.copytree(REPOSITORY / "armor", tmp_path / "armor", ignore=shutil.ignore_patterns("__pycache__", "native"))
-    file = tmp_path / "armor/methods/faulty.py"
-    file.write_text(text)
-    command = [sys.executable, "-m", "armor", "check", "my.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    done, file = checked(tmp_path, text)
     assert done.stderr == f"armor: error: {file}:{said}; mend this file of a method, or take it out\n"
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_debug_shows_the_traceback_of_a_faulty_file(tmp_path):
+    done, file = checked(tmp_path, "import os\n\nos.nothing\n", "--debug")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert f'File "{file}", line 3' in done.stderr and "has no attribute 'nothing'" in done.stderr
