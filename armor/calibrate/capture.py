@@ -46,9 +46,9 @@ from armor.runtime.skeleton import (
     finite,
     load_layer,
     load_outside,
+    observe,
+    observe_each,
     open_skeleton,
-    record,
-    record_each,
     tensors_of,
     unload_outside,
 )
@@ -216,10 +216,10 @@ def _embed(
 
     tokens (sequences, length). Those before layer 0 are made here, those of a later one lie in `folder`.
     """
-    first, _ = record(skeleton, tokens[:1])
+    first, _ = observe(skeleton, tokens[:1])
     calls = []
     with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder, layer) as hidden:
-        for index, (states, own) in enumerate(record_each(skeleton, tokens)):
+        for index, (states, own) in enumerate(observe_each(skeleton, tokens)):
             if layer == 0:
                 hidden.write(index, states)
             calls.append(own)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from armor.config.recipes import Recipe
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.factorization import Factorization
-from armor.runtime.skeleton import Call, Skeleton, decoder_layers, record_each
+from armor.runtime.skeleton import Call, Skeleton, decoder_layers, observe_each
 from armor.training.refine import fit_layer
 from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
 from armor.training.tune import fit_whole, kept_predictions
@@ -95,7 +95,7 @@ def _refine(
     """Train `factors` and `others` layer by layer, as the stage refine does. tokens (sequences, length)."""
     model = skeleton.model
     dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    recorded = list(record_each(skeleton, tokens.to(model.device)))
+    recorded = list(observe_each(skeleton, tokens.to(model.device)))
     dense = _Rows(hidden.cpu() for hidden, _ in recorded)
     fed = dense
     for index, layer in enumerate(skeleton.layers):

@@ -138,7 +138,7 @@ class LayerSettings(ModuleSettings):
 
     def code(self) -> list[str]:
         """The modules of the methods, for the hash of the code that a layer's job executes."""
-        return sorted({module for name in self.methods() for module in METHODS[name].modules})
+        return sorted({module for name in self.methods() for module in METHODS[name].code})
 
     def for_module(self, name: str) -> ModuleSettings:
         """The settings of the linear with the full module name `name`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from armor.core.errors import ArmorError
 
-__all__ = ["code_hash", "modules_of"]
+__all__ = ["code_hash", "executed_by"]
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_EFFECT = (
@@ -35,11 +35,11 @@ WITHOUT_EFFECT = (
 
 def code_hash(*entries: str) -> str:
     """A hexadecimal hash of the code that these modules, like "armor.factorize.layer", execute from this package."""
-    text = "\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(modules_of(*entries)))
+    text = "\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(executed_by(*entries)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def modules_of(*entries: str) -> set[str]:
+def executed_by(*entries: str) -> set[str]:
     """The modules of this package that these modules execute and that can change a result, themselves among them."""
     seen: set[str] = set()
     waiting = list(entries)

@@ -67,8 +67,8 @@ class Method:
     """Its own settings, all at their defaults; None if it has none."""
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """The modules that its run executes, for the hash of the code."""
+    def code(self) -> tuple[str, ...]:
+        """The Python modules that its run executes, for the hash of the code."""
         return tuple(f"{__name__}.{name}" for name in (self.name, self.instead) if name)
 
     def chosen(self, settings: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from armor.format.shards import Shards
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.model.source import Source
-from armor.runtime.skeleton import Call, Skeleton, load_outside, open_skeleton, record, stored_tensors, tensors_of
+from armor.runtime.skeleton import Call, Skeleton, load_outside, observe, open_skeleton, stored_tensors, tensors_of
 
 __all__ = ["inspect", "input_groups"]
 
@@ -65,7 +65,7 @@ def _topology(source: Source) -> Topology:
         _check_tensors(skeleton, index, shards)
     check_linears(skeleton.layers, skeleton.model, source.path)
     load_outside(skeleton, shards)
-    hidden, calls = record(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
+    hidden, calls = observe(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
     layers: list[DecoderLayer] = []
     kept: dict[str, str] = {}
     contents = Contents()

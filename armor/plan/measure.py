@@ -29,7 +29,7 @@ from armor.methods import METHODS
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
 from armor.runtime.linear import ArmorLinear, share_right
-from armor.runtime.skeleton import Call, load_outside, open_skeleton, read_layer, record, tensors_of, unload_outside
+from armor.runtime.skeleton import Call, load_outside, observe, open_skeleton, read_layer, tensors_of, unload_outside
 
 __all__ = ["bandwidth", "rates"]
 
@@ -99,7 +99,7 @@ class _Timer:
         skeleton = open_skeleton(subject.folder, wanted)
         shards = tensors_of(skeleton, subject.folder)
         load_outside(skeleton, shards)
-        hidden, calls = record(skeleton, torch.arange(length).remainder(subject.vocabulary)[None])
+        hidden, calls = observe(skeleton, torch.arange(length).remainder(subject.vocabulary)[None])
         unload_outside(skeleton)
         chosen = subject.topology.layers[-1]
         layer = read_layer(skeleton, chosen.index, shards)

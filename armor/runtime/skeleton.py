@@ -6,7 +6,7 @@ rotary embeddings and the like differ by layer, family and release. Every decode
 notes its arguments and passes the hidden states on. The model's own forward runs once. Each real layer is then called
 with what its recorder saw. What comes after the layers is the model's own forward too, the last recorder handing out
 what the last layer made. This holds for models in which a layer's output goes straight into the next layer and layers
-do not talk to each other by other ways; `record` and `armor.model.inspect` check it.
+do not talk to each other by other ways; `observe` and `armor.model.inspect` check it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = [
     "place_outside",
     "read_layer",
     "readers",
-    "record",
-    "record_each",
+    "observe",
+    "observe_each",
     "stored_tensors",
     "tensors_of",
     "unload_outside",
@@ -190,7 +190,7 @@ def place_outside(skeleton: Skeleton, device: str) -> None:
 
 
 def unload_outside(skeleton: Skeleton) -> None:
-    """Drop what `load_outside` loaded; `record` cannot run after it."""
+    """Drop what `load_outside` loaded; `observe` cannot run after it."""
     for _, owner, name, tensor in list(skeleton.outside()):
         if name in owner._parameters:
             owner._parameters[name] = nn.Parameter(tensor.to("meta"), False)
@@ -315,7 +315,7 @@ def readers(skeleton: Skeleton, shards: Shards, device: str = "cpu") -> Iterator
         yield skeleton.model
 
 
-def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+def observe(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     """The hidden states (batch, length, hidden) before the first decoder layer, and what every layer is called with.
 
     tokens (batch, length) int64. What is outside of the layers must be loaded. Raises ArmorError if the model does
@@ -335,14 +335,14 @@ def record(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     return hidden, calls
 
 
-def record_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:
-    """`record` of one sequence after the other, tokens (sequences, length).
+def observe_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:
+    """`observe` of one sequence after the other, tokens (sequences, length).
 
     Sequences of one length are mostly called with equal masks and rotary embeddings: those are one object.
     """
     shared: list[Call] = []
     for row in tokens:
-        hidden, calls = record(skeleton, row[None])
+        hidden, calls = observe(skeleton, row[None])
         shared = shared or calls
         yield hidden, [a if a.equals(b) else b for a, b in zip(shared, calls, strict=True)]
 

@@ -25,11 +25,11 @@ from armor.runtime.quantizer import swap_skeleton
 from armor.runtime.skeleton import (
     finish,
     load_outside,
+    observe,
     open_skeleton,
     place_outside,
     read_layer,
     readers,
-    record,
     tensors_of,
 )
 
@@ -60,13 +60,13 @@ class StreamedModel:
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The logits (batch, length, vocabulary) of every batch, in order; batches are tokens (batch, length) int64."""
         for group in self._groups(batches):
-            hidden = [record(self.skeleton, tokens)[0].to("cpu") for tokens in group]
+            hidden = [observe(self.skeleton, tokens)[0].to("cpu") for tokens in group]
             layers = range(len(self.skeleton.layers))
             for index in progress(layers, f"{len(group)} batches", unit="layers"):
                 layer = read_layer(self.skeleton, index, self._shards, self.device)
                 for number, tokens in enumerate(group):
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
-                    call = record(self.skeleton, tokens)[1][index]
+                    call = observe(self.skeleton, tokens)[1][index]
                     states = layer(hidden[number].to(self.device), *call.args, **call.kwargs)
                     hidden[number] = states.to("cpu")
             for number, tokens in enumerate(group):

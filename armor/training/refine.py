@@ -42,8 +42,8 @@ from armor.runtime.skeleton import (
     Call,
     Skeleton,
     load_outside,
+    observe_each,
     open_skeleton,
-    record_each,
     tensors_of,
     unload_outside,
 )
@@ -111,7 +111,7 @@ def refine_layer(
         load_outside(skeleton, shards)
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
-        calls = [of_layers for _, of_layers in record_each(skeleton, tokens)]
+        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         unload_outside(skeleton)
         run = _Run(skeleton, shards, source.dtype, calls, device)
         path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)

@@ -40,9 +40,9 @@ from armor.runtime.skeleton import (
     finite,
     load_layer,
     load_outside,
+    observe_each,
     open_skeleton,
     place_outside,
-    record_each,
     tensors_of,
     unload_outside,
 )
@@ -71,7 +71,7 @@ def measure_sensitivity(
         skeleton = open_skeleton(source.path, getattr(torch, known.dtype))
         shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards, head=True)
-        calls = [of_layers for _, of_layers in record_each(skeleton, tokens)]
+        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         count = len(topology.layers)
         if steps.get(layer_name(count), File) is None:
             place_outside(skeleton, device)

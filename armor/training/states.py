@@ -34,8 +34,8 @@ from armor.runtime.skeleton import (
     finite,
     load_layer,
     load_outside,
+    observe_each,
     open_skeleton,
-    record_each,
     tensors_of,
     unload_outside,
 )
@@ -70,7 +70,7 @@ def make_states(
         skeleton = open_skeleton(source.path, dtype)
         shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
-        recorded = list(record_each(skeleton, tokens))
+        recorded = list(observe_each(skeleton, tokens))
         unload_outside(skeleton)
         done = 0
         while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():

@@ -171,7 +171,7 @@ def _record(
 def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, device: str) -> Predictions:
     """What the dense model predicts, kept on disk for the next run.
 
-    Of the first `trained` sequences in the arithmetic of training, which takes half the time; of the others exactly.
+    Of the first `trained` sequences in the arithmetic of training, which is the faster one; of the others exactly.
     """
     file = steps.folder / "predictions.safetensors"
     if steps.get(PREDICTED, File) is None or not file.is_file():

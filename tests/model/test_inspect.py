@@ -13,7 +13,7 @@ from armor.core.errors import ArmorError
 from armor.format.records.topology import Topology
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
-from armor.runtime.skeleton import Call, Skeleton, record
+from armor.runtime.skeleton import Call, Skeleton, observe
 from tests.packed import edit_tensors
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -142,4 +142,4 @@ class Between(nn.Module):
 def test_work_between_two_layers_is_noticed():
     model = Between()
     with pytest.raises(ArmorError, match=r"layers\.1: Between does not simply pass hidden states"):
-        record(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))
+        observe(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))

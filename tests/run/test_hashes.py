@@ -8,7 +8,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from armor.execution.fingerprint import modules_of
+from armor.execution.fingerprint import executed_by
 from armor.methods import METHODS
 from armor.run.jobs import STAGES
 
@@ -92,9 +92,9 @@ HELD_BY = {
 
 def held() -> dict[str, set[str]]:
     """The stages whose hash holds each module of the package, by its name below armor/."""
-    methods = [module for method in METHODS.values() for module in method.modules]
+    methods = [module for method in METHODS.values() for module in method.code]
     of = {
-        stage: modules_of(row.entry, *(methods if stage in ("price", "factorize") else ()))
+        stage: executed_by(row.entry, *(methods if stage in ("price", "factorize") else ()))
         for stage, row in STAGES.items()
     }
     names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
