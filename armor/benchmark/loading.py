@@ -50,7 +50,7 @@ def _load_alone(folder: str, settings: BenchmarkSettings, device: str, threads: 
     """Runs in a process of its own."""
     set_threads(threads)
     on_card = device.startswith("cuda")
-    gc.collect()  # else the imports' garbage is collected while the model loads, or not, as chance will: 0.2 s
+    gc.collect()  # else the imports' garbage is collected while the model loads, or not, as chance will
     libraries = _other_files_bytes(folder)
     before = resident_memory_bytes()
     start = time.perf_counter()
