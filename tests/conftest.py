@@ -1,13 +1,17 @@
 """One thread for each test process: `pytest -n` starts one for every core, and two threads a core starve each other."""
 
+import os
 import shutil
 import subprocess
+import tempfile
 
 import pytest
 
 from armor.execution.machine import set_threads
 
 set_threads(1)
+CACHE = tempfile.TemporaryDirectory(prefix="armor-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name  # read when datasets is imported, and by the processes that tests start
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

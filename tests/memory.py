@@ -6,12 +6,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NoRoom", "card_of"]
+__all__ = ["NoRoom", "card_of", "host_of"]
 
 
 class NoRoom(TorchDispatchMode):
@@ -37,4 +38,12 @@ class NoRoom(TorchDispatchMode):
 
 def card_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Let every CUDA device have `size` bytes: what the driver says stands in for a card."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=size))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=size, name="a card")
+    )
+
+
+def host_of(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """Let the host have `size` bytes: what the kernel says stands in for a machine."""
+    found = psutil.virtual_memory()._replace(total=int(size))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)

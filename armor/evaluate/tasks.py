@@ -22,6 +22,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -220,12 +221,18 @@ def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager
         torch.cuda.empty_cache()
 
 
+@cache  # reading all of lm-eval's YAML files takes seconds
+def _register(with_its_own: bool) -> TaskManager:
+    """lm-eval's register of tasks, of files alone or with those that come with it."""
+    return TaskManager(include_defaults=with_its_own)
+
+
 def check_names(tasks: Iterable[str]) -> TaskManager:
     """lm-eval's register of tasks, with all that are named. Raises ArmorError for one that it does not know."""
     tasks = list(tasks)
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task for task in tasks if task not in files]
-    manager = TaskManager(include_defaults=bool(names))  # reading all of lm-eval's YAML files takes seconds
+    manager = _register(bool(names))
     for file in files:
         if not Path(file).is_file():
             raise ArmorError(f"{file}: no such file; expected a task of lm-eval's as YAML")

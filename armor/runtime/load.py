@@ -95,8 +95,9 @@ def _load(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
     except ArmorError:
         raise
     except torch.OutOfMemoryError as error:
+        place = options.get("device_map") or "the host"
         raise ArmorError(
-            f"{folder}: the model does not fit into the memory of {options.get('device_map')}: {_first_line(error)}; "
+            f"{folder}: the model does not fit into the memory of {place}: {_first_line(error)}; "
             "take a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
         ) from error
     except Exception as error:  # a config.json that was edited makes it raise of every kind

@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_on_disk, bytes_per_token, core_on_disk, greedy_text
@@ -16,7 +18,9 @@ from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.format.records.benchmark import BenchmarkRecord
+from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model, load_tokenizer
+from tests.memory import NoRoom, host_of
 from tests.packed import SETTINGS as LAYERS
 from tests.packed import packed
 from tests.tiny import tiny_model
@@ -75,29 +79,43 @@ def test_a_speedup_is_over_the_dense_model_round_by_round(result, recipe, core):
     assert side.theoretical_speedup == result.dense.bytes_per_token / side.bytes_per_token
 
 
-def turns_of(root, others, settings, output, monkeypatch):
-    """Whose turn it was, call by call, and the record of a benchmark."""
+def turns_of(folders, settings, output):
+    """Whose turn it was, prompt by prompt, with whether its core was alone; and the record of a benchmark."""
+    names = {str(folder): name for name, folder in folders.items()}
+    own: list[tuple[str, bool]] = []
     seen = []
 
-    def noted(models, turn, *arguments, real=generation._turn_speed):
-        seen.append(turn)
-        return real(models, turn, *arguments)
+    def note(module, args):
+        if isinstance(module, PreTrainedModel) and module.base_model is not module:
+            linear = module.model.layers[0].mlp.down_proj
+            alone = isinstance(linear, ArmorLinear) and linear.left is None
+            own[:] = [(names[module.name_or_path], alone and names[module.name_or_path] != "magnitude")]
+        if isinstance(module, nn.Embedding) and args[0].shape[1] == settings.prompt_tokens:
+            seen.extend(own)
 
-    monkeypatch.setattr(generation, "_turn_speed", noted)
-    return seen, benchmark(root / "source", others, settings.model_copy(update={"prompts": []}), output)
+    hook = register_module_forward_pre_hook(note)
+    try:
+        dense, *others = folders
+        asked = settings.model_copy(update={"prompts": []})
+        return seen, benchmark(folders[dense], {name: folders[name] for name in others}, asked, output)
+    finally:
+        hook.remove()
 
 
-def test_all_models_take_turns_in_an_order_that_alternates(root, pruned, tmp_path, monkeypatch):
-    recipes = {"armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
-    seen, _ = turns_of(root, recipes, SETTINGS, tmp_path / "decode.json", monkeypatch)
+@pytest.fixture
+def folders(root, pruned):
+    return {"dense": root / "source", "armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
+
+
+def test_all_models_take_turns_in_an_order_that_alternates(folders, tmp_path):
+    seen, _ = turns_of(folders, SETTINGS, tmp_path / "decode.json")
     turns = [("dense", False), ("armor", False), ("magnitude", False), ("armor", True)]
     assert seen == turns * 2 + turns * 2 + turns[::-1] * 2 + turns * 2  # two batch sizes; the first turns warm up
 
 
-def test_recipes_that_do_not_fit_together_take_turns_with_the_dense_model_alone(root, pruned, tmp_path, monkeypatch):
-    recipes = {"armor": root / "checkpoint", "magnitude": pruned / "checkpoint"}
-    monkeypatch.setattr(generation, "host_memory_bytes", lambda: 1)
-    seen, found = turns_of(root, recipes, SETTINGS, tmp_path / "decode.json", monkeypatch)
+def test_recipes_that_do_not_fit_together_take_turns_with_the_dense_model_alone(folders, tmp_path, monkeypatch):
+    host_of(monkeypatch, 1)
+    seen, found = turns_of(folders, SETTINGS, tmp_path / "decode.json")
     first, second = [("dense", False), ("armor", False), ("armor", True)], [("dense", False), ("magnitude", False)]
     assert seen == [turn for own in (first, second) for turn in own * 4 + own[::-1] * 2 + own * 2]
     assert found.turns == (("armor",), ("magnitude",))
@@ -245,13 +263,9 @@ def test_an_end_of_text_does_not_end_decoding(folder):
     assert generation_speed(model, torch.tensor([[5, 6]]), 8)["decode"] > 0
 
 
-def test_a_batch_too_large_for_the_device_is_one_line(root, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(generation, "generation_speed", full)
+def test_a_batch_too_large_for_the_device_is_one_line(root, tmp_path):
     said = f"{root / 'source'}: out of memory on cpu with batches of up to 4 sequences; lower batch_sizes"
-    with pytest.raises(ArmorError, match=said):
+    with NoRoom(lambda name, found: name == "embedding" and len(found) == 4), pytest.raises(ArmorError, match=said):
         benchmark(root / "source", {}, BenchmarkSettings(prompts=[]), tmp_path / "decode.json")
     assert not (tmp_path / "decode.json").exists()
 

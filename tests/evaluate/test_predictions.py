@@ -8,12 +8,10 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.perplexity import evaluate
 from armor.evaluate.predictions import predict
-from armor.execution.resume import part_of
-from armor.format.logits import LogitsFile
 from armor.format.names import logits_beside
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import load_model, load_tokenizer
-from tests.killed import left_over
+from tests.killed import HALF, killed_everywhere, left_over
 from tests.packed import packed
 from tests.tiny import tiny_model, tiny_text
 
@@ -155,24 +153,5 @@ def test_a_changed_logit_is_refused(root, tmp_path, text):
         evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", predictions=path)
 
 
-def test_a_run_that_was_killed_goes_on_after_the_last_block(root, tmp_path, text, monkeypatch):
-    whole = PredictionsRecord.read(predicted(root, settings(text), tmp_path, "whole"))
-    written, limit = [], 3
-
-    def counted(file, index, logits, real=LogitsFile.append):
-        if len(written) == limit:
-            raise KeyboardInterrupt
-        written.append(index)
-        return real(file, index, logits)
-
-    monkeypatch.setattr(LogitsFile, "append", counted)
-    with pytest.raises(KeyboardInterrupt):
-        predicted(root, settings(text), tmp_path)
-    with open(part_of(tmp_path / "wiki.json") / "logits.safetensors", "ab") as file:
-        file.write(b"half a block")
-    limit = 10
-    again = PredictionsRecord.read(predicted(root, settings(text), tmp_path))
-    assert written == [0, 1, 2, 3]
-    assert (again.hashes, again.block_means) == (whole.hashes, whole.block_means)
-    one, other = (logits_beside(tmp_path / f"{name}.json").read_bytes() for name in ("whole", "wiki"))
-    assert one == other and left_over(tmp_path) == []
+def test_a_run_that_was_killed_in_the_middle_of_a_block_goes_on_after_the_one_before(root, tmp_path, text):
+    assert killed_everywhere(lambda folder: predicted(root, settings(text), folder), tmp_path, HALF)

@@ -41,10 +41,13 @@ def described(folder: Path) -> dict:
 
 def ask(monkeypatch, tmp_path, endpoint, settings, place):
     """`outline` with the hub at `endpoint`."""
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    read_from_the_environment = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }
+    for name, value in read_from_the_environment.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
     return outline(settings, place)
 
 

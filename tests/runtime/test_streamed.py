@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from armor.core.errors import ArmorError
-from armor.runtime import streamed as module
 from armor.runtime.load import load_model, loaded_dtype
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streamed import HIDDEN_STATES, StreamedModel
+from tests.memory import host_of
 from tests.packed import DEFECTS, packed
 from tests.tiny import FAMILIES, tiny_model
 
@@ -70,7 +70,7 @@ def test_batches_that_have_no_room_wait_until_the_layers_are_read_again(tmp_path
     folder = tiny_model(tmp_path / "model")
     whole = list(StreamedModel(folder).logits(batches))
     room = (3 * 33 + 20) * 64 * 4  # the hidden states of the second and the third batch
-    monkeypatch.setattr(module, "host_memory_bytes", lambda: room / module.HIDDEN_STATES)
+    host_of(monkeypatch, room / HIDDEN_STATES)
     streamed, read = watched(folder)
     torch.testing.assert_close(list(streamed.logits(batches)), whole)
     assert read == [0, 1, 2] * 3  # the first, the next two, the last

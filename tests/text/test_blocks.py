@@ -162,11 +162,10 @@ def test_a_package_carries_a_text(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_dataset_gives_its_column(tmp_path, monkeypatch, streaming):
+def test_a_dataset_gives_its_column(tmp_path, streaming):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(9)))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     settings = TextSettings(dataset=str(folder), column="body", streaming=streaming, documents=(2, 5))
     assert list(documents(settings)) == ["text 2", "text 3", "text 4"]
     with pytest.raises(ArmorError, match="has no column text; it has body, n"):

@@ -21,12 +21,11 @@ from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.load import load_model
-from armor.training import refine as stage
 from armor.training.refine import output_error
 from armor.training.states import make_states
 from tests.packed import opened
 from tests.tiny import FAMILIES
-from tests.training.trained import TRAINING, dying, ready, refine_job, refined, sample
+from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
 
 @pytest.fixture(scope="module")
@@ -171,17 +170,6 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
         assert output_error(*(out for _, _, out in last)).item() == pytest.approx(
             chain[k].training[0].start_loss, rel=1e-4
         )
-
-
-def test_killed_in_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
-    expected = refined(root, 0, tmp_path / "whole")
-    monkeypatch.setattr(stage, "fit", dying(stage.fit, 10, 23, 28))
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            refined(root, 0, tmp_path / "killed")
-    again = refined(root, 0, tmp_path / "killed")
-    assert again.sha256 == expected.sha256 and again.training == expected.training
-    assert sorted(file.name for file in (tmp_path / "killed").iterdir()) == ["layer_0.json", "layer_0.safetensors"]
 
 
 def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog):

@@ -14,8 +14,8 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.sensitivity import read_sensitivities
 from armor.format.statistics import read_statistics
 from armor.methods.nowag import nowag
-from armor.training import sensitivity as stage
 from armor.training.sensitivity import drawn, measure_sensitivity
+from tests.killed import SAVED, killed_everywhere
 from tests.packed import opened
 from tests.training.trained import ready, sample
 
@@ -84,23 +84,11 @@ def test_tokens_are_drawn_with_their_probability():
     torch.testing.assert_close(found, logits[0].softmax(-1), rtol=0, atol=0.015)
 
 
-def test_killed_in_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
-    expected, _ = measured(root, tmp_path / "whole.json")
-    through, count = stage._through_layer, [0]
-
-    def dies(*args):
-        count[0] += 1
-        if count[0] == 2:
-            raise KeyboardInterrupt
-        return through(*args)
-
-    monkeypatch.setattr(stage, "_through_layer", dies)
-    with pytest.raises(KeyboardInterrupt):
-        measured(root, tmp_path / "killed.json")
-    assert measured(root, tmp_path / "killed.json")[0].sha256 == expected.sha256
-    assert count == [3]  # of two layers, one was not run again
-    assert sorted(p.name for p in tmp_path.glob("*killed*")) == ["killed.json", "killed.safetensors"]
-    assert measured(root, tmp_path / "seed.json", seed=1)[0].sha256 != expected.sha256
+def test_killed_after_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path):
+    assert killed_everywhere(lambda folder: measured(root, folder / "words.json"), tmp_path, SAVED, 4)
+    _, found = measured(root, tmp_path / "whole/words.json")
+    _, other = measured(root, tmp_path / "seed.json", seed=1)
+    assert not all(found[name].rows.equal(other[name].rows) for name in found)
 
 
 def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):

@@ -16,12 +16,15 @@ from armor.core.errors import ArmorError
 from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
 from armor.format.records.tune import TuneRecord
+from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
+from armor.training.memory import factor_shapes, tune_bytes
 from armor.training.tune import kept_predictions, kl_divergence, tune
+from tests.memory import host_of
 from tests.packed import opened
 from tests.tiny import FAMILIES
-from tests.training.trained import TRAINING, dying, ready, refined, sample
+from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
 
 def tuned(root, output, factors="layers", **settings):
@@ -106,7 +109,12 @@ def test_the_core_may_stay(root, tmp_path):
 
 def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path, monkeypatch):
     expected = tuned(root, tmp_path / "a").training
-    monkeypatch.setattr(whole, "ROOMY", 0.0)
+    shapes = [factor_shapes(root / f"layers/layer_{k}.safetensors") for k in range(2)]
+    (_, again), (_, most) = (
+        tune_bytes(Shards(root / "source"), shapes, True, LENGTH, recompute=recompute) for recompute in (True, False)
+    )
+    host_of(monkeypatch, again / 0.9)
+    assert again < most
     found = tuned(root, tmp_path / "b").training
     assert found.kept == expected.kept and found.start_loss == pytest.approx(expected.start_loss, rel=1e-5)
     assert [look.held_out_loss for look in found.looks] == pytest.approx(
@@ -121,17 +129,6 @@ def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch
     assert tuned(root, tmp_path / "b").layers == expected.layers
 
 
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
-    expected = tuned(root, tmp_path / "whole")
-    monkeypatch.setattr(whole, "fit", dying(whole.fit, 1, 12, 13, 30))
-    for _ in range(4):
-        with pytest.raises(KeyboardInterrupt):
-            tuned(root, tmp_path / "killed")
-    again = tuned(root, tmp_path / "killed")
-    assert again.layers == expected.layers and again.training == expected.training
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["tuned", "tuned.json"]
-
-
 def test_what_diverges_stays_as_it_was(root, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         record = tuned(root, tmp_path, rate=1e6)
@@ -141,7 +138,7 @@ def test_what_diverges_stays_as_it_was(root, tmp_path, caplog):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_its_size(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(whole, "host_memory_bytes", lambda: 1_000_000)
+    host_of(monkeypatch, 1_000_000)
     with pytest.raises(ArmorError, match="tuning the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
         tuned(root, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from armor.calibrate.capture import calibrate
@@ -14,13 +13,12 @@ from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.training.fit import Fit
 from armor.training.refine import refine_layer
 from armor.training.states import make_states
 from tests.packed import SETTINGS, opened
 from tests.tiny import tiny_model, tiny_text
 
-__all__ = ["LENGTH", "TRAINING", "dying", "ready", "refine_job", "refined", "sample"]
+__all__ = ["LENGTH", "TRAINING", "ready", "refine_job", "refined", "sample"]
 
 LENGTH = 48  # longer than the sliding windows
 TRAINING = {"steps": 16, "batch": 2, "sequences": 6, "held_out": 2, "warm_up": 2}
@@ -62,21 +60,3 @@ def refined(root: Path, layer: int, output: Path, **settings) -> LayerRecord:
         refine_job(root, **settings),
         output / file,
     )
-
-
-def dying(fit: Callable[..., Fit], *losses: int) -> Callable[..., Fit]:
-    """`fit`, killed at these losses of training sequences, counted over all its runs."""
-    count = 0
-
-    def killed(*args, loss, **how):
-        def counted(index):
-            nonlocal count
-            if index < TRAINING["sequences"]:
-                count += 1
-                if count in losses:
-                    raise KeyboardInterrupt
-            return loss(index)
-
-        return fit(*args, loss=counted, **how)
-
-    return killed
