@@ -61,7 +61,7 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
 
         model.save_pretrained(root / "saved")
         assert set(Shards(root / "saved").names()) == set(Shards(root / "checkpoint").names())
-        assert torch.equal(load_model(root / "saved")(TOKENS).logits, model(TOKENS).logits)
+        assert close(load_model(root / "saved")(TOKENS).logits, model(TOKENS).logits)
         verify(root / "saved")
 
         source = AutoModelForCausalLM.from_pretrained(root / "source").eval()
