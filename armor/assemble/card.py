@@ -76,7 +76,7 @@ def card(
     for record in records:
         for entry in record.modules.values():
             blocks = entry.block_size
-            names = f"{blocks.left} / {blocks.right}" if blocks else "none"
+            names = f"{blocks.left} / {blocks.right}" if blocks else f"rank {entry.rank}" if entry.rank else "none"
             rows.setdefault((entry.method, entry.pattern or "none", names), []).append(entry.loss)
     losses = [loss for found in rows.values() for loss in found]
     patterns = sorted({pattern for _, pattern, _ in rows} - {"none"})
@@ -159,16 +159,21 @@ def _recipe(part: FactorsMadeBy) -> str:
 
 def _trainings(records: list[LayerRecord]) -> str:
     """What the factors were trained by, a paragraph each; nothing if by nothing."""
-    return "".join(f"{_training(layers)}\n\n" for layers in trainings(records))
+    linears = [linear for record in records for linear in record.modules.values()]
+    named = {"A, B": "block_size", "U, V": "rank"}
+    around = [names for names, field in named.items() if any(getattr(linear, field) for linear in linears)]
+    return "".join(f"{_training(layers, around)}\n\n" for layers in trainings(records))
 
 
-def _training(layers: list[Training]) -> str:
+def _training(layers: list[Training], around: list[str]) -> str:
     first = layers[0]
     how = (
         f"{first.steps} steps of {first.tokens // max(first.steps, 1) // first.length} sequences of {first.length:,} "
         f"tokens, out of {first.sequences} (Adam, a rate of {first.rate:g} of each tensor's root mean square)"
     )
-    what = "A, the values of S, B" + (", norms and biases" if any(done.norms_and_biases for done in layers) else "")
+    core = ["the values of S"] if first.core else []
+    norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []
+    what = ", ".join([*around, *core, *norms])
     if first.stage == "tune":
         return (
             f"Tuned: the whole model was trained to predict what the dense one predicts: {what}; {how}. KL divergence "
@@ -186,8 +191,8 @@ def _training(layers: list[Training]) -> str:
 CARD = """# {title}: packed sparse linears (ARMOR)
 
 Made from {origin} by ARMOR Pipeline. Each weight matrix W of the decoder layers is stored as A·S·B: a sparse core S
-between two block-diagonal matrices (arXiv 2510.05528), or as S alone where it was only pruned. All tensors take
-{size} MB, {share} of the source's {dense_size} MB.
+between two block-diagonal matrices (arXiv 2510.05528); or as S + U·V, a core and a pair of low rank; or as S alone
+where it was only pruned. All tensors take {size} MB, {share} of the source's {dense_size} MB.
 
 ## Load it
 
@@ -205,7 +210,7 @@ Without `import armor.hf` loading stops with a shape error: that is on purpose. 
 
 ## What was done
 
-| method | pattern | block sizes, left / right | linears | mean relative loss |
+| method | pattern | block sizes, left / right, or rank | linears | mean relative loss |
 |---|---|---|---|---|
 {table}
 

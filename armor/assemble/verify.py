@@ -2,7 +2,7 @@
 
 The same checks guard loading (`armor.hf`). Here they cover every file and tensor that checksums.json lists. They also
 say whether transformers makes a model of the whole, with no tensor missing or left over. Beside the source model more
-can be said: how far each A·S·B is from its W, and whether all else is the source's to the byte. That distance is not
+can be said: how far each W is from its factors, and whether all else is the source's to the byte. That distance is not
 what the solver minimises (which weights inputs by their size), so it compares modules and checkpoints, and does not
 rank methods. Norms and biases that were trained (provenance.json lists them) are not the source's, and are counted.
 """
@@ -42,7 +42,7 @@ class Distance(Typed):
     trained_tensors: int
     """Norms and biases that were trained, and so are not the source's."""
     relative_errors: dict[str, float]
-    """‖W − A·S·B‖ / ‖W‖ (Frobenius) by module."""
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius) by module, Ŵ the factors multiplied out."""
 
 
 class Verified(Typed):
@@ -161,7 +161,7 @@ def table(found: Verified) -> str:
             facts["source"] += f", {trained} norms and biases were trained"
     lines = [f"{found.folder}: sound", text_table(facts.items(), left=2)]
     if errors := distance and distance.relative_errors:
-        lines += ["", "relative error ‖W − A·S·B‖ / ‖W‖", _grid(errors)]
+        lines += ["", "relative error ‖W − Ŵ‖ / ‖W‖, Ŵ the factors multiplied out", _grid(errors)]
         worst = max(errors, key=errors.__getitem__)
         lines.append(f"mean {sum(errors.values()) / len(errors):.4f}, largest {errors[worst]:.4f} ({worst})")
     return "\n".join(lines)

@@ -214,7 +214,7 @@ def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:
 def _layout(linear: Linear, entry: LinearRecord, quantization: Quantization | None) -> PackedLinear:
     blocks, pattern = entry.block_size or BlockSizes(), Pattern.parse(entry.pattern or "")
     shape = linear.out_features, linear.in_features
-    return PackedLinear(*shape, pattern, blocks.left, blocks.right, quantization, entry.right_of)
+    return PackedLinear(*shape, pattern, blocks.left, blocks.right, quantization, entry.right_of, entry.rank)
 
 
 def tensor_bytes(shards: Shards, packed: Mapping[str, int], modules: Mapping[str, PackedLinear]) -> dict[str, int]:

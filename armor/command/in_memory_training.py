@@ -59,7 +59,7 @@ def _trainable(
     layer: nn.Module,
     factors: dict[str, Factorization],
     others: dict[str, Tensor],
-    core: bool = True,
+    core: bool,
 ) -> TrainableLayer:
     """`layer`, a copy of decoder layer `index`, with trainable linears and in float32."""
     prefix = f"{skeleton.prefix}.{index}"
@@ -101,7 +101,7 @@ def _refine(
     for index, layer in enumerate(skeleton.layers):
         calls = [of_layers[index] for _, of_layers in recorded]
         wanted = _outputs(layer, calls, dense, device)
-        trained = _trainable(skeleton, index, copy.deepcopy(layer), factors, others)
+        trained = _trainable(skeleton, index, copy.deepcopy(layer), factors, others, settings.core)
         own = [call.map(lambda x: x.float() if x.is_floating_point() else x) for call in calls]
         if trained.linears:
             fit_layer(trained, fed, wanted, own, settings, seed, f"{skeleton.prefix}.{index}", dtype, device)

@@ -64,6 +64,8 @@ class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
     """n:m keeps at most n of every m consecutive weights of a row; 50% keeps that share of each row."""
     block_size: int = Field(default=128, ge=1)
     """Size of the blocks around the core. Where it does not divide a dimension, the largest divisor below it serves."""
+    rank: int = Field(default=64, ge=0)
+    """Rank of the pair U·V of methods with one, at most the smaller dimension. r takes as many bits as blocks of r."""
     solver: SolverSettings = SolverSettings()
     """The optimiser of the method armor."""
 
@@ -77,6 +79,8 @@ class Choice(Typed):
     """Another pattern; unset: that of the recipe."""
     block_size: int | None = Field(default=None, ge=1)
     """Another block size; unset: that of the recipe."""
+    rank: int | None = Field(default=None, ge=0)
+    """Another rank; unset: that of the recipe."""
 
     def given(self) -> dict[str, str | int]:
         """What it changes, by key."""

@@ -42,6 +42,8 @@ class TrainingSettings(Typed):
     """The rate of norms and biases, as a share of `rate`."""
     warm_up: int = Field(default=8, ge=0)
     """Steps in which the rate rises from zero."""
+    core: bool = True
+    """Whether the values of S are trained too."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many looks at the held-out sequences without a better one. There are eight looks in all. Unset:
     never."""
@@ -68,8 +70,6 @@ class TuneSettings(TrainingSettings):
 
     rate: float = Field(default=3e-4, gt=0)
     """The largest step of the optimiser, relative to the root mean square of each tensor."""
-    core: bool = True
-    """Whether the values of S are trained too."""
 
 
 class RefineJob(Typed):

@@ -1,7 +1,7 @@
-"""A factorization W ~ A·S·B of one weight.
+"""A factorization W ~ A·S·B + U·V of one weight.
 
-`core` is S, N:M sparse; `left` is A and `right` is B, block diagonal (see `armor.core.blockdiag`). Methods that only
-prune have neither, and W ~ S.
+`core` is S, N:M sparse; `left` is A and `right` is B, block diagonal (see `armor.core.blockdiag`); `up` is U and `down`
+is V, of low rank. Methods that only prune have W ~ S, those of sparse plus low rank W ~ S + U·V.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from armor.core.quantization import Quantization
 
 __all__ = ["SUFFIXES", "Factorization", "kept_in", "owner"]
 
-SUFFIXES = ("core_values", "core_scales", "core_mask", "left", "left_scales", "right", "right_scales")
+SUFFIXES = ("core_values", "core_scales", "core_mask", "left", "left_scales", "right", "right_scales", "up", "down")
 """Of the tensors that stand for a weight, in the order of a file."""
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """W ~ A·S·B, in the dtype that it is stored in.
+    """W ~ A·S·B + U·V, in the dtype that it is stored in.
 
-    core (out, in), mask (out, in) bool, left (out/d, d, d) or None, right (in/d, d, d) or None. `loss` and `start_loss`
-    are the proxy loss of these factors, as stored, and of plain NoWag-P pruning, both relative to that of a zero
-    matrix; `trace` lists (iteration, seconds, best relative loss so far).
+    core (out, in), mask (out, in) bool, left (out/d, d, d) or None, right (in/d, d, d) or None, up (out, rank) and down
+    (rank, in) or None. `loss` and `start_loss` are the proxy loss of these factors, as stored, and of plain NoWag-P
+    pruning, both relative to that of a zero matrix; `trace` lists (iteration, seconds, best relative loss so far).
 
     With `quantization` core, and left and right too where it says so, are int8, and their numbers are these times
-    core_scales (out, groups), left_scales (out,) and right_scales (in,), a scale for each row of A and B.
+    core_scales (out, groups), left_scales (out,) and right_scales (in,), a scale for each row of A and B. up and down
+    are floats always.
 
     Linears with the same input may share B. One of them holds it. The others have the last part of its name in
     `right_of`, as q_proj, and B and its scales are not among their `tensors()`.
@@ -53,6 +54,8 @@ class Factorization:
     left_scales: Tensor | None = None
     right_scales: Tensor | None = None
     right_of: str | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Factorization:
         """The same on `device`."""
@@ -70,13 +73,15 @@ class Factorization:
         return replace(self, core=self.core * scales, left=sides[0], right=sides[1], **none)
 
     def reconstruct(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A·S·B as a dense (out, in) matrix of `dtype`, multiplied in that dtype."""
+        """A·S·B + U·V as a dense (out, in) matrix of `dtype`, multiplied in that dtype."""
         own = self.in_floats()
         weight = own.core.to(dtype)
         if own.right is not None:
             weight = blockdiag.multiply(own.right.to(dtype).transpose(1, 2), weight)  # S B: each row s becomes Bᵀ s
         if own.left is not None:
             weight = blockdiag.multiply(own.left.to(dtype), weight.T).T
+        if own.up is not None and own.down is not None:
+            weight = weight + own.up.to(dtype) @ own.down.to(dtype)
         return weight
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,6 +97,8 @@ class Factorization:
             "left_scales": self.left_scales,
             "right": None if self.right_of else self.right,
             "right_scales": None if self.right_of else self.right_scales,
+            "up": self.up,
+            "down": self.down,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

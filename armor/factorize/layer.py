@@ -43,7 +43,6 @@ from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 
 __all__ = [
-    "block_sizes_of",
     "factorize_layer",
     "factorize_somewhere",
     "factorize_weight",
@@ -189,7 +188,8 @@ def _factorized(
             LinearRecord(
                 method=asked.method,
                 pattern=str(own.pattern) if own else None,
-                block_size=block_sizes_of(own) if own else None,
+                block_size=_block_sizes(own) if own else None,
+                rank=PackedLinear.of(own).rank if own else None,
                 start_loss=own.start_loss if own else 0.0,
                 loss=own.loss if own else 0.0,
                 condition=condition(own) if own else None,
@@ -251,7 +251,7 @@ def check_finite(weight: Tensor, where: str) -> None:
         raise ArmorError(f"{where}: {bad} of {weight.numel()} weights are NaN or infinite; fetch the model again")
 
 
-def block_sizes_of(found: Factorization) -> BlockSizes | None:
+def _block_sizes(found: Factorization) -> BlockSizes | None:
     """The sizes of the blocks of A and B; None without blocks."""
     if found.left is None and found.right is None:
         return None
@@ -331,7 +331,9 @@ def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, Packed
             shape = (linear.out_features, linear.in_features)
             blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
             right_of = None if linear is group[0] else last
-            found[linear.name] = PackedLinear(*shape, pattern, *blocks, method.integers(shape, asked), right_of)
+            rank = (min(asked.rank, *shape) or None) if "rank" in method.settings else None
+            kind = method.integers(shape, asked)
+            found[linear.name] = PackedLinear(*shape, pattern, *blocks, kind, right_of, rank)
     return {linear.name: found[linear.name] for linear in layer.linears if linear.name in found}
 
 

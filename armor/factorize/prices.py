@@ -23,12 +23,11 @@ from armor.execution.files import sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.factorize.layer import block_sizes_of, factorize_somewhere, inputs_of, layer_of, possible, seed_of
+from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, possible, seed_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import LinearPrices, Price, PricesRecord
-from armor.format.records.layer import BlockSizes
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.topology import Linear, Topology
 from armor.format.sensitivity import Sensitivity, read_sensitivities
@@ -105,7 +104,7 @@ def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice
         asked, _ = possible(choice.apply(settings.for_module(linear.name)), *shape)
         taken = METHODS[asked.method].settings
         blocks = sizes(shape, Pattern.parse(asked.pattern), asked.block_size) if "block_size" in taken else None
-        comes_to = asked.method, asked.pattern if "pattern" in taken else None, blocks
+        comes_to = asked.method, *(getattr(asked, key) for key in ("pattern", "rank") if key in taken), blocks
         if comes_to not in seen:
             seen.append(comes_to)
             yield choice, asked
@@ -136,11 +135,7 @@ def _price(
         found, _ = factorize_somewhere(
             weight, of_input, asked.model_copy(update={"solver": solver}), seed, where, device
         )
-        blocks = block_sizes_of(found) or BlockSizes()
-        layout = PackedLinear(
-            linear.out_features, linear.in_features, found.pattern, blocks.left, blocks.right, found.quantization
-        )
-        bits = layout.bits_per_weight(dense_bits)
+        bits = PackedLinear.of(found).bits_per_weight(dense_bits)
         costs[iterations] = sensitivity.predicted_kl(weight.float() - found.reconstruct())
     return Price(choice=choice.given(), bits=bits, predicted_kl=extrapolated(costs, wanted))
 

@@ -1,9 +1,9 @@
 """The packed checkpoint: which tensors stand for a compressed linear, and how a sound one is told from a broken one.
 
 A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
-`.left` and `.right`, and scales of those that are integers. Which linears, with which shapes and types, stands in
-config.json under `quantization_config`. Linears that share B have it once. A checkpoint without integers and without a
-shared B is of version 1, as it always was.
+`.left` and `.right`, scales of those that are integers, and `.up` and `.down`, a pair of low rank. Which linears, with
+which shapes and types, stands in config.json under `quantization_config`. Linears that share B have it once. A
+checkpoint without integers, pairs and a shared B is of version 1, as it always was.
 docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
 file. So the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
 """
@@ -46,7 +46,9 @@ __all__ = [
 QUANT_METHOD = "armor"
 CHECKPOINT_VERSION = 1
 LATER_VERSION = 2
-"""The version of a checkpoint with linears that are quantized, or share B."""
+"""The version of a checkpoint with linears that are quantized, share B, or have a pair of low rank."""
+OPTIONAL = ("right_of", "rank")
+"""Keys of a group in version 2 that are there only where they say something."""
 FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 REMEDY = "assemble or copy the checkpoint again"
 WEIGHTS = (SINGLE, "model-*-of-*.safetensors")
@@ -59,7 +61,8 @@ class PackedLinear:
 
     `left_block_size` d makes `left` (out/d, d, d), `right_block_size` d makes `right` (in/d, d, d); None: no wrapper.
     `quantization` says which of the tensors hold integers; None: none of them. `right_of` is the last part of the name
-    of the linear beside it that holds its B; None: it holds its own.
+    of the linear beside it that holds its B; None: it holds its own. `rank` r makes `up` (out, r) and `down` (r, in);
+    None: no pair of low rank.
     """
 
     out_features: int
@@ -69,6 +72,15 @@ class PackedLinear:
     right_block_size: int | None = None
     quantization: Quantization | None = None
     right_of: str | None = None
+    rank: int | None = None
+
+    @classmethod
+    def of(cls, factors: Factorization) -> PackedLinear:
+        """The layout of a factorization."""
+        left, right = (None if side is None else side.shape[1] for side in (factors.left, factors.right))
+        rank = None if factors.down is None else len(factors.down)
+        out, columns = factors.core.shape
+        return cls(out, columns, factors.pattern, left, right, factors.quantization, factors.right_of, rank)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that the linear holds, by its suffix."""
@@ -86,6 +98,8 @@ class PackedLinear:
                 shapes[side] = (dimension // d, d, d)
                 if own is not None and own.blocks:
                     shapes[f"{side}_scales"] = (dimension,)
+        if self.rank:
+            shapes |= {"up": (self.out_features, self.rank), "down": (self.rank, self.in_features)}
         return shapes
 
     def integers(self) -> dict[str, str]:
@@ -111,13 +125,14 @@ def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
     for name, layout in modules.items():
         groups.setdefault(layout, []).append(name)
     described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
-    later = any(layout.quantization or layout.right_of for layout in groups)
+    later = any(layout.quantization or layout.right_of or layout.rank for layout in groups)
     version = LATER_VERSION if later else CHECKPOINT_VERSION
     for group in described:
         if version == CHECKPOINT_VERSION:
             del group["quantization"]
-        if group["right_of"] is None:
-            del group["right_of"]
+        for key in OPTIONAL:
+            if group[key] is None:
+                del group[key]
     return {"quant_method": QUANT_METHOD, "format_version": version, "groups": described}
 
 
@@ -177,12 +192,11 @@ def check_keys(found: object, expected: Iterable[str], where: str) -> None:
 
 def _layout(group: object, where: str, version: int) -> PackedLinear:
     keys = [key for key in PackedLinear.__dataclass_fields__ if version > 1 or key != "quantization"]
-    if version == 1 or not (isinstance(group, Mapping) and "right_of" in group):
-        keys.remove("right_of")
+    given = group if isinstance(group, Mapping) and version > 1 else {}
+    keys = [key for key in keys if key not in OPTIONAL or key in given]
     check_keys(group, [*keys, "modules"], where)
     values = {key: group[key] for key in keys}  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked
-    sizes = ("out_features", "in_features", "left_block_size", "right_block_size")
-    for key in sizes:
+    for key in ("out_features", "in_features", "left_block_size", "right_block_size", *({"rank"} & values.keys())):
         value = values[key]
         if not (type(value) is int and value > 0 or value is None and key.endswith("block_size")):
             raise ArmorError(f"{where}.{key}: found {value!r}, expected a positive integer; {REMEDY}")

@@ -38,7 +38,7 @@ FACTORS_VERSION = 1
 TRAINED_FACTORS_VERSION = 2
 """That of a trained layer, whose file holds other tensors too: who reads version 1 alone would lose them."""
 INTEGER_FACTORS_VERSION = 3
-"""That of a file with factors that are quantized, or share B."""
+"""That of a file with factors that are quantized, share B, or have a pair of low rank."""
 
 
 def write_factors(
@@ -56,7 +56,7 @@ def write_factors(
         for name, f in factors.items()
     }
     version = TRAINED_FACTORS_VERSION if others else FACTORS_VERSION
-    if any(f.quantization or f.right_of for f in factors.values()):
+    if any(f.quantization or f.right_of or f.up is not None for f in factors.values()):
         version = INTEGER_FACTORS_VERSION
     header = {"format_version": version, **metadata, "modules": modules}
     if others:

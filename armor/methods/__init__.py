@@ -33,7 +33,7 @@ __all__ = ["METHODS", "SETTINGS", "STATISTICS", "Method", "method"]
 
 STATISTICS = ("importance", "gram")
 """What a method may take of the calibration."""
-SETTINGS = ("pattern", "block_size", "solver", "settings", "seed")
+SETTINGS = ("pattern", "block_size", "rank", "solver", "settings", "seed")
 """What a method may take of a recipe, its own settings, and the seed."""
 
 Shape = tuple[int, int]

@@ -25,7 +25,7 @@ DAMPING = 0.01  # of the mean diagonal of H
 WIDTH = 128  # columns between two products; with a percentage also the columns that share their quota
 
 
-def _peak_bytes(shape: tuple[int, int], itemsize: int, *, pattern: PatternLike) -> int:
+def peak_bytes(shape: tuple[int, int], itemsize: int, *, pattern: PatternLike) -> int:
     """That of the Gram matrix and its inverse factor, of which a float64 copy and two results; or that of the end."""
     rows, columns = shape
     entries = rows * columns
@@ -34,7 +34,7 @@ def _peak_bytes(shape: tuple[int, int], itemsize: int, *, pattern: PatternLike) 
     return max(start, kept + max(entries * 16, entries * (2 * itemsize + 1) + 24 * min(entries, PIECE)))
 
 
-@method("SparseGPT", source="Frantar and Alistarh 2023, arXiv 2301.00774", memory=_peak_bytes)
+@method("SparseGPT", source="Frantar and Alistarh 2023, arXiv 2301.00774", memory=peak_bytes)
 def sparsegpt(weight: Tensor, importance: Tensor, gram: Tensor, *, pattern: PatternLike = "2:4") -> Factorization:
     """Prune weight (out, in) under gram (in, in), the mean of x xᵀ; importance (in,) serves only the loss.
 
@@ -83,6 +83,18 @@ def sparsegpt(weight: Tensor, importance: Tensor, gram: Tensor, *, pattern: Patt
 def inverse_factor(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """U (in, in) float32, upper triangular, Uᵀ U the inverse of the damped gram (in, in), and the dead inputs (in,).
 
+    Raises ValueError where `damped` does.
+    """
+    import torch
+
+    h, dead = damped(gram, columns)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True).float(), dead
+
+
+def damped(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """gram (in, in) with a larger diagonal, float64, so that it has an inverse, and the dead inputs (in,).
+
     An input that is always zero is dead: its weights do nothing and become zero. Raises ValueError for a gram that is
     not (columns, columns) or not finite.
     """
@@ -96,5 +108,4 @@ def inverse_factor(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float(), dead
+    return h, dead

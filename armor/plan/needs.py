@@ -175,7 +175,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     job = plan.config.refine_settings(recipe)
     _, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.made_by(recipe)[0][1]]
-    computing = refine_bytes(subject.shards, layer.prefix, packed.layers[layer.index], length)
+    computing = refine_bytes(subject.shards, layer.prefix, packed.layers[layer.index], job.refine.core, length)
     block = plan.config.factorized(recipe).block_size
     work = (START, _training(subject, job.refine, length, block, 1))
     remedy = f"lower recipes.{recipe}.refine.sequence_length"

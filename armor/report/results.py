@@ -62,8 +62,8 @@ class Module:
             return self.dense_bits
         shape, pattern = (self.linear.out_features, self.linear.in_features), Pattern.parse(self.result.pattern)
         own = self.result.quantization
-        kind = Quantization(**own.model_dump()) if own else None
-        layout = PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right, kind, self.result.right_of)
+        kind, rank = Quantization(**own.model_dump()) if own else None, self.result.rank
+        layout = PackedLinear(*shape, pattern, self.blocks.left, self.blocks.right, kind, self.result.right_of, rank)
         return layout.bits_per_weight(self.dense_bits)
 
 

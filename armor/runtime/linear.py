@@ -1,4 +1,4 @@
-"""The layer that stands in for a compressed linear: y = A S B x + b, as three cheap steps.
+"""The layer that stands in for a compressed linear: y = A S B x + U V x + b, in cheap steps.
 
 It holds the packed tensors of the checkpoint, and `state_dict` is always those. On a CPU the kernel of
 `armor.runtime.cpu` multiplies with them as they are, on a CUDA device those of `armor.runtime.cuda`. Elsewhere (another
@@ -9,6 +9,8 @@ the blocks. The packed values are recovered exactly: core[mask].
 
 Where the checkpoint has integers the layer holds them, and their scales in its own dtype. Kernels multiply with the
 integers. What runs through dense products multiplies them out first, in float32, and rounds once to the layer's dtype.
+
+A low-rank pair, U and V, is two plain products beside these.
 
 The tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
 
@@ -76,9 +78,10 @@ class ArmorLinear(nn.Linear):
 
     Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
     buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. For integers also the parameters core_scales
-    (out, groups), left_scales (out,) and right_scales (in,). After `unpack`, core (out, in) stands in for core_values;
-    it is integers where these were. With `hide_packed` the state dict lacks the packed tensors, so that no loader looks
-    for them. A layer that shares the B of another (`share_right`) has no `right` of its own.
+    (out, groups), left_scales (out,) and right_scales (in,). With a pair of low rank also up (out, rank) and down
+    (rank, in). After `unpack`, core (out, in) stands in for core_values; it is integers where these were. With
+    `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A layer that shares the B
+    of another (`share_right`) has no `right` of its own.
     """
 
     hide_packed = False
@@ -90,6 +93,8 @@ class ArmorLinear(nn.Linear):
     left_scales: nn.Parameter | None
     right: nn.Parameter | None
     right_scales: nn.Parameter | None
+    up: nn.Parameter | None
+    down: nn.Parameter | None
     bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]  torch's own may be None too
 
     def __init__(
@@ -119,17 +124,19 @@ class ArmorLinear(nn.Linear):
 
     @classmethod
     def of(cls, factors: Factorization, bias: Tensor | None = None) -> ArmorLinear:
-        """The layer of a factorization W ~ A·S·B and the linear's bias (out,), in their dtype, on their device."""
-        left, right = (None if w is None else w.shape[1] for w in (factors.left, factors.right))
-        out, columns = factors.core.shape
-        layout = PackedLinear(out, columns, factors.pattern, left, right, factors.quantization, factors.right_of)
+        """The layer of a factorization and the linear's bias (out,), in their dtype, on their device."""
         with torch.device("meta"):
-            layer = cls(layout, bias is not None)
+            layer = cls(PackedLinear.of(factors), bias is not None)
         tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
         layer.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        y = self._without_pair(input)
+        return y if self.up is None or self.down is None else y + F.linear(F.linear(input, self.down), self.up)
+
+    def _without_pair(self, input: Tensor) -> Tensor:
+        """A S B x + b."""
         if self.core_values is not None and self.core_mask is not None and self.layout.quantization is None:
             operands = (self.core_values, self.core_mask, self.left, self.held("right"), self.bias)
             return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
@@ -158,7 +165,7 @@ class ArmorLinear(nn.Linear):
         return self._factors().in_floats().core.to(self.weight.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A·S·B multiplied out, (out, in), in `dtype` (None: the layer's own) after a product in float32 at least."""
+        """A·S·B + U·V multiplied out, (out, in), in `dtype` (None: the layer's own), in float32 at least till then."""
         own = self.weight.dtype
         return self._factors().reconstruct(torch.promote_types(own, torch.float32)).to(dtype or own)
 
@@ -183,7 +190,7 @@ class ArmorLinear(nn.Linear):
         """What the layer holds."""
         own = self.layout
         right, right_scales = self.held("right"), self.held("right_scales")
-        others = {"left": self.left, "right": right, "core_scales": self.core_scales}
+        others = {"left": self.left, "right": right, "up": self.up, "down": self.down, "core_scales": self.core_scales}
         others |= {"left_scales": self.left_scales, "right_scales": right_scales}
         tensors: dict[str, Any] = {name: t for name, t in others.items() if t is not None}
         if self.core_values is None:
@@ -255,7 +262,7 @@ class ArmorLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, pattern={layout.pattern}, {blocks}, "
             f"bias={self.bias is not None}" + (f", {layout.quantization}" if layout.quantization else "")
-        ) + (f", right_of={layout.right_of}" if layout.right_of else "")
+        ) + "".join(f", {key}={value}" for key in ("right_of", "rank") if (value := getattr(layout, key)))
 
 
 def share_right(model: nn.Module) -> None:

@@ -75,11 +75,13 @@ class ArmorConfig(QuantizationConfig):
             modules = modules_of(config)
         except ArmorError as error:
             raise Refused(str(error)) from None
-        if integers := [name for name, layout in modules.items() if layout.quantization]:
-            raise Refused(
-                f"{integers[0]}: holds integers, which this plugin does not multiply with; serve the checkpoint with "
-                "transformers, or multiply it out with armor export"
-            )
+        for name, layout in modules.items():
+            if layout.quantization or layout.rank:
+                held = "integers" if layout.quantization else "a low-rank pair"
+                raise Refused(
+                    f"{name}: holds {held}, which this plugin does not multiply with; serve the checkpoint with "
+                    "transformers, or multiply it out with armor export"
+                )
         return cls(modules)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

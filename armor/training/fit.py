@@ -1,8 +1,10 @@
 """The loop that refine and tune share: Adam, a look at held-out sequences now and then, the best look kept.
 
 Every tensor has a rate of its own, relative to the root mean square that it starts with. So one number serves all
-families and both sides of A·S·B. What is kept is what the best look saw, rounded to the dtype that it is stored in, and
-the first look is before the first step. So the held-out loss of what is stored is never above that of the start.
+families and both sides of A·S·B. A U that starts at zero, as LoRA's does, takes that of its V.
+
+What is kept is what the best look saw, rounded to the dtype that it is stored in, and the first look is before the
+first step. So the held-out loss of what is stored is never above that of the start.
 
 At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends with the same
 bytes.
@@ -149,8 +151,13 @@ class _State:
         self.parameters, self.dtypes, self.settings, self.held_out_loss = parameters, dtypes, settings, held_out_loss
         self.fit = Fit(looks=())
         self.best: dict[str, Tensor] = {}
-        norms = settings.norm_rate
-        self.rates = [settings.rate * _size(p) * (norms if p.dim() == 1 else 1.0) for p in parameters.values()]
+        norms, sizes = settings.norm_rate, {name: _size(parameter) for name, parameter in parameters.items()}
+        for name in (name for name, size in sizes.items() if size == 0 and name.endswith(".up")):
+            sizes[name] = sizes[f"{name.removesuffix('up')}down"]
+        self.rates = [
+            settings.rate * sizes[name] * (norms if parameter.dim() == 1 else 1.0)
+            for name, parameter in parameters.items()
+        ]
         self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS, fused=True)
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)  # an expert that no token comes to has none

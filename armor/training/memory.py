@@ -65,9 +65,12 @@ class _Layer:
         return (12 if recompute else 20) * self.weights + 12 * length * self.features
 
 
-def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, length: int) -> int:
-    """The memory of a decoder layer (`prefix`) while it is trained on sequences of `length` tokens."""
-    layer = _Layer.of(shapes, core=True)
+def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length: int) -> int:
+    """The memory of a decoder layer (`prefix`) while it is trained on sequences of `length` tokens.
+
+    `core`: whether the values of S are trained too.
+    """
+    layer = _Layer.of(shapes, core)
     others = (name for name in shards.names() if name.startswith(f"{prefix}.") and name not in layer.replaced)
     return 20 * layer.trained + layer.fixed + 4 * _entries(shards, others) + layer.inside(length)
 

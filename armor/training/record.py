@@ -51,7 +51,8 @@ def described(
         tokens=found.steps * settings.batch * length,
         rate=settings.rate,
         parameters=parameters or sum(p.numel() for p in layer.parameters().values()),
-        norms_and_biases=tuple(sorted(layer.others)),
+        core=settings.core,
+        norms_and_biases=tuple(sorted(layer.others)) if settings.norm_rate else (),
         proxy_losses=proxy_losses,
         made_by=made,
     )

@@ -1,4 +1,4 @@
-"""Refine one decoder layer: A, S on its mask, B, norms and biases, until its output is close to the dense one's.
+"""Refine one decoder layer: A, S on its mask, B, U, V, norms and biases, until its output is close to the dense one's.
 
 The solver's loss sees one linear; what errors add up to over the linears of a layer, and over layers, it cannot see.
 Here the whole layer is trained on what its output misses (`output_error`), and all that is in memory is the layer.
@@ -92,7 +92,7 @@ def refine_layer(
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
     stored = recorded_tensors(source.path, start.modules)
-    _check_memory(stored, topology.layers[layer].prefix, factors, known.length, device)
+    _check_memory(stored, topology.layers[layer].prefix, factors, settings.refine.core, known.length, device)
     chained = settings.refine.inputs == "compressed"
     earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
     before = [LayerRecord.read(file).sha256 for file in earlier]
@@ -115,7 +115,7 @@ def refine_layer(
         unload_outside(skeleton)
         run = _Run(skeleton, shards, source.dtype, calls, device)
         path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
-        trainable = load_trainable(skeleton, layer, shards, factors, device)
+        trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
         own = [call[layer] for call in calls]
         training = None
         if trainable.linears:
@@ -140,9 +140,9 @@ def refine_layer(
     return record
 
 
-def _check_memory(shards: Shards, prefix: str, factors: Path, length: int, device: str) -> None:
+def _check_memory(shards: Shards, prefix: str, factors: Path, core: bool, length: int, device: str) -> None:
     """Refuse a device that cannot hold the layer while it is trained."""
-    needed, available = refine_bytes(shards, prefix, factor_shapes(factors), length), device_memory_bytes(device)
+    needed, available = refine_bytes(shards, prefix, factor_shapes(factors), core, length), device_memory_bytes(device)
     if available is not None and needed > available:
         raise ArmorError(
             f"{prefix}: refining it on sequences of {length} tokens needs about {needed / 1e9:.1f} GB, {device} has "

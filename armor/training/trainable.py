@@ -1,10 +1,10 @@
-"""Decoder layers whose factors can be trained: A, the kept values of S, B, and the layer's norms and biases.
+"""Decoder layers whose factors can be trained: A, the kept values of S, B, U, V, and the layer's norms and biases.
 
-The values to train are float32, whatever dtype they are stored in. A linear multiplies A·S·B out when it is called, and
-the gradient goes through the product. For sequences of many tokens that takes less time than three steps for every
-token (docs/log/refine.md). All sequences of a step can share one product (`multiplied_once`). S stays packed between
-the calls. So its values, their gradient and the optimiser's two moments take half of what they would take for a dense
-weight.
+The values to train are float32, whatever dtype they are stored in. A linear multiplies A·S·B + U·V out when it is
+called, and the gradient goes through the product. For sequences of many tokens that takes less time than three steps
+for every token (docs/log/refine.md). All sequences of a step can share one product (`multiplied_once`). S stays packed
+between the calls. So its values, their gradient and the optimiser's two moments take half of what they would take for a
+dense weight.
 
 Products are bfloat16 where the device multiplies in it (`training_arithmetic`). What is looked at to decide, the loss
 of what would be stored, is computed as the model will be (`stored_arithmetic`).
@@ -42,6 +42,9 @@ __all__ = [
     "training_arithmetic",
 ]
 
+PARTS = ("core_values", "left", "right", "up", "down")
+"""What of a linear's factors may be trained, as a checkpoint names it."""
+
 
 def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
@@ -58,7 +61,7 @@ def stored_arithmetic(dtype: str, device: str) -> AbstractContextManager:
 
 
 class TrainableLinear(nn.Module):
-    """y = A·S·B x + b with float32 parameters: core_values (out, in·n/m), left, right, as in a checkpoint.
+    """y = (A·S·B + U·V) x + b with float32 parameters: core_values, left, right, up, down, as in a checkpoint.
 
     `bias` is the linear's own parameter or None. `right` is that of the linear with which this one shares B, else None.
     """
@@ -67,6 +70,8 @@ class TrainableLinear(nn.Module):
     core_mask: Tensor
     left: nn.Parameter | None
     right: nn.Parameter | None
+    up: nn.Parameter | None
+    down: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -77,23 +82,26 @@ class TrainableLinear(nn.Module):
         self.out_features, self.in_features = factors.core.shape
         values, bits = pack(factors.core, factors.mask)
         self.register_buffer("core_mask", bits, persistent=False)
-        for name, tensor in (("core_values", values), ("left", factors.left), ("right", factors.right)):
+        for name in PARTS:
+            tensor = values if name == "core_values" else getattr(factors, name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.float().clone()))
         if right is not None:
             self.right = right
         self.register_parameter("bias", bias)
         self.product: Tensor | None = None
-        """A·S·B while `multiplied_once` holds it."""
+        """A·S·B + U·V while `multiplied_once` holds it."""
 
     @property
     def weight(self) -> Tensor:
-        """A·S·B, (out, in), differentiable."""
+        """A·S·B + U·V, (out, in), differentiable."""
         weight = unpack(self.core_values, self.core_mask, self.in_features, self.start.pattern)[0]
         if self.right is not None:
             weight = blockdiag.multiply(self.right.transpose(1, 2), weight)
         if self.left is not None:
             count, size, _ = self.left.shape
             weight = torch.bmm(self.left, weight.view(count, size, -1)).view(self.out_features, -1)
+        if self.up is not None and self.down is not None:
+            weight = weight + self.up @ self.down
         return weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
@@ -101,19 +109,16 @@ class TrainableLinear(nn.Module):
 
     def own(self) -> dict[str, nn.Parameter]:
         """Its parameters but for the bias, by suffix; a B that another linear holds is that one's."""
-        suffixes = ("core_values", "left") if self.start.right_of else ("core_values", "left", "right")
+        suffixes = [suffix for suffix in PARTS if not (suffix == "right" and self.start.right_of)]
         return {suffix: found for suffix in suffixes if (found := getattr(self, suffix)) is not None}
 
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
         dtype = self.start.core.dtype
-        values, *sides = (
-            None if parameter is None else parameter.detach().to("cpu", dtype)
-            for parameter in (self.core_values, self.left, self.right)
-        )
-        assert values is not None
-        core, mask = unpack(values, self.core_mask.cpu(), self.in_features, self.start.pattern)
-        return replace(self.start, core=core, mask=mask, left=sides[0], right=sides[1])
+        parts = {name: getattr(self, name) for name in PARTS}
+        parts = {name: part.detach().to("cpu", dtype) for name, part in parts.items() if part is not None}
+        core, mask = unpack(parts.pop("core_values"), self.core_mask.cpu(), self.in_features, self.start.pattern)
+        return replace(self.start, core=core, mask=mask, **parts)
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def load_trainable(
 
 @contextmanager
 def multiplied_once(linears: Iterable[TrainableLinear]) -> Iterator[None]:
-    """Multiply A·S·B out once for all that is called in the context, with its arithmetic.
+    """Multiply A·S·B + U·V out once for all that is called in the context, with its arithmetic.
 
     Gradients of the products add up in float32 and go through to the factors when the context ends without an error.
     Between there is a dense weight, its gradient and what the product keeps for its own: 16 bytes a weight.

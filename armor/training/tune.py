@@ -1,4 +1,4 @@
-"""Tune the whole: A, S on its mask, B, norms and biases of all layers, by KL divergence from the dense model.
+"""Tune the whole: A, S on its mask, B, U, V, norms and biases of all layers, by KL divergence from the dense model.
 
 First the dense model predicts every token of the text, one decoder layer in memory at a time. Of each prediction the
 most likely tokens are kept with their log-probabilities. All others are one more outcome, whose probability is exact. A
@@ -140,20 +140,19 @@ def tune(
         folder = output.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-        record = _record(written, layers, predictions, made, device, steps)
+        record = _record(written, predictions, made, device, steps)
         record.write(output)
     return record
 
 
 def _record(
     written: list[LayerRecord],
-    layers: list[TrainableLayer],
     predictions: Predictions,
     made: MadeBy,
     device: str,
     steps: Steps,
 ) -> TuneRecord:
-    names = tuple(sorted(name for layer in layers for name in layer.others))
+    names = tuple(sorted(name for record in written for name in record.training[-1].norms_and_biases))
     losses = {name: loss for record in written for name, loss in record.training[-1].proxy_losses.items()}
     whole = written[0].training[-1].model_copy(update={"norms_and_biases": names, "proxy_losses": losses})
     return TuneRecord(

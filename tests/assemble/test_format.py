@@ -89,6 +89,10 @@ def numpy_weights(folder):
                         matrix[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
                 matrices.append(matrix)
             weights[module] = matrices[0] @ core @ matrices[1]
+            if "rank" in group:
+                up, down = (tensors[f"{module}.{suffix}"].astype("<f8") for suffix in ("up", "down"))
+                assert up.shape[1] == group["rank"]
+                weights[module] += up @ down
     return weights
 
 
@@ -132,6 +136,29 @@ def test_a_reader_made_from_the_page_gets_the_same_dense_integers(tmp_path):
         weight = exported[f"{name}.weight"]
         assert torch.equal(weight, factors.reconstruct().to(weight.dtype)), name
     assert verify(root / "checkpoint").modules == 14
+    models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
+    packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
+    torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_made_from_the_page_gets_the_same_sparse_plus_low_rank(tmp_path):
+    overrides = [Override(modules="*.down_proj", rank=200), Override(modules="*.k_proj", method="armor")]
+    settings = LayerSettings(**SETTINGS.model_dump() | {"method": "oats", "rank": 5, "overrides": overrides})
+    root = packed(tmp_path, settings=settings)
+    quantized(root, QUANTIZE)
+    export(root / "checkpoint", tmp_path / "dense")
+    exported = load_file(tmp_path / "dense/model.safetensors")
+    ranks = set()
+    for folder, factors in (("layers", root / "layers"), ("quantized", root / "quantized/quantized")):
+        found = numpy_weights(root / "checkpoint" if folder == "layers" else root / "quantized/checkpoint")
+        assert verify(root / "checkpoint").modules == len(found) == 14
+        for file in sorted(factors.glob("*.safetensors")):
+            for name, own in read_factors(file)[0].items():
+                ranks.add(None if own.down is None else len(own.down))
+                assert np.allclose(found[name], own.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
+                if folder == "layers":
+                    assert torch.equal(exported[f"{name}.weight"], own.reconstruct())
+    assert ranks == {5, 64, None}
     models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
     packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
     torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)

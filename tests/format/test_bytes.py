@@ -180,6 +180,24 @@ def test_factors_of_integers_have_a_version_of_their_own(tmp_path):
     assert found.reconstruct().tolist() == [[127.0, 0.0, 0.0, -254.0]]
 
 
+def test_factors_with_a_low_rank_pair_have_that_version_too(tmp_path):
+    path = tmp_path / "layer_0.safetensors"
+    core = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
+    pair = {"up": torch.tensor([[3.0]]), "down": torch.tensor([[0.0, 1.0, 0.0, 1.0]])}
+    write_factors(path, {"a.q": Factorization(core, core != 0, Pattern(2, 4), loss=0.25, start_loss=0.5, **pair)}, {})
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    assert raw[:start].rstrip() == (
+        raw[:8] + rb'{"__metadata__":{"armor":"{\"format_version\": 3, '
+        rb'\"modules\": {\"a.q\": {\"in_features\": 4, \"loss\": 0.25, \"pattern\": \"2:4\", \"start_loss\": 0.5}}}"},'
+        b'"a.q.core_values":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+        b'"a.q.down":{"dtype":"F32","shape":[1,4],"data_offsets":[8,24]},'
+        b'"a.q.up":{"dtype":"F32","shape":[1,1],"data_offsets":[24,28]},'
+        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[28,29]}}'
+    )
+    assert read_factors(path)[0]["a.q"].reconstruct().tolist() == [[1.0, 3.0, 0.0, 1.0]]
+
+
 def test_the_config_of_a_checkpoint(tmp_path):
     modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2), "a.k": PackedLinear(8, 4, Pattern(2, 4), 2)}
     write_json(tmp_path / "config.json", quantization_config(modules))
@@ -199,6 +217,17 @@ def test_the_config_of_a_checkpoint_of_integers(tmp_path):
         b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": {\n'
         b'    "blocks": null,\n    "core": "int8",\n    "group": 4\n   },\n   "right_block_size": null\n  }\n ],\n'
         b' "quant_method": "armor"\n}\n'
+    )
+    assert modules_of(quantization_config(modules)) == modules
+
+
+def test_the_config_of_a_checkpoint_with_a_low_rank_pair(tmp_path):
+    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), rank=3)}
+    write_json(tmp_path / "config.json", quantization_config(modules))
+    assert (tmp_path / "config.json").read_bytes() == (
+        b'{\n "format_version": 2,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": null,\n'
+        b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": null,\n'
+        b'   "rank": 3,\n   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
     )
     assert modules_of(quantization_config(modules)) == modules
 

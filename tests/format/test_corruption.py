@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
+from armor.config.layers import LayerSettings
 from armor.core.errors import ArmorError
 from armor.format.checksums import sealed
 from armor.format.records.base import File
-from tests.packed import edit_config, edit_tensors, opened, quantized
+from tests.packed import edit_config, edit_tensors, opened, packed, quantized
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.1.self_attn.k_proj"
@@ -555,6 +556,27 @@ OF_INTEGERS: dict[str, Defect] = {
 def test_what_the_files_of_integers_show(integers, tmp_path, defect):
     apply, named = OF_INTEGERS[defect]
     refused(copied(integers, tmp_path / "broken", apply, sums=False), named, exactly=True)
+
+
+OF_PAIRS: dict[str, Defect] = {
+    **{f"rank {value!r}": group("rank", value) for value in (None, 0, True, 2.0, "5")},
+    "another rank": (group("rank", 4)[0], (ONE, f"{Q}.up")),
+    "no rank": (config(lambda found: found["groups"][0].pop("rank"))[0], (ONE, "not a tensor that config.json lists")),
+    "one of the two": drop(f"{Q}.down"),
+    "NaN in a pair": put(f"{Q}.up", NAN, 5),
+    "a pair in another dtype": change(f"{Q}.down", torch.Tensor.half),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return packed(tmp_path_factory.mktemp("pairs"), settings=LayerSettings(method="oats", rank=5)) / "checkpoint"
+
+
+@pytest.mark.parametrize("defect", OF_PAIRS)
+def test_what_the_files_of_pairs_show(pairs, tmp_path, defect):
+    apply, named = OF_PAIRS[defect]
+    refused(copied(pairs, tmp_path / "broken", apply, sums=False), named, exactly=True)
 
 
 def test_no_weights_at_all(root, tmp_path):

@@ -35,7 +35,7 @@ def anything(weight, importance, **settings): ...
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (of_the_recipe, "damping: no setting of that name, expected pattern, block_size, solver, settings, seed after"),
+        (of_the_recipe, f"damping: no setting of that name, expected {', '.join(SETTINGS)} after"),
         (of_the_calibration, "damping: no statistic of that name, expected importance, gram before"),
         (anything, "settings: no statistic of that name, expected importance, gram before"),
     ],

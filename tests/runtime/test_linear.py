@@ -11,7 +11,7 @@ from armor.core.pattern import Pattern, top_n_mask
 from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 
-# pattern, out, in, left block, right block
+# pattern, out, in, left block, right block, rank
 LAYOUTS = [
     ("2:4", 24, 32, 8, 16),
     ("2:4", 6, 12, 3, 4),
@@ -20,25 +20,31 @@ LAYOUTS = [
     ("4:8", 8, 40, 8, None),
     ("3:6", 10, 18, 5, 6),
     ("50%", 9, 15, 3, 5),
+    ("2:4", 12, 16, None, None, 3),
+    ("2:4", 6, 8, 3, 4, 1),
 ]
 
 
-def factorization(pattern, rows, columns, left, right, dtype=torch.float32, seed=0):
+def factorization(pattern, rows, columns, left, right, rank=0, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     pattern = Pattern.parse(pattern)
     mask = top_n_mask(torch.rand(rows, columns, generator=g), pattern)
     core = torch.randn(rows, columns, generator=g).to(dtype) * mask
     blocks = [d and torch.randn(n // d, d, d, generator=g).to(dtype) for n, d in ((rows, left), (columns, right))]
-    return Factorization(core, mask, pattern, *blocks)
+    shapes = {"up": (rows, rank), "down": (rank, columns)} if rank else {}
+    pair = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+    return Factorization(core, mask, pattern, *blocks, **pair)
 
 
 def dense(factors):
-    """A·S·B from the definition."""
+    """A·S·B + U·V from the definition."""
     weight = factors.core
     if factors.left is not None:
         weight = blockdiag.expand(factors.left) @ weight
     if factors.right is not None:
         weight = weight @ blockdiag.expand(factors.right)
+    if factors.up is not None:
+        weight = weight + factors.up @ factors.down
     return weight
 
 

@@ -122,3 +122,22 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
         assert found == expected and again.value.equal(whole.value)
         assert again.learnt == 2 * (24 - kill // 3 * 3)
         assert not any(tmp_path.iterdir())
+
+
+def test_a_pair_may_start_at_zero():
+    """As LoRA's does; its U is then trained at the rate of its V."""
+    up, down = nn.Parameter(torch.zeros(3, 1)), nn.Parameter(torch.full((1, 2), 0.5))
+    parameters = {"q.up": up, "q.down": down}
+    settings = TrainingSettings(steps=1, warm_up=0, batch=1, sequences=1, held_out=1, rate=0.1)
+    fit(
+        parameters,
+        dict.fromkeys(parameters, torch.float32),
+        settings,
+        loss=lambda _: (up @ down - 1).square().mean(),
+        dtype="float32",
+        device="cpu",
+        seed=0,
+        where="it",
+    )
+    torch.testing.assert_close(up.detach(), torch.full((3, 1), 0.05))
+    assert torch.equal(down.detach(), torch.full((1, 2), 0.5))  # U was zero, so nothing said where V should go

@@ -99,6 +99,24 @@ def test_pruned_layers_are_refined_too_and_keep_their_mask(tmp_path, method):
         assert factors.mask.equal(before[name].mask) and not factors.core.equal(before[name].core)
 
 
+def test_of_a_lora_the_pair_alone_is_trained(tmp_path):
+    root = ready(tmp_path, settings=LayerSettings(method="lora", rank=4))
+    done = refined(root, 0, tmp_path / "refined", core=False, norm_rate=0).training[0]
+    assert done.loss < done.start_loss
+    before, after = (read_factors(tmp_path / f"{name}/layer_0.safetensors")[0] for name in ("layers", "refined"))
+    for name, factors in after.items():
+        assert factors.core.equal(before[name].core) and not before[name].up.any()
+        assert factors.up.any() and not factors.down.equal(before[name].down)
+    shards = Shards(root / "source")
+    others = read_others(tmp_path / "refined/layer_0.safetensors")
+    assert others and all(tensor.equal(shards.read(name)) for name, tensor in others.items())
+    refined(root, 1, tmp_path / "refined", core=False, norm_rate=0)
+    model = assembled(root, tmp_path / "refined", tmp_path)
+    assert errors(root, model)[0] == pytest.approx(done.loss, rel=1e-4)
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert "dense one's: U, V; 16 steps" in card and "| lora | 2:4 | rank 4 | 14 |" in card
+
+
 def test_the_record_has_the_proxy_loss_of_what_is_stored(root, tmp_path):
     record = refined(root, 1, tmp_path)
     factors, header = read_factors(tmp_path / "layer_1.safetensors")

@@ -19,7 +19,7 @@ class Price(Typed):
     """What a choice for a linear takes and costs."""
 
     choice: dict[str, str | int]
-    """What it changes of the recipe, with the keys of an override: method, pattern, block_size; empty: nothing."""
+    """What it changes of the recipe, with the keys of an override: method, pattern, block_size, rank; empty: none."""
     bits: float
     """Stored bits per weight of the linear."""
     predicted_kl: float

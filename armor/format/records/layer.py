@@ -48,6 +48,8 @@ class LinearRecord(Typed):
     """The pattern of the core; null if the linear stays dense."""
     block_size: BlockSizes | None
     """Null without blocks."""
+    rank: int | None = None
+    """Of the low-rank pair U·V beside the core; null without one."""
     start_loss: float
     """The loss of plain NoWag-P pruning; where the factors are quantized, of its weights rounded alike."""
     loss: float
@@ -117,8 +119,10 @@ class Training(Typed):
     """The largest step, relative to the root mean square of each tensor."""
     parameters: int
     """How many numbers were trained."""
+    core: bool = True
+    """Whether the values of S were trained."""
     norms_and_biases: tuple[str, ...]
-    """The tensors that were trained beside A, S and B, by full name."""
+    """The tensors that were trained beside the factors, by full name."""
     proxy_losses: dict[str, float]
     """The proxy loss of every linear before, by full name; that of what is stored stands with the linear."""
     made_by: MadeBy

@@ -102,6 +102,8 @@ def relative_loss(weight: Tensor, objective: Objective, factors: Factorization) 
         if left is not None:
             blocks = left[start // size : (start + step) // size].double()
             product = torch.bmm(blocks, product.view(-1, size, columns)).view(-1, columns)
+        if factors.up is not None and factors.down is not None:
+            product = product + factors.up[part].double() @ factors.down.double()
         row_scale = objective.row[part].square()
         error += float(((exact - product).mul_(scale).square_().sum(1) / row_scale).sum())
         total += float((exact.mul_(scale).square_().sum(1) / row_scale).sum())

@@ -13,6 +13,7 @@ same way, then B. The better of the two results stays.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,12 @@ def quantize(
     """`factors` of weight (out, in) under importance (in,) with integers in the place of floats.
 
     `core` is the type of S's numbers, of which `group` in a row share a scale; `blocks` that of A and B, int8 or
-    bfloat16. The loss of what is returned is never above that of NoWag-P's core rounded alike, which is its
-    start_loss; `trained` factors are not held to that, for they were made for another loss.
+    bfloat16. U and V become bfloat16. The loss of what is returned is never above that of NoWag-P's core rounded alike,
+    which is its start_loss; `trained` factors are not held to that, for they were made for another loss.
     """
+    dtypes = dict.fromkeys(("core", "left", "right"), torch.float32) | dict.fromkeys(("up", "down"), torch.bfloat16)
     given = replace(
-        factors, **{side: x.float() for side in ("core", "left", "right") if (x := getattr(factors, side)) is not None}
+        factors, **{part: x.to(dtype) for part, dtype in dtypes.items() if (x := getattr(factors, part)) is not None}
     )
     objective = Objective.of(weight, importance)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
@@ -212,7 +214,7 @@ def _side(blocks: Tensor | None, importance: Tensor | None, kind: Quantization) 
 def _plain(
     weight: Tensor, objective: Objective, factors: Factorization, kind: Quantization, d: Tensor
 ) -> Factorization:
-    """NoWag-P at the same bits: its core rounded alike, between blocks that are exactly the identity."""
+    """NoWag-P at the same bits: its core rounded alike, blocks that are exactly the identity, U and V of zeros."""
     mask = top_n_mask(objective.score(weight), factors.pattern)
     core, scales = rounded(torch.where(mask, weight, 0).float(), kind.core, kind.group, d)
     dtype = torch.int8 if kind.blocks else torch.bfloat16
@@ -224,6 +226,9 @@ def _plain(
         None if eye is None or not kind.blocks else torch.ones(n, dtype=torch.bfloat16, device=weight.device)
         for eye, n in zip(eyes, weight.shape, strict=True)
     ]
+    pair: dict[str, Any] = {
+        name: torch.zeros_like(x) for name in ("up", "down") if (x := getattr(factors, name)) is not None
+    }
     return replace(
         factors,
         core=core,
@@ -234,4 +239,5 @@ def _plain(
         right=eyes[1],
         right_scales=ones[1],
         quantization=kind,
+        **pair,
     )
