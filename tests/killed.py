@@ -120,13 +120,12 @@ def killed_everywhere(work: Callable[[Path], object], folder: Path, point: str, 
     return gone_on
 
 
-def sitecustomize(folder: Path, point: str, number: int) -> Path:
-    """Make `folder` one that a Python which has it on its path first does `die_at` by; returns the counter in it."""
+def sitecustomize(folder: Path, point: str, number: int) -> None:
+    """Make `folder` one that a Python which has it on its path first does `die_at` by."""
     folder.mkdir()
     counter = folder / "counter"
     call = f"die_at({point!r}, {number}, {str(counter)!r})"
     (folder / "sitecustomize.py").write_text(f"from tests.killed import die_at\n\n{call}\n")
-    return counter
 
 
 def _settled(value: object) -> object:

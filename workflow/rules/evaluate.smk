@@ -45,7 +45,7 @@ rule evaluate:
     input:
         source=R.source(),
         model=needed("evaluate", "model"),
-        predictions=R.predictions(),
+        predictions=needed("evaluate", "predictions"),
     output:
         R.evaluation(),
     log:
