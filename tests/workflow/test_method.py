@@ -44,11 +44,10 @@ def test_a_new_file_is_a_new_method(clone, tmp_path):
     (clone.repository / "armor/methods/toy.py").write_text(TOY)
     assert len(TOY.splitlines()) <= 40
     shutil.copytree(clone.folder, tmp_path / "run")
-    config = clone.edited(
-        recipes__leftmost={"method": "toy"}, recipes__rightmost={"method": "toy", "toy": {"end": "right"}}
-    )
+    recipes = {"leftmost": {"method": "toy"}, "rightmost": {"method": "toy", "toy": {"end": "right"}}}
+    config = clone.edited(recipes=clone.config["recipes"] | recipes, benchmarks={})
     run = Run(tmp_path / "run", config, clone.repository)
-    assert run.would_run() == {"factorize": 2 * LAYERS, "assemble": 2, "evaluate": 2, "benchmark": 1, "report": 1}
+    assert run.would_run() == {"factorize": 2 * LAYERS, "assemble": 2, "evaluate": 2, "report": 1}
     done = run.snakemake("--", "results/report/index.html")
     assert done.returncode == 0, done.stderr + done.stdout
     checked = run.armor("check", "config.yaml")
