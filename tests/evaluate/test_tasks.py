@@ -110,7 +110,7 @@ def arc(folder) -> Path:
             "choices": {"text": [words(50 * k + i, 2 + (k + i) % 4) for i in range(4)], "label": [*"ABCD"]},
             "answerKey": "ABCD"[(k + k // 4) % 4],
         }
-        for k in range(40)
+        for k in range(24)
     ]
     for split, some in {"train": rows[:8], "test": rows[8:]}.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -159,14 +159,14 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     for name in ("dense", "checkpoint"):
         evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
     record = TaskRecord.read(tmp_path / "ours" / "dense" / "own_arc.json")
-    assert (record.items, record.shots) == (32, 2)
+    assert (record.items, record.shots) == (16, 2)
     for metric in ("acc", "acc_norm"):
         expected = {"value": row[f"{metric},none"], "standard_error": row[f"{metric}_stderr,none"]}
         assert record.metrics[f"{metric},none"] == Metric(**expected, higher_is_better=True)
         assert 0 < expected["value"] < 1
     assert likelihoods(tmp_path / "ours" / "dense", "own_arc") == theirs
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
-    assert [len(item) for item in ours] == [4] * 32
+    assert [len(item) for item in ours] == [4] * 16
     assert sum(ours, []) == pytest.approx(sum(theirs, []), rel=1e-6, abs=0)
     assert command_line(root / "checkpoint", file, 2, tmp_path / "packed")[1] == ours
 
@@ -352,7 +352,7 @@ def test_a_model_larger_than_the_memory_answers_as_when_it_is_loaded(tmp_path, t
     assert streamed_from(caplog) == [str(folder)]
     for task in asked.task_names():
         there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("loaded", "streamed"))
-        assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 128, "rolling": 6}[task]
+        assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 64, "rolling": 6}[task]
         assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
         assert streamed.tasks[task].value == pytest.approx(loaded.tasks[task].value, rel=1e-6)
 
