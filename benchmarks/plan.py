@@ -34,7 +34,7 @@ def taken(configuration: Path, run: Path) -> tuple[dict[str, dict], dict[str, in
     config, results = load_config(configuration), run / RESULTS
     found: dict[str, dict] = {}
     for job in jobs(config, str(results)):
-        names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
+        names = job.names[:2] if STAGES[job.stage].by_layer else job.names
         spent = cost(job)
         if spent is not None:
             own = found.setdefault(" ".join((job.stage, *names)), {"jobs": 0, "seconds": 0.0, "memory_bytes": None})

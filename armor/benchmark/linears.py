@@ -11,16 +11,19 @@ else; `python -m benchmarks.runtime` measures without them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from armor.benchmark.timing import mark, ratios, seconds_between, summary
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.benchmark import LinearSpeed
+from armor.runtime.experts import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["core_alone", "linear_speeds", "wrapped"]
@@ -59,12 +62,23 @@ def _milliseconds(linears: Sequence[nn.Module], x: Tensor) -> float:
     return 1e3 * seconds_between(start, mark(x.device)) / len(linears)
 
 
+def _unfused(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, tensors and all, with its experts as modules of their own; `model` stays as it is."""
+    if not fused_experts(model):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
+    unfuse(other)
+    return other
+
+
 @torch.inference_mode()
-def linear_speeds(dense: nn.Module, compressed: nn.Module, rounds: int = ROUNDS) -> list[LinearSpeed]:
+def linear_speeds(dense: PreTrainedModel, compressed: nn.Module, rounds: int = ROUNDS) -> list[LinearSpeed]:
     """The speed of each shape, pattern and block sizes among the packed linears of `compressed`, in their order.
 
     The core's is over the dense ones of its own turn. `dense` has linears of the same names.
     """
+    dense = _unfused(dense)
     packed: dict[PackedLinear, list[nn.Module]] = {}
     plain: dict[PackedLinear, list[nn.Module]] = {}
     rows: dict[PackedLinear, Tensor] = {}

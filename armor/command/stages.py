@@ -135,18 +135,30 @@ def factorize(
     budget: Annotated[
         Path | None, typer.Option(help="The record with a choice for each linear; unset: as the settings say.")
     ] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="The first and the last of a group of experts, like 0-63: these alone.")
+    ] = None,
+    group: Annotated[
+        list[Path] | None,
+        typer.Option(help="The record of a group of experts that is done, to take their factors; may be given again."),
+    ] = None,
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
     """Compress the linears of one decoder layer -> its factors, and a record beside them."""
     device = prepare(threads, gpus)
     from armor.factorize.layer import factorize_layer
-    from armor.format.statistics import statistics_of
+    from armor.format.statistics import listed_statistics, statistics_of
     from armor.model.source import open_source
 
-    parsed = parse_settings(LayerSettings, settings)
-    statistics = statistics_of(calibration, layer)
-    factorize_layer(open_source(source), Topology.read(model), layer, statistics, parsed, output, device, budget)
+    parsed, known = parse_settings(LayerSettings, settings), None
+    if experts is None:
+        statistics = statistics_of(calibration, layer)
+    else:  # the layer's job reads them whole, and refuses the group if they are not those of the record
+        statistics, listed = listed_statistics(calibration, layer)
+        known = listed.sha256
+    opened, topology = open_source(source), Topology.read(model)
+    factorize_layer(opened, topology, layer, statistics, parsed, output, device, budget, experts, group or (), known)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from armor.config.budget import BudgetSettings
 from armor.config.common import Name
@@ -22,6 +22,8 @@ class Recipe(ModuleSettings):
 
     budget: BudgetSettings | None = None
     """Choose method, pattern and block size for each linear within so many bits; unset: the same for all."""
+    experts_per_job: int | None = Field(default=None, ge=1)
+    """How many experts of a decoder layer one job compresses; unset: all, or as many as 16 GB are enough for."""
     base: Name | None = None
     """The recipe to start from: its factors are trained further, and it says everything about how they are made."""
     refine: RefineSettings | None = None

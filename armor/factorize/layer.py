@@ -4,6 +4,9 @@ The weight of one linear is in memory at a time, or those of the linears that sh
 A linear that is finished stays so if the job dies (`armor.execution.resume`). What cannot be done as asked is done in
 the nearest way that can, said in the log and noted in the JSON. A linear whose rows cannot hold the pattern stays
 dense. One that no blocks fit is pruned without them. One that the GPU has no memory for is left to the CPU.
+
+All factors of a job are in memory at its end. Where a layer has more experts than that allows, jobs of their own
+compress them group by group. The layer's job then does the rest, and puts all together from file to file.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from armor.execution.machine import device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.factorize.sharing import groups_of, one_linear, parts_of
 from armor.format.checkpoint import PackedLinear
-from armor.format.factors import read_factors, write_factors
+from armor.format.factors import join_factors, read_factors, read_start, write_factors
+from armor.format.names import factors_beside
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord
@@ -67,27 +71,34 @@ def factorize_layer(
     output: Path | str,
     device: str = "cpu",
     budget: Path | str | None = None,
+    experts: str | None = None,
+    done: Sequence[Path] = (),
+    statistics_sha256: str | None = None,
 ) -> LayerRecord:
     """Compress the linears of decoder layer `layer` into `output` (layer_{k}.safetensors), then the JSON beside it.
 
-    `statistics` is the layer's file from calibration, not read if all stays dense. `budget` is the record with a choice
-    for each linear, which goes before the settings. Returns what the JSON holds. Raises ArmorError for NaN in a weight,
-    and for an override that matches no linear of the model. So it does for statistics or a budget that are missing,
-    broken or of another model, and for a device with too little memory.
+    `statistics` is the layer's file from calibration, not read if all stays dense; `statistics_sha256` its hash, which
+    is found from the file if unset. `budget` is the record with a choice for each linear, which goes before the
+    settings. `experts`, like 0-63: these alone. `done` are the records of such groups: their factors are taken, and
+    those of the other linears found. Returns what the JSON holds. Raises ArmorError for NaN in a weight, and for an
+    override that matches no linear of the model. So it does for statistics, a budget or groups that are missing, broken
+    or of another model, and for a device with too little memory.
     """
     output = Path(output)
-    chosen = layer_of(source, topology, layer, settings)
+    whole = layer_of(source, topology, layer, settings)
+    if statistics_sha256 is None and Path(statistics).is_file():
+        statistics_sha256 = sha256(statistics)
+    used = {Input.MODEL: topology.fingerprint, Input.STATISTICS: statistics_sha256}
+    choices = None if budget is None else _read_budget(budget, topology)
+    if choices is not None:
+        used[Input.BUDGET] = choices.content()
+    finished = {file: _read_group(file, whole, settings, used) for file in done}
+    chosen = whole if experts is None else whole.group(experts)
+    taken = {name for record in finished.values() for name in record.modules}
+    chosen = chosen.only({linear.name for linear in chosen.linears} - taken)
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
-    used = {
-        Input.MODEL: topology.fingerprint,
-        Input.STATISTICS: sha256(statistics) if Path(statistics).is_file() else None,
-    }
-    if budget is not None:
-        record = BudgetRecord.read(budget)
-        if record.fingerprint != topology.fingerprint:
-            raise ArmorError(f"{budget}: of another model (its fingerprint differs); {record.AGAIN}")
-        used[Input.BUDGET] = record.content()
-        resolved = {name: choice.apply(resolved[name]) for name, choice in _choices(record, budget, chosen).items()}
+    if choices is not None:
+        resolved = {n: c.apply(resolved[n]) for n, c in _choices(choices, str(budget), chosen).items()}
     inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
     groups = groups_asked(chosen, settings, resolved)
     check_memory([(one_linear(group), [asked]) for group, asked in groups], device)
@@ -99,7 +110,7 @@ def factorize_layer(
         "settings": settings.model_dump(mode="json"),
         "resolved": {name: asked.model_dump(mode="json") for name, asked in resolved.items()},
     }
-    factors: dict[str, Factorization] = {}
+    files: list[Path] = []
     modules: dict[str, LinearRecord] = {}
     code = settings.code()
     with resumable(output, __name__, device, code, **work) as steps:
@@ -107,24 +118,32 @@ def factorize_layer(
             file = steps.folder / f"{group[0].name}.safetensors"
             entries = {linear.name: steps.get(linear.name, LinearRecord) for linear in group}
             if None in entries.values() or not file.is_file():
-                done = _factorized(group, asked, resolved, shards, inputs, settings.seed, device)
-                write_factors(file, {name: found for name, (_, found) in done.items() if found}, {})
-                for name, (entry, _) in done.items():
+                new = _factorized(group, asked, resolved, shards, inputs, settings.seed, device)
+                write_factors(file, {name: found for name, (_, found) in new.items() if found}, {})
+                for name, (entry, _) in new.items():
                     entries[name] = entry
                     steps.put(name, entry)
             modules |= {name: entry for name, entry in entries.items() if entry}
-            factors |= read_factors(file)[0]
+            files.append(file)
         described = output.with_suffix(".json")
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
-        write_factors(output, factors, {"fingerprint": topology.fingerprint, "layer": layer})
+        metadata = {"fingerprint": topology.fingerprint, "layer": layer}
+        if done:
+            join_factors(output, [*files, *map(factors_beside, done)], metadata)
+        else:
+            factors = {name: own for file in files for name, own in read_factors(file)[0].items()}
+            write_factors(output, factors, metadata)
+        records = finished.values()
+        modules |= {name: entry for record in records for name, entry in record.modules.items()}
+        used |= {Input.EXPERTS.format(file.stem): record.sha256 for file, record in finished.items()}
         record = LayerRecord(
             layer=layer,
             fingerprint=topology.fingerprint,
             sha256=sha256(output),
             statistics_fingerprint=used[Input.STATISTICS],
-            seconds=steps.seconds(),
-            peak_memory_bytes=peak_memory_bytes(device),
-            modules=modules,
+            seconds=steps.seconds() + sum(record.seconds for record in records),
+            peak_memory_bytes=max([peak_memory_bytes(device), *(record.peak_memory_bytes for record in records)]),
+            modules={linear.name: modules[linear.name] for linear in whole.linears if linear.name in modules},
             made_by=made_by(__name__, settings, used, code),
             machine=machine(device),
         )
@@ -208,6 +227,23 @@ def _factorized(
     }
 
 
+def _read_group(
+    file: Path, layer: DecoderLayer, settings: LayerSettings, used: Mapping[str, str | None]
+) -> LayerRecord:
+    """The record of a group of experts of `layer`, held against what the layer is compressed by."""
+    record = read_start(factors_beside(file), str(used[Input.MODEL]))
+    if record.layer != layer.index:
+        raise ArmorError(f"{file}: of layer {record.layer}, expected {layer.index}; name the layer's own groups")
+    made = record.made_by
+    for what, found, expected in (
+        ("settings", made.settings, settings.model_dump(mode="json")),
+        *((name, made.inputs.get(name), used.get(name)) for name in (Input.STATISTICS, Input.BUDGET)),
+    ):
+        if found != expected:
+            raise ArmorError(f"{file}: made with other {what} than the layer is; factorize these experts again")
+    return record
+
+
 def seed_of(seed: int, module: str) -> int:
     """The seed of one linear: the same on every machine, and another for every linear and every `seed`."""
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:7], "little")
@@ -271,6 +307,13 @@ def layer_of(source: Source, topology: Topology, index: int, settings: LayerSett
         if layer.index == index:
             return layer
     raise ArmorError(f"layer {index}: the model has layers 0 to {len(topology.layers) - 1}")
+
+
+def _read_budget(file: Path | str, topology: Topology) -> BudgetRecord:
+    record = BudgetRecord.read(file)
+    if record.fingerprint != topology.fingerprint:
+        raise ArmorError(f"{file}: of another model (its fingerprint differs); {record.AGAIN}")
+    return record
 
 
 def _choices(budget: BudgetRecord, file: Path | str, layer: DecoderLayer) -> dict[str, Choice]:
@@ -344,7 +387,7 @@ def _statistics(
     if set().union(*methods.values()) <= {"dense"}:
         return {}
     with_gram = {name for name, used in methods.items() if any("gram" in METHODS[m].statistics for m in used)}
-    found = read_statistics(file, topology.fingerprint, gram=bool(with_gram))
+    found = read_statistics(file, topology.fingerprint, gram=bool(with_gram), linears=methods)
     for linear in layer.linears:
         if linear.name not in found:
             raise ArmorError(f"{file}: no statistics of the input of {linear.name}; calibrate again")

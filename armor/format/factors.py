@@ -8,7 +8,8 @@ in random order, and the same factors would not give the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import SUFFIXES, Factorization, owner
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
-from armor.execution.files import open_safetensors, save_safetensors, sha256
+from armor.execution.files import atomic_path, open_safetensors, save_safetensors, sha256
+from armor.format.holes import Hole, write_holes
 from armor.format.records.layer import LayerRecord
+from armor.format.shards import DTYPES, PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,7 @@ __all__ = [
     "INTEGER_FACTORS_VERSION",
     "TRAINED_FACTORS_VERSION",
     "FactorsHeader",
+    "join_factors",
     "read_factors",
     "read_others",
     "read_start",
@@ -62,6 +66,45 @@ def write_factors(
     if others:
         header["others"] = sorted(others)
     save_safetensors(path, {**tensors, **(others or {})}, {"armor": json.dumps(header, sort_keys=True)})
+
+
+def join_factors(path: Path, parts: Sequence[Path], metadata: dict) -> None:
+    """Write the factors of the files `parts` as one, atomically: the file that `write_factors` makes of them all.
+
+    They are copied from file to file, and take no memory. Raises ArmorError for another file, and for a module in two.
+    """
+    places: dict[str, tuple[Hole, Path, int]] = {}
+    modules, version = {}, FACTORS_VERSION
+    for part in parts:
+        with open_safetensors(part) as file:
+            header = _header(part, file)
+            pieces = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        if twice := modules.keys() & header["modules"].keys():
+            raise ArmorError(f"{part}: {min(twice)}: is in another of the files too; give each expert once")
+        modules |= header["modules"]
+        version = max(version, header["format_version"])
+        holes = {name: _hole(piece.get_dtype(), piece.get_shape()) for name, piece in pieces}
+        start = part.stat().st_size - sum(hole.bytes for hole in holes.values())  # they fill the file to its end
+        for name, hole in holes.items():
+            places[name] = hole, part, start
+            start += hole.bytes
+    # The order of safetensors' own writer: wide numbers first, so that all are aligned.
+    order = sorted(places, key=lambda name: (-DTYPES[places[name][0].dtype][1], places[name][0].dtype, name))
+    text = json.dumps({"format_version": version, **metadata, "modules": modules}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        write_holes(temporary, {name: places[name][0] for name in order}, {"armor": text})
+        with open(temporary, "r+b") as target:
+            target.seek(temporary.stat().st_size - sum(hole.bytes for hole, *_ in places.values()))
+            for name in order:
+                hole, part, start = places[name]
+                with open(part, "rb") as file:
+                    file.seek(start)
+                    for begin in range(0, hole.bytes, PIECE):
+                        target.write(file.read(min(PIECE, hole.bytes - begin)))
+
+
+def _hole(dtype: str, shape: Sequence[int]) -> Hole:
+    return Hole(dtype, shape, math.prod(shape) * DTYPES[dtype][1])
 
 
 def read_factors(path: Path) -> tuple[dict[str, Factorization], dict]:

@@ -23,15 +23,15 @@ class Hole(NamedTuple):
     bytes: int
 
 
-def write_holes(path: Path, tensors: Mapping[str, Hole]) -> None:
+def write_holes(path: Path, tensors: Mapping[str, Hole], metadata: Mapping[str, str] | None = None) -> None:
     """Write the header of `tensors`, in their order, and make the file as long as their data. Needs a file system with
-    sparse files."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    sparse files. `metadata` unset: those of a model."""
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
     for name, hole in tensors.items():
         begin, end = end, end + hole.bytes
         header[name] = {"dtype": hole.dtype, "shape": [*hole.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

@@ -13,6 +13,7 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/benchmark/{benchmark}.json           speed, of the dense model and all recipes in turn
     results/{model}/{recipe}/prices/layer_{layer}.json   of a recipe with a budget: what each choice takes and costs
     results/{model}/{recipe}/budget.json                 what it chose for each linear, which you may edit
+    results/{model}/{recipe}/experts/layer_{layer}/      of a large mixture: {experts}.json of a group, like 0-63
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
     results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
@@ -100,6 +101,16 @@ class Results:
 
     def budget(self, model: str = "{model}", recipe: str = "{recipe}") -> str:
         return f"{self.root}/{model}/{recipe}/budget.json"
+
+    def experts(
+        self,
+        model: str = "{model}",
+        recipe: str = "{recipe}",
+        layer: int | str = "{layer}",
+        experts: str = "{experts}",
+    ) -> str:
+        """The record of a group of experts; their factors lie beside it until the layer has them."""
+        return f"{self.root}/{model}/{recipe}/experts/{layer_name(layer)}/{experts}.json"
 
     def layers(self, model: str = "{model}", recipe: str = "{recipe}", stage: str = "factorize") -> str:
         """The folder with the factors of every decoder layer, as `stage` leaves them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 __all__ = [
     "MODEL",
     "beside",
+    "factors_beside",
     "layer_file",
     "layer_files",
     "layer_name",
@@ -40,6 +41,11 @@ def layer_files(folder: Path, suffix: str = ".safetensors") -> list[Path]:
 def beside(record: Path | str) -> Path:
     """The folder that a record speaks of: its name without .json, beside it."""
     return Path(record).with_suffix("")
+
+
+def factors_beside(record: Path | str) -> Path:
+    """The factors that a record of `armor factorize` speaks of."""
+    return Path(record).with_suffix(".safetensors")
 
 
 def record_of_folder(folder: Path) -> Path:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["DTYPES", "INDEX", "SINGLE", "Part", "Shards"]
+__all__ = ["DTYPES", "INDEX", "PIECE", "SINGLE", "Part", "Shards"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,7 +40,8 @@ DTYPES = {  # safetensors' name: (torch's name, bytes)
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-PIECE = 16 << 20  # bytes that are read at a time when the dtype changes on the way
+PIECE = 16 << 20
+"""Bytes that are read at a time where they do not go straight into a tensor."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ are fed the same tensor share one set of statistics, stored under the name of th
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ __all__ = [
     "STATISTICS_VERSION",
     "Accumulator",
     "Statistics",
+    "listed_statistics",
     "read_statistics",
     "statistics_of",
     "write_statistics",
@@ -100,8 +102,10 @@ def write_statistics(path: Path, inputs: dict[str, Statistics], users: dict[str,
     save_safetensors(path, tensors, {"armor": json.dumps(header, sort_keys=True)})
 
 
-def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool = True) -> dict[str, Statistics]:
-    """The statistics of one decoder layer by the full name of each linear.
+def read_statistics(
+    path: Path | str, fingerprint: str | None = None, gram: bool = True, linears: Collection[str] | None = None
+) -> dict[str, Statistics]:
+    """The statistics of one decoder layer by the full name of each linear, or of those in `linears` alone.
 
     With `fingerprint`, those of another model raise ArmorError; with gram=False Gram matrices are left on disk. Raises
     ArmorError too if the file is missing, corrupt, of another format, or holds values that no input can have.
@@ -122,8 +126,9 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
                 f"{fingerprint[:12]}); calibrate again"
             )
         names = set(file.keys())
+        users = {linear: name for linear, name in header["inputs"].items() if linears is None or linear in linears}
         inputs: dict[str, Statistics] = {}
-        for name in sorted(set(header["inputs"].values())):
+        for name in sorted(set(users.values())):
             if f"{name}.importance" not in names:
                 raise ArmorError(f"{path}: has no statistics of the input of {name}; calibrate again")
             importance = file.get_tensor(f"{name}.importance")
@@ -131,7 +136,7 @@ def read_statistics(path: Path | str, fingerprint: str | None = None, gram: bool
                 raise ArmorError(f"{path}: {name}.importance holds NaN, infinity or a negative number; calibrate again")
             matrix = file.get_tensor(f"{name}.gram") if gram and f"{name}.gram" in names else None
             inputs[name] = Statistics(importance, matrix, header["tokens"])
-    return {linear: inputs[name] for linear, name in header["inputs"].items()}
+    return {linear: inputs[name] for linear, name in users.items()}
 
 
 def statistics_of(calibration: Path, layer: int) -> Path:
@@ -140,12 +145,20 @@ def statistics_of(calibration: Path, layer: int) -> Path:
     The record is written last, and has the hash of the file. Where the record is missing or the hash is another, the
     statistics are of a run that did not end, or of another one. Raises ArmorError.
     """
+    path, expected = listed_statistics(calibration, layer)
+    if File.of(path) != expected:
+        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; calibrate again")
+    return path
+
+
+def listed_statistics(calibration: Path, layer: int) -> tuple[Path, File]:
+    """As `statistics_of`, and what the record says of the file, of which no more than the size is held against it."""
     path = layer_file(calibration.parent, layer)
     expected = CalibrationRecord.read(calibration).files.get(path.name)
     if expected is None:
         raise ArmorError(f"{calibration}: lists no {path.name}; calibrate again")
     if not path.is_file():
         raise ArmorError(f"{path}: missing, listed in {calibration.name}; calibrate again")
-    if File.of(path) != expected:
+    if path.stat().st_size != expected.bytes:
         raise ArmorError(f"{path}: differs from its hash in {calibration.name}; calibrate again")
-    return path
+    return path, expected

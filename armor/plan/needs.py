@@ -7,6 +7,7 @@ the process takes before any work, and what lies on the host whatever computes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from armor.config.sample import Sample
 from armor.config.training import TrainingSettings
 from armor.factorize.layer import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
+from armor.format.records.topology import DecoderLayer
 from armor.methods import METHODS
 from armor.plan.measured import benchmark, evaluate, predict, tasks
 from armor.plan.need import (
@@ -34,6 +36,7 @@ from armor.plan.need import (
 )
 from armor.plan.subject import Subject
 from armor.plan.work import Read, Train, Work, solving
+from armor.run.groups import expert_groups
 from armor.run.jobs import Job
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
@@ -85,9 +88,25 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     return Need(memory, kept=kept, scratch=2 * hidden, work=work, remedy=remedy)
 
 
+def _experts(plan: Plan, model: str, recipe: str, index: str, group: str) -> Need:
+    layer, packed = plan.subjects[model].topology.layers[int(index)], plan.subjects[model].packed[recipe]
+    found = _factorizing(plan, model, recipe, layer.group(group))
+    return dataclasses.replace(found, kept=0, scratch=packed.layer_bytes(layer))
+
+
 def _factorize(plan: Plan, model: str, recipe: str, index: str) -> Need:
-    subject = plan.subjects[model]
-    layer, packed = subject.topology.layers[int(index)], subject.packed[recipe]
+    layer, packed = plan.subjects[model].topology.layers[int(index)], plan.subjects[model].packed[recipe]
+    settings, size = plan.config.layer_settings(recipe, layer.index), plan.config.recipes[recipe].experts_per_job
+    groups = [layer.group(group) for group in expert_groups(layer, settings, size)]
+    apart = {linear.name for group in groups for linear in group.linears}
+    found = _factorizing(plan, model, recipe, layer.only({linear.name for linear in layer.linears} - apart))
+    taken_over = Work(Read(), 2.0 * packed.layer_bytes(layer.only(apart)))
+    return dataclasses.replace(found, kept=packed.layer_bytes(layer), work=(*found.work, taken_over))
+
+
+def _factorizing(plan: Plan, model: str, recipe: str, layer: DecoderLayer) -> Need:
+    """What it takes to factorize these linears of a layer."""
+    packed = plan.subjects[model].packed[recipe]
     asked = plan.asked(recipe, layer)
     settings = plan.config.layer_settings(recipe, layer.index)
     gram = any("gram" in METHODS[one.method].statistics for several in asked.values() for one in several)
@@ -102,7 +121,7 @@ def _factorize(plan: Plan, model: str, recipe: str, index: str) -> Need:
         if chosen.method != "dense":
             held += entries * (itemsize + 1)  # the core and its mask, as they are read back
             work.append(solving(chosen, (linear.out_features, linear.in_features)))
-    written = packed.layer_bytes[layer.index]
+    written = packed.layer_bytes(layer)
     work.append(Work(Read(), 2.0 * written))
     return Need(
         Memory(FORKED + max(peak, held + written), PROCESS + BESIDE_CUDA + held + written, computing),
@@ -179,7 +198,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     block = plan.config.factorized(recipe).block_size
     work = (START, _training(subject, job.refine, length, block, 1))
     remedy = f"lower recipes.{recipe}.refine.sequence_length"
-    written = packed.layer_bytes[layer.index]
+    written = packed.layer_bytes(layer)
     return Need(memory_of(0, computing, subject.outside(4)), kept=written, work=work, remedy=remedy)
 
 
@@ -197,12 +216,13 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
         _training(subject, job.tune, length, block, len(subject.topology.layers)),
     )
     remedy = f"set recipes.{recipe}.tune.core to false, or refine its layers instead of tune"
-    return Need(memory_of(0, least), kept=sum(packed.layer_bytes), work=work, remedy=remedy)
+    return Need(memory_of(0, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
 
 
 def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject, owner = plan.subjects[model], plan.config.made_by(recipe)[0][1]
-    layer, written = subject.topology.layers[int(index)], subject.packed[owner].layer_bytes[int(index)]
+    layer = subject.topology.layers[int(index)]
+    written = subject.packed[owner].layer_bytes(layer)
     plan.note(f"recipes.{recipe}: planned with its factors in floats; quantize makes its checkpoint smaller")
     # The weight, its factors, their integers and what the search for scales takes, each about as large as the weight.
     computing = max(ROUNDING * linear.out_features * linear.in_features for linear in layer.linears)
@@ -227,6 +247,7 @@ NEEDS: dict[str, Callable[..., Need]] = {
     "sensitivity": _sensitivity,
     "price": _price,
     "budget": _light(FORKED),
+    "experts": _experts,
     "factorize": _factorize,
     "states": _states,
     "refine": _refine,

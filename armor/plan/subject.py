@@ -40,11 +40,15 @@ class Packed:
     folder: Path
     modules: dict[str, PackedLinear]
     layers: tuple[Shapes, ...]
-    layer_bytes: tuple[int, ...]
+    linear_bytes: dict[str, int]
     bits: float
     """A weight of the decoder layers' linears takes, in the mean."""
     more_bytes: int
     """That a budget spends beyond what the folder has, which is as the recipe says without it."""
+
+    def layer_bytes(self, layer: DecoderLayer) -> int:
+        """Those of the factors of a decoder layer's linears."""
+        return sum(self.linear_bytes.get(linear.name, 0) for linear in layer.linears)
 
     @property
     def weights_bytes(self) -> int:
@@ -122,15 +126,16 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     """What the factorization of `recipe` will make, into `folder`."""
     modules: dict[str, PackedLinear] = {}
     holes: dict[str, Hole] = {}
-    layers, sizes = [], []
+    layers, of_linears = [], {}
     for layer in topology.layers:
         settings, own = config.layer_settings(recipe, layer.index), {}
         dtypes = {linear.name: linear.dtype for linear in layer.linears}
         for linear, layout in layouts_of(layer, settings).items():
             modules[linear] = layout
-            own |= _factors(linear, layout, dtypes[linear])
+            factors = _factors(linear, layout, dtypes[linear])
+            of_linears[linear] = sum(hole.bytes for hole in factors.values())
+            own |= factors
         layers.append({name: hole.shape for name, hole in own.items()})
-        sizes.append(sum(hole.bytes for hole in own.values()))
         holes |= own
     size_of = {name: hole.bytes for name, hole in holes.items()}
     written = tensor_bytes(shards, size_of, modules)
@@ -145,7 +150,7 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     budget = config.recipes[recipe].budget
     spent = budget.bits if budget else bits
     more = round((spent - bits) * topology.linear_parameters / 8)
-    return Packed(folder, modules, tuple(layers), tuple(sizes), spent, more)
+    return Packed(folder, modules, tuple(layers), of_linears, spent, more)
 
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:

@@ -107,7 +107,7 @@ def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
     """The jobs with what they take, those together that differ by their layer alone."""
     groups: dict[tuple[str, ...], list[tuple[Job, Need]]] = {}
     for job in jobs(plan.config, str(results)):
-        names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
+        names = job.names[:2] if STAGES[job.stage].by_layer else job.names
         groups.setdefault((job.stage, *names), []).append((job, need(plan, job)))
     yield from groups.values()
 
@@ -115,7 +115,7 @@ def _groups(plan: Plan, results: Path) -> Iterator[list[tuple[Job, Need]]]:
 def _stage(group: Sequence[tuple[Job, Need]], rates: Mapping[Kind, float] | None, card: Card) -> StagePlan:
     job, needs = group[0][0], [need for _, need in group]
     work = [work for need in needs for work in need.work]
-    names = job.names[:-1] if STAGES[job.stage].by_layer else job.names
+    names = job.names[:2] if STAGES[job.stage].by_layer else job.names
     return StagePlan(
         stage=job.stage,
         of=" ".join(names),

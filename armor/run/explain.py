@@ -71,6 +71,7 @@ NOTED: dict[str, Callable[[Job, str, str | None], Noted]] = {
     "calibrate": _statistics,
     "sensitivity": lambda made, name, layer: {name: SensitivityRecord.read(made.record).sha256},
     "budget": lambda made, name, layer: {name: BudgetRecord.read(made.record).content()},
+    "experts": lambda made, name, layer: {Input.EXPERTS.format(made.names[3]): LayerRecord.read(made.record).sha256},
     "factorize": _factors,
     "states": lambda made, name, layer: {name: StatesRecord.read(made.record).text_fingerprint},
     "refine": _factors,
@@ -199,7 +200,7 @@ class Reruns:
             then = made.settings
             if (now := job.code(self.config)) != made.code:
                 yield f"the code of {made.stage} has changed ({made.code}, now {now})"
-            for name, found in self._inputs(job):
+            for name, found in (dict.fromkeys(made.experts()) | dict(self._inputs(job))).items():
                 if made.inputs.get(name) != found:
                     yield f"input {name}: its fingerprint is another"
         if (settings := job.settings(self.config)) is not None:
@@ -221,7 +222,7 @@ class Reruns:
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""
-        layer = job.names[-1] if STAGES[job.stage].by_layer else None
+        layer = job.names[2] if STAGES[job.stage].by_layer else None
         together: dict[str, list[str]] = {}
         for name, other in job.before(self.config):
             if not other.record.is_file():

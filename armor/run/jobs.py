@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from armor.config.run import Config
@@ -18,8 +19,9 @@ from armor.execution.fingerprint import code_hash
 from armor.format.layout import RESULTS, Results
 from armor.format.records.base import Input
 from armor.format.records.topology import Topology
+from armor.run.groups import expert_groups
 
-__all__ = ["STAGES", "Job", "Names", "Stage", "jobs", "jobs_of"]
+__all__ = ["STAGES", "Job", "Names", "Stage", "jobs", "jobs_of", "read_topology"]
 
 Names = tuple[str, ...]
 Needed = tuple[str, str, Names]
@@ -31,8 +33,8 @@ class Stage:
     """One stage of the workflow: a rule of the same name.
 
     `outputs(results, *names)` are the files that prove a job done, first of all that which others read; the JSON among
-    them is its record, which says what made it. `asked(config)` are the names of its jobs, without the number of the
-    decoder layer. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
+    them is its record, which says what made it. `asked(config)` are the names of its jobs, without those that the model
+    decides. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
     from, `settings(config, *names)` what of the configuration it reads, `methods(config, *names)` modules beside entry.
     """
 
@@ -45,7 +47,9 @@ class Stage:
     settings: Callable[..., Typed | None] = lambda config, *names: None
     methods: Callable[..., list[str]] = lambda config, *names: []
     by_layer: bool = False
-    """Whether there is a job for each decoder layer, whose number is the last of its names."""
+    """Whether there are jobs for each decoder layer, whose number is the third of their names."""
+    by_group: bool = False
+    """Whether they are one for each group of experts of a layer, the fourth name."""
     reported: bool = False
     """Whether the report reads its records."""
     forked: bool = True
@@ -88,6 +92,15 @@ def _model(*names: str) -> list[Needed]:
 def _finished(config: Config, model: str, recipe: str) -> Needed:
     """What an evaluation reads: the checkpoint of a recipe, or the source where that leaves the model as it is."""
     return (Input.MODEL, "fetch", (model,)) if config.is_dense(recipe) else (Input.MODEL, "assemble", (model, recipe))
+
+
+def _factorizing(config: Config, model: str, recipe: str) -> list[Needed]:
+    """What factorize reads, of a layer or of a group of its experts."""
+    return [
+        *_model(model),
+        ("calibration", "calibrate", (model, config.calibration_of(recipe))),
+        *([(Input.BUDGET, "budget", (model, recipe))] if config.recipes[recipe].budget else []),
+    ]
 
 
 def _training(config: Config, stage: str, model: str, recipe: str, *layer: str) -> list[Needed]:
@@ -177,15 +190,25 @@ STAGES = {
         inputs=lambda config, model, recipe: [(Input.PRICES, "price", (model, recipe))],
         settings=lambda config, model, recipe: config.budget(recipe),
     ),
+    "experts": Stage(
+        outputs=lambda results, *names: (results.experts(*names),),
+        asked=lambda config: _made(config, "factorize"),
+        entry="armor.factorize.layer",
+        seconds=0.5,
+        inputs=lambda config, model, recipe, layer, experts: _factorizing(config, model, recipe),
+        settings=lambda config, model, recipe, layer, experts: config.layer_settings(recipe, int(layer)),
+        methods=lambda config, model, recipe, layer, experts: config.layer_settings(recipe, int(layer)).code(),
+        by_layer=True,
+        by_group=True,
+    ),
     "factorize": Stage(
         outputs=lambda results, *names: (results.factors(*names), results.layer(*names)),
         asked=lambda config: _made(config, "factorize"),
         entry="armor.factorize.layer",
         seconds=0.5,
         inputs=lambda config, model, recipe, layer: [
-            *_model(model),
-            ("calibration", "calibrate", (model, config.calibration_of(recipe))),
-            *([(Input.BUDGET, "budget", (model, recipe))] if config.recipes[recipe].budget else []),
+            *_factorizing(config, model, recipe),
+            ("experts", "experts", (model, recipe, layer)),
         ],
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
         methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
@@ -306,8 +329,10 @@ class Job:
 
     def __str__(self) -> str:
         """As the rule's message announces it."""
-        names = [*self.names[:-1], f"layer {self.names[-1]}"] if STAGES[self.stage].by_layer else self.names
-        return " ".join((self.stage, *names))
+        if not STAGES[self.stage].by_layer:
+            return " ".join((self.stage, *self.names))
+        model, recipe, layer, *experts = self.names
+        return " ".join((self.stage, model, recipe, f"layer {layer}", *experts))
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -342,7 +367,7 @@ class Job:
         return code_hash(stage.entry, *stage.methods(config, *self.names))
 
     def inputs(self, config: Config) -> list[Needed]:
-        """The jobs that it reads from. Without the number of a layer all layers are meant, without names all jobs."""
+        """The jobs that it reads from. Without the last of their names all are meant that have the others."""
         return STAGES[self.stage].inputs(config, *self.names)
 
     def before(self, config: Config) -> Iterator[tuple[str, Job]]:
@@ -352,14 +377,16 @@ class Job:
 
 
 def jobs_of(config: Config, stage: str, results: Results, names: Names = ()) -> Iterator[Job]:
-    """The jobs of one stage: all, or of one model and recipe, or the one with all these names.
+    """The jobs of one stage: all, or those whose names begin with these, like those of one model and recipe.
 
-    The layer is "?" where their number is not known yet.
+    The layer is "?" where their number is not known yet. Groups of experts are none then.
     """
     row = STAGES[stage]
     for own in [names] if names else dict.fromkeys(row.asked(config)):
-        if row.by_layer and len(own) == 2:
-            yield from (Job(stage, (*own, layer), results) for layer in _layers(Path(results.topology(own[0]))))
+        if row.by_group and len(own) < 4:
+            yield from (Job(stage, found, results) for found in _groups(config, results, *own))
+        elif row.by_layer and len(own) == 2:
+            yield from (Job(stage, (*own, layer), results) for layer in _layers(results, own[0]))
         else:
             yield Job(stage, own, results)
 
@@ -370,6 +397,28 @@ def jobs(config: Config, root: str = RESULTS) -> Iterator[Job]:
         yield from jobs_of(config, stage, Results(root))
 
 
-def _layers(inspected: Path) -> list[str]:
-    topology = Topology.read_if_there(inspected)
+def _layers(results: Results, model: str) -> list[str]:
+    topology = read_topology(results, model)
     return ["?"] if topology is None else [str(layer.index) for layer in topology.layers]
+
+
+def _groups(config: Config, results: Results, model: str, recipe: str, number: str | None = None) -> Iterator[Names]:
+    topology, size = read_topology(results, model), config.recipes[recipe].experts_per_job
+    for layer in topology.layers if topology else ():
+        if number in (None, str(layer.index)):
+            for experts in expert_groups(layer, config.layer_settings(recipe, layer.index), size):
+                yield model, recipe, str(layer.index), experts
+
+
+def read_topology(results: Results, model: str) -> Topology | None:
+    """What a model is made of; None where it is not inspected yet. A file is read once, until it is another one."""
+    file = Path(results.topology(model))
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return _read(file.absolute(), found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _read(file: Path, *_: int) -> Topology:
+    return Topology.read(file)

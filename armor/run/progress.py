@@ -108,7 +108,7 @@ class Course:
     def _typical(self, job: Job) -> float:
         """Seconds of such a job by the table of jobs."""
         seconds = STAGES[job.stage].seconds
-        if job.stage == "factorize":
+        if job.stage in ("experts", "factorize"):
             recipe = self.config.recipes[job.names[1]]
             if "solver" in METHODS[recipe.method].settings:
                 seconds += TYPICAL_ITERATION * recipe.solver.iterations
@@ -117,7 +117,7 @@ class Course:
 
 def _groups(job: Job) -> list[tuple[str, ...]]:
     """The jobs that one may cost as much as, the nearest first. Layers of another recipe are not among them."""
-    if job.stage == "factorize":
+    if job.stage in ("experts", "factorize"):
         return [(job.stage, *job.names[:2])]
     return [(job.stage, *job.names[:1], *job.names[2:]), (job.stage,)]
 

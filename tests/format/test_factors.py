@@ -7,7 +7,7 @@ from armor.core import blockdiag
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.format.factors import read_factors, write_factors
+from armor.format.factors import join_factors, read_factors, write_factors
 
 
 def factorization(out=6, inner=8, left=3, right=4, pattern="2:4"):
@@ -41,6 +41,21 @@ def test_same_factors_same_bytes(tmp_path):
     write_factors(tmp_path / "a", {"q": q, "k": k}, {"layer": 3, "seed": 0})
     write_factors(tmp_path / "b", {"k": k, "q": q}, {"seed": 0, "layer": 3})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_files_that_are_joined_are_the_file_of_all(tmp_path):
+    factors = {name: factorization(left=left, right=4) for name, left in (("q", 3), ("k", 6), ("v", None), ("o", 1))}
+    k = factors["k"]
+    factors["k"] = dataclasses.replace(k, core=k.core.bfloat16(), left=k.left.bfloat16(), right=k.right.bfloat16())
+    write_factors(tmp_path / "all", factors, {"layer": 3})
+    parts = {"a": ("o", "q"), "b": (), "c": ("k", "v")}
+    for file, names in parts.items():
+        write_factors(tmp_path / file, {name: factors[name] for name in names}, {"layer": 7})
+    join_factors(tmp_path / "joined", [tmp_path / file for file in parts], {"layer": 3})
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "all").read_bytes()
+    with pytest.raises(ArmorError, match="c: k: is in another of the files too"):
+        join_factors(tmp_path / "twice", [tmp_path / "all", tmp_path / "c"], {})
+    assert not (tmp_path / "twice").exists()
 
 
 def test_another_file_is_refused_in_one_line(tmp_path):

@@ -14,10 +14,11 @@ from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
 from armor.plan.machine import CARDS, Host, card_named
-from armor.plan.need import Plan
+from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS
 from armor.plan.subject import subject
 from armor.plan.table import planned, text
+from armor.run import groups
 from armor.run.jobs import STAGES, jobs
 from tests.forks import armor
 from tests.packed import SETTINGS, packed
@@ -68,13 +69,13 @@ def test_a_checkpoint_will_be_as_large_as_the_plan_says(tmp_path, family, share)
 
 def test_every_stage_has_its_needs(tmp_path):
     plan, found, place = made(tiny_model(tmp_path / "model", layers=2), tmp_path / "plan")
-    assert NEEDS.keys() == STAGES.keys() == {stage.stage for stage in found.stages}
+    assert NEEDS.keys() == STAGES.keys() == {"experts"} | {stage.stage for stage in found.stages}
     assert all(stage.host_bytes > 0 for stage in found.stages)
     assert sum(stage.jobs for stage in found.stages) == len(list(jobs(plan.config, str(place))))
     by_layer = {stage.stage: stage.jobs for stage in found.stages}
     assert by_layer["factorize"] == by_layer["refine"] == by_layer["price"] == 2
     computing = {stage.stage for stage in found.stages if stage.card_bytes}
-    assert computing == set(STAGES) - {"fetch", "inspect", "assemble", "budget", "refined", "report"}
+    assert computing == set(STAGES) - {"fetch", "inspect", "experts", "assemble", "budget", "refined", "report"}
     assert found.problems == () and any("time of tasks" in note for note in found.notes)
     said = "\n".join(text(found, plan, bandwidth=None))
     assert "tiny bits" in said and "24.00" in said and "GPU: about" in said
@@ -91,6 +92,19 @@ def test_a_token_reads_the_experts_that_it_is_sent_to_and_a_budget_is_spent(tmp_
     bits = by_recipe["bits"].bits_per_weight - by_recipe["armor"].bits_per_weight
     assert by_recipe["bits"].bits_per_weight == 24.0
     assert spent == pytest.approx(bits * subject.topology.linear_parameters / 8, abs=16)
+
+
+def test_a_large_mixture_is_planned_in_groups_of_experts_that_fit(tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", "qwen3_moe", layers=1, num_experts=8, moe_intermediate_size=64)
+    recipes = {"armor": CONFIG["recipes"]["armor"]}
+    stages = [{stage.stage: stage for stage in made(model, tmp_path / "whole", recipes)[1].stages}]
+    monkeypatch.setattr(groups, "JOB_BYTES", 600_000)
+    stages.append({stage.stage: stage for stage in made(model, tmp_path / "cut", recipes)[1].stages})
+    whole, cut = stages
+    assert "experts" not in whole and cut["experts"].jobs > 2 and cut["factorize"].jobs == 1
+    assert cut["experts"].host_bytes <= FORKED + groups.JOB_BYTES < whole["factorize"].host_bytes
+    assert cut["factorize"].host_bytes < whole["factorize"].host_bytes
+    assert cut["experts"].kept_bytes == 0 and cut["factorize"].kept_bytes == whole["factorize"].kept_bytes
 
 
 def test_more_of_everything_takes_more(tmp_path):
@@ -138,5 +152,5 @@ def test_the_command_prints_tables_or_json(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
     done = armor("plan", "my.yaml", "--json", "--card", "l40s", "--threads", "1", folder=tmp_path)
-    assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES)
+    assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES) - {"experts"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "my.yaml"]

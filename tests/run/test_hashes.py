@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "armor"
 TRAIN = "sensitivity states refine tune"
 MEASURE = "predict evaluate tasks benchmark"
 READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
-FACTORS = "price factorize refine tune quantize"
-COMPRESS = "calibrate price factorize assemble"
+FACTORS = "price experts factorize refine tune quantize"
+COMPRESS = "calibrate price experts factorize assemble"
 ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
     "__init__ __main__ hf command* plan* run run/* core/errors core/version format/provenance format/records/run": "",
     "execution/devices execution/log execution/machine execution/nvml training/memory serve*": "",
-    "assemble/export assemble/verify model/outline format/holes": "",
+    "assemble/export assemble/verify model/outline": "",
     "config/loading config/reading config/recipes config/reference config/run format/reference": "",
     # the stages
     "model/fetch model/hub": "fetch",
@@ -32,11 +32,11 @@ HELD_BY = {
     "training/sensitivity": "sensitivity",
     "factorize/prices": "price",
     "factorize/budget": "budget",
-    "factorize/layer methods/solver/annealed methods/solver/published": "price factorize",
-    "methods/solver/pruning methods/solver/low_rank": "price factorize",
+    "factorize/layer methods/solver/annealed methods/solver/published": "price experts factorize",
+    "methods/solver/pruning methods/solver/low_rank": "price experts factorize",
     "factorize/quantize methods/solver/rounding": "quantize",
-    "methods/solver/feedback": "price factorize quantize",
-    "factorize*": "price budget factorize quantize",
+    "methods/solver/feedback": "price experts factorize quantize",
+    "factorize*": "price budget experts factorize quantize",
     "training/states": "sensitivity states refine",
     "training/refine": "refine",
     "training/refined format/records/refine": "refined",
@@ -52,7 +52,7 @@ HELD_BY = {
     "benchmark*": "benchmark",
     "report*": "report",
     # their settings
-    "config/layers methods/solver/settings": "price budget factorize quantize report",
+    "config/layers methods/solver/settings": "price budget experts factorize quantize report",
     "config/quantization": "quantize",
     "config/budget": "price budget",
     "config/training": "refine tune",
@@ -60,16 +60,16 @@ HELD_BY = {
     "config/measures": MEASURE,
     "config/report": "report",
     "config/sources": f"fetch {READ_TEXT} benchmark",
-    "config*": f"fetch {READ_TEXT} benchmark price budget factorize quantize report",
+    "config*": f"fetch {READ_TEXT} benchmark price budget experts factorize quantize report",
     # their files
     "format/layout format/records/report": "report",
     "format/names": ALL.replace("fetch inspect ", ""),
     "format/statistics": f"calibrate {FACTORS}",
     "format/records/calibration": f"calibrate {FACTORS} report",
     "format/sensitivity format/records/sensitivity": "sensitivity price",
-    "format/records/budget": "price budget factorize",
+    "format/records/budget": "price budget experts factorize",
     "format/states format/records/states": "sensitivity states refine",
-    "format/factors": f"{FACTORS} assemble",
+    "format/factors format/holes": f"{FACTORS} assemble",
     "format/records/layer": f"{FACTORS} refined assemble report",
     "format/records/checkpoint": "assemble benchmark report",
     "format/logits format/records/predictions": "predict evaluate",
@@ -79,13 +79,13 @@ HELD_BY = {
     # what several stages stand on
     "methods methods/solver": f"{FACTORS} budget report",
     "methods/solver/memory methods/solver/objective": FACTORS,
-    "methods/*": "price factorize",
+    "methods/*": "price experts factorize",
     "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE}",
     "runtime runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
-    "model*": f"fetch inspect calibrate {TRAIN} price factorize quantize assemble report",
+    "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
     "core* execution* format*": ALL,
 }
 """The stages whose hash may hold a module, by patterns below armor/; the first that fits counts."""
@@ -95,7 +95,7 @@ def held() -> dict[str, set[str]]:
     """The stages whose hash holds each module of the package, by its name below armor/."""
     methods = [module for method in METHODS.values() for module in method.code]
     of = {
-        stage: executed_by(row.entry, *(methods if stage in ("price", "factorize") else ()))
+        stage: executed_by(row.entry, *(methods if stage in ("price", "experts", "factorize") else ()))
         for stage, row in STAGES.items()
     }
     names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]

@@ -6,7 +6,9 @@ import pytest
 
 from armor.config.run import Config
 from armor.execution import fingerprint
+from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, jobs
+from armor.run.status import read_status
 from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, Run
 
@@ -78,8 +80,8 @@ ITEM = "The {0} rivers ran past the old stone city. It took {0} kings to build t
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory, config):
-    """The files of this package whose functions each command executed, in a run of the whole workflow."""
+def mixture(tmp_path_factory, config):
+    """A run of the whole workflow, all stages, on a mixture of 8 experts in groups of 3; its commands told on."""
     folder = tmp_path_factory.mktemp("executed")
     (folder / "python").mkdir()
     (folder / "seen").mkdir()
@@ -87,11 +89,11 @@ def executed(tmp_path_factory, config):
     header += f"os.environ['ARMOR_SEEN'] = {str(folder / 'seen')!r}\n"
     (folder / "python/sitecustomize.py").write_text(header + WRAPPER)
     (folder / "run").mkdir()
-    model = tiny_model(folder / "tiny", "llama", layers=1)
+    model = tiny_model(folder / "tiny", "qwen3_moe", layers=1, num_experts=8, moe_intermediate_size=32)
     training = {"steps": 2, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     bits = {"bits": 24, "over": [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}], "sequences": 1}
     trained = {"refine": dict(training), "tune": dict(training), "quantize": {}}
-    tuned = config["recipes"]["armor"] | {"budget": bits} | trained
+    tuned = config["recipes"]["armor"] | {"budget": bits, "experts_per_job": 3} | trained
     questions = folder / "questions.txt"
     questions.write_text("".join(map(ITEM.format, ("two", "three", "four", "five"))))
     tasks = {"text": {"files": [str(questions)]}, "tasks": ["last_word", "continuation"], "items": 4}
@@ -99,20 +101,39 @@ def executed(tmp_path_factory, config):
     short["evaluations"] = config["evaluations"] | {"questions": tasks}
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
+    return Run(folder / "run", short)
+
+
+@pytest.fixture(scope="module")
+def executed(mixture):
+    """The files of this package whose functions each command executed."""
     found: dict[str, set[str]] = {}
-    for file in (folder / "seen").glob("*.txt"):
+    for file in (mixture.folder.parent / "seen").glob("*.txt"):
         arguments, *names = file.read_text().splitlines()
         command = arguments.partition(" ")[0]
         stage = "tasks" if command == "evaluate" and '"tasks":' in arguments else command
+        stage = "experts" if "--experts" in arguments else stage
         found.setdefault(stage, set()).update(names)
     return found
+
+
+def test_a_mixture_goes_through_all_stages_in_groups_of_experts_and_a_second_run_does_nothing(mixture):
+    results = mixture.folder / "results"
+    reruns = Reruns(results, Config.model_validate(mixture.config))
+    assert {job: reruns.reasons(job) for job in reruns.jobs if reruns.reasons(job)} == {}
+    status = read_status(results, reruns.config)
+    assert {job.stage for job in status.states} == {*STAGES} and {*status.states.values()} == {"done"}
+    groups = [str(job) for job in status.states if job.stage == "experts"]
+    assert groups == [f"experts tiny tuned layer 0 {experts}" for experts in ("0-2", "3-5", "6-7")]
+    assert not list((results / "tiny/tuned/experts").rglob("*.safetensors"))  # the layer has them
+    assert mixture.would_run() == {}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, stage):
     settings = Config.model_validate(config)
     methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]
-    entries = [STAGES[stage].entry, *(methods if stage in ("price", "factorize") else [])]
+    entries = [STAGES[stage].entry, *(methods if stage in ("price", "experts", "factorize") else [])]
     hashed = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.executed_by(*entries)}
     free = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.WITHOUT_EFFECT}
     missing = {file for file in executed[stage] - hashed - free - SAID.get(stage, set()) if not file.startswith(AROUND)}

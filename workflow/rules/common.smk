@@ -8,6 +8,7 @@ passes on no more than that, as JSON text in its params, so that an edit reruns 
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 from armor.command import forkserver
@@ -16,9 +17,8 @@ from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.layout import FACTORS, Results
-from armor.format.names import beside
-from armor.format.records.topology import Topology
-from armor.run.jobs import STAGES, Job, jobs_of
+from armor.format.names import beside, factors_beside
+from armor.run.jobs import STAGES, Job, jobs_of, read_topology
 from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
 
@@ -79,6 +79,7 @@ wildcard_constraints:
     evaluation=any_of(SETTINGS.evaluations),
     benchmark=any_of(SETTINGS.benchmarks),
     layer=r"\d+",
+    experts=r"\d+-\d+",
 
 
 def settings(stage):
@@ -97,17 +98,24 @@ def jobs_known(stage, names=()):
     Where they are one for each decoder layer the model is inspected first. Then it is also known whether the recipe's
     patterns match any of its modules.
     """
-    if STAGES[stage].by_layer and len(names) < 3:
-        for model, recipe in [names] if names else dict.fromkeys(STAGES[stage].asked(SETTINGS)):
-            topology = Topology.read(checkpoints.inspect.get(model=model).output[0])
-            linears = (linear.name for linear in topology.linears())
-            try:
-                check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
-            except ArmorError as error:
-                raise WorkflowError(str(error)) from None
+    row = STAGES[stage]
+    if row.by_layer and len(names) < (4 if row.by_group else 3):
+        for model, recipe in [names[:2]] if names else dict.fromkeys(row.asked(SETTINGS)):
+            checkpoints.inspect.get(model=model)
+            check_modules(model, recipe)
     found = list(jobs_of(SETTINGS, stage, R, names))
     again_if_interrupted([str(path) for job in found for path in job.outputs])
     return found
+
+
+@cache
+def check_modules(model, recipe):
+    """Refuse a recipe with a pattern that matches no module of the model."""
+    linears = (linear.name for linear in read_topology(R, model).linears())
+    try:
+        check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
+    except ArmorError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def needed(stage, name=None, by=None):
@@ -119,6 +127,11 @@ def needed(stage, name=None, by=None):
         return [str(job.outputs[0]) for maker, names in read for job in jobs_known(maker, names)]
 
     return files
+
+
+def group_factors(wildcards):
+    """The factors of a layer's groups of experts, which go once the layer has them."""
+    return [str(factors_beside(record)) for record in needed("factorize", "experts")(wildcards)]
 
 
 def folder_needed(stage):

@@ -127,6 +127,8 @@ class Input:
     """The refined factors of all decoder layers before."""
     LAYER = "layer {}"
     """The file of a decoder layer's factors, by its number."""
+    EXPERTS = "experts {}"
+    """The file of the factors of a group of experts, by their numbers."""
 
 
 class MadeBy(Typed):
@@ -144,6 +146,10 @@ class MadeBy(Typed):
     def layers(self) -> list[str]:
         """The names of those inputs that are factors of a decoder layer."""
         return [name for name in self.inputs if name.startswith(Input.LAYER.format(""))]
+
+    def experts(self) -> list[str]:
+        """The names of those inputs that are factors of a group of experts."""
+        return [name for name in self.inputs if name.startswith(Input.EXPERTS.format(""))]
 
 
 class Origin(Record):

@@ -132,8 +132,8 @@ class Training(Typed):
 class LayerRecord(Made):
     """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
 
-    Those that `armor refine` and `armor tune` write are of the same kind, with `training`; so are those of `armor
-    quantize`, with `quantization` of linears.
+    That of a group of experts, experts/layer_{k}/{experts}.json, is of the same kind. So are those that `armor refine`
+    and `armor tune` write, with `training`, and those of `armor quantize`, with `quantization` of linears.
     """
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import ClassVar, Literal
 
+from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.records.base import Record
 
 __all__ = ["DecoderLayer", "Linear", "Topology"]
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class Linear(Typed):
@@ -48,6 +52,30 @@ class DecoderLayer(Typed):
         for linear in self.linears:
             found.setdefault(linear.input_group, []).append(linear)
         return list(found.values())
+
+    def experts(self) -> dict[int, list[Linear]]:
+        """The linears of each expert of its mixture, by the expert's number; none where it has no mixture."""
+        found: dict[int, list[Linear]] = {}
+        for linear in self.linears:
+            if expert := EXPERT.search(linear.name):
+                found.setdefault(int(expert[1]), []).append(linear)
+        return found
+
+    def group(self, experts: str) -> DecoderLayer:
+        """The same layer with the linears of a group of experts alone, given as first and last, like 0-63.
+
+        Raises ArmorError for others than it has.
+        """
+        own, (first, _, last) = self.experts(), experts.partition("-")
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last) and {int(first), int(last)} <= {*own}):
+            raise ArmorError(
+                f"experts: found {experts!r}, expected FIRST-LAST of the {len(own)} experts of layer {self.index}"
+            )
+        return self.only({linear.name for n in range(int(first), int(last) + 1) for linear in own.get(n, ())})
+
+    def only(self, names: Collection[str]) -> DecoderLayer:
+        """The same layer with those of its linears alone that have one of the `names`."""
+        return self.model_copy(update={"linears": tuple(linear for linear in self.linears if linear.name in names)})
 
 
 class Topology(Record):

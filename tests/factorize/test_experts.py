@@ -1,0 +1,111 @@
+"""Groups of experts: their jobs and the layer's make what one job makes, and read no more than their own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from armor.config.layers import LayerSettings
+from armor.core.errors import ArmorError
+from armor.factorize.layer import factorize_layer
+from armor.format.records.layer import LayerRecord
+from armor.format.statistics import Statistics, write_statistics
+from tests.killed import SAVED, killed_everywhere
+from tests.packed import edit_tensors, opened, prepared
+
+SETTINGS = LayerSettings(method="nowag")
+GROUPS = ("0-2", "3-5", "6-7")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    config = {"num_experts": 8, "moe_intermediate_size": 32}
+    return prepared(tmp_path_factory.mktemp("model"), "qwen3_moe", layers=1, **config)
+
+
+def made(root: Path, output: Path, settings: LayerSettings = SETTINGS, **options) -> LayerRecord:
+    """What a job with these options makes of layer 0."""
+    statistics = options.pop("statistics", root / "calibration/layer_0.safetensors")
+    return factorize_layer(*opened(root), 0, statistics, settings, output, **options)
+
+
+def group(root: Path, folder: Path, experts: str, settings: LayerSettings = SETTINGS) -> Path:
+    """The record of a group of experts, in `folder`."""
+    made(root, folder / f"{experts}.safetensors", settings, experts=experts)
+    return folder / f"{experts}.json"
+
+
+@pytest.fixture(scope="module")
+def groups(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("groups")
+    return [group(root, folder, experts) for experts in GROUPS]
+
+
+def test_groups_and_the_rest_are_what_one_job_makes(root, groups, tmp_path):
+    alone = made(root, tmp_path / "alone.safetensors")
+    together = made(root, tmp_path / "layer_0.safetensors", done=groups)
+    assert (tmp_path / "layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    assert list(together.modules) == list(alone.modules) and len(together.modules) == 4 + 8 * 3
+    assert {name: m.loss for name, m in together.modules.items()} == {n: m.loss for n, m in alone.modules.items()}
+    records = [LayerRecord.read(file) for file in groups]
+    assert [len(record.modules) for record in records] == [9, 9, 6]
+    assert together.seconds > sum(record.seconds for record in records)
+    assert {name: together.made_by.inputs[name] for name in together.made_by.experts()} == {
+        f"experts {experts}": record.sha256 for experts, record in zip(GROUPS, records, strict=True)
+    }
+    assert alone.made_by.experts() == []
+
+
+def test_what_no_group_has_is_done_by_the_layers_job(root, groups, tmp_path):
+    made(root, tmp_path / "alone.safetensors")
+    made(root, tmp_path / "layer_0.safetensors", done=groups[1:])
+    assert (tmp_path / "layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+
+
+def test_a_group_reads_its_own_weights_and_statistics_alone(root, groups, tmp_path):
+    shutil.copytree(root, tmp_path / "copy")
+    others = [f".experts.{number}." for number in (0, 1, 2, 6, 7)]
+
+    def spoil(tensors):
+        for name, tensor in tensors.items():
+            if any(other in name for other in others):
+                tensor.fill_(float("nan"))
+
+    edit_tensors(tmp_path / "copy/source", spoil)
+    source, topology = opened(root)
+    own = opened(tmp_path / "copy")[0]
+    tensors = load_file(root / "calibration/layer_0.safetensors")
+    spoil(tensors)
+    inputs = {name.removesuffix(".importance"): Statistics(tensor, None, 10) for name, tensor in tensors.items()}
+    users = {linear.name: g[0].name for g in topology.layers[0].groups() for linear in g}
+    write_statistics(tmp_path / "statistics", inputs, users, topology.fingerprint)
+    spoiled = type(own)(own.path, source.fingerprint, own.dtype)
+    factorize_layer(
+        spoiled, topology, 0, tmp_path / "statistics", SETTINGS, tmp_path / "3-5.safetensors", experts="3-5"
+    )
+    assert (tmp_path / "3-5.safetensors").read_bytes() == groups[1].with_suffix(".safetensors").read_bytes()
+
+
+def test_groups_that_do_not_go_with_the_layer_are_refused(root, groups, tmp_path):
+    with pytest.raises(ArmorError, match="experts: found '6-8', expected FIRST-LAST of the 8 experts of layer 0"):
+        group(root, tmp_path, "6-8")
+    other = group(root, tmp_path, "0-2", LayerSettings(method="magnitude"))
+    with pytest.raises(ArmorError, match="0-2.json: made with other settings than the layer is; factorize these"):
+        made(root, tmp_path / "layer_0.safetensors", done=[other])
+    wide = group(root, tmp_path, "2-3")
+    with pytest.raises(ArmorError, match="experts.2.* is in another of the files too"):
+        made(root, tmp_path / "layer_0.safetensors", done=[groups[0], wide])
+    changed = torch.ones(64)
+    inputs = {"x": Statistics(changed, None, 10)}
+    write_statistics(tmp_path / "other", inputs, {"x": "x"}, opened(root)[1].fingerprint)
+    with pytest.raises(ArmorError, match="0-2.json: made with other statistics than the layer is"):
+        made(root, tmp_path / "layer_0.safetensors", done=groups[:1], statistics=tmp_path / "other")
+    assert not (tmp_path / "layer_0.safetensors").exists()
+
+
+def test_a_group_that_is_killed_anywhere_goes_on_where_it_was(root, tmp_path):
+    assert killed_everywhere(lambda folder: group(root, folder, "3-4"), tmp_path, SAVED, kills=4)
