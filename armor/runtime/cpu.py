@@ -24,11 +24,26 @@ from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["LEVELS", "TYPES", "available", "level", "linear", "multiply", "runs_in_c", "supports", "unpack"]
+__all__ = [
+    "LEVELS",
+    "TYPES",
+    "Operands",
+    "available",
+    "is_one_call",
+    "level",
+    "linear",
+    "linears",
+    "multiply",
+    "runs_in_c",
+    "side_by_side",
+    "supports",
+    "unpack",
+]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
+_PARTS = 8  # layers that one call multiplies with at most, PARTS of native/layer.h
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
 
 
@@ -43,6 +58,19 @@ class _Integers(ctypes.Structure):
     )
 
 
+class _Part(ctypes.Structure):
+    """`struct part` of native/armor.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "left", "right", "bias", "y", "integers")),
+        *((name, ctypes.c_int64) for name in ("out", "kept", "group", "left_size", "right_size", "y_stride")),
+    )
+
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+"""values, bits, left, right, bias and group of a layer, as `armor.runtime.operator` describes them."""
+
+
 def _load() -> ctypes.CDLL | None:
     path = next((p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None)
     try:
@@ -54,6 +82,8 @@ def _load() -> ctypes.CDLL | None:
     if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.armor_multiply.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
+        if hasattr(library, "armor_linears"):
+            library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]
         library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
         library.armor_unpack.restype = None
     return library
@@ -71,6 +101,7 @@ _library = _load()
 _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
+_together = _library is not None and hasattr(_library, "armor_linears")
 _has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 
@@ -170,6 +201,88 @@ def multiply(
     if error:
         raise MemoryError(os.strerror(error))
     return y
+
+
+def is_one_call(x: Tensor, count: int) -> bool:
+    """Whether `linears` can multiply x with `count` layers, each of which `supports` it, in one call into C."""
+    return _together and 1 < count <= _PARTS and runs_in_c(x) and x.numel() > 0
+
+
+def linears(
+    x: Tensor, layers: Sequence[Operands], level: int = _best, out: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """x (..., in) times several layers in one pass: of each (..., out), bit for bit that of `linear`.
+
+    Layers with the same tensor B share B x. `out` is where the results go, views side by side of one tensor. Ask
+    `supports` of each layer and `is_one_call` first. Raises ValueError if shapes do not fit each other.
+    """
+    for layer in layers:
+        operator.check_shapes(x, *layer[:5])
+    x = x.contiguous()
+    *lead, columns = x.shape
+    outputs = [x.new_empty(*lead, len(layer[0])) for layer in layers] if out is None else out
+    held, parts = [], []  # what is made contiguous here must live until C returns
+    for (values, *others, group), y in zip(layers, outputs, strict=True):
+        own = [values.contiguous(), *(None if t is None else t.contiguous() for t in others)]
+        held.append(own)
+        addresses = (None if t is None else t.data_ptr() for t in (*own, y))
+        blocks = (0 if t is None else t.shape[-1] for t in own[2:4])
+        parts.append(_Part(*addresses, None, *values.shape, group, *blocks, y.stride(-2) if lead else 0))
+    assert _library is not None  # `supports` said so
+    error = _library.armor_linears(
+        level,
+        TYPES[x.dtype],
+        x.data_ptr(),
+        x.numel() // columns,
+        columns,
+        (_Part * len(parts))(*parts),
+        len(parts),
+        _parallel,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise MemoryError(os.strerror(error))
+    return outputs
+
+
+def _side_by_side(
+    x: Tensor,
+    values: list[Tensor],
+    bits: list[Tensor],
+    left: list[Tensor | None],
+    right: list[Tensor | None],
+    bias: list[Tensor | None],
+    groups: list[int],
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], sum(map(len, values)))
+    out = y.split([len(own) for own in values], dim=-1)
+    layers = list(zip(values, bits, left, right, bias, groups, strict=True))
+    if is_one_call(x, len(layers)):
+        linears(x, layers, out=out)
+    else:
+        for own, one in zip(layers, out, strict=True):
+            one.copy_(_run(x, *own))
+    return y
+
+
+_joined = torch.library.custom_op(
+    "armor::cpu_linears",
+    _side_by_side,
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor[] values, Tensor[] bits, Tensor?[] left, Tensor?[] right, Tensor?[] bias, int[] groups) "
+    "-> Tensor",
+)
+_joined.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], sum(own.shape[0] for own in values)))
+
+
+def side_by_side(x: Tensor, layers: Sequence[Operands]) -> Tensor:
+    """x (..., in) times several layers, their outputs side by side in one tensor; in one call where that can be.
+
+    Ask `supports` of each layer first. No gradient goes through.
+    """
+    multiply = _joined if operator.is_needed(x, None) else _side_by_side
+    return multiply(x, *map(list, zip(*layers, strict=True)))
 
 
 def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:

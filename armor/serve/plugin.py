@@ -33,6 +33,7 @@ from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[report
 from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
+from armor.runtime import cpu
 from armor.runtime.linear import multiply
 from armor.serve.check import check
 from armor.serve.cut import Part, cut
@@ -198,17 +199,25 @@ class ArmorLinearMethod(LinearMethodBase):
             raise Refused(f"{name}.{suffix}: not loaded; assemble or copy the checkpoint again")
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) -> (..., out), the outputs of the parts side by side."""
-        outputs, start = [], 0
-        for index, part in enumerate(self.parts):
-            some = None if bias is None else bias[start : start + part.out_features]
+        """x (..., in) -> (..., out), the outputs of the parts side by side; on a CPU by one call of the kernel."""
+        biases, start = [], 0
+        for part in self.parts:
+            biases.append(None if bias is None else bias[start : start + part.out_features])
             start += part.out_features
-            if (layout := part.packed) is None:
-                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), some))
+        layouts = [part.packed for part in self.parts]
+        operands: list[Any] = [
+            [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), some] for index, some in enumerate(biases)
+        ]
+        groups = [layout.pattern.group(layout.in_features)[1] for layout in layouts if layout]
+        if len(groups) == len(self.parts) > 1 and all(cpu.supports(x, *own) for own in operands):
+            return cpu.side_by_side(x, [(*own, group) for own, group in zip(operands, groups, strict=True)])
+        outputs = []
+        for index, (layout, own) in enumerate(zip(layouts, operands, strict=True)):
+            if layout is None:
+                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), own[-1]))
             else:
-                operands: list[Any] = [self._tensor(layer, suffix, index) for suffix in SUFFIXES]
                 group = layout.pattern.group(layout.in_features)[1]
-                outputs.append(multiply(x, *operands, bias=some, pattern=layout.pattern, group=group))
+                outputs.append(multiply(x, *own, pattern=layout.pattern, group=group))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _tensor(self, layer: Any, suffix: str, index: int) -> Tensor | None:

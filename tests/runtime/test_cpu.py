@@ -46,6 +46,45 @@ def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
         assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
 
 
+@pytest.mark.skipif(not cpu.is_one_call(torch.ones(1, 8), 2), reason="the CPU kernel was not built, or is older")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
+    """With B shared, of its own, absent and of an odd size; apart, and side by side; on one thread and more."""
+    shared = layer(64, 300, 16, 60, "2:4", dtype)
+    second = layer(36, 300, None, 60, "2:4", dtype, bias=False)
+    groups = [
+        [shared, (*second[:3], shared[3], *second[4:]), layer(44, 300, 4, 20, "2:4", dtype)],
+        [layer(33, 300, 11, None, "2:4", dtype), shared, layer(20, 300, 4, None, "50%", dtype)],
+        [layer(40, 300, None, None, "2:4", dtype), layer(12, 300, 12, None, "2:4", dtype)],
+        [layer(30, 300, 5, 25, "50%", dtype), layer(30, 300, 5, 60, "2:4", dtype)],
+    ]
+    threads = torch.get_num_threads()
+    try:
+        for group, rows in ((group, rows) for group in groups for rows in (1, 3, 8, 17, 70, 300)):
+            x = torch.randn(rows, 300).to(dtype)
+            expected = [cpu.multiply(x, *own, level) for own in group]
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                y = torch.empty(rows, sum(len(own[0]) for own in group), dtype=dtype)
+                cpu.linears(x, group, level, y.split([len(own[0]) for own in group], dim=-1))
+                assert all(map(torch.equal, cpu.linears(x, group, level), expected)), (rows, count)
+                assert torch.equal(y, torch.cat(expected, dim=-1)), (rows, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+def test_outputs_side_by_side_are_those_of_each_layer_and_an_operator_to_compilers():
+    group = [layer(64, 300, 16, 60, "2:4", torch.bfloat16), layer(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False)]
+    x = torch.randn(2, 3, 300).bfloat16()
+    expected = torch.cat([cpu.linear(x, *own[:5], group=own[5]) for own in group], dim=-1)
+    assert torch.equal(cpu.side_by_side(x, group), expected)
+    operands = [list(own) for own in zip(*group, strict=True)]
+    assert torch.equal(torch.ops.armor.cpu_linears(x, *operands), expected)
+    assert torch.ops.armor.cpu_linears(x.to("meta"), *operands).shape == expected.shape
+
+
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)

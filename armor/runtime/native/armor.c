@@ -75,20 +75,22 @@ struct range {
 
 struct step {
     void (*task)(struct layer *, int64_t task);
-    int64_t tasks;
+    int64_t first[PARTS + 1]; /* the first task of each layer; the last entry is the number of all tasks */
     atomic_llong finished;
-    atomic_llong *finished_in_block; /* of the core, for `left`: by block, or by task if a task holds several */
     struct range *ranges;
 };
 
 enum { PACK, RIGHT, CORE, LEFT, STEPS };
 
 struct work {
-    struct layer *layer;
+    struct layer layers[PARTS];
+    atomic_llong *finished_in_block[PARTS]; /* of the core, for `left`: by block, or by task if a task holds several */
     struct step steps[STEPS];
     atomic_int workers;
-    int threads;
+    int count, threads;
 };
+
+static int64_t tasks_of(const struct work *work, int step) { return work->steps[step].first[work->count]; }
 
 static void wait_for(atomic_llong *counter, int64_t value) {
     int spins = 1000; /* a few microseconds; a thread that waits longer lets others run */
@@ -101,38 +103,48 @@ static void wait_for(atomic_llong *counter, int64_t value) {
 
 static void finish(atomic_llong *counter) { atomic_fetch_add_explicit(counter, 1, memory_order_release); }
 
+static void do_task(struct work *work, int s, int64_t task) {
+    struct step *step = &work->steps[s];
+    int part = 0;
+    while (task >= step->first[part + 1]) part++;
+    struct layer *layer = &work->layers[part];
+    atomic_llong *finished = work->finished_in_block[part];
+    int64_t tasks = step->first[part + 1] - step->first[part];
+    task -= step->first[part];
+    if (s == LEFT) wait_for(&finished[task / layer->left_cut.per_block], layer->left_cut.per_block);
+    step->task(layer, task);
+    if (s == CORE)
+        for (int64_t t = task; t < layer->core_cut.tasks; t += tasks) finish(&finished[t / layer->core_cut.per_block]);
+    finish(&step->finished);
+}
+
 static void take_tasks(void *argument) {
     struct work *work = argument;
-    struct layer *layer = work->layer;
     int self = atomic_fetch_add(&work->workers, 1);
     for (int s = PACK; s < STEPS; s++) {
         struct step *step = &work->steps[s];
-        if (s == RIGHT || s == CORE) wait_for(&step[-1].finished, step[-1].tasks);
-        for (int r = 0; r < work->threads && step->tasks; r++) {
+        if (s == RIGHT || s == CORE) wait_for(&step[-1].finished, tasks_of(work, s - 1));
+        for (int r = 0; r < work->threads && tasks_of(work, s); r++) {
             struct range *range = &step->ranges[(self + r) % work->threads];
             int64_t task;
-            while ((task = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end) {
-                if (s == LEFT)
-                    wait_for(&step[-1].finished_in_block[task / layer->left_cut.per_block], layer->left_cut.per_block);
-                step->task(layer, task);
-                if (s == CORE)
-                    for (int64_t t = task; t < layer->core_cut.tasks; t += step->tasks)
-                        finish(&step->finished_in_block[t / layer->core_cut.per_block]);
-                finish(&step->finished);
-            }
+            while ((task = atomic_fetch_add_explicit(&range->next, 1, memory_order_relaxed)) < range->end)
+                do_task(work, s, task);
         }
     }
 }
 
 static void run(struct work *work, parallel_function parallel) {
-    int64_t blocks = work->layer->core_cut.tasks / work->layer->core_cut.per_block;
-    for (int64_t b = 0; b < blocks; b++) atomic_init(&work->steps[CORE].finished_in_block[b], 0);
+    for (int i = 0; i < work->count; i++) {
+        const struct cut *cut = &work->layers[i].core_cut;
+        for (int64_t b = 0; b < cut->tasks / cut->per_block; b++) atomic_init(&work->finished_in_block[i][b], 0);
+    }
     for (int s = PACK; s < STEPS; s++) {
         struct step *step = &work->steps[s];
+        int64_t tasks = tasks_of(work, s);
         atomic_init(&step->finished, 0);
         for (int r = 0; r < work->threads; r++) {
-            atomic_init(&step->ranges[r].next, step->tasks * r / work->threads);
-            step->ranges[r].end = step->tasks * (r + 1) / work->threads;
+            atomic_init(&step->ranges[r].next, tasks * r / work->threads);
+            step->ranges[r].end = tasks * (r + 1) / work->threads;
         }
     }
     atomic_init(&work->workers, 0);
@@ -148,82 +160,127 @@ static const struct kernel *kernel_for(int level, int type, int64_t right_size) 
     return kernel->unit == 2 && right_size % 2 ? KERNELS[level - 1][type] : kernel;
 }
 
-/* y (rows, out) = left (core (right x)) + bias, all of `type`; 0, or an errno.
+/* Of all layers y (rows, out) = left (core (right x)) + bias, in one pass over x (rows, in); x, y and bias of `type`.
  * values (out, kept), mask (out, ceil(in / 8)), left (out / left_size, left_size, left_size) or null, right likewise,
- * bias (out) or null. `group`: in every `group` consecutive columns of a row the core keeps kept * group / in.
+ * bias (out) or null. y has `y_stride` numbers from a row to the next. `group`: in every `group` consecutive columns of
+ * a row the core keeps kept * group / in. Layers with the same `right` share right x.
  * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
  * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
-int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
-                 const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
-                 int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,
-                 parallel_function parallel, int threads) {
-    const struct kernel *kernel = kernel_for(level, type, right ? right_size : 0);
-    int64_t wave = rows < WAVE ? rows : WAVE, step = kernel->lanes * kernel->unit;
-    int dot = wave <= kernel->dot_rows;
+struct part {
+    const void *values, *mask, *left, *right, *bias;
+    void *y;
+    const struct integers *integers;
+    int64_t out, kept, group, left_size, right_size, y_stride;
+};
+
+static struct layer layer_of(const struct part *part, int64_t in, int step) {
     struct layer layer = {
-        .values = values,
-        .left = left,
-        .right = right,
-        .bias = bias,
-        .mask = mask,
+        .values = part->values,
+        .left = part->left,
+        .right = part->right,
+        .bias = part->bias,
+        .mask = part->mask,
         .in = in,
-        .out = out,
-        .kept = kept,
+        .out = part->out,
+        .kept = part->kept,
         .mask_stride = (in + 7) / 8,
-        .half = kept * 2 == in && step % group == 0,
-        .two_of_four = kept * 2 == in && group == 4,
-        .stride = kept,
+        .y_stride = part->y_stride,
+        .half = part->kept * 2 == in && step % part->group == 0,
+        .two_of_four = part->kept * 2 == in && part->group == 4,
+        .stride = part->kept,
         .integers.group = in,
     };
-    if (integers) layer.integers = *integers;
-    if (layer.integers.core == INT4) layer.stride = (kept + 1) / 2 * 2;
-    layer.left_cut = layer.core_cut = cut_of(out, left ? left_size : out);
-    layer.right_cut = cut_of(in, right ? right_size : in);
+    if (part->integers) layer.integers = *part->integers;
+    if (layer.integers.core == INT4) layer.stride = (part->kept + 1) / 2 * 2;
+    layer.left_cut = layer.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
+    layer.right_cut = cut_of(in, part->right ? part->right_size : in);
+    return layer;
+}
 
+static size_t take(size_t *total, size_t bytes) {
+    size_t offset = *total;
+    *total += (bytes + 63) / 64 * 64;
+    return offset;
+}
+
+/* Multiply x with `count` layers, at most PARTS; 0, or an errno. A sum is the same whatever other layers there are. */
+int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
+                  parallel_function parallel, int threads) {
+    const struct kernel *kernel = kernel_for(level, type, parts[0].right ? parts[0].right_size : 0);
+    for (int i = 1; i < count; i++)
+        if (kernel_for(level, type, parts[i].right ? parts[i].right_size : 0) != kernel) {
+            /* Their panels differ: one after the other. */
+            int error = 0;
+            for (int j = 0; j < count && !error; j++)
+                error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
+            return error;
+        }
+    int64_t wave = rows < WAVE ? rows : WAVE, work_items = 0;
     int64_t panels = (wave + kernel->lanes - 1) / kernel->lanes, lane_bytes = panels * kernel->lanes * 4;
-    int64_t block_units = (layer.left_cut.size + kernel->unit - 1) / kernel->unit;
+    int dot = wave <= kernel->dot_rows;
     size_t u_bytes = dot ? wave * in * kernel->element : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
-    size_t z_bytes = !left ? 0 : dot ? wave * out * kernel->element : layer.left_cut.count * block_units * lane_bytes;
-    /* Without `right`, u is x itself where the types agree, or the panels of x. */
-    int convert = dot && !right && kernel->element != kernel->weight;
-    size_t panel_bytes = !dot && right ? u_bytes : 0, counter_bytes = layer.core_cut.tasks * sizeof(atomic_llong);
-    if (dot && !right && !convert) u_bytes = 0;
-
-    /* Starting the threads costs as much as this many multiply-adds. */
-    if ((kept * out + left_size * out + right_size * in) * rows < 1 << 18) threads = 1;
-    size_t range_bytes = STEPS * threads * sizeof(struct range);
-    size_t sizes[] = {counter_bytes, range_bytes, u_bytes, z_bytes, panel_bytes}, offsets[5], total = 0;
-    for (int i = 0; i < 5; i++) {
-        offsets[i] = total;
-        total += (sizes[i] + 63) / 64 * 64;
+    struct work work = {.count = count};
+    size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], packed = take(&total, dot ? 0 : u_bytes);
+    int packing = dot ? -1 : 0; /* the layer that brings x into its form for all; none where x is as the loops want it */
+    for (int i = 0; i < count; i++) {
+        const struct part *part = &parts[i];
+        struct layer *layer = &work.layers[i];
+        *layer = layer_of(part, in, kernel->lanes * kernel->unit);
+        if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
+        int same = 0; /* the first layer with this `right` */
+        while (parts[same].right != part->right) same++;
+        int own = same == i && (part->right || (packing == i && dot));
+        u[i] = own ? take(&total, u_bytes) : same == i ? packed : u[same];
+        int64_t block_units = (layer->left_cut.size + kernel->unit - 1) / kernel->unit;
+        size_t z_bytes = dot ? wave * part->out * kernel->element : layer->left_cut.count * block_units * lane_bytes;
+        z[i] = take(&total, part->left ? z_bytes : 0);
+        counters[i] = take(&total, layer->core_cut.tasks * sizeof(atomic_llong));
+        int64_t tasks[STEPS] = {
+            [RIGHT] = part->right && same == i ? layer->right_cut.tasks : 0,
+            [CORE] = dot ? (layer->core_cut.tasks + 1) / 2 : layer->core_cut.tasks, /* dot: two spans each */
+            [LEFT] = part->left ? layer->left_cut.tasks : 0,
+        };
+        for (int s = RIGHT; s < STEPS; s++) work.steps[s].first[i + 1] = work.steps[s].first[i] + tasks[s];
+        work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * rows;
     }
+    /* Starting the threads costs as much as this many multiply-adds. */
+    work.threads = work_items < 1 << 18 ? 1 : threads;
+    size_t ranges = take(&total, STEPS * work.threads * sizeof(struct range));
     char *scratch = aligned_alloc(64, total);
     if (!scratch) return ENOMEM;
-    layer.z = scratch + offsets[3];
-
-    struct work work = {.layer = &layer, .threads = threads};
-    for (int s = PACK; s < STEPS; s++) work.steps[s].ranges = (struct range *)(scratch + offsets[1]) + s * threads;
-    work.steps[CORE].finished_in_block = (atomic_llong *)scratch;
+    for (int s = PACK; s < STEPS; s++) work.steps[s].ranges = (struct range *)(scratch + ranges) + s * work.threads;
     work.steps[PACK].task = dot ? kernel->convert : kernel->pack;
     work.steps[RIGHT].task = dot ? kernel->right_dot : kernel->right_panel;
     work.steps[CORE].task = dot ? kernel->core_dot : kernel->core_panel;
     work.steps[LEFT].task = dot ? kernel->left_dot : kernel->left_panel;
-    work.steps[RIGHT].tasks = right ? layer.right_cut.tasks : 0;
-    work.steps[CORE].tasks = dot ? (layer.core_cut.tasks + 1) / 2 : layer.core_cut.tasks; /* dot: two spans each */
-    work.steps[LEFT].tasks = left ? layer.left_cut.tasks : 0;
 
     for (int64_t start = 0; start < rows; start += wave) {
-        layer.rows = rows - start < wave ? rows - start : wave;
-        layer.x = (const char *)x + start * in * kernel->weight;
-        layer.y = (char *)y + start * out * kernel->weight;
-        layer.panel_count = (layer.rows + kernel->lanes - 1) / kernel->lanes;
-        layer.u = dot && !right && !convert ? (void *)layer.x : scratch + offsets[2];
-        layer.panels = right ? scratch + offsets[4] : layer.u;
-        work.steps[PACK].tasks = dot ? convert : layer.panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
+        for (int i = 0; i < count; i++) {
+            struct layer *layer = &work.layers[i];
+            layer->rows = rows - start < wave ? rows - start : wave;
+            layer->x = (const char *)x + start * in * kernel->weight;
+            layer->y = (char *)parts[i].y + start * parts[i].y_stride * kernel->weight;
+            layer->panel_count = (layer->rows + kernel->lanes - 1) / kernel->lanes;
+            layer->panels = scratch + packed;
+            layer->u = dot && !layer->right && packing < 0 ? (void *)layer->x : scratch + u[i];
+            layer->z = scratch + z[i];
+            work.finished_in_block[i] = (atomic_llong *)(scratch + counters[i]);
+            int64_t packs = dot ? 1 : layer->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
+            work.steps[PACK].first[i + 1] = work.steps[PACK].first[i] + (i == packing ? packs : 0);
+        }
         run(&work, parallel);
     }
     free(scratch);
     return 0;
+}
+
+/* The same of one layer, y without gaps between its rows. */
+int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
+                   const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
+                   int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,
+                   parallel_function parallel, int threads) {
+    struct part part = {values, mask, left, right, bias, y, integers, out, kept, group, left_size, right_size, out};
+    return armor_linears(level, type, x, rows, in, &part, 1, parallel, threads);
 }
 
 struct unpacking {

@@ -14,7 +14,8 @@ enum {
     CHUNK = 32,         /* weight rows in a task: enough to hide taking it, few enough to balance the threads */
     WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
     DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
-    PACK_COLUMNS = 1024 /* columns of x that one task brings into panels */
+    PACK_COLUMNS = 1024, /* columns of x that one task brings into panels */
+    PARTS = 8            /* layers at most that are multiplied in one pass over x */
 };
 
 /* The cut of `count` diagonal blocks of `size` rows into tasks of at most CHUNK rows. */
@@ -40,9 +41,10 @@ struct layer {
     struct integers integers;
     const void *x, *values, *left, *right, *bias; /* left, right and bias may be null */
     const uint8_t *mask;                          /* (out, mask_stride) bytes, least significant bit first */
-    void *y;                                      /* (rows, out) */
+    void *y;                                      /* (rows, out), `y_stride` numbers from a row to the next */
     int64_t rows, in, out, kept, mask_stride;     /* kept: values in a row of the core */
     int64_t stride;                               /* values from a row of the core to the next */
+    int64_t y_stride;
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;
     struct cut right_cut, core_cut, left_cut;

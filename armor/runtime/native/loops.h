@@ -293,7 +293,7 @@ static void emit_outputs(const struct layer *layer, int64_t first, float from[][
             int64_t m = least(LANES, n - i);
             vec v = load_vec(from[r] + i);
             if (layer->bias) v = add(v, load_floats((const weight *)layer->bias + first + i, m));
-            store_floats((weight *)layer->y + r * layer->out + first + i, v, m);
+            store_floats((weight *)layer->y + r * layer->y_stride + first + i, v, m);
         }
 }
 
@@ -595,9 +595,9 @@ static void emit_transposed(const struct layer *layer, const float *sums, int64_
             vec v[LANES];
             for (int64_t l = 0; l < LANES; l++) v[l] = l < n ? load_vec(sums + (i + l) * stride + p * LANES) : zero();
             transpose(v);
-            weight *y = (weight *)layer->y + p * LANES * layer->out + first + i;
+            weight *y = (weight *)layer->y + p * LANES * layer->y_stride + first + i;
             for (int64_t r = 0; r < least(LANES, layer->rows - p * LANES); r++)
-                store_floats(y + r * layer->out, add(v[r], bias), n);
+                store_floats(y + r * layer->y_stride, add(v[r], bias), n);
         }
     }
 }
