@@ -13,6 +13,14 @@ int armor_multiply(int level, int type, const void *x, const void *values, const
                  const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
                  int64_t group, int64_t left_size, int64_t right_size, const void *integers,
                  parallel_function parallel, int threads);
+struct part {
+    const void *values, *mask, *left, *right, *bias;
+    void *y;
+    const void *integers;
+    int64_t out, kept, group, left_size, right_size, y_stride;
+};
+int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
+                  parallel_function parallel, int threads);
 void armor_unpack(int level, int type, const void *values, const void *mask, void *dense, int64_t rows, int64_t in,
                   int64_t kept, parallel_function parallel, int threads);
 
@@ -91,6 +99,17 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
     armor_multiply(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
                  threads);
     armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+    if (threads > 1) { /* Twice in one call, side by side and with B shared: the same bits. */
+        size_t bytes = (size_t)out * (type ? 2 : 4);
+        char *both = malloc(2 * bytes * (size_t)rows);
+        struct part part = {values, mask, left, right, bias, both, NULL, out, kept, m, dl, dr, 2 * out};
+        struct part parts[] = {part, part};
+        parts[1].y = both + bytes;
+        armor_linears(level, type, x, rows, in, parts, 2, parallel, threads);
+        for (int64_t r = 0; r < 2 * rows; r++)
+            if (memcmp(both + (size_t)r * bytes, (char *)y + (size_t)(r / 2) * bytes, bytes)) worst = INFINITY;
+        free(both);
+    }
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
         if (right) multiply_blocks(right, type, dr, in, u);
