@@ -277,7 +277,7 @@ def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
 
 
 def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -> None:
-    """Put factorizations in the place of the linears of `model` that they are of, keeping each one's device and bias.
+    """Put factorizations in the place of the linears of `model` that they are of; device, dtype and bias stay.
 
     The model is then as one that was loaded from a checkpoint: it runs packed, and save_pretrained writes a checkpoint.
     """
@@ -285,7 +285,7 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
     for name, found in factors.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device)
+        layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device, linear.weight.dtype)
         model.set_submodule(name, layer)
         modules[saved(name)] = _renamed(layer.layout, name, saved)
     share_right(model)

@@ -18,6 +18,7 @@ from armor.config.layers import Override
 from armor.config.recipes import Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
+from armor.core.quantization import Quantization
 from armor.factorize.layer import factorize_layer
 from armor.format.records.topology import Topology
 from armor.methods import METHODS
@@ -101,6 +102,20 @@ def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, dtype)
     assert sure.any()
     tokens = (text.sequences[:, TOKENS.shape[1] :] for text in (generated, again.generate(TOKENS, **options)))
     assert torch.equal(*(text[sure] for text in tokens))
+
+
+def test_factors_as_integers_come_back_from_disk_the_same(source, tmp_path):
+    integers = {"core": "int4", "group": 16, "overrides": [{"modules": "*.k_proj", "leave": True}]}
+    model = armor.compress(*loaded(source), TEXT, {**RECIPE, "quantize": integers}, **SIZES)
+    layer = model.model.layers[0]
+    kinds = {name: m.layout.quantization for name, m in layer.named_modules() if isinstance(m, ArmorLinear)}
+    assert kinds.pop("self_attn.k_proj") is None and set(kinds.values()) == {Quantization("int4", "int8", 32)}
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path).modules == 14
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    expected, found = model.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.allclose(logits(again), logits(model), rtol=1e-3, atol=1e-4)
 
 
 def test_by_default_as_long_as_the_context_and_training_goes_on(source):

@@ -16,13 +16,14 @@ from armor.evaluate.perplexity import evaluate
 from armor.execution.files import read_json, write_json
 from armor.execution.resume import part_of, resumable
 from armor.factorize.layer import factorize_layer
+from armor.factorize.quantize import quantize_layer
 from armor.methods.solver.settings import SolverSettings
 from tests.killed import POINTS, SAVED, forked, killed_everywhere, left_over, passed, results_of
-from tests.packed import opened, packed
+from tests.packed import QUANTIZE, opened, packed
 from tests.tiny import tiny_text
 
 STAGE = "armor.core.pattern"
-STAGES = ["calibrate", "factorize", "assemble", "evaluate"]
+STAGES = ["calibrate", "factorize", "quantize", "assemble", "evaluate"]
 
 
 class Of(Typed):
@@ -112,6 +113,15 @@ def stages(tmp_path_factory):
         "calibrate": lambda folder: calibrate(source, topology, calibration, folder / "calibration.json"),
         "factorize": lambda folder: factorize_layer(
             source, topology, 1, root / "calibration/layer_1.safetensors", layer, folder / "layer_1.safetensors"
+        ),
+        "quantize": lambda folder: quantize_layer(
+            source,
+            topology,
+            1,
+            root / "layers/layer_1.safetensors",
+            root / "calibration/layer_1.safetensors",
+            QUANTIZE.for_layer(1),
+            folder / "layer_1.safetensors",
         ),
         "assemble": lambda folder: assemble(
             source, topology, root / "layers", folder / "checkpoint.json", max_shard_bytes=40_000

@@ -1,5 +1,7 @@
 """PEFT on packed linears, through nothing but its public doors: to it an ArmorLinear is an nn.Linear."""
 
+import shutil
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
-from tests.packed import factors_of
+from tests.packed import factors_of, quantized
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -111,3 +113,19 @@ def test_an_adapter_takes_the_dtype_and_device_of_the_layer(root):
 def test_a_start_from_the_weights_is_refused_in_one_line(root):
     with pytest.raises(ArmorError, match="no dense weight"):
         get_peft_model(load(root), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+
+
+def test_an_adapter_over_integers_is_trained_comes_off_and_is_merged(root, tmp_path):
+    copied = shutil.copytree(root, tmp_path / "model")
+    folder = quantized(copied)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules="all-linear", r=4))
+    integers = {name: t.clone() for name, t in model.state_dict().items() if t.dtype == torch.int8}
+    losses = steps(model)
+    assert integers and losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in integers.items())
+    with model.disable_adapter():
+        assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
+    model.save_pretrained(tmp_path / "adapter")
+    dense = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    merged = PeftModel.from_pretrained(dense, tmp_path / "adapter").merge_and_unload()
+    assert (logits(merged) - logits(model)).norm() < 1e-4 * logits(model).norm()
