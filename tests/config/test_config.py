@@ -45,7 +45,7 @@ def test_the_dense_model_needs_no_calibration():
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
-    for folder in ("WIKITEXT2", "C4"):
+    for folder in ("WIKITEXT2", "C4", "LLAMA"):
         monkeypatch.setenv(folder, "/data")
     config = load_config(file)
     text = yaml.safe_dump(config.report_settings().config)
