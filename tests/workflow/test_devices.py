@@ -16,7 +16,7 @@ STAND_IN = """
 import os, sys, time, types
 from pathlib import Path
 
-def factorize_layer(source, topology, layer, statistics, settings, output, device, budget):
+def factorize_layer(source, topology, layer, statistics, settings, output, device, *others):
     held = Path("held", os.environ["CUDA_VISIBLE_DEVICES"])
     with open(held, "x") as file:  # raises if another job holds it
         file.write(f"{layer} ")
@@ -27,7 +27,9 @@ def factorize_layer(source, topology, layer, statistics, settings, output, devic
     output.with_suffix(".json").write_text("{}")
 
 # Without torch a job is there at once.
-sys.modules["armor.format.statistics"] = types.SimpleNamespace(statistics_of=lambda calibration, layer: None)
+sys.modules["armor.format.statistics"] = types.SimpleNamespace(
+    listed_statistics=None, statistics_of=lambda calibration, layer: None
+)
 sys.modules["armor.factorize.layer"] = types.SimpleNamespace(factorize_layer=factorize_layer)
 sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
 """
