@@ -27,8 +27,9 @@ def expert_groups(layer: DecoderLayer, settings: LayerSettings, experts_per_job:
     """The groups of experts of `layer` that are jobs of their own, like 0-63 and 64-127; none if one job does all."""
     experts = layer.experts()
     size = len(experts) if experts_per_job is None else experts_per_job
-    if experts and experts_per_job is None and _bytes(layer.linears, settings) > JOB_BYTES:
-        fit = _fitting(list(experts.values()), settings)
+    if experts and experts_per_job is None and sum(_bytes(layer.linears, settings)) > JOB_BYTES:
+        held, work = zip(*(_bytes(linears, settings) for linears in experts.values()), strict=True)
+        fit = max(1, (JOB_BYTES - max(work)) // max(held))
         size = math.ceil(len(experts) / math.ceil(len(experts) / fit))  # groups of about one size
     if size >= len(experts):
         return []
@@ -36,18 +37,8 @@ def expert_groups(layer: DecoderLayer, settings: LayerSettings, experts_per_job:
     return [f"{group[0]}-{group[-1]}" for group in (numbers[i : i + size] for i in range(0, len(numbers), size))]
 
 
-def _fitting(experts: list[list[Linear]], settings: LayerSettings) -> int:
-    """How many of the first of `experts` a job has room for; one at least."""
-    few, many = 1, len(experts)
-    while few < many:
-        middle = (few + many + 1) // 2
-        linears = [linear for expert in experts[:middle] for linear in expert]
-        few, many = (middle, many) if _bytes(linears, settings) <= JOB_BYTES else (few, middle - 1)
-    return few
-
-
-def _bytes(linears: Iterable[Linear], settings: LayerSettings) -> int:
-    """What a job with these linears holds at most: all factors twice, statistics, the work on the largest linear.
+def _bytes(linears: Iterable[Linear], settings: LayerSettings) -> tuple[int, int]:
+    """What a job with these linears holds at its end: all factors twice, and statistics; and the work on the largest.
 
     Whatever method of the settings each has. The factors are there as they were found, core and mask, and as they are
     written.
@@ -65,4 +56,4 @@ def _bytes(linears: Iterable[Linear], settings: LayerSettings) -> int:
         together[place] = together.get(place, 0) + linear.out_features
     shapes = {(rows, columns, WIDTHS[dtype]) for (_, columns, dtype), rows in together.items()}
     peaks = (m.peak_bytes((rows, columns), width, settings) for rows, columns, width in shapes for m in methods)
-    return held + sum(inputs.values()) + max(peaks, default=0)
+    return held + sum(inputs.values()), max(peaks, default=0)
