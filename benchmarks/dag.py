@@ -1,4 +1,4 @@
-"""How long the workflow takes to plan the jobs of a large mixture: 61 layers of 256 experts, in the shape of DeepSeek-V3.
+"""How long the workflow takes to plan a large mixture: 61 layers of 256 experts, in the shape of DeepSeek-V3.
 
     python -m benchmarks.dag
 

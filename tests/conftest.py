@@ -6,12 +6,18 @@ import subprocess
 import tempfile
 
 import pytest
+import torch
 
 from armor.execution.machine import set_threads
 
 set_threads(1)
 CACHE = tempfile.TemporaryDirectory(prefix="armor-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # read when datasets is imported, and by the processes that tests start
+
+
+def pytest_runtest_setup():
+    """The same random numbers for a test, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

@@ -23,7 +23,8 @@ from armor.config.recipes import Recipe
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
-from armor.factorize.layer import factorize_weight, possible, seed_of
+from armor.factorize.asked import possible
+from armor.factorize.layer import factorize_weight, seed_of
 from armor.factorize.quantize import asked_for, quantize_weights, sharing_right
 from armor.factorize.sharing import groups_of, parts_of
 from armor.format.records.topology import Linear

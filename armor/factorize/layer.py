@@ -23,14 +23,14 @@ from torch import Tensor
 
 from armor.config.layers import Choice, LayerSettings, ModuleSettings, check_patterns, sharing_patterns
 from armor.config.reading import parse_settings
-from armor.core.blockdiag import sizes
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
-from armor.execution.machine import device_memory_bytes, peak_memory_bytes
+from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.factorize.sharing import groups_of, one_linear, parts_of
+from armor.factorize.asked import check_memory, groups_asked, possible
+from armor.factorize.sharing import one_linear, parts_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.factors import join_factors, read_factors, read_start, write_factors
 from armor.format.names import factors_beside
@@ -50,12 +50,8 @@ __all__ = [
     "factorize_layer",
     "factorize_somewhere",
     "factorize_weight",
-    "groups_asked",
     "inputs_of",
     "layer_of",
-    "layouts_of",
-    "linear_bytes",
-    "possible",
     "seed_of",
 ]
 
@@ -149,18 +145,6 @@ def factorize_layer(
         )
         record.write(described)
     return record
-
-
-def groups_asked(
-    layer: DecoderLayer, settings: LayerSettings, resolved: Mapping[str, ModuleSettings]
-) -> list[tuple[list[Linear], ModuleSettings]]:
-    """The linears of `layer` as they are compressed, those together that share B, and with what settings each group.
-
-    `resolved` is what is asked for each linear.
-    """
-    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in layer.linears}
-    asked = {name: possible(resolved[name], *shape)[0] for name, shape in shapes.items()}
-    return groups_of(layer.linears, settings.share_right, asked)
 
 
 def _factorized(
@@ -342,44 +326,6 @@ def inputs_of(
     return _statistics(statistics, topology, layer, asked)
 
 
-def check_memory(asked: Sequence[tuple[Linear, Sequence[ModuleSettings]]], device: str) -> None:
-    """Refuse a device that cannot hold what one of the linears will need, in any of the ways asked for."""
-    available = device_memory_bytes(device)
-    for linear, ways in asked:
-        needed = linear_bytes(linear, ways)
-        if available is not None and needed > available:
-            raise ArmorError(
-                f"{linear.name}: {linear.out_features} x {linear.in_features} needs about {needed / 1e9:.1f} GB, "
-                f"{device} has {available / 1e9:.1f} GB; choose a larger GPU, or compute on the CPU with --gpus 0 "
-                "(gpu=0)"
-            )
-
-
-def linear_bytes(linear: Linear, asked: Sequence[ModuleSettings]) -> int:
-    """The memory that a linear takes at its peak, whichever of `asked` it is compressed with."""
-    shape = (linear.out_features, linear.in_features)
-    chosen = [possible(settings, *shape)[0] for settings in asked]
-    itemsize = getattr(torch, linear.dtype).itemsize
-    return max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
-
-
-def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, PackedLinear]:
-    """How the linears of `layer` will be stored, by name, without those that stay dense."""
-    found: dict[str, PackedLinear] = {}
-    resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
-    for group, asked in groups_asked(layer, settings, resolved):
-        method = METHODS[asked.method]
-        pattern, last = method.pattern(asked), group[0].name.rpartition(".")[2]
-        for linear in group if asked.method != "dense" else ():
-            shape = (linear.out_features, linear.in_features)
-            blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
-            right_of = None if linear is group[0] else last
-            rank = (min(asked.rank, *shape) or None) if "rank" in method.settings else None
-            kind = method.integers(shape, asked)
-            found[linear.name] = PackedLinear(*shape, pattern, *blocks, kind, right_of, rank)
-    return {linear.name: found[linear.name] for linear in layer.linears if linear.name in found}
-
-
 def _statistics(
     file: Path, topology: Topology, layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]]
 ) -> dict[str, Statistics]:
@@ -397,21 +343,6 @@ def _statistics(
         if shape != (linear.in_features,):
             raise ArmorError(f"{file}: {linear.name}: importance of shape {shape}, expected ({linear.in_features},)")
     return found
-
-
-def possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
-    """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
-    if settings.method == "dense":
-        return settings, None
-    method = METHODS[settings.method]
-    pattern = method.pattern(settings)
-    shape = f"{out_features} x {in_features}"
-    if not pattern.fits(in_features):
-        note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
-        return settings.model_copy(update={"method": "dense"}), note
-    if why := method.why_not((out_features, in_features), settings):
-        return settings.model_copy(update={"method": method.instead}), f"pruned by {method.instead}: {why}"
-    return settings, None
 
 
 def _thinned(trace: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from armor.config.budget import PriceSettings
 from armor.config.layers import Choice, LayerSettings, ModuleSettings
-from armor.core.blockdiag import sizes
+from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, possible, seed_of
+from armor.factorize.asked import possible
+from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, seed_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.provenance import machine, made_by
 from armor.format.records.base import Input

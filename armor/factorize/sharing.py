@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from armor.config.layers import ModuleSettings, Sharing
-from armor.core.blockdiag import block_size_for
+from armor.core.blocksizes import block_size_for
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.format.records.topology import Linear

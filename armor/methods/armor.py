@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern, PatternLike
 from armor.methods import method
 from armor.methods.solver.memory import PIECE
@@ -24,8 +25,6 @@ def _peak_bytes(
     shape: tuple[int, int], itemsize: int, *, pattern: PatternLike, block_size: int, solver: SolverSettings
 ) -> int:
     """That of the search, with all its matrices, for large weights; that of the end for small ones."""
-    from armor.core.blockdiag import sizes
-
     rows, columns = shape
     entries, pattern = rows * columns, Pattern.parse(pattern)
     left, right = sizes(shape, pattern, block_size)
@@ -40,8 +39,6 @@ def _peak_bytes(
 
 
 def _obstacle(shape: tuple[int, int], *, pattern: PatternLike, block_size: int, solver: SolverSettings) -> str | None:
-    from armor.core.blockdiag import sizes
-
     if block_size > 1 and 1 in sizes(shape, Pattern.parse(pattern), block_size):
         return f"no blocks of at most {block_size} fit a {shape[0]} x {shape[1]} weight and {pattern}"
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from armor.core.blockdiag import block_size_for
+from armor.core.blocksizes import block_size_for
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import Linear, Topology

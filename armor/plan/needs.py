@@ -16,7 +16,7 @@ from armor.assemble.folder import MAX_SHARD_BYTES
 from armor.calibrate.capture import peak_bytes as calibration_bytes
 from armor.config.sample import Sample
 from armor.config.training import TrainingSettings
-from armor.factorize.layer import groups_asked, linear_bytes, possible
+from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
 from armor.format.records.topology import DecoderLayer
 from armor.methods import METHODS

@@ -15,7 +15,7 @@ from armor.assemble.folder import copy_others
 from armor.assemble.writer import bits_per_weight, tensor_bytes
 from armor.config.run import Config
 from armor.execution.files import read_json, write_json
-from armor.factorize.layer import layouts_of
+from armor.factorize.asked import layouts_of
 from armor.format.checkpoint import PackedLinear, quantization_config
 from armor.format.holes import Hole, write_holes
 from armor.format.layout import Results

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from armor.config.layers import ModuleSettings
-from armor.core.blockdiag import sizes
+from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
 from armor.methods import METHODS
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card

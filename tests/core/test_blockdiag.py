@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from armor.core.blockdiag import block_size_for, expand, identity, multiply
+from armor.core.blockdiag import expand, identity, multiply
+from armor.core.blocksizes import block_size_for
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 4), (5, 2), (1, 7)])

@@ -17,7 +17,7 @@ from armor.config.layers import Override
 from armor.config.reading import parse_settings
 from armor.config.recipes import Recipe
 from armor.core.errors import ArmorError
-from armor.factorize.layer import groups_asked
+from armor.factorize.asked import groups_asked
 from armor.format.checkpoint import modules_of
 from armor.format.factors import read_factors
 from armor.format.records.checkpoint import CheckpointRecord

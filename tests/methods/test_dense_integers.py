@@ -6,7 +6,7 @@ import torch
 from armor.config.layers import ModuleSettings
 from armor.config.recipes import Recipe
 from armor.core.quantization import LIMITS, Quantization
-from armor.factorize.layer import possible
+from armor.factorize.asked import possible
 from armor.format.checkpoint import PackedLinear
 from armor.format.statistics import Statistics
 from armor.methods import METHODS

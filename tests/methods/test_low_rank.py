@@ -9,7 +9,7 @@ import torch
 
 from armor.config.layers import LayerSettings
 from armor.core.pattern import Pattern, is_nm
-from armor.factorize.layer import layouts_of
+from armor.factorize.asked import layouts_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import DecoderLayer, Linear
 from armor.format.statistics import Statistics

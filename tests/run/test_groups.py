@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from armor.config.layers import LayerSettings, Override
@@ -58,3 +61,17 @@ def test_a_method_that_an_override_names_counts():
     large = layer(128, 4096, 1536)
     sparse = LayerSettings(overrides=[Override(modules="*.experts.*", method="sparsegpt")])
     assert len(expert_groups(large, sparse, None)) > len(expert_groups(large, ARMOR, None))
+
+
+@pytest.mark.parametrize("name", ["armor", "sparsegpt", "nowag", "oats", "basil", "gptq"])
+def test_the_workflow_chooses_without_torch(name):
+    """Snakemake asks for the groups while it plans, in every process that it starts."""
+    code = f"""
+import sys
+from armor.config.layers import LayerSettings
+from armor.run.groups import expert_groups
+from tests.run.test_groups import layer
+assert expert_groups(layer(128, 4096, 1536), LayerSettings(method="{name}"), None)
+sys.exit(any(module in sys.modules for module in ("torch", "transformers")))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,7 +32,7 @@ HELD_BY = {
     "training/sensitivity": "sensitivity",
     "factorize/prices": "price",
     "factorize/budget": "budget",
-    "factorize/layer methods/solver/annealed methods/solver/published": "price experts factorize",
+    "factorize/layer factorize/asked methods/solver/annealed methods/solver/published": "price experts factorize",
     "methods/solver/pruning methods/solver/low_rank": "price experts factorize",
     "factorize/quantize methods/solver/rounding": "quantize",
     "methods/solver/feedback": "price experts factorize quantize",

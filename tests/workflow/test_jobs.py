@@ -70,7 +70,7 @@ AROUND = (
 """What a command executes around its stage: arguments, settings from JSON, what made the result."""
 SAID = {
     "inspect": {
-        *("armor/model/cost.py", "armor/core/pattern.py", "armor/core/blockdiag.py", "armor/format/checkpoint.py"),
+        *("armor/model/cost.py", "armor/core/pattern.py", "armor/core/blocksizes.py", "armor/format/checkpoint.py"),
         *("armor/core/factorization.py", "armor/core/integers.py"),
     },
 }

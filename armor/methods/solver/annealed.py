@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from armor.core import blockdiag
+from armor.core.blocksizes import sizes
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, PatternLike, top_n_mask
 from armor.methods.solver.objective import Objective, check, finish
@@ -81,7 +82,7 @@ def solve(
     settings = settings or Settings()
     pattern = check(weight, importance, pattern)
     objective = Objective.of(weight, importance)
-    block_sizes = blockdiag.sizes(weight.shape, pattern, block_size)
+    block_sizes = sizes(weight.shape, pattern, block_size)
     search = Search(weight, objective, pattern, block_sizes, seed)
     trace = list(search.run(settings))
     factors = search.factors()

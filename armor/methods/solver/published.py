@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from armor.core import blockdiag
+from armor.core.blocksizes import sizes
 from armor.core.factorization import Factorization
 from armor.core.pattern import PatternLike, top_n_mask
 from armor.methods.solver.objective import Objective, check, finish, supports
@@ -62,7 +63,7 @@ def solve(
     objective = Objective.of(weight, importance)
     w, d = objective.normal(weight), objective.importance.float()
     rows, columns = w.shape
-    size_a, size_b = blockdiag.sizes(w.shape, pattern, block_size)
+    size_a, size_b = sizes(w.shape, pattern, block_size)
     p, q = rows // size_a, columns // size_b
     options = {"dtype": torch.float32, "device": w.device}
     generator = torch.Generator(w.device).manual_seed(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from armor.core import blockdiag
+from armor.core.blocksizes import sizes
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.methods.solver.memory import PIECE
@@ -94,7 +95,7 @@ def test_finish_keeps_what_is_better():
     ],
 )
 def test_sizes(shape, pattern, block, expected):
-    assert blockdiag.sizes(shape, Pattern.parse(pattern), block) == expected
+    assert sizes(shape, Pattern.parse(pattern), block) == expected
 
 
 def test_supports():
