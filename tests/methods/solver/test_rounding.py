@@ -55,4 +55,5 @@ def test_what_was_trained_is_rounded_as_it_is(core):
     other = torch.randn(16, 32)  # the factors serve another weight
     done = quantize(other, importance, found, core=core, trained=True)
     assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss
-    assert (done.reconstruct() - found.reconstruct()).norm() < (0.02 if core == "int8" else 0.3) * weight.norm()
+    trained, root = found.reconstruct(), importance.sqrt()  # a channel without importance may be rounded as it will
+    assert ((done.reconstruct() - trained) * root).norm() < (0.02 if core == "int8" else 0.15) * (trained * root).norm()
