@@ -179,6 +179,12 @@ def test_the_method_in_contributing_is_short_and_works(tmp_path, monkeypatch):
     assert made.mask.view(6, 4, 4).sum(-1).eq(2).all()
 
 
+def test_every_page_is_in_the_site():
+    navigation = Path("mkdocs.yml").read_text().partition("nav:")[2]
+    pages = [path.relative_to("docs").as_posix() for folder in ("docs", "docs/log") for path in Path(folder).glob("*.md")]
+    assert [page for page in pages if f" {page}\n" not in navigation] == []
+
+
 def test_importing_the_references_needs_no_torch():
     make = "from armor.config.reference import PARTS; [part() for part in PARTS.values()]"
     code = f"import sys; {make}; sys.exit('torch' in sys.modules)"
