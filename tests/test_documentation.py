@@ -180,8 +180,8 @@ def test_the_method_in_contributing_is_short_and_works(tmp_path, monkeypatch):
 
 
 def test_every_page_is_in_the_site():
-    navigation = Path("mkdocs.yml").read_text().partition("nav:")[2]
-    pages = [path.relative_to("docs").as_posix() for folder in ("docs", "docs/log") for path in Path(folder).glob("*.md")]
+    navigation, docs = (REPOSITORY / "mkdocs.yml").read_text().partition("nav:")[2], REPOSITORY / "docs"
+    pages = [path.relative_to(docs).as_posix() for path in [*docs.glob("*.md"), *docs.glob("log/*.md")]]
     assert [page for page in pages if f" {page}\n" not in navigation] == []
 
 
