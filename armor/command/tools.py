@@ -73,6 +73,9 @@ def plan(
     card: Annotated[str, typer.Option(help="The GPU to plan for; an unknown name lists all.")] = USUAL,
     directory: Annotated[Path, typer.Option(help="The folder that the run will have with --directory.")] = Path(),
     measure: Annotated[bool, typer.Option(help="Time a layer here, and say how long the run will take.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="A profile of Snakemake: say too what the jobs ask of its cluster.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     threads: Threads = None,
 ) -> None:
@@ -80,7 +83,7 @@ def plan(
     prepare(threads or os.cpu_count())
     from armor.plan.run import make_plan
 
-    found, lines = make_plan(load_config(*files), card, directory, measure)
+    found, lines = make_plan(files, card, directory, measure, profile)
     print(found.model_dump_json(indent=1) if as_json else "\n".join(lines))
     for problem in found.problems:
         print(f"armor: error: {problem}", file=sys.stderr)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from armor.config.loading import load_config
 from armor.config.run import Config
 from armor.format.layout import RESULTS
 from armor.plan.machine import Host, card_named
 from armor.plan.need import Plan
 from armor.plan.subject import subject
+from armor.plan.submitted import submitted, table, too_small
 from armor.plan.table import Planned, kinds, planned, text
 
 __all__ = ["make_plan", "opened"]
@@ -27,11 +29,15 @@ def opened(config: Config, card: str, folder: Path) -> Iterator[tuple[Plan, Path
         yield Plan(config, {name: subject(config, name, results) for name in models}, host, known), results
 
 
-def make_plan(config: Config, card: str, folder: Path, measure: bool) -> tuple[Planned, list[str]]:
-    """The plan of `config` for a run in `folder`, and the lines that say it; `measure`: time this machine too.
+def make_plan(
+    files: Sequence[Path], card: str, folder: Path, measure: bool, profile: str | None = None
+) -> tuple[Planned, list[str]]:
+    """The plan of a configuration for a run in `folder`, and the lines that say it.
 
-    Raises ArmorError where a stage would, for what headers tell.
+    `measure`: time this machine too. `profile`: say what is submitted with this profile of Snakemake. Raises ArmorError
+    where a stage would, for what headers tell.
     """
+    config = load_config(*files)
     with opened(config, card, folder) as (plan, results):
         rates = speed = None
         if measure:
@@ -40,4 +46,10 @@ def make_plan(config: Config, card: str, folder: Path, measure: bool) -> tuple[P
 
             rates, speed = timed(plan.subjects, kinds(plan, results)), bandwidth()
         found = planned(plan, results, rates)
-        return found, [*text(found, plan, speed)]
+        lines = [*text(found, plan, speed)]
+        if profile is not None:
+            asked = submitted(files, profile, results.parent)
+            problems = (*found.problems, *too_small(asked, found.stages))
+            found = found.model_copy(update={"submitted": asked, "problems": problems})
+            lines += ["", *table(asked, profile)]
+        return found, lines

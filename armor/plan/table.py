@@ -15,7 +15,7 @@ from armor.plan.work import Kind
 from armor.run.jobs import STAGES, Job, jobs
 from armor.runtime.load import read_config, weights_bytes
 
-__all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text"]
+__all__ = ["Planned", "RecipePlan", "StagePlan", "Submitted", "kinds", "planned", "text"]
 
 
 class StagePlan(Typed):
@@ -56,6 +56,19 @@ class RecipePlan(Typed):
     """Weights that are read for a token."""
 
 
+class Submitted(Typed):
+    """Jobs of one stage that ask a cluster for the same."""
+
+    stage: str
+    jobs: int
+    cores: int
+    memory_bytes: int
+    """On the host; 0 where nothing is asked."""
+    minutes: int
+    """The time limit; 0 where none is set."""
+    gpus: int
+
+
 class Planned(Typed):
     """A whole plan."""
 
@@ -73,6 +86,8 @@ class Planned(Typed):
     """What was assumed."""
     problems: tuple[str, ...]
     """What does not fit, each with what would."""
+    submitted: tuple[Submitted, ...] = ()
+    """What the jobs ask of a cluster; empty without a profile."""
 
 
 def planned(plan: Plan, results: Path, rates: Mapping[Kind, float] | None) -> Planned:

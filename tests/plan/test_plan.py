@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from armor.plan.machine import CARDS, Host, card_named
 from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS
 from armor.plan.subject import subject
+from armor.plan.submitted import submitted
 from armor.plan.table import planned, text
 from armor.run import groups
 from armor.run.jobs import STAGES, jobs
@@ -40,6 +42,7 @@ CONFIG = {
     },
     "benchmarks": {"decode": {}},
 }
+REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMY = Host(memory=10**12, disk=10**12, cores=2, gpu=None)
 
 
@@ -154,3 +157,25 @@ def test_the_command_prints_tables_or_json(tmp_path):
     done = armor("plan", "my.yaml", "--json", "--card", "l40s", "--threads", "1", folder=tmp_path)
     assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES) - {"experts"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "my.yaml"]
+
+
+def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
+    """And a job that asks for less than it takes is named; Snakemake's own words where it cannot plan."""
+    model = tiny_model(tmp_path / "model", layers=2)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": str(model)}}}))
+    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "other.txt").write_text("others")
+    small = {"set-resources": ["price:mem_mb=500"], "set-threads": ["calibrate=16"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"executor": "slurm", "jobs": 9} | small))
+    done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", folder=REPOSITORY)
+    assert done.returncode == 1, done.stderr
+    rows = json.loads(done.stdout)["submitted"]
+    assert [*dict.fromkeys(row["stage"] for row in rows)] == [stage for stage in STAGES if stage != "experts"]
+    asked = {row["stage"]: row for row in rows}
+    assert asked["factorize"] | {"minutes": 0} == {
+        **{"stage": "factorize", "jobs": 4, "cores": 1, "memory_bytes": 16 * 10**9, "minutes": 0, "gpus": 1}
+    }
+    assert (asked["calibrate"]["cores"], asked["benchmark"]["cores"]) == (16, 8)
+    assert "price: a job asks for 0.5 GB and takes 1.99 GB; use --set-resources price:mem_mb=2000" in done.stderr
+    with pytest.raises(ArmorError, match="--profile nowhere: snakemake --dry-run fails here: .*nowhere"):
+        submitted([tmp_path / "my.yaml"], "nowhere", tmp_path)

@@ -1,0 +1,92 @@
+"""What each job asks of a cluster with a profile of Snakemake: `armor plan my.yaml --profile profiles/slurm`.
+
+Snakemake itself says it, in a dry run on the headers of the models. So what the profile and the rules set is what
+stands here, and a rule that asks for less memory than its jobs take is found before they are killed. The dry run is a
+process of its own (`python -m armor.plan.submitted ARGUMENTS`), for Snakemake ends the process that it runs in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from armor.core.errors import ArmorError
+from armor.plan.table import StagePlan, Submitted
+from armor.run.jobs import STAGES
+
+__all__ = ["submitted", "table", "too_small"]
+
+ANY_CORES = 9999
+"""A cluster has no limit; without a number a dry run would say what this machine allows."""
+ALL_CORES = 8
+"""What a rule that takes all cores asks of a cluster (workflow/rules/common.smk)."""
+
+
+def submitted(files: Sequence[Path], profile: str, folder: Path) -> tuple[Submitted, ...]:
+    """The jobs as Snakemake would submit them with `profile`, if the run began from the models' headers in `folder`.
+
+    The Snakefile is the one that `snakemake` finds here. Raises ArmorError with what Snakemake says.
+    """
+    asked = ["--dry-run", "--cores", str(ANY_CORES), "--profile", profile, "--directory", str(folder)]
+    asked += ["--configfile", *map(str, files)]
+    done = subprocess.run([sys.executable, "-m", __name__, *asked], capture_output=True, text=True)
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise ArmorError(f"--profile {profile}: snakemake --dry-run fails here: {said[-1] if said else 'no message'}")
+    counts: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            counts[line] = counts.get(line, 0) + 1
+    found = [Submitted(**json.loads(line), jobs=count) for line, count in counts.items()]
+    return tuple(sorted(found, key=lambda one: [*STAGES].index(one.stage)))
+
+
+def too_small(found: Sequence[Submitted], stages: Sequence[StagePlan]) -> Iterator[str]:
+    """The stages whose jobs ask for less memory than the plan says that they take, with what to ask for."""
+    for asked in found:
+        same = (stage for stage in stages if stage.stage == asked.stage)
+        need = max((s.beside_bytes if asked.gpus and s.card_bytes else s.host_bytes for s in same), default=0)
+        if 0 < asked.memory_bytes < need:
+            enough = f"--set-resources {asked.stage}:mem_mb={math.ceil(need / 1e9) * 1000}"
+            found_bytes, needed = asked.memory_bytes / 1e9, need / 1e9
+            yield f"{asked.stage}: a job asks for {found_bytes:,.3g} GB and takes {needed:,.3g} GB; use {enough}"
+
+
+def table(found: Sequence[Submitted], profile: str) -> Iterator[str]:
+    """The table that a person reads."""
+    yield f"with {profile}:"
+    yield f"{'stage':<12}{'jobs':>6}{'cores':>7}{'memory':>9}{'time':>9}{'GPUs':>6}"
+    for one in found:
+        memory = f"{one.memory_bytes / 1e9:,.3g} GB" if one.memory_bytes else "–"
+        time = f"{one.minutes // 60}:{one.minutes % 60:02} h" if one.minutes else "–"
+        yield f"{one.stage:<12}{one.jobs:>6}{one.cores:>7}{memory:>9}{time:>9}{one.gpus or '–':>6}"
+
+
+def _tell(record: logging.LogRecord) -> bool:
+    """Print a JSON line for a job that Snakemake announces; of other messages nothing."""
+    stage = getattr(record, "rule_name", None)
+    resources = getattr(record, "resources", None)
+    if stage in STAGES and resources is not None:
+        cores = vars(record)["threads"]
+        asked = {"stage": stage, "cores": ALL_CORES if cores == ANY_CORES else cores}
+        asked |= {"memory_bytes": resources.get("mem_mb", 0) * 10**6}
+        asked |= {"minutes": resources.get("runtime", 0), "gpus": resources.get("gpu", 0)}
+        print(json.dumps(asked))
+    return True
+
+
+def _main() -> None:
+    import snakemake.cli
+    from snakemake.logging import logger
+
+    logger.addFilter(_tell)  # Snakemake takes all handlers away when it begins
+    snakemake.cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    _main()
