@@ -11,9 +11,9 @@ __all__ = ["BudgetSettings", "PriceSettings"]
 
 
 class BudgetSettings(Typed):
-    """Bits to spend: the choice for each linear that costs the least KL divergence, as predicted, is looked for.
+    """Bits to spend. The choices for the linears are those that together cost the least predicted KL divergence.
 
-    Linears whose bits `overrides` or `keep_dense` decide stay as these say; their bits count.
+    A linear whose bits `overrides` or `keep_dense` decide stays as they say, and its bits count.
     """
 
     bits: float = Field(gt=0)
@@ -28,8 +28,8 @@ class BudgetSettings(Typed):
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: as the calibration says, or else the model's context length."""
     iterations: int = Field(default=30, ge=3)
-    """The solver's iterations where a choice is tried: once with these and once with a third of them. What those of the
-    recipe would come to is extrapolated."""
+    """The solver's iterations where a choice is tried: once with these and once with a third of them. The cost at the
+    recipe's iterations is extrapolated from the two."""
 
 
 class PriceSettings(LayerSettings):

@@ -71,7 +71,7 @@ class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
 
 
 class Choice(Typed):
-    """What decides the bits of a linear, where it is another than the recipe says."""
+    """What decides the bits of a linear. What is left out stays as the recipe says."""
 
     method: MethodName | None = None
     """Another method; unset: that of the recipe."""

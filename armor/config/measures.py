@@ -95,7 +95,7 @@ class BenchmarkSettings(Typed):
     """Speed and memory: the dense model and its compressed ones, timed in turn in one process."""
 
     prompt_tokens: int = Field(default=32, ge=1)
-    """Tokens of the prompt. The speed of prefill is their number by the seconds to the first new token."""
+    """Tokens of the prompt. The speed of prefill is their number divided by the seconds to the first new token."""
     new_tokens: int = Field(default=64, ge=2)
     """Tokens written in one round. The sequences of a batch share them; each writes 8 at least."""
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4], min_length=1)

@@ -33,7 +33,7 @@ class QuantizeOverride(Typed):
 class QuantizeSettings(Typed):
     """Store the factors as integers with scales, after everything else that makes them.
 
-    What is quantized is what the stages before leave: changing this runs none of them again. Scales are bfloat16.
+    It rounds what the stages before stored, so a change here runs none of them again. Scales are bfloat16.
     """
 
     core: IntegerType = "int8"
@@ -41,7 +41,7 @@ class QuantizeSettings(Typed):
     blocks: Literal["int8", "bfloat16"] = "int8"
     """The type of the numbers of A and B. int8 has a scale for each of their rows."""
     group: int = Field(default=64, ge=1)
-    """How many numbers of a row of S, one after the other, share a scale: with 2:4 those of twice as many columns."""
+    """How many consecutive numbers of a row of S share a scale; with 2:4 they span twice as many columns."""
     overrides: list[QuantizeOverride] = []
     """Exceptions by layer number and module pattern; later ones win."""
 

@@ -23,9 +23,9 @@ class Recipe(ModuleSettings):
     budget: BudgetSettings | None = None
     """Choose method, pattern and block size for each linear within so many bits; unset: the same for all."""
     experts_per_job: int | None = Field(default=None, ge=1)
-    """How many experts of a decoder layer one job compresses; unset: all, or as many as 16 GB are enough for."""
+    """How many experts of a decoder layer one job compresses; unset: all, or as many as fit into 16 GB."""
     base: Name | None = None
-    """The recipe to start from: its factors are trained further, and it says everything about how they are made."""
+    """The recipe to start from. It says how the factors are made, and this one how they are trained or rounded."""
     refine: RefineSettings | None = None
     """Train each decoder layer against the dense one; unset: don't."""
     tune: TuneSettings | None = None
@@ -33,9 +33,9 @@ class Recipe(ModuleSettings):
     quantize: QuantizeSettings | None = None
     """Then store the factors as integers; unset: don't."""
     share_right: Sharing = False
-    """Linears of a decoder layer that are fed the same tensor share one B, with blocks that fit all of them: true, all
-    that lie in one module, like q_proj, k_proj and v_proj; lists of last parts of names, like [[gate_proj, up_proj]],
-    these alone. Settings must be equal. Unset: each has its own."""
+    """Which linears of a decoder layer share one B, with blocks that fit all of them. They are fed the same tensor and
+    have equal settings. true: all of one module, like q_proj, k_proj and v_proj. Lists of last parts of names, like
+    [[gate_proj, up_proj]]: these alone. false: none."""
     calibration: Name | None = None
     """The calibration whose statistics serve; unset: the only one there is."""
     keep_dense: list[str] = []

@@ -31,7 +31,7 @@ class TrainingSettings(Typed):
     sequences: int = Field(default=128, ge=1)
     """How many token sequences there are to train on."""
     held_out: int = Field(default=8, ge=1)
-    """The sequences behind them: the loss on these decides which step is kept, if any."""
+    """How many sequences after them are held out. The loss on these decides which step is kept, if any."""
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: as the calibration says, or else the model's context length."""
     calibration: Name | None = None

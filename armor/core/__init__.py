@@ -1,1 +1,1 @@
-"""The ground: N:M patterns, block-diagonal matrices, packed cores, factorizations; typed fields, the one exception."""
+"""The ground: N:M patterns, block-diagonal matrices, packed cores, factorizations; typed fields; ArmorError."""

@@ -1,1 +1,1 @@
-"""What a model has lost: perplexity on blocks of text, the distance from the dense model, accuracy on tasks."""
+"""What a compressed model has lost: perplexity on a text, the distance from the dense model, accuracy on tasks."""

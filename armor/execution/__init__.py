@@ -1,1 +1,1 @@
-"""Ground floor: atomic files, devices and threads, fingerprints. Nothing here imports torch when it is imported."""
+"""How a job runs: atomic files, resuming, devices and threads, hashes of code. Importing it does not import torch."""

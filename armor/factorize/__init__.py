@@ -1,1 +1,1 @@
-"""The stage that compresses one decoder layer, and those that choose how: what each choice costs, a budget of bits."""
+"""Compress one decoder layer, or round its factors. Choose how: the price of each choice, a budget of bits."""

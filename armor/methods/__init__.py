@@ -1,12 +1,12 @@
 """The methods of compression. Each is one file of this folder: it describes itself, and nothing else lists it.
 
 A file holds a function `(weight, statistics..., *, settings...) -> Factorization` under the decorator `method`. Its
-name is the method's in a configuration. Its parameters are all there is to say of what it takes. Those after `weight`
-are statistics of the input, fields of `armor.format.statistics.Statistics`. Those after the star are settings of a
-recipe, or `seed`. One of them may be `settings`: the method's own, of a type in its file. A recipe gives them under the
-method's name. Any other parameter is refused when the file is imported. The configuration, its schema and its
-reference, `armor.compress`, the checks of memory, the report and the table in the README read the registry `METHODS`.
-They do it without torch: a file here imports torch, and what imports torch, within its functions.
+name is the method's in a configuration. Its parameters say what it takes. Those after `weight` are statistics of the
+input, fields of `armor.format.statistics.Statistics`. Those after the star are settings of a recipe, or `seed`. One of
+them may be `settings`: the method's own, of a type in its file. A recipe gives them under the method's name. Any other
+parameter is refused when the file is imported. The configuration, its schema and its reference, `armor.compress`, the
+checks of memory, the report and the table in the README read the registry `METHODS`. They do it without torch: a file
+here imports torch, and what imports torch, within its functions.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a configuration will take before anything runs: jobs, memory, disk, size, speed, time. From headers alone."""
+"""What a run will take, before it starts: jobs, memory, disk, size, speed, time. Read from headers alone."""

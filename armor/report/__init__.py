@@ -1,4 +1,4 @@
-"""What all the results say, for a person: the summary as CSV, JSON, Markdown and LaTeX, and one self-contained page."""
+"""The results for a person: a summary as CSV, JSON, Markdown and LaTeX, and one self-contained page."""
 
 from armor.report.compare import compare
 from armor.report.page import build

@@ -1,1 +1,1 @@
-"""What takes gradients: refine, each layer against the dense one; tune, the whole; how much each linear matters."""
+"""The stages that take gradients: refine trains each layer, tune the whole model; sensitivity weighs each linear."""

@@ -165,6 +165,6 @@ class Made(Origin):
     machine: Machine
     """What the job ran on."""
     seconds: float
-    """Seconds of the work; those of runs that were interrupted count as far as their steps were kept."""
+    """Seconds of the work. Interrupted runs count as far as their steps were kept."""
     peak_memory_bytes: int
     """The most memory that the process held: resident on the host, or allocated on the card."""

@@ -31,7 +31,7 @@ class Phases(Typed):
 
 
 class CoreSide(Typed):
-    """A packed model without its A and B: no model, so the difference is what the blocks cost."""
+    """A packed model without its A and B, timed to see what the blocks cost. Nobody could load it."""
 
     bytes_on_disk: int
     """Computed from the format."""
@@ -44,11 +44,11 @@ class CoreSide(Typed):
     speedup: dict[str, Phases]
     """Over the dense model, round by round."""
     theoretical_speedup: float
-    """The dense model's bytes for a token by its own."""
+    """The dense model's bytes for a token divided by its own."""
 
 
 class LinearSpeed(Typed):
-    """One row times the linears of one shape, dense, packed, and packed without blocks."""
+    """The time of one row through the linears of one shape: dense, packed, and packed without blocks."""
 
     out_features: int
     """The rows of the weight."""
@@ -69,7 +69,7 @@ class LinearSpeed(Typed):
     speedup: Runs
     """Dense by packed, round by round."""
     theoretical_speedup: float
-    """By the bytes of the weights."""
+    """The dense weight's bytes divided by those of the packed one."""
     core_milliseconds: Runs | None
     """Without blocks; null where there are none."""
     core_speedup: Runs | None
@@ -84,9 +84,9 @@ class Side(Typed):
     bits_per_weight: float | None
     """Of the decoder layers' linears; null where no record of the checkpoint says it."""
     resident_bytes: int
-    """What the loaded model holds by itself, on the host or on the card."""
+    """What the loaded model alone takes, on the host or on the card."""
     peak_bytes: int
-    """The most that it held while it was loaded, read a prompt of the largest batch and wrote a token."""
+    """The most that it took while it was loaded, read a prompt in the largest batch and wrote a token."""
     load_seconds: float
     """Seconds until the model could compute."""
     bytes_per_token: int
@@ -96,7 +96,7 @@ class Side(Typed):
     speedup: dict[str, Phases] | None
     """Over the dense model, round by round; null for itself."""
     theoretical_speedup: float | None
-    """The dense model's bytes for a token by its own; null for itself."""
+    """The dense model's bytes for a token divided by its own; null for itself."""
     core: CoreSide | None
     """Null where there are no blocks."""
     linears: tuple[LinearSpeed, ...]
@@ -125,6 +125,6 @@ class BenchmarkRecord(Made):
     recipes: dict[str, Side]
     """The compressed models by recipe."""
     turns: tuple[tuple[str, ...], ...]
-    """The recipes that were timed in turn with the dense model; in several groups where they do not fit together."""
+    """The recipes that were timed in turn with the dense model; several groups if memory does not hold all of them."""
     samples: tuple[Sample, ...]
     """The dense model's text is under the name dense."""

@@ -27,7 +27,7 @@ class Price(Typed):
 
 
 class LinearPrices(Typed):
-    """The choices for one linear; those that come to the same factors are listed once."""
+    """The choices for one linear. Choices that give the same factors are listed once."""
 
     weights: int
     """The entries of its weight."""
@@ -56,7 +56,7 @@ class PricesRecord(Made):
 class BudgetRecord(Made):
     """`budget.json`, by `armor budget`: the choice for each linear, one a line. `armor factorize` reads the choices.
 
-    Another choice may be written into it by hand. What stands beside it, and the sums, are then those from before.
+    Another choice may be written into it by hand. The numbers beside it, and the sums, then stay as they were.
     `seconds` are those of all prices.
     """
 

@@ -38,6 +38,6 @@ class CalibrationRecord(Made):
     hidden_states_bytes: int
     """The size of the hidden states between two layers."""
     spilled_bytes: int
-    """What of them was on disk alone."""
+    """How much of them was on disk and not in memory."""
     tokens_per_second: float
-    """Tokens by the seconds of the work."""
+    """Tokens divided by the seconds of the work."""

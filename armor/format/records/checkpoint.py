@@ -52,7 +52,7 @@ class CheckpointRecord(Made):
     checkpoint_bytes: int
     """The size of all files of the checkpoint."""
     bits_per_weight: float
-    """What a weight of the decoder layers' linears takes, compressed or not, in the mean."""
+    """The mean bits that a weight of the decoder layers' linears takes, compressed or not."""
     dense_bits_per_weight: float
     """The same of the source."""
     modules: int

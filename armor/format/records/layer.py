@@ -43,7 +43,7 @@ class LinearRecord(Typed):
     """One linear's factors. Losses are proxy losses relative to that of a zero matrix."""
 
     method: str
-    """The method that was used; it may be another than was asked for, and `note` says why."""
+    """The method that was used. If it is not the one that was asked for, `note` says why."""
     pattern: str | None
     """The pattern of the core; null if the linear stays dense."""
     block_size: BlockSizes | None
@@ -58,7 +58,7 @@ class LinearRecord(Typed):
     """The worst condition number of the blocks of A and B, as stored. It says how far an error in one of their entries
     can grow. 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
-    """Points (iteration, seconds, best loss so far), at most 100; of linears that share B those of all together."""
+    """Points (iteration, seconds, best loss so far), at most 100. Linears that share B have those of all together."""
     seed: int
     """The seed of its random choices."""
     device: str
@@ -89,9 +89,12 @@ class Look(Typed):
 
 
 class Training(Typed):
-    """What a training did. The loss of refine is the error of a decoder layer's output: of each token the square of
-    what it misses by the square of the dense one, the mean over tokens. The loss of tune is the KL divergence of the
-    predictions from the dense model's, in nats."""
+    """What a training did, and its losses.
+
+    The loss of refine is the error of a decoder layer's output: for each token its square divided by that of the dense
+    output, the mean over tokens. The loss of tune is the KL divergence of the predictions from the dense model's, in
+    nats.
+    """
 
     stage: Literal["refine", "tune"]
     """The stage that trained: one decoder layer, or the whole model."""
@@ -124,7 +127,7 @@ class Training(Typed):
     norms_and_biases: tuple[str, ...]
     """The tensors that were trained beside the factors, by full name."""
     proxy_losses: dict[str, float]
-    """The proxy loss of every linear before, by full name; that of what is stored stands with the linear."""
+    """The proxy loss of every linear before, by full name. The loss after is in the linear's record."""
     made_by: MadeBy
     """What made it."""
 
@@ -132,8 +135,8 @@ class Training(Typed):
 class LayerRecord(Made):
     """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
 
-    That of a group of experts, experts/layer_{k}/{experts}.json, is of the same kind. So are those that `armor refine`
-    and `armor tune` write, with `training`, and those of `armor quantize`, with `quantization` of linears.
+    A group of experts has the same record, experts/layer_{k}/{experts}.json. `armor refine` and `armor tune` write it
+    with `training`, `armor quantize` with the `quantization` of linears.
     """
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"
@@ -146,7 +149,7 @@ class LayerRecord(Made):
     sha256: str
     """That of the factors' file."""
     statistics_fingerprint: str | None
-    """That of the statistics' file; null where it was not there, as nothing needed it."""
+    """That of the statistics' file; null if there was none, because nothing needed it."""
     modules: dict[str, LinearRecord]
     """The linears by full name."""
     factorized: MadeBy | None = None

@@ -24,7 +24,7 @@ class Score(Typed):
 
 
 class Row(Typed):
-    """What is known of a model under a recipe. Null is a gap. Its fields are the columns of summary.csv, in order."""
+    """What is known of a model under a recipe. Null is a gap. The fields are the columns of summary.csv, in order."""
 
     model: str
     """The model's name."""
@@ -33,7 +33,7 @@ class Row(Typed):
     method: str
     """The method's name."""
     pattern: str | None = None
-    """The pattern of the cores, 1:1 where every weight stays, as an integer; null for the dense model."""
+    """The pattern of the cores; 1:1 if every weight stays, as an integer; null for the dense model."""
     block_size: int | str | None = None
     """The size of the blocks around the cores, or "32 to 48"; null where there are none."""
     perplexity: float | None = None
@@ -43,7 +43,7 @@ class Row(Typed):
     relative_loss: float | None = None
     """The mean proxy loss over the linears: 0 is the dense weight, 1 no weight at all."""
     bits_per_weight: float | None = None
-    """What a weight of the decoder layers' linears takes, in bits, in the mean."""
+    """The mean bits that a weight of the decoder layers' linears takes, compressed or not."""
     compressed_share: float | None = None
     """The share of the decoder layers' weights that is compressed; null for the dense model."""
     checkpoint_bytes: int | None = None

@@ -20,8 +20,8 @@ class RunRecord(Record):
     host: str
     """The machine that it runs on."""
     command_line: tuple[str, ...]
-    """Of Snakemake."""
+    """The command line of Snakemake."""
     typed_in: str
-    """The folder."""
+    """The folder in which it was typed."""
     config: dict[str, Any]
     """The configuration without its defaults."""

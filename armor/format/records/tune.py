@@ -21,6 +21,6 @@ class TuneRecord(Made):
     layers: tuple[str, ...]
     """The SHA-256 of the factors' files, layer by layer."""
     predictions: int
-    """How many of the dense model's predictions at each token are kept, the most likely ones; the rest is one more."""
+    """How many of the most likely tokens are kept of each of the dense model's predictions; all others are one more."""
     training: Training
     """What was done; its tensors and losses are those of all layers."""

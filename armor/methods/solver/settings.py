@@ -31,4 +31,4 @@ class GroupSettings(Typed):
     """The groups of a method that rounds to int4."""
 
     group: int = Field(default=128, ge=1)
-    """How many weights of a row, one after the other, share a scale. 16 bits more for each group."""
+    """How many consecutive weights of a row share a scale. A scale takes 16 bits."""
