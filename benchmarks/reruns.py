@@ -104,7 +104,8 @@ def finished(folder: Path) -> Run:
 def asked(run: Run, config: dict) -> tuple[str, bool]:
     """What would run, in words, and whether both who are asked agree.
 
-    `armor explain` is not asked about `states`, whose files are deleted after use and made again for who needs them.
+    `armor explain` is not asked about `states`, whose files are deleted after use and made again for who needs them,
+    nor about `fetch` and `inspect`, whose records have no code: what follows compares what they say.
     """
     try:
         plan = run.would_run(config)
@@ -113,14 +114,22 @@ def asked(run: Run, config: dict) -> tuple[str, bool]:
         if not lines:
             raise
         return lines[0], True
-    told = explained(run, config)
-    if "inspect" in plan:  # what follows is planned when the model was inspected
-        return ", ".join(plan) + ", then all", told.keys() >= plan.keys()
+    told, first = explained(run, config), ""
+    if "inspect" in plan:  # what follows is planned when the model was inspected; so that is done, elsewhere
+        first = "fetch, inspect; " if "fetch" in plan else "inspect; "
+        with tempfile.TemporaryDirectory() as name:
+            begun = Run(Path(name) / "run", run.config, run.repository)
+            shutil.copytree(run.folder, begun.folder, symlinks=True)
+            done = begun.snakemake("--", "results/tiny/model.json", config=config)
+            if done.returncode:
+                sys.exit(done.stderr)
+            plan = begun.would_run(config)
     words = ", ".join(rule if count == 1 else f"{rule} {count}" for rule, count in plan.items())
-    agreed = all(plan.get(rule) == told.get(rule) for rule in plan.keys() | told.keys() if rule != "states")
+    stages = (plan.keys() | told.keys()) - {"states", "fetch", "inspect"}
+    agreed = all(plan.get(rule) == told.get(rule) for rule in stages)
     if not agreed:
         print(f"explain: {told}", file=sys.stderr)
-    return words or "nothing", agreed
+    return first + (words or "nothing"), agreed
 
 
 def rows(run: Run, copy: Path) -> Iterator[tuple[str, str, bool]]:

@@ -35,7 +35,7 @@ class Stage:
     `outputs(results, *names)` are the files that prove a job done, first of all that which others read; the JSON among
     them is its record, which says what made it. `asked(config)` are the names of its jobs, without those that the model
     decides. `entry` is the module whose code it executes. `inputs(config, *names)` are the jobs that it reads
-    from, `settings(config, *names)` what of the configuration it reads, `methods(config, *names)` modules beside entry.
+    from, `settings(config, *names)` what of the configuration it reads, `also(config, *names)` modules beside entry.
     """
 
     outputs: Callable[..., tuple[str, ...]]
@@ -45,7 +45,7 @@ class Stage:
     """What a job takes where nothing is known of the machine; the line of progress guesses the time left from it."""
     inputs: Callable[..., list[Needed]] = lambda config, *names: []
     settings: Callable[..., Typed | None] = lambda config, *names: None
-    methods: Callable[..., list[str]] = lambda config, *names: []
+    also: Callable[..., list[str]] = lambda config, *names: []
     by_layer: bool = False
     """Whether there are jobs for each decoder layer, whose number is the third of their names."""
     by_group: bool = False
@@ -179,7 +179,7 @@ STAGES = {
             (Input.SENSITIVITY, "sensitivity", (model, config.sensitivity_of(recipe))),
         ],
         settings=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)),
-        methods=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)).code(),
+        also=lambda config, model, recipe, layer: config.price_settings(recipe, int(layer)).code(),
         by_layer=True,
     ),
     "budget": Stage(
@@ -197,7 +197,7 @@ STAGES = {
         seconds=0.5,
         inputs=lambda config, model, recipe, layer, experts: _factorizing(config, model, recipe),
         settings=lambda config, model, recipe, layer, experts: config.layer_settings(recipe, int(layer)),
-        methods=lambda config, model, recipe, layer, experts: config.layer_settings(recipe, int(layer)).code(),
+        also=lambda config, model, recipe, layer, experts: config.layer_settings(recipe, int(layer)).code(),
         by_layer=True,
         by_group=True,
     ),
@@ -211,7 +211,7 @@ STAGES = {
             ("experts", "experts", (model, recipe, layer)),
         ],
         settings=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)),
-        methods=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
+        also=lambda config, model, recipe, layer: config.layer_settings(recipe, int(layer)).code(),
         by_layer=True,
         reported=True,
     ),
@@ -229,6 +229,7 @@ STAGES = {
         entry="armor.training.refine",
         seconds=50,
         inputs=_refine_inputs,
+        also=lambda config, model, recipe, layer: ["armor.training.states"],  # workflow/rules/refine.smk says why
         settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
         by_layer=True,
         reported=True,
@@ -364,7 +365,7 @@ class Job:
     def code(self, config: Config) -> str:
         """The hash of the code that it executes."""
         stage = STAGES[self.stage]
-        return code_hash(stage.entry, *stage.methods(config, *self.names))
+        return code_hash(stage.entry, *stage.also(config, *self.names))
 
     def inputs(self, config: Config) -> list[Needed]:
         """The jobs that it reads from. Without the last of their names all are meant that have the others."""

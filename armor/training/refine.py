@@ -23,6 +23,7 @@ from torch import Tensor
 from armor.config.training import RefineJob, RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
+from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes
 from armor.execution.resume import Steps, resumable
@@ -54,6 +55,9 @@ from armor.training.states import TOKENS
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic
 
 __all__ = ["fit_layer", "output_error", "refine_layer"]
+
+STATES = "armor.training.states"
+"""Whose code made what a layer is trained on, and so is held by the hash of a refined layer too."""
 
 
 class Rows(Protocol):
@@ -88,6 +92,8 @@ def refine_layer(
     folder = states.with_suffix("")
     if source.fingerprint != topology.fingerprint or known.fingerprint != topology.fingerprint:
         raise ArmorError(f"{states}: of another model than {source.path}; run armor states again")
+    if known.made_by.code != code_hash(STATES):
+        raise ArmorError(f"{states}: made by other code than today's; delete it and its folder, and run again")
     if not (folder / TOKENS).is_file():
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
@@ -103,7 +109,7 @@ def refine_layer(
         Input.STATISTICS: sha256(statistics),
         **({Input.BEFORE: combined(before)} if chained else {}),
     }
-    made = made_by(__name__, settings, used)
+    made = made_by(__name__, settings, used, also=[STATES])
     work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
         skeleton = open_skeleton(source.path, torch.float32)

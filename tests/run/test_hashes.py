@@ -94,10 +94,8 @@ HELD_BY = {
 def held() -> dict[str, set[str]]:
     """The stages whose hash holds each module of the package, by its name below armor/."""
     methods = [module for method in METHODS.values() for module in method.code]
-    of = {
-        stage: executed_by(row.entry, *(methods if stage in ("price", "experts", "factorize") else ()))
-        for stage, row in STAGES.items()
-    }
+    more = dict.fromkeys(("price", "experts", "factorize"), methods) | {"refine": STAGES["refine"].also(None, *"123")}
+    of = {stage: executed_by(row.entry, *more.get(stage, ())) for stage, row in STAGES.items()}
     names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
     found = {}
     for name in (name.removesuffix("/__init__") for name in names):

@@ -10,6 +10,7 @@ from armor.format.records.layer import LayerRecord
 from armor.run.explain import Reruns
 from tests.killed import left_over, results_of
 from tests.workflow.conftest import LAYERS, Run
+from tests.workflow.test_rerun import explained as code_explained
 
 TRAINED = ("refined", "chained", "tuned", "both", "integers")
 OVER = [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}]
@@ -130,6 +131,17 @@ def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert LayerRecord.read(file.parent / "layers/layer_1.json").modules[name].pattern == "1:4"
     assert asked(again) == explained(again, again.config) == {}
+
+
+def test_code_that_makes_states_makes_them_and_refines_every_layer_anew(trained, clone):
+    edited = Run(trained.folder, trained.config, clone.repository)
+    for file in ("training/states.py", "config/sample.py"):  # of the states alone; of all who train
+        path = clone.repository / "armor" / file
+        path.write_text(path.read_text() + "\nEDITED = 1\n")
+        plan, told = asked(edited), code_explained(edited, trained.config)
+        assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= plan.items()
+        stages = plan.keys() - {"assemble"}  # of one recipe no checkpoint was asked for
+        assert {stage: told[stage] for stage in stages} == {stage: plan[stage] for stage in stages}
 
 
 def test_one_layer_again_leaves_the_others(trained, tmp_path):

@@ -2,7 +2,12 @@
 
 
 rule states:
-    """Run the text through the dense model, and keep what goes into every decoder layer while layers are refined."""
+    """Run the text through the dense model, and keep what goes into every decoder layer while layers are refined.
+
+    Nothing makes it run but a layer that needs it: its settings and its code are those of `refine` too. If Snakemake saw
+    them change here, it would not ask the layers behind whether they have changed, for it expects them to run; and would
+    then pass over them, since to them the states are ancient.
+    """
     input:
         source=R.source(),
         model=R.topology(),
@@ -21,8 +26,7 @@ rule states:
         mem_mb=24000,
         runtime="8h",
     params:
-        settings=settings("states"),
-        code=code("states"),
+        settings=lambda wildcards, input: settings("states")(wildcards),
     message:
         "states {wildcards.model} {wildcards.states}"
     shell:
