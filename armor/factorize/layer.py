@@ -95,9 +95,10 @@ def factorize_layer(
     resolved = {linear.name: settings.for_module(linear.name) for linear in chosen.linears}
     if choices is not None:
         resolved = {n: c.apply(resolved[n]) for n, c in _choices(choices, str(budget), chosen).items()}
-    inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()}, device)
     groups = groups_asked(chosen, settings, resolved)
-    check_memory([(one_linear(group), [asked]) for group, asked in groups], device)
+    alone = ((linear, [resolved[linear.name]]) for linear in chosen.linears)
+    check_memory([*alone, *((one_linear(group), [asked]) for group, asked in groups)], device)
+    inputs = inputs_of(Path(statistics), topology, chosen, {name: [asked] for name, asked in resolved.items()})
     shards = recorded_tensors(source.path, (linear.name for linear in chosen.linears))
     work = {
         "layer": chosen.model_dump(mode="json"),
@@ -311,24 +312,13 @@ def _choices(budget: BudgetRecord, file: Path | str, layer: DecoderLayer) -> dic
 
 
 def inputs_of(
-    statistics: Path,
-    topology: Topology,
-    layer: DecoderLayer,
-    asked: Mapping[str, Sequence[ModuleSettings]],
-    device: str,
+    file: Path, topology: Topology, layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]]
 ) -> dict[str, Statistics]:
     """The statistics of every linear's input, by name; empty where all stays dense.
 
-    `asked` are the ways in which each linear is compressed. Raises ArmorError if `device` has too little memory for one
-    of them, and for statistics that are missing, broken or of another model.
+    `asked` are the ways in which each linear is compressed. Raises ArmorError for statistics that are missing, broken
+    or of another model.
     """
-    check_memory([(linear, asked[linear.name]) for linear in layer.linears], device)
-    return _statistics(statistics, topology, layer, asked)
-
-
-def _statistics(
-    file: Path, topology: Topology, layer: DecoderLayer, asked: Mapping[str, Sequence[ModuleSettings]]
-) -> dict[str, Statistics]:
     methods = {name: {settings.method for settings in several} for name, several in asked.items()}
     if set().union(*methods.values()) <= {"dense"}:
         return {}

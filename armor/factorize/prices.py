@@ -23,7 +23,7 @@ from armor.execution.files import sha256
 from armor.execution.log import progress
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.factorize.asked import possible
+from armor.factorize.asked import check_memory, possible
 from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, seed_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.provenance import machine, made_by
@@ -61,7 +61,8 @@ def price_layer(
     chosen = layer_of(source, topology, layer, settings)
     choices = {linear.name: list(_different(linear, settings)) for linear in chosen.linears}
     asked = {name: [way for _, way in several] for name, several in choices.items()}
-    inputs = inputs_of(Path(statistics), topology, chosen, asked, device)
+    check_memory([(linear, asked[linear.name]) for linear in chosen.linears], device)
+    inputs = inputs_of(Path(statistics), topology, chosen, asked)
     weighed = read_sensitivities(Path(sensitivity), [*asked], topology.fingerprint)
     used = {
         Input.MODEL: topology.fingerprint,
