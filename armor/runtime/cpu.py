@@ -29,6 +29,8 @@ __all__ = [
     "TYPES",
     "Operands",
     "available",
+    "grouped",
+    "is_grouped",
     "is_one_call",
     "level",
     "linear",
@@ -67,6 +69,16 @@ class _Part(ctypes.Structure):
     )
 
 
+class _Product(ctypes.Structure):
+    """`struct product` of native/armor.c."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "count")),
+    )
+
+
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
 """values, bits, left, right, bias and group of a layer, as `armor.runtime.operator` describes them."""
 
@@ -84,6 +96,8 @@ def _load() -> ctypes.CDLL | None:
         library.armor_multiply.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
         if hasattr(library, "armor_linears"):
             library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]
+        if hasattr(library, "armor_products"):
+            library.armor_products.argtypes = [number] * 2 + [pointer, number, pointer, number]
         library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
         library.armor_unpack.restype = None
     return library
@@ -102,6 +116,7 @@ _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
 _together = _library is not None and hasattr(_library, "armor_linears")
+_grouped = _library is not None and hasattr(_library, "armor_products")
 _has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 
@@ -221,13 +236,8 @@ def linears(
     x = x.contiguous()
     *lead, columns = x.shape
     outputs = [x.new_empty(*lead, len(layer[0])) for layer in layers] if out is None else out
-    held, parts = [], []  # what is made contiguous here must live until C returns
-    for (values, *others, group), y in zip(layers, outputs, strict=True):
-        own = [values.contiguous(), *(None if t is None else t.contiguous() for t in others)]
-        held.append(own)
-        addresses = (None if t is None else t.data_ptr() for t in (*own, y))
-        blocks = (0 if t is None else t.shape[-1] for t in own[2:4])
-        parts.append(_Part(*addresses, None, *values.shape, group, *blocks, y.stride(-2) if lead else 0))
+    held = [_contiguous(layer) for layer in layers]  # must live until C returns
+    parts = [_part(layer, y, y.stride(-2) if lead else 0) for layer, y in zip(held, outputs, strict=True)]
     assert _library is not None  # `supports` said so
     error = _library.armor_linears(
         level,
@@ -243,6 +253,74 @@ def linears(
     if error:
         raise MemoryError(os.strerror(error))
     return outputs
+
+
+def _contiguous(layer: Operands) -> Operands:
+    values, bits, *others, group = layer
+    left, right, bias = (None if t is None else t.contiguous() for t in others)
+    return values.contiguous(), bits.contiguous(), left, right, bias, group
+
+
+def _part(layer: Operands, y: Tensor, stride: int) -> _Part:
+    """Of a contiguous layer and where its output goes, `stride` numbers from a row to the next."""
+    *tensors, group = layer
+    addresses = (None if t is None else t.data_ptr() for t in (*tensors, y))
+    blocks = (0 if t is None else t.shape[-1] for t in tensors[2:4])
+    return _Part(*addresses, None, *layer[0].shape, group, *blocks, stride)
+
+
+def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
+    """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with layers that `supports` them."""
+    return _grouped and runs_in_c(x[: max(counts, default=0)])
+
+
+def grouped(x: Tensor, counts: Sequence[int], layers: Sequence[Sequence[Operands]], level: int = _best) -> list[Tensor]:
+    """x (rows, in) times other layers for each group of its rows, in one call into C.
+
+    The first counts[0] rows are multiplied with each of layers[0], the next counts[1] with each of layers[1], and so
+    on. All groups have as many layers, at most 8, of the same shapes; those of a group with the same tensor B share
+    B x. Returns an output (rows, out) for the first layers of all groups, one for the second, and so on: bit for bit
+    those of `linear`. Ask `supports` of each layer and `is_grouped` first. Raises ValueError if shapes do not fit.
+    """
+    x = x.contiguous()
+    if sum(counts) != len(x) or len(counts) != len(layers):
+        raise ValueError(f"{len(x)} rows do not fit {len(layers)} groups of {list(counts)} rows")
+    held = [[_contiguous(layer) for layer in group] for group in layers]  # must live until C returns
+    outputs = [x.new_empty(len(x), len(layer[0])) for layer in (held[0] if held else ())]
+    parts, cuts, start = [], [], 0
+    for count, group in zip(counts, held, strict=True):
+        for layer, y in zip(group, outputs, strict=True):
+            operator.check_shapes(x, *layer[:5])
+            if len(layer[0]) != y.shape[1]:
+                raise ValueError(f"a layer of {len(layer[0])} rows beside one of {y.shape[1]}")
+        for first, last in _sharing(group):
+            cuts.append((start, count, len(parts), last - first))
+            parts += [_part(group[i], outputs[i][start:], outputs[i].shape[1]) for i in range(first, last)]
+        start += count
+    table = (_Part * len(parts))(*parts)
+    place, columns = ctypes.addressof(table), x.shape[1]
+    products = [
+        _Product(x[start:].data_ptr(), place + first * ctypes.sizeof(_Part), rows, columns, number)
+        for start, rows, first, number in cuts
+    ]
+    assert _library is not None  # `supports` said so
+    error = _library.armor_products(
+        level,
+        TYPES[x.dtype],
+        (_Product * len(products))(*products),
+        len(products),
+        _parallel,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise MemoryError(os.strerror(error))
+    return outputs
+
+
+def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
+    """The layers that go together, first and end of each: those that share B, if all do; else each by itself."""
+    shared = group[0][3] is not None and all(layer[3] is group[0][3] for layer in group)
+    return [(0, len(group))] if shared and len(group) <= _PARTS else [(i, i + 1) for i in range(len(group))]
 
 
 def _side_by_side(

@@ -6,7 +6,8 @@ Others hold the fused tensors; their experts get names of the same kind here (`p
 place of the fused one that transformers calls in the same way: with the tokens, and for each token the numbers of its
 experts and what the router gives them. It gathers the tokens of each expert and calls the expert's linears on them.
 What lies between the linears is the fused module's own. So dense linears, packed ones and ones in training all work,
-and no expert is ever made dense.
+and no expert is ever made dense. Of few tokens, as in decoding, the kernel of a CPU takes all experts in one call for
+what comes before the activation and one for what comes after.
 
 The price on a GPU is a few small products where transformers has one grouped product.
 """
@@ -29,6 +30,7 @@ from armor.runtime.names import Names
 
 __all__ = ["Expert", "Experts", "fused_experts", "parts_of", "routers", "unfuse"]
 
+TOGETHER = 1024  # rows at most, of all experts, that go through them in one call: more would take memory for nothing
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
@@ -73,9 +75,12 @@ class Experts(nn.Module):
     def experts(self) -> Iterator[tuple[int, Expert]]:
         """Every expert with its number."""
         for index in range(self.count):
-            expert = self.get_submodule(str(index))
-            assert isinstance(expert, Expert)
-            yield index, expert
+            yield index, self._expert(index)
+
+    def _expert(self, index: int) -> Expert:
+        expert = self._modules[str(index)]
+        assert isinstance(expert, Expert)
+        return expert
 
     def between(self, *parts: Tensor) -> Tensor:
         """What goes into the down projection, from the outputs of gate and up (tokens, out), or of up alone."""
@@ -99,17 +104,39 @@ class Experts(nn.Module):
             for _, expert in self.experts():
                 expert(x.clone(), None, self.between)
             return output
-        numbers = index.flatten()
-        counts = numbers.bincount(minlength=self.count)[: self.count].tolist()
-        order, given, start = numbers.argsort(stable=True), weights.flatten(), 0
-        for number, expert in self.experts():
-            if counts[number]:
-                places = order[start : start + counts[number]]
-                start += counts[number]
-                tokens = places // index.shape[-1]
-                y = expert(x[tokens], given[places, None], self.between)
-                output.index_add_(0, tokens, y.to(output.dtype))
+        counts = index.flatten().bincount(minlength=self.count)[: self.count].tolist()
+        routed = [(self._expert(number), count) for number, count in enumerate(counts) if count]
+        counts = [count for _, count in routed]
+        order = index.flatten().argsort(stable=True)[: sum(counts)]  # those of no expert are the last
+        tokens, given = order // index.shape[-1], weights.flatten()[order, None]
+        if 0 < len(tokens) <= TOGETHER:
+            y = self._together([expert for expert, _ in routed], counts, x[tokens])
+            if y is not None:
+                return output.index_add_(0, tokens, (y * given).to(output.dtype))
+        start = 0
+        for expert, count in routed:
+            own = slice(start, start := start + count)
+            y = expert(x[tokens[own]], given[own], self.between)
+            output.index_add_(0, tokens[own], y.to(output.dtype))
         return output
+
+    def _together(self, experts: Sequence[Expert], counts: Sequence[int], x: Tensor) -> Tensor | None:
+        """x (rows, in), the rows of each expert one after the other, through all in two calls into C: (rows, in).
+
+        None where each must be called by itself.
+        """
+        linears = [[*expert.children()] for expert in experts]
+        grouped = getattr(linears[0][0], "grouped", None)  # packed linears have it; dense ones know no such call
+        if grouped is None or any(map(_is_hooked, itertools.chain(experts, *linears))):
+            return None
+        parts = grouped(x, counts, [own[:-1] for own in linears])
+        y = parts and grouped(self.between(*parts), counts, [own[-1:] for own in linears])
+        return y[0] if y else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something looks on when `module` is called, or stands in for its forward, as accelerate's offloading."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _first(fused: nn.Module) -> str:

@@ -21,6 +21,7 @@ that is asked of it is one clear error instead of numbers that would be wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -167,17 +168,42 @@ class ArmorLinear(nn.Linear):
             for layer in group:
                 layer._ahead, layer._sharers = None, ()
             return None
-        layers: list[Any] = [
-            (layer.core_values, layer.core_mask, layer.left, layer.held("right"), layer.bias, layer.group)
-            for layer in group
-        ]
-        packed = all(layer.layout.quantization is None and layer.core_mask is not None for layer in group)
-        if not (packed and cpu.is_one_call(x, len(group)) and all(cpu.supports(x, *own[:5]) for own in layers)):
+        layers = [operands for layer in group if (operands := layer._operands(x)) is not None]
+        if len(layers) < len(group) or not cpu.is_one_call(x, len(group)):
             return None
         first, *others = cpu.linears(x, layers)
         for layer, output in zip(self._sharers, others, strict=True):
             layer._ahead = x, x._version, output
         return first
+
+    def _operands(self, x: Tensor) -> cpu.Operands | None:
+        """What the CPU's kernel multiplies x with, but for the pair of low rank; None where it cannot."""
+        values, bits = self.core_values, self.core_mask
+        if values is None or bits is None or self.layout.quantization is not None:
+            return None
+        operands = (values, bits, self.left, self.held("right"), self.bias, self.group)
+        return operands if cpu.supports(x, *operands[:5]) else None
+
+    @staticmethod
+    def grouped(x: Tensor, counts: Sequence[int], linears: Sequence[Sequence[nn.Module]]) -> list[Tensor] | None:
+        """x (rows, in) through other linears for each group of its rows, in one call into C: see `cpu.grouped`.
+
+        None where each linear must be called by itself: one that is not packed for the CPU or has a pair of low rank,
+        and where a gradient or a compiler needs each call.
+        """
+        if not cpu.is_grouped(x, counts):
+            return None
+        layers: list[list[cpu.Operands]] = []
+        for group in linears:
+            layers.append([])
+            for linear in group:
+                if type(linear) is not ArmorLinear or linear.up is not None or operator.is_needed(x, linear.bias):
+                    return None
+                operands = linear._operands(x)
+                if operands is None:
+                    return None
+                layers[-1].append(operands)
+        return cpu.grouped(x, counts, layers)
 
     @property
     def weight(self) -> NoWeight:

@@ -21,6 +21,12 @@ struct part {
 };
 int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
                   parallel_function parallel, int threads);
+struct product {
+    const void *x;
+    const struct part *parts;
+    int64_t rows, in, count;
+};
+int armor_products(int level, int type, const struct product *all, int count, parallel_function parallel, int threads);
 void armor_unpack(int level, int type, const void *values, const void *mask, void *dense, int64_t rows, int64_t in,
                   int64_t kept, parallel_function parallel, int threads);
 
@@ -108,6 +114,19 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
         armor_linears(level, type, x, rows, in, parts, 2, parallel, threads);
         for (int64_t r = 0; r < 2 * rows; r++)
             if (memcmp(both + (size_t)r * bytes, (char *)y + (size_t)(r / 2) * bytes, bytes)) worst = INFINITY;
+        struct product products[8]; /* Eight times, a thread each time. */
+        struct part own[8];
+        char *places = malloc(8 * bytes * (size_t)rows);
+        for (int i = 0; i < 8; i++) {
+            products[i] = (struct product){x, &own[i], rows, in, 1};
+            own[i] = part;
+            own[i].y = places + (size_t)(i * rows) * bytes;
+            own[i].y_stride = out;
+        }
+        armor_products(level, type, products, 8, parallel, threads);
+        for (int i = 0; i < 8; i++)
+            if (memcmp(own[i].y, y, bytes * (size_t)rows)) worst = INFINITY;
+        free(places);
         free(both);
     }
     for (int64_t r = 0; r < rows; r++) {

@@ -74,6 +74,29 @@ def test_layers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(not cpu.is_grouped(torch.ones(1, 8), [1]), reason="the CPU kernel was not built, or is older")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_rows_with_layers_of_their_own_give_the_bits_of_separate_calls(dtype, level):
+    """With B shared in a group, of its own and absent; fewer products than threads, and more."""
+    one, two = layer(64, 300, 16, 60, "2:4", dtype), layer(40, 300, 8, 60, "2:4", dtype)
+    groups = [
+        [one, (*two[:3], one[3], *two[4:])],
+        [layer(64, 300, None, None, "2:4", dtype), layer(40, 300, 10, 25, "50%", dtype, bias=False)],
+        [layer(64, 300, 32, 20, "2:4", dtype), two],
+    ]
+    for counts in ([1, 1, 1], [9, 1, 300], [0, 2, 17], [3]):
+        x, own = torch.randn(sum(counts), 300).to(dtype), groups[: len(counts)]
+        rows = x.split(counts)
+        expected = [torch.cat([cpu.multiply(r, *g[i], level) for r, g in zip(rows, own, strict=True)]) for i in (0, 1)]
+        for found in with_threads(lambda x=x, counts=counts, own=own: cpu.grouped(x, counts, own, level)):
+            assert all(map(torch.equal, found, expected)), counts
+    with pytest.raises(ValueError, match=r"4 rows do not fit 2 groups of \[1, 2\] rows"):
+        cpu.grouped(torch.ones(4, 300, dtype=dtype), [1, 2], groups[:2])
+    with pytest.raises(ValueError, match="a layer of 40 rows beside one of 64"):
+        cpu.grouped(torch.ones(2, 300, dtype=dtype), [1, 1], [[one], [two]])
+
+
 @needs_library
 def test_outputs_side_by_side_are_those_of_each_layer_and_an_operator_to_compilers():
     group = [layer(64, 300, 16, 60, "2:4", torch.bfloat16), layer(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 from armor.assemble.export import export
@@ -12,7 +13,8 @@ from armor.assemble.verify import verify
 from armor.config.recipes import LayerSettings
 from armor.format.shards import Shards
 from armor.model.tensors import recorded_tensors
-from armor.runtime.experts import Experts, fused_experts, unfuse
+from armor.runtime import cpu
+from armor.runtime.experts import Expert, Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.streamed import StreamedModel
@@ -68,6 +70,23 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
         assert close(next(StreamedModel(root / "source").logits([TOKENS])), source(TOKENS).logits)
         unfuse(source)
         assert close(source(TOKENS).logits, next(StreamedModel(root / "source").logits([TOKENS])))
+
+
+def test_few_tokens_go_through_all_packed_experts_at_once_as_they_go_through_each(tmp_path):
+    model = load_model(packed(tmp_path, "gpt_oss", layers=1) / "checkpoint")  # with biases, interleaved
+    (experts,) = (module for module in model.modules() if isinstance(module, Experts))
+    x, weights = torch.randn(5, 64), torch.rand(5, 2)
+    index = torch.tensor([[0, 2], [2, 1], [2, 0], [4, 4], [4, 1]])  # 4: no expert
+    seen = []
+    with torch.inference_mode():
+        with register_module_forward_hook(lambda module, _, y: seen.append(module)):
+            at_once = experts(x, index, weights)
+        assert not any(isinstance(module, Expert) for module in seen) or not cpu.is_grouped(x, [1])
+        seen.clear()
+        for _, expert in experts.experts():
+            expert.register_forward_hook(lambda _, inputs, y: seen.append(len(y)))  # it must be called then
+        assert close(experts(x, index, weights), at_once)
+    assert seen == [2, 2, 3] and not at_once[3].any()
 
 
 def test_a_pattern_chooses_experts_or_one_expert_and_leaves_the_others_dense(tmp_path):

@@ -274,6 +274,45 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
     return 0;
 }
 
+/* Layers, at most PARTS, and the x (rows, in) that they are multiplied with. */
+struct product {
+    const void *x;
+    const struct part *parts;
+    int64_t rows, in, count;
+};
+
+struct products {
+    const struct product *all;
+    int level, type, count;
+    atomic_int next, error;
+};
+
+static int multiply_product(const struct products *work, int i, parallel_function parallel, int threads) {
+    const struct product *own = &work->all[i];
+    return armor_linears(work->level, work->type, own->x, own->rows, own->in, own->parts, (int)own->count, parallel,
+                         threads);
+}
+
+static void take_products(void *argument) {
+    struct products *work = argument;
+    int i, error;
+    while ((i = atomic_fetch_add(&work->next, 1)) < work->count)
+        if ((error = multiply_product(work, i, NULL, 1))) atomic_store(&work->error, error);
+}
+
+/* Multiply `count` times; 0, or an errno. With as many products as threads or more a thread takes whole ones: it never
+ * waits for another but at the end. Fewer are shared out one after the other. */
+int armor_products(int level, int type, const struct product *all, int count, parallel_function parallel, int threads) {
+    struct products work = {.all = all, .level = level, .type = type, .count = count};
+    if (parallel && threads > 1 && count >= threads) {
+        parallel(take_products, &work, threads, 0);
+        return atomic_load(&work.error);
+    }
+    int error = 0;
+    for (int i = 0; i < count && !error; i++) error = multiply_product(&work, i, parallel, threads);
+    return error;
+}
+
 /* The same of one layer, y without gaps between its rows. */
 int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
                    const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
