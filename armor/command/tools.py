@@ -102,9 +102,16 @@ def status(
         Path | None, typer.Option("--config", help="A configuration file; unset: that of the last run.")
     ] = None,
 ) -> None:
-    """Say what is done, running, failed or missing, while a run goes on or after it."""
-    found = read_status(results, configuration and load_config(configuration))
+    """Say what is done, running, failed or missing, while a run goes on or after it, and what is out of date."""
+    from armor.run.explain import Reruns
+
+    config = configuration and load_config(configuration)
+    found = read_status(results, config)
     print(found.table(), *found.details(), sep="\n")
+    reruns = Reruns(found.results, config)
+    if again := sum(bool(reruns.reasons(job)) for job, state in found.states.items() if state == "done"):
+        said = f" --config {configuration}" if configuration else ""
+        print(f"{again} of those that are done would run again: armor explain {found.results}/report/index.html{said}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -143,6 +150,9 @@ def explain(
         print(f"{job} would run again:", *reasons, sep="\n  ")
     else:
         print(f"{job} is up to date.")
+    if counts := reruns.counts():
+        stages = ", ".join(stage if count == 1 else f"{stage} {count}" for stage, count in counts.items())
+        print(f"of the whole run would run again: {stages}")
 
 
 @app.command()

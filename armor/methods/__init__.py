@@ -118,8 +118,8 @@ def method(
 ) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
     """Register the function below under its own name, which is that of its file.
 
-    Raises ArmorError for a parameter that is neither among STATISTICS nor, after the star, among SETTINGS, and for own
-    settings without a type.
+    Raises ArmorError for a parameter that is neither among STATISTICS nor, after the star, among SETTINGS, for own
+    settings without a type, and for a function of its description that does not take the settings.
     """
 
     def register(function: Callable[..., Factorization]) -> Callable[..., Factorization]:
@@ -127,6 +127,9 @@ def method(
         where = f"{function.__module__}: {function.__name__}"
         for parameter in parameters:
             _check_parameter(parameter, where)
+        settings = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        for name, described in (("memory", memory), ("obstacle", obstacle), ("stored", stored)):
+            _check_takes(described, (1, 1) if name == "memory" else (1,), settings, f"{where}: {name}")
         METHODS[function.__name__] = Method(
             name=function.__name__,
             title=title,
@@ -138,7 +141,7 @@ def method(
             instead=instead,
             stored=stored,
             statistics=tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY),
-            settings=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+            settings=settings,
             own=next((p.default for p in parameters if p.name == "settings"), None),
         )
         return function
@@ -159,6 +162,16 @@ def _check_parameter(parameter: inspect.Parameter, where: str) -> None:
         raise ArmorError(
             f"{where}: parameter settings: {found}, expected Settings(), of a class below armor.core.typed.Typed"
         )
+
+
+def _check_takes(function: Callable | None, first: tuple, settings: tuple[str, ...], where: str) -> None:
+    if function is None:
+        return
+    try:
+        inspect.signature(function).bind(*first, **dict.fromkeys(name for name in settings if name != "seed"))
+    except TypeError as error:
+        expected = "(shape, itemsize, **settings)" if len(first) == 2 else "(shape, **settings)"
+        raise ArmorError(f"{where}: {error}; expected a function {expected}, with all settings but the seed") from None
 
 
 def _first_paragraph(module: Any) -> str:

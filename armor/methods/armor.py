@@ -51,7 +51,7 @@ def armor(
     *,
     pattern: PatternLike = "2:4",
     block_size: int = 128,
-    solver: SolverSettings = SolverSettings(),  # noqa: B008  it does not change
+    solver: SolverSettings = SolverSettings(),
     seed: int = 0,
 ) -> Factorization:
     """Factorize weight (out, in) under importance (in,), any float dtype. Raises ValueError for bad input."""

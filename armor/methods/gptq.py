@@ -41,7 +41,7 @@ def gptq(
     importance: Tensor,
     gram: Tensor,
     *,
-    settings: GroupSettings = GroupSettings(),  # noqa: B008  it does not change
+    settings: GroupSettings = GroupSettings(),
 ) -> Factorization:
     """Round weight (out, in) under gram (in, in), the mean of x xᵀ; importance (in,) weighs the errors of scales.
 

@@ -27,7 +27,7 @@ def int4(
     weight: Tensor,
     importance: Tensor,
     *,
-    settings: GroupSettings = GroupSettings(),  # noqa: B008  it does not change
+    settings: GroupSettings = GroupSettings(),
 ) -> Factorization:
     """Round weight (out, in) under importance (in,), any float dtype. Raises ValueError for bad input."""
     from armor.methods.solver.nearest import to_nearest

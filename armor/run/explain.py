@@ -9,6 +9,7 @@ Versions of packages, threads and device are said, and make nothing run again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +165,8 @@ class Reruns:
         self.results = results
         self.config = config or last_config(results)
         self._known: dict[Job, list[str]] = {}
+        self._alone: dict[Job, list[str]] = {}
+        self._earlier: dict[Job, dict[Job, None]] = {}
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -180,8 +183,18 @@ class Reruns:
     def reasons(self, job: Job) -> list[str]:
         """Why `job` would run again; none if it would not."""
         if job not in self._known:
-            self._known[job] = [*self._own(job), *self._of_others(job)]
+            self._known[job] = [*self.own(job), *self._of_others(job)]
         return self._known[job]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs of each stage would run again; stages without any are left out."""
+        return dict(Counter(job.stage for job in self.jobs if self.reasons(job)))
+
+    def own(self, job: Job) -> list[str]:
+        """The reasons that are its own, and not of a job before it."""
+        if job not in self._alone:
+            self._alone[job] = list(self._own(job))
+        return self._alone[job]
 
     def _own(self, job: Job) -> Iterator[str]:
         absent = [path for path in job.outputs if not path.is_file()]
@@ -211,14 +224,24 @@ class Reruns:
                     yield f"setting {key}: {before.get(key, 'unset')}, now {after.get(key, 'unset')}"
 
     def _of_others(self, job: Job) -> Iterator[str]:
-        """A line for each stage that goes before, if a job of it runs again."""
-        again: dict[str, list[Job]] = {}
-        for _, other in job.before(self.config):
-            if self.reasons(other):
-                again.setdefault(other.stage, []).append(other)
-        for found in again.values():
+        """What makes a job before this one run again, said once for all jobs of a stage that it does so to."""
+        groups: dict[tuple[str, ...], list[Job]] = {}
+        for other in self._before(job):
+            for reason in self.own(other):
+                names = other.names[:2] if STAGES[other.stage].by_layer else other.names
+                groups.setdefault((other.stage, *names, reason), []).append(other)
+        for (*_, reason), found in groups.items():
             more = f", and {len(found) - 1} more of its stage" if len(found) > 1 else ""
-            yield f"{found[0]}{more} would run again: {self.reasons(found[0])[0]}"
+            yield f"{found[0]}{more}: {reason}"
+
+    def _before(self, job: Job) -> dict[Job, None]:
+        """Every job that this one is made from, near or far, each once."""
+        if job not in self._earlier:
+            found: dict[Job, None] = {}
+            for _, other in job.before(self.config):
+                found |= self._before(other) | {other: None}
+            self._earlier[job] = found
+        return self._earlier[job]
 
     def _inputs(self, job: Job) -> Iterator[tuple[str, str | None]]:
         """The fingerprints of what `job` reads, as they are now; nothing of files that are not there."""

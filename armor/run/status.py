@@ -5,7 +5,7 @@ lives. So a second run on the same results stops at once. A killed one leaves no
 `armor.run.jobs` has what the configuration asks for: the outputs that prove a job done, and its log. The log tells more
 of a job that is not done. It ends with an error (failed), it is of the run that goes on (running), or neither (stopped:
 killed, as a rule, or out of memory). Snakemake writes what a job cost to a benchmark file when it ends. The job's
-memory is in its record too. Whether what is done is up to date is for `armor explain` and `snakemake --dry-run` to say.
+memory is in its record too. Whether what is done is up to date is for `armor.run.explain` to say.
 """
 
 from __future__ import annotations

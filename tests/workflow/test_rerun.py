@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 
 import pytest
 
@@ -28,8 +27,7 @@ def explained(run, config):
         from armor.config.run import Config  # here: that of the fork
         from armor.run.explain import Reruns
 
-        reruns = Reruns(run.folder / "results", Config.model_validate(config))
-        print(json.dumps(Counter(job.stage for job in reruns.jobs if reruns.reasons(job))))
+        print(json.dumps(Reruns(run.folder / "results", Config.model_validate(config)).counts()))
 
     done = run.forked(work)
     assert done.returncode == 0, done.stderr
@@ -128,3 +126,13 @@ def test_another_clone_in_another_folder_makes_the_same_bytes(run, clone, tmp_pa
     assert found == {name: expected[name] for name in found}
     for name in ("calibration/words/layer_0.safetensors", "armor/layers/layer_0.json", "armor/checkpoint/README.md"):
         assert f"tiny/{name}" in found
+
+
+def test_results_that_were_copied_without_snakemakes_notes_are_asked_by_their_records(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns(".snakemake"))
+    again = Run(tmp_path / "run", run.config)
+    assert again.would_run() == {}
+    assert again.would_run(again.edited(recipes__armor__block_size=4)) == ONE_RECIPE
+    assert again.would_run(again.edited(calibrations__words__sequence_length=16)) == {"calibrate": 1} | recipes(2)
+    said = again.armor("status", "--config", "config.yaml").stdout.splitlines()[-1]
+    assert "of those that are done would run again: armor explain" in said

@@ -18,6 +18,7 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.layout import FACTORS, Results
 from armor.format.names import beside, factors_beside
+from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, Job, jobs_of, read_topology
 from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
@@ -105,6 +106,7 @@ def jobs_known(stage, names=()):
             check_modules(model, recipe)
     found = list(jobs_of(SETTINGS, stage, R, names))
     again_if_interrupted([str(path) for job in found for path in job.outputs])
+    again_if_unknown(found)
     return found
 
 
@@ -167,6 +169,32 @@ def again_if_interrupted(files):
     and so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run
     them again."""
     workflow.dag.forcefiles.update(workflow.persistence._filter_incomplete_keys(files))
+
+
+def again_if_unknown(found):
+    """Results that were copied without .snakemake are unknown to Snakemake, which takes what is there for up to date.
+    So their records are asked."""
+    try:
+        for job in found:
+            if job.names and (source := unknown_source(job.names[0])):
+                again = [one for one in (source, job) if reruns().reasons(one)]
+                workflow.dag.forcefiles.update(str(path) for one in again for path in one.outputs)
+    except ArmorError as error:
+        raise WorkflowError(str(error)) from None
+
+
+@cache
+def unknown_source(model):
+    """The job that fetched a model, if its record was there when this run began and Snakemake knows nothing of it."""
+    job = Job("fetch", (model,))
+    known = not job.record.is_file() or workflow.persistence._read_record(str(job.record))
+    return None if known else job
+
+
+@cache
+def reruns():
+    """What the records say of every job, as `armor explain` does."""
+    return Reruns(Path(R.root), SETTINGS)
 
 
 def all_records(wildcards):

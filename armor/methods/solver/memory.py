@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from armor.core.pattern import PatternLike
-
 __all__ = ["PIECE", "pruning_bytes", "rounding_bytes"]
 
 PIECE = 1 << 22
@@ -19,9 +17,12 @@ PIECE = 1 << 22
 
 
 def pruning_bytes(scoring: int) -> Callable[..., int]:
-    """The peak of a method of pruning; `scoring` is the bytes an entry of scores, sorted scores and places."""
+    """The peak of a method of pruning; `scoring` is the bytes an entry of scores, sorted scores and places.
 
-    def peak(shape: tuple[int, int], itemsize: int, *, pattern: PatternLike) -> int:
+    It is 16 for scores in float32, 24 in float64.
+    """
+
+    def peak(shape: tuple[int, int], itemsize: int, **settings: Any) -> int:
         entries = shape[0] * shape[1]
         stored = itemsize + 1  # a core and its mask
         return entries * itemsize + max(entries * (stored + scoring), entries * 2 * stored + 24 * min(entries, PIECE))
