@@ -40,15 +40,16 @@ OF_THE_RUN = ("seconds", "peak_memory_bytes", "tokens_per_second")
 """Keys of records that say how it went, and so differ between two runs."""
 
 
-def die_at(point: str, number: int, counter: Path | str) -> None:
+def die_at(point: str, number: int, counter: Path | str, where: str = "") -> None:
     """Kill this process and its group when they come to `point`, one of POINTS, for the `number`-th time (0: never).
 
-    Processes that share the file `counter` count together; see `passed`. A test's own process must not be in the group.
+    Only files whose path has `where` in it count. Processes that share the file `counter` count together; see `passed`.
+    A test's own process must not be in the group.
     """
     fsync, replace = os.fsync, os.replace
 
-    def is_now(here: str) -> bool:
-        if here != point:
+    def is_now(here: str, path: os.PathLike | str) -> bool:
+        if here != point or where not in os.fspath(path):
             return False
         with open(counter, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -56,16 +57,17 @@ def die_at(point: str, number: int, counter: Path | str) -> None:
             return file.tell() == number
 
     def dying_fsync(descriptor: int) -> None:
-        if is_now(HALF):
-            os.truncate(f"/proc/self/fd/{descriptor}", os.fstat(descriptor).st_size // 2)
+        file = f"/proc/self/fd/{descriptor}"
+        if is_now(HALF, os.path.realpath(file)):
+            os.truncate(file, os.fstat(descriptor).st_size // 2)
             _die()
         fsync(descriptor)
 
     def dying_replace(source: os.PathLike, target: os.PathLike, **options: int) -> None:
-        if is_now(WRITTEN):
+        if is_now(WRITTEN, target):
             _die()
         replace(source, target, **options)
-        if is_now(SAVED):
+        if is_now(SAVED, target):
             _die()
 
     os.fsync, os.replace = dying_fsync, dying_replace
@@ -120,11 +122,11 @@ def killed_everywhere(work: Callable[[Path], object], folder: Path, point: str, 
     return gone_on
 
 
-def sitecustomize(folder: Path, point: str, number: int) -> None:
+def sitecustomize(folder: Path, point: str, number: int, where: str = "") -> None:
     """Make `folder` one that a Python which has it on its path first does `die_at` by."""
     folder.mkdir()
     counter = folder / "counter"
-    call = f"die_at({point!r}, {number}, {str(counter)!r})"
+    call = f"die_at({point!r}, {number}, {str(counter)!r}, {where!r})"
     (folder / "sitecustomize.py").write_text(f"from tests.killed import die_at\n\n{call}\n")
 
 

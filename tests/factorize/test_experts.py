@@ -14,6 +14,7 @@ from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
 from armor.format.statistics import Statistics, write_statistics
+from armor.methods.solver.settings import SolverSettings
 from tests.killed import SAVED, killed_everywhere
 from tests.packed import edit_tensors, opened, prepared
 
@@ -58,6 +59,16 @@ def test_groups_and_the_rest_are_what_one_job_makes(root, groups, tmp_path):
         f"experts {experts}": record.sha256 for experts, record in zip(GROUPS, records, strict=True)
     }
     assert alone.made_by.experts() == []
+
+
+def test_gate_and_up_of_an_expert_share_b_in_groups_as_in_one_job(root, tmp_path):
+    settings = LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=1), share_right=True)
+    found = made(root, tmp_path / "alone.safetensors", settings)
+    files = [group(root, tmp_path / "groups", experts, settings) for experts in GROUPS]
+    made(root, tmp_path / "layer_0.safetensors", settings, done=files)
+    assert (tmp_path / "layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    sharing = [name for name, record in found.modules.items() if ".experts." in name and record.right_of]
+    assert sharing == [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(8)]
 
 
 def test_what_no_group_has_is_done_by_the_layers_job(root, groups, tmp_path):

@@ -18,7 +18,7 @@ from armor.runtime.experts import Expert, Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.streamed import StreamedModel
-from tests.packed import factors_of, opened, packed
+from tests.packed import SETTINGS, factors_of, opened, packed
 from tests.tiny import MIXTURES, tiny_model
 
 TOKENS = torch.arange(24)[None] * 5 % 256
@@ -73,7 +73,8 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
 
 
 def test_few_tokens_go_through_all_packed_experts_at_once_as_they_go_through_each(tmp_path):
-    model = load_model(packed(tmp_path, "gpt_oss", layers=1) / "checkpoint")  # with biases, interleaved
+    settings = SETTINGS.model_copy(update={"share_right": True})
+    model = load_model(packed(tmp_path, "gpt_oss", settings, layers=1) / "checkpoint")  # with biases, interleaved
     (experts,) = (module for module in model.modules() if isinstance(module, Experts))
     x, weights = torch.randn(5, 64), torch.rand(5, 2)
     index = torch.tensor([[0, 2], [2, 1], [2, 0], [4, 4], [4, 1]])  # 4: no expert

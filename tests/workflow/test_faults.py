@@ -30,17 +30,20 @@ def command(run):
     return [*command, "--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
 
 
-def killed(run, point, number):
+def killed(run, point, number, where="", targets=()):
     """Run the workflow, all of it killed at `point` for the `number`-th time (0: never); whether it was.
 
-    Returns when the last of its processes is gone: until then it may hold locks.
+    Only files whose path has `where` in it count; `targets` are made alone. Returns when the last of its processes is
+    gone: until then it may hold locks.
     """
     patch = run.folder / "patch"
     shutil.rmtree(patch, ignore_errors=True)
-    sitecustomize(patch, point, number)
+    sitecustomize(patch, point, number, where)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (patch, REPOSITORY)))}
     with open(run.folder / "run.log", "ab") as log:
-        process = subprocess.Popen(command(run), env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command(run), "--", *targets], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     status = process.wait()
     while any(is_alive(other, process.pid) for other in psutil.process_iter()):
         time.sleep(0.05)

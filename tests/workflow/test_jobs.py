@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
+from armor.config.layers import LayerSettings
 from armor.config.run import Config
 from armor.execution import fingerprint
+from armor.execution.files import read_json
+from armor.factorize.layer import factorize_layer
+from armor.format.records.layer import LayerRecord
+from armor.format.records.topology import Topology
+from armor.model.source import open_source
 from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, jobs
 from armor.run.status import read_status
+from tests.killed import SAVED, left_over
 from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, Run
+from tests.workflow.test_faults import killed
 
 
 def test_rules_and_table_agree_on_outputs_log_and_inputs(run):
@@ -127,6 +137,28 @@ def test_a_mixture_goes_through_all_stages_in_groups_of_experts_and_a_second_run
     assert groups == [f"experts tiny tuned layer 0 {experts}" for experts in ("0-2", "3-5", "6-7")]
     assert not list((results / "tiny/tuned/experts").rglob("*.safetensors"))  # the layer has them
     assert mixture.would_run() == {}
+
+
+def test_killed_within_a_group_of_experts_the_same_command_goes_on_within_it(mixture, tmp_path):
+    config = {key: mixture.config[key] for key in ("models", "calibrations")}
+    config |= {"recipes": {"again": {"method": "nowag", "experts_per_job": 3}}}
+    run = Run(tmp_path / "run", config)
+    shutil.copytree(mixture.folder, run.folder)
+    own = run.folder / "results/tiny"
+    targets = ["results/tiny/again/layers/layer_0.safetensors"]
+    # Of the group's files the first says what the work is. Then there are two for each linear.
+    assert killed(run, SAVED, 5, "/.3-5.safetensors.part/", targets)
+    kept = {file.stem: read_json(file) for file in own.glob("again/experts/layer_0/.3-5.safetensors.part/*.json")}
+    assert len(kept) == 2 and not (own / "again/layers").exists()
+    assert not killed(run, SAVED, 0, targets=targets)
+    done = LayerRecord.read(own / "again/experts/layer_0/3-5.json").modules
+    assert len(done) == 9
+    assert {name: done[name].seconds for name in kept} == {n: step["value"]["seconds"] for n, step in kept.items()}
+    source, topology = open_source(own / "source.json"), Topology.read(own / "model.json")
+    statistics, settings = own / "calibration/words/layer_0.safetensors", LayerSettings(method="nowag")
+    factorize_layer(source, topology, 0, statistics, settings, tmp_path / "alone.safetensors")
+    assert (own / "again/layers/layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    assert left_over(own) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
