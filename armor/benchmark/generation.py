@@ -33,8 +33,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.loading import Loading, measure_loading
+from armor.benchmark.rounds import ratios, summary
 from armor.benchmark.speed import generation_speed, random_prompt, written_after
-from armor.benchmark.timing import ratios, summary
 from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json

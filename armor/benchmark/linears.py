@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from armor.benchmark.timing import mark, ratios, seconds_between, summary
+from armor.benchmark.rounds import ratios, summary
+from armor.benchmark.timing import mark, seconds_between
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.benchmark import LinearSpeed
 from armor.runtime.experts import fused_experts, unfuse

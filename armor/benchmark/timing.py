@@ -1,21 +1,16 @@
-"""Points in time of a computation, and what many times between them say.
+"""Points in time of a computation.
 
 On a CUDA device a point is an event in the card's own queue, for the host is ahead of the card; elsewhere it is the
-clock's. One time says little on a machine that does other things too: medians and quartiles over rounds are kept, with
-the times themselves.
+clock's.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Sequence
 
 import torch
 
-from armor.format.records.benchmark import Runs
-
-__all__ = ["mark", "ratios", "seconds_between", "summary"]
+__all__ = ["mark", "seconds_between"]
 
 Mark = float | torch.cuda.Event
 
@@ -37,14 +32,3 @@ def seconds_between(start: Mark, end: Mark) -> float:
     if isinstance(start, torch.cuda.Event) or isinstance(end, torch.cuda.Event):
         raise TypeError("two points of one device are needed")
     return end - start
-
-
-def summary(runs: Sequence[float]) -> Runs:
-    """The median, the quartiles and the `runs` themselves."""
-    first, median, third = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
-    return Runs(median=median, quartiles=(first, third), runs=tuple(runs))
-
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> Runs:
-    """The summary of above / below, round by round, so that what else ran falls on both."""
-    return summary([a / b for a, b in zip(above, below, strict=True)])

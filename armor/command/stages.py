@@ -38,6 +38,7 @@ from armor.core.errors import ArmorError
 from armor.format import layout
 from armor.format.names import layer_file
 from armor.format.provenance import model_fingerprint
+from armor.format.records.base import Input
 from armor.format.records.topology import Topology
 
 
@@ -318,10 +319,8 @@ def benchmark(
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Size, memory and speed of the dense model and its recipes, timed in turn -> benchmark/CASE.json."""
+    """Size, memory and speed of the dense model and its recipes, in turn, alone or served -> benchmark/CASE.json."""
     device = prepare(threads, gpus)
-    from armor.benchmark.generation import DENSE, benchmark
-
     parsed = parse_settings(BenchmarkSettings, settings)
     recipes: dict[str, Path] = {}
     for path in checkpoint or ():
@@ -331,9 +330,16 @@ def benchmark(
                 f"{path}: {recipes[name]} is in a folder called {name} too; each recipe needs its own name"
             )
         recipes[name] = path
-    fingerprints = {name: model_fingerprint(path) for name, path in {DENSE: source, **recipes}.items()}
+    fingerprints = {name: model_fingerprint(path) for name, path in {Input.DENSE: source, **recipes}.items()}
     folders = {name: folder_of(path) for name, path in recipes.items()}
-    benchmark(folder_of(source), folders, parsed, output, device, fingerprints)
+    if parsed.engine:
+        from armor.benchmark.serving import benchmark_serving
+
+        benchmark_serving(folder_of(source), folders, parsed, output, device, fingerprints)
+    else:
+        from armor.benchmark.generation import benchmark
+
+        benchmark(folder_of(source), folders, parsed, output, device, fingerprints)
 
 
 @app.command()

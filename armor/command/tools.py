@@ -20,6 +20,7 @@ from armor.format import layout
 from armor.format.records.report import ReportRecord
 from armor.plan.machine import USUAL
 from armor.run.status import read_status
+from armor.serve.engine import check_asked
 
 
 @app.command()
@@ -38,11 +39,15 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
             check_names(sorted(tasks - {*BUILT_TASKS}))
         except ArmorError as error:
             raise ArmorError(f"{names}: evaluations: {error}") from None
+    try:
+        check_asked(checked.served())
+    except ArmorError as error:
+        raise ArmorError(f"{names}: {error}") from None
     pairs = checked.pairs().values()
     counts = (
         _count(len(pairs), "pair of model and recipe", "pairs of model and recipe"),
         _count(sum(len(asked.texts) + len(asked.tasks) for asked in pairs), "evaluation", "evaluations"),
-        _count(sum(len(asked.benchmarks) for asked in pairs), "benchmark", "benchmarks"),
+        _count(sum(len(asked.benchmarks) + len(asked.serving) for asked in pairs), "benchmark", "benchmarks"),
     )
     print(f"{names}: {', '.join(counts)}")
 

@@ -1,9 +1,9 @@
-"""Settings of what is measured: perplexity, tasks, speed."""
+"""Settings of what is measured: perplexity, tasks, speed, serving."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -92,12 +92,15 @@ class EvaluationSettings(Typed):
 
 
 class BenchmarkSettings(Typed):
-    """Speed and memory: the dense model and its compressed ones, timed in turn in one process."""
+    """Speed and memory: the dense model and its compressed ones, timed in turn; in one process, or behind a server."""
 
+    engine: Literal["vllm"] | None = None
+    """vllm: each model behind vLLM's server, under the load of vLLM's own client; unset: transformers' generate."""
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of the prompt. The speed of prefill is their number divided by the seconds to the first new token."""
     new_tokens: int = Field(default=64, ge=2)
-    """Tokens written in one round. The sequences of a batch share them; each writes 8 at least."""
+    """Tokens written in one round. The sequences of a batch share them; each writes 8 at least. With an engine each
+    request has as many."""
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 4], min_length=1)
     """How many sequences at once. The speed at the smallest number goes into the summary."""
     prompts: list[Annotated[str, Field(min_length=1)]] = [
@@ -106,7 +109,29 @@ class BenchmarkSettings(Typed):
         "Once upon a time, a fox",
     ]
     """Texts that each model goes on with, by up to new_tokens tokens; the report shows them side by side. []: none."""
+    clients: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
+    """Engine: how many clients ask at once, each again as soon as it has its answer; unset: [1, 4, 16]."""
+    requests: int | None = Field(default=None, ge=1)
+    """Engine: requests of each client in a round; unset: 4."""
+    options: list[str] | None = None
+    """Engine: further options of its server, like [--enforce-eager]; unset: none."""
     repeats: int = Field(default=5, ge=1)
-    """Rounds. Each times every model once; the report shows the median."""
+    """Rounds. Each times every model once; the report shows the median. With an engine each round starts every server
+    anew, so fewer may do."""
     dtype: Dtype = "auto"
     """The dtype to compute in; auto is the checkpoint's own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchmarkSettings:
+        others = ("batch_sizes", "prompts") if self.engine else ("clients", "requests", "options")
+        if given := [key for key in others if getattr(self, key) != BenchmarkSettings.model_fields[key].default]:
+            raise ValueError(f"{given[0]}: goes {'without' if self.engine else 'with'} an engine")
+        return self
+
+    def client_counts(self) -> list[int]:
+        """The numbers of clients of a benchmark with an engine, each once, from the fewest."""
+        return sorted(set(self.clients or (1, 4, 16)))
+
+    def requests_of(self, clients: int) -> int:
+        """The requests of so many clients in a round."""
+        return clients * (self.requests or 4)

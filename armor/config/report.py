@@ -35,7 +35,9 @@ class ReportPair(Typed):
     tasks: dict[Name, list[str]] = {}
     """Evaluations on tasks, and the names of their tasks."""
     benchmarks: list[Name] = []
-    """Benchmarks, the first of which goes into the summary."""
+    """Benchmarks in one process, the first of which goes into the summary."""
+    serving: list[Name] = []
+    """Benchmarks behind a server."""
 
 
 class ReportSettings(Typed):

@@ -26,14 +26,18 @@ __all__ = ["Asked", "Config", "Run"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for of one model and recipe: perplexities on texts, evaluations on tasks, benchmarks, by name."""
+    """What is asked for of one model and recipe, by name.
+
+    That is perplexities on texts, evaluations on tasks, benchmarks in one process, and those behind a server.
+    """
 
     texts: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     benchmarks: list[str] = field(default_factory=list)
+    serving: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return any((self.texts, self.tasks, self.benchmarks))
+        return any(vars(self).values())
 
     def with_those_of(self, other: Asked) -> Asked:
         """Both, each name once."""
@@ -85,6 +89,9 @@ class Config(Typed):
             self._check_recipe(name)
         for name in self.recipes:
             self._check_training(name)
+        for (_, recipe), asked in self.pairs().items():
+            for name in asked.serving:
+                self._check_serving(name, recipe)
         pairs = self.pairs()
         if not pairs:
             raise ValueError("runs: no model goes with any recipe; nothing to do")
@@ -146,6 +153,18 @@ class Config(Typed):
                         "documents, or name a calibration on another text"
                     )
 
+    def _check_serving(self, benchmark: str, name: str) -> None:
+        """The plugin of the engine multiplies with what the recipe stores."""
+        factorized = self.factorized(name)
+        held = "integers" if self.recipes[name].quantize or factorized.integers() else ""
+        if any("rank" in METHODS[method].settings for method in factorized.methods()):
+            held = "pairs of low rank"
+        if held:
+            raise ValueError(
+                f"benchmarks.{benchmark}: recipes.{name}: stores {held}, which no vLLM multiplies with; give this "
+                "benchmark a run of its own, with the recipes that it can serve"
+            )
+
     def names(self, kind: str, run: Run) -> list[str]:
         """The names of `kind` (models, recipes, ...) that take part in `run`."""
         chosen = getattr(run, kind)
@@ -161,7 +180,8 @@ class Config(Typed):
                     added = Asked(
                         texts=[n for n in self.names("evaluations", run) if not self.evaluations[n].tasks],
                         tasks=[n for n in self.names("evaluations", run) if self.evaluations[n].tasks],
-                        benchmarks=self.names("benchmarks", run),
+                        benchmarks=[n for n in self.names("benchmarks", run) if not self.benchmarks[n].engine],
+                        serving=[n for n in self.names("benchmarks", run) if self.benchmarks[n].engine],
                     )
                     found[model, recipe] = known.with_those_of(added)
         return found
@@ -253,7 +273,12 @@ class Config(Typed):
     def benchmarked(self, model: str, benchmark: str) -> list[str]:
         """The compressing recipes of `model` that `benchmark` times, beside the dense model."""
         asked = {recipe: asked for (name, recipe), asked in self.pairs().items() if name == model}
-        return [name for name, own in asked.items() if benchmark in own.benchmarks and not self.is_dense(name)]
+        asking = [name for name, own in asked.items() if benchmark in (*own.benchmarks, *own.serving)]
+        return [name for name in asking if not self.is_dense(name)]
+
+    def served(self) -> list[str]:
+        """The benchmarks behind a server that are asked for, each once."""
+        return list(dict.fromkeys(name for asked in self.pairs().values() for name in asked.serving))
 
     def calibration_of(self, recipe: str) -> str:
         """The name of the calibration that `recipe` uses."""
@@ -274,6 +299,7 @@ class Config(Typed):
                 evaluations=asked.texts,
                 tasks={evaluation: self.evaluations[evaluation].task_names() for evaluation in asked.tasks},
                 benchmarks=asked.benchmarks,
+                serving=asked.serving,
             )
             for (model, name), asked in self.pairs().items()
         ]

@@ -38,6 +38,7 @@ ORDER = (
     "predictions",
     "evaluation",
     "benchmark",
+    "serving",
     "report",
 )
 """The modules of records in the order of the data; others follow by name, and what they share comes last."""

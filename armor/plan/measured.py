@@ -1,4 +1,4 @@
-"""What the jobs take that run a finished model: predictions, perplexity, tasks, benchmarks."""
+"""What the jobs take that run a finished model: predictions, perplexity, tasks, benchmarks, serving."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from armor.plan.work import Read, Step, Work
 from armor.runtime.load import loaded_dtype, weights_bytes
 from armor.runtime.streamed import HIDDEN_STATES, USABLE
 
-__all__ = ["benchmark", "evaluate", "predict", "tasks"]
+__all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 
 TASK_TOKENS = 1024
 """Tokens of one request of a task."""
+SERVER = 2 * 10**9
+"""Bytes of vLLM's processes on the host, without weights and cache (docs/log/serving.md)."""
 
 
 def _measured(
@@ -104,3 +106,13 @@ def benchmark(plan: Plan, model: str, name: str) -> Need:
     for owner, size in zip((None, *owners), sizes, strict=True):
         work.append(Work(Step(model, dtype, owner), steps * len(subject.topology.layers), moved=steps * size))
     return Need(memory_of(0, together), work=tuple(work), remedy="take a larger machine, or leave benchmarks out")
+
+
+def serving(plan: Plan, model: str, name: str) -> Need:
+    """What `serving` takes: one server at a time."""
+    subject, dtype = plan.subjects[model], plan.config.benchmarks[name].dtype
+    plan.note(f"benchmarks.{name}: the time that vLLM takes, and the memory of its cache, are not known and left out")
+    owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
+    folders = [subject.folder, *(subject.packed[owner].folder for owner in owners)]
+    largest = max(weights_bytes(folder, dtype) for folder in folders)
+    return Need(memory_of(SERVER, largest), work=(IN_WHOLE,), remedy="take a larger machine, or leave it out")

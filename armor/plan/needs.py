@@ -20,7 +20,7 @@ from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
 from armor.format.records.topology import DecoderLayer
 from armor.methods import METHODS
-from armor.plan.measured import benchmark, evaluate, predict, tasks
+from armor.plan.measured import benchmark, evaluate, predict, serving, tasks
 from armor.plan.need import (
     BESIDE_CUDA,
     FORKED,
@@ -259,6 +259,7 @@ NEEDS: dict[str, Callable[..., Need]] = {
     "evaluate": evaluate,
     "tasks": tasks,
     "benchmark": benchmark,
+    "serving": serving,
     "report": _light(PAGE, IN_WHOLE),
 }
 """By stage, as `armor.run.jobs` has them."""

@@ -29,7 +29,7 @@ from armor.report.loss_figures import heat_map, loss_by_layer, output_error, tra
 from armor.report.numbers import duration, size
 from armor.report.quality_figures import accuracy, block_sizes, perplexity
 from armor.report.results import STAGES, ModelResults
-from armor.report.speed_figures import decoding, linears
+from armor.report.speed_figures import decoding, linears, throughput
 
 __all__ = ["figures"]
 
@@ -106,6 +106,7 @@ def figures(model: ModelResults, prefix: str) -> list[Figure]:
     for index, case in enumerate(model.benchmark_names()):
         drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))
         drawn.append(linears(model, case, f"{prefix}-linears-{index}"))
+    drawn += [throughput(model, case, f"{prefix}-throughput-{i}") for i, case in enumerate(model.serving_names())]
     drawn += [loss_by_layer(model, f"{prefix}-layers"), output_error(model, f"{prefix}-refined")]
     with_blocks = [recipe for recipe in model.compressed if recipe.has_blocks]
     drawn += [heat_map(recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(with_blocks)]

@@ -14,6 +14,7 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
 from armor.format.records.layer import LayerRecord
+from armor.format.records.serving import ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Topology
 from armor.methods import METHODS
@@ -39,11 +40,14 @@ def _read_model(paths: Results, name: str, pairs: list[ReportPair]) -> ModelResu
     topology = Topology.read_if_there(paths.topology(name))
     source = SourceRecord.read_if_there(paths.source(name))
     benchmarks = _there({b: BenchmarkRecord.read_if_there(paths.benchmark(name, b)) for b in asked})
+    served = dict.fromkeys(benchmark for pair in pairs for benchmark in pair.serving)
+    serving = _there({b: ServingRecord.read_if_there(paths.benchmark(name, b)) for b in served})
     return ModelResults(
         name=name,
         calibrations=_there({c: CalibrationRecord.read_if_there(paths.calibration(name, c)) for c in calibrations}),
         benchmarks=benchmarks,
-        recipes=[_read_recipe(paths, pair, topology, source, benchmarks) for pair in pairs],
+        serving=serving,
+        recipes=[_read_recipe(paths, pair, topology, source, benchmarks, serving) for pair in pairs],
     )
 
 
@@ -53,6 +57,7 @@ def _read_recipe(
     topology: Topology | None,
     source: SourceRecord | None,
     benchmarks: dict[str, BenchmarkRecord],
+    serving: dict[str, ServingRecord],
 ) -> RecipeResults:
     names = (pair.model, pair.recipe)
     layers = [layer.index for layer in topology.layers] if topology else []
@@ -62,6 +67,7 @@ def _read_recipe(
         return list(_there({k: LayerRecord.read_if_there(path) for k, path in paths_of.items()}).values())
 
     asked = {name: benchmarks[name] for name in pair.benchmarks if name in benchmarks}
+    served = {name: serving[name] for name in pair.serving if name in serving}
     return RecipeResults(
         pair=pair,
         topology=topology,
@@ -71,6 +77,7 @@ def _read_recipe(
         evaluations=_there({e: EvaluationRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.evaluations}),
         tasks=_there({e: TasksRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.tasks}),
         benchmarks=_there({b: r.dense if _is_dense(pair) else r.recipes.get(pair.recipe) for b, r in asked.items()}),
+        serving=_there({b: r.dense if _is_dense(pair) else r.recipes.get(pair.recipe) for b, r in served.items()}),
     )
 
 
@@ -82,8 +89,8 @@ def read_results(results: Path, settings: ReportSettings) -> list[ModelResults]:
     paths = Results(str(results))
     names = dict.fromkeys(pair.model for pair in settings.pairs)
     models = [_read_model(paths, name, [pair for pair in settings.pairs if pair.model == name]) for name in names]
-    known = (r.evaluations or r.tasks or r.benchmarks or r.layers or r.checkpoint for m in models for r in m.recipes)
-    if not any(known):
+    recipes = [recipe for model in models for recipe in model.recipes]
+    if not any(r.evaluations or r.tasks or r.benchmarks or r.serving or r.layers or r.checkpoint for r in recipes):
         raise ArmorError(f"{results}: holds no result of the recipes in the plan; run the other stages first")
     return models
 
@@ -95,7 +102,7 @@ def fingerprints(results: Path, settings: ReportSettings) -> dict[str, str]:
     for pair in settings.pairs:
         names = (pair.model, pair.recipe)
         files += [paths.evaluation(*names, evaluation) for evaluation in (*pair.evaluations, *pair.tasks)]
-        files += [paths.benchmark(pair.model, benchmark) for benchmark in pair.benchmarks]
+        files += [paths.benchmark(pair.model, benchmark) for benchmark in (*pair.benchmarks, *pair.serving)]
         if not _is_dense(pair):
             files += [paths.checkpoint(*names), paths.calibration(pair.model, str(pair.calibration))]
     there = (Path(file) for file in dict.fromkeys(files) if Path(file).is_file())

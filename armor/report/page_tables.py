@@ -44,6 +44,9 @@ def page_tables(model: ModelResults, prefix: str) -> Iterator[PageTable]:
         yield PageTable("Accuracy on tasks", rows_table(rows, tasks).html(f"{prefix}-tasks"), caption)
     for index, name in enumerate(model.benchmark_names()):
         yield from _benchmark(model, name, prefix, index)
+    for index, name in enumerate(model.serving_names()):
+        if name in model.serving:
+            yield _serving(model, name, f"{prefix}-serving-{index}")
     if any((samples := model.samples()).values()):
         caption = (
             "Greedy decoding after each prompt; ↵ is the end of a line. A few samples show what was lost and prove "
@@ -138,6 +141,33 @@ def _side(side: Side, batches: list[str]) -> dict[str, str]:
             f"Without blocks, {batch}": _decoding(side.core and side.core.speedup, batch),
         }
     return cells
+
+
+def _serving(model: ModelResults, benchmark: str, name: str) -> PageTable:
+    """Speed by the number of clients, memory and time to start of all recipes behind a server."""
+    cells = {
+        f"{recipe.name}, {count} client{'' if count == '1' else 's'}": {
+            "Tokens/s": _middle(load.tokens_per_second),
+            "Beside dense": _times(load.speedup and load.speedup.median),
+            "Requests/s": _middle(load.requests_per_second),
+            "First token, ms": _middle(load.first_token_milliseconds),
+            "Token, ms": _middle(load.token_milliseconds),
+            "Memory": size(side.memory_bytes.median),
+            "Start": duration(side.start_seconds.median),
+        }
+        for recipe in model.recipes
+        if (side := recipe.serving.get(benchmark))
+        for count, load in sorted(side.clients.items(), key=lambda known: int(known[0]))
+    }
+    caption = (
+        f"Behind vLLM {model.serving[benchmark].engine['vllm']}, by the number of clients, each of which asks again as "
+        "soon as it has its answer: new tokens and requests per second of all clients together, milliseconds to the "
+        "first token and for each after it. Median (quartiles) of rounds in which one server after the other ran; a "
+        "round's milliseconds are the median of its requests. Beside dense: tokens per second by those of the dense "
+        "model. Memory: of the server's processes on the host after the loads, libraries and vLLM's cache included. "
+        "Start: until the server answered."
+    )
+    return PageTable(f"Served by vLLM: {benchmark}", Table(cells).html(name, "data long"), caption)
 
 
 def _linears(model: ModelResults, benchmark: str) -> Cells:

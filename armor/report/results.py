@@ -22,6 +22,7 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training, trainings
+from armor.format.records.serving import Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
 from armor.methods import METHODS, Method
@@ -30,7 +31,8 @@ from armor.model.cost import dtype_bits
 __all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
 STAGES = ("calibrate", *FACTORS, "assemble", "evaluate", "benchmark")
-"""The stages of which the report tells the time, in the order of the data. Tasks count as evaluate."""
+"""The stages of which the report tells the time, in the order of the data. Tasks count as evaluate, and serving as
+benchmark."""
 DENSE = "dense"
 """What a benchmark's samples call the dense model, whatever its recipe is called."""
 Work = dict[str, list[Made]]
@@ -82,6 +84,8 @@ class RecipeResults:
     """Evaluations on tasks, as `evaluations` are those on texts."""
     benchmarks: dict[str, Side]
     """This recipe's own side of each."""
+    serving: dict[str, Served]
+    """The same of benchmarks behind a server."""
 
     @property
     def name(self) -> str:
@@ -260,6 +264,7 @@ class ModelResults:
     name: str
     calibrations: dict[str, CalibrationRecord]
     benchmarks: dict[str, BenchmarkRecord]
+    serving: dict[str, ServingRecord]
     recipes: list[RecipeResults]
 
     @property
@@ -289,7 +294,7 @@ class ModelResults:
         return (
             shared("calibrate", self.calibrations, "calibration", "text")
             | {recipe.name: recipe.work() for recipe in self.recipes}
-            | shared("benchmark", self.benchmarks, "benchmark", "speed")
+            | shared("benchmark", self.benchmarks | self.serving, "benchmark", "speed")
         )
 
     def records(self) -> Iterator[tuple[str, Made]]:
@@ -297,7 +302,7 @@ class ModelResults:
         yield from (("calibrate", record) for record in self.calibrations.values())
         for recipe in self.recipes:
             yield from ((stage, record) for stage, records in recipe.records().items() for record in records)
-        yield from (("benchmark", record) for record in self.benchmarks.values())
+        yield from (("benchmark", record) for record in (*self.benchmarks.values(), *self.serving.values()))
 
     def samples(self) -> dict[str, dict[str, str]]:
         """What the dense model and the compressed ones write, by recipe and prompt; the first benchmark's that has it.
@@ -323,6 +328,10 @@ class ModelResults:
     def benchmark_names(self) -> list[str]:
         """The benchmarks that were asked for, in order."""
         return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.benchmarks))
+
+    def serving_names(self) -> list[str]:
+        """The benchmarks behind a server that were asked for, in order."""
+        return list(dict.fromkeys(name for recipe in self.recipes for name in recipe.pair.serving))
 
 
 def decode_speed(side: Side) -> float:

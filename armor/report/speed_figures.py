@@ -1,8 +1,9 @@
-"""The figures of speed: how many times as fast as dense the whole model decodes, and each shape of packed linears.
+"""The figures of speed: how fast the whole model and each shape of linears are beside dense, and a server under load.
 
-Both sides took turns in one process. So what is drawn is the ratio of a round: its median, and the quartiles, which say
-how far rounds agreed. A row holds a batch size or a shape and a dot for each recipe, one below the other in the
-legend's order. So 4 recipes and 6 shapes fit a phone. A number at each would not. The tables have the numbers.
+Beside dense, both sides took turns in one process. So what is drawn is the ratio of a round: its median, and the
+quartiles, which say how far rounds agreed. A row holds a batch size or a shape and a dot for each recipe, one below the
+other in the legend's order. So 4 recipes and 6 shapes fit a phone. A number at each would not. The tables have the
+numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import altair as alt
 
 from armor.format.records.benchmark import Runs
+from armor.format.records.serving import Served
 from armor.report.charts import (
+    DASHES,
     INK,
     SERIES,
     WIDTH,
@@ -26,9 +29,9 @@ from armor.report.charts import (
     svg_of,
 )
 from armor.report.numbers import number
-from armor.report.results import ModelResults
+from armor.report.results import DENSE, ModelResults
 
-__all__ = ["decoding", "linears"]
+__all__ = ["decoding", "linears", "throughput"]
 
 CAPTION = (
     " by recipe, in the legend's order: right of the dashed line it is faster. A dot is the median over rounds in "
@@ -103,3 +106,48 @@ def linears(model: ModelResults, benchmark: str, name: str) -> Figure | None:
     alternative = f"How many times as fast as dense a packed linear is, by shape: {_told(points)}."
     svg = svg_of(_ratios(model, points), name, alternative)
     return Figure(name, f"Linears beside dense: {benchmark}", svg, caption)
+
+
+def throughput(model: ModelResults, benchmark: str, name: str) -> Figure | None:
+    """Tokens per second behind a server over the number of clients, a line for each model; None where none ran."""
+    record = model.serving.get(benchmark)
+    if record is None:
+        return None
+    dense = model.dense.name if model.dense else DENSE
+    sides: dict[str, Served] = {dense: record.dense}
+    sides |= {recipe.name: recipe.serving[benchmark] for recipe in model.compressed if benchmark in recipe.serving}
+    points = []
+    for recipe, side in sides.items():
+        for count, load in sorted(side.clients.items(), key=lambda known: int(known[0])):
+            low, high = load.tokens_per_second.quartiles
+            value = load.tokens_per_second.median
+            points.append(Mark(recipe=recipe, clients=int(count), value=value, low=low, high=high))
+    places = series_places(model.compressed)
+    colors = {recipe: SERIES[places[recipe]] if recipe in places else INK for recipe in sides}
+    dashes = {recipe: DASHES[0] if recipe in places else [3, 3] for recipe in sides}
+    counts = sorted({point.clients for point in points})
+    legend = alt.Legend(title=None, columns=columns_of(colors), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    scale = alt.Scale(type="log", base=2, domain=[counts[0] / 1.2, counts[-1] * 1.2], nice=False)
+    top = alt.Scale(domain=[0, 1.05 * max(point.high for point in points)], nice=False)
+    axis = alt.Axis(values=counts, format="d", grid=False)
+    base = alt.Chart(data(points)).encode(
+        x=alt.X("clients:Q", title="clients, log scale", scale=scale, axis=axis),
+        color=alt.Color("recipe:N", **palette(colors, legend=legend)),
+    )
+    up = alt.Y("value:Q", title="tokens per second", scale=top, axis=alt.Axis(tickCount=5))
+    chart = alt.layer(
+        base.mark_rule(strokeWidth=7, opacity=0.3).encode(y=alt.Y("low:Q", scale=top), y2="high:Q"),
+        base.mark_line(strokeWidth=2).encode(
+            y=up, strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=legend))
+        ),
+        base.mark_point(filled=True, size=45, opacity=1).encode(y=up),
+    ).properties(width=WIDTH + 40, height=200)
+    caption = (
+        "New tokens per second of all clients together, by their number, behind vLLM's server; the dashed line is the "
+        "dense model. A dot is the median over rounds in which one server after the other ran, the pale bar the middle "
+        "half of them."
+    )
+    by = {r: [(f"{p.clients}", number(p.value, 3)) for p in points if p.recipe == r] for r in sides}
+    told = "; ".join(f"{recipe}: {listed(pairs)}" for recipe, pairs in by.items())
+    alternative = f"Tokens per second behind a server, by the number of clients: {told}."
+    return Figure(name, f"Throughput over clients: {benchmark}", svg_of(chart, name, alternative), caption)

@@ -45,6 +45,7 @@ def missing(model: ModelResults) -> list[str]:
         absent = [f"evaluation {name}" for name in recipe.pair.evaluations if name not in recipe.evaluations]
         absent += [f"tasks {name}" for name in recipe.pair.tasks if name not in recipe.tasks]
         absent += [f"benchmark {name}" for name in recipe.pair.benchmarks if name not in recipe.benchmarks]
+        absent += [f"benchmark {name}" for name in recipe.pair.serving if name not in recipe.serving]
         if not recipe.dense:
             absent += ["checkpoint"] * (recipe.checkpoint is None) + ["some decoder layers"] * (not recipe.complete)
         if absent:

@@ -134,6 +134,12 @@ def _text_inputs(config: Config, model: str, recipe: str, evaluation: str) -> li
     return [_finished(config, model, recipe), *dense, ("predictions", "predict", (model, evaluation))]
 
 
+def _timed(config: Config, model: str, benchmark: str) -> list[Needed]:
+    """The dense model and its recipes, which take turns."""
+    recipes = config.benchmarked(model, benchmark)
+    return [(Input.DENSE, "fetch", (model,)), *((recipe, "assemble", (model, recipe)) for recipe in recipes)]
+
+
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
@@ -300,12 +306,20 @@ STAGES = {
         asked=lambda config: _once(config, "benchmarks"),
         entry="armor.benchmark.generation",
         seconds=75,
-        inputs=lambda config, model, benchmark: [
-            (Input.DENSE, "fetch", (model,)),
-            *((recipe, "assemble", (model, recipe)) for recipe in config.benchmarked(model, benchmark)),
-        ],
+        inputs=_timed,
         settings=lambda config, model, benchmark: config.benchmarks[benchmark],
         reported=True,
+    ),
+    "serving": Stage(
+        outputs=lambda results, model, benchmark: (results.benchmark(model, benchmark),),
+        asked=lambda config: _once(config, "serving"),
+        entry="armor.benchmark.serving",
+        seconds=600,
+        inputs=_timed,
+        settings=lambda config, model, benchmark: config.benchmarks[benchmark],
+        also=lambda config, model, benchmark: ["armor.benchmark.client", "armor.serve.plugin"],
+        reported=True,
+        forked=False,  # so that Snakemake sees the memory of the servers
     ),
     "report": Stage(
         outputs=lambda results: results.report(),

@@ -1,7 +1,8 @@
 """`armor serve`: an OpenAI-compatible server on a checkpoint, by vLLM, or by transformers where there is no vLLM.
 
-The checkpoint is checked here first, so that a broken one is one line instead of a server's traceback. Then the server
-takes the place of this process: signals, exit code and output are its own.
+vLLM may have an environment of its own (`armor.serve.engine`). The checkpoint is checked here first, so that a broken
+one is one line instead of a server's traceback. Then the server takes the place of this process: signals, exit code and
+output are its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from armor.core.errors import ArmorError
+from armor.serve.engine import PYTHON, python_of_engine
 
-__all__ = ["command", "serve"]
+__all__ = ["command", "serve", "vllm_command"]
 
 TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
+
+
+def vllm_command(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
+    """The command by which vLLM serves `folder` as model `name` on `host` and `port`; `options` are its own."""
+    # Not `vllm serve`, which asks for a distribution of that name; builds for CPUs have another.
+    start = [python_of_engine(), "-m", "vllm.entrypoints.openai.api_server"]
+    named = ["--model", str(folder), "--served-model-name", name]
+    return [*start, *named, "--host", host, "--port", str(port), *options]
 
 
 def command(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
@@ -27,11 +37,8 @@ def command(folder: Path, name: str, host: str, port: int, options: Sequence[str
     Raises ArmorError where neither vLLM nor what transformers' server needs is installed, and for a name that the
     latter cannot give.
     """
-    listen = ["--host", host, "--port", str(port)]
-    if find_spec("vllm"):
-        # Not `vllm serve`, which asks for a distribution of that name; builds for CPUs have another.
-        module = "vllm.entrypoints.openai.api_server"
-        return [sys.executable, "-m", module, "--model", str(folder), "--served-model-name", name, *listen, *options]
+    if os.environ.get(PYTHON) or find_spec("vllm"):
+        return vllm_command(folder, name, host, port, options)
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -40,7 +47,7 @@ def command(folder: Path, name: str, host: str, port: int, options: Sequence[str
         raise ArmorError(
             f"--served-model-name {name}: goes with vLLM; transformers' server calls a model by its folder"
         )
-    return [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), *listen, *options]
+    return [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), "--host", host, "--port", str(port), *options]
 
 
 def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> None:

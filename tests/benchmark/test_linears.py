@@ -7,7 +7,7 @@ import torch
 
 from armor.benchmark import linears as module
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
-from armor.benchmark.timing import ratios, summary
+from armor.benchmark.rounds import ratios, summary
 from armor.config.layers import LayerSettings
 from armor.core import blockdiag
 from armor.execution.files import read_json

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from armor.config.budget import PriceSettings
 from armor.config.layers import LayerSettings, check_patterns
 from armor.config.loading import load_config
-from armor.config.measures import PAPER_TASKS, EvaluationSettings
+from armor.config.measures import PAPER_TASKS, BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import Recipe
 from armor.config.run import Config
@@ -41,6 +41,38 @@ def test_the_dense_model_needs_no_calibration():
     value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}, "benchmarks": {"decode": {}}}
     config = parse_settings(Config, value)
     assert config.report_settings().pairs[0].calibration is None
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"clients": [1]}, "clients: goes with an engine"),
+        ({"engine": "vllm", "batch_sizes": [2]}, "batch_sizes: goes without an engine"),
+        ({"engine": "vlm"}, "'vlm' is unknown"),
+    ],
+)
+def test_an_engine_has_keys_of_its_own(settings, said):
+    with pytest.raises(ArmorError, match=said):
+        parse_settings(BenchmarkSettings, settings)
+
+
+def test_a_benchmark_behind_a_server_is_another_stage_and_takes_what_the_plugin_multiplies_with():
+    recipes = {"armor": {}, "rounded": {"base": "armor", "quantize": {}}, "pair": {"method": "oats"}}
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes}
+    value |= {"benchmarks": {"decode": {}, "serve": {"engine": "vllm"}}}
+    for names, held in ((["armor", "rounded"], "integers"), (["armor", "pair"], "pairs of low rank")):
+        with pytest.raises(ArmorError, match=f"benchmarks.serve: recipes.{names[1]}: stores {held}"):
+            parse_settings(Config, value | {"runs": [{"recipes": names}]})
+    config = parse_settings(
+        Config, value | {"runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}]}
+    )
+    pairs = config.report_settings().pairs
+    assert [(pair.benchmarks, pair.serving) for pair in pairs] == [
+        (["decode"], ["serve"]),
+        (["decode"], []),
+        (["decode"], []),
+    ]
+    assert config.benchmarked("tiny", "serve") == ["armor"] and len(config.benchmarked("tiny", "decode")) == 3
 
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)

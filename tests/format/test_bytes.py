@@ -55,6 +55,7 @@ FILES = {
     "TaskRecord": "task",
     "TasksRecord": "tasks",
     "BenchmarkRecord": "benchmark",
+    "ServingRecord": "serving",
     "ReportRecord": "report",
 }
 

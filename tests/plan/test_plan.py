@@ -43,6 +43,10 @@ CONFIG = {
     "benchmarks": {"decode": {}},
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
+SERVED = {
+    "benchmarks": {"decode": {}, "serve": {"engine": "vllm"}},
+    "runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}],
+}
 ROOMY = Host(memory=10**12, disk=10**12, cores=2, gpu=None)
 
 
@@ -71,7 +75,7 @@ def test_a_checkpoint_will_be_as_large_as_the_plan_says(tmp_path, family, share)
 
 
 def test_every_stage_has_its_needs(tmp_path):
-    plan, found, place = made(tiny_model(tmp_path / "model", layers=2), tmp_path / "plan")
+    plan, found, place = made(tiny_model(tmp_path / "model", layers=2), tmp_path / "plan", **SERVED)
     assert NEEDS.keys() == STAGES.keys() == {"experts"} | {stage.stage for stage in found.stages}
     assert all(stage.host_bytes > 0 for stage in found.stages)
     assert sum(stage.jobs for stage in found.stages) == len(list(jobs(plan.config, str(place))))
@@ -150,7 +154,7 @@ def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_
 
 def test_the_command_prints_tables_or_json(tmp_path):
     tiny_model(tmp_path / "model", layers=1)
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": "model"}}}))
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | SERVED | {"models": {"tiny": {"folder": "model"}}}))
     done = armor("plan", "my.yaml", "--threads", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
@@ -162,7 +166,7 @@ def test_the_command_prints_tables_or_json(tmp_path):
 def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     """And a job that asks for less than it takes is named; Snakemake's own words where it cannot plan."""
     model = tiny_model(tmp_path / "model", layers=2)
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": str(model)}}}))
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | SERVED | {"models": {"tiny": {"folder": str(model)}}}))
     (tmp_path / "words.txt").write_text("words")
     (tmp_path / "other.txt").write_text("others")
     small = {"set-resources": ["price:mem_mb=500"], "set-threads": ["calibrate=16"]}

@@ -16,6 +16,7 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training
+from armor.format.records.serving import Load, Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.methods import METHODS
@@ -62,6 +63,7 @@ def plan(
     models: Iterable[str] = ("smollm2-135m",),
     evaluations: Iterable[str] = ("wikipedia",),
     benchmarks: Iterable[str] = ("decode",),
+    serving: Iterable[str] = (),
     tasks: dict[str, list[str]] | None = None,
     block_sizes: dict[str, int] | None = None,
 ) -> ReportSettings:
@@ -82,6 +84,7 @@ def plan(
                 calibration=None if method == "dense" else "text",
                 evaluations=list(evaluations),
                 benchmarks=list(benchmarks),
+                serving=list(serving),
                 tasks=tasks or {},
             )
             for model in models
@@ -324,6 +327,36 @@ def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecor
     )
 
 
+def _served(rng: random.Random, method: str) -> Served:
+    """A model behind a server: at more clients more is written, and each waits longer."""
+    ratio = SPEED[method] / SPEED["dense"]
+    loads = {
+        str(clients): Load(
+            requests_per_second=_runs(rng, speed / 64),
+            tokens_per_second=_runs(rng, speed),
+            first_token_milliseconds=_runs(rng, 20 * clients),
+            token_milliseconds=_runs(rng, 1000 * clients / speed),
+            speedup=None if method == "dense" else _ratio(ratio),
+        )
+        for clients, speed in ((clients, 40 * ratio * clients**0.6) for clients in (1, 4, 16))
+    }
+    memory = 1.2e9 + BYTES.get(method, DENSE_BYTES)
+    size = BYTES.get(method, DENSE_BYTES)
+    return Served(bytes_on_disk=size, start_seconds=_runs(rng, 30), memory_bytes=_runs(rng, memory), clients=loads)
+
+
+def _serving(model: str, name: str, methods: dict[str, str]) -> ServingRecord:
+    """`methods` are those of the recipes that compress."""
+    rng = random.Random(f"{model} {name}")
+    return ServingRecord(
+        **made("serving", rng, 300, 1.6e9),
+        case=name,
+        engine={"vllm": "0.32.0", "armor": "0", "torch": "2.13.0"},
+        dense=_served(rng, "dense"),
+        recipes={recipe: _served(rng, method) for recipe, method in methods.items()},
+    )
+
+
 def _topology(layers: int) -> Topology:
     def layer(index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
@@ -359,9 +392,11 @@ def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Pat
         source = SourceRecord(path="/", fingerprint="a" * 64, dtype="bfloat16", files=FILES, hub=None, settings={})
         source.write(paths.source(model))
         _topology(layers).write(paths.topology(model))
-        for name in dict.fromkeys(name for pair in pairs for name in pair.benchmarks):
-            methods = {pair.recipe: pair.method for pair in pairs if pair.method != "dense" and name in pair.benchmarks}
+        methods = {pair.recipe: pair.method for pair in pairs if pair.method != "dense"}
+        for name in pairs[0].benchmarks:
             _benchmark(model, name, methods).write(paths.benchmark(model, name))
+        for name in pairs[0].serving:
+            _serving(model, name, methods).write(paths.benchmark(model, name))
     for pair in settings.pairs:
         names, rng = (pair.model, pair.recipe), random.Random(f"{pair.model} {pair.recipe}")
         for number, name in enumerate(pair.evaluations):

@@ -14,7 +14,7 @@ from tests.report.sample import KL, PERPLEXITY, plan, trained, write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
-FIGURES = 16
+FIGURES = 17
 PHONE, DESK = 380, 1280
 PAPER = 718  # A4 upright without Chromium's margins of a centimetre, in CSS pixels
 
@@ -23,7 +23,7 @@ PAPER = 718  # A4 upright without Chromium's margins of a centimetre, in CSS pix
 def folder(tmp_path_factory):
     """A run with all that a report can show, compared with itself too; screenshots are written beside it."""
     folder = tmp_path_factory.mktemp("browser")
-    wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]})
+    wanted = plan(evaluations=["wikipedia", "c4"], tasks={"reading": ["last_word", "continuation"]}, serving=["serve"])
     wanted = trained(trained(wanted, "armor", "refine", "tune"), "nowag", "refine")
     wanted.config["recipes"]["keep"] = "a-long-name-" * 20  # wider than paper
     results = write_results(folder / "results", wanted, 6)

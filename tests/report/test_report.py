@@ -4,6 +4,7 @@ import csv
 import html
 import importlib
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord
 from armor.format.records.report import ReportRecord, Row, Score
+from armor.format.records.serving import ServingRecord
 from armor.format.records.topology import Topology
 from armor.methods import METHODS
 from armor.report import build, print_table
@@ -689,6 +691,58 @@ def test_where_the_core_was_not_timed_there_are_gaps(own):
     armor = table_of(own, "Memory and speed: decode")["armor"]
     assert armor["Without blocks, 1"] == "–" and armor["Beside dense, 1"] == "0.662 ×"
     assert {row["Without blocks, ms"] for row in table_of(own, "Speed by linear: decode").values()} == {"–"}
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A results folder with a benchmark behind a server, and what its report is about."""
+    wanted = plan(["dense", "nowag", "armor"], serving=["serve"])
+    return write_results(tmp_path, wanted, LAYERS), wanted
+
+
+def loads_of(side):
+    return [(count, side.clients[count]) for count in ("1", "4", "16")]
+
+
+def serving_of(root):
+    return ServingRecord.read(Results(str(root)).benchmark(MODEL, "serve"))
+
+
+def test_the_table_of_a_server_has_speeds_by_clients_and_memory(served):
+    root, wanted = served
+    build(root, wanted, root / "report")
+    table, own = table_of(root, "Served by vLLM: serve"), serving_of(root).recipes["armor"]
+    assert list(table)[:4] == ["dense, 1 client", "dense, 4 clients", "dense, 16 clients", "nowag, 1 client"]
+    load = own.clients["16"]
+    low, high = (number(value, 3) for value in load.tokens_per_second.quartiles)
+    row = table["armor, 16 clients"]
+    assert row["Tokens/s"] == f"{number(load.tokens_per_second.median, 3)} ({low} to {high})"
+    assert row["Beside dense"] == "0.662 ×" and table["dense, 16 clients"]["Beside dense"] == "–"
+    assert row["First token, ms"].startswith(f"{number(load.first_token_milliseconds.median, 3)} (")
+    assert row["Memory"] == size(own.memory_bytes.median)
+    assert ReportRecord.read(root / "report/summary.json").made_by.inputs[f"{MODEL}/benchmark/serve.json"]
+
+
+def test_throughput_over_clients_has_a_line_for_each_model(served):
+    root, wanted = served
+    svg = next(f.svg for f in figures(read_results(root, wanted)[0], "m0") if f.name == "m0-throughput-0")
+    for name, side in {"dense": serving_of(root).dense, **serving_of(root).recipes}.items():
+        told = [f"{count} {number(load.tokens_per_second.median, 3)}" for count, load in loads_of(side)]
+        assert f"{name}: {', '.join(told)}" in svg
+    assert {"1", "4", "16", "dense", "nowag", "armor", "tokens per second"} <= {*re.findall(r">([^<>]+)</text>", svg)}
+
+
+def test_a_recipe_that_was_not_served_is_a_gap(served):
+    root, wanted = served
+    path = Results(str(root)).benchmark(MODEL, "serve")
+    change(ServingRecord, path, recipes=lambda r: {name: side for name, side in r.recipes.items() if name != "nowag"})
+    build(root, wanted, root / "report")
+    assert not [name for name in table_of(root, "Served by vLLM: serve") if name.startswith("nowag")]
+    assert "nowag: benchmark serve." in page_of(root)
+    os.unlink(path)
+    build(root, wanted, root / "report")
+    assert "Served by vLLM" not in page_of(root) and "Throughput" not in page_of(root)
+    assert "armor: benchmark serve." in page_of(root)
 
 
 def test_recipes_that_did_not_fit_together_are_named_by_their_turns(own):

@@ -14,7 +14,7 @@ from armor.run.jobs import STAGES
 
 PACKAGE = Path(__file__).resolve().parents[2] / "armor"
 TRAIN = "sensitivity states refine tune"
-MEASURE = "predict evaluate tasks benchmark"
+MEASURE = "predict evaluate tasks benchmark serving"
 READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
 FACTORS = "price experts factorize refine tune quantize"
 COMPRESS = "calibrate price experts factorize assemble"
@@ -22,7 +22,9 @@ ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
     "__init__ __main__ hf command* plan* run run/* core/errors core/version format/provenance format/records/run": "",
-    "execution/devices execution/log execution/machine execution/nvml training/memory serve*": "",
+    "execution/devices execution/log execution/machine execution/nvml training/memory": "",
+    "serve/chat": "",
+    "serve*": "serving",
     "assemble/export assemble/verify model/outline": "",
     "config/loading config/reading config/recipes config/reference config/run format/reference": "",
     # the stages
@@ -49,6 +51,8 @@ HELD_BY = {
     "evaluate/perplexity": "evaluate",
     "evaluate/tasks evaluate/built": "tasks",
     "evaluate*": "predict evaluate tasks",
+    "benchmark/serving benchmark/client": "serving",
+    "benchmark/rounds benchmark": "benchmark serving",
     "benchmark*": "benchmark",
     "report*": "report",
     # their settings
@@ -59,11 +63,11 @@ HELD_BY = {
     "config/sample": TRAIN,
     "config/measures": MEASURE,
     "config/report": "report",
-    "config/sources": f"fetch {READ_TEXT} benchmark",
-    "config*": f"fetch {READ_TEXT} benchmark price budget experts factorize quantize report",
+    "config/sources": f"fetch {READ_TEXT} benchmark serving",
+    "config*": f"fetch {READ_TEXT} benchmark serving price budget experts factorize quantize report",
     # their files
     "format/layout format/records/report": "report",
-    "format/names": ALL.replace("fetch inspect ", ""),
+    "format/names": ALL.replace("fetch inspect ", "").replace("serving ", ""),
     "format/statistics": f"calibrate {FACTORS}",
     "format/records/calibration": f"calibrate {FACTORS} report",
     "format/sensitivity format/records/sensitivity": "sensitivity price",
@@ -74,7 +78,8 @@ HELD_BY = {
     "format/records/checkpoint": "assemble benchmark report",
     "format/logits format/records/predictions": "predict evaluate",
     "format/records/evaluation": "evaluate tasks report",
-    "format/records/benchmark": "benchmark report",
+    "format/records/benchmark": "benchmark serving report",
+    "format/records/serving": "serving report",
     "format/checksums": f"{TRAIN} assemble {MEASURE}",
     # what several stages stand on
     "methods methods/solver": f"{FACTORS} budget report",
@@ -82,7 +87,7 @@ HELD_BY = {
     "methods/*": "price experts factorize",
     "model/cost": "price report",
     "text*": READ_TEXT,
-    "runtime/streamed": f"tune {MEASURE}",
+    "runtime/streamed": f"tune {MEASURE.removesuffix(' serving')}",
     "runtime runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
@@ -95,6 +100,7 @@ def held() -> dict[str, set[str]]:
     """The stages whose hash holds each module of the package, by its name below armor/."""
     methods = [module for method in METHODS.values() for module in method.code]
     more = dict.fromkeys(("price", "experts", "factorize"), methods) | {"refine": STAGES["refine"].also(None, *"123")}
+    more["serving"] = STAGES["serving"].also(None, *"12")
     of = {stage: executed_by(row.entry, *more.get(stage, ())) for stage, row in STAGES.items()}
     names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
     found = {}

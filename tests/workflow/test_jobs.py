@@ -17,6 +17,7 @@ from armor.model.source import open_source
 from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, jobs
 from armor.run.status import read_status
+from tests.engine import stand_in
 from tests.killed import SAVED, left_over
 from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, Run
@@ -90,7 +91,13 @@ ITEM = "The {0} rivers ran past the old stone city. It took {0} kings to build t
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory, config):
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, config, patch):
     """A run of the whole workflow, all stages, on a mixture of 8 experts in groups of 3; its commands told on."""
     folder = tmp_path_factory.mktemp("executed")
     (folder / "python").mkdir()
@@ -109,6 +116,11 @@ def mixture(tmp_path_factory, config):
     tasks = {"text": {"files": [str(questions)]}, "tasks": ["last_word", "continuation"], "items": 4}
     short = config | {"models": {"tiny": {"folder": str(model)}}, "recipes": {"tuned": tuned}}
     short["evaluations"] = config["evaluations"] | {"questions": tasks}
+    short["benchmarks"] = config["benchmarks"] | {"serve": {"engine": "vllm", "clients": [1], "repeats": 1}}
+    short["recipes"]["dense"] = {"method": "dense"}
+    served = {"recipes": ["dense"], "evaluations": [], "benchmarks": ["serve"]}  # integers are not
+    short["runs"] = [{"recipes": ["tuned"], "benchmarks": ["decode"]}, served]
+    patch.setenv("STAND_IN", stand_in(folder / "python")["STAND_IN"])
     done = Run(folder / "run", short, python=folder / "python").snakemake()
     assert done.returncode == 0, done.stderr + done.stdout
     return Run(folder / "run", short)
@@ -122,6 +134,7 @@ def executed(mixture):
         arguments, *names = file.read_text().splitlines()
         command = arguments.partition(" ")[0]
         stage = "tasks" if command == "evaluate" and '"tasks":' in arguments else command
+        stage = "serving" if command == "benchmark" and '"engine":' in arguments else stage
         stage = "experts" if "--experts" in arguments else stage
         found.setdefault(stage, set()).update(names)
     return found

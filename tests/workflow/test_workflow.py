@@ -59,6 +59,13 @@ def test_the_status_knows_every_job_of_the_workflow(run):
     }
 
 
+def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARMOR_VLLM", "/no/python")
+    done = Run(tmp_path, run.edited(benchmarks__serve__engine="vllm")).snakemake()
+    assert done.returncode == 1 and not (tmp_path / "results/run.json").exists()
+    assert "benchmarks.serve.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
+
+
 def test_snakemake_announces_a_job_by_the_name_that_the_status_gives_it(run):
     """And by nothing else: its inputs may be hundreds of files. The stages before a checkpoint hide those behind it."""
     behind = "calibrate factorize assemble evaluate benchmark report".split()

@@ -22,6 +22,7 @@ from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, Job, jobs_of, read_topology
 from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
+from armor.serve.engine import check_asked
 
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
@@ -51,6 +52,7 @@ def any_of(names):
 
 onstart:
     try:
+        check_asked(SETTINGS.served())
         start_run(Path(R.root), SETTINGS, typed(sys.argv))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None

@@ -1,0 +1,111 @@
+"""A server of vLLM for as long as this process needs it: it starts, answers, tells its memory, and is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import psutil
+
+from armor.core.errors import ArmorError
+from armor.serve.server import vllm_command
+
+__all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"]
+
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+"""What vLLM is told where the user does not say it; on a CPU as many threads as the job has, and a cache of 4 GiB."""
+CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+)$", re.MULTILINE)
+"""The first error of a traceback, in a line of vLLM's log or alone: those after it come from it."""
+UNTIL_OUR_END = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+"""Start a program that gets SIGTERM when this process ends, however it does: PR_SET_PDEATHSIG of Linux."""
+
+
+class Server(NamedTuple):
+    """A server that answers at `url`, with its process, and the seconds until it did."""
+
+    url: str
+    process: psutil.Process
+    start_seconds: float
+
+
+def failure(folder: Path, said: IO[str]) -> ArmorError:
+    """The error for a program that ended; all that it said goes to the job's log."""
+    said.seek(0)
+    text = said.read()
+    sys.stderr.write(text)
+    found = CAUSE.search(text)
+    reason = found[1] if found else next(filter(None, reversed(text.splitlines())), "it said nothing")
+    return ArmorError(f"{folder}: vLLM does not serve it: {reason}")
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
+    """vLLM's server on `folder`, as model `name`, from when it answers; it ends with the context, or with this process.
+
+    Raises ArmorError, with its cause, where it ends before it answers.
+    """
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    command = vllm_command(folder, name, "127.0.0.1", port, options)
+    url, start = f"http://127.0.0.1:{port}", time.perf_counter()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", UNTIL_OUR_END, *command],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | os.environ,
+        )
+        watched = psutil.Process(process.pid)
+        try:
+            while not _is_up(url):
+                if process.poll() is not None:
+                    raise failure(folder, said)
+                time.sleep(0.2)
+            yield Server(url, watched, time.perf_counter() - start)
+        finally:
+            _end(watched)
+            process.wait()
+
+
+def _tree(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _end(process: psutil.Process) -> None:
+    """End a server with all its processes, at last by force."""
+    processes = _tree(process)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.terminate()
+    for left in psutil.wait_procs(processes, timeout=60)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+
+
+def memory_bytes(process: psutil.Process) -> int:
+    """What a process and its children hold; of pages that others hold too their share, where the system can tell."""
+    total = 0
+    for one in _tree(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            held = one.memory_full_info()
+            total += getattr(held, "pss", held.uss)
+    return total

