@@ -46,9 +46,12 @@ def opened(root: Path) -> tuple[Source, Topology]:
     return open_source(root / "source"), Topology.read(root / "model.json")
 
 
-def prepared(root: Path, family: str = "llama", layers: int = 2, seed: int = 0, **config) -> Path:
-    """A tiny model with its topology and made-up statistics: source/, model.json, calibration/."""
-    tiny_model(root / "source", family, layers, seed, **config)
+def prepared(
+    root: Path, family: str = "llama", layers: int = 2, seed: int = 0, change: Callable = Path.exists, **config
+) -> Path:
+    """A tiny model, after `change` to its folder, with its topology and made-up statistics: source/, model.json,
+    calibration/."""
+    change(tiny_model(root / "source", family, layers, seed, **config))
     source = open_source(root / "source")
     topology = inspect(source, root / "model.json")
     for layer in topology.layers:

@@ -25,6 +25,7 @@ from armor.format.checkpoint import PackedLinear, read_packed, tombstone
 from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
 from armor.format.provenance import PROVENANCE
 from armor.format.records.checkpoint import ProvenanceRecord
+from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
 from armor.model.tensors import recorded_tensors
 from armor.runtime.load import check_names
@@ -104,8 +105,9 @@ def _copied(shards: Shards, modules: dict[str, PackedLinear]) -> list[str]:
 
 def _open_source(folder: Path, shards: Shards, modules: dict[str, PackedLinear]) -> Shards:
     """The tensors of the source model, whose names and shapes must be those that the checkpoint was made of."""
-    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("quantization_config"):
-        raise ArmorError(f"{folder}: is quantized itself; expected the dense model that {shards.folder} was made of")
+    found = read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    if found and not is_scaled(found):
+        raise ArmorError(f"{folder}: is quantized itself; expected the model that {shards.folder} was made of")
     source = recorded_tensors(folder, modules)
     expected = {f"{name}.weight": (layout.out_features, layout.in_features) for name, layout in modules.items()}
     expected |= {name: shards.shape(name) for name in _copied(shards, modules)}

@@ -24,6 +24,7 @@ from armor.core.factorization import SUFFIXES
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
+from armor.execution.log import log
 from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.checkpoint import PackedLinear, check_tensor, quantization_config, tombstone
@@ -110,14 +111,20 @@ def assemble(
             sums = write_tensors(part, sizes, read, max_shard_bytes, "assemble", steps)
             copy_others(source.path, part)
             config = read_json(source.path / "config.json")
+            config.pop("quantization_config", None)  # of a source in FP8 or MXFP4: what stays dense is bfloat16 here
             if modules:
                 config["quantization_config"] = quantization_config(modules)
             write_json(part / "config.json", config)
             bits, dense_bits = bits_per_weight(topology, packed, shards)
+            if modules and bits >= dense_bits:
+                log.warning(
+                    "%s: %.2f bits a weight, and %.2f in %s: the checkpoint is not smaller",
+                    *(target, bits, dense_bits, source.path),
+                )
             made.write(part / PROVENANCE)
             whole = Sizes(
                 sum(sizes.values()),
-                sum(map(shards.bytes_of, shards.names())),
+                sum(map(shards.stored_bytes, shards.names())),
                 bits,
                 dense_bits,
                 topology.compressed_share(kept_dense),
@@ -241,9 +248,9 @@ def bits_per_weight(topology: Topology, packed: Mapping[str, int], shards: Shard
     """
     dense = compressed = 0
     for linear in topology.linears():
-        size = shards.bytes_of(f"{linear.name}.weight")
+        weight = f"{linear.name}.weight"
         factors = [packed[key] for key in (f"{linear.name}.{suffix}" for suffix in SUFFIXES) if key in packed]
-        dense += size
-        compressed += sum(factors) if factors else size
+        dense += shards.stored_bytes(weight)
+        compressed += sum(factors) if factors else shards.bytes_of(weight)
     weights = topology.linear_parameters
     return 8 * compressed / weights, 8 * dense / weights

@@ -46,6 +46,7 @@ from armor.format.provenance import machine, made_by
 from armor.format.records.base import Input
 from armor.format.records.benchmark import BenchmarkRecord, CoreSide, Phases, Runs, Sample, Side
 from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE
@@ -96,11 +97,12 @@ def bytes_on_disk(folder: Path) -> tuple[int, float | None]:
     A packed checkpoint's bits come from its record; they are None where that is not beside the folder.
     """
     shards = Shards(folder)
-    if "quantization_config" in read_json(folder / "config.json"):
+    found = read_json(folder / "config.json").get("quantization_config")
+    if found is None or is_scaled(found):
+        bits = shards.main_bits()
+    else:
         record = CheckpointRecord.read_if_there(record_of_folder(folder))
         bits = record and record.bits_per_weight
-    else:
-        bits = 8.0 * getattr(torch, shards.main_dtype()).itemsize
     return sum((folder / file).stat().st_size for file in shards.files), bits
 
 

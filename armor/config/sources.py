@@ -20,7 +20,7 @@ class ModelSettings(Typed):
     revision: str | None = None
     """The branch, tag or commit on the hub; give a commit for a run that must be repeatable."""
     folder: LocalPath | None = None
-    """A folder with config.json, safetensors and the tokenizer."""
+    """A folder with config.json, safetensors and the tokenizer. The weights are dense, or in FP8 or MXFP4."""
     gguf: LocalPath | None = None
     """A GGUF file; its weights are dequantized once."""
     package: str | Annotated[list[str], Field(min_length=1)] | None = None

@@ -2,7 +2,8 @@
 
 The headers of all shards are read first, by safetensors, and held against the files' sizes and the index. So a shard
 that is truncated or of another model is found before any work starts. A tensor's bytes are read here, straight into the
-memory that it will live in. Format: https://huggingface.co/docs/safetensors. Torch is imported when a tensor is read.
+memory that it will live in. A weight that is stored as FP8 or MXFP4, with scales, is one dense tensor here
+(`armor.format.scaled`). Format: https://huggingface.co/docs/safetensors. Torch is imported when a tensor is read.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import copy
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
+from armor.format.scaled import DTYPE, fp8, mxfp4, scaled_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,14 @@ class _Entry:
     bytes: int
     part: Part | None = None
     block: tuple[int, ...] = ()  # what is read for a part
+    scaled: tuple[_Entry, _Entry] | None = None  # numbers and scales, where the files hold those
+    scales_block: tuple[int, int] | None = None
+    stored: int = 0  # bytes on disk, where these are others
+
+    def expert(self, number: int) -> _Entry:
+        """The place of one expert's own in a tensor that has those of all in its first axis."""
+        each = self.bytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], start=self.start + number * each, bytes=each)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,26 @@ class Shards:
                     raise ArmorError(
                         f"{index}: says that {name} is in {file}, which does not hold it; fetch both again"
                     )
+        self._join_scaled()
+
+    def _join_scaled(self) -> None:
+        """Put dense tensors in the place of numbers and their scales."""
+        tensors = {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
+        if not any(name.endswith("_blocks") or dtype == "float8_e4m3fn" for name, (dtype, _) in tensors.items()):
+            return
+        config = self.folder / "config.json"
+        quantization = read_json(config).get("quantization_config") if config.is_file() else None
+        for name, own in scaled_tensors(tensors, quantization, self.folder).items():
+            numbers, scales = self._entries.pop(own.numbers), self._entries.pop(own.scales)
+            self._entries[name] = replace(
+                numbers,
+                dtype=DTYPE,
+                shape=own.shape,
+                bytes=2 * math.prod(own.shape),
+                scaled=(numbers, scales),
+                scales_block=own.block,
+                stored=numbers.bytes + scales.bytes,
+            )
 
     @property
     def place(self) -> Path:
@@ -137,15 +167,14 @@ class Shards:
                 count, *block = entry.shape
                 shape = block[::-1] if part.transposed else block
                 rows = len(range(*part.rows.indices(shape[0])))
-                each = entry.bytes // count
-                other._entries[name] = _Entry(
-                    entry.file,
-                    entry.dtype,
-                    (rows, *shape[1:]),
-                    entry.start + part.expert * each,
-                    each // shape[0] * rows,
-                    part,
-                    tuple(block),
+                own = entry.expert(part.expert)
+                other._entries[name] = replace(
+                    own,
+                    shape=(rows, *shape[1:]),
+                    bytes=own.bytes // shape[0] * rows,
+                    part=part,
+                    block=tuple(block),
+                    stored=entry.stored // count // shape[0] * rows,
                 )
         return other
 
@@ -175,8 +204,21 @@ class Shards:
         return self._entry(name).file
 
     def bytes_of(self, name: str) -> int:
-        """The size of a tensor on disk."""
+        """The size of a tensor in its dtype."""
         return self._entry(name).bytes
+
+    def stored_bytes(self, name: str) -> int:
+        """The size of a tensor on disk, with its scales; less than in its dtype if it is stored as FP8 or MXFP4."""
+        entry = self._entry(name)
+        return entry.stored or entry.bytes
+
+    def main_bits(self) -> float:
+        """The bits on disk of a number of `main_dtype`; of a weight with its scales where some are stored so."""
+        scaled = [entry for entry in self._entries.values() if entry.scaled]
+        if scaled:
+            return 8 * sum(entry.stored for entry in scaled) / sum(math.prod(entry.shape) for entry in scaled)
+        dtype = self.main_dtype()
+        return 8.0 * next(width for name, width in DTYPES.values() if name == dtype)
 
     def main_dtype(self) -> str:
         """The floating-point dtype that most of the model's bytes have."""
@@ -210,11 +252,33 @@ class Shards:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
+        entry = self._entry(name)
+        if entry.scaled is not None:
+            dense = self._dense(entry)
+            return dense if dtype is None else dense.to(dtype)
+        return self._read(entry, dtype)
+
+    def _dense(self, entry: _Entry) -> Tensor:
+        """A weight of its numbers and scales, an expert at a time."""
+        import torch
+
+        numbers, scales = entry.scaled or (entry, entry)
+        if entry.scales_block is not None:
+            return fp8(self._read(numbers), self._read(scales), entry.scales_block).to(getattr(torch, DTYPE))
+        if entry.part is not None:
+            number = entry.part.expert
+            dense = mxfp4(self._read(numbers.expert(number)), self._read(scales.expert(number)))
+            return entry.part.of(dense.to(getattr(torch, DTYPE)))
+        whole = torch.empty(entry.shape, dtype=getattr(torch, DTYPE))
+        for number, block in enumerate(whole):
+            block.copy_(mxfp4(self._read(numbers.expert(number)), self._read(scales.expert(number))))
+        return whole
+
+    def _read(self, entry: _Entry, dtype: torch.dtype | None = None) -> Tensor:
         import torch
 
         # Not by safetensors' own get_tensor: it maps the file, whose pages then count as the process's memory, and it
         # converts no dtype, so that a tensor would take its room once more (docs/log/workflow.md).
-        entry = self._entry(name)
         stored: torch.dtype = getattr(torch, entry.dtype)
         out = torch.empty(entry.shape if entry.part is None else entry.block, dtype=dtype or stored)
         flat = out.view(-1)

@@ -20,6 +20,7 @@ from armor.execution.files import read_json
 from armor.execution.log import log
 from armor.execution.packages import package_file
 from armor.format.records.source import SourceRecord
+from armor.format.scaled import check_quantization
 from armor.format.shards import Shards
 from armor.model.hub import download, first_line
 from armor.model.source import describe, fingerprint
@@ -139,16 +140,16 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> Shards:
-    """The shards of a folder that holds a whole, dense model; otherwise an ArmorError that says what is missing."""
+    """The shards of a folder that holds a whole model, dense or in FP8 or MXFP4.
+
+    Otherwise raises an ArmorError that says what is missing.
+    """
     if not folder.is_dir():
         raise ArmorError(f"{folder}: no such folder; expected a model with config.json, safetensors and tokenizer")
     if not (folder / "config.json").is_file():
         raise ArmorError(f"{folder}: holds no config.json; expected a Hugging Face model")
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ArmorError(f"{folder / 'config.json'}: the model is quantized ({method}); expected a dense model")
+    check_quantization(config.get("quantization_config"), folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")):
             raise ArmorError(

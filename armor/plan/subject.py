@@ -101,7 +101,7 @@ class Subject:
     @property
     def dense_bits(self) -> float:
         """Bits that a weight of the decoder layers' linears takes in the source."""
-        size = sum(self.shards.bytes_of(f"{linear.name}.weight") for linear in self.topology.linears())
+        size = sum(self.shards.stored_bytes(f"{linear.name}.weight") for linear in self.topology.linears())
         return 8 * size / self.topology.linear_parameters
 
     def _bytes(self, names: Iterable[str], itemsize: int) -> int:
@@ -143,6 +143,7 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     write_holes(folder / SINGLE, {n: holes.get(n) or _copied(shards, n, size) for n, size in written.items()})
     copy_others(shards.folder, folder)
     described = read_json(shards.folder / "config.json")
+    described.pop("quantization_config", None)
     if modules:
         described["quantization_config"] = quantization_config(modules)
     write_json(folder / "config.json", described)

@@ -37,6 +37,7 @@ from armor.format.checkpoint import (
     tombstone,
 )
 from armor.format.checksums import check_contents, loaded_files, read_checksums, start_hashing
+from armor.format.scaled import is_scaled
 from armor.format.shards import INDEX, SINGLE, Shards
 from armor.runtime.experts import Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear, share_right
@@ -266,7 +267,7 @@ def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
     `model` is as transformers makes one from the config.json of a checkpoint, `shards` are its tensors.
     """
     config = getattr(model.config, "quantization_config", None)
-    if config is not None:
+    if config is not None and not is_scaled(config):
         modules = modules_of(config)
         check_headers(shards, modules)
         sums = read_checksums(shards)

@@ -105,7 +105,7 @@ def break_model(kind: str, folder: Path) -> None:
         ("no weights", "no safetensors"),
         ("no tokenizer", "no tokenizer"),
         ("truncated", r"truncated, damaged or not safetensors \(\d+ bytes; .*fetch or copy it again"),
-        ("quantized", r"quantized \(gptq\)"),
+        ("quantized", r"quantized \(gptq\); expected a dense model, or one in fp8 or mxfp4; take the model"),
     ],
 )
 def test_an_unusable_folder_is_one_clear_line_and_nothing_is_written(model, output, kind, message):
