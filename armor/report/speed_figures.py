@@ -126,7 +126,14 @@ def throughput(model: ModelResults, benchmark: str, name: str) -> Figure | None:
     colors = {recipe: SERIES[places[recipe]] if recipe in places else INK for recipe in sides}
     dashes = {recipe: DASHES[0] if recipe in places else [3, 3] for recipe in sides}
     counts = sorted({point.clients for point in points})
-    legend = alt.Legend(title=None, columns=columns_of(colors), symbolStrokeWidth=2.5, symbolSize=260, labelLimit=130)
+    legend = alt.Legend(
+        title=None,
+        columns=columns_of(colors),
+        symbolType="circle",
+        symbolOpacity=1,
+        symbolStrokeWidth=0,
+        labelLimit=130,
+    )
     scale = alt.Scale(type="log", base=2, domain=[counts[0] / 1.2, counts[-1] * 1.2], nice=False)
     top = alt.Scale(domain=[0, 1.05 * max(point.high for point in points)], nice=False)
     axis = alt.Axis(values=counts, format="d", grid=False)
@@ -138,7 +145,7 @@ def throughput(model: ModelResults, benchmark: str, name: str) -> Figure | None:
     chart = alt.layer(
         base.mark_rule(strokeWidth=7, opacity=0.3).encode(y=alt.Y("low:Q", scale=top), y2="high:Q"),
         base.mark_line(strokeWidth=2).encode(
-            y=up, strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=legend))
+            y=up, strokeDash=alt.StrokeDash("recipe:N", **palette(dashes, legend=None))
         ),
         base.mark_point(filled=True, size=45, opacity=1).encode(y=up),
     ).properties(width=WIDTH + 40, height=200)

@@ -11,6 +11,7 @@ mapped files where nothing is converted. No dense weight is made, while loading 
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ __all__ = ["ArmorConfig", "ArmorLinearMethod", "Refused"]
 
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of an expert's linear on disk. Shared experts are linears like others."""
 
 
 class Refused(RuntimeError):
@@ -82,6 +86,11 @@ class ArmorConfig(QuantizationConfig):
                 raise Refused(
                     f"{name}: holds {held}, which this plugin does not multiply with; serve the checkpoint with "
                     "transformers, or multiply it out with armor export"
+                )
+            if EXPERT.search(name):
+                raise Refused(
+                    f"{name}: a compressed expert of a mixture, which vLLM takes dense alone; serve the checkpoint "
+                    "with transformers, or multiply it out with armor export"
                 )
         return cls(modules)
 

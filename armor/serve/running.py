@@ -24,8 +24,9 @@ __all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"
 
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
 """What vLLM is told where the user does not say it; on a CPU as many threads as the job has, and a cache of 4 GiB."""
-CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+)$", re.MULTILINE)
-"""The first error of a traceback, in a line of vLLM's log or alone: those after it come from it."""
+CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+(?:\n  .+)?)$", re.MULTILINE)
+"""The first error of a traceback, in a line of vLLM's log or alone: those after it come from it. What pydantic found
+stands in the line below."""
 UNTIL_OUR_END = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 """Start a program that gets SIGTERM when this process ends, however it does: PR_SET_PDEATHSIG of Linux."""
 
@@ -44,7 +45,7 @@ def failure(folder: Path, said: IO[str]) -> ArmorError:
     text = said.read()
     sys.stderr.write(text)
     found = CAUSE.search(text)
-    reason = found[1] if found else next(filter(None, reversed(text.splitlines())), "it said nothing")
+    reason = " ".join(found[1].split()) if found else next(filter(None, reversed(text.splitlines())), "it said nothing")
     return ArmorError(f"{folder}: vLLM does not serve it: {reason}")
 
 

@@ -67,6 +67,10 @@ def test_the_cause_is_the_first_error_of_a_log():
     )
     assert CAUSE.search(log)[1] == "ValueError: Available memory is less than desired."
     assert CAUSE.search("armor.serve.plugin.Refused: q_proj: no\nRuntimeError: see above")[1] == "q_proj: no"
+    found = (
+        "pydantic.ValidationError: 1 error for Config\n  Value error, 9 is greater than 8\n    For more, see there\n"
+    )
+    assert CAUSE.search(f"Traceback:\n{found}")[1].endswith("1 error for Config\n  Value error, 9 is greater than 8")
 
 
 def test_what_cannot_serve_is_one_line(engine, monkeypatch):
