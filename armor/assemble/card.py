@@ -173,7 +173,7 @@ def _training(layers: list[Training], around: list[str]) -> str:
     )
     core = ["the values of S"] if first.core else []
     norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []
-    what = ", ".join([*around, *core, *norms])
+    what = ", ".join([*around, *core, *norms]) + (", as integers, through their rounding" if first.rounded else "")
     if first.stage == "tune":
         return (
             f"Tuned: the whole model was trained to predict what the dense one predicts: {what}; {how}. KL divergence "

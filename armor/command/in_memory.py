@@ -88,8 +88,7 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
     with_gram = {name for name, asked in settings.items() if "gram" in METHODS[asked.method].statistics}
     inputs, fed = _statistics(model, linears, with_gram, tokens)
     factors = _factors(chosen.share_right, linears, settings, inputs, fed, seed, where)
-    train(model, chosen, samples, factors, seed)
-    _quantize(chosen, linears, inputs, factors, prefix)
+    train(model, chosen, samples, factors, seed, partial(_quantize, chosen, linears, inputs, factors, prefix))
     pack_linears(model, factors)
     return model
 
@@ -224,7 +223,7 @@ def _quantize(
     for names in sharing_right(factors) if recipe.quantize else ():
         asked = recipe.quantize and asked_for(recipe.quantize.for_layer(_layer_of(names[0], prefix)), names)
         if asked is not None:
-            weights, trained = [linears[name].weight.detach() for name in names], bool(recipe.training())
+            weights, trained = [linears[name].weight.detach() for name in names], recipe.refine is not None
             own = {name: factors[name] for name in names}
             factors |= quantize_weights(weights, inputs[names[0]], own, asked, trained)
 

@@ -7,7 +7,7 @@ stays as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -31,10 +31,12 @@ def train(
     samples: Mapping[str, Tensor],
     factors: dict[str, Factorization],
     seed: int,
+    quantize: Callable[[], None],
 ) -> None:
     """Train `factors`, by full name of the linear, as `recipe` says, and put the trained norms and biases into `model`.
 
-    `samples` are the token sequences (sequences, length) of each stage of training.
+    `samples` are the token sequences (sequences, length) of each stage of training. `quantize()` is called between
+    them, where a recipe has that stage, and puts integers in the place of factors.
     """
     prefix, layers = decoder_layers(model, type(model).__name__)
     skeleton = Skeleton(model, layers, prefix)
@@ -44,6 +46,7 @@ def train(
         model.eval()
         if recipe.refine is not None:
             _refine(skeleton, factors, others, recipe.refine, samples["refine"], seed)
+        quantize()
         if recipe.tune is not None:
             _tune(skeleton, factors, others, recipe.tune, samples["tune"], seed)
     finally:

@@ -17,7 +17,9 @@ __all__ = ["Recipe"]
 class Recipe(ModuleSettings):
     """A way to compress a model: a method with its settings, a calibration, and exceptions.
 
-    Or, with `base`, a way to go on from what another recipe makes, by refine, tune, quantize or several of them.
+    Or, with `base`, a way to go on from what another recipe makes, by refine, quantize, tune or several of them. They
+    come in this order, so tune trains what quantize has rounded, through the rounding. refine does so with a quantized
+    base.
     """
 
     budget: BudgetSettings | None = None
@@ -28,10 +30,10 @@ class Recipe(ModuleSettings):
     """The recipe to start from. It says how the factors are made, and this one how they are trained or rounded."""
     refine: RefineSettings | None = None
     """Train each decoder layer against the dense one; unset: don't."""
-    tune: TuneSettings | None = None
-    """Then train the whole model against the dense one's predictions; unset: don't."""
     quantize: QuantizeSettings | None = None
     """Then store the factors as integers; unset: don't."""
+    tune: TuneSettings | None = None
+    """Then train the whole model against the dense one's predictions; unset: don't."""
     share_right: Sharing = False
     """Which linears of a decoder layer share one B, with blocks that fit all of them. They are fed the same tensor and
     have equal settings. true: all of one module, like q_proj, k_proj and v_proj. Lists of last parts of names, like
@@ -53,17 +55,19 @@ class Recipe(ModuleSettings):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: goes with the method {name}, which this recipe does not name")
         if self.base is not None:
-            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "tune", "quantize")]
+            own = [key for key in Recipe.model_fields if key not in ("base", "refine", "quantize", "tune")]
             if given := [key for key in own if getattr(self, key) != Recipe.model_fields[key].default]:
                 raise ValueError(f"{given[0]}: is what the base says; leave it out, or leave base out")
             if not self.stages():
                 raise ValueError(
-                    "base: goes with refine, tune or quantize; without them this is the recipe that it names"
+                    "base: goes with refine, quantize or tune; without them this is the recipe that it names"
                 )
         elif self.method == "dense" and self.stages():
             raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
         elif self.stages() and (name := self.integers()):
-            raise ValueError(f"{self.stages()[0]}: {name} makes integers, which are not trained or rounded again")
+            raise ValueError(
+                f"{self.stages()[0]}: {name} makes integers of whole weights, which nothing trains or rounds again"
+            )
         elif self.share_right and self.budget is not None:
             raise ValueError("share_right: goes without budget, which chooses for each linear by itself")
         elif self.share_right and not any("block_size" in METHODS[name].settings for name in self.methods()):
@@ -78,7 +82,7 @@ class Recipe(ModuleSettings):
 
     def stages(self) -> list[str]:
         """The stages after factorization that it asks for, in order."""
-        return [*self.training(), *(["quantize"] if self.quantize else [])]
+        return [name for name in ("refine", "quantize", "tune") if getattr(self, name) is not None]
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""

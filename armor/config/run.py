@@ -130,12 +130,18 @@ class Config(Typed):
             _known(f"recipes.{line[-1]}.base", base, self.recipes)
             if base in line:
                 raise ValueError(f"recipes.{name}.base: {' -> '.join([*line, base])}: goes round in a circle")
-            if self.recipes[base].quantize is not None or self.recipes[base].integers() is not None:
+            if (method := self.recipes[base].integers()) is not None:
                 raise ValueError(
-                    f"recipes.{line[-1]}.base: {base} is quantized, and integers are not trained or rounded again; "
-                    "name a recipe in floats"
+                    f"recipes.{line[-1]}.base: {base} has {method}'s integers of whole weights, which nothing trains "
+                    "or rounds again; name a recipe in floats"
                 )
             line.append(base)
+        quantized = [recipe for recipe in line if self.recipes[recipe].quantize is not None]
+        if len(quantized) > 1:
+            raise ValueError(
+                f"recipes.{quantized[0]}.quantize: {quantized[1]}, from which it starts, is quantized already; leave "
+                "quantize out, or name a recipe in floats as base"
+            )
         if self.is_dense(name):
             raise ValueError(f"recipes.{name}.{self.recipes[name].stages()[0]}: a dense recipe has no factors")
 

@@ -48,7 +48,8 @@ def quantize_layer(
     """Round the `factors` (layer_{k}.safetensors) of decoder layer `layer` into `output`, then the JSON beside it.
 
     `statistics` is the layer's file from calibration. Returns what the JSON holds. Raises ArmorError for factors or
-    statistics that are missing, broken or of another model, and for an override that matches no linear of the model.
+    statistics that are missing, broken or of another model, factors that are integers already, and an override that
+    matches no linear of the model.
     """
     factors, output = Path(factors), Path(output)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
@@ -62,6 +63,8 @@ def quantize_layer(
     made = made_by(__name__, settings, used)
     shards, modules = Shards(source.path), dict(start.modules)
     given, _ = read_factors(factors)
+    if name := next((name for name, own in given.items() if own.quantization), None):
+        raise ArmorError(f"{factors}: {name}: holds integers already; quantize the factors before them, in floats")
     found: dict[str, Factorization] = {}
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
         groups = sharing_right(given)

@@ -8,7 +8,7 @@ the process takes before any work, and what lies on the host whatever computes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,13 +34,13 @@ from armor.plan.need import (
     memory_of,
     products,
 )
-from armor.plan.subject import Subject
+from armor.plan.subject import Packed, Subject
 from armor.plan.work import Read, Train, Work, solving
 from armor.run.groups import expert_groups
 from armor.run.jobs import Job
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
-from armor.training.memory import refine_bytes, sensitivity_bytes, tune_bytes
+from armor.training.memory import Shapes, refine_bytes, sensitivity_bytes, tune_bytes
 
 __all__ = ["NEEDS", "need"]
 
@@ -189,12 +189,24 @@ def _training(subject: Subject, settings: TrainingSettings, length: int, block: 
     )
 
 
+def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Shapes]:
+    """The factors of each layer that the `stage` of `recipe` trains; if they are quantized, with scales."""
+    made = plan.config.made_by(recipe)
+    if not any(name == "quantize" for name, _ in made[: made.index((stage, recipe))]):
+        return packed.layers
+    return [
+        {**own, **{f"{n.removesuffix('values')}scales": (own[n][0], 1) for n in own if n.endswith(".core_values")}}
+        for own in packed.layers
+    ]
+
+
 def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.refine_settings(recipe)
     _, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.made_by(recipe)[0][1]]
-    computing = refine_bytes(subject.shards, layer.prefix, packed.layers[layer.index], job.refine.core, length)
+    shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
+    computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
     block = plan.config.factorized(recipe).block_size
     work = (START, _training(subject, job.refine, length, block, 1))
     remedy = f"lower recipes.{recipe}.refine.sequence_length"
@@ -207,7 +219,7 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     job = plan.config.tune_settings(recipe)
     sequences, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.tune")
     packed = subject.packed[plan.config.made_by(recipe)[0][1]]
-    _, least = tune_bytes(subject.shards, packed.layers, job.tune.core, length)
+    _, least = tune_bytes(subject.shards, _shapes(plan, packed, "tune", recipe), job.tune.core, length)
     dtype = compute_dtype(subject.topology.dtype)
     block = plan.config.factorized(recipe).block_size
     work = (

@@ -128,7 +128,10 @@ def _trained(best: RecipeResults) -> str:
     texts = []
     for layers in best.trainings:
         first = layers[0]
-        what = "each decoder layer to give" if first.stage == "refine" else "the whole model to predict"
+        integers = ", as integers," if first.rounded else ""
+        what = f"each decoder layer{integers} to give"
+        if first.stage == "tune":
+            what = f"the whole model{integers} to predict"
         texts.append(
             f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
             f"({max(training.steps for training in layers)} steps)"

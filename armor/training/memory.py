@@ -1,7 +1,8 @@
 """What training takes at its peak, in bytes, from shapes alone: a device too small is refused before work starts.
 
 Everything that is trained takes 20 bytes a number: value, gradient, two moments and the best value. All else of the
-model takes 4. The inside of a layer is A·S·B, and what goes into and comes out of the linears for one sequence.
+model takes 4. The inside of a layer is A·S·B, what its rounding keeps for the gradient where S holds integers, and what
+goes into and comes out of the linears for one sequence.
 """
 
 from __future__ import annotations
@@ -20,18 +21,25 @@ from armor.training.spread import spread
 __all__ = ["Shapes", "factor_shapes", "refine_bytes", "sensitivity_bytes", "tune_bytes"]
 
 Shapes = Mapping[str, Sequence[int]]
-"""The tensors of a layer's factors file by full name."""
+"""The tensors of a layer's factors file by full name, int4 numbers one by one."""
 
 
 def factor_shapes(file: Path) -> Shapes:
     """Those of the factors file `file`, from its header."""
+    found = {}
     with open_safetensors(file) as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  no dictionary
+        for name in opened.keys():  # noqa: SIM118  no dictionary
+            part = opened.get_slice(name)
+            rows, *others = part.get_shape()
+            two_in_a_byte = name.endswith(".core_values") and part.get_dtype() == "U8"
+            found[name] = [rows, 2 * others[0]] if two_in_a_byte else [rows, *others]
+    return found
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Numbers of one layer: trained, fixed; weights that A·S·B stands for; rows and columns of its linears, summed.
+    """Numbers of one layer: trained, fixed; weights that A·S·B stands for; those of them whose S holds integers; rows
+    and columns of its linears, summed.
 
     `replaced` are the source's tensors in whose place the factors stand.
     """
@@ -39,12 +47,13 @@ class _Layer:
     trained: int
     fixed: int
     weights: int
+    rounded: int
     features: int
     replaced: set[str]
 
     @classmethod
     def of(cls, shapes: Shapes, core: bool) -> _Layer:
-        trained = fixed = weights = features = 0
+        trained = fixed = weights = rounded = features = 0
         replaced = set()
         for name, shape in shapes.items():
             module, _, suffix = name.rpartition(".")
@@ -52,17 +61,18 @@ class _Layer:
             if suffix == "core_mask":
                 fixed += entries
                 weights += 8 * entries
+                rounded += 8 * entries if f"{module}.core_scales" in shapes else 0
                 features += shape[0] + 8 * shape[1]
-            elif suffix == "core_values" and not core:
+            elif suffix in ("core_values", "core_scales") and not core:
                 fixed += 4 * entries
             else:
                 trained += entries
             replaced.add(f"{module}.weight" if suffix in SUFFIXES else name)
-        return cls(trained, fixed, weights, features, replaced)
+        return cls(trained, fixed, weights, rounded, features, replaced)
 
     def inside(self, length: int, recompute: bool = False) -> int:
         """Its inside with one sequence of `length` tokens."""
-        return (12 if recompute else 20) * self.weights + 12 * length * self.features
+        return (12 if recompute else 20) * self.weights + 20 * self.rounded + 12 * length * self.features
 
 
 def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length: int) -> int:

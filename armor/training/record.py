@@ -52,6 +52,7 @@ def described(
         rate=settings.rate,
         parameters=parameters or sum(p.numel() for p in layer.parameters().values()),
         core=settings.core,
+        rounded=any(linear.start.quantization for linear in layer.linears.values()),
         norms_and_biases=tuple(sorted(layer.others)) if settings.norm_rate else (),
         proxy_losses=proxy_losses,
         made_by=made,

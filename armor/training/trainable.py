@@ -6,6 +6,11 @@ for every token (docs/log/refine.md). All sequences of a step can share one prod
 between the calls. So its values, their gradient and the optimiser's two moments take half of what they would take for a
 dense weight.
 
+Quantized factors are trained through their rounding: floats and scales are kept, and every product takes the nearest
+integers times their scales. The gradient passes the rounding as if it were not there (straight-through, Bengio et al.
+2013, arXiv 1308.3432), and that of a scale is LSQ's (Esser et al. 2020, arXiv 1902.08153). What is stored is what was
+multiplied with.
+
 Products are bfloat16 where the device multiplies in it (`training_arithmetic`). What is looked at to decide, the loss
 of what would be stored, is computed as the model will be (`stored_arithmetic`).
 """
@@ -24,8 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from armor.core import blockdiag
-from armor.core.factorization import Factorization, owner
-from armor.core.packing import pack, unpack
+from armor.core.factorization import SUFFIXES, Factorization, owner
+from armor.core.integers import expand_scales
+from armor.core.packing import pack, pack_mask, unpack
+from armor.core.quantization import LIMITS
 from armor.format.factors import read_factors, read_others
 from armor.format.shards import Shards
 from armor.runtime.skeleton import Skeleton, compute_dtype, load_layer
@@ -42,8 +49,10 @@ __all__ = [
     "training_arithmetic",
 ]
 
-PARTS = ("core_values", "left", "right", "up", "down")
+PARTS = tuple(suffix for suffix in SUFFIXES if suffix != "core_mask")
 """What of a linear's factors may be trained, as a checkpoint names it."""
+SHARED = ("right", "right_scales")
+"""What another linear may hold."""
 
 
 def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager:
@@ -61,32 +70,39 @@ def stored_arithmetic(dtype: str, device: str) -> AbstractContextManager:
 
 
 class TrainableLinear(nn.Module):
-    """y = (A·S·B + U·V) x + b with float32 parameters: core_values, left, right, up, down, as in a checkpoint.
+    """y = (A·S·B + U·V) x + b with float32 parameters of the names in a checkpoint: core_values, left, right, up, down.
 
-    `bias` is the linear's own parameter or None. `right` is that of the linear with which this one shares B, else None.
+    Of quantized factors core_scales, left_scales and right_scales too, the latter two (count, d, 1) beside the blocks
+    (count, d, d). `bias` is the linear's own parameter or None. `holder` is the linear with which this one shares B.
     """
 
     core_values: nn.Parameter
+    core_scales: nn.Parameter | None
     core_mask: Tensor
     left: nn.Parameter | None
+    left_scales: nn.Parameter | None
     right: nn.Parameter | None
+    right_scales: nn.Parameter | None
     up: nn.Parameter | None
     down: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, factors: Factorization, bias: nn.Parameter | None = None, right: nn.Parameter | None = None
+        self, factors: Factorization, bias: nn.Parameter | None = None, holder: TrainableLinear | None = None
     ) -> None:
         super().__init__()
         self.start = factors
         self.out_features, self.in_features = factors.core.shape
-        values, bits = pack(factors.core, factors.mask)
-        self.register_buffer("core_mask", bits, persistent=False)
-        for name in PARTS:
-            tensor = values if name == "core_values" else getattr(factors, name)
+        self.register_buffer("core_mask", pack_mask(factors.mask), persistent=False)
+        floats = factors.in_floats()
+        found = {name: getattr(factors if name.endswith("_scales") else floats, name) for name in PARTS[1:]}
+        for side in ("left", "right"):
+            if (scales := found[f"{side}_scales"]) is not None:
+                found[f"{side}_scales"] = scales.view(*found[side].shape[:2], 1)
+        for name, tensor in {PARTS[0]: pack(floats.core, factors.mask)[0], **found}.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.float().clone()))
-        if right is not None:
-            self.right = right
+        for name in SHARED if holder is not None else ():
+            setattr(self, name, getattr(holder, name))
         self.register_parameter("bias", bias)
         self.product: Tensor | None = None
         """A·S·B + U·V while `multiplied_once` holds it."""
@@ -94,12 +110,13 @@ class TrainableLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A·S·B + U·V, (out, in), differentiable."""
-        weight = unpack(self.core_values, self.core_mask, self.in_features, self.start.pattern)[0]
-        if self.right is not None:
-            weight = blockdiag.multiply(self.right.transpose(1, 2), weight)
-        if self.left is not None:
-            count, size, _ = self.left.shape
-            weight = torch.bmm(self.left, weight.view(count, size, -1)).view(self.out_features, -1)
+        weight = self._core()
+        if self.core_scales is not None:
+            weight = self._integers("core", weight) * self._scales("core")
+        if (right := self._blocks("right")) is not None:
+            weight = blockdiag.multiply(right.transpose(1, 2), weight)
+        if (left := self._blocks("left")) is not None:
+            weight = torch.bmm(left, weight.view(*left.shape[:2], -1)).view(self.out_features, -1)
         if self.up is not None and self.down is not None:
             weight = weight + self.up @ self.down
         return weight
@@ -109,16 +126,45 @@ class TrainableLinear(nn.Module):
 
     def own(self) -> dict[str, nn.Parameter]:
         """Its parameters but for the bias, by suffix; a B that another linear holds is that one's."""
-        suffixes = [suffix for suffix in PARTS if not (suffix == "right" and self.start.right_of)]
+        suffixes = [suffix for suffix in PARTS if not (suffix in SHARED and self.start.right_of)]
         return {suffix: found for suffix in suffixes if (found := getattr(self, suffix)) is not None}
 
+    def dtype(self, suffix: str) -> torch.dtype:
+        """What the values of a part are stored in; float32 of integers, for their products round them."""
+        dtype = getattr(self.start, "core" if suffix == "core_values" else suffix).dtype
+        return torch.float32 if dtype == torch.int8 else dtype
+
+    @torch.no_grad()
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
-        dtype = self.start.core.dtype
-        parts = {name: getattr(self, name) for name in PARTS}
-        parts = {name: part.detach().to("cpu", dtype) for name, part in parts.items() if part is not None}
-        core, mask = unpack(parts.pop("core_values"), self.core_mask.cpu(), self.in_features, self.start.pattern)
-        return replace(self.start, core=core, mask=mask, **parts)
+        found = {name: part for name in PARTS[1:] if (part := getattr(self, name)) is not None} | {"core": self._core()}
+        for name in ("core", "left", "right"):
+            if f"{name}_scales" in found:
+                found[name] = self._integers(name, found[name])
+        parts = {name: part.detach().to("cpu", getattr(self.start, name).dtype) for name, part in found.items()}
+        parts |= {name: parts[name].view(-1) for name in ("left_scales", "right_scales") if name in parts}
+        return replace(self.start, **parts)
+
+    def _core(self) -> Tensor:
+        return unpack(self.core_values, self.core_mask, self.in_features, self.start.pattern)[0]
+
+    def _scales(self, part: str) -> Tensor:
+        """The scale of every number of core, left or right, or of every row of their blocks."""
+        scales, kind = getattr(self, f"{part}_scales"), self.start.quantization
+        return expand_scales(scales, kind.group, self.in_features) if part == "core" and kind else scales
+
+    def _integers(self, part: str, values: Tensor) -> Tensor:
+        """The integers nearest to the `values` of core, left or right, with the gradient of what was rounded."""
+        scales, kind = self._scales(part), self.start.quantization
+        assert kind is not None
+        exact = values / torch.where(scales == 0, 1.0, scales)
+        exact = exact.clamp(*LIMITS[kind.core if part == "core" else "int8"])
+        return exact.detach().round() + (exact - exact.detach())  # exact: the second is zero
+
+    def _blocks(self, side: str) -> Tensor | None:
+        """A or B, in floats."""
+        blocks = getattr(self, side)
+        return blocks if getattr(self, f"{side}_scales") is None else self._integers(side, blocks) * self._scales(side)
 
 
 @dataclass(frozen=True)
@@ -160,8 +206,8 @@ def put_linears(
     for name in sorted(factors, key=lambda name: factors[name].right_of is not None):  # who holds B comes first
         linear: Any = layer.get_submodule(inside(name))
         right_of = factors[name].right_of
-        right = linears[owner(name, "right", right_of)].right if right_of else None
-        linears[name] = TrainableLinear(factors[name], linear.bias, right)
+        holder = linears[owner(name, "right", right_of)] if right_of else None
+        linears[name] = TrainableLinear(factors[name], linear.bias, holder)
         layer.set_submodule(inside(name), linears[name])
     return {name: linears[name] for name in factors}
 
@@ -191,8 +237,8 @@ def make_trainable(
     stored = {name: dtypes[name] for name in found}
     for name, linear in linears.items():
         for suffix, parameter in linear.own().items():
-            parameter.requires_grad_(core or suffix != "core_values")
-            stored[f"{name}.{suffix}"] = linear.start.core.dtype
+            parameter.requires_grad_(core or not suffix.startswith("core_"))
+            stored[f"{name}.{suffix}"] = linear.dtype(suffix)
     return TrainableLayer(layer, linears, found, stored)
 
 

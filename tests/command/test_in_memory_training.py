@@ -60,10 +60,13 @@ def test_refined_and_tuned_in_every_family_it_is_closer_and_saved_as_ever(tmp_pa
     assert again(input_ids=TOKENS).logits.allclose(model(input_ids=TOKENS).logits, atol=1e-5)
 
 
-def test_a_bfloat16_model(tmp_path):
+def test_a_bfloat16_model_is_tuned_as_the_integers_that_it_becomes(tmp_path):
     root = ready(tmp_path, dtype=torch.bfloat16)
-    model = compressed(root / "source", {**RECIPE, "refine": TRAINING, "tune": TRAINING}, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    recipe, tune = {**RECIPE, "refine": TRAINING, "quantize": {"core": "int4"}}, {**TRAINING, "rate": 1e-2}
+    plain, model = (compressed(root / "source", recipe | more, dtype=torch.bfloat16) for more in ({}, {"tune": tune}))
+    assert divergence(model, root / "source") < divergence(plain, root / "source")
+    assert model.model.layers[0].mlp.up_proj.layout == plain.model.layers[0].mlp.up_proj.layout
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path):

@@ -102,5 +102,5 @@ def test_bad_inputs():
 
 @pytest.mark.parametrize("stage", ["refine", "tune", "quantize"])
 def test_integers_are_not_trained_or_rounded_again(stage):
-    with pytest.raises(ValueError, match=f"{stage}: int4 makes integers, which are not trained or rounded again"):
+    with pytest.raises(ValueError, match=f"{stage}: int4 makes integers of whole weights, which nothing"):
         Recipe(method="armor", overrides=[{"modules": "*.down_proj", "method": "int4"}], **{stage: {}})

@@ -33,7 +33,7 @@ CONFIG = {
         "armor": {"block_size": 16, "solver": {"iterations": 2}},
         "refined": {"base": "armor", "refine": {"steps": 2, "sequences": 2, "held_out": 1}},
         "tuned": {"base": "refined", "tune": {"steps": 2, "sequences": 2, "held_out": 1}},
-        "integers": {"base": "refined", "quantize": {}},
+        "integers": {"base": "refined", "quantize": {}, "tune": {"steps": 2, "sequences": 2, "held_out": 1}},
         "bits": {"block_size": 16, "budget": {"bits": 24.0, "over": [{"block_size": 8}, {"method": "nowag"}]}},
     },
     "evaluations": {

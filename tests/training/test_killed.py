@@ -9,7 +9,7 @@ import pytest
 from armor.config.training import TuneJob, TuneSettings
 from armor.training.tune import tune
 from tests.killed import POINTS, killed_everywhere
-from tests.packed import opened
+from tests.packed import opened, quantized
 from tests.training.trained import TRAINING, ready, refined, sample
 
 KILLS = int(os.environ.get("ARMOR_KILLS", "4"))  # of each stage at each point
@@ -19,10 +19,10 @@ KILLS = int(os.environ.get("ARMOR_KILLS", "4"))  # of each stage at each point
 def stages(tmp_path_factory):
     root = ready(tmp_path_factory.mktemp("model"))
     job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
-    statistics = root / "calibration/calibration.json"
+    statistics, integers = root / "calibration/calibration.json", quantized(root).parent / "quantized"
     return {
         "refine": lambda folder: refined(root, 1, folder),
-        "tune": lambda folder: tune(*opened(root), root / "layers", statistics, job, folder / "tuned.json"),
+        "tune": lambda folder: tune(*opened(root), integers, statistics, job, folder / "tuned.json"),
     }
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
+from armor.config.quantization import QuantizeSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
@@ -23,7 +24,7 @@ from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.load import load_model
 from armor.training.refine import output_error
 from armor.training.states import make_states
-from tests.packed import opened
+from tests.packed import opened, quantized
 from tests.tiny import FAMILIES
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
@@ -115,6 +116,27 @@ def test_of_a_lora_the_pair_alone_is_trained(tmp_path):
     assert errors(root, model)[0] == pytest.approx(done.loss, rel=1e-4)
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert "dense one's: U, V; 16 steps" in card and "| lora | 2:4 | rank 4 | 14 |" in card
+
+
+def test_integers_are_refined_as_they_are_stored_and_the_fewer_their_bits_the_more_it_brings(root, tmp_path):
+    gained = {}
+    for core in ("int8", "int4"):
+        folder = quantized(root, QuantizeSettings(core=core), core).parent / "quantized"
+        output = tmp_path / core
+        records = [refined(root, k, output, f"{core}/quantized", rate=1e-2) for k in range(2)]
+        before, after = (read_factors(place / "layer_0.safetensors")[0] for place in (folder, output))
+        for name, factors in after.items():
+            assert factors.quantization == before[name].quantization and factors.mask.equal(before[name].mask)
+            assert factors.core.dtype == factors.left.dtype == torch.int8
+        plain = errors(root, load_model(root / core / "checkpoint", "float32"))
+        own = errors(root, assembled(root, output, output))
+        for k, record in enumerate(records):
+            (done,) = record.training
+            assert done.rounded and done.loss < done.start_loss
+            assert done.start_loss == pytest.approx(plain[k], rel=1e-4) and done.loss == pytest.approx(own[k], rel=1e-4)
+        gained[core] = sum(plain) - sum(own)
+        assert "as integers, through their rounding" in (output / "checkpoint/README.md").read_text()
+    assert gained["int4"] > gained["int8"]
 
 
 def test_the_record_has_the_proxy_loss_of_what_is_stored(root, tmp_path):

@@ -7,7 +7,10 @@ import torch
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
+from armor.core.integers import expand_scales
 from armor.core.pattern import Pattern, top_n_mask
+from armor.core.quantization import LIMITS
+from armor.methods.solver.rounding import quantize
 from armor.training.trainable import TrainableLinear, multiplied_once, rounded
 
 
@@ -90,3 +93,69 @@ def test_rounded_shows_what_would_be_stored_and_no_longer():
     with rounded({"a": parameter}, {"a": torch.bfloat16}):
         assert parameter.item() == 1.0
     assert parameter.item() == 1.0 + 2**-12
+
+
+def integers(core="int4", blocks="int8", **options):
+    f = factorization(**options)
+    return quantize(torch.randn_like(f.core), torch.rand(8), f, core=core, blocks=blocks, group=2, trained=True)
+
+
+INTEGERS = [
+    {"core": "int8", "left": 3, "right": 4},
+    {"core": "int4", "left": 2, "right": 8},
+    {"core": "int4", "left": 3, "right": 4, "blocks": "bfloat16"},
+    {"core": "int4", "left": None, "right": None, "pattern": "50%", "rank": 2},
+]
+
+
+@pytest.mark.parametrize("options", INTEGERS)
+def test_integers_are_trained_through_their_rounding_and_stored_as_they_are_multiplied(options):
+    f = integers(**options)
+    linear, floats = TrainableLinear(f), f.in_floats()
+    same = linear.factors()
+    assert all(t.equal(other) and t.dtype == other.dtype for t, other in zip(*map(tensors_of, (f, same)), strict=True))
+    torch.testing.assert_close(linear.weight, f.reconstruct())
+
+    twin, g = TrainableLinear(floats), torch.randn(6, 8)
+    for each in (linear, twin):
+        (each.weight * g).sum().backward()
+    for name, parameter in twin.own().items():  # nothing was moved yet: the rounding is not there
+        torch.testing.assert_close(linear.own()[name].grad, parameter.grad)
+
+    with torch.no_grad():
+        for name, parameter in linear.own().items():
+            parameter += 0.05 * parameter.abs().mean() * torch.randn_like(parameter)
+            parameter.copy_(parameter.to(linear.dtype(name)))
+    moved = linear.factors()
+    assert torch.equal(linear.weight, TrainableLinear(moved).weight) and not linear.weight.equal(f.reconstruct())
+    assert moved.core.min() >= LIMITS[options["core"]][0] and moved.core.max() <= LIMITS[options["core"]][1]
+    assert moved.mask.equal(f.mask) and not moved.core[~f.mask].any()
+
+
+def tensors_of(f):
+    return f.tensors().values()
+
+
+def test_the_gradient_of_a_scale_is_what_the_rounding_leaves_and_the_integer_where_it_is_cut_off():
+    f = integers(left=None, right=None)
+    linear, g = TrainableLinear(f), torch.randn(6, 8)
+    with torch.no_grad():
+        linear.core_values *= 1 + 0.5 * torch.rand_like(linear.core_values)
+    (linear.weight * g).sum().backward()
+    exact = linear.factors().in_floats().core.new_zeros(6, 8)
+    exact[f.mask] = linear.core_values.detach().flatten()
+    exact /= expand_scales(linear.core_scales.detach(), f.quantization.group, 8)
+    inside = (exact >= -8) & (exact <= 7)
+    each = g * torch.where(inside, exact.round() - exact, exact.clamp(-8, 7))
+    assert not inside.all()
+    torch.testing.assert_close(linear.core_scales.grad, each.view(6, 2, 4).sum(2))
+    values = (g * inside)[f.mask].view(6, 4)
+    torch.testing.assert_close(linear.core_values.grad, values)
+
+
+def test_a_scale_of_zero_stays_and_harms_nothing():
+    f = integers(left=None, right=None)
+    f.core_scales[0, 0], f.core[0, :4] = 0, 0
+    linear = TrainableLinear(f)
+    linear.weight.square().sum().backward()
+    assert not linear.weight[0, :4].any() and all(p.grad.isfinite().all() for p in linear.own().values())

@@ -48,13 +48,13 @@ def refine_job(root: Path, **settings) -> RefineJob:
     return RefineJob(refine=asked, sample=sample(root, asked.sequences + asked.held_out))
 
 
-def refined(root: Path, layer: int, output: Path, **settings) -> LayerRecord:
-    """Refine one layer of what `ready` made into the folder `output`."""
+def refined(root: Path, layer: int, output: Path, factors: str = "layers", **settings) -> LayerRecord:
+    """Refine one layer of the folder `factors` in `root`, by default what `ready` made, into the folder `output`."""
     file = f"layer_{layer}.safetensors"
     return refine_layer(
         *opened(root),
         layer,
-        root / "layers" / file,
+        root / factors / file,
         root / "states.json",
         root / "calibration" / file,
         refine_job(root, **settings),

@@ -33,7 +33,7 @@ def trained(config, tmp_path_factory):
         "refined": {"base": "armor", "refine": dict(training)},
         "chained": {"base": "armor", "refine": training | {"inputs": "compressed"}},
         "tuned": {"base": "refined", "tune": dict(training)},
-        "both": {"base": "armor", "refine": dict(training), "tune": dict(training)},
+        "both": {"base": "armor", "refine": dict(training), "quantize": {}, "tune": dict(training)},
         "integers": {"base": "tuned", "quantize": {"overrides": [{"layers": [1], "core": "int4"}]}},
         "pruned": {"method": "nowag", "refine": dict(training)},
         "bits": config["recipes"]["armor"] | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},

@@ -124,6 +124,8 @@ class Training(Typed):
     """How many numbers were trained."""
     core: bool = True
     """Whether the values of S were trained."""
+    rounded: bool = False
+    """Whether what was trained are integers, through their rounding."""
     norms_and_biases: tuple[str, ...]
     """The tensors that were trained beside the factors, by full name."""
     proxy_losses: dict[str, float]
@@ -136,7 +138,7 @@ class LayerRecord(Made):
     """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
 
     A group of experts has the same record, experts/layer_{k}/{experts}.json. `armor refine` and `armor tune` write it
-    with `training`, `armor quantize` with the `quantization` of linears.
+    with `training`, `armor quantize` with the `quantization` of linears; trained integers have both.
     """
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"
