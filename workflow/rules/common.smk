@@ -178,7 +178,7 @@ def again_if_unknown(found):
     So their records are asked."""
     try:
         for job in found:
-            if job.names and (source := unknown_source(job.names[0])):
+            if job.names and job.record.is_file() and (source := unknown_source(job.names[0])):
                 again = [one for one in (source, job) if reruns().reasons(one)]
                 workflow.dag.forcefiles.update(str(path) for one in again for path in one.outputs)
     except ArmorError as error:
