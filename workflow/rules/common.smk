@@ -16,7 +16,7 @@ from armor.config.reading import parse_settings, read_yaml
 from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.format.layout import FACTORS, Results
+from armor.format.layout import FACTORS, RUN, Results
 from armor.format.names import beside, factors_beside
 from armor.run.explain import Reruns
 from armor.run.jobs import STAGES, Job, jobs_of, read_topology
@@ -178,7 +178,7 @@ def again_if_unknown(found):
     So their records are asked."""
     try:
         for job in found:
-            if job.names and job.record.is_file() and (source := unknown_source(job.names[0])):
+            if job.names and (source := unknown_source(job.names[0])):
                 again = [one for one in (source, job) if reruns().reasons(one)]
                 workflow.dag.forcefiles.update(str(path) for one in again for path in one.outputs)
     except ArmorError as error:
@@ -187,10 +187,10 @@ def again_if_unknown(found):
 
 @cache
 def unknown_source(model):
-    """The job that fetched a model, if its record was there when this run began and Snakemake knows nothing of it."""
+    """The job that fetched a model in an earlier run, if Snakemake knows nothing of it when this one begins."""
     job = Job("fetch", (model,))
-    known = not job.record.is_file() or workflow.persistence._read_record(str(job.record))
-    return None if known else job
+    earlier = job.record.is_file() and Path(R.root, RUN).is_file()
+    return job if earlier and not workflow.persistence._read_record(str(job.record)) else None
 
 
 @cache
