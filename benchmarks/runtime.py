@@ -1,7 +1,7 @@
 """The CPU kernel against dense layers, and whole models, dense against packed.
 
-Layers: F.linear in bfloat16, float16 and float32, torch's int8 linear, and the packed 2:4 layer in bfloat16, int8 and
-int4.
+Layers: F.linear in bfloat16, float16 and float32, torch's int8 and int4 linears, and the packed 2:4 layer in bfloat16,
+int8 and int4.
 
 For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
@@ -95,7 +95,7 @@ def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
 
 
 def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
-    """The same of integers: ours with blocks of 64, and torch's own int8 linear, a scale for each row."""
+    """The same of integers: ours with blocks of 64, and torch's own int8 and int4 linears."""
     values, bits, *_ = packed(out, columns, 64)
     blocks = [torch.randint(-127, 128, (n // 64, 64, 64), dtype=torch.int8) for n in (out, columns)]
     scales = [torch.rand(n).bfloat16() for n in (out, columns)]
@@ -103,8 +103,10 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
     int4 = torch.randint(0, 256, (out, columns // 4), dtype=torch.uint8)
     by_group = {group: torch.rand(out, columns // group).bfloat16() for group in (128, 64)}
     dense = torch.randint(-127, 128, (out, columns), dtype=torch.int8)
+    nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu((dense & 15).int(), 1)
     return {
-        "torch int8": [dense, scales[0]],
+        "torch int8": [dense, scales[0]],  # a scale for each row
+        "torch int4": [nibbles, torch.rand(columns // 64, out, 2).bfloat16()],  # for each group: a scale and a zero
         "armor int8": [int8, bits, *blocks, by_group[128], *scales],
         "armor int4": [int4, bits, *blocks, by_group[64], *scales],
     }
@@ -119,6 +121,8 @@ def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> 
     own = x[torch.bfloat16]
     if kind == "torch int8":
         return partial(torch.ops.aten._weight_int8pack_mm, own, *tensors)
+    if kind == "torch int4":
+        return partial(torch.ops.aten._weight_int4pack_mm_for_cpu, own, tensors[0], 64, tensors[1])
     if len(tensors) == 4:
         return partial(cpu.linear, own, *tensors, group=4)
     columns = own.shape[1] // tensors[4].shape[1]

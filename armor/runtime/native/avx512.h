@@ -45,6 +45,7 @@ static inline void store_bf16(uint16_t *p, vec v, int64_t n) { _mm256_mask_store
 
 static inline vec fused(vec s, vec a, vec b) { return _mm512_fmadd_ps(a, b, s); }
 static inline __m512 sixteen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+#ifndef BF16_PRODUCTS
 /* 2 n int4 in the low n <= 8 bytes, the first in the lowest four bits, as 16 bytes. */
 static inline __m128i nibbles(__m128i packed) {
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
@@ -52,6 +53,7 @@ static inline __m128i nibbles(__m128i packed) {
         _mm_unpacklo_epi8(_mm_and_si128(packed, low), _mm_and_si128(_mm_srli_epi16(packed, 4), low));
     return _mm_sub_epi8(_mm_xor_si128(halves, eight), eight);
 }
+#endif
 
 static inline void transpose(vec v[16]) {
     vec t[16];
@@ -112,11 +114,24 @@ static inline vec load_int8(const void *p, int64_t n) {
     return bytes_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
 }
 static inline vec load_half_int8(const void *p) { return bytes_to_half(_mm_loadu_si128(p)); }
-static inline vec load_int4(const void *p, int64_t n) {
-    __m128i packed = n >= 32 ? _mm_loadu_si128(p) : _mm_maskz_loadu_epi8((__mmask16)first32((n + 1) / 2), p);
-    return bytes_to_units(_mm256_set_m128i(nibbles(_mm_unpackhi_epi64(packed, packed)), nibbles(packed)));
+/* 32 int4, the first in the lowest four bits, as units. One shift brings each into the low bits of its half lane, and a
+ * table has its bf16. vpermw reads five bits there: the fifth is the next number's, so the table stands there twice. */
+static inline vec nibbles_to_units(__m128i packed) {
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, (int16_t)0xc100, (int16_t)0xc0e0,
+        (int16_t)0xc0c0, (int16_t)0xc0a0, (int16_t)0xc080, (int16_t)0xc040, (int16_t)0xc000, (int16_t)0xbf80));
+    const __m512i eights = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m512i shifts =
+        _mm512_setr_epi64(0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030,
+                          0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030);
+    __m512i numbers = _mm512_permutexvar_epi64(eights, _mm512_castsi128_si512(packed));
+    return words(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, numbers), table));
 }
-static inline vec load_half_int4(const void *p) { return bytes_to_half(nibbles(_mm_loadl_epi64(p))); }
+static inline vec load_int4(const void *p, int64_t n) {
+    return nibbles_to_units(n >= 32 ? _mm_loadu_si128(p)
+                                    : _mm_maskz_loadu_epi8((__mmask16)first32((n + 1) / 2), p));
+}
+static inline vec load_half_int4(const void *p) { return nibbles_to_units(_mm_loadl_epi64(p)); }
 static inline vec spread(vec packed, uint32_t bits) {
     return words(_mm512_maskz_expand_epi16(bits, _mm512_castps_si512(packed)));
 }
