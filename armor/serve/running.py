@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error
 """The first error of a traceback, in a line of vLLM's log or alone: those after it come from it. What pydantic found
 stands in the line below."""
 UNTIL_OUR_END = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-"""Start a program that gets SIGTERM when this process ends, however it does: PR_SET_PDEATHSIG of Linux."""
+"""Start a program that gets SIGTERM when this process is killed: PR_SET_PDEATHSIG of Linux."""
 
 
 class Server(NamedTuple):
@@ -75,6 +76,7 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
             env=ENVIRONMENT | os.environ,
         )
         watched = psutil.Process(process.pid)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below happens
         try:
             while not _is_up(url):
                 if process.poll() is not None:
@@ -84,6 +86,7 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
         finally:
             _end(watched)
             process.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:

@@ -1,7 +1,9 @@
 """The benchmark behind a server: models take turns, loads are those of the settings, and what fails is one line."""
 
 import os
+import signal
 import sys
+import time
 
 import psutil
 import pytest
@@ -11,8 +13,9 @@ from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.format.records.serving import ServingRecord
 from armor.serve.engine import PYTHON, check_engine
-from armor.serve.running import CAUSE
+from armor.serve.running import CAUSE, server
 from tests.engine import stand_in
+from tests.forks import fork
 
 SETTINGS = BenchmarkSettings(engine="vllm", clients=[4, 1], requests=2, new_tokens=4, repeats=3)
 
@@ -56,6 +59,17 @@ def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, defect
         benchmark_serving(root / "source", {"armor": checkpoint}, SETTINGS, engine / "serve.json")
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
     assert not psutil.Process().children(recursive=True)
+
+
+def test_a_job_that_is_ended_ends_its_server(root, engine):
+    def work():
+        with server(root / "source", "model", ["--dtype", "auto", "--no-enable-prefix-caching"]) as running:
+            (engine / "pid").write_text(str(running.process.pid))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    assert fork(work, engine).returncode == 143
+    assert not psutil.pid_exists(int((engine / "pid").read_text()))
 
 
 def test_the_cause_is_the_first_error_of_a_log():
