@@ -1,0 +1,154 @@
+"""The whole workflow on models of size with random weights: memory and time of each stage, held against a limit.
+
+llama-1.1b has TinyLlama's shapes, layer-70b is one decoder layer of Llama-3-70B's, moe-2b a mixture of 64 experts in
+each of 12 layers. All are bfloat16, with a byte-level tokenizer, written shard by shard to a temporary folder. Each is
+compressed by one recipe (blocks of 64) on one core, with a few short texts: memory depends on shapes alone. The peak of
+a stage is that of its largest job. The limit of evaluate is the packed model and 2 GB. Writes benchmarks/at_size.json.
+
+    python -m benchmarks.at_size llama-1.1b          # 7 GB on disk
+    python -m benchmarks.at_size layer-70b moe-2b --iterations 10
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import yaml
+from safetensors.torch import save_file
+
+from armor.config.run import Config
+from armor.execution.files import read_json, write_json
+from armor.execution.machine import describe
+from armor.format.layout import Results
+from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.shards import INDEX
+from armor.run.jobs import jobs
+from armor.run.status import cost
+from benchmarks.calibrate_memory import CONFIG
+from benchmarks.published import MODELS as PUBLISHED
+from benchmarks.published import tensors
+from tests.tiny import tiny_text, tiny_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OUTPUT = Path(__file__).with_suffix(".json")
+SHARD = 500_000_000
+GB = 10**9
+MODELS: dict[str, dict] = {
+    "llama-1.1b": {"model_type": "llama", **CONFIG},
+    "layer-70b": PUBLISHED["llama-3-70b"] | {"num_hidden_layers": 1, "vocab_size": 512},
+    "moe-2b": PUBLISHED["qwen3-235b-a22b"]
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "vocab_size": 32000,
+    },
+}
+LIMITS = {"llama-1.1b": 3 * GB, "layer-70b": None, "moe-2b": 4 * GB}
+
+
+def build(folder: Path, config: dict) -> int:
+    """Write a model with random weights to `folder`; returns the bytes of its tensors."""
+    folder.mkdir()
+    write_json(folder / "config.json", {"dtype": "bfloat16", **config})
+    tiny_tokenizer(folder)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+
+    def save() -> int:
+        name = f"model-{len(set(weight_map.values())):05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        size = sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()
+        return size
+
+    total = 0
+    for name, hole in tensors(config):
+        shape = tuple(hole.shape)
+        plain = torch.ones if len(shape) == 1 else torch.empty
+        shard[name] = plain(shape, dtype=torch.bfloat16)
+        if len(shape) > 1:
+            shard[name].normal_(std=0.02)
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
+            total += save()
+    total += save()
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    return total
+
+
+def run(folder: Path, name: str, method: str, iterations: int) -> dict:
+    """Take the model through the workflow in `folder`; bytes and seconds by stage."""
+    size = build(folder / "model", MODELS[name])
+    (folder / "text.txt").write_text(tiny_text(2000))
+    text = {"text": {"files": [str(folder / "text.txt")]}, "sequences": 2, "sequence_length": 256}
+    config = {
+        "models": {name: {"folder": str(folder / "model")}},
+        "calibrations": {"words": text},
+        "recipes": {method: {"method": method, "block_size": 64, "solver": {"iterations": iterations}}},
+        "evaluations": {"words": text},
+    }
+    file = folder / "my.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1"]
+    begin = time.monotonic()
+    subprocess.run([*command, "--directory", str(folder), "--configfile", str(file)], cwd=REPOSITORY, check=True)
+    seconds = time.monotonic() - begin
+    results = folder / "results"
+    peaks: dict[str, int] = {}
+    spent: dict[str, float] = {}
+    for job in jobs(Config.model_validate(config), str(results)):
+        if measured := cost(job):
+            peaks[job.stage] = max(peaks.get(job.stage, 0), measured.peak_memory_bytes)
+            spent[job.stage] = round(spent.get(job.stage, 0.0) + measured.seconds, 1)
+    paths = Results(str(results))
+    packed = CheckpointRecord.read(Path(paths.checkpoint(name, method)))
+    limit = LIMITS[name]
+    limits = {stage: packed.checkpoint_bytes + 2 * GB if stage == "evaluate" else limit for stage in peaks if limit}
+    return {
+        "parameters": read_json(Path(paths.topology(name)))["parameters"],
+        "model_bytes": size,
+        "checkpoint_bytes": packed.checkpoint_bytes,
+        "bits_per_weight": packed.bits_per_weight,
+        "method": method,
+        "iterations": iterations,
+        "peak_memory_bytes": peaks,
+        "limit_bytes": limits,
+        "above": [stage for stage in limits if peaks[stage] > limits[stage]],
+        "seconds_by_stage": spent,
+        "seconds": round(seconds, 1),
+        "machine": describe(),
+    }
+
+
+def main(
+    models: Annotated[list[str], typer.Argument(help=", ".join(MODELS))],
+    method: str = "armor",
+    iterations: Annotated[int, typer.Option(help="Of the solver of armor.")] = 1,
+    output: Path = OUTPUT,
+) -> None:
+    if unknown := sorted({*models} - {*MODELS}):
+        raise SystemExit(f"benchmarks/at_size.py: no model {unknown[0]}; expected {', '.join(MODELS)}")
+    found = read_json(output) if output.is_file() else {}
+    for name in models:
+        with tempfile.TemporaryDirectory(prefix="at-size-") as folder:
+            found[name] = run(Path(folder), name, method, iterations)
+        for stage, peak in found[name]["peak_memory_bytes"].items():
+            print(f"{name:12}{stage:12}{peak / GB:6.2f} GB{found[name]['seconds_by_stage'][stage]:8.1f} s")
+        write_json(output, found)
+    if above := [f"{name}: {stage}" for name in models for stage in found[name]["above"]]:
+        raise SystemExit(f"above the limit: {', '.join(above)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
