@@ -1,0 +1,114 @@
+"""What each step from floats to integers brings: the proxy loss of linears of one decoder layer of a finished run.
+
+    cd results/smollm2-135m
+    python -m benchmarks.quantize armor/layers calibration/wikipedia source.json --layer 12 --linear q_proj
+
+The steps come one on top of the other: every number to the nearest, on the scale that holds the largest of its group;
+searched scales; S with feedback; A and B fitted to it. "Not balanced" is all of them from other factors of the same
+product: columns of A and rows of B are multiplied by 2 to the power of a normal number, and S makes up for it. "Plain"
+is NoWag-P's weights rounded alike. A and B are int8, S is int8 in groups of 64 and int4 of 32. Adds to
+benchmarks/quantize.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from armor.core.factorization import Factorization
+from armor.core.quantization import LIMITS, IntegerType, Quantization
+from armor.execution.files import read_json, write_json
+from armor.execution.machine import describe, set_threads
+from armor.format.factors import read_factors
+from armor.format.names import layer_file
+from armor.format.shards import Shards
+from armor.format.statistics import read_statistics
+from armor.methods.solver import rounding
+from armor.methods.solver.objective import Objective, relative_loss
+from armor.model.source import open_source
+
+OUTPUT = Path(__file__).with_suffix(".json")
+GROUPS: dict[IntegerType, int] = {"int8": 64, "int4": 32}
+
+
+def nearest(values: Tensor, kind: IntegerType, group: int) -> tuple[Tensor, Tensor]:
+    """`values` (rows, columns) as integers and scales (rows, groups), each just as large as its group needs."""
+    least, most = LIMITS[kind]
+    rows, columns = values.shape
+    w = F.pad(values, (0, -columns % group)).view(rows, -1, group)
+    scales = (w.abs().amax(2) / most).bfloat16()
+    q = (w / scales.float().clamp_min(1e-30)[..., None]).round().clamp(least, most)
+    return q.view(rows, -1)[:, :columns].to(torch.int8), scales
+
+
+def rounded_plainly(given: Factorization, kind: Quantization) -> Factorization:
+    """Every number of the factors to the nearest, on the scale that holds the largest of its group."""
+    core, core_scales = nearest(given.core, kind.core, kind.group)
+    found = {"core": core, "core_scales": core_scales}
+    for name in ("left", "right"):
+        side = getattr(given, name)
+        q, scales = nearest(side.reshape(-1, side.shape[2]), "int8", side.shape[2])
+        found |= {name: q.view(side.shape), f"{name}_scales": scales.view(-1)}
+    return replace(given, quantization=kind, **found)
+
+
+def unbalanced(given: Factorization) -> Factorization:
+    """The same product A·S·B of blocks whose columns and rows have norms that differ."""
+    assert given.left is not None and given.right is not None
+    generator = torch.Generator().manual_seed(0)
+    columns, rows = (torch.randn(side.shape[:2], generator=generator).exp2() for side in (given.left, given.right))
+    core = given.core / columns.view(-1, 1) / rows.view(1, -1)
+    return replace(given, core=core, left=given.left * columns[:, None], right=given.right * rows[:, :, None])
+
+
+def losses(weight: Tensor, importance: Tensor, given: Factorization, core: IntegerType) -> dict[str, float]:
+    """The proxy loss of one linear in floats and after each step of rounding."""
+    kind = Quantization(core, "int8", given.pattern.columns_of(GROUPS[core]))
+    objective = Objective.of(weight, importance)
+    d = rounding._importance(objective)
+    scaled = rounding._rounded(given, kind, d)
+    fitted = rounding._fitted(weight, objective, given, scaled)
+    other = unbalanced(given)
+    found = {
+        "plain": rounding._plain(weight, objective, given, kind, d),
+        "floats": given,
+        "nearest": rounded_plainly(given, kind),
+        "+ scales": scaled,
+        "+ feedback": replace(scaled, core=fitted.core),
+        "+ refit": fitted,
+        "not balanced": rounding._fitted(weight, objective, other, rounding._rounded(other, kind, d)),
+    }
+    return {name: relative_loss(weight, objective, factors) for name, factors in found.items()}
+
+
+@torch.no_grad()
+def main(
+    layers: Annotated[Path, typer.Argument(help="The folder of ARMOR's factors, in floats.")],
+    calibration: Annotated[Path, typer.Argument(help="The folder of their statistics.")],
+    model: Annotated[Path, typer.Argument(help="source.json of the dense model.")],
+    layer: Annotated[int, typer.Option(help="The number of the decoder layer.")] = 12,
+    linear: Annotated[list[str] | None, typer.Option(help="The last part of its name; unset: all.")] = None,
+) -> None:
+    """Print a row for each linear and each type of the core."""
+    set_threads(1)
+    weights, inputs = Shards(open_source(model).path), read_statistics(layer_file(calibration, layer))
+    record = read_json(OUTPUT) if OUTPUT.is_file() else {"machine": describe(), "proxy losses": {}}
+    for name, stored in read_factors(layer_file(layers, layer))[0].items():
+        if stored.left is None or stored.right is None or (linear and name.rpartition(".")[2] not in linear):
+            continue
+        given = replace(stored, core=stored.core.float(), left=stored.left.float(), right=stored.right.float())
+        for core in GROUPS:
+            found = losses(weights.read(f"{name}.weight"), inputs[name].importance, given, core)
+            record["proxy losses"][f"{name}, {core}"] = {step: round(loss, 6) for step, loss in found.items()}
+            print(f"| {name}, {core} | " + " | ".join(f"{step} {loss:.5f}" for step, loss in found.items()), flush=True)
+            write_json(OUTPUT, record)
+
+
+if __name__ == "__main__":
+    typer.run(main)
