@@ -92,8 +92,8 @@ def main(
     layers: Annotated[Path, typer.Argument(help="The folder of ARMOR's factors, in floats.")],
     calibration: Annotated[Path, typer.Argument(help="The folder of their statistics.")],
     model: Annotated[Path, typer.Argument(help="source.json of the dense model.")],
-    layer: Annotated[int, typer.Option(help="The number of the decoder layer.")] = 12,
-    linear: Annotated[list[str] | None, typer.Option(help="The last part of its name; unset: all.")] = None,
+    layer: Annotated[int, typer.Option("--layer", help="The number of the decoder layer.")] = 12,
+    linear: Annotated[list[str] | None, typer.Option("--linear", help="The last part of its name; unset: all.")] = None,
 ) -> None:
     """Print a row for each linear and each type of the core."""
     set_threads(1)
