@@ -1,6 +1,7 @@
 """What an edit makes run again: every module of armor/, every kind of setting, a version of a record and of a package.
 
-    python -m benchmarks.reruns            print the tables as Markdown; status 1 if a row is not as it should be
+    python -m benchmarks.reruns                   print a table as Markdown; status 1 if a row is not as it should be
+    python -m benchmarks.reruns armor/training    only the edits with this in their names; several may be given
 
 A tiny random model goes through the whole workflow. Then each edit is made by itself, in a copy of the code or in the
 configuration, and Snakemake says in a dry run what it would run. Nothing more and nothing less: in every row that must
@@ -15,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.tiny import tiny_model
@@ -132,30 +133,36 @@ def asked(run: Run, config: dict) -> tuple[str, bool]:
     return first + (words or "nothing"), agreed
 
 
-def rows(run: Run, copy: Path) -> Iterator[tuple[str, str, bool]]:
-    """Every edit, what Snakemake would run then, and whether that is as it should be."""
-    yield "none", *asked(run, run.config)
+def rows(run: Run, copy: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str, bool]]:
+    """Every edit that is `wanted`, what Snakemake would run then, and whether that is as it should be."""
+    if wanted("none"):
+        yield "none", *asked(run, run.config)
     for key, value in SETTINGS.items():
-        yield f"`{key.replace('__', '.')}`: {json.dumps(value)}", *asked(run, run.edited(**{key: value}))
+        edit = f"`{key.replace('__', '.')}`: {json.dumps(value)}"
+        if wanted(edit):
+            yield edit, *asked(run, run.edited(**{key: value}))
     for name in ("Snakefile", "workflow", "config", "envs", "profiles", "armor"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
     edited = Run(run.folder, run.config, copy)
     for file in sorted((copy / "armor").rglob("*.py")):
-        whole = file.read_text()
-        file.write_text(f"{whole}\nEDITED = 1\n")
-        yield f"`{file.relative_to(copy)}`", *asked(edited, run.config)
-        file.write_text(whole)
+        whole, edit = file.read_text(), f"`{file.relative_to(copy)}`"
+        if wanted(edit):
+            file.write_text(f"{whole}\nEDITED = 1\n")
+            yield edit, *asked(edited, run.config)
+            file.write_text(whole)
     for file in sorted((copy / "armor/format/records").glob("*.py")):
         whole = file.read_text()
         newer = re.sub(r"(format_version: Literal)\[(\d+)\] = \d+", r"\1[99] = 99", whole)
-        if newer != whole:
+        edit = f"the version of records in `{file.relative_to(copy)}`"
+        if newer != whole and wanted(edit):
             file.write_text(newer)
-            yield f"the version of records in `{file.relative_to(copy)}`", *asked(edited, run.config)
+            yield edit, *asked(edited, run.config)
             file.write_text(whole)
-    file = copy / "armor/execution/machine.py"  # a record says which versions made it
-    file.write_text(file.read_text() + '\nreal = version\nversion = lambda name: f"{real(name)}.1"\n')
-    yield "every package in a newer version", *asked(edited, run.config)
+    if wanted(edit := "every package in a newer version"):
+        file = copy / "armor/execution/machine.py"  # a record says which versions made it
+        file.write_text(file.read_text() + '\nreal = version\nversion = lambda name: f"{real(name)}.1"\n')
+        yield edit, *asked(edited, run.config)
 
 
 def main() -> None:
@@ -164,7 +171,8 @@ def main() -> None:
         (folder / "copy").mkdir()
         right = []
         print("| edit | runs again | as `armor explain` says |\n|---|---|---|")
-        for edit, plan, agreed in rows(finished(folder), folder / "copy"):
+        names = sys.argv[1:] or [""]
+        for edit, plan, agreed in rows(finished(folder), folder / "copy", lambda edit: any(n in edit for n in names)):
             print(f"| {edit} | {plan} | {'yes' if agreed else '**no**'} |", flush=True)
             right.append(agreed)
     print(f"\n{sum(right)} of {len(right)} rows agree")

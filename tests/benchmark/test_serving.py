@@ -30,7 +30,7 @@ def engine(tmp_path, monkeypatch):
 
 
 def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
-    recipes = {"armor": root / "checkpoint"}
+    recipes, before = {"armor": root / "checkpoint"}, psutil.Process().children(recursive=True)
     output = engine / "serve.json"
     found = benchmark_serving(root / "source", recipes, SETTINGS, output, fingerprints={"dense": "d", "armor": "a"})
     assert ServingRecord.read(output) == found and found.case == "serve"
@@ -47,7 +47,7 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
     assert found.recipes["armor"].bytes_on_disk == (root / "checkpoint/model.safetensors").stat().st_size
     assert 0 < found.dense.memory_bytes.median <= found.peak_memory_bytes and found.dense.start_seconds.median > 0
     assert found.engine["vllm"] == "0.32.0"
-    assert not psutil.Process().children(recursive=True)  # no server is left
+    assert psutil.Process().children(recursive=True) == before  # no server is left
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,11 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
 )
 def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, defect, said):
     (checkpoint / defect).touch()
+    before = psutil.Process().children(recursive=True)
     with pytest.raises(ArmorError, match=said) as error:
         benchmark_serving(root / "source", {"armor": checkpoint}, SETTINGS, engine / "serve.json")
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
-    assert not psutil.Process().children(recursive=True)
+    assert psutil.Process().children(recursive=True) == before
 
 
 def test_a_job_that_is_ended_ends_its_server(root, engine):

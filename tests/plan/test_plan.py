@@ -171,7 +171,7 @@ def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     (tmp_path / "other.txt").write_text("others")
     small = {"set-resources": ["price:mem_mb=500"], "set-threads": ["calibrate=16"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"executor": "slurm", "jobs": 9} | small))
-    done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", folder=REPOSITORY)
+    done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", "--threads", "1", folder=REPOSITORY)
     assert done.returncode == 1, done.stderr
     rows = json.loads(done.stdout)["submitted"]
     assert [*dict.fromkeys(row["stage"] for row in rows)] == [stage for stage in STAGES if stage != "experts"]
