@@ -17,14 +17,12 @@ from pathlib import Path
 
 from armor.core.errors import ArmorError
 from armor.plan.table import StagePlan, Submitted
-from armor.run.jobs import STAGES
+from armor.run.jobs import CLUSTER_CORES, STAGES
 
 __all__ = ["submitted", "table", "too_small"]
 
 ANY_CORES = 9999
 """A cluster has no limit; without a number a dry run would say what this machine allows."""
-ALL_CORES = 8
-"""What a rule that takes all cores asks of a cluster (workflow/rules/common.smk)."""
 
 
 def submitted(files: Sequence[Path], profile: str, folder: Path) -> tuple[Submitted, ...]:
@@ -73,7 +71,7 @@ def _tell(record: logging.LogRecord) -> bool:
     resources = getattr(record, "resources", None)
     if stage in STAGES and resources is not None:
         cores = vars(record)["threads"]
-        asked = {"stage": stage, "cores": ALL_CORES if cores == ANY_CORES else cores}
+        asked = {"stage": stage, "cores": CLUSTER_CORES if cores == ANY_CORES else cores}
         asked |= {"memory_bytes": resources.get("mem_mb", 0) * 10**6}
         asked |= {"minutes": resources.get("runtime", 0), "gpus": resources.get("gpu", 0)}
         print(json.dumps(asked))

@@ -164,7 +164,6 @@ class Reruns:
     def __init__(self, results: Path, config: Config | None = None) -> None:
         self.results = results
         self.config = config or last_config(results)
-        self._known: dict[Job, list[str]] = {}
         self._alone: dict[Job, list[str]] = {}
         self._earlier: dict[Job, dict[Job, None]] = {}
 
@@ -182,9 +181,7 @@ class Reruns:
 
     def reasons(self, job: Job) -> list[str]:
         """Why `job` would run again; none if it would not."""
-        if job not in self._known:
-            self._known[job] = [*self.own(job), *self._of_others(job)]
-        return self._known[job]
+        return [*self.own(job), *self._of_others(job)]
 
     def counts(self) -> dict[str, int]:
         """How many jobs of each stage would run again; stages without any are left out."""

@@ -21,8 +21,10 @@ from armor.format.records.base import Input
 from armor.format.records.topology import Topology
 from armor.run.groups import expert_groups
 
-__all__ = ["STAGES", "Job", "Names", "Stage", "jobs", "jobs_of", "read_topology"]
+__all__ = ["CLUSTER_CORES", "STAGES", "Job", "Names", "Stage", "jobs", "jobs_of", "read_topology"]
 
+CLUSTER_CORES = 8
+"""What a rule that takes all cores asks of a cluster, which has no number of them."""
 Names = tuple[str, ...]
 Needed = tuple[str, str, Names]
 """What a rule calls one of its inputs, the stage that makes it, and that job's names."""

@@ -19,7 +19,7 @@ from armor.core.errors import ArmorError
 from armor.format.layout import FACTORS, RUN, Results
 from armor.format.names import beside, factors_beside
 from armor.run.explain import Reruns
-from armor.run.jobs import STAGES, Job, jobs_of, read_topology
+from armor.run.jobs import CLUSTER_CORES, STAGES, Job, jobs_of, read_topology
 from armor.run.progress import typed
 from armor.run.status import read_status, start_run, summary
 from armor.serve.engine import check_asked
@@ -42,7 +42,7 @@ R = Results()
 try:
     ALL_CORES = workflow.cores
 except WorkflowError:  # not given: --unlock, --summary, a cluster
-    ALL_CORES = 8
+    ALL_CORES = CLUSTER_CORES
 
 
 def any_of(names):
