@@ -157,7 +157,6 @@ STAGES = {
         entry="armor.model.inspect",
         seconds=4,
         inputs=lambda config, model: _model(model)[:1],
-        forked=False,
     ),
     "calibrate": Stage(
         outputs=lambda results, model, calibration: (results.calibration(model, calibration),),
@@ -330,7 +329,6 @@ STAGES = {
         seconds=6,
         inputs=lambda config: [(stage, stage, ()) for stage, row in STAGES.items() if row.reported],
         settings=lambda config: config.report_settings(),
-        forked=False,
     ),
 }
 """Every stage by the name of its rule, in the order of the data."""

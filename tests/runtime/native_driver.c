@@ -175,7 +175,7 @@ int main(int count, char **arguments) {
     for (int level = 0; level <= best && count == 1; level++)
         for (int type = 0; type < 2; type++)
             for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
-                for (int64_t rows = 1; rows <= 37; rows += rows < 17 ? 1 : 10) {
+                for (int64_t rows = 1; rows <= 37; rows += rows < 9 ? 1 : rows < 17 ? 4 : 10) {
                     const int64_t *shape = SHAPES[s];
                     failures += check(level, type, rows, shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
                                       (int)rows % 2, 1);

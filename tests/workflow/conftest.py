@@ -12,10 +12,14 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import smart_open  # noqa: F401  # as Snakemake does when it reads the Snakefile
 import snakemake.cli
 import yaml
 
 from armor.command import forkserver
+from armor.execution.fingerprint import code_hash
+from armor.run import explain  # noqa: F401
+from armor.run.jobs import STAGES
 from tests.forks import fork
 from tests.tiny import tiny_model
 
@@ -30,6 +34,13 @@ def server() -> str | None:
         patch.setenv("PYTHONPATH", str(REPOSITORY))  # a part of the server's address
         forkserver.start()
     return os.environ.pop(forkserver.VARIABLE, None)
+
+
+@cache
+def warm() -> None:
+    """Import and remember in this process what every fork of a run would import and compute again."""
+    for stage in STAGES.values():
+        code_hash(stage.entry)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Run:
 
     def forked(self, work: Callable[[], object], folder: Path | None = None) -> subprocess.CompletedProcess:
         """Do `work` in a fork, on the code of this repository, in it or in `folder`."""
+        warm()
 
         def anew() -> None:
             if self.repository != REPOSITORY:
@@ -164,7 +176,7 @@ def clone(run, tmp_path):
         source = REPOSITORY / name
         target = tmp_path / "clone" / name
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target)
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
