@@ -114,24 +114,30 @@ static inline vec load_int8(const void *p, int64_t n) {
     return bytes_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
 }
 static inline vec load_half_int8(const void *p) { return bytes_to_half(_mm_loadu_si128(p)); }
-/* 32 int4, the first in the lowest four bits, as units. One shift brings each into the low bits of its half lane, and a
- * table has its bf16. vpermw reads five bits there: the fifth is the next number's, so the table stands there twice. */
-static inline vec nibbles_to_units(__m128i packed) {
+/* 32 int4 as units: 16 in each of the lowest four and the highest four quadwords, the first in the lowest four bits. One
+ * shift brings each into the low bits of its half lane, and a table has its bf16. vpermw reads five bits there: the
+ * fifth is the next number's, so the table stands there twice. */
+static inline vec nibbles_to_units(__m512i packed) {
     const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, (int16_t)0xc100, (int16_t)0xc0e0,
         (int16_t)0xc0c0, (int16_t)0xc0a0, (int16_t)0xc080, (int16_t)0xc040, (int16_t)0xc000, (int16_t)0xbf80));
-    const __m512i eights = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
     const __m512i shifts =
         _mm512_setr_epi64(0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030,
                           0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030);
-    __m512i numbers = _mm512_permutexvar_epi64(eights, _mm512_castsi128_si512(packed));
-    return words(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, numbers), table));
+    return words(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, packed), table));
+}
+/* Broadcasts that only load, where a permutation would compete with what follows. */
+static inline __m512i halves(__m128i low, __m128i high) {
+    return _mm512_mask_broadcastq_epi64(_mm512_broadcastq_epi64(low), 0xf0, high);
 }
 static inline vec load_int4(const void *p, int64_t n) {
-    return nibbles_to_units(n >= 32 ? _mm_loadu_si128(p)
-                                    : _mm_maskz_loadu_epi8((__mmask16)first32((n + 1) / 2), p));
+    if (n >= 32) return nibbles_to_units(halves(_mm_loadl_epi64(p), _mm_loadl_epi64((const __m128i *)((const char *)p + 8))));
+    __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)first32((n + 1) / 2), p);
+    return nibbles_to_units(halves(bytes, _mm_srli_si128(bytes, 8)));
 }
-static inline vec load_half_int4(const void *p) { return nibbles_to_units(_mm_loadl_epi64(p)); }
+static inline vec load_half_int4(const void *p) {
+    return nibbles_to_units(_mm512_broadcastq_epi64(_mm_loadl_epi64(p))); /* the upper half twice the lower: any */
+}
 static inline vec spread(vec packed, uint32_t bits) {
     return words(_mm512_maskz_expand_epi16(bits, _mm512_castps_si512(packed)));
 }
@@ -164,6 +170,15 @@ static inline vec gather_index(const uint8_t *mask) {
 static inline vec gather(vec low, vec high, vec index) {
     return words(
         _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_castps_si512(index), _mm512_castps_si512(high)));
+}
+/* The scales of 64 columns, `each` (64 or 32) columns one, to the lanes of their groups of 4. */
+static inline vec gather_scales(const weight *scales, int64_t each) {
+    if (each == 64) return words(_mm512_slli_epi32(_mm512_set1_epi16((int16_t)*scales), 16));
+    int32_t two;
+    memcpy(&two, scales, sizeof two);
+    __m512i pair = _mm512_set1_epi32(two);
+    pair = _mm512_mask_slli_epi32(pair, 0x00ff, pair, 16);
+    return words(_mm512_and_si512(pair, _mm512_set1_epi32((int32_t)0xffff0000)));
 }
 /* 32 packed values to the 64 columns of a 2:4 mask, as units. In byte 2c of the index column c finds its value, in byte
  * 2c + 1 column 32 + c; vpermw reads the low 5 bits of each half lane. Quicker than two vpexpandw. */

@@ -23,8 +23,8 @@
  *   load_half_int8(const void *), load_half_int4(const void *)   STEP / 2 of them, packed, rest anything
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
- * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, spread_pairs, store_pairs,
- * pair_places, repeat_four and broadcast_one_of.
+ * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, spread_pairs,
+ * store_pairs, pair_places, repeat_four and broadcast_one_of.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
@@ -144,19 +144,52 @@ static inline __attribute__((always_inline)) void fetch_ahead(const void *values
     }
 }
 
+enum { MOST = 4, WIDE = 2 * STEP };
+
+#ifdef GATHER
+/* Totals of integers of `rows` packed 2:4 rows times `x_rows` rows of x, for all whole steps of WIDE columns; returns
+ * how many columns those are. Every step meets its scales at once, `each` (constant: WIDE or half of it) columns one,
+ * so that only totals stay in registers. */
+static inline __attribute__((always_inline)) int64_t integer_steps(const struct layer *layer, int type, int64_t each,
+                                                                   int rows, int x_rows, const void *const values[],
+                                                                   const uint8_t *const mask[],
+                                                                   const weight *const scales[], vec totals[][8]) {
+    const element *u = layer->u;
+    int64_t c = 0;
+    for (; c + WIDE <= layer->in; c += WIDE) {
+        vec w[MOST], index[MOST], scale[MOST];
+        const int64_t g = c / layer->integers.group;
+#pragma GCC unroll 4
+        for (int j = 0; j < rows; j++) {
+            fetch_ahead(place(values[j], c / 2, type), mask[j] + c / 8, c % 512 == 0, x_rows == 1);
+            w[j] = load_as(place(values[j], c / 2, type), STEP, type);
+            index[j] = gather_index(mask[j] + c / 8);
+            scale[j] = gather_scales(scales[j] + g, each);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < x_rows; r++) {
+            const element *x = u + least(r, layer->rows - 1) * layer->in + c;
+            vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
+#pragma GCC unroll 4
+            for (int j = 0; j < rows; j++)
+                totals[j][r] =
+                    fused(totals[j][r], scale[j], multiply_add(zero(), w[j], gather(low, high, index[j])));
+        }
+    }
+    return c;
+}
+#endif
+
 /* The same for packed rows, count[0] from first[0] on and count[1] from first[1] on: two places, because memory gives
  * more to a thread that reads in two. Several chains of sums run at once, since a multiply-add takes several cycles.
  * Where the processor can pick from two vectors of x (`gathers`, 2:4 only), the values stay as they are packed and meet
  * the columns of x that they belong to; otherwise they are spread to their columns. Integers are summed up by groups
- * of columns, whose sums then meet their scales. */
+ * of columns, whose sums then meet their scales; in the usual groups of 2:4 step by step (integer_steps). */
 static inline __attribute__((always_inline)) void packed_dot(const struct layer *layer, int type,
                                                              const int64_t first[2], const int64_t count[2],
                                                              int gathers, int half, int x_rows,
                                                              float out[2][8][CHUNK]) {
-    enum { MOST = 4, WIDE = 2 * STEP };
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
-    const int wide = type == INT4 ? 1 : ahead; /* its groups are shorter */
-    (void)wide;
     const element *u = layer->u;
     const int64_t in = layer->in, kept = layer->kept, last = layer->rows - 1;
     const int64_t group = type == FLOATS ? in : layer->integers.group, groups = (in + group - 1) / group;
@@ -175,7 +208,16 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
             at[j] = 0;
             for (int r = 0; r < x_rows; r++) totals[j][r] = zero();
         }
-        for (int64_t g = 0; g < groups; g++) {
+#ifdef GATHER
+        if (gathers && type != FLOATS) {
+            if (group % WIDE == 0)
+                c = integer_steps(layer, type, WIDE, rows, x_rows, values, mask, scales, totals);
+            else if (group == WIDE / 2)
+                c = integer_steps(layer, type, WIDE / 2, rows, x_rows, values, mask, scales, totals);
+            for (int j = 0; j < rows; j++) at[j] = c / 2;
+        }
+#endif
+        for (int64_t g = c / group; g < groups; g++) {
             const int64_t end = least(in, (g + 1) * group);
             for (int j = 0; j < rows; j++) {
                 more[j] = zero();
@@ -183,8 +225,8 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
             }
 #ifdef GATHER
             if (gathers)
-                for (; c + wide * WIDE <= end; c += wide * WIDE)
-                    for (int a = 0; a < wide; a++) {
+                for (; c + ahead * WIDE <= end; c += ahead * WIDE)
+                    for (int a = 0; a < ahead; a++) {
                         int64_t now = c + a * WIDE;
                         vec w[MOST], index[MOST];
                         for (int j = 0; j < rows; j++) {
