@@ -190,7 +190,12 @@ class Reruns:
     def own(self, job: Job) -> list[str]:
         """The reasons that are its own, and not of a job before it."""
         if job not in self._alone:
-            self._alone[job] = list(self._own(job))
+            found = self._alone[job] = []
+            try:
+                for reason in self._own(job):
+                    found.append(reason)  # noqa: PERF402  # what came before an error counts
+            except ArmorError as refused:  # a record of another version
+                found.append(str(refused))
         return self._alone[job]
 
     def _own(self, job: Job) -> Iterator[str]:

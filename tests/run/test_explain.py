@@ -101,6 +101,9 @@ def test_differences_are_named(root):
     found = json.loads(content)
     write_json(record, found | {"format_version": 0, "since": "another release"})
     assert "stage        armor.factorize.layer" in describe(record) and own() == []
+    reruns = Reruns(root, CONFIG)
+    assemble = next(job for job in reruns.jobs if job.stage == "assemble")
+    assert [reason for reason in reruns.own(assemble) if f"{record}: format 0, expected" in reason]
     write_json(record, {key: value for key, value in found.items() if key != "made_by"})
     assert own() == ["it was made by another release, which noted no provenance"]
     then.model_copy(update={"sha256": "0"}).write(record)
