@@ -3,14 +3,17 @@
 A folder is made for each: config.json as published, and safetensors files with real headers and holes for data, split
 as such models are. Names are those on the hub: of mixtures each expert's own, of DeepSeek-V3 in FP8 with its scales.
 
-    python -m benchmarks.published                  # all of them; some GB of memory for their embeddings
+    python -m benchmarks.published                  # all of them
     python -m benchmarks.published llama-3-70b
+
+The JSON has what the plan says, and the processor seconds and the memory that it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import resource
 import subprocess
 import sys
 import tempfile
@@ -139,8 +142,8 @@ def build(folder: Path, config: dict) -> None:
     write_json(folder / INDEX, {"weight_map": {name: file for file, shard in files.items() for name in shard}})
 
 
-def plan(folder: Path, name: str) -> str:
-    """What `armor plan` says of the usual recipes for the model in `folder`."""
+def plan(folder: Path, name: str) -> dict:
+    """What `armor plan` says of the usual recipes for the model in `folder`, and what that takes."""
     text = {"dataset": "allenai/c4", "subset": "en", "streaming": True}
     config = {
         "models": {name: {"folder": str(folder / name)}},
@@ -151,8 +154,15 @@ def plan(folder: Path, name: str) -> str:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "armor", "plan", str(file)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (done.stdout + done.stderr).replace(f"{folder}/", "")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    errors = "".join(line for line in done.stderr.splitlines(True) if line.startswith("armor: error"))
+    return {
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "peak_memory_bytes": after.ru_maxrss * 1024,  # of the largest so far
+        "says": [line.replace(f"{folder}/", "") for line in (done.stdout + errors).splitlines()],
+    }
 
 
 def main() -> None:
@@ -164,9 +174,9 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory(prefix="published-") as folder:
             build(Path(folder) / name, MODELS[name])
-            result[name] = plan(Path(folder), name).splitlines()
-        print(*result[name], "", sep="\n")
-    write_json(options.output, result)
+            result[name] = plan(Path(folder), name)
+        print(*result[name]["says"], "", sep="\n")
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

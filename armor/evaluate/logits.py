@@ -40,6 +40,7 @@ from armor.text.blocks import token_blocks
 __all__ = [
     "Blocks",
     "Model",
+    "block_bytes",
     "blocks_of",
     "comparison",
     "finite",
@@ -125,11 +126,12 @@ def peak_bytes(folders: Sequence[Path], dtype: str, length: int) -> int:
     From headers and config.json alone: all weights, the logits of the block, and float32 pieces of these. A decoder
     layer's own tensors are gone when the logits come.
     """
-    total = 0
-    for folder in folders:
-        each = length * loaded_dtype(folder, dtype).itemsize + TOKENS_AT_A_TIME * 3 * 4
-        total += weights_bytes(folder, dtype) + vocabulary_of(folder) * each
-    return total
+    return sum(weights_bytes(folder, dtype) + block_bytes(folder, dtype, length) for folder in folders)
+
+
+def block_bytes(folder: Path, dtype: str, length: int) -> int:
+    """Of these, the logits of one block and the pieces."""
+    return vocabulary_of(folder) * (length * loaded_dtype(folder, dtype).itemsize + TOKENS_AT_A_TIME * 3 * 4)
 
 
 def with_models(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from armor.core.errors import ArmorError
 from armor.execution.log import log
-from armor.runtime.experts import routers
+from armor.runtime.experts import alike, routers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["by_hand", "check_linears", "left_dense", "tell"]
@@ -84,8 +84,8 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     Where the layer fails as it is, its error is raised. Raises ArmorError where it runs as it is, and not with linears
     that have no weight.
     """
-    own = {*_other_forward(layer)}
-    linears = {n: module for n, module in layer.named_modules() if isinstance(module, nn.Linear) and n not in own}
+    other = {*_other_forward(layer), *alike(layer)}  # an expert calls its linears: armor.runtime.experts
+    linears = {n: module for n, module in layer.named_modules() if isinstance(module, nn.Linear) and n not in other}
     found = {name for name in linears if _is_taken(layer, name)}
     failed: Exception | None = None
     while failed is None:

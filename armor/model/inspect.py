@@ -21,7 +21,8 @@ from armor.format.shards import Shards
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.model.source import Source
-from armor.runtime.skeleton import Call, Skeleton, load_outside, observe, open_skeleton, stored_tensors, tensors_of
+from armor.runtime.experts import alike
+from armor.runtime.skeleton import Call, Skeleton, load_outside, observe, open_skeleton, stored_tensors
 
 __all__ = ["inspect", "input_groups"]
 
@@ -58,13 +59,13 @@ def _culprit(error: Exception) -> str:
 def _topology(source: Source) -> Topology:
     """The topology of `source`."""
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
-    shards = tensors_of(skeleton, source.path)
-    stored = {skeleton.names.here(name): name for name in stored_tensors(skeleton, source.path).names()}
+    tensors, here = stored_tensors(skeleton, source.path), skeleton.names.here
+    shards, stored = tensors.renamed(here), {here(name): name for name in tensors.names()}
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
         _check_tensors(skeleton, index, shards)
     check_linears(skeleton.layers, skeleton.model, source.path)
-    load_outside(skeleton, shards)
+    load_outside(skeleton, shards, values=False)
     hidden, calls = observe(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
     layers: list[DecoderLayer] = []
     kept: dict[str, str] = {}
@@ -196,4 +197,8 @@ def input_groups(
     if pytree.tree_structure((call.args, call.kwargs)) != before:
         raise ArmorError(f"{prefix}: hands something to later layers beside hidden states; the model is not supported")
     numbers: dict[tuple, int] = {}
-    return {name: numbers.setdefault(seen.get(name, (name,)), len(numbers)) for name in names}
+    keys = {name: seen.get(name, (name,)) for name in names}
+    for name, (expert, first) in alike(layer).items():  # one of a mixture's experts has run, in the name of all
+        if (full := f"{prefix}.{name}") in keys:
+            keys[full] = (expert, seen.get(f"{prefix}.{first}", first))
+    return {name: numbers.setdefault(keys[name], len(numbers)) for name in names}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from armor.evaluate.logits import TOKENS_AT_A_TIME
-from armor.evaluate.logits import peak_bytes as evaluation_bytes
+from armor.evaluate.logits import TOKENS_AT_A_TIME, block_bytes
 from armor.evaluate.predictions import SHARE_OF_DISK
 from armor.plan.need import (
     BESIDE_CUDA,
@@ -20,7 +19,7 @@ from armor.plan.need import (
 )
 from armor.plan.subject import Subject
 from armor.plan.work import Read, Step, Work
-from armor.runtime.load import loaded_dtype, weights_bytes
+from armor.runtime.load import loaded_dtype
 from armor.runtime.streamed import HIDDEN_STATES, USABLE
 
 __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
@@ -40,7 +39,7 @@ def _measured(
     """
     folder = subject.folder if recipe is None else subject.packed[recipe].folder
     itemsize = loaded_dtype(folder, dtype).itemsize
-    loaded = evaluation_bytes([folder], dtype, length) + more
+    loaded = subject.loaded_bytes(recipe, dtype) + block_bytes(folder, dtype, length) + more
     largest = max(subject.inside(layer, itemsize) for layer in subject.topology.layers)
     logits = length * subject.vocabulary * itemsize + TOKENS_AT_A_TIME * 12 * subject.vocabulary
     streamed = subject.outside(itemsize, head=True) + largest + logits + more
@@ -94,8 +93,7 @@ def benchmark(plan: Plan, model: str, name: str) -> Need:
     """What `benchmark` takes."""
     subject, settings = plan.subjects[model], plan.config.benchmarks[name]
     owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
-    folders = [subject.folder, *(subject.packed[owner].folder for owner in owners)]
-    sizes = [weights_bytes(folder, settings.dtype) for folder in folders]
+    sizes = [subject.loaded_bytes(owner, settings.dtype) for owner in (None, *owners)]
     together = sum(sizes)
     if together > USABLE * plan.host.memory:
         together = sizes[0] + max(sizes[1:], default=0)
@@ -113,6 +111,5 @@ def serving(plan: Plan, model: str, name: str) -> Need:
     subject, dtype = plan.subjects[model], plan.config.benchmarks[name].dtype
     plan.note(f"benchmarks.{name}: the time that vLLM takes, and the memory of its cache, are not known and left out")
     owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
-    folders = [subject.folder, *(subject.packed[owner].folder for owner in owners)]
-    largest = max(weights_bytes(folder, dtype) for folder in folders)
+    largest = max(subject.loaded_bytes(owner, dtype) for owner in (None, *owners))
     return Need(memory_of(SERVER, largest), work=(IN_WHOLE,), remedy="take a larger machine, or leave it out")

@@ -64,12 +64,6 @@ def _fetch(plan: Plan, model: str) -> Need:
     return Need(Memory(process, process), kept, work=(IN_WHOLE, read))
 
 
-def _inspect(plan: Plan, model: str) -> Need:
-    subject = plan.subjects[model]
-    outside = subject.outside(getattr(torch, subject.topology.dtype).itemsize)
-    return Need(Memory(PROCESS + outside, PROCESS + outside), work=(IN_WHOLE,))
-
-
 def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.calibrations[calibration]
     where = f"calibrations.{calibration}"
@@ -254,7 +248,7 @@ def _light(memory: int, start: Work = START) -> Callable[..., Need]:
 
 NEEDS: dict[str, Callable[..., Need]] = {
     "fetch": _fetch,
-    "inspect": _inspect,
+    "inspect": _light(PROCESS, IN_WHOLE),
     "calibrate": _calibrate,
     "sensitivity": _sensitivity,
     "price": _price,

@@ -38,6 +38,7 @@ class Packed:
     """What a recipe will make of a model: a checkpoint of holes, its linears by name, the factors of each layer."""
 
     folder: Path
+    shards: Shards
     modules: dict[str, PackedLinear]
     layers: tuple[Shapes, ...]
     linear_bytes: dict[str, int]
@@ -79,6 +80,13 @@ class Subject:
     def outside(self, itemsize: int, head: bool = False) -> int:
         """The bytes of these tensors, each number of `itemsize`."""
         return self._bytes(self.outside_names(head), itemsize)
+
+    def loaded_bytes(self, owner: str | None, dtype: str = "auto") -> int:
+        """The memory for its weights, dense or as recipe `owner` packs them."""
+        from armor.runtime.load import weights_bytes
+
+        found = self if owner is None else self.packed[owner]
+        return weights_bytes(found.folder, dtype, found.shards)
 
     @property
     def vocabulary(self) -> int:
@@ -151,7 +159,7 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
     budget = config.recipes[recipe].budget
     spent = budget.bits if budget else bits
     more = round((spent - bits) * topology.linear_parameters / 8)
-    return Packed(folder, modules, tuple(layers), of_linears, spent, more)
+    return Packed(folder, Shards(folder), modules, tuple(layers), of_linears, spent, more)
 
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:

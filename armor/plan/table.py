@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from armor.core.typed import Typed
-from armor.format.shards import Shards
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 from armor.plan.need import Need, Plan
 from armor.plan.needs import need
-from armor.plan.subject import Packed, Subject
+from armor.plan.subject import Subject
 from armor.plan.work import Kind
 from armor.run.jobs import STAGES, Job, jobs
-from armor.runtime.load import read_config, weights_bytes
+from armor.runtime.load import read_config
 
 __all__ = ["Planned", "RecipePlan", "StagePlan", "Submitted", "kinds", "planned", "text"]
 
@@ -148,29 +147,32 @@ def _stage(group: Sequence[tuple[Job, Need]], rates: Mapping[Kind, float] | None
 def _recipes(plan: Plan) -> Iterator[RecipePlan]:
     for model, recipe in plan.config.pairs():
         subject = plan.subjects[model]
-        packed = None if plan.config.is_dense(recipe) else subject.packed[plan.config.made_by(recipe)[0][1]]
+        owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
+        packed = None if owner is None else subject.packed[owner]
         yield RecipePlan(
             model=model,
             recipe=recipe,
             weights_bytes=subject.weights_bytes if packed is None else packed.weights_bytes,
             dense_bytes=subject.weights_bytes,
             bits_per_weight=subject.dense_bits if packed is None else packed.bits,
-            bytes_per_token=_decode_bytes(subject, packed),
+            bytes_per_token=_decode_bytes(subject, owner),
         )
 
 
-def _decode_bytes(subject: Subject, packed: Packed | None) -> int:
-    """The bytes of weights that a decoding step reads: all but a table of embeddings that is not the head too.
+def _decode_bytes(subject: Subject, owner: str | None) -> int:
+    """The bytes of weights that a decoding step reads, dense or as recipe `owner` packs them: all but a table of
+    embeddings that is not the head too.
 
     Of experts it reads as many as a token is sent to.
     """
-    folder, more = (subject.folder, 0) if packed is None else (packed.folder, packed.more_bytes)
+    packed = None if owner is None else subject.packed[owner]
+    shards, more = (subject.shards, 0) if packed is None else (packed.shards, packed.more_bytes)
     table = 0 if subject.topology.tied_embeddings else subject.table_bytes
-    settings, shards = read_config(folder).get_text_config(), Shards(folder)
+    settings = read_config(subject.folder).get_text_config()
     numbers = (getattr(settings, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     count, asked = next(filter(None, numbers), 1), getattr(settings, "num_experts_per_tok", None) or 1
     experts = sum(shards.bytes_of(name) for name in shards.names() if ".experts." in name) + (more if count > 1 else 0)
-    return weights_bytes(folder) + more - table - round(experts * (1 - asked / count))
+    return subject.loaded_bytes(owner) + more - table - round(experts * (1 - asked / count))
 
 
 def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: int) -> Iterator[str]:

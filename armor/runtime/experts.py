@@ -28,7 +28,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from armor.format.shards import Part
 from armor.runtime.names import Names
 
-__all__ = ["Expert", "Experts", "fused_experts", "parts_of", "routers", "unfuse"]
+__all__ = ["Expert", "Experts", "alike", "fused_experts", "parts_of", "routers", "unfuse"]
 
 TOGETHER = 1024  # rows at most, of all experts, that go through them in one call: more would take memory for nothing
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -100,9 +100,8 @@ class Experts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # (tokens, in) -> (tokens, in)
         x, index, weights = self.arguments(args, kwargs)
         output = torch.zeros_like(x)
-        if x.is_meta:  # no token goes to any expert: all go to each, for the shapes
-            for _, expert in self.experts():
-                expert(x.clone(), None, self.between)
+        if x.is_meta:  # no token goes to any expert; one shows the shapes, for they are alike
+            self._expert(0)(x.clone(), None, self.between)
             return output
         counts = index.flatten().bincount(minlength=self.count)[: self.count].tolist()
         routed = [(self._expert(number), count) for number, count in enumerate(counts) if count]
@@ -160,6 +159,17 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
         if own == expected:
             found[name] = module
     return found
+
+
+def alike(layer: nn.Module) -> dict[str, tuple[str, str]]:
+    """For each linear of an expert, by its name within `layer`: its expert, and the same linear of the first expert."""
+    return {
+        f"{path}.{number}.{leaf}": (f"{path}.{number}", f"{path}.0.{leaf}")
+        for path, module in layer.named_modules()
+        if isinstance(module, Experts)
+        for number, expert in module.experts()
+        for leaf, _ in expert.named_children()
+    }
 
 
 def routers(layer: nn.Module) -> list[str]:
@@ -254,6 +264,13 @@ def _parts(fused: nn.Module, leaves: Sequence[str], count: int, width: int) -> d
     return found
 
 
+class _Given(nn.Linear):
+    """A linear that draws no weight, for it is given one. Of tens of thousands of experts that takes minutes."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 def _unfused(fused: nn.Module, leaves: Sequence[str], is_stored_fused: bool) -> Experts:
     """An Experts of the fused module's tensors, which it loses."""
     tensors: Any = {name: fused._parameters.pop(name) for name in tuple(fused._parameters)}
@@ -263,8 +280,7 @@ def _unfused(fused: nn.Module, leaves: Sequence[str], is_stored_fused: bool) -> 
 
     def linear(name: str) -> nn.Linear:
         rows, columns = own[f"{name}.weight"].shape
-        with torch.device("meta"):
-            made = nn.Linear(columns, rows, f"{name}.bias" in own)
+        made = _Given(columns, rows, f"{name}.bias" in own, "meta")
         for kind, _ in list(made.named_parameters()):
             made.register_parameter(kind, nn.Parameter(own[f"{name}.{kind}"], requires_grad=False))
         return made

@@ -60,9 +60,12 @@ def loaded_dtype(folder: Path | str, dtype: str = "auto") -> torch.dtype:
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def weights_bytes(folder: Path | str, dtype: str = "auto") -> int:
-    """The memory that `load_model` fills with weights, from headers and config.json alone."""
-    shards, own, total = Shards(folder), loaded_dtype(folder, dtype), 0
+def weights_bytes(folder: Path | str, dtype: str = "auto", shards: Shards | None = None) -> int:
+    """The memory that `load_model` fills with weights, from headers and config.json alone.
+
+    `shards` are the folder's, if they are open.
+    """
+    shards, own, total = shards or Shards(folder), loaded_dtype(folder, dtype), 0
     is_tied = read_config(folder).get_text_config().tie_word_embeddings
     for name in shards.names():
         if not (name == "lm_head.weight" and is_tied):

@@ -166,14 +166,20 @@ def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.M
     return f"{base}.{name}" if base else name, lists[name]
 
 
-def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False) -> None:
-    """Give the base model its real tensors outside of the decoder layers: embeddings, norms; the `head` if asked to."""
+def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values: bool = True) -> None:
+    """Give the base model its real tensors outside of the decoder layers: embeddings, norms; the `head` if asked to.
+
+    Without `values`, zeros that take no memory: enough to see what layers are called with.
+    """
     tied = (getattr(skeleton.model, "all_tied_weights_keys", None) or {}) if head else {}
     for full, owner, name, tensor in skeleton.outside(head):
         if full in tied:
             continue
         if full in shards:
-            _place(owner, name, shards.read(full, _target(tensor)), full, shards)
+            if values:
+                _place(owner, name, shards.read(full, _target(tensor)), full, shards)
+            else:
+                _set(owner, name, torch.zeros((), dtype=tensor.dtype).expand(shards.shape(full)))
         elif tensor.is_meta:
             raise ArmorError(
                 f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; load the model "
@@ -192,10 +198,7 @@ def place_outside(skeleton: Skeleton, device: str) -> None:
 def unload_outside(skeleton: Skeleton) -> None:
     """Drop what `load_outside` loaded; `observe` cannot run after it."""
     for _, owner, name, tensor in list(skeleton.outside()):
-        if name in owner._parameters:
-            owner._parameters[name] = nn.Parameter(tensor.to("meta"), False)
-        else:
-            owner._buffers[name] = tensor.to("meta")
+        _set(owner, name, tensor.to("meta"))
 
 
 def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
@@ -237,6 +240,10 @@ def _place(owner: nn.Module, name: str, tensor: Tensor, full: str, shards: Shard
         raise ArmorError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(expected)} by config.json")
     if tensor.is_floating_point() and not finite(tensor):
         raise ArmorError(f"{where} holds NaN or infinity; the weights are damaged, fetch the model again")
+    _set(owner, name, tensor)
+
+
+def _set(owner: nn.Module, name: str, tensor: Tensor) -> None:
     if name in owner._parameters:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:
