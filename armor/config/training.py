@@ -68,7 +68,11 @@ class RefineSettings(TrainingSettings):
 class TuneSettings(TrainingSettings):
     """Train the whole compressed model until its predictions are close to the dense one's, by KL divergence."""
 
-    rate: float = Field(default=3e-4, gt=0)
+    steps: int = Field(default=96, ge=1)
+    """Steps of the optimiser."""
+    sequences: int = Field(default=192, ge=1)
+    """How many token sequences there are to train on."""
+    rate: float = Field(default=1.5e-4, gt=0)
     """The largest step of the optimiser, relative to the root mean square of each tensor."""
 
 
