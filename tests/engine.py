@@ -25,7 +25,7 @@ folder = Path(given.model)
 with open(os.environ["STAND_IN"], "a") as file:
     print(folder.name, file=file)
 if (folder / "refused").exists():
-    print("(Worker pid=7) ERROR 11-27 12:43:07 [executor.py:953] armor.serve.plugin.Refused: q_proj: it holds integers")
+    print("(Worker pid=7) ERROR 11-27 12:43:07 [executor.py:953] armor.serve.plugin.Refused: q_proj: it holds a pair")
     raise RuntimeError("Engine core initialization failed. See root cause above.")
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):

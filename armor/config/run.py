@@ -162,7 +162,7 @@ class Config(Typed):
     def _check_serving(self, benchmark: str, name: str) -> None:
         """The plugin of the engine multiplies with what the recipe stores."""
         factorized = self.factorized(name)
-        held = "integers" if self.recipes[name].quantize or factorized.integers() else ""
+        held = "integers of whole weights" if factorized.integers() else ""
         if any("rank" in METHODS[method].settings for method in factorized.methods()):
             held = "pairs of low rank"
         if held:

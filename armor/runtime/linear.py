@@ -37,7 +37,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, integers, operator
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["ArmorLinear", "multiply", "share_right"]
+__all__ = ["ArmorLinear", "multiply", "multiply_integers", "share_right"]
 
 
 def multiply(
@@ -62,6 +62,34 @@ def multiply(
     if cuda.supports(x, *operands, group=group):
         return cuda.linear(x, *operands, group=group)
     return _through(x, unpack(values, bits, x.shape[-1], pattern)[0], left, right, bias)
+
+
+def multiply_integers(
+    layout: PackedLinear,
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    bias: Tensor | None,
+    core_scales: Tensor,
+    left_scales: Tensor | None,
+    right_scales: Tensor | None,
+) -> Tensor:
+    """The same for a `layout` with integers, whose tensors these are.
+
+    By the kernel, or else through factors that are multiplied out in float32, rounded once to the scales' dtype and
+    dropped.
+    """
+    scales = (core_scales, left_scales, right_scales)
+    if bits is not None and integers.supports(layout, x, values, bits, left, right, bias, *scales):
+        return integers.linear(layout, x, values, bits, left, right, bias, *scales)
+    given = {"core_values": values, "core_mask": bits, "left": left, "right": right}
+    given |= dict(zip(("core_scales", "left_scales", "right_scales"), scales, strict=True))
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    factors = Factorization.of_tensors(tensors, x.shape[-1], layout.pattern, layout.quantization).in_floats()
+    left, right = (t if t is None else t.to(core_scales.dtype) for t in (factors.left, factors.right))
+    return _through(x, factors.core.to(core_scales.dtype), left, right, bias)
 
 
 def _through(x: Tensor, core: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -150,8 +178,8 @@ class ArmorLinear(nn.Linear):
         if self.core_values is not None and self.core_mask is not None and self.layout.quantization is None:
             operands = (self.core_values, self.core_mask, self.left, self.held("right"), self.bias)
             return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
-        if self.layout.quantization is not None and integers.supports(self.layout, input, *(own := self._integers())):
-            return integers.linear(self.layout, input, *own)
+        if self.core_values is not None and self.layout.quantization is not None:
+            return multiply_integers(self.layout, input, *self._integers())
         factors, own = self._factors().in_floats(), self.weight.dtype
         core, left, right = (None if t is None else t.to(own) for t in (factors.core, factors.left, factors.right))
         assert core is not None

@@ -1,8 +1,8 @@
 """What one rank of a tensor-parallel group holds of a linear, packed or dense.
 
 A block of A or B cannot be cut. So a linear can be divided over ranks where the cuts meet the ends of blocks: those of
-A where the output channels are divided, those of B, and bytes of the mask, where the input channels are. With the
-output channels divided every rank multiplies by all of B; with the input channels divided, by all of A.
+A where the output channels are divided, those of B, bytes of the mask, and groups of integers, where the input channels
+are. With the output channels divided every rank multiplies by all of B; with the input channels divided, by all of A.
 """
 
 from __future__ import annotations
@@ -49,21 +49,24 @@ class Part:
     def take(self, suffix: str, tensor: Tensor) -> Tensor:
         """This part of the tensor that is `suffix` of the whole linear; a view where the rows are one range."""
         layout = self.layout
-        if suffix != "right":
-            size = layout.left_block_size or 1 if layout and suffix == "left" else 1
-            pieces = [tensor[rows.start // size : rows.stop // size] for rows in self.rows]
-            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if suffix == "left":
+        if suffix in ("right", "right_scales"):
+            size = layout.right_block_size or 1 if layout and suffix == "right" else 1
+            return tensor[self.columns.start // size : -(-self.columns.stop // size)]
+        size = layout.left_block_size or 1 if layout and suffix == "left" else 1
+        pieces = [tensor[rows.start // size : rows.stop // size] for rows in self.rows]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if suffix in ("left", "left_scales"):
             return tensor
-        n, m = 1, 1
+        n, m = 1, 1  # of its columns for m input channels
         if layout and suffix == "core_values":
             n, m = layout.pattern.group(layout.in_features)
+            if layout.integers().get(suffix) == "uint8":  # two int4 in a byte
+                m *= 2
         elif layout and suffix == "core_mask":
             m = 8
-        elif layout and suffix == "right":
-            m = layout.right_block_size or 1
-        start, stop = self.columns.start * n // m, -(-self.columns.stop * n // m)
-        return tensor[start:stop] if suffix == "right" else tensor[:, start:stop]
+        elif layout and layout.quantization and suffix == "core_scales":
+            m = layout.quantization.group
+        return tensor[:, self.columns.start * n // m : -(-self.columns.stop * n // m)]
 
 
 def cut(name: str, layout: PackedLinear | None, rows: tuple[range, ...], columns: range, ranks: int) -> Part:
@@ -81,10 +84,17 @@ def cut(name: str, layout: PackedLinear | None, rows: tuple[range, ...], columns
         n, m = layout.pattern.group(layout.in_features)
         row_step = layout.left_block_size or 1
         column_step = math.lcm(layout.right_block_size or 1, m, 8)
+        if own := layout.quantization:
+            scales = own.group if own.group < layout.in_features else 1
+            column_step = math.lcm(column_step, scales, 2 * m if own.core == "int4" else 1)
         if any(end % row_step for part in joined for end in (part.start, part.stop) if end != layout.out_features):
             pieces, step, what = {len(part) * ranks for part in rows}, row_step, f"A of {row_step} output"
         elif any(end % column_step for end in (columns.start, columns.stop) if end != layout.in_features):
-            pieces, step, what = {layout.in_features}, column_step, f"B, its pattern or its mask, {column_step} input"
+            pieces, step, what = (
+                {layout.in_features},
+                column_step,
+                f"B, its pattern, mask or scales, {column_step} input",
+            )
         else:
             return Part(tuple(joined), columns, layout)
         sizes = [size for size in range(1, MAX_RANKS + 1) if all(piece % (size * step) == 0 for piece in pieces)]

@@ -35,13 +35,14 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime import cpu
-from armor.runtime.linear import multiply
+from armor.runtime.linear import multiply, multiply_integers
 from armor.serve.check import check
 from armor.serve.cut import Part, cut
 
 __all__ = ["ArmorConfig", "ArmorLinearMethod", "Refused"]
 
 SUFFIXES = ("core_values", "core_mask", "left", "right")
+SCALES = ("core_scales", "left_scales", "right_scales")  # where these are integers
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -81,11 +82,10 @@ class ArmorConfig(QuantizationConfig):
         except ArmorError as error:
             raise Refused(str(error)) from None
         for name, layout in modules.items():
-            if layout.quantization or layout.rank:
-                held = "integers" if layout.quantization else "a low-rank pair"
+            if layout.rank:
                 raise Refused(
-                    f"{name}: holds {held}, which this plugin does not multiply with; serve the checkpoint with "
-                    "transformers, or multiply it out with armor export"
+                    f"{name}: holds a low-rank pair, which this plugin does not multiply with; serve the checkpoint "
+                    "with transformers, or multiply it out with armor export"
                 )
             if EXPERT.search(name):
                 raise Refused(
@@ -144,12 +144,13 @@ class ArmorLinearMethod(LinearMethodBase):
         except ArmorError as error:
             raise Refused(str(error)) from None
         for index, part in enumerate(self.parts):
+            whole = part.packed.integers() if part.packed else {}
             for suffix, shape in part.shapes().items():
-                dtype = torch.uint8 if suffix == "core_mask" else params_dtype
+                dtype = getattr(torch, whole[suffix]) if suffix in whole else params_dtype
                 layer.register_parameter(f"{suffix}_{index}", _parameter(shape, dtype))
                 self.awaited.add((index, suffix))
         # Tensors of a checkpoint find their way by name: to one of these, which has no numbers but a loader.
-        for suffix in (*SUFFIXES, "weight"):
+        for suffix in (*SUFFIXES, *SCALES, "weight"):
             entrance = _parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
             set_weight_attrs(entrance, {"weight_loader": functools.partial(self._load, layer, suffix)})
             layer.register_parameter(suffix, entrance)
@@ -217,13 +218,18 @@ class ArmorLinearMethod(LinearMethodBase):
         operands: list[Any] = [
             [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), some] for index, some in enumerate(biases)
         ]
-        groups = [layout.pattern.group(layout.in_features)[1] for layout in layouts if layout]
+        groups = [
+            layout.pattern.group(layout.in_features)[1] for layout in layouts if layout and not layout.quantization
+        ]
         if len(groups) == len(self.parts) > 1 and all(cpu.supports(x, *own) for own in operands):
             return cpu.side_by_side(x, [(*own, group) for own, group in zip(operands, groups, strict=True)])
         outputs = []
         for index, (layout, own) in enumerate(zip(layouts, operands, strict=True)):
             if layout is None:
                 outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), own[-1]))
+            elif layout.quantization:
+                scales = (self._tensor(layer, suffix, index) for suffix in SCALES)
+                outputs.append(multiply_integers(layout, x, *own, *scales))
             else:
                 group = layout.pattern.group(layout.in_features)[1]
                 outputs.append(multiply(x, *own, pattern=layout.pattern, group=group))

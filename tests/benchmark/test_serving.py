@@ -51,7 +51,7 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
 
 
 @pytest.mark.parametrize(
-    "defect, said", [("refused", "q_proj: it holds integers"), ("silent", "vLLM answered 0 of 2 requests of 1 clients")]
+    "defect, said", [("refused", "q_proj: it holds a pair"), ("silent", "vLLM answered 0 of 2 requests of 1 clients")]
 )
 def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, defect, said):
     (checkpoint / defect).touch()

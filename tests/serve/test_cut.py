@@ -12,6 +12,7 @@ from armor.core.pattern import Pattern, top_n_mask
 from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 from armor.serve.cut import MAX_RANKS, cut
+from tests.runtime.test_integers import stored
 
 
 def whole(out, columns, pattern="2:4", left=None, right=None):
@@ -50,6 +51,21 @@ def test_input_channels_divided_over_ranks(left, right, ranks):
     columns = [range(rank * size, (rank + 1) * size) for rank in range(ranks)]
     parts = [multiply(cut("o", layout, (range(32),), c, ranks), tensors, x[:, c.start : c.stop]) for c in columns]
     torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("core", "blocks"), [("int8", "int8"), ("int4", "int8"), ("int4", None)])
+def test_integers_are_divided_with_their_scales(core, blocks):
+    factors, _ = stored(64, 128, 16, 16, "2:4", core, blocks, 32, torch.float32)
+    tensors, layout = factors.tensors(), PackedLinear.of(factors)
+    x, expected = torch.randn(3, 128), ArmorLinear.of(factors).dense_weight()
+    rows = [(range(start, start + 32),) for start in (0, 32)]
+    parts = [multiply(cut("q", layout, some, range(128), 2), tensors, x) for some in rows]
+    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, expected), rtol=1e-4, atol=1e-4)
+    columns = [range(start, start + 64) for start in (0, 64)]
+    parts = [multiply(cut("o", layout, (range(64),), c, 2), tensors, x[:, c.start : c.stop]) for c in columns]
+    torch.testing.assert_close(sum(parts), linear(x, expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArmorError, match=r"8 ranks would cut a block of B, its pattern, mask or scales, 32 input"):
+        cut("o", layout, (range(64),), range(16), 8)
 
 
 def test_several_ranges_of_one_linear_on_disk():

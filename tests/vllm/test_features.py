@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
-from tests.packed import SETTINGS, packed
+from tests.packed import SETTINGS, packed, quantized
 from tests.vllm.served import BOUND, SHAPE, checkpoint, difference, expected, served
 
 
@@ -48,6 +48,15 @@ def test_an_adapter(llama, references, tmp_path):
         # Without the prompts: of those vLLM itself cannot tell the log-probabilities on a CPU, with adapters.
         assert difference(llm, adapted, prompts=False, lora_request=request) < BOUND
         assert difference(llm, references, prompts=False) < BOUND
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_integers_in_one_rank_and_two(tmp_path, ranks):
+    settings = SETTINGS.model_copy(update={"share_right": True})
+    folder = quantized(packed(tmp_path, settings=settings, **SHAPE))
+    said = expected(folder)
+    with served(folder, tensor_parallel_size=ranks) as llm:
+        assert difference(llm, said) < BOUND
 
 
 def test_shards_of_a_fused_linear_with_blocks_of_their_own_and_a_dense_one(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 from vllm import LLM
 
 import armor.serve
+from armor.config.layers import LayerSettings
 from armor.serve.plugin import Refused
-from tests.packed import DEFECTS, SETTINGS, edit_config, packed, quantized
+from tests.packed import DEFECTS, SETTINGS, edit_config, packed
 from tests.vllm.served import SHAPE
 
 
@@ -77,10 +78,11 @@ def _expert(folder):
 
 
 @pytest.mark.parametrize(
-    "held, named", [("integers", "holds integers"), ("experts", "a compressed expert of a mixture")]
+    "held, named", [("a pair", "holds a low-rank pair"), ("experts", "a compressed expert of a mixture")]
 )
 def test_a_server_on_what_the_plugin_does_not_multiply_with(checkpoint, tmp_path, held, named):
-    folder = quantized(packed(tmp_path, layers=1)) if held == "integers" else checkpoint
+    settings = LayerSettings(method="oats", rank=4)
+    folder = packed(tmp_path, layers=1, settings=settings) / "checkpoint" if held == "a pair" else checkpoint
     if held == "experts":
         _expert(folder)
     code, line = said_by_a_server(folder)

@@ -118,7 +118,7 @@ def mixture(tmp_path_factory, config, patch):
     short["evaluations"] = config["evaluations"] | {"questions": tasks}
     short["benchmarks"] = config["benchmarks"] | {"serve": {"engine": "vllm", "clients": [1], "repeats": 1}}
     short["recipes"]["dense"] = {"method": "dense"}
-    served = {"recipes": ["dense"], "evaluations": [], "benchmarks": ["serve"]}  # integers are not
+    served = {"recipes": ["dense"], "evaluations": [], "benchmarks": ["serve"]}
     short["runs"] = [{"recipes": ["tuned"], "benchmarks": ["decode"]}, served]
     patch.setenv("STAND_IN", stand_in(folder / "python")["STAND_IN"])
     done = Run(folder / "run", short, python=folder / "python").snakemake()
