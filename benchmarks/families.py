@@ -1,9 +1,10 @@
-"""Every causal class of transformers, as a tiny random model, through the whole pipeline; writes docs/FAMILIES.md.
+"""Every class of transformers that writes text, as a tiny random model, through the whole pipeline: docs/FAMILIES.md.
 
     make families                                  # all of them; goes on where it was stopped
     python -m benchmarks.families mixtral gpt_oss  # these, again
 
-A family's configuration is made small by `SMALL`, and by `OWN` where it needs more. Its model is inspected, calibrated,
+These are the classes of AutoModelForCausalLM, and those of AutoModelForImageTextToText that are not the same. A
+family's configuration is made small by `SMALL`, and by `OWN` where it needs more. Its model is inspected, calibrated,
 factorized with blocks of 16, and assembled. The packed checkpoint is then loaded, and so is the dense one that `armor
 export` makes of the same factors. Their logits in float32 are compared. Each family has a process of its own and a
 limit of time. What it came to is a line of JSON in FOLDER/families.jsonl.
@@ -25,8 +26,17 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from armor.assemble.export import export
 from armor.assemble.writer import assemble
@@ -41,9 +51,16 @@ from armor.model.source import open_source
 from armor.runtime.load import load_model
 from tests.tiny import VOCABULARY, tiny_text, tiny_tokenizer
 
-__all__ = ["FAMILIES", "attempt", "page", "small_config"]
+__all__ = ["FAMILIES", "IMAGES", "attempt", "page", "small_config"]
 
-FAMILIES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+FAMILIES = {family: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+IMAGES = "+images"
+"""Behind the name of a family whose class for images and text is not that for text."""
+FAMILIES |= {
+    f"{family}{IMAGES}": kind
+    for family, kind in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())
+    if FAMILIES.get(family) != kind
+}
 PAGE = Path("docs/FAMILIES.md")
 LINES = "families.jsonl"
 SECONDS = 120
@@ -82,19 +99,30 @@ SMALL: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "use_mamba_kernels": False,
     "partial_rotary_factor": 0.5,
 }
+TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}  # in time, height and width
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga",
+                     "paddleocr_vl"), {"text_config": {"rope_parameters": TURNS}}),
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 16},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "glm4v_moe": {"text_config": {"rope_parameters": TURNS | {"mrope_section": [1, 1, 2]}}},
+    "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "llama4": {"vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
     "mamba2": {"head_dim": 16, "num_heads": 8},
+    "qwen2_vl": {"text_config": {"rope_parameters": TURNS}, "vision_config": {"embed_dim": 64}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attention_head_size": 16,
                  "feed_forward_size": 128, "attn_layers": ["local", "local"], "local_attn_chunk_length": 16},
     "xlnet": {"d_head": 16, "d_inner": 128},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs beside; a value of None takes a key out."""
 # fmt: on
@@ -133,25 +161,36 @@ def small_config(family: str) -> PreTrainedConfig:
     """A configuration of `family` for a model of some hundred thousand parameters."""
     full = AutoConfig.for_model(family)
     parts = {name: getattr(full, name, None) for name in full.sub_configs}
+    for config in (full, *parts.values()):
+        if config is not None:  # values that differ by layer may be asked for as a whole: all are made the same
+            config.allow_global_per_layer_attribute_access = True
     small = {name: _small(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
-    given = _small(full) | small | OWN.get(family, {})
+    own = OWN.get(family, {})
+    small = {name: part | own.get(name, {}) for name, part in small.items()}
+    given = _small(full) | own | small
     return AutoConfig.for_model(family, **{key: value for key, value in given.items() if value is not None})
 
 
 def _model(family: str, folder: Path) -> None:
     """Save a tiny random model of `family` to `folder`; ValueError, or an error of its own, if it does not run."""
-    config = small_config(family)
+    auto = AutoModelForImageTextToText if family.endswith(IMAGES) else AutoModelForCausalLM
+    config = small_config(family.removesuffix(IMAGES))
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters are left in its small configuration")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        if not model(torch.arange(TOKENS)[None]).logits.isfinite().all():
-            raise ValueError("its logits are not finite")
+    model = auto.from_config(config).float().eval()
+    if not _logits(model).isfinite().all():
+        raise ValueError("its logits are not finite")
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """What a model makes of text alone: of TOKENS tokens."""
+    return model(input_ids=torch.arange(TOKENS)[None], return_dict=False)[0]
 
 
 def attempt(family: str, root: Path) -> dict[str, Any]:
@@ -160,7 +199,7 @@ def attempt(family: str, root: Path) -> dict[str, Any]:
     The outcome is "ok", "refused" (with the line), "differs", "fails" (with the error), or "no model" where no tiny one
     was made that runs as it is.
     """
-    found: dict[str, Any] = {"family": family, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
+    found: dict[str, Any] = {"family": family, "class": FAMILIES[family]}
     stage = "model"
     try:
         _model(family, root / "source")
@@ -181,9 +220,7 @@ def attempt(family: str, root: Path) -> dict[str, Any]:
         assemble(source, topology, root / "layers", root / "checkpoint.json")
         stage, packed = "load", load_model(root / "checkpoint", "float32")
         export(root / "checkpoint", root / "dense")
-        tokens = torch.arange(TOKENS)[None]
-        with torch.no_grad():
-            one, other = packed(tokens).logits, load_model(root / "dense", "float32")(tokens).logits
+        one, other = _logits(packed), _logits(load_model(root / "dense", "float32"))
         found["packed_against_dense"] = ((one - other).norm() / other.norm()).item()
         found["outcome"] = "ok" if found["packed_against_dense"] <= CLOSE else "differs"
     except ArmorError as error:
@@ -224,16 +261,16 @@ def _tried(family: str, root: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     else:
         note = f"no end in {SECONDS} s" if seconds >= SECONDS else f"its process ended with {process.exitcode}"
-        found = {"family": family, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family], "outcome": "fails", "note": note}
+        found = {"family": family, "class": FAMILIES[family], "outcome": "fails", "note": note}
     shutil.rmtree(root)
     return found | {"seconds": seconds}
 
 
 TEXT = """# Families
 
-Every class of transformers {version} that AutoModelForCausalLM maps, as a tiny random model of float32, through
-`inspect`, `calibrate`, `factorize` (ARMOR, blocks of 16), `assemble`, and loading. Written by `make families`
-(`benchmarks/families.py`).
+Every class of transformers {version} that AutoModelForCausalLM maps, and those of AutoModelForImageTextToText that are
+not the same (`{images}`), as a tiny random model of float32, through `inspect`, `calibrate`, `factorize` (ARMOR, blocks
+of 16), `assemble`, and loading. Written by `make families` (`benchmarks/families.py`).
 
 "Share compressed" is the share of the decoder layers' weights that is compressed. Tiny models have large norms and
 convolutions for their size: of a real model the share is higher. "Packed against dense" is the relative difference of
@@ -255,6 +292,7 @@ def page(lines: dict[str, dict[str, Any]]) -> str:
     counts["not tried"] = len(set(FAMILIES) - lines.keys())
     return TEXT.format(
         version=transformers.__version__,
+        images=IMAGES,
         close=CLOSE,
         counts=", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count),
         rows="\n".join(_row(lines[family]) for family in sorted(lines)),

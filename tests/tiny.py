@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 __all__ = [
     "FAMILIES",
@@ -19,6 +19,7 @@ __all__ = [
     "MAMBA2",
     "MIXTURES",
     "VOCABULARY",
+    "WRAPPERS",
     "tiny_gguf",
     "tiny_model",
     "tiny_text",
@@ -67,6 +68,21 @@ MIXTURES: dict[str, dict] = {
 }
 
 
+WRAPPERS: dict[str, dict] = {
+    "qwen2_5_vl": {
+        "text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+    },
+}
+
+
 def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Save a byte-level tokenizer to `folder` and return it; id 256 is <|endoftext|>, nothing is added to a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -107,7 +123,12 @@ def tiny_model(folder: Path | str, family: str = "llama", layers: int = 3, seed:
         settings["layer_types"] = settings["layer_types"](layers)[:layers]
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(settings | config))).to(dtype)
+    settings |= config
+    if family in WRAPPERS:
+        wrapper = WRAPPERS[family]
+        settings = {"text_config": settings | wrapper["text"], "vision_config": wrapper["vision_config"]}
+    made = AutoConfig.for_model(family, **settings)
+    model = (AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM).from_config(made).to(dtype)
     with torch.no_grad():  # norms start as ones and biases as zeros: an error in either must show
         for parameter in model.parameters():
             if parameter.dim() == 1:

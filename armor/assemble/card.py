@@ -72,6 +72,11 @@ def card(
     `folder` is the checkpoint's, `source` the model's and `hub` its name there, if it has one; `records` are the
     layers', `made` the checkpoint's provenance.
     """
+    from transformers import AutoConfig
+
+    from armor.runtime.auto import auto_class
+
+    auto = auto_class(AutoConfig.from_pretrained(source)).__name__
     rows: dict[tuple, list[float]] = {}
     for record in records:
         for entry in record.modules.values():
@@ -85,7 +90,7 @@ def card(
         base_model=hub,
         base_model_relation=hub and "quantized",
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else "image-text-to-text",
         tags=["armor", "sparse", *patterns],
     )
     table = "\n".join(
@@ -96,6 +101,7 @@ def card(
     text = CARD.format(
         title=_title(folder) or hub or f"A {model_type} model",
         folder=folder.name,
+        auto=auto,
         origin=f"[{hub}](https://huggingface.co/{hub})" if hub else f"a {model_type} model",
         table=table,
         loss=f"{sum(losses) / len(losses):.5f}" if losses else "0",
@@ -198,10 +204,10 @@ where it was only pruned. All tensors take {size} MB, {share} of the source's {d
 
 ```python
 import armor.hf  # from ARMOR Pipeline (pip install .); teaches transformers this format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 folder = "{folder}"  # this folder, seen from the one it is in
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+model = {auto}.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 

@@ -258,7 +258,7 @@ def _run_layer(
                 if id(call) not in on_device:
                     on_device = {id(call): call.map(lambda tensor: tensor.to(device))}
                 call = on_device[id(call)]
-                states = module(hidden.read(index).to(device), *call.args, **call.kwargs)
+                states = call.run(module, hidden.read(index).to(device))
                 if not finite(states):
                     raise ArmorError(_not_finite(layer, inputs, index))
                 hidden.write(index, states)

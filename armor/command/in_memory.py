@@ -168,7 +168,7 @@ def _compressible(model: PreTrainedModel, prefix: str, layers: nn.ModuleList, wh
     with _undisturbed(model):
         calls = _calls(model, layers)
         for index, layer in enumerate(layers):
-            own = left_dense(layer, partial(_run, calls.get(index)))
+            own = left_dense(model, layer, partial(_run, calls.get(index)))
             contents.add(layer, own)
             left |= {f"{prefix}.{index}.{name}": reason for name, reason in own.items()}
     tell(left, where, is_all=linears.keys() == left.keys())

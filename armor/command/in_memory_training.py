@@ -120,9 +120,7 @@ def _refine(
 @torch.no_grad()
 def _outputs(layer: nn.Module, calls: Sequence[Call], inputs: _Rows, device: str) -> _Rows:
     """What a decoder layer makes of every sequence's states."""
-    return _Rows(
-        layer(states.to(device), *call.args, **call.kwargs).cpu() for states, call in zip(inputs, calls, strict=True)
-    )
+    return _Rows(call.run(layer, states.to(device)).cpu() for states, call in zip(inputs, calls, strict=True))
 
 
 def _tune(

@@ -16,20 +16,25 @@ from contextlib import contextmanager
 from functools import cache
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.execution.log import log
 from armor.runtime.experts import alike, routers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["by_hand", "check_linears", "left_dense", "tell"]
+__all__ = ["BY_HAND", "by_hand", "check_linears", "left_dense", "tell"]
 
 BY_HAND = "another module multiplies with it"
 USED = r"\bself\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
+ABOVE = r"\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
+"""How a model takes the weight of a linear in its layers, by the linear's name there: RWKV scales some."""
 
 
 class _StandIn(nn.Linear):
     """A linear that can be called and has no weight to give."""
+
+    called = False
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -43,6 +48,7 @@ class _StandIn(nn.Linear):
         return self._no_weight
 
     def forward(self, input: Tensor) -> Tensor:
+        self.called = True
         return self._linear[0](input)
 
 
@@ -52,13 +58,18 @@ def check_linears(layers: nn.ModuleList, model: nn.Module, where: object) -> Non
         raise ArmorError(f"{where}: the decoder layers of {type(model).__name__} hold no linear; nothing to compress")
 
 
-def left_dense(layer: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, str]:
-    """Why linears of a decoder layer stay dense, by their name in it; what is not here can be compressed.
+def left_dense(model: PreTrainedModel, layer: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, str]:
+    """Why linears of a decoder layer of `model` stay dense, by their name in it; others can be compressed.
 
     `run` calls the layer. Raises ArmorError as `by_hand` does.
     """
+    taken, idle = by_hand(layer, run)
+    above = "".join(map(_source, {type(module) for module in (model, model.base_model, model.get_decoder())}))
+    names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    taken += [name for name in names if re.search(ABOVE.format(name=re.escape(name)), above)]
     return (
-        dict.fromkeys(by_hand(layer, run), BY_HAND)
+        dict.fromkeys(taken, BY_HAND)
+        | dict.fromkeys(idle, "no text passes it")
         | dict.fromkeys(_other_forward(layer), "its class has a forward of its own")
         | dict.fromkeys(routers(layer), "a router")
     )
@@ -78,8 +89,9 @@ def tell(left: Mapping[str, str], where: object, is_all: bool) -> None:
         raise ArmorError(f"{where}: every linear of the decoder layers stays dense: {name}: {reason}")
 
 
-def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
-    """The names, within `layer`, of linears that other modules multiply with by themselves; `run` calls the layer.
+def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[list[str], list[str]]:
+    """The names, within `layer`, of linears that other modules multiply with by themselves, and of those that nothing
+    calls, as cross-attention without an image; `run` calls the layer.
 
     Where the layer fails as it is, its error is raised. Raises ArmorError where it runs as it is, and not with linears
     that have no weight.
@@ -90,14 +102,15 @@ def by_hand(layer: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
     failed: Exception | None = None
     while failed is None:
         try:
-            with _replaced(layer, {name: linear for name, linear in linears.items() if name not in found}):
+            with _replaced(layer, {name: linear for name, linear in linears.items() if name not in found}) as stand_ins:
                 run(layer)
         except NoWeightError as error:
             found.add(error.module)
         except Exception as error:  # noqa: BLE001  whatever a layer does with what it is not given here
             failed = error
         else:
-            return [name for name in linears if name in found]
+            idle = [name for name, stand_in in stand_ins.items() if not stand_in.called]
+            return [name for name in linears if name in found], idle
     run(layer)
     said = " ".join(str(failed).split())
     raise ArmorError(
@@ -131,11 +144,12 @@ def _source(kind: type) -> str:
 
 
 @contextmanager
-def _replaced(layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[None]:
-    for name, linear in linears.items():
-        layer.set_submodule(name, _StandIn(name, linear))
+def _replaced(layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[dict[str, _StandIn]]:
+    stand_ins = {name: _StandIn(name, linear) for name, linear in linears.items()}
+    for name, stand_in in stand_ins.items():
+        layer.set_submodule(name, stand_in)
     try:
-        yield
+        yield stand_ins
     finally:
         for name, linear in linears.items():
             layer.set_submodule(name, linear)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedConfig
 
 from armor.core.errors import ArmorError
 from armor.execution.log import log
@@ -72,7 +73,7 @@ def _topology(source: Source) -> Topology:
     contents = Contents()
     for index, layer in enumerate(skeleton.layers):
         prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
-        left = left_dense(layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
+        left = left_dense(skeleton.model, layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
         kept |= {f"{prefix}.{name}": reason for name, reason in left.items()}
         contents.add(layer, left)
         linears = {
@@ -85,13 +86,16 @@ def _topology(source: Source) -> Topology:
     tell(kept, source.path, is_all=not any(layer.linears for layer in layers))
     for line in contents.table():
         log.info("%s", line)
+    for name, module in skeleton.beside.items():
+        count = sum(parameter.numel() for parameter in module.parameters())
+        log.info("%s (%s, %s weights)  dense: not of the text model", name, type(module).__name__, f"{count:,}")
     if warning := contents.warning():
         log.warning("%s: %s", source.path, warning)
     return Topology(
         model_type=skeleton.model.config.model_type,
         fingerprint=source.fingerprint,
         dtype=source.dtype,
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=_context_length(config),
         hidden_size=hidden.shape[-1],
         parameters=_parameters(skeleton.model),
         linear_parameters=sum(linear.out_features * linear.in_features for layer in layers for linear in layer.linears),
@@ -99,6 +103,12 @@ def _topology(source: Source) -> Topology:
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
     )
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a model was made for; None if it does not say, or says that any number will do."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if length is not None and length > 0 else None
 
 
 def _parameters(model: nn.Module) -> int:
@@ -157,7 +167,7 @@ def _decoder_layer(
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:
     """What a decoder layer on the meta device returns."""
     with torch.no_grad():
-        return layer(hidden.to("meta"), *call.args, **call.kwargs)
+        return call.run(layer, hidden.to("meta"))
 
 
 def input_groups(

@@ -168,12 +168,12 @@ def _packed(layout: PackedLinear, dtype: torch.dtype, bias: bool) -> ArmorLinear
 
 @torch.no_grad()
 def _run(layer: nn.Module, hidden: Tensor, call: Call) -> None:
-    layer(hidden, *call.args, **call.kwargs)
+    call.run(layer, hidden)
 
 
 def _back(layer: nn.Module, hidden: Tensor, call: Call) -> None:
     layer.requires_grad_(True)
-    layer(hidden, *call.args, **call.kwargs).sum().backward()
+    call.run(layer, hidden).sum().backward()
 
 
 def _file() -> float:

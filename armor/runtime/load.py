@@ -14,7 +14,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from transformers import (
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
+from armor.runtime.auto import auto_class
 
 __all__ = [
     "check_names",
@@ -44,7 +44,7 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> 
     folder = _checked(folder)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     placement = {} if device == "cpu" else {"device_map": device}
-    model, loading = _load(AutoModelForCausalLM, folder, dtype=wanted, **placement)
+    model, loading = _load(auto_class(read_config(folder)), folder, dtype=wanted, **placement)
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise ArmorError(f"{folder}: {missing[0]}{more} not in the checkpoint; fetch or assemble the model again")

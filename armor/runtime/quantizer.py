@@ -254,11 +254,13 @@ def _renamed(layout: PackedLinear, name: str, rename: Callable[[str], str]) -> P
 def _keep_from_initialization(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Let transformers draw no random numbers for what holds a packed linear: Mamba's draw weights of their parts.
 
-    What a checkpoint lacks of them is refused in any case.
+    What a checkpoint lacks of them is refused in any case. Not where a module has buffers in it that no checkpoint
+    holds: they are computed at the same place.
     """
-    for name in names:
-        while name := name.rpartition(".")[0]:
-            setattr(model.get_submodule(name), "_is_hf_initialized", True)  # noqa: B010  not known to nn.Module
+    paths = {".".join(parts[:count]) for parts in (name.split(".") for name in names) for count in range(1, len(parts))}
+    for module in map(model.get_submodule, paths):
+        if not any(inner._non_persistent_buffers_set for inner in module.modules()):
+            setattr(module, "_is_hf_initialized", True)  # noqa: B010  not known to nn.Module
 
 
 def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
+from armor.runtime.auto import auto_class
 from armor.runtime.experts import parts_of, unfuse
 from armor.runtime.names import Names
 
@@ -67,6 +69,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states that a decoder layer, so called, makes of `hidden`: what it returns, or the first of it."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
     def map(self, function) -> Call:
         """The call with `function` applied to each of its tensors."""
         return Call(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
@@ -88,12 +95,21 @@ def _same(a: Any, b: Any) -> bool:
 class Skeleton:
     """A causal language model on the meta device and its decoder layers; `prefix` is their name, like model.layers.
 
-    Experts are modules of their own in it (`armor.runtime.experts`).
+    Experts are modules of their own in it (`armor.runtime.experts`). It may be the text model of a wrapper, which has
+    models of images or sound beside it: they stay on the meta device.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     prefix: str
+
+    @cached_property
+    def beside_hidden(self) -> dict[type, tuple[Any, ...] | None]:
+        """What decoder layers of a class return behind the hidden states, tensors on the meta device; None: no tuple.
+
+        `observe` fills it where the model wants more than hidden states.
+        """
+        return {}
 
     @cached_property
     def names(self) -> Names:
@@ -104,15 +120,36 @@ class Skeleton:
         """The name, within decoder layer `index`, of a module that checkpoints and records call `module`."""
         return self.names.module_here(module).removeprefix(f"{self.prefix}.{index}.")
 
+    @cached_property
+    def beside(self) -> dict[str, nn.Module]:
+        """What a wrapper has beside its text model, by name: models of images or sound, what joins them to the text."""
+        parts, path_of = self.prefix.split("."), "{}.{}".format
+        paths = [".".join(parts[:count]) for count in range(len(parts))]
+        text = [isinstance(self.model.get_submodule(path), PreTrainedModel) for path in paths][::-1].index(True)
+        own = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return {
+            full: child
+            for path in paths[: len(paths) - 1 - text]
+            for name, child in self.model.get_submodule(path).named_children()
+            if (full := path_of(path, name).removeprefix(".")) not in paths
+            and any(True for _ in child.parameters())
+            and not any(module is one for module in child.modules() for one in own)
+        }
+
+    def _away(self) -> set[int]:
+        """The ids of the modules that are not loaded with what is outside: decoder layers, other models beside."""
+        models = [m for child in self.beside.values() for m in child.modules() if isinstance(m, PreTrainedModel)]
+        return {id(module) for away in (self.layers, *models) for module in away.modules()}
+
     def outside(self, head: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
         """(full name, owner, name in the owner, tensor) of what the base model holds outside of the decoder layers.
 
-        With `head`, of what the whole model holds there.
+        With `head`, of what the whole model holds there. Not of models of images or sound, which no text passes.
         """
         names = {id(module): name for name, module in self.model.named_modules()}
-        inside = {id(module) for module in self.layers.modules()}
+        away = self._away()
         for module in (self.model if head else self.model.base_model).modules():
-            if id(module) in inside:
+            if id(module) in away:
                 continue
             for name in module.state_dict(keep_vars=True).keys() & {*module._parameters, *module._buffers}:
                 owner = names[id(module)]
@@ -125,7 +162,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         config = AutoConfig.from_pretrained(folder)
         # Buffers are computed, not stored (rotary frequencies): they must be real.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArmorError(
@@ -155,15 +192,16 @@ def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
 def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:
     """The decoder layers of a model and their name in it, like model.layers. ArmorError, naming `where`, if none."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
-    if not lists:
-        raise ArmorError(
-            f"{where}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
-            "expected a decoder-only transformer"
-        )
-    name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
-    base = next(n for n, module in model.named_modules() if module is model.base_model)
-    return f"{base}.{name}" if base else name, lists[name]
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    for part in (model.get_decoder(), model.base_model):  # a wrapper's other models may have as many layers
+        inside = {id(module) for module in part.modules()}
+        if found := {name: layers for name, layers in lists.items() if id(layers) in inside}:
+            name = max(found, key=lambda name: sum(parameter.numel() for parameter in found[name].parameters()))
+            return name, found[name]
+    raise ArmorError(
+        f"{where}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
+        "expected a decoder-only transformer"
+    )
 
 
 def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values: bool = True) -> None:
@@ -191,8 +229,13 @@ def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values:
 
 def place_outside(skeleton: Skeleton, device: str) -> None:
     """Move what `load_outside` loaded, and what is computed beside it, to `device`."""
-    with _recorders(skeleton):  # in their place, for what is on the meta device cannot be moved
-        skeleton.model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  transformers decorates `to`
+    away = skeleton._away()  # on the meta device, from where nothing can be moved
+    for module in skeleton.model.modules():
+        if id(module) not in away:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
 
 
 def unload_outside(skeleton: Skeleton) -> None:
@@ -270,14 +313,38 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Notes what it is called with, and returns `output`, or the hidden states."""
+    """Notes what it is called with, and returns `output`, or the hidden states, as the layer would.
+
+    Where that is a tuple, what stands behind them has no numbers.
+    """
 
     output: Tensor | None = None
     seen: tuple[Any, Call] | None = None
+    times = 0
+
+    def __init__(self, layer: nn.Module, beside: dict[type, tuple[Any, ...] | None], learn: bool) -> None:
+        super().__init__(layer)
+        self._beside, self._learn = beside, learn
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen = (args[0] if args else None, Call(args[1:], kwargs))
-        return self.seen[0] if self.output is None else self.output
+        hidden, call = args[0] if args else None, Call(args[1:], kwargs)
+        self.times += 1
+        self.seen = hidden, call
+        layer = self._layer[0]
+        if self._learn and type(layer) not in self._beside and isinstance(hidden, Tensor):
+            self._beside[type(layer)] = _behind(layer, hidden, call)
+        behind = self._beside.get(type(layer))
+        hidden = hidden if self.output is None else self.output
+        return hidden if behind is None else (hidden, *behind)
+
+
+@torch.no_grad()
+def _behind(layer: nn.Module, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+    """What a decoder layer returns behind the hidden states, on the meta device; None where it returns them alone."""
+    call = call.map(lambda tensor: tensor.to("meta"))
+    empty = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+    output = functional_call(layer, empty, (hidden.to("meta"), *call.args), call.kwargs)
+    return tuple(output[1:]) if isinstance(output, tuple) else None
 
 
 class _Reader(_StandIn):
@@ -305,8 +372,9 @@ def _replaced(skeleton: Skeleton, stand_ins: Sequence[_StandIn]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _recorders(skeleton: Skeleton) -> Iterator[list[_Recorder]]:
-    recorders = [_Recorder(layer) for layer in skeleton.layers]
+def _recorders(skeleton: Skeleton, learn: bool = False) -> Iterator[list[_Recorder]]:
+    """Recorders in the decoder layers' place; they `learn` what these return by running one of each class."""
+    recorders = [_Recorder(layer, skeleton.beside_hidden, learn) for layer in skeleton.layers]
     with _replaced(skeleton, recorders):
         yield recorders
 
@@ -328,7 +396,15 @@ def observe(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     tokens (batch, length) int64. What is outside of the layers must be loaded. Raises ArmorError if the model does
     something else with hidden states between two layers than to pass them on.
     """
-    with _recorders(skeleton) as recorders, torch.no_grad():
+    if not skeleton.beside_hidden and len(skeleton.layers) > 1:
+        with contextlib.suppress(Exception):  # of a model that wants more of its layers than a tensor
+            return _observed(skeleton, tokens, learn=False)
+    return _observed(skeleton, tokens, learn=True)
+
+
+def _observed(skeleton: Skeleton, tokens: Tensor, learn: bool) -> tuple[Tensor, list[Call]]:
+    """As `observe`."""
+    with _recorders(skeleton, learn) as recorders, torch.no_grad():
         skeleton.model.base_model(input_ids=tokens, use_cache=False)
     hidden: Any = recorders[0].seen[0] if recorders[0].seen else None
     calls = []
@@ -337,6 +413,17 @@ def observe(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
             raise ArmorError(
                 f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} does not simply pass hidden states from "
                 "one decoder layer to the next; its layers cannot be run one by one, and the model is not supported"
+            )
+        if recorder.times > 1:
+            raise ArmorError(
+                f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} calls it {recorder.times} times in one "
+                "pass; its layers cannot be run one by one, and the model is not supported"
+            )
+        given = pytree.tree_leaves((recorder.seen[1].args, recorder.seen[1].kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in given):
+            raise ArmorError(
+                f"{skeleton.prefix}.{index}: takes more of an earlier decoder layer than hidden states; its layers "
+                "cannot be run one by one, and the model is not supported"
             )
         calls.append(recorder.seen[1])
     return hidden, calls

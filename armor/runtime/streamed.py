@@ -67,7 +67,7 @@ class StreamedModel:
                 for number, tokens in enumerate(group):
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
                     call = observe(self.skeleton, tokens)[1][index]
-                    states = layer(hidden[number].to(self.device), *call.args, **call.kwargs)
+                    states = call.run(layer, hidden[number].to(self.device))
                     hidden[number] = states.to("cpu")
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, hidden[number].to(self.device))

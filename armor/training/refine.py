@@ -199,7 +199,7 @@ def fit_layer(
     def error(index: int) -> Tensor:
         """What the output misses on one sequence."""
         call = calls[index].map(lambda tensor: tensor.to(device))
-        output = layer.module(fed.row(index).to(device).float(), *call.args, **call.kwargs)
+        output = call.run(layer.module, fed.row(index).to(device).float())
         return output_error(output, wanted.row(index).to(device))
 
     return fit(
@@ -242,7 +242,7 @@ class _Run:
             for number, calls in enumerate(self.calls):
                 call = calls[index].map(lambda tensor: tensor.to(self.device))
                 with stored_arithmetic(self.dtype, self.device):
-                    hidden = layer(states.row(number).to(self.device).float(), *call.args, **call.kwargs)
+                    hidden = call.run(layer, states.row(number).to(self.device).float())
                 writer.add(hidden)
         layer.to("meta")
 

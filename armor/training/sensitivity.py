@@ -156,7 +156,7 @@ def _through_layer(
             hidden = fed.row(number).to(device).requires_grad_()
             for weight in weights:
                 weight.requires_grad_()
-            out = module(hidden, *call.args, **call.kwargs)
+            out = call.run(module, hidden)
             wanted = after.row(number).to(device, out.dtype)
             # An expert that no token is sent to has no gradient.
             back, *gradients = torch.autograd.grad(out, [hidden, *weights], wanted, materialize_grads=True)

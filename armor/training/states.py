@@ -119,7 +119,7 @@ def pass_on(
     with open_states(source) as states, write_states(target, states.shape, skeleton.model.dtype) as writer:
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
-            hidden = layer(states.row(number).to(device), *call.args, **call.kwargs)
+            hidden = call.run(layer, states.row(number).to(device))
             if not finite(hidden):
                 raise ArmorError(
                     f"{skeleton.prefix}.{index}: its output holds NaN or infinity on sequence {number}; the weights or "

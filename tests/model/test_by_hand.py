@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import armor.hf  # noqa: F401
 from armor.core.errors import ArmorError
-from armor.model.by_hand import by_hand
+from armor.model.by_hand import BY_HAND, by_hand, left_dense
 from tests.packed import opened, packed
 from tests.tiny import MAMBA2
 
@@ -50,8 +50,33 @@ def test_what_the_source_hides_is_found_by_running(times):
         "dim": lambda self, x: self.called(x) * getattr(self, "taken").weight.dim(),  # noqa: B009
     }
     layer = type("Made", (Mixer,), {"forward": ways[times]})().to("meta")
-    assert by_hand(layer, lambda layer: layer(torch.empty(2, 4, device="meta"))) == ["taken"]
+    assert by_hand(layer, lambda layer: layer(torch.empty(2, 4, device="meta"))) == (["taken"], ["asked"])
     assert isinstance(layer.taken, nn.Linear) and isinstance(layer.taken.weight, nn.Parameter)
+
+
+class Scaling(nn.Module):
+    """A model that scales a weight of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Mixer().to("meta")])
+
+    @property
+    def base_model(self):
+        return self
+
+    def get_decoder(self):
+        return self
+
+    def scale(self):
+        for layer in self.layers:
+            layer.called.weight.mul_(0.5)
+
+
+def test_what_the_model_above_does_with_a_weight_is_found():
+    model = Scaling()
+    found = left_dense(model, model.layers[0], lambda layer: layer(torch.empty(2, 4, device="meta")))
+    assert found == {"called": BY_HAND, "taken": BY_HAND, "asked": "no text passes it"}
 
 
 class Picky(nn.Module):

@@ -56,10 +56,10 @@ def test_the_largest_of_what_is_left_out_is_named():
 
 
 def test_a_family_whose_own_code_fails_on_single_layers_is_refused_in_one_line(tmp_path):
-    tiny = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "dim_head": 16}
-    config = AutoConfig.for_model("cpmant", dim_ff=64, **tiny)
+    tiny = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 16}
+    config = AutoConfig.for_model("jetmoe", intermediate_size=64, num_local_experts=4, **tiny)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ArmorError, match="CpmAnt.*: ValueError: .*not supported") as caught:
+    with pytest.raises(ArmorError, match="JetMoe.*: NotImplementedError: .*not supported") as caught:
         inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
     assert "\n" not in str(caught.value) and not (tmp_path / "model.json").exists()
 

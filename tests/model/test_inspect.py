@@ -143,3 +143,47 @@ def test_work_between_two_layers_is_noticed():
     model = Between()
     with pytest.raises(ArmorError, match=r"layers\.1: Between does not simply pass hidden states"):
         observe(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))
+
+
+class Pair(Layer):
+    """Returns something behind the hidden states."""
+
+    def forward(self, x, told=None):
+        return super().forward(x), x * 2
+
+
+class Ignoring(Between):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pair(), Pair()])
+
+    def forward(self, input_ids, use_cache):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+class Handing(Ignoring):
+    def forward(self, input_ids, use_cache):
+        x, told = self.embed(input_ids), None
+        for layer in self.layers:
+            x, told = layer(x, told=told)
+        return x
+
+
+class Repeating(Ignoring):
+    def forward(self, input_ids, use_cache):
+        return super().forward(super().forward(input_ids, use_cache).argmax(-1), use_cache)
+
+
+def test_what_layers_return_behind_hidden_states_is_let_go_and_no_later_layer_may_want_it():
+    tokens, model = torch.zeros(1, 3, dtype=torch.int64), Ignoring()
+    hidden, calls = observe(Skeleton(model, model.layers, "layers"), tokens)
+    with torch.no_grad():
+        for layer, call in zip(model.layers, calls, strict=True):
+            hidden = call.run(layer, hidden)
+        assert torch.equal(hidden, model(tokens, False))
+    for model, said in ((Handing(), r"layers\.1: takes more"), (Repeating(), r"layers\.0: Repeating calls it 2 times")):
+        with pytest.raises(ArmorError, match=said):
+            observe(Skeleton(model, model.layers, "layers"), tokens)

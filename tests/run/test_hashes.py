@@ -88,7 +88,7 @@ HELD_BY = {
     "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE.removesuffix(' serving')}",
-    "runtime runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
+    "runtime runtime/auto runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
     "core* execution* format*": ALL,

@@ -314,3 +314,9 @@ def test_groups_are_read_in_any_order(checkpoint):
     (checkpoint / "checksums.json").unlink()
     edit_config(checkpoint, lambda config: config["groups"][1:].reverse())
     load(checkpoint)
+
+
+def test_what_no_checkpoint_holds_is_computed(tmp_path):
+    root = packed(tmp_path, "ctrl", layers=1, dff=64)
+    (model, source) = (load(root / name).transformer.pos_encoding for name in ("checkpoint", "source"))
+    assert torch.equal(model, source) and source.abs().max() > 0
