@@ -3,20 +3,83 @@
 In the environment of `make test-vllm`, from the repository's root, each model in a process of its own:
 
     .venv-vllm/bin/python -m benchmarks.serving FOLDER...
+    .venv-vllm/bin/python -m benchmarks.serving --random FOLDER      # writes FOLDER/dense and FOLDER/packed, 4 GB
+
+The random models are a Llama of 1.1 billion parameters in bfloat16, dense and as a packed checkpoint (2:4, blocks of
+64). Their numbers have nothing to do with each other: memory depends on shapes alone.
 
 Memory is what the process holds beyond what it held before the weights: its own (anonymous) pages, and with them the
-pages of mapped files, which the system may take back. It is looked at every 5 ms.
+pages of mapped files, which the system may take back. It is looked at every 5 ms. Pages of weights that vLLM does not
+copy come into memory with the first answer. So all are read after loading, for the last peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+
+PAGE = 4096
+
+
+def random_models(folder: Path) -> list[Path]:
+    """The dense and the packed random model in `folder`, written if they are not there."""
+    from armor.assemble.folder import copy_others, seal, write_tensors
+    from armor.core.pattern import Pattern
+    from armor.execution.files import read_json, write_json
+    from armor.format.checkpoint import PackedLinear, quantization_config, tombstone
+    from armor.format.checksums import CHECKSUMS
+    from armor.format.shards import Shards
+    from benchmarks.calibrate_memory import build
+    from benchmarks.runtime import packed
+
+    dense, other = folder / "dense", folder / "packed"
+    if (other / CHECKSUMS).exists():
+        return [dense, other]
+    build(dense)
+    other.mkdir(exist_ok=True)
+    shards, sizes = Shards(dense), {}
+    modules: dict[str, PackedLinear] = {}
+    for name in shards.names():
+        linear = name.removesuffix(".weight")
+        if linear.endswith("_proj"):
+            out, columns = shards.shape(name)
+            modules[linear] = layout = PackedLinear(out, columns, Pattern.parse("2:4"), 64, 64)
+            for suffix, shape in layout.shapes().items():
+                sizes[f"{linear}.{suffix}"] = math.prod(shape) * (1 if suffix == "core_mask" else 2)
+        else:
+            sizes[name] = shards.bytes_of(name)
+    sizes[tombstone(modules)] = 1
+    made: dict[str, Any] = {}  # of one linear at a time
+
+    def read(name: str) -> Any:
+        linear, _, suffix = name.rpartition(".")
+        if name == tombstone(modules):
+            return torch.zeros(1, dtype=torch.uint8)
+        if linear not in modules:
+            return shards.read(name)
+        if not any(key.startswith(linear) for key in made):
+            layout = modules[linear]
+            tensors = packed(layout.out_features, layout.in_features, 64)
+            made.clear()
+            made.update(zip([f"{linear}.{key}" for key in layout.shapes()], tensors, strict=True))
+        return made[name]
+
+    sums = write_tensors(other, sizes, read, 500_000_000, "packed")
+    copy_others(dense, other)
+    write_json(
+        other / "config.json", read_json(dense / "config.json") | {"quantization_config": quantization_config(modules)}
+    )
+    seal(other, sums)
+    return [dense, other]
 
 
 def resident() -> dict[str, int]:
@@ -58,9 +121,13 @@ def memory(folder: Path) -> dict:
         peak.start()
         model = load(*arguments, **options)
         found["seconds to load"] = round(time.perf_counter() - begin, 2)
+        peak.look()
+        found["peak"] = dict(peak.most)
+        for parameter in model.parameters():
+            parameter.detach().flatten().view(torch.uint8)[::PAGE].sum()
         peak.stopped.set()
         peak.join()
-        found["peak"] = peak.most
+        found["peak, every page of a weight read"] = peak.most
         return model
 
     BaseModelLoader.load_model = measured
@@ -75,7 +142,8 @@ def memory(folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="Models, dense or packed.")
+    parser.add_argument("folders", nargs="*", type=Path, help="Models, dense or packed.")
+    parser.add_argument("--random", type=Path, metavar="FOLDER", help="The random models too, which are written there.")
     parser.add_argument("--here", action="store_true", help="Load the only one in this very process.")
     given = parser.parse_args()
     if given.here:
@@ -83,7 +151,7 @@ def main() -> None:
 
         print(json.dumps(memory(given.folders[0])))
         return
-    for folder in given.folders:
+    for folder in [*given.folders, *(random_models(given.random) if given.random else ())]:
         command = [sys.executable, "-m", "benchmarks.serving", "--here", str(folder)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(done.stdout.splitlines()[-1], flush=True)

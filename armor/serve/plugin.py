@@ -3,15 +3,15 @@
 vLLM fuses linears that share an input: q, k and v, gate and up. Each of them may have blocks of its own, so a fused
 linear is a list of parts here, one for each linear on disk, with the tensors that this rank needs of it
 (`armor.serve.cut`). Linears that are one on disk, such as Phi-3's, are one part. On a CPU the tensors are views of the
-mapped files where nothing is converted. No dense weight is made, while loading neither.
+mapped files where nothing is converted, embeddings too. No dense weight is made, while loading neither.
 
 `armor.serve.register` imports this module in each of vLLM's processes; nothing else does.
 """
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ from vllm.model_executor.layers.quantization import (  # pyright: ignore[reportM
 from vllm.model_executor.layers.quantization.base_config import (  # pyright: ignore[reportMissingImports]  the same
     QuantizationConfig,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]  the same
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]  the same
 
 from armor.core.errors import ArmorError
@@ -39,7 +44,7 @@ from armor.runtime.linear import multiply, multiply_integers
 from armor.serve.check import check
 from armor.serve.cut import Part, cut
 
-__all__ = ["ArmorConfig", "ArmorLinearMethod", "Refused"]
+__all__ = ["ArmorConfig", "ArmorLinearMethod", "EmbeddingMethod", "Refused"]
 
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 SCALES = ("core_scales", "left_scales", "right_scales")  # where these are integers
@@ -115,7 +120,7 @@ class ArmorConfig(QuantizationConfig):
                     f"{found}: compressed, but in vLLM part of a {type(layer).__name__}, which takes dense weights "
                     "alone; multiply the checkpoint out with armor export and serve that"
                 )
-            return None
+            return EmbeddingMethod() if isinstance(layer, VocabParallelEmbedding) else None
         if any(name in self.modules for name in names):
             return ArmorLinearMethod({name: self.modules.get(name) for name in names})
         return UnquantizedLinearMethod()
@@ -152,7 +157,7 @@ class ArmorLinearMethod(LinearMethodBase):
         # Tensors of a checkpoint find their way by name: to one of these, which has no numbers but a loader.
         for suffix in (*SUFFIXES, *SCALES, "weight"):
             entrance = _parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
-            set_weight_attrs(entrance, {"weight_loader": functools.partial(self._load, layer, suffix)})
+            set_weight_attrs(entrance, {"weight_loader": self._loader(layer, suffix)})
             layer.register_parameter(suffix, entrance)
 
     def _parts(self, layer: Any, columns: int, sizes: list[int]) -> list[Part]:
@@ -188,19 +193,22 @@ class ArmorLinearMethod(LinearMethodBase):
                 )
         return parts
 
-    def _load(self, layer: Any, suffix: str, _: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
-        """Take what this rank needs of the tensor `loaded`, `suffix` of a linear on disk; `shard` says of which one,
-        where there are several."""
-        if suffix == "weight" and loaded.dtype == torch.uint8:
-            return  # the tombstone
-        index = SHARDS[shard] if isinstance(shard, str) else shard or 0
-        found, parameter = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
-        assert found.shape == parameter.shape, (suffix, found.shape, parameter.shape)
-        if found.device == parameter.device and found.dtype == parameter.dtype and found.is_contiguous():
-            parameter.data = found  # a view of the mapped file: nothing is copied
-        else:
-            parameter.data.copy_(found)
-        self.awaited.discard((index, suffix))
+    def _loader(self, layer: Any, suffix: str) -> Callable[..., None]:
+        """What takes `suffix` of the linears on disk. A function, for vLLM asks its name when it loads weights anew."""
+
+        def load(_: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
+            """Take what this rank needs of the tensor `loaded`; `shard` says of which linear, where there are
+            several."""
+            if suffix == "weight" and loaded.dtype == torch.uint8:
+                return  # the tombstone
+            index = SHARDS[shard] if isinstance(shard, str) else shard or 0
+            found, parameter = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
+            assert found.shape == parameter.shape, (suffix, found.shape, parameter.shape)
+            if not _view(parameter, found):
+                parameter.data.copy_(found)
+            self.awaited.discard((index, suffix))
+
+        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.awaited:
@@ -241,6 +249,41 @@ class ArmorLinearMethod(LinearMethodBase):
         if part.layout and part.layout.right_of:
             index = names.index(owner(names[index], suffix, part.layout.right_of))
         return getattr(layer, f"{suffix}_{index}", None)
+
+
+class EmbeddingMethod(UnquantizedEmbeddingMethod):
+    """A dense embedding or head, on a CPU a view of the mapped file.
+
+    vLLM copies both, and packs both for its products once more. Here an embedding is packed when it is first multiplied
+    with, as that of Gemma 2, which is its head too; most never are.
+    """
+
+    def create_weights(self, layer: Any, *sizes: Any, weight_loader: Callable[..., None], **others: Any) -> None:
+        def load(param: Tensor, loaded: Tensor) -> None:  # vLLM calls the first so when it loads weights anew
+            own = layer.shard_indices
+            if not _view(param, loaded[own.org_vocab_start_index : own.org_vocab_end_index]):
+                weight_loader(param, loaded)
+
+        super().create_weights(layer, *sizes, weight_loader=load, **others)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        vars(layer).pop("cpu_linear", None)  # of the weights before, where they are loaded anew
+        if isinstance(layer, ParallelLMHead):
+            super().process_weights_after_loading(layer)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type == "cpu" and "cpu_linear" not in vars(layer):
+            super().process_weights_after_loading(layer)
+        return super().apply(layer, x, bias)
+
+
+def _view(parameter: Tensor, found: Tensor) -> bool:
+    """Let `parameter` be a view of the mapped file that `found` is of; False where it must be copied."""
+    alike = all(getattr(found, what) == getattr(parameter, what) for what in ("shape", "dtype", "device"))
+    if alike and found.is_contiguous():
+        parameter.data = found
+        return True
+    return False
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

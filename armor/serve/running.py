@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 import psutil
 
 from armor.core.errors import ArmorError
+from armor.serve import watch
 from armor.serve.server import vllm_command
 
 __all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"]
@@ -28,8 +29,6 @@ ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": 
 CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+(?:\n  .+)?)$", re.MULTILINE)
 """The first error of a traceback, in a line of vLLM's log or alone: those after it come from it. What pydantic found
 stands in the line below."""
-UNTIL_OUR_END = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-"""Start a program that gets SIGTERM when this process is killed: PR_SET_PDEATHSIG of Linux."""
 
 
 class Server(NamedTuple):
@@ -59,7 +58,8 @@ def _is_up(url: str) -> bool:
 
 @contextlib.contextmanager
 def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
-    """vLLM's server on `folder`, as model `name`, from when it answers; it ends with the context, or with this process.
+    """vLLM's server on `folder`, as model `name`, from when it answers; it ends with the context, or with this process,
+    even one that is killed.
 
     Raises ArmorError, with its cause, where it ends before it answers.
     """
@@ -70,22 +70,21 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
     url, start = f"http://127.0.0.1:{port}", time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", UNTIL_OUR_END, *command],
+            [sys.executable, "-m", watch.__name__, *command],
+            stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT | os.environ,
         )
-        watched = psutil.Process(process.pid)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below happens
         try:
             while not _is_up(url):
                 if process.poll() is not None:
                     raise failure(folder, said)
                 time.sleep(0.2)
-            yield Server(url, watched, time.perf_counter() - start)
+            yield Server(url, psutil.Process(process.pid).children()[0], time.perf_counter() - start)
         finally:
-            _end(watched)
-            process.wait()
+            process.communicate()  # closes the pipe
             signal.signal(signal.SIGTERM, before)
 
 
@@ -93,16 +92,6 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [process, *process.children(recursive=True)]
     return []
-
-
-def _end(process: psutil.Process) -> None:
-    """End a server with all its processes, at last by force."""
-    processes = _tree(process)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.terminate()
-    for left in psutil.wait_procs(processes, timeout=60)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
 
 
 def memory_bytes(process: psutil.Process) -> int:

@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Mistral": ("mistral", HEADS),
     "Qwen2": ("qwen2", {"use_sliding_window": False}),
     "Qwen3": ("qwen3", HEADS),
+    "Gemma 2": ("gemma2", {**HEADS, "query_pre_attn_scalar": 32}),
     "Gemma 3": ("gemma3_text", {**HEADS, "query_pre_attn_scalar": 32}),
     "Phi-3": ("phi3", {}),
     "Granite": ("granite", {"embedding_multiplier": 1.5, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
@@ -65,11 +66,12 @@ def served(folder: Path, **options) -> Iterator[LLM]:
 @torch.no_grad()
 def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
     """What transformers says in float32, by the checkpoint in `folder` or by `model`: for every prompt its tokens and
-    eight more, greedily, and the log-probabilities (length, vocabulary) after each.
+    eight more, greedily, and the log-probabilities (length, vocabulary) after each. Its attention is the eager one:
+    the others leave out the soft caps of Gemma 2.
 
     Ask before vLLM runs: it changes transformers' classes where it has no model of its own.
     """
-    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     found = []
     for prompt in PROMPTS:
         tokens = model.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=8, max_new_tokens=8)

@@ -1,12 +1,14 @@
 """What vLLM can do with a dense model it can do with a packed one, and says the same."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
-from tests.packed import SETTINGS, packed, quantized
+from tests.packed import SETTINGS, edit_tensors, packed, quantized
 from tests.vllm.served import BOUND, SHAPE, checkpoint, difference, expected, served
 
 
@@ -31,6 +33,21 @@ def test_chunks_of_a_prompt_and_a_cached_prefix(llama, references):
     with served(llama, max_num_batched_tokens=32, enable_chunked_prefill=True, enable_prefix_caching=True) as llm:
         assert difference(llm, references) < BOUND
         assert difference(llm, references, prompts=False) < BOUND  # with what was kept of the prompts
+
+
+def test_weights_loaded_anew_in_place(llama, references, tmp_path):
+    other = shutil.copytree(llama, tmp_path / "other")
+    (other / "checksums.json").unlink()
+    edit_tensors(
+        other, lambda tensors: tensors.update({n: 0.9 * t for n, t in tensors.items() if t.is_floating_point()})
+    )
+    others = expected(other)
+    with served(llama) as llm:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        assert difference(llm, others) < BOUND
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(llama)})
+        assert difference(llm, references) < BOUND
+    assert max((a[1][-1] - b[1][-1]).abs().max() for a, b in zip(others, references, strict=True)) > 100 * BOUND
 
 
 def test_an_adapter(llama, references, tmp_path):
