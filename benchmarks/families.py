@@ -16,7 +16,9 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import time
 import traceback
 import warnings
@@ -64,7 +66,9 @@ FAMILIES |= {
 PAGE = Path("docs/FAMILIES.md")
 LINES = "families.jsonl"
 SECONDS = 120
-"""The limit of a family's process."""
+"""The limit of a family's process, of the processor's time: a busy machine makes no family fail."""
+ASLEEP = 3600
+"""Seconds after which a process that does not even compute is ended."""
 LARGEST = 30_000_000
 """Parameters of a model that is still tiny; more means that some size has a name that SMALL lacks."""
 TOKENS = 40
@@ -238,6 +242,7 @@ def _line(error: Exception, root: Path) -> str:
 
 def _child(family: str, root: Path) -> None:
     """`attempt` in a process of its own, its noise in `root`/log.txt and what it found in `root`/found.json."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     with (root / "log.txt").open("w", encoding="utf-8") as noise:
         os.dup2(noise.fileno(), 1)
         os.dup2(noise.fileno(), 2)
@@ -245,13 +250,13 @@ def _child(family: str, root: Path) -> None:
 
 
 def _tried(family: str, root: Path) -> dict[str, Any]:
-    """What came of `family` in a process that is ended after SECONDS."""
+    """What came of `family` in a process that is ended after SECONDS of computing."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     start = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=_child, args=(family, root))
     process.start()
-    process.join(SECONDS)
+    process.join(ASLEEP)
     if process.is_alive():
         process.kill()
         process.join()
@@ -260,7 +265,8 @@ def _tried(family: str, root: Path) -> dict[str, Any]:
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
     else:
-        note = f"no end in {SECONDS} s" if seconds >= SECONDS else f"its process ended with {process.exitcode}"
+        ended = process.exitcode == -signal.SIGXCPU
+        note = f"no end in {SECONDS} s of computing" if ended else f"its process ended with {process.exitcode}"
         found = {"family": family, "class": FAMILIES[family], "outcome": "fails", "note": note}
     shutil.rmtree(root)
     return found | {"seconds": seconds}

@@ -1,6 +1,6 @@
 """Which of transformers' Auto classes a model is read with: text alone, images and text, or more kinds of input.
 
-A checkpoint names its class in config.json. A wrapper (Qwen2.5-VL, Gemma 3, Llama 4, Mistral 3) stays one: its text
+A checkpoint names its class in config.json. A wrapper (Qwen2.5-VL, Gemma 3, Mistral 3) stays one: its text
 model is run and compressed within it, and whatever else it has is kept.
 """
 
