@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from armor.config.run import Config
 from armor.execution.files import read_json, write_json
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 from armor.format.layout import Results
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import INDEX
@@ -127,7 +127,7 @@ def run(folder: Path, name: str, method: str, iterations: int) -> dict:
         "above": [stage for stage in limits if peaks[stage] > limits[stage]],
         "seconds_by_stage": spent,
         "seconds": round(seconds, 1),
-        "machine": describe(),
+        "machine": current_machine().model_dump(),
     }
 
 

@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from armor.core.pattern import Pattern
 from armor.execution.files import write_json
-from armor.execution.machine import describe, set_threads
+from armor.execution.machine import current_machine, set_threads
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu
 from armor.runtime.experts import unfuse
@@ -136,7 +136,7 @@ def main(
         print(count, "tokens:", records[-1]["microseconds"], "packed over", records[-1]["packed_speedup"], flush=True)
     shapes = {"hidden": hidden, "inner": inner, "experts": experts, "experts_per_token": per_token, "block_size": block}
     sizes = {"dense": weights_bytes(dense), "packed": weights_bytes(packed)}
-    machine = describe() | {"kernel": cpu.level()}
+    machine = current_machine().model_dump() | {"kernel": cpu.level()}
     write_json(output, {"machine": machine, "layer": shapes, "bytes": sizes, "records": records})
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from armor.config.loading import load_config
 from armor.execution.files import read_json, write_json
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 from armor.format.layout import RESULTS, Results
 from armor.format.names import beside
 from armor.run.jobs import STAGES, jobs
@@ -103,7 +103,10 @@ def main() -> None:
             subprocess.run([*command, *(["--measure"] if options.measure else [])], stdout=file, check=True)
         plan = read_json(made)
         made.unlink()
-    result = compare(plan, stages, sizes) | {"configuration": options.configuration.name, "machine": describe()}
+    result = compare(plan, stages, sizes) | {
+        "configuration": options.configuration.name,
+        "machine": current_machine().model_dump(),
+    }
     write_json(options.output, result)
     for name, row in result["stages"].items():
         sizes_said = [f"{size / 1e6:>8,.0f}" for size in row.get("memory_bytes", ())]

@@ -24,7 +24,7 @@ from torch import Tensor
 from armor.core.factorization import Factorization
 from armor.core.quantization import LIMITS, IntegerType, Quantization
 from armor.execution.files import read_json, write_json
-from armor.execution.machine import describe, set_threads
+from armor.execution.machine import current_machine, set_threads
 from armor.format.factors import read_factors
 from armor.format.names import layer_file
 from armor.format.shards import Shards
@@ -98,7 +98,7 @@ def main(
     """Print a row for each linear and each type of the core."""
     set_threads(1)
     weights, inputs = Shards(open_source(model).path), read_statistics(layer_file(calibration, layer))
-    record = read_json(OUTPUT) if OUTPUT.is_file() else {"machine": describe(), "proxy losses": {}}
+    record = read_json(OUTPUT) if OUTPUT.is_file() else {"machine": current_machine().model_dump(), "proxy losses": {}}
     for name, stored in read_factors(layer_file(layers, layer))[0].items():
         if stored.left is None or stored.right is None or (linear and name.rpartition(".")[2] not in linear):
             continue

@@ -3,7 +3,8 @@
     python -m benchmarks.reruns                   print a table as Markdown; status 1 if a row is not as it should be
     python -m benchmarks.reruns armor/training    only the edits with this in their names; several may be given
 
-A tiny random model goes through the whole workflow. Then each edit is made by itself, in a copy of the code or in the
+A tiny random model goes through the workflow, but for what integers, mixtures, tasks and serving need; an edit of what
+only these execute shows as nothing. Then each edit is made by itself, in a copy of the code or in the
 configuration, and Snakemake says in a dry run what it would run. Nothing more and nothing less: in every row that must
 be what `armor explain` has reasons for (armor.run.explain), which compares what the records say instead of what
 Snakemake remembers. That the hash of a stage's code holds all that it executes is in tests/workflow/test_jobs.py.
@@ -71,7 +72,7 @@ SETTINGS = {
 
 
 def finished(folder: Path) -> Run:
-    """A run of a tiny model to its end, with every stage but tasks."""
+    """A run of a tiny model to its end, with every stage but quantize, experts, tasks and serving."""
     words = (REPOSITORY / "LICENSE").read_text().split()
     for name, part in (("calibration", words[: len(words) // 2]), ("evaluation", words[len(words) // 2 :])):
         (folder / f"{name}.txt").write_text(" ".join(part))

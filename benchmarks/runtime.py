@@ -47,7 +47,7 @@ from armor.benchmark.generation import benchmark
 from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
 from armor.config.sources import ModelSettings
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 from armor.factorize.layer import factorize_layer
 from armor.format.records.topology import Topology
 from armor.format.statistics import Statistics, write_statistics
@@ -368,7 +368,12 @@ def main() -> None:
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
     groups = arguments.groups if device == "cpu" else []
     together = [record for group in groups for record in measure_group(group, arguments.rows)]
-    result = {"machine": describe(device) | kernel, "records": records, "groups": together, "models": {}}
+    result = {
+        "machine": current_machine(device).model_dump() | kernel,
+        "records": records,
+        "groups": together,
+        "models": {},
+    }
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
             result["models"][name] = decode(name, Path(folder), device)

@@ -29,7 +29,7 @@ import httpx
 import torch
 
 from armor.execution.files import write_json
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 from armor.runtime.load import load_model, load_tokenizer
 from armor.serve.engine import check_engine
 from armor.serve.running import Server, memory_bytes, server
@@ -253,7 +253,7 @@ def main() -> None:
     with server(given.folder, NAME, [*options, "--max-num-seqs", str(given.clients)]) as running:
         found = asyncio.run(whole(given, running, answers))
     asked = {"clients": given.clients, "minutes": given.minutes, "dtype": given.dtype, "context": given.context}
-    found = asked | found | {"engine": versions, "machine": describe()}
+    found = asked | found | {"engine": versions, "machine": current_machine().model_dump()}
     print(json.dumps(found, indent=1))
     if given.output:
         write_json(given.output, found)

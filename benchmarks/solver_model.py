@@ -33,7 +33,7 @@ from armor.core.factorization import Factorization
 from armor.evaluate.logits import token_losses
 from armor.evaluate.perplexity import perplexity
 from armor.execution.files import read_json, save_safetensors, write_json
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.methods.solver import annealed, published
 from armor.model.source import open_source
@@ -126,7 +126,7 @@ def main() -> None:
     }
     words = {"files": [str(options.evaluate)]} if options.evaluate else TEXT | {"documents": (64, None)}
     result = {
-        "machine": describe(),
+        "machine": current_machine().model_dump(),
         "block_size": BLOCK,
         "pattern": "2:4",
         "mean_loss": {group or "all": row for group, row in means.items()},

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.execution.files import read_json, write_json
-from armor.execution.machine import describe, set_threads
+from armor.execution.machine import current_machine, set_threads
 from armor.training.trainable import TrainableLinear, make_trainable, multiplied_once, put_linears, training_arithmetic
 from armor.training.tune import kept_predictions, kl_divergence
 
@@ -112,7 +112,7 @@ def main(
                 seconds[name].append(time.perf_counter() - begun)
     shape = f"{hidden} x {inner}, {heads} and {kv_heads} heads, block {block}, {length} tokens, vocabulary {vocabulary}"
     found = {name: round(median(times), 3) for name, times in seconds.items()}
-    record = {"machine": describe("cpu"), "sequences_in_a_step": BATCH, "seconds": found}
+    record = {"machine": current_machine("cpu").model_dump(), "sequences_in_a_step": BATCH, "seconds": found}
     write_json(OUTPUT, (read_json(OUTPUT) if OUTPUT.is_file() else {}) | {shape: record})
     for name, value in found.items():
         print(f"{value:8.3f} s  {name}")

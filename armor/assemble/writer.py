@@ -25,13 +25,13 @@ from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import open_safetensors, read_json, sha256, write_json
 from armor.execution.log import log
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.checkpoint import PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
-from armor.format.names import layer_file
-from armor.format.provenance import PROVENANCE, combined, machine, made_by
+from armor.format.names import beside, layer_file, record_beside
+from armor.format.provenance import PROVENANCE, combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
 from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
@@ -88,7 +88,7 @@ def assemble(
         check_tensor(str(origin.get(name) or kept.folder / kept.file_of(name)), name, tensor, modules)
         return tensor
 
-    target = output.with_suffix("")
+    target = beside(output)
     if target.exists() and not (target / CHECKSUMS).is_file():
         raise ArmorError(
             f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
@@ -140,7 +140,7 @@ def assemble(
             dense_bits_per_weight=dense_bits,
             made_by=made.made_by,
             factors=made.factors,
-            machine=machine(),
+            machine=current_machine(),
             modules=len(modules),
             kept_dense=kept_dense,
             files=files,
@@ -168,7 +168,7 @@ def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> Pro
 def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Shards) -> _Layer:
     """Read and check one layer's JSON and the header of its factors."""
     file = layer_file(folder, layer.index)
-    described = file.with_suffix(".json")
+    described = record_beside(file)
     again = f"factorize layer {layer.index} again"
     record = LayerRecord.read(described)
     if record.fingerprint != fingerprint:

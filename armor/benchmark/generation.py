@@ -39,10 +39,10 @@ from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import log, progress
-from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.format.checkpoint import modules_of
 from armor.format.names import record_of_folder
-from armor.format.provenance import machine, made_by
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.benchmark import BenchmarkRecord, CoreSide, Phases, Runs, Sample, Side
 from armor.format.records.checkpoint import CheckpointRecord
@@ -293,7 +293,7 @@ def benchmark(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(device),
         made_by=made_by(__name__, settings, dict(fingerprints or {})),
-        machine=machine(device),
+        machine=current_machine(device),
     )
     record.write(output)
     return record

@@ -24,7 +24,8 @@ from armor.benchmark.rounds import ratios, summary
 from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.execution.log import log, progress
-from armor.format.provenance import machine, made_by
+from armor.execution.machine import current_machine
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.serving import Load, Served, ServingRecord
 from armor.format.shards import Shards
@@ -148,7 +149,7 @@ def benchmark_serving(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=max(turn.memory_bytes for own in turns.values() for turn in own),
         made_by=made_by(CODE[0], settings, dict(fingerprints or {}), CODE[1:]),
-        machine=machine(device),
+        machine=current_machine(device),
     )
     record.write(output)
     return record

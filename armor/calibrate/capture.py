@@ -29,10 +29,10 @@ from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.log import log, progress
-from armor.execution.machine import device_memory_bytes, peak_memory_bytes
+from armor.execution.machine import current_machine, device_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file, layer_files
-from armor.format.provenance import combined, machine, made_by
+from armor.format.provenance import combined, made_by
 from armor.format.records.base import File, Input
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Topology
@@ -169,7 +169,7 @@ def calibrate(
             tokens_per_second=round(tokens.numel() / seconds, 1),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint}),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         record.write(output)
     return record

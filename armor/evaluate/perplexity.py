@@ -37,11 +37,11 @@ from armor.evaluate.logits import (
 )
 from armor.evaluate.predictions import fitting
 from armor.execution.log import log, progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
 from armor.format.logits import read_logits
 from armor.format.names import logits_beside
-from armor.format.provenance import combined, machine, made_by
+from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord
@@ -207,7 +207,7 @@ def _write(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
         made_by=made_by(__name__, settings, {**inputs, Input.TEXT: blocks.fingerprint}),
-        machine=machine(device),
+        machine=current_machine(device),
     )
     record.write(output)
     return record

@@ -31,11 +31,11 @@ from armor.evaluate.logits import (
     with_models,
 )
 from armor.execution.log import log, progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import Steps, identity, resumable
 from armor.format.logits import LogitsFile
 from armor.format.names import logits_beside
-from armor.format.provenance import machine, made_by
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import loaded_dtype
@@ -102,7 +102,7 @@ def predict(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.TEXT: blocks.fingerprint}),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         record.write(output)
     return record

@@ -44,10 +44,10 @@ from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
-from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
 from armor.format.names import beside, samples_beside, task_beside
-from armor.format.provenance import combined, machine, made_by
+from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
@@ -110,7 +110,7 @@ def evaluate_tasks(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         result.write(output)
     return result

@@ -10,10 +10,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from armor.core.typed import Typed
 from armor.core.version import __version__
 
 __all__ = [
-    "describe",
+    "Machine",
+    "current_machine",
     "device_memory_bytes",
     "host_memory_bytes",
     "peak_memory_bytes",
@@ -21,6 +23,21 @@ __all__ = [
     "set_threads",
     "versions",
 ]
+
+
+class Machine(Typed):
+    """What a job ran on."""
+
+    processor: str
+    """The processor's name, on x86 with family and model."""
+    cores: int | None
+    """Cores of the machine."""
+    threads: int
+    """Threads that the job computed with."""
+    device: str
+    """cpu, or the card's name."""
+    versions: dict[str, str]
+    """Versions of Python, of this package and of those that it computes with."""
 
 
 def set_threads(count: int) -> None:
@@ -99,14 +116,14 @@ def versions() -> dict[str, str]:
     return own | {name: version(name) for name in packages}
 
 
-def describe(device: str = "cpu") -> dict:
-    """Processor, card, threads and versions, for the JSON beside a result."""
+def current_machine(device: str = "cpu") -> Machine:
+    """What this process runs on and computes with."""
     import torch
 
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
-        "versions": versions(),
-    }
+    return Machine(
+        processor=_processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
+        versions=versions(),
+    )

@@ -28,7 +28,7 @@ from armor.core.typed import Typed
 from armor.execution.files import LOCK, read_json, try_lock, write_json
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
-from armor.execution.machine import describe
+from armor.execution.machine import current_machine
 
 __all__ = ["Steps", "identity", "part_of", "resumable"]
 
@@ -130,8 +130,9 @@ def _fingerprint(value: dict) -> str:
 
 def _machine(device: str) -> dict:
     """What of the machine decides about bytes: on a GPU, the processor does not."""
-    described = describe(device)
-    return {key: described[key] for key in ("threads", "device", "versions", *(["processor"] * (device == "cpu")))}
+    found = current_machine(device)
+    decides = {"threads": found.threads, "device": found.device, "versions": found.versions}
+    return decides | ({"processor": found.processor} if device == "cpu" else {})
 
 
 def _read(file: Path) -> str | None:

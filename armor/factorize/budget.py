@@ -17,9 +17,9 @@ import numpy as np
 from armor.config.budget import BudgetSettings
 from armor.core.errors import ArmorError
 from armor.execution.log import log
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.format.names import layer_files
-from armor.format.provenance import combined, machine, made_by
+from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 
@@ -57,7 +57,7 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
         seconds=sum(layer.seconds for layer in layers),
         peak_memory_bytes=peak_memory_bytes("cpu"),
         made_by=made_by(__name__, settings, {Input.PRICES: combined(layer.content() for layer in layers)}),
-        machine=machine(),
+        machine=current_machine(),
     )
     record.write(output)
     counts = Counter(" ".join(f"{k} {v}" for k, v in p.choice.items()) or "unchanged" for p in chosen.values())

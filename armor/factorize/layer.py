@@ -27,14 +27,14 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.factorize.asked import check_memory, groups_asked, possible
 from armor.factorize.sharing import one_linear, parts_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.factors import join_factors, read_factors, read_start, write_factors
-from armor.format.names import factors_beside
-from armor.format.provenance import machine, made_by
+from armor.format.names import factors_beside, record_beside
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import BlockSizes, Integers, LayerRecord, LinearRecord
@@ -122,7 +122,7 @@ def factorize_layer(
                     steps.put(name, entry)
             modules |= {name: entry for name, entry in entries.items() if entry}
             files.append(file)
-        described = output.with_suffix(".json")
+        described = record_beside(output)
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         metadata = {"fingerprint": topology.fingerprint, "layer": layer}
         if done:
@@ -142,7 +142,7 @@ def factorize_layer(
             peak_memory_bytes=max([peak_memory_bytes(device), *(record.peak_memory_bytes for record in records)]),
             modules={linear.name: modules[linear.name] for linear in whole.linears if linear.name in modules},
             made_by=made_by(__name__, settings, used, code),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         record.write(described)
     return record

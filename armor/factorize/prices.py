@@ -21,12 +21,12 @@ from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256
 from armor.execution.log import progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.factorize.asked import check_memory, possible
 from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, seed_of
 from armor.format.checkpoint import PackedLinear
-from armor.format.provenance import machine, made_by
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import LinearPrices, Price, PricesRecord
 from armor.format.records.sensitivity import SensitivityRecord
@@ -92,7 +92,7 @@ def price_layer(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, settings, used, code),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         record.write(output)
     return record

@@ -19,10 +19,11 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization, owner
 from armor.execution.files import sha256
 from armor.execution.log import progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.factors import read_factors, read_others, read_start, write_factors
-from armor.format.provenance import machine, made_by
+from armor.format.names import record_beside
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import Topology
@@ -84,7 +85,7 @@ def quantize_layer(
                     steps.put(name, entry)
             modules |= {name: entry for name, entry in entries.items() if entry}
             found |= read_factors(file)[0]
-        described = output.with_suffix(".json")
+        described = record_beside(output)
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         metadata = {"fingerprint": topology.fingerprint, "layer": layer}
         write_factors(output, found, metadata, read_others(factors))
@@ -97,7 +98,7 @@ def quantize_layer(
             factorized=start.factorized or start.made_by,
             training=start.training,
             made_by=made,
-            machine=machine(device),
+            machine=current_machine(device),
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
         )

@@ -20,6 +20,7 @@ from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import atomic_path, open_safetensors, save_safetensors, sha256
 from armor.format.holes import Hole, write_holes
+from armor.format.names import record_beside
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import DTYPES, PIECE
 
@@ -161,7 +162,7 @@ def _header(path: Path, file) -> dict:
 
 def read_start(factors: Path, fingerprint: str) -> LayerRecord:
     """The record beside a layer's factors, held against them. Raises ArmorError for those of another model."""
-    record = LayerRecord.read(factors.with_suffix(".json"))
+    record = LayerRecord.read(record_beside(factors))
     if record.fingerprint != fingerprint:
         raise ArmorError(f"{factors}: factors of another model (its fingerprint differs); factorize it again")
     if not factors.is_file() or sha256(factors) != record.sha256:

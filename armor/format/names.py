@@ -15,6 +15,7 @@ __all__ = [
     "layer_files",
     "layer_name",
     "logits_beside",
+    "record_beside",
     "record_of_folder",
     "samples_beside",
     "task_beside",
@@ -44,8 +45,13 @@ def beside(record: Path | str) -> Path:
 
 
 def factors_beside(record: Path | str) -> Path:
-    """The factors that a record of `armor factorize` speaks of."""
+    """The tensors that a record speaks of: factors of a layer, numbers of a sensitivity."""
     return Path(record).with_suffix(".safetensors")
+
+
+def record_beside(tensors: Path | str) -> Path:
+    """The record that speaks of a file of tensors: the other way round."""
+    return Path(tensors).with_suffix(".json")
 
 
 def record_of_folder(folder: Path) -> Path:

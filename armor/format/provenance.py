@@ -1,9 +1,9 @@
 """Provenance: what made a result, in its record: stage, hash of its code, settings, inputs, machine.
 
-`made_by` and `machine` are the one place that decides what a record says of its origin, and `armor explain` reads it
-back. Inputs are named by fingerprints of their content, never by path or time, so that a result made elsewhere from the
-same things says the same. It goes into the JSON beside a result, not into tensor files: these stay equal on any machine
-that computes the same numbers.
+`made_by` is the one place that decides what a record says of its origin, and `armor explain` reads it back. Inputs are
+named by fingerprints of their content, never by path or time, so that a result made elsewhere from the same things says
+the same. It goes into the JSON beside a result, not into tensor files: these stay equal on any machine that computes
+the same numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from pathlib import Path
 from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
-from armor.execution.machine import describe
-from armor.format.records.base import Machine, MadeBy
+from armor.format.records.base import MadeBy
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.source import SourceRecord
 
-__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "machine", "made_by", "model_fingerprint", "ranges"]
+__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "made_by", "model_fingerprint", "ranges"]
 
 CHECKSUMS = "checksums.json"
 """The file in a packed checkpoint with the hashes of all the others."""
@@ -36,11 +35,6 @@ def made_by(stage: str, settings: Typed | None, inputs: Mapping[str, str | None]
     """
     said = settings.model_dump(mode="json") if settings else {}
     return MadeBy(stage=stage, code=code_hash(stage, *also), settings=said, inputs=dict(inputs))
-
-
-def machine(device: str = "cpu") -> Machine:
-    """What this job runs on; `device` is its torch device."""
-    return Machine(**describe(device))
 
 
 def combined(hashes: Iterable[str | None]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors, sha256
+from armor.format.names import factors_beside
 from armor.format.records.sensitivity import SensitivityRecord
 
 __all__ = ["SENSITIVITY_VERSION", "Sensitivity", "read_sensitivities", "write_sensitivities"]
@@ -60,7 +61,7 @@ def read_sensitivities(record: Path, names: list[str], fingerprint: str) -> dict
 
     Raises ArmorError if it is missing, not what the record describes, of another model, or lacks one of them.
     """
-    known, path = SensitivityRecord.read(record), record.with_suffix(".safetensors")
+    known, path = SensitivityRecord.read(record), factors_beside(record)
     if known.fingerprint != fingerprint:
         raise ArmorError(f"{record}: of another model (its fingerprint differs); {known.AGAIN}")
     if not path.is_file() or sha256(path) != known.sha256:

@@ -19,8 +19,9 @@ from armor.config.layers import LayerSettings
 from armor.config.report import ReportSettings
 from armor.execution.files import atomic_path
 from armor.execution.log import log
+from armor.execution.machine import current_machine
 from armor.format.layout import SUMMARY
-from armor.format.provenance import machine, made_by
+from armor.format.provenance import made_by
 from armor.format.records.report import ReportRecord, Row
 from armor.report.charts import Figure, alone
 from armor.report.columns import summary_rows
@@ -201,7 +202,7 @@ def build(results: Path, settings: ReportSettings, output: Path) -> ReportRecord
     _write(summary.with_suffix(".tex"), latex_text(rows, models))
     write_page(settings.title, sections, output / "index.html", _reproduce(models, settings.config))
     made = made_by("armor.report", settings, fingerprints(results, settings))
-    record = ReportRecord(rows=rows, made_by=made, machine=machine())
+    record = ReportRecord(rows=rows, made_by=made, machine=current_machine())
     record.write(summary)
     log.info("%s: %d rows", output / "index.html", len(rows))
     return record

@@ -20,7 +20,7 @@ from armor.execution.files import sha256
 from armor.execution.machine import versions
 from armor.execution.table import text_table
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
-from armor.format.names import beside, layer_file, record_of_folder
+from armor.format.names import beside, layer_file, record_beside, record_of_folder
 from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
 from armor.format.records.base import Input, Machine, Made, Origin
 from armor.format.records.budget import BudgetRecord, PricesRecord
@@ -104,7 +104,7 @@ def record_of(path: Path) -> Path:
             candidates.insert(0, record_of_folder(path))
     else:
         here = [] if path.suffix == ".json" else [path.parent / CALIBRATION, path.parent / SUMMARY]
-        candidates = [path.with_suffix(".json"), *here]
+        candidates = [record_beside(path), *here]
     for file in candidates:
         if file.is_file() and (Origin.within(file) or SourceRecord.within(file)):
             return file

@@ -12,9 +12,9 @@ from torch import Tensor
 from armor.config.training import TrainingSettings
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.format.factors import write_factors
-from armor.format.provenance import machine
+from armor.format.names import record_beside
 from armor.format.records.base import MadeBy
 from armor.format.records.layer import LayerRecord, Training
 from armor.format.shards import Shards
@@ -84,7 +84,7 @@ def write_trained(
     modules = dict(start.modules)
     for name, f in found.items():
         modules[name] = modules[name].model_copy(update={"loss": f.loss, "condition": condition(f)})
-    described = output.with_suffix(".json")
+    described = record_beside(output)
     described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
     write_factors(output, found, {"fingerprint": start.fingerprint, "layer": start.layer}, others)
     record = LayerRecord(
@@ -96,7 +96,7 @@ def write_trained(
         factorized=start.factorized or start.made_by,
         training=(*start.training, *([training] if training else [])),
         made_by=made,
-        machine=machine(device),
+        machine=current_machine(device),
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
     )

@@ -28,7 +28,7 @@ from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
-from armor.format.names import layer_file
+from armor.format.names import beside, layer_file, record_beside
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
@@ -89,7 +89,7 @@ def refine_layer(
     factors, output, states = Path(factors), Path(output), Path(states)
     start = read_start(factors, topology.fingerprint)
     known = StatesRecord.read(states)
-    folder = states.with_suffix("")
+    folder = beside(states)
     if source.fingerprint != topology.fingerprint or known.fingerprint != topology.fingerprint:
         raise ArmorError(f"{states}: of another model than {source.path}; run armor states again")
     if known.made_by.code != code_hash(STATES):
@@ -100,7 +100,7 @@ def refine_layer(
     stored = recorded_tensors(source.path, start.modules)
     _check_memory(stored, topology.layers[layer].prefix, factors, settings.refine.core, known.length, device)
     chained = settings.refine.inputs == "compressed"
-    earlier = [layer_file(output.parent, k).with_suffix(".json") for k in range(layer)] if chained else []
+    earlier = [record_beside(layer_file(output.parent, k)) for k in range(layer)] if chained else []
     before = [LayerRecord.read(file).sha256 for file in earlier]
     used = {
         Input.MODEL: topology.fingerprint,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.core.errors import ArmorError
+from armor.execution.machine import current_machine
 from armor.format.names import layer_files
-from armor.format.provenance import machine, made_by
+from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
 from armor.format.records.refine import RefineRecord
@@ -28,7 +29,7 @@ def sum_up(factors: Path, output: Path) -> RefineRecord:
         losses=tuple(training and training.loss for training in done),
         kept=tuple(training and training.kept for training in done),
         made_by=made_by(__name__, None, {Input.LAYER.format(record.layer): record.sha256 for record in records}),
-        machine=machine(),
+        machine=current_machine(),
         seconds=sum(record.seconds for record in records),
         peak_memory_bytes=max(record.peak_memory_bytes for record in records),
     )

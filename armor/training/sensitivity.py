@@ -22,10 +22,10 @@ from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.format.names import layer_file, layer_name
-from armor.format.provenance import machine, made_by
+from armor.format.names import factors_beside, layer_file, layer_name, record_beside
+from armor.format.provenance import made_by
 from armor.format.records.base import File, Input
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.states import StatesRecord
@@ -64,7 +64,7 @@ def measure_sensitivity(
         dense = steps.folder / "dense"
         known = steps.get("states", StatesRecord)
         if known is None:
-            known = make_states(source, topology, settings.sample, dense.with_suffix(".json"), device)
+            known = make_states(source, topology, settings.sample, record_beside(dense), device)
             steps.put("states", known)
         with open_safetensors(dense / TOKENS) as file:
             tokens = file.get_tensor("tokens")
@@ -90,7 +90,7 @@ def measure_sensitivity(
             write_sensitivities(part, found, source.fingerprint)
             steps.put(layer_name(k), File.of(part))
             _gradients(dense, k + 1).unlink()
-        numbers = output.with_suffix(".safetensors")
+        numbers = factors_beside(output)
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new numbers
         write_sensitivities(numbers, _all(topology, steps.folder), source.fingerprint)
         result = SensitivityRecord(
@@ -103,7 +103,7 @@ def measure_sensitivity(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: known.text_fingerprint}),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         result.write(output)
     return result

@@ -17,10 +17,10 @@ from armor.config.sample import Sample
 from armor.core.errors import ArmorError
 from armor.execution.files import save_safetensors
 from armor.execution.log import progress
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.format.names import layer_name
-from armor.format.provenance import machine, made_by
+from armor.format.names import beside, layer_name
+from armor.format.provenance import made_by
 from armor.format.records.base import File, Input
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
@@ -91,7 +91,7 @@ def make_states(
             target = states_file(part, layer.index + 1)
             pass_on(skeleton, layer.index, shards, own, states_file(part, layer.index), target, device)
             steps.put(layer_name(layer.index + 1), File.of(target))
-        folder = output.with_suffix("")
+        folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
         record = StatesRecord(
@@ -104,7 +104,7 @@ def make_states(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text}),
-            machine=machine(device),
+            machine=current_machine(device),
         )
         record.write(output)
     return record

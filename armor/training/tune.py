@@ -32,11 +32,11 @@ from transformers import PreTrainedModel
 from armor.config.training import TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
-from armor.execution.machine import device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
-from armor.format.names import layer_file
-from armor.format.provenance import machine, made_by
+from armor.format.names import beside, layer_file
+from armor.format.provenance import made_by
 from armor.format.records.base import File, Input, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
@@ -137,7 +137,7 @@ def tune(
             written.append(
                 write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, device)
             )
-        folder = output.with_suffix("")
+        folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
         record = _record(written, predictions, made, device, steps)
@@ -161,7 +161,7 @@ def _record(
         predictions=predictions.tokens.shape[-1],
         training=whole,
         made_by=made,
-        machine=machine(device),
+        machine=current_machine(device),
         seconds=steps.seconds(),
         peak_memory_bytes=peak_memory_bytes(device),
     )

@@ -10,6 +10,7 @@ import sys
 from urllib.parse import unquote
 
 import pytest
+import snakemake.cli
 import yaml
 
 from armor.config.loading import load_config
@@ -213,3 +214,12 @@ def test_the_conda_environment_is_that_of_the_package():
     environment = yaml.safe_load((REPOSITORY / "envs/armor.yaml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert sorted(pip) == sorted(wanted)
+
+
+def test_a_key_twice_in_the_demo_s_configuration_is_named_where_it_stands(clone):
+    file = clone.repository / "config/config.yaml"
+    file.write_text(file.read_text() + "seed: 1\nseed: 2\n")
+    command = clone.command("--dry-run")["args"][3:]
+    at = command.index("--configfile")
+    done = clone.forked(lambda: snakemake.cli.main(command[:at] + command[at + 2 :]))
+    assert done.returncode == 1 and f"\n{file}: seed: given on line" in done.stdout, done.stdout

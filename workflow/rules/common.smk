@@ -30,9 +30,12 @@ os.environ.update(
     ARMOR_PIPELINE=str(workflow.current_basedir.join("../..")),  # this repository, for envs/armor.post-deploy.sh
 )
 
+DEMO = os.path.normpath(str(workflow.current_basedir.join("../../config/config.yaml")))
+COPY = os.path.normpath(workflow.source_path("../../config/config.yaml"))  # what Snakemake itself has read
+
 try:
     for file in workflow.configfiles:  # Snakemake has read them, and would not say that a key stands in one twice
-        read_yaml(Path(file))
+        read_yaml(Path(DEMO if file == COPY and os.path.isfile(DEMO) else file))
     SETTINGS = parse_settings(Config, config, "configuration")
 except ArmorError as error:
     raise WorkflowError(str(error)) from None

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256, write_json
+from armor.execution.machine import Machine
 
 __all__ = ["File", "Input", "Made", "MadeBy", "Machine", "Origin", "Record"]
 
@@ -85,21 +86,6 @@ class File(Typed):
     def of(cls, path: Path) -> File:
         """The file at `path`, which is read whole."""
         return cls(bytes=path.stat().st_size, sha256=sha256(path))
-
-
-class Machine(Typed):
-    """What a job ran on."""
-
-    processor: str
-    """The processor's name, on x86 with family and model."""
-    cores: int | None
-    """Cores of the machine."""
-    threads: int
-    """Threads that the job computed with."""
-    device: str
-    """cpu, or the card's name."""
-    versions: dict[str, str]
-    """Versions of Python, of this package and of those that it computes with."""
 
 
 class Input:
