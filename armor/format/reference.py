@@ -114,9 +114,10 @@ def record_types() -> list[type[Typed]]:
 
 
 def _types(module: str) -> list[type[Typed]]:
-    values = vars(importlib.import_module(module)).values()
-    kinds = [value for value in values if isinstance(value, type) and issubclass(value, Typed)]
-    return sorted((kind for kind in kinds if kind.__module__ == module), key=lambda kind: not _is_file(kind))
+    found = importlib.import_module(module)
+    kinds = [value for value in vars(found).values() if isinstance(value, type) and issubclass(value, Typed)]
+    own = [kind for kind in kinds if kind.__module__ == module or kind.__name__ in found.__all__]
+    return sorted(own, key=lambda kind: not _is_file(kind))
 
 
 def _is_file(kind: type[Typed]) -> bool:
