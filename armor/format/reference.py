@@ -117,7 +117,7 @@ def _types(module: str) -> list[type[Typed]]:
     found = importlib.import_module(module)
     kinds = [value for value in vars(found).values() if isinstance(value, type) and issubclass(value, Typed)]
     own = [kind for kind in kinds if kind.__module__ == module or kind.__name__ in found.__all__]
-    return sorted(own, key=lambda kind: not _is_file(kind))
+    return sorted(own, key=lambda kind: not (_is_file(kind) or kind is Record))
 
 
 def _is_file(kind: type[Typed]) -> bool:
