@@ -31,11 +31,12 @@ os.environ.update(
 )
 
 DEMO = os.path.normpath(str(workflow.current_basedir.join("../../config/config.yaml")))
-COPY = os.path.normpath(workflow.source_path("../../config/config.yaml"))  # what Snakemake itself has read
+COPY = os.path.isfile(DEMO) and os.path.normpath(workflow.source_path("../../config/config.yaml"))
+"""What Snakemake itself has read of it. A pod may have neither, nor does a workflow that is deployed from elsewhere."""
 
 try:
     for file in workflow.configfiles:  # Snakemake has read them, and would not say that a key stands in one twice
-        read_yaml(Path(DEMO if file == COPY and os.path.isfile(DEMO) else file))
+        read_yaml(Path(DEMO if file == COPY else file))
     SETTINGS = parse_settings(Config, config, "configuration")
 except ArmorError as error:
     raise WorkflowError(str(error)) from None
