@@ -49,7 +49,13 @@ def _writable(path: Path) -> Path:
 
 SourceFile = Annotated[Path, typer.Option(help=f"{layout.SOURCE}, or a folder with a Hugging Face model.")]
 ModelFile = Annotated[Path, typer.Option(help=f"{names.MODEL}, as `armor inspect` writes it.")]
-CalibrationFile = Annotated[Path, typer.Option(help=f"{layout.CALIBRATION}; the layers' statistics lie beside it.")]
+CalibrationFile = Annotated[
+    Path,
+    typer.Option(
+        help=f"{layout.CALIBRATION}, or its folder; the layers' statistics lie beside it.",
+        callback=lambda path: path / layout.CALIBRATION if path.is_dir() else path,
+    ),
+]
 StartFolder = Annotated[Path, typer.Option(help="The folder with the factors to start from.")]
 Output = Annotated[Path, typer.Option(help="The file to write.", callback=_writable)]
 Settings = Annotated[str, typer.Option(help="The stage's settings: inline YAML or JSON, or a file's path.")]

@@ -350,7 +350,7 @@ def report(
     ] = None,
     results: Annotated[Path, typer.Option(help="The folder with all results.")] = Path(layout.RESULTS),
     output: Annotated[
-        Path | None, typer.Option(help="The folder to write; unset: results/report, or comparison for two runs.")
+        Path | None, typer.Option(help="The folder to write; unset: report in the results, or comparison for two runs.")
     ] = None,
 ) -> None:
     """Tables and figures -> index.html, summary.csv, .md, .tex, .json, figures/. Or two runs, A and B, side by side."""
@@ -364,4 +364,4 @@ def report(
     else:
         from armor.report import build
 
-        build(results, parse_settings(ReportSettings, settings or "{}"), output or Path(layout.RESULTS, layout.REPORT))
+        build(results, parse_settings(ReportSettings, settings or "{}"), output or results / layout.REPORT)

@@ -159,11 +159,17 @@ def newer_versions(record: Path) -> list[str]:
 
 
 class Reruns:
-    """Why the jobs of `config` would run again, those of the results folder `results`; unset: the last run's config."""
+    """Why the jobs of `config` would run again, those of the results folder `results`; unset: the last run's config.
 
-    def __init__(self, results: Path, config: Config | None = None) -> None:
+    `is_there` says of an output whether it is there, if it need not be in the folder to be.
+    """
+
+    def __init__(
+        self, results: Path, config: Config | None = None, is_there: Callable[[Path], bool] = Path.is_file
+    ) -> None:
         self.results = results
         self.config = config or last_config(results)
+        self._is_there = is_there
         self._alone: dict[Job, list[str]] = {}
         self._earlier: dict[Job, dict[Job, None]] = {}
 
@@ -199,7 +205,7 @@ class Reruns:
         return self._alone[job]
 
     def _own(self, job: Job) -> Iterator[str]:
-        absent = [path for path in job.outputs if not path.is_file()]
+        absent = [path for path in job.outputs if not self._is_there(path)]
         if absent:
             yield f"{absent[0]} is not there"
             return

@@ -17,6 +17,7 @@ from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
 from armor.format.layout import RESULTS, Results
+from armor.format.names import beside, factors_beside
 from armor.format.records.base import Input
 from armor.format.records.topology import Topology
 from armor.run.groups import expert_groups
@@ -56,6 +57,9 @@ class Stage:
     """Whether the report reads its records."""
     forked: bool = True
     """Whether the fork server imports its entry before there is a job, and does its command."""
+    stored: Callable[..., tuple[str, ...]] | None = None
+    """On object storage, where nothing arrives that is not declared: all files and folders that come of it, first of
+    all that which others read; None if they are the outputs. A name without a suffix is a folder's."""
 
 
 def _models(config: Config) -> list[Names]:
@@ -89,6 +93,11 @@ def _once(config: Config, kind: str) -> list[Names]:
 def _model(*names: str) -> list[Needed]:
     """The inputs of nearly every stage: where the model is, and what it is made of."""
     return [(Input.MODEL, "fetch", names[:1]), ("topology", "inspect", names[:1])]
+
+
+def _with_folder(record: str) -> tuple[str, ...]:
+    """A record and the folder that it speaks of."""
+    return record, str(beside(record))
 
 
 def _finished(config: Config, model: str, recipe: str) -> Needed:
@@ -157,6 +166,7 @@ STAGES = {
         entry="armor.model.inspect",
         seconds=4,
         inputs=lambda config, model: _model(model)[:1],
+        forked=False,  # so that Snakemake sees its memory, which the record does not tell
     ),
     "calibrate": Stage(
         outputs=lambda results, model, calibration: (results.calibration(model, calibration),),
@@ -166,6 +176,7 @@ STAGES = {
         inputs=lambda config, model, calibration: _model(model),
         settings=lambda config, model, calibration: config.calibrations[calibration],
         reported=True,
+        stored=lambda results, *names: (str(Path(results.calibration(*names)).parent),),
     ),
     "sensitivity": Stage(
         outputs=lambda results, model, sensitivity: (results.sensitivity(model, sensitivity),),
@@ -174,6 +185,7 @@ STAGES = {
         seconds=60,
         inputs=lambda config, model, sensitivity: _model(model),
         settings=lambda config, model, sensitivity: config.sensitivities()[sensitivity],
+        stored=lambda results, *names: (results.sensitivity(*names), str(factors_beside(results.sensitivity(*names)))),
     ),
     "price": Stage(
         outputs=lambda results, *names: (results.prices(*names),),
@@ -229,6 +241,7 @@ STAGES = {
         seconds=60,
         inputs=lambda config, model, states: _model(model),
         settings=lambda config, model, states: config.states()[states],
+        stored=lambda results, *names: _with_folder(results.states(*names)),
     ),
     "refine": Stage(
         outputs=lambda results, *names: (results.factors(*names, "refine"), results.layer(*names, "refine")),
@@ -256,6 +269,7 @@ STAGES = {
         inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
         settings=lambda config, model, recipe: config.tune_settings(recipe),
         reported=True,
+        stored=lambda results, *names: _with_folder(results.tuned(*names)),
     ),
     "quantize": Stage(
         outputs=lambda results, *names: (results.factors(*names, "quantize"), results.layer(*names, "quantize")),
@@ -274,6 +288,7 @@ STAGES = {
         seconds=1,
         inputs=lambda config, model, recipe: [*_model(model), _final(config, model, recipe)],
         reported=True,
+        stored=lambda results, *names: _with_folder(results.checkpoint(*names)),
     ),
     "predict": Stage(
         outputs=lambda results, model, evaluation: (results.predictions(model, evaluation),),
@@ -300,6 +315,7 @@ STAGES = {
         inputs=lambda config, model, recipe, evaluation: [_finished(config, model, recipe)],
         settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
         reported=True,
+        stored=lambda results, *names: _with_folder(results.evaluation(*names)),
         forked=False,  # lm-eval's libraries begin threads
     ),
     "benchmark": Stage(
@@ -329,6 +345,7 @@ STAGES = {
         seconds=6,
         inputs=lambda config: [(stage, stage, ()) for stage, row in STAGES.items() if row.reported],
         settings=lambda config: config.report_settings(),
+        forked=False,  # the same
     ),
 }
 """Every stage by the name of its rule, in the order of the data."""
@@ -352,6 +369,12 @@ class Job:
     @property
     def outputs(self) -> tuple[Path, ...]:
         return tuple(map(Path, STAGES[self.stage].outputs(self.results, *self.names)))
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """What comes of it, for object storage."""
+        row = STAGES[self.stage]
+        return (row.stored or row.outputs)(self.results, *self.names)
 
     @property
     def record(self) -> Path:

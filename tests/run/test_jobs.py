@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from armor.config.run import Config
 from armor.report import results
 from armor.run.explain import NOTED, TOGETHER
@@ -34,3 +36,11 @@ def test_the_report_tells_the_time_of_the_stages_whose_records_it_reads():
     assert list(results.STAGES) == [
         stage for stage, row in STAGES.items() if row.reported and stage not in ("tasks", "serving")
     ]
+
+
+def test_object_storage_is_told_of_every_output_once():
+    """By itself or within a folder, and of no folder twice: Snakemake refuses an output within another."""
+    for job in jobs(EVERY_STAGE):
+        for output in job.outputs:
+            assert len([path for path in job.stored if output.is_relative_to(path)]) == 1, job
+        assert not any(a != b and Path(a).is_relative_to(b) for a in job.stored for b in job.stored), job

@@ -8,8 +8,10 @@ rule assemble:
         model=R.topology(),
         factors=needed("assemble", "factors"),
         refined=ancient(summed_up),
+        more=stored_for("assemble"),
     output:
-        R.checkpoint(),
+        record=R.checkpoint(),
+        more=stored("assemble", "model", "recipe"),
     log:
         R.log("assemble", "{model}", "{recipe}"),
     benchmark:
@@ -29,5 +31,5 @@ rule assemble:
     shell:
         """
         armor assemble --source {input.source:q} --model {input.model:q} --factors {params.factors:q} \
-            --output {output:q} >{log:q} 2>&1
+            --output {output.record:q} >{log:q} 2>&1
         """

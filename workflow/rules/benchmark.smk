@@ -9,6 +9,7 @@ rule benchmark:
     input:
         source=R.source(),
         checkpoints=needed("benchmark", by="assemble"),
+        more=stored_for("benchmark"),
     output:
         R.benchmark(),
     log:
@@ -42,6 +43,7 @@ rule serving:
     input:
         source=R.source(),
         checkpoints=needed("serving", by="assemble"),
+        more=stored_for("serving"),
     output:
         R.benchmark(),
     log:

@@ -6,8 +6,10 @@ rule sensitivity:
     input:
         source=R.source(),
         model=R.topology(),
+        more=stored_for("sensitivity"),
     output:
-        R.sensitivity(),
+        record=R.sensitivity(),
+        more=stored("sensitivity", "model", "sensitivity"),
     log:
         R.log("sensitivity", "{model}", "{sensitivity}"),
     benchmark:
@@ -27,7 +29,7 @@ rule sensitivity:
     shell:
         """
         armor sensitivity --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
-            --output {output:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+            --output {output.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
 
 
@@ -38,6 +40,7 @@ rule price:
         model=R.topology(),
         calibration=needed("price", "calibration"),
         sensitivity=needed("price", "sensitivity"),
+        more=stored_for("price"),
     output:
         R.prices(),
     log:
@@ -83,7 +86,7 @@ rule budget:
         runtime="1h",
     params:
         settings=settings("budget"),
-        prices=lambda wildcards: R.prices_folder(wildcards.model, wildcards.recipe),
+        prices=lambda wildcards: HERE.prices_folder(wildcards.model, wildcards.recipe),
         code=code("budget"),
     message:
         "budget {wildcards.model} {wildcards.recipe}"

@@ -6,8 +6,9 @@ rule calibrate:
     input:
         source=R.source(),
         model=R.topology(),
+        more=stored_for("calibrate"),
     output:
-        R.calibration(),
+        directory(str(Path(R.calibration()).parent)) if STORED else R.calibration(),
     log:
         R.log("calibrate", "{model}", "{calibration}"),
     benchmark:
@@ -21,11 +22,12 @@ rule calibrate:
         runtime="8h",
     params:
         settings=settings("calibrate"),
+        record=lambda wildcards: HERE.calibration(*wildcards),
         code=code("calibrate"),
     message:
         "calibrate {wildcards.model} {wildcards.calibration}"
     shell:
         """
         armor calibrate --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
-            --output {output:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
+            --output {params.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

@@ -16,7 +16,7 @@ from armor.config.reading import parse_settings, read_yaml
 from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.format.layout import FACTORS, RUN, Results
+from armor.format.layout import FACTORS, Results
 from armor.format.names import beside, factors_beside
 from armor.run.explain import Reruns
 from armor.run.jobs import CLUSTER_CORES, STAGES, Job, jobs_of, read_topology
@@ -42,6 +42,30 @@ except ArmorError as error:
     raise WorkflowError(str(error)) from None
 PAIRS = SETTINGS.pairs()
 R = Results()
+# On object storage (docs/STORAGE.md) Snakemake puts a job's files there, and has copies of them below another folder.
+STORED = workflow.storage_settings.default_storage_provider is not None
+
+
+def in_storage(path):
+    """A path of the results as Snakemake has it: on object storage that of the copy, with the object in its flags."""
+    return workflow.modifier.path_modifier.apply_default_storage(str(path))
+
+
+def object_of(path):
+    """The object of a result on object storage."""
+    return in_storage(path).flags["storage_object"]
+
+
+def key(path):
+    """What Snakemake's own records call a result."""
+    return object_of(path).query if STORED else path
+
+
+HERE = Results(str(in_storage(R.root)))
+ASKED = Results(f"{HERE.root}.records") if STORED else R
+"""Records that are copied to be asked. They may not lie in HERE: there Snakemake takes a part of a folder for all."""
+MADE = [name for name, model in SETTINGS.models.items() if not (model.hub or model.folder)]
+"""Models whose folder `fetch` makes."""
 
 try:
     ALL_CORES = workflow.cores
@@ -57,7 +81,7 @@ def any_of(names):
 onstart:
     try:
         check_asked(SETTINGS.served())
-        start_run(Path(R.root), SETTINGS, typed(sys.argv))
+        start_run(Path(HERE.root), SETTINGS, typed(sys.argv))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
     if workflow.local_exec:
@@ -66,15 +90,15 @@ onstart:
 
 onsuccess:
     for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
-        Path(R.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
-    print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
-    if os.path.isfile(page := R.report()[0]):
+        Path(HERE.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
+    print(*summary(Path(HERE.root), SETTINGS), sep="\n", file=sys.stderr)
+    if os.path.isfile(page := HERE.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)
 
 
 onerror:
-    print(*summary(Path(R.root), SETTINGS), sep="\n", file=sys.stderr)
-    print(*read_status(Path(R.root), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
+    print(*summary(Path(HERE.root), SETTINGS), sep="\n", file=sys.stderr)
+    print(*read_status(Path(HERE.root), SETTINGS, running=False).details(), sep="\n", file=sys.stderr)
 
 
 wildcard_constraints:
@@ -109,17 +133,48 @@ def jobs_known(stage, names=()):
     if row.by_layer and len(names) < (4 if row.by_group else 3):
         for model, recipe in [names[:2]] if names else dict.fromkeys(row.asked(SETTINGS)):
             checkpoints.inspect.get(model=model)
+            brought(R.topology(model))
             check_modules(model, recipe)
-    found = list(jobs_of(SETTINGS, stage, R, names))
-    again_if_interrupted([str(path) for job in found for path in job.outputs])
+    found = list(jobs_of(SETTINGS, stage, HERE, names))
+    again_if_interrupted(found)
     again_if_unknown(found)
-    return found
+    return [Job(job.stage, job.names) for job in found]
+
+
+def files_of(job):
+    """What Snakemake is told that comes of a job, first of all that which others read."""
+    more = [str(beside(job.results.source(*job.names)))] if job.stage == "fetch" and job.names[0] in MADE else []
+    return [*job.stored, *more] if STORED else [str(path) for path in job.outputs]
+
+
+def stored(stage, *wildcards):
+    """Outputs of a rule that it has on object storage alone: what it makes beside the first."""
+    job = Job(stage, tuple(f"{{{name}}}" for name in wildcards))
+    return [file if Path(file).suffix else directory(file) for file in job.stored[1:]] if STORED else []
+
+
+def stored_for(stage, by=None):
+    """Inputs of a rule that it has on object storage alone: what the makers of its inputs, or `by` one, made beside."""
+
+    def files(wildcards):
+        inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS) if STORED else []
+        read = [(maker, names) for _, maker, names in inputs if by in (None, maker)]
+        return [file for maker, names in read for job in jobs_known(maker, names) for file in files_of(job)[1:]]
+
+    return files
+
+
+def brought(path):
+    """Copy a file from object storage, if there is none here yet: to read it before any job does."""
+    if STORED and not os.path.exists(in_storage(path)) and (found := object_of(path)).exists():
+        found.local_path().parent.mkdir(parents=True, exist_ok=True)
+        found.retrieve_object()
 
 
 @cache
 def check_modules(model, recipe):
     """Refuse a recipe with a pattern that matches no module of the model."""
-    linears = (linear.name for linear in read_topology(R, model).linears())
+    linears = (linear.name for linear in read_topology(HERE, model).linears())
     try:
         check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
     except ArmorError as error:
@@ -132,7 +187,7 @@ def needed(stage, name=None, by=None):
     def files(wildcards):
         inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS)
         read = [(maker, names) for called, maker, names in inputs if called == name or maker == by]
-        return [str(job.outputs[0]) for maker, names in read for job in jobs_known(maker, names)]
+        return [files_of(job)[0] for maker, names in read for job in jobs_known(maker, names)]
 
     return files
 
@@ -148,7 +203,7 @@ def folder_needed(stage):
     def folder(wildcards):
         inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS)
         maker, (model, recipe, *_) = next(found for called, *found in inputs if called == "factors")
-        return R.layers(model, recipe, maker)
+        return HERE.layers(model, recipe, maker)
 
     return folder
 
@@ -170,11 +225,12 @@ def is_chained(wildcards):
     return SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
 
 
-def again_if_interrupted(files):
+def again_if_interrupted(found):
     """Snakemake looks for what an interrupted run left before it knows of jobs behind a checkpoint (here: nearly all),
     and so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run
     them again."""
-    workflow.dag.forcefiles.update(workflow.persistence._filter_incomplete_keys(files))
+    known = {key(file): in_storage(file) for job in found for file in files_of(Job(job.stage, job.names))}
+    workflow.dag.forcefiles.update(known[file] for file in workflow.persistence._filter_incomplete_keys(known))
 
 
 def again_if_unknown(found):
@@ -182,32 +238,54 @@ def again_if_unknown(found):
     So their records are asked."""
     try:
         for job in found:
-            if job.names and (source := unknown_source(job.names[0])):
-                again = [one for one in (source, job) if reruns().reasons(one)]
-                workflow.dag.forcefiles.update(str(path) for one in again for path in one.outputs)
+            if job.names and is_unknown(job.names[0]):
+                asked = [Job("fetch", job.names[:1], ASKED), Job(job.stage, job.names, ASKED)]
+                bring_records(asked[1])
+                again = [Job(one.stage, one.names) for one in asked if reruns().reasons(one)]
+                workflow.dag.forcefiles.update(in_storage(file) for one in again for file in files_of(one))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
 
 
 @cache
-def unknown_source(model):
-    """The job that fetched a model in an earlier run, if Snakemake knows nothing of it when this one begins."""
-    job = Job("fetch", (model,))
-    earlier = job.record.is_file() and Path(R.root, RUN).is_file()
-    return job if earlier and not workflow.persistence._read_record(str(job.record)) else None
+def is_unknown(model):
+    """Whether a model was fetched in an earlier run, and Snakemake knows nothing of it when this one begins."""
+    source = R.source(model)
+    if not workflow.is_main_process or workflow.persistence._read_record(key(source)):
+        return False
+    return object_of(source).exists() if STORED else os.path.isfile(source) and os.path.isfile(R.run())
+
+
+@cache
+def bring_records(job):
+    """Copy from object storage what the reasons to run `job` again are read from: the records up to it."""
+    if STORED:
+        found = object_of(Job(job.stage, job.names).record)
+        if found.exists():
+            job.record.parent.mkdir(parents=True, exist_ok=True)
+            found.set_local_path(job.record)
+            found.retrieve_object()
+        if job.stage not in ("fetch", "inspect"):
+            bring_records(Job("inspect", job.names[:1], ASKED))
+        for _, other in job.before(SETTINGS):
+            bring_records(other)
+
+
+def is_there(file):
+    """Whether a file of ASKED is among the results."""
+    return object_of(Path(R.root, file.relative_to(ASKED.root))).exists() if STORED else file.is_file()
 
 
 @cache
 def reruns():
     """What the records say of every job, as `armor explain` does."""
-    return Reruns(Path(R.root), SETTINGS)
+    return Reruns(Path(ASKED.root), SETTINGS, is_there)
 
 
 def all_records(wildcards):
     """Every record that the report is made of."""
-    return [
-        str(job.record) for _, stage, names in Job("report", ()).inputs(SETTINGS) for job in jobs_known(stage, names)
-    ]
+    found = [job for _, stage, names in Job("report", ()).inputs(SETTINGS) for job in jobs_known(stage, names)]
+    return [str(job.record) if str(job.record) in files_of(job) else files_of(job)[0] for job in found]
 
 
 def all_factors(wildcards):

@@ -12,6 +12,7 @@ rule predict:
     """
     input:
         source=R.source(),
+        more=stored_for("predict"),
     output:
         R.predictions(),
     log:
@@ -46,6 +47,7 @@ rule evaluate:
         source=R.source(),
         model=needed("evaluate", "model"),
         predictions=needed("evaluate", "predictions"),
+        more=stored_for("evaluate"),
     output:
         R.evaluation(),
     log:
@@ -80,9 +82,11 @@ rule tasks:
     """Accuracy on tasks, by lm-eval."""
     input:
         model=needed("tasks", "model"),
-        files=lambda wildcards: SETTINGS.evaluations[wildcards.evaluation].task_files(),
+        files=lambda wildcards: [local(file) for file in SETTINGS.evaluations[wildcards.evaluation].task_files()],
+        more=stored_for("tasks"),
     output:
-        R.evaluation(),
+        record=R.evaluation(),
+        more=stored("tasks", "model", "recipe", "evaluation"),
     log:
         R.log("tasks", "{model}", "{recipe}", "{evaluation}"),
     benchmark:
@@ -104,6 +108,6 @@ rule tasks:
         "tasks {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
         """
-        armor evaluate --model {input.model:q} --settings {params.settings:q} --output {output:q} \
+        armor evaluate --model {input.model:q} --settings {params.settings:q} --output {output.record:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

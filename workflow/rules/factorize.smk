@@ -8,6 +8,7 @@ rule experts:
         model=R.topology(),
         calibration=needed("experts", "calibration"),
         budget=needed("experts", "budget"),
+        more=stored_for("experts"),
     output:
         record=R.experts(),
         factors=temp(str(factors_beside(R.experts()))),
@@ -45,6 +46,7 @@ rule factorize:
         budget=needed("factorize", "budget"),
         groups=needed("factorize", "experts"),
         group_factors=group_factors,
+        more=stored_for("factorize"),
     output:
         factors=R.factors(),
         record=R.layer(),

@@ -4,11 +4,13 @@
 rule fetch:
     """Bring the model here as a Hugging Face folder with safetensors."""
     output:
-        R.source(),
+        record=R.source(),
     log:
         R.log("fetch", "{model}"),
     benchmark:
         R.measured("fetch", "{model}")
+    wildcard_constraints:
+        model=any_of(name for name in SETTINGS.models if not (STORED and name in MADE)),
     conda:
         "../../envs/armor.yaml"
     threads: 1
@@ -23,14 +25,25 @@ rule fetch:
         "fetch {wildcards.model}"
     shell:
         """
-        armor fetch --settings {params.settings:q} --output {output:q} --threads {threads} >{log:q} 2>&1
+        armor fetch --settings {params.settings:q} --output {output.record:q} --threads {threads} >{log:q} 2>&1
         """
+
+
+if STORED and MADE:
+
+    use rule fetch as fetch_made with:
+        output:
+            record=R.source(),
+            more=directory(str(beside(R.source()))),
+        wildcard_constraints:
+            model=any_of(MADE),
 
 
 checkpoint inspect:
     """Find the decoder layers and their linears; a checkpoint, since the number of layers decides how many jobs follow."""
     input:
-        R.source(),
+        source=R.source(),
+        more=stored_for("inspect"),
     output:
         R.topology(),
     log:
@@ -50,5 +63,5 @@ checkpoint inspect:
         "inspect {wildcards.model}"
     shell:
         """
-        armor inspect --source {input:q} --output {output:q} >{log:q} 2>&1
+        armor inspect --source {input.source:q} --output {output:q} >{log:q} 2>&1
         """

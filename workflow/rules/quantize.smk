@@ -8,6 +8,7 @@ rule quantize:
         model=R.topology(),
         calibration=needed("quantize", "calibration"),
         factors=needed("quantize", "factors"),
+        more=stored_for("quantize"),
     output:
         factors=R.factors(stage="quantize"),
         record=R.layer(stage="quantize"),

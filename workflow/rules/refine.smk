@@ -11,6 +11,7 @@ rule states:
     input:
         source=R.source(),
         model=R.topology(),
+        more=stored_for("states"),
     output:
         record=R.states(),
         folder=temp(directory(str(beside(R.states())))),
@@ -46,6 +47,7 @@ rule refine:
         before=needed("refine", "before"),
         # Made again when a layer needs them: that alone makes no other layer run again. `refined` holds the folder.
         states=ancient(needed("refine", "states")),
+        more=ancient(stored_for("refine")),
     output:
         factors=R.factors(stage="refine"),
         record=R.layer(stage="refine"),
@@ -80,6 +82,7 @@ rule refined:
     input:
         states=states_folder,
         factors=needed("refined", "factors"),
+        more=stored_for("refined"),
     output:
         R.refined(),
     log:
@@ -111,8 +114,10 @@ rule tune:
         model=R.topology(),
         calibration=needed("tune", "calibration"),
         factors=needed("tune", "factors"),
+        more=stored_for("tune"),
     output:
-        R.tuned(),
+        record=R.tuned(),
+        more=stored("tune", "model", "recipe"),
     log:
         R.log("tune", "{model}", "{recipe}"),
     benchmark:
@@ -133,6 +138,6 @@ rule tune:
     shell:
         """
         armor tune --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
-            --factors {params.factors:q} --settings {params.settings:q} --output {output:q} \
+            --factors {params.factors:q} --settings {params.settings:q} --output {output.record:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

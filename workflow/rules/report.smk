@@ -5,6 +5,7 @@ rule report:
     """The page, and its summary as CSV, JSON, Markdown and LaTeX; beside them figures/, the SVGs that results allow."""
     input:
         all_records,
+        more=stored_for("report", by="tasks"),
     output:
         [report(file, caption="../report/summary.rst", category="Report") for file in R.report()[:2]],
         R.report()[2:],
@@ -21,10 +22,11 @@ rule report:
         runtime="15m",
     params:
         settings=settings("report"),
+        results=HERE.root,
         code=code("report"),
     message:
         "report"
     shell:
         """
-        armor report --settings {params.settings:q} >{log:q} 2>&1
+        armor report --settings {params.settings:q} --results {params.results:q} >{log:q} 2>&1
         """
