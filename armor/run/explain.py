@@ -198,8 +198,7 @@ class Reruns:
         if job not in self._alone:
             found = self._alone[job] = []
             try:
-                for reason in self._own(job):
-                    found.append(reason)  # noqa: PERF402  # what came before an error counts
+                found.extend(self._own(job))  # what comes before an error stays in it
             except ArmorError as refused:  # a record of another version
                 found.append(str(refused))
         return self._alone[job]
