@@ -148,13 +148,13 @@ def files_of(job):
 
 
 def stored(stage, *wildcards):
-    """Outputs of a rule that it has on object storage alone: what it makes beside the first."""
+    """Outputs that a job has on object storage alone: what it makes beside the first."""
     job = Job(stage, tuple(f"{{{name}}}" for name in wildcards))
     return [file if Path(file).suffix else directory(file) for file in job.stored[1:]] if STORED else []
 
 
 def stored_for(stage, by=None):
-    """Inputs of a rule that it has on object storage alone: what the makers of its inputs, or `by` one, made beside."""
+    """Inputs that a job has on object storage alone: what the makers of its inputs, or `by` one, made beside."""
 
     def files(wildcards):
         inputs = Job(stage, tuple(wildcards)).inputs(SETTINGS) if STORED else []

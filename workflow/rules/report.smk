@@ -22,7 +22,7 @@ rule report:
         runtime="15m",
     params:
         settings=settings("report"),
-        results=HERE.root,
+        results=lambda wildcards: HERE.root,
         code=code("report"),
     message:
         "report"
