@@ -2,7 +2,8 @@
 
 Snakemake itself says it, in a dry run on the headers of the models. So what the profile and the rules set is what
 stands here, and a rule that asks for less memory than its jobs take is found before they are killed. The dry run is a
-process of its own (`python -m armor.plan.submitted ARGUMENTS`), for Snakemake ends the process that it runs in.
+process of its own (`python -m armor.plan.submitted ARGUMENTS`), for Snakemake ends the process that it runs in. Neither
+the cluster nor the bucket of a profile is needed, and no plugin for them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
 from armor.core.errors import ArmorError
 from armor.plan.table import StagePlan, Submitted
 from armor.run.jobs import CLUSTER_CORES, STAGES
 
 __all__ = ["submitted", "table", "too_small"]
 
+PROFILE = "config.yaml"
 ANY_CORES = 9999
 """A cluster has no limit; without a number a dry run would say what this machine allows."""
 
@@ -30,18 +34,41 @@ def submitted(files: Sequence[Path], profile: str, folder: Path) -> tuple[Submit
 
     The Snakefile is the one that `snakemake` finds here. Raises ArmorError with what Snakemake says.
     """
-    asked = ["--dry-run", "--cores", str(ANY_CORES), "--profile", profile, "--directory", str(folder)]
+    asked = ["--dry-run", "--cores", str(ANY_CORES), "--profile", _at_home(profile, folder)]
+    asked += ["--directory", str(folder)]
     asked += ["--configfile", *map(str, files)]
     done = subprocess.run([sys.executable, "-m", __name__, *asked], capture_output=True, text=True)
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise ArmorError(f"--profile {profile}: snakemake --dry-run fails here: {said[-1] if said else 'no message'}")
+        said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()][::-1]
+        why = next((line for line in said if "rror" in line), said[0] if said else "no message")
+        raise ArmorError(f"--profile {profile}: snakemake --dry-run fails here: {why}")
     counts: dict[str, int] = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             counts[line] = counts.get(line, 0) + 1
     found = [Submitted(**json.loads(line), jobs=count) for line, count in counts.items()]
     return tuple(sorted(found, key=lambda one: [*STAGES].index(one.stage)))
+
+
+def _at_home(profile: str, folder: Path) -> str:
+    """The profile without what says where jobs run and where results lie, in `folder`.
+
+    As it is where it is no folder here, for Snakemake looks in others too.
+    """
+    file = Path(profile) / PROFILE
+    if not file.is_file():
+        return profile
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        away = "storage", f"{given.get('executor')}-"
+    except (yaml.YAMLError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ArmorError(f"{file}: {said}; expected the YAML of a profile of Snakemake") from None
+    kept = {key: value for key, value in given.items() if key != "executor" and not any(part in key for part in away)}
+    here = folder / "profile" / PROFILE
+    here.parent.mkdir()
+    here.write_text(yaml.safe_dump(kept), encoding="utf-8")
+    return str(here.parent)
 
 
 def too_small(found: Sequence[Submitted], stages: Sequence[StagePlan]) -> Iterator[str]:

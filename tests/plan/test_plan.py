@@ -170,7 +170,12 @@ def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     (tmp_path / "words.txt").write_text("words")
     (tmp_path / "other.txt").write_text("others")
     small = {"set-resources": ["price:mem_mb=500"], "set-threads": ["calibrate=16"]}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"executor": "slurm", "jobs": 9} | small))
+    away = {
+        "executor": "kubernetes",
+        "kubernetes-namespace": "mine",
+        "default-storage-provider": "s3",
+    }  # not needed here
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"jobs": 9} | away | small))
     done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", "--threads", "1", folder=REPOSITORY)
     assert done.returncode == 1, done.stderr
     rows = json.loads(done.stdout)["submitted"]
@@ -183,3 +188,6 @@ def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     assert "price: a job asks for 0.5 GB and takes 1.99 GB; use --set-resources price:mem_mb=2000" in done.stderr
     with pytest.raises(ArmorError, match="--profile nowhere: snakemake --dry-run fails here: .*nowhere"):
         submitted([tmp_path / "my.yaml"], "nowhere", tmp_path)
+    (tmp_path / "config.yaml").write_text("- jobs")
+    with pytest.raises(ArmorError, match=r"config.yaml: .*; expected the YAML of a profile"):
+        submitted([tmp_path / "my.yaml"], str(tmp_path), tmp_path)
