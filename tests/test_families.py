@@ -14,7 +14,9 @@ def test_what_becomes_of_a_family(tmp_path):
     assert 0.9 < found["compressed_share"] < 1
 
 
-@pytest.mark.parametrize("family, outcome, said", [("gpt2", "refused", "no linear"), ("blt", "no model", "parameters")])
+@pytest.mark.parametrize(
+    "family, outcome, said", [("hrm_text", "refused", "no list"), ("blt", "no model", "parameters")]
+)
 def test_what_stops_a_family_is_told(tmp_path, family, outcome, said):
     found = attempt(family, tmp_path)
     assert found["outcome"] == outcome and said in found["note"] and str(tmp_path) not in found["note"]

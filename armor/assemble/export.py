@@ -22,7 +22,7 @@ from armor.execution.files import write_json
 from armor.format.checkpoint import check_tensor, read_packed
 from armor.format.checksums import open_checkpoint, read_checksums, start_hashing
 from armor.format.shards import Part
-from armor.model.tensors import fused_parts
+from armor.model.tensors import fused_parts, has_conv1d
 
 __all__ = ["Exported", "export"]
 
@@ -53,6 +53,7 @@ def export(
     sums = read_checksums(shards)
     start_hashing(shards, sums, sums.files if sums else ())()
 
+    is_turned = has_conv1d(folder)
     of_integers = config.get("dtype") or config.get("torch_dtype") or shards.main_dtype()
 
     def target(name: str) -> torch.dtype:
@@ -70,13 +71,15 @@ def export(
             shapes[name], dtypes[name] = shards.shape(name), target(name)
         elif suffix == "core_values":
             weight = f"{module}.weight"
-            shapes[weight] = (modules[module].out_features, modules[module].in_features)
+            shape = modules[module].out_features, modules[module].in_features
+            shapes[weight] = shape[::-1] if is_turned else shape
             dtypes[weight] = target(name)
 
     def read(name: str) -> Tensor:
         module = name.removesuffix(".weight")
         if name != module and module in modules:
             tensor = read_packed(shards, module, modules[module]).reconstruct()
+            tensor = tensor.T.contiguous() if is_turned else tensor
         else:
             tensor = shards.read(name)
             check_tensor(str(shards.folder / shards.file_of(name)), name, tensor, modules)

@@ -32,6 +32,7 @@ from armor.format.statistics import Accumulator, Statistics
 from armor.methods import METHODS
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
+from armor.runtime.conv1d import turned
 from armor.runtime.quantizer import pack_linears
 from armor.runtime.skeleton import Call, decoder_layers, finite
 from armor.text.blocks import blocks
@@ -41,7 +42,7 @@ __all__ = ["compress"]
 FEW_TOKENS = 8
 
 
-def compress(  # noqa: C901  all that can be wrong is looked for before any work starts
+def compress(
     model: PreTrainedModel,
     tokenizer: Any,
     text: str | Sequence[str],
@@ -66,6 +67,22 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
     where = model.name_or_path or type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None:
         raise ArmorError(f"{where}: the model is quantized already; load it dense")
+    with turned(model):
+        _compress(model, tokenizer, text, chosen, where, sequences, sequence_length, seed)
+    return model
+
+
+def _compress(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    chosen: Recipe,
+    where: str,
+    sequences: int,
+    sequence_length: int | None,
+    seed: int,
+) -> None:
+    """As `compress`, of a model without Conv1D. All that can be wrong is looked for before any work starts."""
     prefix, layers = decoder_layers(model, where)
     linears: dict[str, nn.Linear] = {}
     settings: dict[str, ModuleSettings] = {}
@@ -79,7 +96,7 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
             linears[name], settings[name] = module, asked
     check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:
-        return model
+        return
     tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
     samples = {
         stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
@@ -90,7 +107,6 @@ def compress(  # noqa: C901  all that can be wrong is looked for before any work
     factors = _factors(chosen.share_right, linears, settings, inputs, fed, seed, where)
     train(model, chosen, samples, factors, seed, partial(_quantize, chosen, linears, inputs, factors, prefix))
     pack_linears(model, factors)
-    return model
 
 
 def _factors(

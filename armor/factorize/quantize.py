@@ -27,11 +27,11 @@ from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import Topology
-from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
 from armor.methods.solver.objective import condition
 from armor.methods.solver.rounding import held_against, quantize
 from armor.model.source import Source
+from armor.model.tensors import recorded_tensors
 
 __all__ = ["asked_for", "quantize_layer", "quantize_weights", "sharing_right"]
 
@@ -62,7 +62,7 @@ def quantize_layer(
         Input.STATISTICS: sha256(statistics),
     }
     made = made_by(__name__, settings, used)
-    shards, modules = Shards(source.path), dict(start.modules)
+    shards, modules = recorded_tensors(source.path, start.modules), dict(start.modules)
     given, _ = read_factors(factors)
     if name := next((name for name, own in given.items() if own.quantization), None):
         raise ArmorError(f"{factors}: {name}: holds integers already; quantize the factors before them, in floats")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,6 +176,14 @@ class Shards:
                     block=tuple(block),
                     stored=entry.stored // count // shape[0] * rows,
                 )
+        return other
+
+    def turned(self, names: Iterable[str]) -> Shards:
+        """The same tensors, with the matrices `names` transposed."""
+        other, turn = copy.copy(self), Part("", 0, slice(None), transposed=True)
+        shapes = {name: self.shape(name) for name in names}
+        turned = {n: replace(self._entries[n], shape=s[::-1], part=turn, block=s) for n, s in shapes.items()}
+        other._entries = self._entries | turned
         return other
 
     def names(self) -> list[str]:

@@ -148,6 +148,8 @@ def _decoder_layer(
     """What the record says of a layer: `stored` has the names of its tensors in the model's files."""
     weights = {f"{name}.weight" for name in linears}
     matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
+    inside = {stored.get(f"{prefix}.{name}", ""): name for name, _ in layer.named_parameters()}
+    own = next((full.removesuffix(f".{name}") for full, name in inside.items() if full.endswith(f".{name}")), prefix)
     described = tuple(
         Linear(
             name=stored[f"{name}.weight"].removesuffix(".weight"),
@@ -161,7 +163,7 @@ def _decoder_layer(
         for name, module in linears.items()
     )
     dense = tuple(stored.get(name, name) for name in matrices if name not in weights)
-    return DecoderLayer(index=index, prefix=prefix, linears=described, dense_parameters=dense)
+    return DecoderLayer(index=index, prefix=own, linears=described, dense_parameters=dense)
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:

@@ -110,10 +110,10 @@ class ArmorLinear(nn.Linear):
     (out, groups), left_scales (out,) and right_scales (in,). With a pair of low rank also up (out, rank) and down
     (rank, in). After `unpack`, core (out, in) stands in for core_values; it is integers where these were. With
     `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A layer that shares the B
-    of another (`share_right`) has no `right` of its own.
+    of another (`share_right`) has no `right` of its own. `of_conv1d`: a Conv1D was in its place.
     """
 
-    hide_packed = False
+    hide_packed = of_conv1d = False
     core_values: nn.Parameter | None
     core_scales: nn.Parameter | None
     core_mask: Tensor | None

@@ -29,10 +29,15 @@ class Names:
             used = [entry for entry in without_old if not isinstance(entry, PrefixChange)]
         reverse = [entry.reverse_transform() for entry in used[::-1] if isinstance(entry, WeightRenaming)]
         self._reverse = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+        # A checkpoint of a base model has its names: h.0.ln_1, where the model with a head says transformer.h.0.ln_1.
+        self._prefix = f"{model.base_model_prefix}."
+        own, base = (dict(part.named_children()) for part in (model, model.base_model))
+        self._of_base = base.keys() - own.keys()
 
     def here(self, tensor: str) -> str:
         """The model's name of a tensor of a checkpoint."""
-        return _renamed(tensor, self._renamings)
+        name = _renamed(tensor, self._renamings)
+        return self._prefix + name if name.partition(".")[0] in self._of_base else name
 
     def module_here(self, module: str) -> str:
         """The model's name of a module that a checkpoint names."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -39,6 +40,7 @@ from armor.format.checkpoint import (
 from armor.format.checksums import check_contents, loaded_files, read_checksums, start_hashing
 from armor.format.scaled import is_scaled
 from armor.format.shards import INDEX, SINGLE, Shards
+from armor.runtime.conv1d import Turned, conv1d
 from armor.runtime.experts import Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.names import Names
@@ -129,14 +131,15 @@ class ArmorQuantizer(HfQuantizer):
             if sums is None:  # what was hashed was checked when it was written
                 check_contents(shards, modules)
             if known is not None and devices == {"cpu"}:
-                known |= _fill(model, renamed)
+                filled = _fill(model, renamed)  # hidden, so the loader does not know whether it lacks the prefix
+                known |= filled | {name.removeprefix(prefix) for name in filled}
 
     def _swap(self, model: PreTrainedModel, modules: Mapping[str, PackedLinear], where: Path | str) -> set[str] | None:
         """Put ArmorLinears into `model`; the tensors that its loader must not ask a place for, None if it cannot tell.
 
         What is saved from the model names its modules as its tensors are named here.
         """
-        known = {Names(model).here(tombstone(modules))}
+        known = {tombstone(modules), Names(model).here(tombstone(modules))}
         is_watched = _watch_keys(model, known, where)
         renamed = swap_linears(model, modules)
         _keep_from_initialization(model, renamed)
@@ -185,14 +188,15 @@ class ArmorQuantizer(HfQuantizer):
         guard = tombstone(self.quantization_config.modules())
         return model.state_dict() | {guard: torch.zeros(1, dtype=torch.uint8)}, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # of a config that has been saved
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ArmorLinear)]:
             weight = layer.dense_weight(dtype)
             with torch.device("meta"):
                 linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.register_parameter("bias", layer.bias)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, conv1d(linear) if layer.of_conv1d else linear)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  as in its other quantizers
@@ -228,7 +232,7 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         where = f"config.json: quantization_config: {name}"
         if here is None:
             raise ArmorError(f"{where}: {type(model).__name__} has no such module; was config.json edited?")
-        linear = found[here]
+        linear = Turned(found[here]) if isinstance(found[here], Conv1D) else found[here]
         if not isinstance(linear, nn.Linear):
             raise ArmorError(f"{where}: is a {type(linear).__name__} in {type(model).__name__}, expected a Linear")
         expected, shape = (layout.out_features, layout.in_features), (linear.out_features, linear.in_features)
@@ -238,6 +242,7 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
             )
         weight, layout = linear.weight, _renamed(layout, name, names.module_here)
         layer = ArmorLinear(layout, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+        layer.of_conv1d = isinstance(linear, Turned)
         model.set_submodule(here, layer)
         renamed[here] = layout
     share_right(model)
@@ -289,6 +294,7 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device, linear.weight.dtype)
+        layer.of_conv1d = isinstance(linear, Turned)
         model.set_submodule(name, layer)
         modules[saved(name)] = _renamed(layer.layout, name, saved)
     share_right(model)

@@ -29,6 +29,7 @@ from transformers import AutoConfig, PreTrainedModel
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 from armor.runtime.auto import auto_class
+from armor.runtime.conv1d import Turned, turn
 from armor.runtime.experts import parts_of, unfuse
 from armor.runtime.names import Names
 
@@ -169,6 +170,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
             f"{folder / 'config.json'}: transformers makes no causal language model of it: {reason}"
         ) from error
     unfuse(model)
+    turn(model)
     model.eval().requires_grad_(False)
     prefix, layers = decoder_layers(model, folder)
     return Skeleton(model, layers, prefix)
@@ -182,11 +184,14 @@ def tensors_of(skeleton: Skeleton, folder: Path | str) -> Shards:
 def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
     """The tensors in `folder` under the names that records have for them: those in its files, but one for each expert.
 
-    Where experts are stored fused, the names are made up like those of other checkpoints.
+    Where experts are stored fused, the names are made up like those of other checkpoints. Weights are (out, in), where
+    files have Conv1D's too.
     """
     shards, parts = Shards(folder), parts_of(skeleton.model)
     fused, here = {part.tensor for part in parts.values()}, skeleton.names.here
-    return shards.renamed(lambda name: here(name) if parts and here(name) in fused else name).split(parts)
+    shards = shards.renamed(lambda name: here(name) if parts and here(name) in fused else name).split(parts)
+    turned = {f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, Turned)}
+    return shards.turned(name for name in shards.names() if turned and here(name) in turned)
 
 
 def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:

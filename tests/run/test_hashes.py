@@ -17,7 +17,7 @@ TRAIN = "sensitivity states refine tune"
 MEASURE = "predict evaluate tasks benchmark serving"
 READ_TEXT = f"calibrate {TRAIN} predict evaluate tasks"
 FACTORS = "price experts factorize refine tune quantize"
-COMPRESS = "calibrate price experts factorize assemble"
+MODELS = f"inspect calibrate price experts factorize quantize assemble {TRAIN} {MEASURE}"
 ALL = " ".join(STAGES)
 HELD_BY = {
     # what no result depends on: commands, messages, devices, provenance; what resolves settings before a job starts
@@ -88,7 +88,7 @@ HELD_BY = {
     "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE.removesuffix(' serving')}",
-    "runtime runtime/auto runtime/experts runtime/names runtime/skeleton": f"inspect {COMPRESS} {TRAIN} {MEASURE}",
+    "runtime runtime/auto runtime/conv1d runtime/experts runtime/names runtime/skeleton": MODELS,
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
     "core* execution* format*": ALL,

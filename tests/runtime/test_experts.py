@@ -18,7 +18,7 @@ from armor.runtime.experts import Expert, Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.streamed import StreamedModel
-from tests.packed import SETTINGS, factors_of, opened, packed
+from tests.packed import SETTINGS, factors_of, opened, packed, quantized
 from tests.tiny import MIXTURES, tiny_model
 
 TOKENS = torch.arange(24)[None] * 5 % 256
@@ -70,6 +70,12 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
         assert close(next(StreamedModel(root / "source").logits([TOKENS])), source(TOKENS).logits)
         unfuse(source)
         assert close(source(TOKENS).logits, next(StreamedModel(root / "source").logits([TOKENS])))
+
+
+def test_experts_that_are_stored_fused_take_integers(tmp_path):
+    model = load_model(quantized(packed(tmp_path, "granitemoe", layers=1)))
+    down = [module for name, module in model.named_modules() if name.endswith(".down_proj")]
+    assert len(down) == 4 and all(module.layout.quantization for module in down)
 
 
 def test_few_tokens_go_through_all_packed_experts_at_once_as_they_go_through_each(tmp_path):
