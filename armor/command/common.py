@@ -66,7 +66,7 @@ Gpus = Annotated[int, typer.Option(min=0, help="GPUs to lease; 0, or no GPU visi
 @app.callback()
 def _root(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets"):
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     app.debug = debug  # pyright: ignore[reportAttributeAccessIssue]  a mark of ours on typer's object
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,8 @@ class _Entry:
     bytes: int
     part: Part | None = None
     block: tuple[int, ...] = ()  # what is read for a part
+    joined: tuple[_Entry, ...] = ()  # what it is made of, one behind the other in the axis `axis`
+    axis: int = 0
     scaled: tuple[_Entry, _Entry] | None = None  # numbers and scales, where the files hold those
     scales_block: tuple[int, int] | None = None
     stored: int = 0  # bytes on disk, where these are others
@@ -186,6 +188,18 @@ class Shards:
         other._entries = self._entries | turned
         return other
 
+    def joined(self, groups: Mapping[str, Sequence[str]], axis: int) -> Shards:
+        """The same tensors, and those of `groups` by name: each is made of others, one behind the other in `axis`."""
+        other = copy.copy(self)
+        other._entries = dict(self._entries)
+        for name, parts in groups.items():
+            entries = tuple(self._entry(part) for part in parts)
+            shape = list(entries[0].shape)
+            shape[axis] = sum(entry.shape[axis] for entry in entries)
+            size = sum(entry.bytes for entry in entries)
+            other._entries[name] = replace(entries[0], shape=tuple(shape), bytes=size, joined=entries, axis=axis)
+        return other
+
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self._entries)
@@ -261,6 +275,10 @@ class Shards:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
         entry = self._entry(name)
+        if entry.joined:
+            import torch
+
+            return torch.cat([self._read(part, dtype) for part in entry.joined], entry.axis)
         if entry.scaled is not None:
             dense = self._dense(entry)
             return dense if dtype is None else dense.to(dtype)

@@ -23,7 +23,16 @@ from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.model.source import Source
 from armor.runtime.experts import alike
-from armor.runtime.skeleton import Call, Skeleton, load_outside, observe, open_skeleton, stored_tensors
+from armor.runtime.skeleton import (
+    Call,
+    Skeleton,
+    load_outside,
+    named_here,
+    observe,
+    open_skeleton,
+    place_tensor,
+    stored_tensors,
+)
 
 __all__ = ["inspect", "input_groups"]
 
@@ -61,7 +70,7 @@ def _topology(source: Source) -> Topology:
     """The topology of `source`."""
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
     tensors, here = stored_tensors(skeleton, source.path), skeleton.names.here
-    shards, stored = tensors.renamed(here), {here(name): name for name in tensors.names()}
+    shards, stored = named_here(skeleton, tensors), {here(name): name for name in tensors.names()}
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
         _check_tensors(skeleton, index, shards)
@@ -72,8 +81,8 @@ def _topology(source: Source) -> Topology:
     kept: dict[str, str] = {}
     contents = Contents()
     for index, layer in enumerate(skeleton.layers):
-        prefix, call = f"{skeleton.prefix}.{index}", calls[index].map(lambda tensor: tensor.to("meta"))
-        left = left_dense(skeleton.model, layer.to("meta"), lambda layer, call=call: run_layer(layer, hidden, call))
+        prefix, call = f"{skeleton.prefix}.{index}", _runnable(layer, hidden, calls[index])
+        left = left_dense(skeleton.model, layer, lambda layer, call=call: run_layer(layer, hidden, call))
         kept |= {f"{prefix}.{name}": reason for name, reason in left.items()}
         contents.add(layer, left)
         linears = {
@@ -167,9 +176,28 @@ def _decoder_layer(
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:
-    """What a decoder layer on the meta device returns."""
+    """What a decoder layer returns, on its own device."""
     with torch.no_grad():
-        return call.run(layer, hidden.to("meta"))
+        return call.run(layer, hidden.to(next(layer.parameters()).device))
+
+
+def _runnable(layer: nn.Module, hidden: Tensor, call: Call) -> Call:
+    """The call of a decoder layer that `run_layer` can run: on the meta device, `layer` too.
+
+    Where what is computed depends on numbers, as in some mixtures, both are on the CPU, and weights are zeros that take
+    no memory.
+    """
+    empty = call.map(lambda tensor: tensor.to("meta"))
+    real = {name: buffer.clone() for name, buffer in layer.named_buffers() if not buffer.is_meta}
+    try:
+        run_layer(layer.to("meta"), hidden, empty)
+        return empty
+    except NotImplementedError:
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            owner, _, own = name.rpartition(".")
+            zeros = real.get(name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+            place_tensor(layer.get_submodule(owner), own, zeros)
+        return call
 
 
 def input_groups(

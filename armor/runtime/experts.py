@@ -175,9 +175,12 @@ def alike(layer: nn.Module) -> dict[str, tuple[str, str]]:
 def routers(layer: nn.Module) -> list[str]:
     """The names, within `layer`, of linears that choose or weigh experts: beside them, with one output for each or one.
 
-    They are small, and what an error in them does is out of proportion to that.
+    And those that are in a router by name, whatever experts it has. They are small, and what an error in them does is
+    out of proportion to that.
     """
-    found = []
+    found = [
+        name for name, module in layer.named_modules() if isinstance(module, nn.Linear) and "router" in name.split(".")
+    ]
     mixtures = {path: module.count for path, module in layer.named_modules() if isinstance(module, Experts)}
     mixtures |= {path: len(module.get_parameter("down_proj")) for path, module in fused_experts(layer).items()}
     for path, count in mixtures.items():

@@ -6,11 +6,11 @@ patterns and packed checkpoints have the names of the checkpoints on the Hub. He
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import Concatenate, PrefixChange, WeightConverter, WeightRenaming, WeightTransform
 
 __all__ = ["Names"]
 
@@ -50,6 +50,23 @@ class Names:
     def saved_module(self, module: str) -> str:
         """The same of a module."""
         return self.saved(f"{module}.weight").removesuffix(".weight")
+
+    def joins(self, tensors: Collection[str]) -> dict[int, dict[str, list[str]]]:
+        """The tensors of the model that a checkpoint with the `tensors`, by the model's names, has in parts.
+
+        By the axis in which transformers joins them, like q_conv1d, k_conv1d and v_conv1d of linear attention. Experts
+        are not among them.
+        """
+        found: dict[int, dict[str, list[str]]] = {}
+        for converter in self.converters:
+            if len(converter.operations) == 1 and isinstance(joining := converter.operations[0], Concatenate):
+                first, *others = converter.source_patterns
+                (target,) = converter.target_patterns
+                for name in tensors:
+                    parts = [name, *(name.replace(first, other) for other in others)]
+                    if first in name and all(part in tensors for part in parts):
+                        found.setdefault(joining.dim, {})[name.replace(first, target)] = parts
+        return found
 
 
 def _renamed(tensor: str, renamings: Sequence[WeightRenaming]) -> str:

@@ -189,9 +189,9 @@ class ArmorQuantizer(HfQuantizer):
         return model.state_dict() | {guard: torch.zeros(1, dtype=torch.uint8)}, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # of a config that has been saved
+        own: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # of a config once saved
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ArmorLinear)]:
-            weight = layer.dense_weight(dtype)
+            weight = layer.dense_weight(own)
             with torch.device("meta"):
                 linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -232,7 +232,8 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         where = f"config.json: quantization_config: {name}"
         if here is None:
             raise ArmorError(f"{where}: {type(model).__name__} has no such module; was config.json edited?")
-        linear = Turned(found[here]) if isinstance(found[here], Conv1D) else found[here]
+        module = found[here]
+        linear = Turned(module) if isinstance(module, Conv1D) else module
         if not isinstance(linear, nn.Linear):
             raise ArmorError(f"{where}: is a {type(linear).__name__} in {type(model).__name__}, expected a Linear")
         expected, shape = (layout.out_features, layout.in_features), (linear.out_features, linear.in_features)

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from armor.core.errors import ArmorError
+from armor.execution.files import read_json
 from armor.format.shards import Shards
 from armor.runtime.auto import auto_class
 from armor.runtime.conv1d import Turned, turn
@@ -42,8 +44,10 @@ __all__ = [
     "finite",
     "load_layer",
     "load_outside",
+    "named_here",
     "open_skeleton",
     "place_outside",
+    "place_tensor",
     "read_layer",
     "readers",
     "observe",
@@ -159,6 +163,13 @@ class Skeleton:
 
 def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     """The skeleton of the model in `folder`, to compute in `dtype`. ArmorError if transformers cannot make it."""
+    place = folder / "config.json"
+    family = read_json(place).get("model_type") if place.is_file() else None
+    if family is not None and family not in CONFIG_MAPPING:
+        raise ArmorError(
+            f"{place}: model_type {family} is no family of transformers {transformers.__version__}; install a release "
+            "that has it, or take another model"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
         # Buffers are computed, not stored (rotary frequencies): they must be real.
@@ -166,9 +177,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
             model = auto_class(config).from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArmorError(
-            f"{folder / 'config.json'}: transformers makes no causal language model of it: {reason}"
-        ) from error
+        raise ArmorError(f"{place}: transformers makes no causal language model of it: {reason}") from error
     unfuse(model)
     turn(model)
     model.eval().requires_grad_(False)
@@ -178,7 +187,15 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
 
 def tensors_of(skeleton: Skeleton, folder: Path | str) -> Shards:
     """The tensors in `folder`, a checkpoint of the skeleton's model, under the names that the skeleton has for them."""
-    return stored_tensors(skeleton, folder).renamed(skeleton.names.here)
+    return named_here(skeleton, stored_tensors(skeleton, folder))
+
+
+def named_here(skeleton: Skeleton, stored: Shards) -> Shards:
+    """The tensors of a checkpoint under the names that the skeleton has for them, and what it makes of several."""
+    shards = stored.renamed(skeleton.names.here)
+    for axis, groups in skeleton.names.joins(set(shards.names())).items():
+        shards = shards.joined(groups, axis)
+    return shards
 
 
 def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
@@ -222,7 +239,7 @@ def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values:
             if values:
                 _place(owner, name, shards.read(full, _target(tensor)), full, shards)
             else:
-                _set(owner, name, torch.zeros((), dtype=tensor.dtype).expand(shards.shape(full)))
+                place_tensor(owner, name, torch.zeros((), dtype=tensor.dtype).expand(shards.shape(full)))
         elif tensor.is_meta:
             raise ArmorError(
                 f"{shards.folder}: has no tensor {full}, which {type(skeleton.model).__name__} needs; load the model "
@@ -246,7 +263,7 @@ def place_outside(skeleton: Skeleton, device: str) -> None:
 def unload_outside(skeleton: Skeleton) -> None:
     """Drop what `load_outside` loaded; `observe` cannot run after it."""
     for _, owner, name, tensor in list(skeleton.outside()):
-        _set(owner, name, tensor.to("meta"))
+        place_tensor(owner, name, tensor.to("meta"))
 
 
 def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
@@ -288,10 +305,11 @@ def _place(owner: nn.Module, name: str, tensor: Tensor, full: str, shards: Shard
         raise ArmorError(f"{where} has shape {tuple(tensor.shape)}, expected {tuple(expected)} by config.json")
     if tensor.is_floating_point() and not finite(tensor):
         raise ArmorError(f"{where} holds NaN or infinity; the weights are damaged, fetch the model again")
-    _set(owner, name, tensor)
+    place_tensor(owner, name, tensor)
 
 
-def _set(owner: nn.Module, name: str, tensor: Tensor) -> None:
+def place_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `name` of `owner`, which has one."""
     if name in owner._parameters:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:

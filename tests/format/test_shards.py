@@ -51,6 +51,17 @@ def test_several_shards_are_one_model(tmp_path):
     assert name in load_file(tmp_path / "many" / many.file_of(name))
 
 
+def test_matrices_are_turned_and_joined(tmp_path):
+    a, b, c = torch.randn(2, 3, 1), torch.randn(4, 3, 1), torch.randn(5, 7).bfloat16()
+    shards = Shards(folder_with(tmp_path, {"a": a, "b": b, "c": c}))
+    whole = shards.joined({"ab": ["a", "b"]}, 0)
+    assert whole.shape("ab") == (6, 3, 1) and torch.equal(whole.read("ab"), torch.cat([a, b]))
+    assert whole.bytes_of("ab") == 72 and "ab" not in shards
+    turned = shards.turned(["c"])
+    assert turned.shape("c") == (7, 5) and torch.equal(turned.read("c", torch.float32), c.T.float())
+    assert torch.equal(shards.read("c"), c)
+
+
 def damage(kind: str, folder: Path) -> None:
     file = folder / SINGLE
     data = file.read_bytes()

@@ -54,6 +54,28 @@ def test_what_the_source_hides_is_found_by_running(times):
     assert isinstance(layer.taken, nn.Linear) and isinstance(layer.taken.weight, nn.Parameter)
 
 
+class Own(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wanting(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(self.low)
+
+
+def test_a_class_of_its_own_is_a_linear_where_it_computes_what_a_linear_does():
+    layer = nn.ModuleDict({kind.__name__: kind(4, 4) for kind in (nn.Linear, Own, Scaled, Wanting)})
+    found = left_dense(Scaling(), layer, lambda layer: [layer[name](torch.empty(2, 4)) for name in ("Linear", "Own")])
+    assert found == dict.fromkeys(("Scaled", "Wanting"), "its class has a forward of its own")
+
+
 class Scaling(nn.Module):
     """A model that scales a weight of its layers."""
 

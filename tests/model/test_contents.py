@@ -6,12 +6,13 @@ import logging
 
 import pytest
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from armor.core.errors import ArmorError
 from armor.model.contents import Contents
 from armor.model.inspect import inspect
 from armor.model.source import open_source
+from benchmarks.families import small_config
 from tests.tiny import tiny_model
 
 
@@ -56,10 +57,8 @@ def test_the_largest_of_what_is_left_out_is_named():
 
 
 def test_a_family_whose_own_code_fails_on_single_layers_is_refused_in_one_line(tmp_path):
-    tiny = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 16}
-    config = AutoConfig.for_model("jetmoe", intermediate_size=64, num_local_experts=4, **tiny)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ArmorError, match="JetMoe.*: NotImplementedError: .*not supported") as caught:
+    AutoModelForCausalLM.from_config(small_config("reformer")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ArmorError, match="Reformer.*: AttributeError: .*not supported") as caught:
         inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
     assert "\n" not in str(caught.value) and not (tmp_path / "model.json").exists()
 

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from armor.core.errors import ArmorError
 from armor.format.records.topology import Topology
+from armor.format.shards import Shards
 from armor.model.by_hand import check_linears
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
-from armor.runtime.skeleton import Call, Skeleton, observe
+from armor.runtime.skeleton import Call, Skeleton, observe, open_skeleton, tensors_of
 from tests.packed import edit_tensors
 from tests.tiny import FAMILIES, tiny_model
 
@@ -62,7 +63,7 @@ def test_models_that_cannot_be_compressed_are_named(tmp_path):
     folder = tiny_model(tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(ArmorError, match="transformers makes no causal language model") as caught:
+    with pytest.raises(ArmorError, match="config.json: model_type nonsense is no family of transformers") as caught:
         inspect(open_source(folder), tmp_path / "c.json")
     assert "\n" not in str(caught.value)
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
@@ -170,6 +171,24 @@ class Handing(Ignoring):
 class Repeating(Ignoring):
     def forward(self, input_ids, use_cache):
         return super().forward(super().forward(input_ids, use_cache).argmax(-1), use_cache)
+
+
+def test_a_tensor_that_checkpoints_have_in_parts_is_joined(tmp_path):
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 16}
+    folder = tiny_model(tmp_path / "m", "olmo_hybrid", layers=2, pad_token_id=0, **heads, **kinds)
+    skeleton = open_skeleton(folder, torch.float32)
+    found = tensors_of(skeleton, folder)
+    name = "model.layers.0.linear_attn.conv1d.weight"
+    assert name not in Shards(folder)
+    assert torch.equal(found.read(name), AutoModelForCausalLM.from_pretrained(folder).state_dict()[name])
+
+
+def test_a_layer_that_must_see_numbers_is_followed_on_zeros_and_its_router_stays_dense(tmp_path):
+    folder = tiny_model(tmp_path / "m", "jetmoe", layers=2, num_local_experts=4, kv_channels=16)
+    topology = inspect(open_source(folder), tmp_path / "model.json")
+    names = [linear.name for linear in topology.linears()]
+    assert names == [f"model.layers.{k}.self_attention.kv_proj" for k in range(2)]
 
 
 def test_what_layers_return_behind_hidden_states_is_let_go_and_no_later_layer_may_want_it():

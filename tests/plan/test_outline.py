@@ -127,6 +127,6 @@ def test_no_network_is_one_line(place, tmp_path, monkeypatch):
 
 def test_an_unknown_family_is_one_line(model, tmp_path):
     edit(model, model_type="unheard-of", architectures=["UnheardOf"])
-    with pytest.raises(ArmorError, match="config.json: transformers makes no causal language model of it: ") as caught:
+    with pytest.raises(ArmorError, match="config.json: model_type unheard-of is no family of transformers") as caught:
         inspect(Source(model, "", "float32"), tmp_path / "model.json")
     assert "\n" not in str(caught.value)

@@ -174,7 +174,7 @@ def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
         "executor": "kubernetes",
         "kubernetes-namespace": "mine",
         "default-storage-provider": "s3",
-    }  # not needed here
+    }  # no plugin
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"jobs": 9} | away | small))
     done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", "--threads", "1", folder=REPOSITORY)
     assert done.returncode == 1, done.stderr
