@@ -1,27 +1,27 @@
-"""The CPU kernel against dense layers, and whole models, dense against packed.
+"""The CPU kernel against dense linears, and whole models, dense against packed.
 
-Layers: F.linear in bfloat16, float16 and float32, torch's int8 and int4 linears, and the packed 2:4 layer in bfloat16,
+Linears: F.linear in bfloat16, float16 and float32, torch's of int8 and int4, and the packed 2:4 linear in bfloat16,
 int8 and int4.
 
-For every layer and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
+For every shape and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
-median of the ratios of the turns. "of read" is the bandwidth a layer reaches with its own bytes, as a share of the
+median of the ratios of the turns. "of read" is the bandwidth a linear reaches with its own bytes, as a share of the
 bandwidth at which torch sums a large array, measured in the same turns; "of an equal read" the same beside a sum over
-as many bytes as the packed layer has, for what is short is dearer: threads wake up and code is fetched for either.
+as many bytes as the packed linear has, for what is short is dearer: threads wake up and code is fetched for either.
 
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
 card's time without the host's, of which a decoding loop outside a graph has more.
 
-Groups: packed layers with one input, like q, k and v, or gate and up (block 64, bfloat16), in separate calls, in one,
+Groups: packed linears with one input, like q, k and v, or gate and up (block 64, bfloat16), in separate calls, in one,
 and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
 
 Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
 Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
 
-    python -m benchmarks.runtime [--output benchmarks/runtime.json] [--layers 4096x4096] [--rows 1 16]
-    python -m benchmarks.runtime --layers --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
-    python -m benchmarks.runtime --layers --models --rows 1 4 16 --groups 576,192,192x576    # only a group
+    python -m benchmarks.runtime [--output benchmarks/runtime.json] [--linears 4096x4096] [--rows 1 16]
+    python -m benchmarks.runtime --linears --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
+    python -m benchmarks.runtime --linears --models --rows 1 4 16 --groups 576,192,192x576    # only a group
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
@@ -57,7 +57,7 @@ from armor.model.source import open_source
 from armor.runtime import cpu, cuda
 from benchmarks.calibrate_memory import build
 
-LAYERS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
+LINEARS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
 GROUPS = [
     "576,192,192x576",
     "1536,1536x576",
@@ -79,7 +79,7 @@ def last_level_cache_bytes() -> int:
 
 
 def packed(out: int, columns: int, block: int) -> list[Tensor]:
-    """A random 2:4 layer in bfloat16: values, bits, left, right."""
+    """A random 2:4 linear in bfloat16: values, bits, left, right."""
     pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
     groups = pairs[torch.randint(6, (out, columns // 8, 2))]
     sizes = [(out, columns // 2), (out // block, block, block), (columns // block, block, block)]
@@ -88,7 +88,7 @@ def packed(out: int, columns: int, block: int) -> list[Tensor]:
 
 
 def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
-    """The weights of every kind of layer that is timed."""
+    """The weights of every kind of linear that is timed."""
     dense = torch.randn(out, columns)
     kinds = {f"linear {name}": [dense.to(getattr(torch, name))] for name in ("bfloat16", "float16", "float32")}
     return kinds | {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
@@ -113,7 +113,7 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
 
 
 def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> Callable[[], Tensor]:
-    """What a CPU does for a layer of that kind."""
+    """What a CPU does for a linear of that kind."""
     if kind.startswith("as "):
         return tensors[0].sum
     if kind.startswith("linear"):
@@ -145,9 +145,9 @@ def seconds(function, *operands, **options) -> float:
 
 
 @torch.inference_mode()
-def measure(layer: str, rows_list: list[int]) -> list[dict]:
+def measure(shape: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows and each kind."""
-    out, columns = map(int, layer.split("x"))
+    out, columns = map(int, shape.split("x"))
     total = 4 * last_level_cache_bytes()
     kinds = kinds_of(out, columns) | kinds_of_integers(out, columns)
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
@@ -171,7 +171,7 @@ def measure(layer: str, rows_list: list[int]) -> list[dict]:
                     times[kind].append(taken)
             if turn >= 0:
                 times["read"].append(seconds(to_read.sum))
-        records += summarize(layer, rows, kinds, times, size_of([to_read]))
+        records += summarize(shape, rows, kinds, times, size_of([to_read]))
     return records
 
 
@@ -180,22 +180,22 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows: microseconds of the group in each way, and the ratios."""
     outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
 
-    def shared(layers: list[list[Tensor]]) -> list[cpu.Operands]:
-        return [(own[0], own[1], own[2], layers[0][3], None, 4) for own in layers]
+    def shared(linears: list[list[Tensor]]) -> list[cpu.Operands]:
+        return [(own[0], own[1], own[2], linears[0][3], None, 4) for own in linears]
 
     def dense(x: Tensor, weights: list[list[Tensor]]) -> None:
         for (weight,) in weights:
             F.linear(x, weight)
 
-    def separate(x: Tensor, layers: list[list[Tensor]]) -> None:
-        for own in layers:
+    def separate(x: Tensor, linears: list[list[Tensor]]) -> None:
+        for own in linears:
             cpu.linear(x, *own, group=4)
 
     ways: dict[str, Callable[[Tensor, list[list[Tensor]]], object]] = {
         "dense": dense,
         "separate": separate,
-        "one call": lambda x, layers: cpu.linears(x, [(*own, None, 4) for own in layers]),
-        "one call, one B": lambda x, layers: cpu.linears(x, shared(layers)),
+        "one call": lambda x, linears: cpu.linears(x, [(*own, None, 4) for own in linears]),
+        "one call, one B": lambda x, linears: cpu.linears(x, shared(linears)),
     }
     total, made = 4 * last_level_cache_bytes(), [packed(out, columns, 64) for out in outs]
     count = max(2, math.ceil(total / sum(map(size_of, made))))
@@ -221,9 +221,9 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
 
 
 @torch.inference_mode()
-def measure_on_card(layer: str, rows_list: list[int]) -> list[dict]:
+def measure_on_card(shape: str, rows_list: list[int]) -> list[dict]:
     """As `measure`, on the current CUDA device."""
-    out, columns = map(int, layer.split("x"))
+    out, columns = map(int, shape.split("x"))
     total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
     kinds = {kind: [t.cuda() for t in tensors] for kind, tensors in kinds_of(out, columns).items()}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
@@ -241,7 +241,7 @@ def measure_on_card(layer: str, rows_list: list[int]) -> list[dict]:
                 taken = seconds_on_card(graph) / calls
                 if turn >= 0:
                     times[kind].append(taken)
-        records += summarize(layer, rows, kinds, times, size_of([to_read]))
+        records += summarize(shape, rows, kinds, times, size_of([to_read]))
     return records
 
 
@@ -268,9 +268,9 @@ def seconds_on_card(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def summarize(
-    layer: str, rows: int, kinds: dict[str, list[Tensor]], times: dict[str, list[float]], bytes_read: int
+    shape: str, rows: int, kinds: dict[str, list[Tensor]], times: dict[str, list[float]], bytes_read: int
 ) -> list[dict]:
-    """The records of one layer and number of rows, printed too."""
+    """The records of one shape and number of rows, printed too."""
     records = []
     fastest = min((kind for kind in kinds if kind.startswith("linear")), key=lambda kind: median(times[kind]))
     for kind, tensors in kinds.items():
@@ -278,7 +278,7 @@ def summarize(
         read = [bytes_read / t / 1e9 for t in times["read"]]
         records.append(
             {
-                "layer": layer,
+                "layer": shape,
                 "rows": rows,
                 "kind": kind,
                 "microseconds": round(median(times[kind]) * 1e6, 1),
@@ -351,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--layers", nargs="*", default=LAYERS, metavar="OUTxIN")
+    parser.add_argument("--linears", nargs="*", default=LINEARS, metavar="OUTxIN")
     parser.add_argument("--groups", nargs="*", default=GROUPS, metavar="OUT,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
@@ -364,7 +364,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     one = measure if device == "cpu" else measure_on_card
-    records = [record for layer in arguments.layers for record in one(layer, arguments.rows)]
+    records = [record for shape in arguments.linears for record in one(shape, arguments.rows)]
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
     groups = arguments.groups if device == "cpu" else []
     together = [record for group in groups for record in measure_group(group, arguments.rows)]

@@ -1,9 +1,9 @@
-"""A whole layer on packed weights in one call into C: y = A (S (B x)) + bias.
+"""A whole linear on packed weights in one call into C: y = A (S (B x)) + bias.
 
 Decoding reads every weight once for each token. So its time is bytes over bandwidth. A 2:4 core has 0.5625 of the bytes
 of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory. With few rows of x
 it meets the packed values in registers. With more it unpacks tiles of them into cache. It is built when the package is
-installed and knows nothing of torch. Where it could not be built, layers run through torch. docs/KERNELS.md tells how
+installed and knows nothing of torch. Where it could not be built, linears run through torch. docs/KERNELS.md tells how
 it works, docs/log/kernels.md what was measured.
 """
 
@@ -45,12 +45,12 @@ __all__ = [
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
-_PARTS = 8  # layers that one call multiplies with at most, PARTS of native/layer.h
+_PARTS = 8  # linears that one call multiplies with at most, PARTS of native/linear.h
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
 
 
 class _Integers(ctypes.Structure):
-    """`struct integers` of native/layer.h."""
+    """`struct integers` of native/linear.h."""
 
     _fields_ = (
         ("core", ctypes.c_int),
@@ -80,7 +80,7 @@ class _Product(ctypes.Structure):
 
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
-"""values, bits, left, right, bias and group of a layer, as `armor.runtime.operator` describes them."""
+"""values, bits, left, right, bias and group of a linear, as `armor.runtime.operator` describes them."""
 
 
 def _load() -> ctypes.CDLL | None:
@@ -104,7 +104,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _find_parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; without it layers run in one thread."""
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; without it there is one thread."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
@@ -123,8 +123,8 @@ _has_tiles = _library is not None and bool(_library.armor_has_tiles())
 @cache
 def _tell_once() -> None:
     log.warning(
-        "the CPU kernel was not built, or by another release: layers run through torch; install a C compiler, then the "
-        "package again"
+        "the CPU kernel was not built, or by another release: linears run through torch; install a C compiler, then "
+        "the package again"
     )
 
 
@@ -219,25 +219,25 @@ def multiply(
 
 
 def is_one_call(x: Tensor, count: int) -> bool:
-    """Whether `linears` can multiply x with `count` layers, each of which `supports` it, in one call into C."""
+    """Whether `linears` can multiply x with `count` linears, each of which `supports` it, in one call into C."""
     return _together and 1 < count <= _PARTS and runs_in_c(x) and x.numel() > 0
 
 
 def linears(
-    x: Tensor, layers: Sequence[Operands], level: int = _best, out: Sequence[Tensor] | None = None
+    x: Tensor, operands: Sequence[Operands], level: int = _best, out: Sequence[Tensor] | None = None
 ) -> Sequence[Tensor]:
-    """x (..., in) times several layers in one pass: of each (..., out), bit for bit that of `linear`.
+    """x (..., in) times several linears in one pass: of each (..., out), bit for bit that of `linear`.
 
-    Layers with the same tensor B share B x. `out` is where the results go, views side by side of one tensor. Ask
-    `supports` of each layer and `is_one_call` first. Raises ValueError if shapes do not fit each other.
+    Linears with the same tensor B share B x. `out` is where the results go, views side by side of one tensor. Ask
+    `supports` of each linear and `is_one_call` first. Raises ValueError if shapes do not fit each other.
     """
-    for layer in layers:
-        operator.check_shapes(x, *layer[:5])
+    for own in operands:
+        operator.check_shapes(x, *own[:5])
     x = x.contiguous()
     *lead, columns = x.shape
-    outputs = [x.new_empty(*lead, len(layer[0])) for layer in layers] if out is None else out
-    held = [_contiguous(layer) for layer in layers]  # must live until C returns
-    parts = [_part(layer, y, y.stride(-2) if lead else 0) for layer, y in zip(held, outputs, strict=True)]
+    outputs = [x.new_empty(*lead, len(own[0])) for own in operands] if out is None else out
+    held = [_contiguous(own) for own in operands]  # must live until C returns
+    parts = [_part(own, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
     assert _library is not None  # `supports` said so
     error = _library.armor_linears(
         level,
@@ -255,44 +255,46 @@ def linears(
     return outputs
 
 
-def _contiguous(layer: Operands) -> Operands:
-    values, bits, *others, group = layer
+def _contiguous(operands: Operands) -> Operands:
+    values, bits, *others, group = operands
     left, right, bias = (None if t is None else t.contiguous() for t in others)
     return values.contiguous(), bits.contiguous(), left, right, bias, group
 
 
-def _part(layer: Operands, y: Tensor, stride: int) -> _Part:
-    """Of a contiguous layer and where its output goes, `stride` numbers from a row to the next."""
-    *tensors, group = layer
+def _part(operands: Operands, y: Tensor, stride: int) -> _Part:
+    """Of contiguous operands and where the output goes, `stride` numbers from a row to the next."""
+    *tensors, group = operands
     addresses = (None if t is None else t.data_ptr() for t in (*tensors, y))
     blocks = (0 if t is None else t.shape[-1] for t in tensors[2:4])
-    return _Part(*addresses, None, *layer[0].shape, group, *blocks, stride)
+    return _Part(*addresses, None, *operands[0].shape, group, *blocks, stride)
 
 
 def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
-    """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with layers that `supports` them."""
+    """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with linears that `supports` them."""
     return _grouped and runs_in_c(x[: max(counts, default=0)])
 
 
-def grouped(x: Tensor, counts: Sequence[int], layers: Sequence[Sequence[Operands]], level: int = _best) -> list[Tensor]:
-    """x (rows, in) times other layers for each group of its rows, in one call into C.
+def grouped(
+    x: Tensor, counts: Sequence[int], operands: Sequence[Sequence[Operands]], level: int = _best
+) -> list[Tensor]:
+    """x (rows, in) times other linears for each group of its rows, in one call into C.
 
-    The first counts[0] rows are multiplied with each of layers[0], the next counts[1] with each of layers[1], and so
-    on. All groups have as many layers, at most 8, of the same shapes; those of a group with the same tensor B share
-    B x. Returns an output (rows, out) for the first layers of all groups, one for the second, and so on: bit for bit
-    those of `linear`. Ask `supports` of each layer and `is_grouped` first. Raises ValueError if shapes do not fit.
+    The first counts[0] rows are multiplied with each of operands[0], the next counts[1] with each of operands[1], and
+    so on. All groups have as many linears, at most 8, of the same shapes; those of a group with the same tensor B share
+    B x. Returns an output (rows, out) for the first linears of all groups, one for the second, and so on: bit for bit
+    those of `linear`. Ask `supports` of each linear and `is_grouped` first. Raises ValueError if shapes do not fit.
     """
     x = x.contiguous()
-    if sum(counts) != len(x) or len(counts) != len(layers):
-        raise ValueError(f"{len(x)} rows do not fit {len(layers)} groups of {list(counts)} rows")
-    held = [[_contiguous(layer) for layer in group] for group in layers]  # must live until C returns
-    outputs = [x.new_empty(len(x), len(layer[0])) for layer in (held[0] if held else ())]
+    if sum(counts) != len(x) or len(counts) != len(operands):
+        raise ValueError(f"{len(x)} rows do not fit {len(operands)} groups of {list(counts)} rows")
+    held = [[_contiguous(own) for own in group] for group in operands]  # must live until C returns
+    outputs = [x.new_empty(len(x), len(own[0])) for own in (held[0] if held else ())]
     parts, cuts, start = [], [], 0
     for count, group in zip(counts, held, strict=True):
-        for layer, y in zip(group, outputs, strict=True):
-            operator.check_shapes(x, *layer[:5])
-            if len(layer[0]) != y.shape[1]:
-                raise ValueError(f"a layer of {len(layer[0])} rows beside one of {y.shape[1]}")
+        for own, y in zip(group, outputs, strict=True):
+            operator.check_shapes(x, *own[:5])
+            if len(own[0]) != y.shape[1]:
+                raise ValueError(f"a linear of {len(own[0])} rows beside one of {y.shape[1]}")
         for first, last in _sharing(group):
             cuts.append((start, count, len(parts), last - first))
             parts += [_part(group[i], outputs[i][start:], outputs[i].shape[1]) for i in range(first, last)]
@@ -318,8 +320,8 @@ def grouped(x: Tensor, counts: Sequence[int], layers: Sequence[Sequence[Operands
 
 
 def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
-    """The layers that go together, first and end of each: those that share B, if all do; else each by itself."""
-    shared = group[0][3] is not None and all(layer[3] is group[0][3] for layer in group)
+    """The linears that go together, first and end of each: those that share B, if all do; else each by itself."""
+    shared = group[0][3] is not None and all(own[3] is group[0][3] for own in group)
     return [(0, len(group))] if shared and len(group) <= _PARTS else [(i, i + 1) for i in range(len(group))]
 
 
@@ -334,11 +336,11 @@ def _side_by_side(
 ) -> Tensor:
     y = x.new_empty(*x.shape[:-1], sum(map(len, values)))
     out = y.split([len(own) for own in values], dim=-1)
-    layers = list(zip(values, bits, left, right, bias, groups, strict=True))
-    if is_one_call(x, len(layers)):
-        linears(x, layers, out=out)
+    operands = list(zip(values, bits, left, right, bias, groups, strict=True))
+    if is_one_call(x, len(operands)):
+        linears(x, operands, out=out)
     else:
-        for own, one in zip(layers, out, strict=True):
+        for own, one in zip(operands, out, strict=True):
             one.copy_(_run(x, *own))
     return y
 
@@ -354,13 +356,13 @@ _joined = torch.library.custom_op(
 _joined.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], sum(own.shape[0] for own in values)))
 
 
-def side_by_side(x: Tensor, layers: Sequence[Operands]) -> Tensor:
-    """x (..., in) times several layers, their outputs side by side in one tensor; in one call where that can be.
+def side_by_side(x: Tensor, operands: Sequence[Operands]) -> Tensor:
+    """x (..., in) times several linears, their outputs side by side in one tensor; in one call where that can be.
 
-    Ask `supports` of each layer first. No gradient goes through.
+    Ask `supports` of each linear first. No gradient goes through.
     """
     multiply = _joined if operator.is_needed(x, None) else _side_by_side
-    return multiply(x, *map(list, zip(*layers, strict=True)))
+    return multiply(x, *map(list, zip(*operands, strict=True)))
 
 
 def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:

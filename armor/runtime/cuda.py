@@ -1,11 +1,11 @@
-"""A whole layer on packed weights on a CUDA device: y = A (S (B x)) + bias.
+"""A whole linear on packed weights on a CUDA device: y = A (S (B x)) + bias.
 
 Decoding reads every weight once for each token, so with few rows of x Triton kernels (kernels.py) multiply with the
 packed values as they are. With more rows the products decide, and torch has the fastest. The blocks are batched. A 2:4
 core in 16 bits goes to sparse tensor cores, if the card and the shape allow. Else the core is made dense for the
 moment. Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order. What
 cuSPARSELt compresses for itself is dropped after use. Only very many rows pay for that. Where Triton is not installed
-layers run through torch. docs/KERNELS.md tells more.
+linears run through torch. docs/KERNELS.md tells more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _kernels() -> ModuleType | None:
     try:
         from armor.runtime import kernels
     except ImportError:
-        log.warning("Triton is not installed: layers on CUDA devices run through torch; pip install triton")
+        log.warning("Triton is not installed: linears on CUDA devices run through torch; pip install triton")
         return None
     return kernels
 
@@ -46,7 +46,7 @@ def _kernels() -> ModuleType | None:
 def _is_able(index: int) -> bool:
     if torch.cuda.get_device_capability(index) < (8, 0):
         name = torch.cuda.get_device_name(index)
-        log.warning("%s: compute capability below 8.0, which the kernels need: layers run through torch", name)
+        log.warning("%s: compute capability below 8.0, which the kernels need: linears run through torch", name)
         return False
     return _kernels() is not None
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the CUDA backend: a layer on packed weights in two launches, and the core made dense.
+"""The Triton kernels of the CUDA backend: a linear on packed weights in two launches, and the core made dense.
 
 The kept values of a byte of the mask lie side by side. So a lane takes a byte, and one look-up tells to which of its 8
 columns each value belongs. Only kept values are multiplied, and every group that divides a byte goes the same way. Sums

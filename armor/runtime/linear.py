@@ -1,21 +1,21 @@
-"""The layer that stands in for a compressed linear: y = A S B x + U V x + b, in cheap steps.
+"""The module that stands in for a compressed linear: y = A S B x + U V x + b, in cheap steps.
 
 It holds the packed tensors of the checkpoint, and `state_dict` is always those. On a CPU the kernel of
 `armor.runtime.cpu` multiplies with them as they are, on a CUDA device those of `armor.runtime.cuda`. Elsewhere (another
-device or dtype, no compiler at installation, no Triton) dense matrix products do. A layer then unpacks its core in
-every forward pass and keeps nothing. `unpack` trades the packed values for the dense core, in the same dtype. The layer
-is then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
+device or dtype, no compiler at installation, no Triton) dense matrix products do. The module then unpacks its core
+in every forward pass and keeps nothing. `unpack` trades the packed values for the dense core, in the same dtype. It is
+then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
 the blocks. The packed values are recovered exactly: core[mask].
 
-Where the checkpoint has integers the layer holds them, and their scales in its own dtype. Kernels multiply with the
-integers. What runs through dense products multiplies them out first, in float32, and rounds once to the layer's dtype.
+Where the checkpoint has integers the module holds them, and their scales in its own dtype. Kernels multiply with the
+integers. What runs through dense products multiplies them out first, in float32, and rounds once to that dtype.
 
 A low-rank pair, U and V, is two plain products beside these.
 
-The tensors are frozen: gradients flow through the layer to its input and to adapters, not into the factors.
+The tensors are frozen: gradients flow through the module to its input and to adapters, not into the factors.
 
 To whoever asks it is an nn.Linear, for that is what libraries look for that do something with linears (PEFT puts its
-adapters on them). It has no dense weight, though: `weight` tells where and in which dtype the layer computes. All else
+adapters on them). It has no dense weight, though: `weight` tells where and in which dtype it computes. All else
 that is asked of it is one clear error instead of numbers that would be wrong.
 """
 
@@ -156,12 +156,12 @@ class ArmorLinear(nn.Linear):
 
     @classmethod
     def of(cls, factors: Factorization, bias: Tensor | None = None) -> ArmorLinear:
-        """The layer of a factorization and the linear's bias (out,), in their dtype, on their device."""
+        """The module of a factorization and the linear's bias (out,), in their dtype, on their device."""
         with torch.device("meta"):
-            layer = cls(PackedLinear.of(factors), bias is not None)
+            linear = cls(PackedLinear.of(factors), bias is not None)
         tensors = factors.tensors() | ({} if bias is None else {"bias": bias})
-        layer.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
-        return layer
+        linear.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
+        return linear
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = self._without_pair(input)
@@ -186,22 +186,22 @@ class ArmorLinear(nn.Linear):
         return _through(input, core, left, right, self.bias)
 
     def _with_sharers(self, x: Tensor) -> Tensor | None:
-        """The output for x, with those of the layers that share its B in one call, which they return when x comes to
+        """The output for x, with those of the linears that share its B in one call, which they return when x comes to
         them. None where that cannot be: where a gradient, a compiler or another device needs each call, or where x
-        could change unseen. If the layers were not handed the input before this one too, they go apart for good."""
+        could change unseen. If they were not handed the input before this one too, they go apart for good."""
         if operator.is_needed(x, self.bias) or x.is_inference():
             return None
         group = (self, *self._sharers)
-        if any(layer._ahead is not None for layer in self._sharers):
-            for layer in group:
-                layer._ahead, layer._sharers = None, ()
+        if any(linear._ahead is not None for linear in self._sharers):
+            for linear in group:
+                linear._ahead, linear._sharers = None, ()
             return None
-        layers = [operands for layer in group if (operands := layer._operands(x)) is not None]
-        if len(layers) < len(group) or not cpu.is_one_call(x, len(group)):
+        operands = [own for linear in group if (own := linear._operands(x)) is not None]
+        if len(operands) < len(group) or not cpu.is_one_call(x, len(group)):
             return None
-        first, *others = cpu.linears(x, layers)
-        for layer, output in zip(self._sharers, others, strict=True):
-            layer._ahead = x, x._version, output
+        first, *others = cpu.linears(x, operands)
+        for linear, output in zip(self._sharers, others, strict=True):
+            linear._ahead = x, x._version, output
         return first
 
     def _operands(self, x: Tensor) -> cpu.Operands | None:
@@ -221,17 +221,17 @@ class ArmorLinear(nn.Linear):
         """
         if not cpu.is_grouped(x, counts):
             return None
-        layers: list[list[cpu.Operands]] = []
+        operands: list[list[cpu.Operands]] = []
         for group in linears:
-            layers.append([])
+            operands.append([])
             for linear in group:
                 if type(linear) is not ArmorLinear or linear.up is not None or operator.is_needed(x, linear.bias):
                     return None
-                operands = linear._operands(x)
-                if operands is None:
+                own = linear._operands(x)
+                if own is None:
                     return None
-                layers[-1].append(operands)
-        return cpu.grouped(x, counts, layers)
+                operands[-1].append(own)
+        return cpu.grouped(x, counts, operands)
 
     @property
     def weight(self) -> NoWeight:
@@ -243,15 +243,15 @@ class ArmorLinear(nn.Linear):
 
     @weight.setter
     def weight(self, value: NoWeight) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  it is no tensor
-        if not isinstance(value, NoWeight):  # PEFT hands a layer its own when it takes an adapter off
+        if not isinstance(value, NoWeight):  # PEFT hands a linear its own when it takes an adapter off
             raise NoWeightError("an ArmorLinear takes no dense weight; call the model's dequantize() first")
 
     def dense_core(self) -> Tensor:
-        """S, dense (out, in), in the layer's dtype."""
+        """S, dense (out, in), in the linear's dtype."""
         return self._factors().in_floats().core.to(self.weight.dtype)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A·S·B + U·V multiplied out, (out, in), in `dtype` (None: the layer's own), in float32 at least till then."""
+        """A·S·B + U·V multiplied out, (out, in), in `dtype` (None: the linear's own), in float32 at least till then."""
         own = self.weight.dtype
         return self._factors().reconstruct(torch.promote_types(own, torch.float32)).to(dtype or own)
 
@@ -261,7 +261,7 @@ class ArmorLinear(nn.Linear):
         return (self.core_values, self.core_mask, self.left, self.held("right"), self.bias, *scales)
 
     def held(self, name: str) -> Tensor | None:
-        """B (`right`) or its scales (`right_scales`), which another layer may hold."""
+        """B (`right`) or its scales (`right_scales`), which another linear may hold."""
         if self.layout.right_of is None:
             return getattr(self, name)
         if not self._holder:
@@ -273,7 +273,7 @@ class ArmorLinear(nn.Linear):
         return tensor
 
     def _factors(self) -> Factorization:
-        """What the layer holds."""
+        """What the linear holds."""
         own = self.layout
         right, right_scales = self.held("right"), self.held("right_scales")
         others = {"left": self.left, "right": right, "up": self.up, "down": self.down, "core_scales": self.core_scales}
@@ -305,7 +305,7 @@ class ArmorLinear(nn.Linear):
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:
-        """Keep the dense core instead of the packed values, to compute faster. Offloaded layers stay as they are."""
+        """Keep the dense core instead of the packed values, to compute faster. Offloaded linears stay as they are."""
         masked = self.core_mask is None or not self.core_mask.is_meta
         if self.core_values is not None and not self.core_values.is_meta and masked:
             self.register_buffer("core", self._factors().core, persistent=False)

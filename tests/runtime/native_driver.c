@@ -1,4 +1,4 @@
-/* Runs the library's layers on buffers of exactly their size and holds them to a plain twin; made to be compiled with
+/* Runs the library's linears on buffers of exactly their size and holds them to a plain twin; made to be compiled with
  * sanitizers. Exit code 1: a result is off. */
 #include <math.h>
 #include <pthread.h>
@@ -186,6 +186,6 @@ int main(int count, char **arguments) {
             failures += check(level, type, 1, 1024, 512, 2, 4, 64, 128, 1, 3);
             failures += check(level, type, 300, 132, 140, 2, 4, 28, 12, 1, 4);
         }
-    printf("%d of the layers are off, best level %d\n", failures, best);
+    printf("%d of the linears are off, best level %d\n", failures, best);
     return failures != 0;
 }

@@ -93,7 +93,7 @@ def test_groups_of_rows_with_layers_of_their_own_give_the_bits_of_separate_calls
             assert all(map(torch.equal, found, expected)), counts
     with pytest.raises(ValueError, match=r"4 rows do not fit 2 groups of \[1, 2\] rows"):
         cpu.grouped(torch.ones(4, 300, dtype=dtype), [1, 2], groups[:2])
-    with pytest.raises(ValueError, match="a layer of 40 rows beside one of 64"):
+    with pytest.raises(ValueError, match="a linear of 40 rows beside one of 64"):
         cpu.grouped(torch.ones(2, 300, dtype=dtype), [1, 1], [[one], [two]])
 
 

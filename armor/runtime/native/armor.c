@@ -1,4 +1,4 @@
-/* The door of the library: choose the kernel, cut the layer into tasks, let the caller's OpenMP threads take them.
+/* The door of the library: choose the kernel, cut the linear into tasks, let the caller's OpenMP threads take them.
  *
  * Nothing here links to OpenMP. The library that called us (torch) brings its own, and its GOMP_parallel, which GNU's,
  * LLVM's and Intel's runtimes all have, is handed in: so both share one set of threads, and no second set spins beside
@@ -15,7 +15,7 @@
 #include <cpuid.h>
 #endif
 
-#include "layer.h"
+#include "linear.h"
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned threads, unsigned flags);
 
@@ -74,8 +74,8 @@ struct range {
 };
 
 struct step {
-    void (*task)(struct layer *, int64_t task);
-    int64_t first[PARTS + 1]; /* the first task of each layer; the last entry is the number of all tasks */
+    void (*task)(struct linear *, int64_t task);
+    int64_t first[PARTS + 1]; /* the first task of each linear; the last entry is the number of all tasks */
     atomic_llong finished;
     struct range *ranges;
 };
@@ -83,7 +83,7 @@ struct step {
 enum { PACK, RIGHT, CORE, LEFT, STEPS };
 
 struct work {
-    struct layer layers[PARTS];
+    struct linear linears[PARTS];
     atomic_llong *finished_in_block[PARTS]; /* of the core, for `left`: by block, or by task if a task holds several */
     struct step steps[STEPS];
     atomic_int workers;
@@ -107,14 +107,15 @@ static void do_task(struct work *work, int s, int64_t task) {
     struct step *step = &work->steps[s];
     int part = 0;
     while (task >= step->first[part + 1]) part++;
-    struct layer *layer = &work->layers[part];
+    struct linear *linear = &work->linears[part];
     atomic_llong *finished = work->finished_in_block[part];
     int64_t tasks = step->first[part + 1] - step->first[part];
     task -= step->first[part];
-    if (s == LEFT) wait_for(&finished[task / layer->left_cut.per_block], layer->left_cut.per_block);
-    step->task(layer, task);
+    if (s == LEFT) wait_for(&finished[task / linear->left_cut.per_block], linear->left_cut.per_block);
+    step->task(linear, task);
     if (s == CORE)
-        for (int64_t t = task; t < layer->core_cut.tasks; t += tasks) finish(&finished[t / layer->core_cut.per_block]);
+        for (int64_t t = task; t < linear->core_cut.tasks; t += tasks)
+            finish(&finished[t / linear->core_cut.per_block]);
     finish(&step->finished);
 }
 
@@ -135,7 +136,7 @@ static void take_tasks(void *argument) {
 
 static void run(struct work *work, parallel_function parallel) {
     for (int i = 0; i < work->count; i++) {
-        const struct cut *cut = &work->layers[i].core_cut;
+        const struct cut *cut = &work->linears[i].core_cut;
         for (int64_t b = 0; b < cut->tasks / cut->per_block; b++) atomic_init(&work->finished_in_block[i][b], 0);
     }
     for (int s = PACK; s < STEPS; s++) {
@@ -160,10 +161,10 @@ static const struct kernel *kernel_for(int level, int type, int64_t right_size) 
     return kernel->unit == 2 && right_size % 2 ? KERNELS[level - 1][type] : kernel;
 }
 
-/* Of all layers y (rows, out) = left (core (right x)) + bias, in one pass over x (rows, in); x, y and bias of `type`.
+/* Of all linears y (rows, out) = left (core (right x)) + bias, in one pass over x (rows, in); x, y and bias of `type`.
  * values (out, kept), mask (out, ceil(in / 8)), left (out / left_size, left_size, left_size) or null, right likewise,
  * bias (out) or null. y has `y_stride` numbers from a row to the next. `group`: in every `group` consecutive columns of
- * a row the core keeps kept * group / in. Layers with the same `right` share right x.
+ * a row the core keeps kept * group / in. Linears with the same `right` share right x.
  * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
  * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
 struct part {
@@ -173,8 +174,8 @@ struct part {
     int64_t out, kept, group, left_size, right_size, y_stride;
 };
 
-static struct layer layer_of(const struct part *part, int64_t in, int step) {
-    struct layer layer = {
+static struct linear linear_of(const struct part *part, int64_t in, int step) {
+    struct linear linear = {
         .values = part->values,
         .left = part->left,
         .right = part->right,
@@ -190,11 +191,11 @@ static struct layer layer_of(const struct part *part, int64_t in, int step) {
         .stride = part->kept,
         .integers.group = in,
     };
-    if (part->integers) layer.integers = *part->integers;
-    if (layer.integers.core == INT4) layer.stride = (part->kept + 1) / 2 * 2;
-    layer.left_cut = layer.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
-    layer.right_cut = cut_of(in, part->right ? part->right_size : in);
-    return layer;
+    if (part->integers) linear.integers = *part->integers;
+    if (linear.integers.core == INT4) linear.stride = (part->kept + 1) / 2 * 2;
+    linear.left_cut = linear.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
+    linear.right_cut = cut_of(in, part->right ? part->right_size : in);
+    return linear;
 }
 
 static size_t take(size_t *total, size_t bytes) {
@@ -203,7 +204,7 @@ static size_t take(size_t *total, size_t bytes) {
     return offset;
 }
 
-/* Multiply x with `count` layers, at most PARTS; 0, or an errno. A sum is the same whatever other layers there are. */
+/* Multiply x with `count` linears, at most PARTS; 0, or an errno. A sum is the same whatever others there are. */
 int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
                   parallel_function parallel, int threads) {
     const struct kernel *kernel = kernel_for(level, type, parts[0].right ? parts[0].right_size : 0);
@@ -221,24 +222,24 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
     size_t u_bytes = dot ? wave * in * kernel->element : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
     struct work work = {.count = count};
     size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], packed = take(&total, dot ? 0 : u_bytes);
-    int packing = dot ? -1 : 0; /* the layer that brings x into its form for all; none where x is as the loops want it */
+    int packing = dot ? -1 : 0; /* which linear brings x into its form for all; none where x is as the loops want it */
     for (int i = 0; i < count; i++) {
         const struct part *part = &parts[i];
-        struct layer *layer = &work.layers[i];
-        *layer = layer_of(part, in, kernel->lanes * kernel->unit);
+        struct linear *linear = &work.linears[i];
+        *linear = linear_of(part, in, kernel->lanes * kernel->unit);
         if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
-        int same = 0; /* the first layer with this `right` */
+        int same = 0; /* the first linear with this `right` */
         while (parts[same].right != part->right) same++;
         int own = same == i && (part->right || (packing == i && dot));
         u[i] = own ? take(&total, u_bytes) : same == i ? packed : u[same];
-        int64_t block_units = (layer->left_cut.size + kernel->unit - 1) / kernel->unit;
-        size_t z_bytes = dot ? wave * part->out * kernel->element : layer->left_cut.count * block_units * lane_bytes;
+        int64_t block_units = (linear->left_cut.size + kernel->unit - 1) / kernel->unit;
+        size_t z_bytes = dot ? wave * part->out * kernel->element : linear->left_cut.count * block_units * lane_bytes;
         z[i] = take(&total, part->left ? z_bytes : 0);
-        counters[i] = take(&total, layer->core_cut.tasks * sizeof(atomic_llong));
+        counters[i] = take(&total, linear->core_cut.tasks * sizeof(atomic_llong));
         int64_t tasks[STEPS] = {
-            [RIGHT] = part->right && same == i ? layer->right_cut.tasks : 0,
-            [CORE] = dot ? (layer->core_cut.tasks + 1) / 2 : layer->core_cut.tasks, /* dot: two spans each */
-            [LEFT] = part->left ? layer->left_cut.tasks : 0,
+            [RIGHT] = part->right && same == i ? linear->right_cut.tasks : 0,
+            [CORE] = dot ? (linear->core_cut.tasks + 1) / 2 : linear->core_cut.tasks, /* dot: two spans each */
+            [LEFT] = part->left ? linear->left_cut.tasks : 0,
         };
         for (int s = RIGHT; s < STEPS; s++) work.steps[s].first[i + 1] = work.steps[s].first[i] + tasks[s];
         work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * rows;
@@ -256,16 +257,16 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
 
     for (int64_t start = 0; start < rows; start += wave) {
         for (int i = 0; i < count; i++) {
-            struct layer *layer = &work.layers[i];
-            layer->rows = rows - start < wave ? rows - start : wave;
-            layer->x = (const char *)x + start * in * kernel->weight;
-            layer->y = (char *)parts[i].y + start * parts[i].y_stride * kernel->weight;
-            layer->panel_count = (layer->rows + kernel->lanes - 1) / kernel->lanes;
-            layer->panels = scratch + packed;
-            layer->u = dot && !layer->right && packing < 0 ? (void *)layer->x : scratch + u[i];
-            layer->z = scratch + z[i];
+            struct linear *linear = &work.linears[i];
+            linear->rows = rows - start < wave ? rows - start : wave;
+            linear->x = (const char *)x + start * in * kernel->weight;
+            linear->y = (char *)parts[i].y + start * parts[i].y_stride * kernel->weight;
+            linear->panel_count = (linear->rows + kernel->lanes - 1) / kernel->lanes;
+            linear->panels = scratch + packed;
+            linear->u = dot && !linear->right && packing < 0 ? (void *)linear->x : scratch + u[i];
+            linear->z = scratch + z[i];
             work.finished_in_block[i] = (atomic_llong *)(scratch + counters[i]);
-            int64_t packs = dot ? 1 : layer->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
+            int64_t packs = dot ? 1 : linear->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
             work.steps[PACK].first[i + 1] = work.steps[PACK].first[i] + (i == packing ? packs : 0);
         }
         run(&work, parallel);
@@ -274,7 +275,7 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
     return 0;
 }
 
-/* Layers, at most PARTS, and the x (rows, in) that they are multiplied with. */
+/* Linears, at most PARTS, and the x (rows, in) that they are multiplied with. */
 struct product {
     const void *x;
     const struct part *parts;
@@ -313,7 +314,7 @@ int armor_products(int level, int type, const struct product *all, int count, pa
     return error;
 }
 
-/* The same of one layer, y without gaps between its rows. */
+/* The same of one linear, y without gaps between its rows. */
 int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
                    const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
                    int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,

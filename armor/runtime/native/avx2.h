@@ -3,7 +3,7 @@
 #define TARGET "avx2,fma,popcnt,bmi,bmi2"
 #include "target.h"
 
-#include "layer.h"
+#include "linear.h"
 
 #define LANES 8
 #define UNIT 1

@@ -1,4 +1,4 @@
-/* The loops of a layer, over the primitives of one processor level and one weight type.
+/* The loops of a linear, over the primitives of one processor level and one weight type.
  *
  * Before including this file, define
  *   NAME(f)                  f with the suffix of this kernel
@@ -33,7 +33,7 @@
  */
 #include <string.h>
 
-#include "layer.h"
+#include "linear.h"
 
 #ifdef GATHER
 enum { CAN_GATHER = 1 };
@@ -150,15 +150,15 @@ enum { MOST = 4, WIDE = 2 * STEP };
 /* Totals of integers of `rows` packed 2:4 rows times `x_rows` rows of x, for all whole steps of WIDE columns; returns
  * how many columns those are. Every step meets its scales at once, `each` (constant: WIDE or half of it) columns one,
  * so that only totals stay in registers. */
-static inline __attribute__((always_inline)) int64_t integer_steps(const struct layer *layer, int type, int64_t each,
+static inline __attribute__((always_inline)) int64_t integer_steps(const struct linear *linear, int type, int64_t each,
                                                                    int rows, int x_rows, const void *const values[],
                                                                    const uint8_t *const mask[],
                                                                    const weight *const scales[], vec totals[][8]) {
-    const element *u = layer->u;
+    const element *u = linear->u;
     int64_t c = 0;
-    for (; c + WIDE <= layer->in; c += WIDE) {
+    for (; c + WIDE <= linear->in; c += WIDE) {
         vec w[MOST], index[MOST], scale[MOST];
-        const int64_t g = c / layer->integers.group;
+        const int64_t g = c / linear->integers.group;
 #pragma GCC unroll 4
         for (int j = 0; j < rows; j++) {
             fetch_ahead(place(values[j], c / 2, type), mask[j] + c / 8, c % 512 == 0, x_rows == 1);
@@ -168,7 +168,7 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
         }
 #pragma GCC unroll 8
         for (int r = 0; r < x_rows; r++) {
-            const element *x = u + least(r, layer->rows - 1) * layer->in + c;
+            const element *x = u + least(r, linear->rows - 1) * linear->in + c;
             vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
 #pragma GCC unroll 4
             for (int j = 0; j < rows; j++)
@@ -185,14 +185,14 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
  * Where the processor can pick from two vectors of x (`gathers`, 2:4 only), the values stay as they are packed and meet
  * the columns of x that they belong to; otherwise they are spread to their columns. Integers are summed up by groups
  * of columns, whose sums then meet their scales; in the usual groups of 2:4 step by step (integer_steps). */
-static inline __attribute__((always_inline)) void packed_dot(const struct layer *layer, int type,
+static inline __attribute__((always_inline)) void packed_dot(const struct linear *linear, int type,
                                                              const int64_t first[2], const int64_t count[2],
                                                              int gathers, int half, int x_rows,
                                                              float out[2][8][CHUNK]) {
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
-    const element *u = layer->u;
-    const int64_t in = layer->in, kept = layer->kept, last = layer->rows - 1;
-    const int64_t group = type == FLOATS ? in : layer->integers.group, groups = (in + group - 1) / group;
+    const element *u = linear->u;
+    const int64_t in = linear->in, kept = linear->kept, last = linear->rows - 1;
+    const int64_t group = type == FLOATS ? in : linear->integers.group, groups = (in + group - 1) / group;
     for (int64_t i = 0; i < count[0] || i < count[1]; i += each) {
         const void *values[MOST];
         const uint8_t *mask[MOST];
@@ -202,18 +202,18 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
         for (int j = 0; j < rows; j++) {
             int side = count[1] ? j / each : 0;
             int64_t row = first[side] + least(i + j % each, count[side] - 1);
-            values[j] = place(layer->values, row * layer->stride, type);
-            mask[j] = layer->mask + row * layer->mask_stride;
-            scales[j] = type == FLOATS ? 0 : (const weight *)layer->integers.core_scales + row * groups;
+            values[j] = place(linear->values, row * linear->stride, type);
+            mask[j] = linear->mask + row * linear->mask_stride;
+            scales[j] = type == FLOATS ? 0 : (const weight *)linear->integers.core_scales + row * groups;
             at[j] = 0;
             for (int r = 0; r < x_rows; r++) totals[j][r] = zero();
         }
 #ifdef GATHER
         if (gathers && type != FLOATS) {
             if (group % WIDE == 0)
-                c = integer_steps(layer, type, WIDE, rows, x_rows, values, mask, scales, totals);
+                c = integer_steps(linear, type, WIDE, rows, x_rows, values, mask, scales, totals);
             else if (group == WIDE / 2)
-                c = integer_steps(layer, type, WIDE / 2, rows, x_rows, values, mask, scales, totals);
+                c = integer_steps(linear, type, WIDE / 2, rows, x_rows, values, mask, scales, totals);
             for (int j = 0; j < rows; j++) at[j] = c / 2;
         }
 #endif
@@ -307,15 +307,15 @@ static inline __attribute__((always_inline)) void packed_dot(const struct layer 
     }                                                     \
     }
 
-/* packed_dot for the kind of a layer; each constant makes loops of its own. */
-#define BY_KIND(type)                                                                       \
-    {                                                                                       \
-        if (CAN_GATHER && layer->two_of_four)                                               \
-            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, CAN_GATHER, 1, COUNT, out)) \
-        else if (layer->half)                                                               \
-            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, 0, 1, COUNT, out))  \
-        else                                                                                \
-            BY_COUNT(layer->rows, packed_dot(layer, type, first, count, 0, 0, COUNT, out))  \
+/* packed_dot for the kind of a linear; each constant makes loops of its own. */
+#define BY_KIND(type)                                                                               \
+    {                                                                                               \
+        if (CAN_GATHER && linear->two_of_four)                                                      \
+            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, CAN_GATHER, 1, COUNT, out))\
+        else if (linear->half)                                                                      \
+            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, 0, 1, COUNT, out))        \
+        else                                                                                        \
+            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, 0, 0, COUNT, out))        \
     }
 
 /* The scales from `row` on; null for a matrix in floats. */
@@ -329,98 +329,98 @@ static void emit_elements(element *to, int64_t stride, int64_t rows, float from[
             store_elements(to + r * stride + i, load_vec(from[r] + i), least(LANES, n - i));
 }
 
-static void emit_outputs(const struct layer *layer, int64_t first, float from[][CHUNK], int64_t n) {
-    for (int64_t r = 0; r < layer->rows; r++)
+static void emit_outputs(const struct linear *linear, int64_t first, float from[][CHUNK], int64_t n) {
+    for (int64_t r = 0; r < linear->rows; r++)
         for (int64_t i = 0; i < n; i += LANES) {
             int64_t m = least(LANES, n - i);
             vec v = load_vec(from[r] + i);
-            if (layer->bias) v = add(v, load_floats((const weight *)layer->bias + first + i, m));
-            store_floats((weight *)layer->y + r * layer->y_stride + first + i, v, m);
+            if (linear->bias) v = add(v, load_floats((const weight *)linear->bias + first + i, m));
+            store_floats((weight *)linear->y + r * linear->y_stride + first + i, v, m);
         }
 }
 
 /* x to the type between the steps, where there is no `right` that would do it. */
-static void NAME(convert)(struct layer *layer, int64_t task) {
+static void NAME(convert)(struct linear *linear, int64_t task) {
     (void)task;
-    int64_t n = layer->rows * layer->in;
+    int64_t n = linear->rows * linear->in;
     for (int64_t i = 0; i < n; i += LANES)
-        store_elements((element *)layer->u + i, load_floats((const weight *)layer->x + i, least(LANES, n - i)),
+        store_elements((element *)linear->u + i, load_floats((const weight *)linear->x + i, least(LANES, n - i)),
                        least(LANES, n - i));
 }
 
-static void NAME(right_dot)(struct layer *layer, int64_t task) {
+static void NAME(right_dot)(struct linear *linear, int64_t task) {
     float out[8][CHUNK];
-    struct span span = span_of(&layer->right_cut, task);
-    int64_t d = layer->right_cut.size;
+    struct span span = span_of(&linear->right_cut, task);
+    int64_t d = linear->right_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const int type = layer->integers.blocks;
-        const void *weights = place(layer->right, (b * d + span.row) * d, type);
-        const weight *scales = scales_of(layer->integers.right_scales, b * d + span.row);
-        const weight *x = (const weight *)layer->x + b * d;
+        const int type = linear->integers.blocks;
+        const void *weights = place(linear->right, (b * d + span.row) * d, type);
+        const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
+        const weight *x = (const weight *)linear->x + b * d;
         if (type == FLOATS)
-            BY_COUNT(layer->rows,
-                     dense_dot(weights, FLOATS, 0, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
+            BY_COUNT(linear->rows,
+                     dense_dot(weights, FLOATS, 0, span.rows, d, x, linear->in, 1, COUNT, linear->rows, out))
         else
-            BY_COUNT(layer->rows,
-                     dense_dot(weights, INT8, scales, span.rows, d, x, layer->in, 1, COUNT, layer->rows, out))
-        emit_elements((element *)layer->u + b * d + span.row, layer->in, layer->rows, out, span.rows);
+            BY_COUNT(linear->rows,
+                     dense_dot(weights, INT8, scales, span.rows, d, x, linear->in, 1, COUNT, linear->rows, out))
+        emit_elements((element *)linear->u + b * d + span.row, linear->in, linear->rows, out, span.rows);
     }
 }
 
-/* Two of the cut's spans: `task`, and the one half of the layer further. */
-static void NAME(core_dot)(struct layer *layer, int64_t task) {
+/* Two of the cut's spans: `task`, and the one half of the linear further. */
+static void NAME(core_dot)(struct linear *linear, int64_t task) {
     float out[2][8][CHUNK];
-    int64_t tasks = (layer->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
-    for (int side = 0; side < 2 && task + side * tasks < layer->core_cut.tasks; side++) {
-        struct span span = span_of(&layer->core_cut, task + side * tasks);
-        first[side] = span.block * layer->core_cut.size + span.row;
+    int64_t tasks = (linear->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
+    for (int side = 0; side < 2 && task + side * tasks < linear->core_cut.tasks; side++) {
+        struct span span = span_of(&linear->core_cut, task + side * tasks);
+        first[side] = span.block * linear->core_cut.size + span.row;
         count[side] = span.rows * span.blocks;
     }
-    if (layer->integers.core == INT8)
+    if (linear->integers.core == INT8)
         BY_KIND(INT8)
-    else if (layer->integers.core == INT4)
+    else if (linear->integers.core == INT4)
         BY_KIND(INT4)
     else
         BY_KIND(FLOATS)
     for (int side = 0; side < 2 && count[side]; side++)
-        if (layer->left)
-            emit_elements((element *)layer->z + first[side], layer->out, layer->rows, out[side], count[side]);
+        if (linear->left)
+            emit_elements((element *)linear->z + first[side], linear->out, linear->rows, out[side], count[side]);
         else
-            emit_outputs(layer, first[side], out[side], count[side]);
+            emit_outputs(linear, first[side], out[side], count[side]);
 }
 
-static void NAME(left_dot)(struct layer *layer, int64_t task) {
+static void NAME(left_dot)(struct linear *linear, int64_t task) {
     float out[8][CHUNK];
-    struct span span = span_of(&layer->left_cut, task);
-    int64_t d = layer->left_cut.size;
+    struct span span = span_of(&linear->left_cut, task);
+    int64_t d = linear->left_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const int type = layer->integers.blocks;
-        const void *weights = place(layer->left, (b * d + span.row) * d, type);
-        const weight *scales = scales_of(layer->integers.left_scales, b * d + span.row);
-        const element *z = (const element *)layer->z + b * d;
+        const int type = linear->integers.blocks;
+        const void *weights = place(linear->left, (b * d + span.row) * d, type);
+        const weight *scales = scales_of(linear->integers.left_scales, b * d + span.row);
+        const element *z = (const element *)linear->z + b * d;
         if (type == FLOATS)
-            BY_COUNT(layer->rows,
-                     dense_dot(weights, FLOATS, 0, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
+            BY_COUNT(linear->rows,
+                     dense_dot(weights, FLOATS, 0, span.rows, d, z, linear->out, 0, COUNT, linear->rows, out))
         else
-            BY_COUNT(layer->rows,
-                     dense_dot(weights, INT8, scales, span.rows, d, z, layer->out, 0, COUNT, layer->rows, out))
-        emit_outputs(layer, b * d + span.row, out, span.rows);
+            BY_COUNT(linear->rows,
+                     dense_dot(weights, INT8, scales, span.rows, d, z, linear->out, 0, COUNT, linear->rows, out))
+        emit_outputs(linear, b * d + span.row, out, span.rows);
     }
 }
 
 /* ---- the panel way ---- */
 
 /* Bring LANES rows of x into a panel: (in / UNIT) vectors of units, a lane for each row. Without `right` it is u. */
-static void NAME(pack)(struct layer *layer, int64_t task) {
-    int64_t units = (layer->in + UNIT - 1) / UNIT;
-    int64_t panel = task % layer->panel_count, start = task / layer->panel_count * PACK_COLUMNS;
-    int64_t end = least(layer->in, start + PACK_COLUMNS), rows = least(LANES, layer->rows - panel * LANES);
-    int32_t *to = (int32_t *)layer->panels + (panel * units + start / UNIT) * LANES;
-    const weight *x = (const weight *)layer->x + panel * LANES * layer->in;
+static void NAME(pack)(struct linear *linear, int64_t task) {
+    int64_t units = (linear->in + UNIT - 1) / UNIT;
+    int64_t panel = task % linear->panel_count, start = task / linear->panel_count * PACK_COLUMNS;
+    int64_t end = least(linear->in, start + PACK_COLUMNS), rows = least(LANES, linear->rows - panel * LANES);
+    int32_t *to = (int32_t *)linear->panels + (panel * units + start / UNIT) * LANES;
+    const weight *x = (const weight *)linear->x + panel * LANES * linear->in;
     for (int64_t c = start; c < end; c += STEP) {
         vec v[LANES];
         int64_t n = least(STEP, end - c);
-        for (int64_t r = 0; r < LANES; r++) v[r] = r < rows ? load(x + r * layer->in + c, n) : zero();
+        for (int64_t r = 0; r < LANES; r++) v[r] = r < rows ? load(x + r * linear->in + c, n) : zero();
         transpose(v);
         for (int64_t k = 0; k * UNIT < n; k++, to += LANES) store_vec(to, v[k]);
     }
@@ -465,17 +465,17 @@ static inline __attribute__((always_inline)) void multiply_tile(const int32_t *t
 
 /* All panels times a tile of `rows` <= CHUNK unpacked weight rows; `panel` points at the tile's first column. `scales`
  * (CHUNK) or null: those of the rows. */
-static void multiply_panels(const struct layer *layer, const int32_t *tile, const float *scales, int64_t rows,
+static void multiply_panels(const struct linear *linear, const int32_t *tile, const float *scales, int64_t rows,
                             const int32_t *panel, int64_t panel_stride, int64_t n, float *sums, int begin,
                             struct ahead ahead) {
-    int64_t stride = layer->panel_count * LANES;
-    for (int64_t p = 0; p < layer->panel_count; p += 2)
+    int64_t stride = linear->panel_count * LANES;
+    for (int64_t p = 0; p < linear->panel_count; p += 2)
         for (int64_t i = 0; i < rows; i += TILE) {
             const int32_t *t = tile + i * TILE_STRIDE, *x = panel + p * panel_stride;
             float *to = sums + i * stride + p * LANES;
             struct ahead mine =
                 p ? (struct ahead){(const char *)t, 0} : (struct ahead){ahead.start + i * ahead.stride, ahead.stride};
-            if (p + 1 < layer->panel_count)
+            if (p + 1 < linear->panel_count)
                 multiply_tile(t, scales ? scales + i : 0, x, panel_stride, n, to, stride, begin, 2, mine);
             else
                 multiply_tile(t, scales ? scales + i : 0, x, panel_stride, n, to, stride, begin, 1, mine);
@@ -485,11 +485,11 @@ static void multiply_panels(const struct layer *layer, const int32_t *tile, cons
 static inline int64_t units_of(int64_t columns) { return (columns + UNIT - 1) / UNIT; }
 
 /* sums (rows, panels) = dense weight rows (rows, columns) times the panels. */
-static void dense_panels(const struct layer *layer, const void *weights, const weight *scales, int64_t rows,
+static void dense_panels(const struct linear *linear, const void *weights, const weight *scales, int64_t rows,
                          int64_t columns, const int32_t *panel, int64_t panel_stride, float *sums) {
     _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
     float own[CHUNK] = {0};
-    const int type = layer->integers.blocks;
+    const int type = linear->integers.blocks;
     for (int64_t i = 0; i < rows && scales; i++) own[i] = scale_at(scales + i);
     if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
     for (int64_t k = 0; k < units_of(columns); k += DEPTH) {
@@ -498,45 +498,46 @@ static void dense_panels(const struct layer *layer, const void *weights, const w
             for (int64_t c = 0; c < n; c += STEP)
                 store_vec(tile + i * TILE_STRIDE + c / UNIT,
                           load_as(place(weights, i * columns + start + c, type), least(STEP, n - c), type));
-        multiply_panels(layer, tile, scales ? own : 0, rows, panel + k * LANES, panel_stride, units_of(n), sums, k == 0,
+        multiply_panels(linear, tile, scales ? own : 0, rows, panel + k * LANES, panel_stride, units_of(n), sums, k == 0,
                         (struct ahead){(const char *)tile, 0});
     }
 }
 
 /* The same for packed rows from row `first` of the core on; integers by their groups of columns, or parts of these. */
-static void packed_panels(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
+static void packed_panels(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
-    int64_t at[CHUNK] = {0}, units = units_of(layer->in);
-    const int type = layer->integers.core;
-    const int64_t group = layer->integers.group, groups = (layer->in + group - 1) / group;
+    int64_t at[CHUNK] = {0}, units = units_of(linear->in);
+    const int type = linear->integers.core;
+    const int64_t group = linear->integers.group, groups = (linear->in + group - 1) / group;
     const int64_t depth = type == FLOATS ? DEPTH : least(DEPTH, group / UNIT);
-    const int32_t *u = layer->u;
+    const int32_t *u = linear->u;
     float scales[CHUNK] = {0};
     if (rows % TILE) memset(tile + rows * TILE_STRIDE, 0, sizeof(int32_t) * TILE_STRIDE * (TILE - rows % TILE));
     for (int64_t k = 0; k < units; k += depth) {
-        int64_t start = k * UNIT, n = least(depth * UNIT, layer->in - start);
+        int64_t start = k * UNIT, n = least(depth * UNIT, linear->in - start);
         for (int64_t i = 0; i < rows; i++) {
-            const void *values = place(layer->values, (first + i) * layer->stride, type);
-            const uint8_t *mask = layer->mask + (first + i) * layer->mask_stride + start / 8;
+            const void *values = place(linear->values, (first + i) * linear->stride, type);
+            const uint8_t *mask = linear->mask + (first + i) * linear->mask_stride + start / 8;
             int32_t *to = tile + i * TILE_STRIDE;
             int64_t c = 0;
             __builtin_prefetch(mask + n / 8, 0, L2); /* its values: see struct ahead */
             if (type != FLOATS)
-                scales[i] = scale_at((const weight *)layer->integers.core_scales + (first + i) * groups + start / group);
+                scales[i] =
+                    scale_at((const weight *)linear->integers.core_scales + (first + i) * groups + start / group);
 #ifdef GATHER
-            if (layer->two_of_four)
+            if (linear->two_of_four)
                 for (; c + 2 * STEP <= n; c += 2 * STEP, at[i] += STEP)
                     spread_pairs(to + c / UNIT, load_as(place(values, at[i], type), STEP, type), mask + c / 8);
 #endif
             for (; c < n; c += STEP)
-                store_vec(to + c / UNIT, next_columns(values, layer->kept, &at[i], mask + c / 8, least(STEP, n - c),
-                                                      layer->half, type));
+                store_vec(to + c / UNIT, next_columns(values, linear->kept, &at[i], mask + c / 8, least(STEP, n - c),
+                                                      linear->half, type));
         }
-        int64_t done = layer->kept * (start + n) / layer->in;
-        int64_t row_bytes = (const char *)place(layer->values, layer->stride, type) - (const char *)layer->values;
-        const char *next = place((const char *)layer->values + first * row_bytes, done, type);
-        if (start + n >= layer->in) next += (rows - 1) * row_bytes;
-        multiply_panels(layer, tile, type == FLOATS ? 0 : scales, rows, u + k * LANES, units * LANES, units_of(n), sums,
+        int64_t done = linear->kept * (start + n) / linear->in;
+        int64_t row_bytes = (const char *)place(linear->values, linear->stride, type) - (const char *)linear->values;
+        const char *next = place((const char *)linear->values + first * row_bytes, done, type);
+        if (start + n >= linear->in) next += (rows - 1) * row_bytes;
+        multiply_panels(linear, tile, type == FLOATS ? 0 : scales, rows, u + k * LANES, units * LANES, units_of(n), sums,
                         k == 0, (struct ahead){next, row_bytes});
     }
 }
@@ -547,7 +548,7 @@ enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
 
 /* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of packed rows, from `group` on (= for the first groups), times
  * the pairs of one panel. As many values and bits from `values_ahead` and `mask_ahead` on are fetched meanwhile. */
-static inline void multiply_pairs(const struct layer *layer, int64_t first, int64_t rows, int64_t group, int64_t n,
+static inline void multiply_pairs(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n,
                                   const int32_t *pairs, float *sums, const char *values_ahead,
                                   const uint8_t *mask_ahead) {
     _Alignas(64) uint8_t places[PAIR_ROWS][PAIR_GROUPS];
@@ -555,8 +556,8 @@ static inline void multiply_pairs(const struct layer *layer, int64_t first, int6
     vec even[PAIR_ROWS], odd[PAIR_ROWS];
     for (int64_t i = 0; i < PAIR_ROWS; i++) {
         int64_t row = first + least(i, rows - 1); /* beyond the last row: it again, and not stored */
-        values[i] = (const weight *)layer->values + row * layer->kept + group * 2;
-        pair_places(places[i], layer->mask + row * layer->mask_stride + group / 2, n);
+        values[i] = (const weight *)linear->values + row * linear->kept + group * 2;
+        pair_places(places[i], linear->mask + row * linear->mask_stride + group / 2, n);
         even[i] = group ? load_vec(sums + least(i, rows - 1) * LANES) : zero();
         odd[i] = zero();
     }
@@ -595,19 +596,19 @@ static inline void multiply_pairs(const struct layer *layer, int64_t first, int6
 /* As packed_panels, for one panel and a 2:4 core, which stays packed: of every group of columns the six pairs lie
  * ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. The rows that follow
  * these, the next task's, are fetched meanwhile in the order of memory, which it serves faster than their use's. */
-static void packed_pairs(const struct layer *layer, int64_t first, int64_t rows, float *sums) {
+static void packed_pairs(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t pairs[PAIR_GROUPS * PAIR_WORDS];
-    const int32_t *u = layer->u;
-    int64_t groups = layer->in / 4, row_bytes = layer->kept * (int64_t)sizeof(weight);
-    const char *values_ahead = (const char *)layer->values + (first + rows) * row_bytes;
-    const uint8_t *mask_ahead = layer->mask + (first + rows) * layer->mask_stride;
+    const int32_t *u = linear->u;
+    int64_t groups = linear->in / 4, row_bytes = linear->kept * (int64_t)sizeof(weight);
+    const char *values_ahead = (const char *)linear->values + (first + rows) * row_bytes;
+    const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
     for (int64_t g = 0; g < groups; g += PAIR_GROUPS) {
         int64_t n = least(PAIR_GROUPS, groups - g);
         for (int64_t k = 0; k < n; k++)
             store_pairs(pairs + k * PAIR_WORDS, load_vec(u + (g + k) * 2 * LANES),
                         load_vec(u + (g + k) * 2 * LANES + LANES));
         for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
-            multiply_pairs(layer, first + i, rows - i, g, n, pairs, sums + i * LANES, values_ahead, mask_ahead);
+            multiply_pairs(linear, first + i, rows - i, g, n, pairs, sums + i * LANES, values_ahead, mask_ahead);
             values_ahead += PAIR_ROWS * n * 4;
             mask_ahead += PAIR_ROWS * n / 2;
         }
@@ -616,10 +617,10 @@ static void packed_pairs(const struct layer *layer, int64_t first, int64_t rows,
 #endif
 
 /* `rows` rows of sums become units of panels, from unit `unit` on. */
-static void emit_panels(const struct layer *layer, const float *sums, int64_t rows, int32_t *panel,
+static void emit_panels(const struct linear *linear, const float *sums, int64_t rows, int32_t *panel,
                         int64_t panel_stride) {
-    int64_t stride = layer->panel_count * LANES;
-    for (int64_t p = 0; p < layer->panel_count; p++)
+    int64_t stride = linear->panel_count * LANES;
+    for (int64_t p = 0; p < linear->panel_count; p++)
         for (int64_t i = 0; i < rows; i += UNIT) {
             const float *from = sums + i * stride + p * LANES;
             vec odd = UNIT == 2 && i + 1 < rows ? load_vec(from + stride) : zero();
@@ -628,64 +629,65 @@ static void emit_panels(const struct layer *layer, const float *sums, int64_t ro
 }
 
 /* `rows` rows of sums become columns first .. first + rows of y, with the bias. */
-static void emit_transposed(const struct layer *layer, const float *sums, int64_t rows, int64_t first) {
-    int64_t stride = layer->panel_count * LANES;
+static void emit_transposed(const struct linear *linear, const float *sums, int64_t rows, int64_t first) {
+    int64_t stride = linear->panel_count * LANES;
     for (int64_t i = 0; i < rows; i += LANES) {
         int64_t n = least(LANES, rows - i);
-        vec bias = layer->bias ? load_floats((const weight *)layer->bias + first + i, n) : zero();
-        for (int64_t p = 0; p < layer->panel_count; p++) {
+        vec bias = linear->bias ? load_floats((const weight *)linear->bias + first + i, n) : zero();
+        for (int64_t p = 0; p < linear->panel_count; p++) {
             vec v[LANES];
             for (int64_t l = 0; l < LANES; l++) v[l] = l < n ? load_vec(sums + (i + l) * stride + p * LANES) : zero();
             transpose(v);
-            weight *y = (weight *)layer->y + p * LANES * layer->y_stride + first + i;
-            for (int64_t r = 0; r < least(LANES, layer->rows - p * LANES); r++)
-                store_floats(y + r * layer->y_stride, add(v[r], bias), n);
+            weight *y = (weight *)linear->y + p * LANES * linear->y_stride + first + i;
+            for (int64_t r = 0; r < least(LANES, linear->rows - p * LANES); r++)
+                store_floats(y + r * linear->y_stride, add(v[r], bias), n);
         }
     }
 }
 
-static void NAME(right_panel)(struct layer *layer, int64_t task) {
+static void NAME(right_panel)(struct linear *linear, int64_t task) {
     _Alignas(64) float sums[CHUNK * WAVE];
-    struct span span = span_of(&layer->right_cut, task);
-    int64_t d = layer->right_cut.size, stride = units_of(layer->in) * LANES;
+    struct span span = span_of(&linear->right_cut, task);
+    int64_t d = linear->right_cut.size, stride = units_of(linear->in) * LANES;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const void *weights = place(layer->right, (b * d + span.row) * d, layer->integers.blocks);
-        const weight *scales = scales_of(layer->integers.right_scales, b * d + span.row);
-        dense_panels(layer, weights, scales, span.rows, d, (int32_t *)layer->panels + b * d / UNIT * LANES, stride, sums);
-        emit_panels(layer, sums, span.rows, (int32_t *)layer->u + (b * d + span.row) / UNIT * LANES, stride);
+        const void *weights = place(linear->right, (b * d + span.row) * d, linear->integers.blocks);
+        const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
+        const int32_t *panel = (int32_t *)linear->panels + b * d / UNIT * LANES;
+        dense_panels(linear, weights, scales, span.rows, d, panel, stride, sums);
+        emit_panels(linear, sums, span.rows, (int32_t *)linear->u + (b * d + span.row) / UNIT * LANES, stride);
     }
 }
 
-static void NAME(core_panel)(struct layer *layer, int64_t task) {
+static void NAME(core_panel)(struct linear *linear, int64_t task) {
     _Alignas(64) float sums[CHUNK * WAVE];
-    struct span span = span_of(&layer->core_cut, task);
-    int64_t d = layer->core_cut.size, units = units_of(d);
+    struct span span = span_of(&linear->core_cut, task);
+    int64_t d = linear->core_cut.size, units = units_of(d);
     int64_t first = span.block * d + span.row, rows = span.rows * span.blocks;
 #ifdef GATHER
-    if (layer->two_of_four && layer->panel_count == 1 && layer->integers.core == FLOATS)
-        packed_pairs(layer, first, rows, sums);
+    if (linear->two_of_four && linear->panel_count == 1 && linear->integers.core == FLOATS)
+        packed_pairs(linear, first, rows, sums);
     else
 #endif
-        packed_panels(layer, first, rows, sums);
-    if (!layer->left) {
-        emit_transposed(layer, sums, rows, first);
+        packed_panels(linear, first, rows, sums);
+    if (!linear->left) {
+        emit_transposed(linear, sums, rows, first);
         return;
     }
     for (int64_t b = 0; b < span.blocks; b++)
-        emit_panels(layer, sums + b * d * layer->panel_count * LANES, span.rows,
-                    (int32_t *)layer->z + ((span.block + b) * units + span.row / UNIT) * LANES,
-                    layer->left_cut.count * units * LANES);
+        emit_panels(linear, sums + b * d * linear->panel_count * LANES, span.rows,
+                    (int32_t *)linear->z + ((span.block + b) * units + span.row / UNIT) * LANES,
+                    linear->left_cut.count * units * LANES);
 }
 
-static void NAME(left_panel)(struct layer *layer, int64_t task) {
+static void NAME(left_panel)(struct linear *linear, int64_t task) {
     _Alignas(64) float sums[CHUNK * WAVE];
-    struct span span = span_of(&layer->left_cut, task);
-    int64_t d = layer->left_cut.size, units = units_of(d), stride = layer->left_cut.count * units * LANES;
+    struct span span = span_of(&linear->left_cut, task);
+    int64_t d = linear->left_cut.size, units = units_of(d), stride = linear->left_cut.count * units * LANES;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
-        const void *weights = place(layer->left, (b * d + span.row) * d, layer->integers.blocks);
-        const weight *scales = scales_of(layer->integers.left_scales, b * d + span.row);
-        dense_panels(layer, weights, scales, span.rows, d, (int32_t *)layer->z + b * units * LANES, stride, sums);
-        emit_transposed(layer, sums, span.rows, b * d + span.row);
+        const void *weights = place(linear->left, (b * d + span.row) * d, linear->integers.blocks);
+        const weight *scales = scales_of(linear->integers.left_scales, b * d + span.row);
+        dense_panels(linear, weights, scales, span.rows, d, (int32_t *)linear->z + b * units * LANES, stride, sums);
+        emit_transposed(linear, sums, span.rows, b * d + span.row);
     }
 }
 

@@ -3,7 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "layer.h"
+#include "linear.h"
 
 #define LANES 8
 #define UNIT 1

@@ -1,10 +1,10 @@
-/* One ARMOR layer, y = A (S (B x)) + bias, cut into tasks for any number of threads.
+/* One ARMOR linear, y = A (S (B x)) + bias, cut into tasks for any number of threads.
  *
- * A `struct layer` says what is computed, a `struct kernel` holds the loops of one processor level and one weight type.
+ * A `struct linear` says what is computed, a `struct kernel` has the loops of one processor level and one weight type.
  * The loops are written once, in loops.h, over a few vector primitives; each level's file supplies those primitives.
  */
-#ifndef ARMOR_LAYER_H
-#define ARMOR_LAYER_H
+#ifndef ARMOR_LINEAR_H
+#define ARMOR_LINEAR_H
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -15,7 +15,7 @@ enum {
     WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
     DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
     PACK_COLUMNS = 1024, /* columns of x that one task brings into panels */
-    PARTS = 8            /* layers at most that are multiplied in one pass over x */
+    PARTS = 8            /* linears at most that are multiplied in one pass over x */
 };
 
 /* The cut of `count` diagonal blocks of `size` rows into tasks of at most CHUNK rows. */
@@ -29,15 +29,15 @@ struct cut {
 /* What the numbers of a matrix are stored as. */
 enum numbers { FLOATS, INT8, INT4 };
 
-/* The integers of a layer: of the core a scale for every `group` columns of a row, of a block one for each row. Scales
- * are of the type of x. Null stands for a layer in floats. */
+/* The integers of a linear: of the core a scale for every `group` columns of a row, of a block one for each row. Scales
+ * are of the type of x. Null stands for a linear in floats. */
 struct integers {
     int core, blocks;
     const void *core_scales, *left_scales, *right_scales;
     int64_t group;
 };
 
-struct layer {
+struct linear {
     struct integers integers;
     const void *x, *values, *left, *right, *bias; /* left, right and bias may be null */
     const uint8_t *mask;                          /* (out, mask_stride) bytes, least significant bit first */
@@ -60,14 +60,14 @@ struct kernel {
     int element;  /* bytes of a number in u and z */
     int weight;   /* bytes of a weight */
     int dot_rows; /* up to this many rows of x take the dot way; more take the panel way */
-    void (*convert)(struct layer *, int64_t task);
-    void (*pack)(struct layer *, int64_t task);
-    void (*right_dot)(struct layer *, int64_t task);
-    void (*core_dot)(struct layer *, int64_t task);
-    void (*left_dot)(struct layer *, int64_t task);
-    void (*right_panel)(struct layer *, int64_t task);
-    void (*core_panel)(struct layer *, int64_t task);
-    void (*left_panel)(struct layer *, int64_t task);
+    void (*convert)(struct linear *, int64_t task);
+    void (*pack)(struct linear *, int64_t task);
+    void (*right_dot)(struct linear *, int64_t task);
+    void (*core_dot)(struct linear *, int64_t task);
+    void (*left_dot)(struct linear *, int64_t task);
+    void (*right_panel)(struct linear *, int64_t task);
+    void (*core_panel)(struct linear *, int64_t task);
+    void (*left_panel)(struct linear *, int64_t task);
     void (*unpack)(const void *values, const uint8_t *mask, int64_t rows, int64_t in, int64_t kept, int64_t mask_stride,
                    void *dense);
 };
