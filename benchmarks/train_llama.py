@@ -39,7 +39,6 @@ WIKIPEDIA = {
 HELD_OUT = 100
 """The first article that is not trained on."""
 STATE = "state/training.safetensors"  # in a folder of its own: whoever loads the model must not meet it
-EVERY = 50  # steps between two states on disk
 RATE, WARM_UP, FALL = 2e-3, 40, 0.25
 
 
@@ -69,8 +68,11 @@ def batch_at(step: int, tokens: Tensor, sequences: int, length: int) -> Tensor:
     return torch.stack([tokens[place : place + length] for place in places.tolist()])
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, folder: Path, steps: int, sequences: int) -> float:
-    """Train on the stream `tokens` (n,), from the state in `folder` if there is one; the last losses' mean, in nats."""
+def train(model: LlamaForCausalLM, tokens: Tensor, folder: Path, steps: int, sequences: int, every: int = 50) -> float:
+    """Train on the stream `tokens` (n,), from the state in `folder` if there is one; the last losses' mean, in nats.
+
+    There are `every` steps between two states on disk.
+    """
     length = model.config.max_position_embeddings
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     done, losses = _resume(model, optimizer, folder / STATE), []
@@ -85,10 +87,10 @@ def train(model: LlamaForCausalLM, tokens: Tensor, folder: Path, steps: int, seq
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % every == 0:
             _save(model, optimizer, folder / STATE, step + 1)
     _save(model, optimizer, folder / STATE, max(done, steps))
-    last = losses[-EVERY:]
+    last = losses[-every:]
     return sum(last) / len(last) if last else math.nan
 
 

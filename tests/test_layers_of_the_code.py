@@ -1,4 +1,7 @@
-"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light."""
+"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light.
+
+python -m tests.test_layers_of_the_code    print the parts of the package by floor, with what each imports
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,19 @@ def parts():
     return {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name[:2] != "__"}
 
 
+def files_of(part):
+    return sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
+
+
+def drawing():
+    """The parts from the top floor down, each with the other parts that it imports, as a table in Markdown."""
+    floors = [(number, part) for number, floor in enumerate(FLOORS) for part in floor]
+    arrows = {part: {name for file in files_of(part) for _, name in imported(file)} - {part} for _, part in floors}
+    rows = [f"| {number} | `{part}` | {', '.join(sorted(arrows[part]))} |" for number, part in reversed(floors)]
+    count = f"{len(rows)} parts, {len(FLOORS)} floors, {sum(map(len, arrows.values()))} arrows"
+    return "\n".join(["| floor | part | imports |", "|--:|---|---|", *rows, "", count])
+
+
 def test_every_part_has_a_floor():
     assert parts() | {"__main__"} == {part for floor in FLOORS for part in floor}
 
@@ -49,8 +65,7 @@ def test_every_part_has_a_floor():
 @pytest.mark.parametrize("part", [part for floor in FLOORS for part in floor])
 def test_a_part_imports_from_lower_floors_alone(part):
     below = {other for floor in FLOORS[: next(i for i, f in enumerate(FLOORS) if part in f)] for other in floor}
-    files = sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
-    found = [(file, *place) for file in files for place in imported(file)]
+    found = [(file, *place) for file in files_of(part) for place in imported(file)]
     assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in {part, *below}] == []
 
 
@@ -68,3 +83,7 @@ def test_the_package_itself_imports_no_more_than_its_version_and_nothing_imports
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+if __name__ == "__main__":
+    print(drawing())

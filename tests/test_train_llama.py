@@ -3,14 +3,12 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import train_llama
 from benchmarks.train_llama import rate_at, tokenizer_of, train
 from tests.killed import SAVED, killed_everywhere
 from tests.tiny import tiny_text
 
 
-def test_killed_after_a_save_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_llama, "EVERY", 2)
+def test_killed_after_a_save_it_ends_as_if_undisturbed(tmp_path):
     tokenizer = tokenizer_of([tiny_text()], 300)
     tokens = torch.tensor(tokenizer(tiny_text()).input_ids)
     assert tokenizer.decode(tokens) == tiny_text()
@@ -19,7 +17,7 @@ def test_killed_after_a_save_it_ends_as_if_undisturbed(tmp_path, monkeypatch):
     def work(folder):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=16, **sizes))
-        train(model, tokens, folder, steps=5, sequences=2)
+        train(model, tokens, folder, steps=5, sequences=2, every=2)
 
     killed_everywhere(work, tmp_path, SAVED)
 

@@ -109,7 +109,7 @@ class ArmorLinear(nn.Linear):
     buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. For integers also the parameters core_scales
     (out, groups), left_scales (out,) and right_scales (in,). With a pair of low rank also up (out, rank) and down
     (rank, in). After `unpack`, core (out, in) stands in for core_values; it is integers where these were. With
-    `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A layer that shares the B
+    `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A linear that shares the B
     of another (`share_right`) has no `right` of its own. `of_conv1d`: a Conv1D was in its place.
     """
 

@@ -1,7 +1,7 @@
 """Teaches transformers to read and write ARMOR checkpoints: `import armor.hf`, then `from_pretrained` as ever.
 
 transformers finds a quantizer by the `quant_method` in config.json. It lets it swap modules while the model is still on
-the meta device, and then loads tensors by name. The swapped layers' names are the checkpoint's, so shards, offloading
+the meta device, and then loads tensors by name. The swapped linears' names are the checkpoint's, so shards, offloading
 and saving work as for any model. What it does not do is refuse: a missing tensor becomes random numbers and a warning,
 an extra one a warning, a broken mask nothing at all. So the files are checked here before they are loaded, and the
 names that transformers could not match after; each defect is one ArmorError.
@@ -190,13 +190,13 @@ class ArmorQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         own: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # of a config once saved
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ArmorLinear)]:
-            weight = layer.dense_weight(own)
+        for name, packed in [(n, m) for n, m in model.named_modules() if isinstance(m, ArmorLinear)]:
+            weight = packed.dense_weight(own)
             with torch.device("meta"):
-                linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.register_parameter("bias", layer.bias)
-            model.set_submodule(name, conv1d(linear) if layer.of_conv1d else linear)
+            linear.register_parameter("bias", packed.bias)
+            model.set_submodule(name, conv1d(linear) if packed.of_conv1d else linear)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]  as in its other quantizers
@@ -242,9 +242,9 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
                 f"{where}: shape {shape} in {type(model).__name__}, {expected} here; was config.json edited?"
             )
         weight, layout = linear.weight, _renamed(layout, name, names.module_here)
-        layer = ArmorLinear(layout, linear.bias is not None, device=weight.device, dtype=weight.dtype)
-        layer.of_conv1d = isinstance(linear, Turned)
-        model.set_submodule(here, layer)
+        packed = ArmorLinear(layout, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+        packed.of_conv1d = isinstance(linear, Turned)
+        model.set_submodule(here, packed)
         renamed[here] = layout
     share_right(model)
     return renamed
@@ -294,10 +294,10 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
     for name, found in factors.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = ArmorLinear.of(found, linear.bias).to(linear.weight.device, linear.weight.dtype)
-        layer.of_conv1d = isinstance(linear, Turned)
-        model.set_submodule(name, layer)
-        modules[saved(name)] = _renamed(layer.layout, name, saved)
+        packed = ArmorLinear.of(found, linear.bias).to(linear.weight.device, linear.weight.dtype)
+        packed.of_conv1d = isinstance(linear, Turned)
+        model.set_submodule(name, packed)
+        modules[saved(name)] = _renamed(packed.layout, name, saved)
     share_right(model)
     quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
     told = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}

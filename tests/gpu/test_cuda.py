@@ -14,7 +14,7 @@ from armor.core.packing import unpack
 from armor.runtime import cuda
 from armor.runtime.linear import ArmorLinear
 from armor.training.tune import tune
-from tests.layers import layer, twin
+from tests.linears import random_linear, twin
 from tests.packed import opened
 from tests.training.trained import TRAINING, ready, sample
 
@@ -26,12 +26,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def on_card(*shape_and_dtype):
-    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in layer(*shape_and_dtype)]
+    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in random_linear(*shape_and_dtype)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 8])
-def test_a_tuned_layer_is_its_twin_within_rounding(dtype, rows):
+def test_a_tuned_linear_is_its_twin_within_rounding(dtype, rows):
     *operands, group = on_card(1024, 2048, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 2048, device="cuda").to(dtype)
     expected, bound = twin(x, *operands, group)
@@ -86,8 +86,8 @@ def test_a_model_stays_packed_on_the_card_and_gives_the_tokens_of_the_cpu(root, 
         AutoModelForCausalLM.from_pretrained(root / "checkpoint", dtype=kind, device_map=device).eval()
         for kind, device in ((torch.float32, "cpu"), (dtype, "cuda"))
     ]
-    layers = [module for module in models[1].modules() if isinstance(module, ArmorLinear)]
-    assert layers and all(module.runs_packed and not module.is_unpacked for module in layers)
+    linears = [module for module in models[1].modules() if isinstance(module, ArmorLinear)]
+    assert linears and all(module.runs_packed and not module.is_unpacked for module in linears)
     on_cpu, on_gpu = (m.generate(prompt.to(m.device), **options) for m in models)
     tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3, torch.float32: 1e-3}[dtype]
     expected, found = on_cpu.logits[0], on_gpu.logits[0].float().cpu()

@@ -13,8 +13,8 @@ import torch
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cuda
-from tests import layers
-from tests.layers import layer
+from tests import linears
+from tests.linears import random_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -46,7 +46,7 @@ def one_config(monkeypatch, number):
 
 def twin(x, *operands):
     """The interpreter cuts bfloat16 off where a card rounds."""
-    return layers.twin(x, *operands, ulps=2 if INTERPRETED and x.dtype == torch.bfloat16 else 1)
+    return linears.twin(x, *operands, ulps=2 if INTERPRETED and x.dtype == torch.bfloat16 else 1)
 
 
 def on_device(*operands):
@@ -55,8 +55,8 @@ def on_device(*operands):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_the_layer_is_its_twin_within_rounding(shape, dtype):
-    operands = on_device(*layer(*shape, dtype, bias=shape[0] % 4 == 0))
+def test_the_linear_is_its_twin_within_rounding(shape, dtype):
+    operands = on_device(*random_linear(*shape, dtype, bias=shape[0] % 4 == 0))
     for rows in range(1 + DTYPES.index(dtype), 9, len(DTYPES)):
         x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
         expected, bound = twin(x, *operands)
@@ -68,7 +68,7 @@ def test_the_layer_is_its_twin_within_rounding(shape, dtype):
 
 @pytest.mark.parametrize("number", range(len(kernels._CORE_CONFIGS)))
 def test_every_configuration_covers_more_than_one_tile_and_step(number, monkeypatch):
-    operands = on_device(*layer(40, 1152, 20, 96, "2:4", torch.float32))
+    operands = on_device(*random_linear(40, 1152, 20, 96, "2:4", torch.float32))
     x = torch.randn(3, 1152, device=DEVICE)
     expected, bound = twin(x, *operands)
     one_config(monkeypatch, number)
@@ -77,7 +77,7 @@ def test_every_configuration_covers_more_than_one_tile_and_step(number, monkeypa
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a card the other tests tune")
 def test_tuning_leaves_no_trace_in_the_result(monkeypatch):
-    operands = on_device(*layer(12, 20, 6, 10, "2:4", torch.float32))
+    operands = on_device(*random_linear(12, 20, 6, 10, "2:4", torch.float32))
     calls = []
 
     def run_twice(call, quantiles, kernel):
@@ -98,14 +98,14 @@ def test_tuning_leaves_no_trace_in_the_result(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_unpack_is_exact(shape, dtype):
-    values, bits, *_ = on_device(*layer(*shape, dtype))
+    values, bits, *_ = on_device(*random_linear(*shape, dtype))
     assert torch.equal(cuda.unpack(values, bits, shape[1]), unpack(values, bits, shape[1])[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]], ids=lambda s: "x".join(map(str, s)))
 def test_more_rows_go_through_torch(shape, dtype):
-    operands = on_device(*layer(*shape, dtype))
+    operands = on_device(*random_linear(*shape, dtype))
     for lead in [(9,), (3, 11)]:
         x = torch.randn(*lead, shape[1], device=DEVICE).to(dtype)
         expected, bound = twin(x, *operands)
@@ -116,7 +116,7 @@ def test_more_rows_go_through_torch(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_a_number_stays_in_its_row(dtype, monkeypatch):
     one_config(monkeypatch, 0)
-    operands = on_device(*layer(36, 20, 4, 4, "2:4", dtype))
+    operands = on_device(*random_linear(36, 20, 4, 4, "2:4", dtype))
     x = torch.zeros(3, 20, dtype=dtype, device=DEVICE)
     x[1] = torch.nan
     y = cuda._run(x, *operands)
@@ -126,7 +126,7 @@ def test_not_a_number_stays_in_its_row(dtype, monkeypatch):
 def test_what_is_not_kept_is_not_multiplied(monkeypatch):
     """An infinite channel reaches the outputs that keep a weight for it, and no other turns into 0 · inf."""
     one_config(monkeypatch, 0)
-    values, bits, *_, group = on_device(*layer(40, 36, None, None, "2:4", torch.float32))
+    values, bits, *_, group = on_device(*random_linear(40, 36, None, None, "2:4", torch.float32))
     x = torch.randn(1, 36, device=DEVICE)
     x[0, 34] = torch.inf  # in the last byte of the mask, which is half full
     y = cuda._run(x, values, bits, None, None, None, group)
@@ -136,7 +136,7 @@ def test_what_is_not_kept_is_not_multiplied(monkeypatch):
 @pytest.mark.parametrize("shape", [(60,), (2, 3, 60), (60, 5), (0, 60)], ids=str)
 def test_any_leading_dimensions_and_strides(shape, monkeypatch):
     one_config(monkeypatch, 1)
-    operands = on_device(*layer(40, 60, 20, 12, "2:4", torch.float32))
+    operands = on_device(*random_linear(40, 60, 20, 12, "2:4", torch.float32))
     x = torch.randn(shape, device=DEVICE)
     x = x.T if shape[-1] == 5 else x
     y, (expected, bound) = cuda._run(x, *operands), twin(x, *operands)
@@ -145,7 +145,7 @@ def test_any_leading_dimensions_and_strides(shape, monkeypatch):
 
 @pytest.mark.parametrize(("name", "index"), [("mask", 1), ("left", 2), ("right", 3), ("bias", 4)])
 def test_shapes_that_do_not_fit_are_refused(name, index):
-    operands = on_device(*layer(64, 128, 32, 64, "2:4", torch.bfloat16))
+    operands = on_device(*random_linear(64, 128, 32, 64, "2:4", torch.bfloat16))
     operands[index] = operands[index][:-1]
     with pytest.raises(ValueError, match=name):
         cuda._run(torch.randn(3, 128, device=DEVICE).bfloat16(), *operands)
@@ -153,7 +153,7 @@ def test_shapes_that_do_not_fit_are_refused(name, index):
 
 def test_blocks_of_one_channel(monkeypatch):
     one_config(monkeypatch, 0)
-    operands = on_device(*layer(6, 8, 1, 1, "2:4", torch.float32))
+    operands = on_device(*random_linear(6, 8, 1, 1, "2:4", torch.float32))
     x = torch.randn(1, 8, device=DEVICE)
     expected = blockdiag.multiply(operands[3], x) @ unpack(operands[0], operands[1], 8)[0].T
     expected = blockdiag.multiply(operands[2], expected) + operands[4]

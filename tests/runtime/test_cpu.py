@@ -13,7 +13,7 @@ from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cpu
 from tests.killed import REPOSITORY
-from tests.layers import layer, twin
+from tests.linears import random_linear, twin
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -37,8 +37,8 @@ ROWS = [*range(1, 18), 33, 70]
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
-    operands = layer(*shape, dtype, bias=shape[0] % 4 == 0)
+def test_the_linear_is_its_twin_within_rounding(shape, dtype, level):
+    operands = random_linear(*shape, dtype, bias=shape[0] % 4 == 0)
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).to(dtype)
         y = cpu.multiply(x, *operands, level)
@@ -49,15 +49,15 @@ def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
 @pytest.mark.skipif(not cpu.is_one_call(torch.ones(1, 8), 2), reason="the CPU kernel was not built, or is older")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
+def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
     """With B shared, of its own, absent and of an odd size; apart, and side by side; on one thread and more."""
-    shared = layer(64, 300, 16, 60, "2:4", dtype)
-    second = layer(36, 300, None, 60, "2:4", dtype, bias=False)
+    shared = random_linear(64, 300, 16, 60, "2:4", dtype)
+    second = random_linear(36, 300, None, 60, "2:4", dtype, bias=False)
     groups = [
-        [shared, (*second[:3], shared[3], *second[4:]), layer(44, 300, 4, 20, "2:4", dtype)],
-        [layer(33, 300, 11, None, "2:4", dtype), shared, layer(20, 300, 4, None, "50%", dtype)],
-        [layer(40, 300, None, None, "2:4", dtype), layer(12, 300, 12, None, "2:4", dtype)],
-        [layer(30, 300, 5, 25, "50%", dtype), layer(30, 300, 5, 60, "2:4", dtype)],
+        [shared, (*second[:3], shared[3], *second[4:]), random_linear(44, 300, 4, 20, "2:4", dtype)],
+        [random_linear(33, 300, 11, None, "2:4", dtype), shared, random_linear(20, 300, 4, None, "50%", dtype)],
+        [random_linear(40, 300, None, None, "2:4", dtype), random_linear(12, 300, 12, None, "2:4", dtype)],
+        [random_linear(30, 300, 5, 25, "50%", dtype), random_linear(30, 300, 5, 60, "2:4", dtype)],
     ]
     threads = torch.get_num_threads()
     try:
@@ -77,13 +77,13 @@ def test_layers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
 @pytest.mark.skipif(not cpu.is_grouped(torch.ones(1, 8), [1]), reason="the CPU kernel was not built, or is older")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_groups_of_rows_with_layers_of_their_own_give_the_bits_of_separate_calls(dtype, level):
+def test_groups_of_rows_with_linears_of_their_own_give_the_bits_of_separate_calls(dtype, level):
     """With B shared in a group, of its own and absent; fewer products than threads, and more."""
-    one, two = layer(64, 300, 16, 60, "2:4", dtype), layer(40, 300, 8, 60, "2:4", dtype)
+    one, two = random_linear(64, 300, 16, 60, "2:4", dtype), random_linear(40, 300, 8, 60, "2:4", dtype)
     groups = [
         [one, (*two[:3], one[3], *two[4:])],
-        [layer(64, 300, None, None, "2:4", dtype), layer(40, 300, 10, 25, "50%", dtype, bias=False)],
-        [layer(64, 300, 32, 20, "2:4", dtype), two],
+        [random_linear(64, 300, None, None, "2:4", dtype), random_linear(40, 300, 10, 25, "50%", dtype, bias=False)],
+        [random_linear(64, 300, 32, 20, "2:4", dtype), two],
     ]
     for counts in ([1, 1, 1], [9, 1, 300], [0, 2, 17], [3]):
         x, own = torch.randn(sum(counts), 300).to(dtype), groups[: len(counts)]
@@ -98,8 +98,11 @@ def test_groups_of_rows_with_layers_of_their_own_give_the_bits_of_separate_calls
 
 
 @needs_library
-def test_outputs_side_by_side_are_those_of_each_layer_and_an_operator_to_compilers():
-    group = [layer(64, 300, 16, 60, "2:4", torch.bfloat16), layer(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False)]
+def test_outputs_side_by_side_are_those_of_each_linear_and_an_operator_to_compilers():
+    group = [
+        random_linear(64, 300, 16, 60, "2:4", torch.bfloat16),
+        random_linear(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False),
+    ]
     x = torch.randn(2, 3, 300).bfloat16()
     expected = torch.cat([cpu.linear(x, *own[:5], group=own[5]) for own in group], dim=-1)
     assert torch.equal(cpu.side_by_side(x, group), expected)
@@ -112,7 +115,7 @@ def test_outputs_side_by_side_are_those_of_each_layer_and_an_operator_to_compile
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_are_multiplied_at_once(dtype, level):
-    operands = layer(36, 20, 12, 4, "2:4", dtype)
+    operands = random_linear(36, 20, 12, 4, "2:4", dtype)
     x = torch.randn(600, 20).to(dtype)
     expected, bound = twin(x, *operands)
     assert ((cpu.multiply(x, *operands, level).double() - expected).abs() <= bound).all()
@@ -123,7 +126,7 @@ def test_more_rows_than_are_multiplied_at_once(dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_unpack_is_exact(shape, dtype, level):
-    values, bits, *_ = layer(*shape, dtype)
+    values, bits, *_ = random_linear(*shape, dtype)
     assert torch.equal(cpu.unpack(values, bits, shape[1], level), unpack(values, bits, shape[1])[0])
 
 
@@ -144,7 +147,7 @@ def with_threads(multiply):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 31, 32, 300])
 def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
-    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+    operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)
     first, *others = with_threads(lambda: cpu.multiply(x, *operands, level))
     assert all(torch.equal(first, y) for y in others)
@@ -153,8 +156,8 @@ def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 31, 32, 300])
-def test_the_layer_keeps_its_bits_where_it_runs_in_c_and_is_near_its_twin_everywhere(rows, dtype):
-    operands = layer(512, 1024, 64, 128, "2:4", dtype)
+def test_the_linear_keeps_its_bits_where_it_runs_in_c_and_is_near_its_twin_everywhere(rows, dtype):
+    operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)
     expected, bound = twin(x, *operands)
     first, *others = results = with_threads(lambda: cpu.linear(x, *operands[:-1], group=operands[-1]))
@@ -177,7 +180,7 @@ def test_only_many_rows_of_bf16_on_intels_processors_leave_the_c_loops():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rows", [1, 12, 20])
 def test_nan_and_infinity_pass_through_and_stay_in_their_row(dtype, value, rows):
-    operands = layer(36, 20, 4, 4, "2:4", dtype)
+    operands = random_linear(36, 20, 4, 4, "2:4", dtype)
     x = torch.zeros(rows, 20, dtype=dtype)
     x[-1] = value
     y = cpu.linear(x, *operands[:-1], group=4)
@@ -186,7 +189,7 @@ def test_nan_and_infinity_pass_through_and_stay_in_their_row(dtype, value, rows)
 
 @needs_library
 def test_what_torch_multiplies_is_the_twin():
-    operands = layer(100, 60, 20, 12, "2:4", torch.bfloat16)
+    operands = random_linear(100, 60, 20, 12, "2:4", torch.bfloat16)
     x = torch.randn(2, 33, 60).bfloat16()
     expected, bound = twin(x, *operands)
     for y in with_threads(lambda: cpu._through_torch(x, *operands[:-1])):
@@ -196,14 +199,14 @@ def test_what_torch_multiplies_is_the_twin():
 @needs_library
 @pytest.mark.parametrize("x", [torch.randn(60), torch.randn(2, 3, 60), torch.randn(60, 5).T, torch.randn(0, 60)])
 def test_any_leading_dimensions_and_strides(x):
-    operands = layer(100, 60, 20, 12, "2:4", torch.float32)
+    operands = random_linear(100, 60, 20, 12, "2:4", torch.float32)
     y = cpu.linear(x, *operands[:-1], group=4)
     torch.testing.assert_close(y, twin(x, *operands)[0].float())
 
 
 @needs_library
 def test_the_operator_compiles_whole_and_under_inference_mode():
-    *operands, group = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    *operands, group = random_linear(64, 128, 32, 64, "2:4", torch.bfloat16)
     x = torch.randn(3, 128).bfloat16()
     torch.library.opcheck(torch.ops.armor.cpu_linear, (x, *operands, group))
 
@@ -218,7 +221,7 @@ def test_the_operator_compiles_whole_and_under_inference_mode():
 
 @needs_library
 def test_supports_says_when_torch_must_run():
-    *operands, _ = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    *operands, _ = random_linear(64, 128, 32, 64, "2:4", torch.bfloat16)
     x = torch.randn(3, 128).bfloat16()
     assert cpu.supports(x, *operands)
     assert not cpu.supports(x.float(), *operands)
@@ -234,7 +237,7 @@ def test_supports_says_when_torch_must_run():
 @needs_library
 @pytest.mark.parametrize("blocks", [(32, 64), (None, 16), (8, None)], ids=str)
 def test_gradients_reach_the_input_and_the_bias(blocks):
-    values, bits, left, right, bias, group = layer(64, 128, *blocks, "2:4", torch.float32)
+    values, bits, left, right, bias, group = random_linear(64, 128, *blocks, "2:4", torch.float32)
     x, bias = torch.randn(2, 3, 128, requires_grad=True), bias.requires_grad_()
     found = torch.autograd.grad(cpu.linear(x, values, bits, left, right, bias, group=group).square().sum(), (x, bias))
     y = x if right is None else blockdiag.multiply(right, x)
@@ -246,7 +249,7 @@ def test_gradients_reach_the_input_and_the_bias(blocks):
 @needs_library
 @pytest.mark.parametrize(("name", "index"), [("mask", 1), ("left", 2), ("right", 3), ("bias", 4)])
 def test_shapes_that_do_not_fit_are_refused(name, index):
-    *operands, group = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+    *operands, group = random_linear(64, 128, 32, 64, "2:4", torch.bfloat16)
     operands[index] = operands[index][:-1]
     with pytest.raises(ValueError, match=name):
         cpu.linear(torch.randn(3, 128).bfloat16(), *operands, group=group)
@@ -255,8 +258,8 @@ def test_shapes_that_do_not_fit_are_refused(name, index):
 UNBUILT = """
 import torch
 from armor.runtime import cpu
-from tests.layers import layer
-operands = layer(64, 128, 32, 64, "2:4", torch.bfloat16)
+from tests.linears import random_linear
+operands = random_linear(64, 128, 32, 64, "2:4", torch.bfloat16)
 assert not any(cpu.supports(torch.randn(3, 128).bfloat16(), *operands[:-1]) for _ in range(3))
 """
 

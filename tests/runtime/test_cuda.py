@@ -18,14 +18,14 @@ from armor.core.packing import pack
 from armor.core.pattern import Pattern, top_n_mask
 from armor.runtime import cuda
 from tests.killed import REPOSITORY as ROOT
-from tests.layers import layer
+from tests.linears import random_linear
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 FLOATS = ("x", "values", "left", "right", "bias", "matrices", "y", "z", "dense")
 
 
 @needs_triton
-def test_the_kernels_compute_the_layer_in_tritons_interpreter():
+def test_the_kernels_compute_the_linear_in_tritons_interpreter():
     """tests/gpu/test_kernels.py in a process of its own: Triton reads the variable when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "tests/gpu/test_kernels.py"]
@@ -99,7 +99,7 @@ def on_pretended_card(*operands):
 @needs_triton
 def test_supports_says_when_torch_must_run(pretend):
     pretend((9, 0))
-    on_cpu = torch.empty(3, 128, dtype=torch.bfloat16), *layer(64, 128, 32, 64, "2:4", torch.bfloat16)[:-1]
+    on_cpu = torch.empty(3, 128, dtype=torch.bfloat16), *random_linear(64, 128, 32, 64, "2:4", torch.bfloat16)[:-1]
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, *operands = on_pretended_card(*on_cpu)
         assert cuda.supports(x, *operands, group=4)
@@ -117,7 +117,7 @@ def test_supports_says_when_torch_must_run(pretend):
 
 
 def test_the_operator_knows_its_shape_without_running():
-    on_cpu = torch.empty(2, 3, 128), *layer(64, 128, 32, 64, "2:4", torch.float32)
+    on_cpu = torch.empty(2, 3, 128), *random_linear(64, 128, 32, 64, "2:4", torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, *operands, group = on_pretended_card(*on_cpu)
         y = torch.ops.armor.cuda_linear(x, *operands, group)
@@ -156,7 +156,7 @@ def test_missing_triton_is_said_once(tmp_path):
 
 def test_where_sparse_tensor_cores_cannot_be_used_is_said_once(pretend, caplog):
     pretend((8, 0))  # CUTLASS takes the packed values as they are
-    odd, good = (layer(rows, 128, None, None, "2:4", torch.bfloat16) for rows in (36, 64))
+    odd, good = (random_linear(rows, 128, None, None, "2:4", torch.bfloat16) for rows in (36, 64))
     with caplog.at_level(logging.WARNING, logger="armor"):
         for x in (torch.empty(n, 128, dtype=torch.bfloat16) for n in (9, 20)):
             assert cuda._semi_structured(x, *odd[:2], group=4) is None

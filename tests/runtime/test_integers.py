@@ -9,7 +9,7 @@ from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import Quantization
 from armor.runtime import cpu, integers
 from armor.runtime.linear import ArmorLinear
-from tests.layers import product_within
+from tests.linears import product_within
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -48,22 +48,22 @@ def stored(out, columns, left, right, pattern, core, blocks, group, dtype):
     return found, torch.randn(out, generator=generator).to(dtype)
 
 
-def multiplied(layer, x, level):
-    values, bits, left, right, bias, *scales = layer._integers()
-    columns = layer.layout.quantization.group
-    return cpu.multiply(x, values, bits, left, right, bias, layer.group, level, scales, columns)
+def multiplied(linear, x, level):
+    values, bits, left, right, bias, *scales = linear._integers()
+    columns = linear.layout.quantization.group
+    return cpu.multiply(x, values, bits, left, right, bias, linear.group, level, scales, columns)
 
 
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
+def test_the_linear_is_its_twin_within_rounding(shape, dtype, level):
     factors, bias = stored(*shape, dtype)
-    layer = ArmorLinear.of(factors, bias)
+    linear = ArmorLinear.of(factors, bias)
     for rows in (1, 2, 3, 7, 8, 9, 16, 17, 33):
         x = torch.randn(rows, shape[1]).to(dtype)
-        y = multiplied(layer, x, level)
+        y = multiplied(linear, x, level)
         exact = factors.in_floats()
         expected, bound = product_within(x, exact.core, exact.left, exact.right, bias)
         assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
@@ -71,17 +71,17 @@ def test_the_layer_is_its_twin_within_rounding(shape, dtype, level):
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_layer_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
+def test_the_linear_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
     factors, bias = stored(*SHAPES[0], dtype)
-    layer = ArmorLinear.of(factors, bias)
-    assert layer.runs_packed
+    linear = ArmorLinear.of(factors, bias)
+    assert linear.runs_packed
     x = torch.randn(3, 256).to(dtype).requires_grad_()
-    y = layer(x)
+    y = linear(x)
     y.sum().backward()
     expected = factors.reconstruct().sum(0).expand(3, -1)
     torch.testing.assert_close(x.grad.float(), expected, rtol=0.02, atol=0.02)
     with torch.no_grad():
-        assert torch.equal(layer(x), y)
+        assert torch.equal(linear(x), y)
     unpacked = ArmorLinear.of(factors, bias).unpack()
     torch.testing.assert_close(unpacked(x).float(), y.float(), rtol=0.05, atol=0.05)
 
@@ -89,16 +89,16 @@ def test_the_layer_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
 @needs_library
 def test_the_operator_is_one_to_torch():
     factors, bias = stored(*SHAPES[2], torch.float32)
-    layer = ArmorLinear.of(factors, bias)
-    tensors = [None if t is None else t.detach() for t in layer._integers()]
-    operands = (torch.randn(2, 100), *tensors, 2, 4, layer.layout.quantization.group)
+    linear = ArmorLinear.of(factors, bias)
+    tensors = [None if t is None else t.detach() for t in linear._integers()]
+    operands = (torch.randn(2, 100), *tensors, 2, 4, linear.layout.quantization.group)
     torch.library.opcheck(torch.ops.armor.cpu_integers_linear, operands)
 
 
 @pytest.mark.parametrize("group", [4, 48, 528])
 def test_groups_that_the_kernel_does_not_cut_go_through_torch(group):
     factors, bias = stored(16, 1056, None, None, "2:4", "int8", None, group, torch.float32)
-    layer = ArmorLinear.of(factors, bias)
+    linear = ArmorLinear.of(factors, bias)
     x = torch.randn(2, 1056)
-    assert not integers.supports(layer.layout, x, *layer._integers())
-    torch.testing.assert_close(layer(x), x @ factors.reconstruct().T + bias, rtol=1e-4, atol=1e-4)
+    assert not integers.supports(linear.layout, x, *linear._integers())
+    torch.testing.assert_close(linear(x), x @ factors.reconstruct().T + bias, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Packed layers of any shape, and their product in float64 with the error that a kernel may make."""
+"""Packed linears of any shape, and their product in float64 with the error that a kernel may make."""
 
 import torch
 
@@ -7,7 +7,7 @@ from armor.core.packing import pack, unpack
 from armor.core.pattern import Pattern, top_n_mask
 
 
-def layer(out, columns, left, right, pattern, dtype, bias=True):
+def random_linear(out, columns, left, right, pattern, dtype, bias=True):
     """The operands of `linear` beside x: values, bits, left, right, bias, group."""
     generator = torch.Generator().manual_seed(out * columns)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
