@@ -65,6 +65,15 @@ MIXTURES: dict[str, dict] = {
         "sliding_window": 16,
         "layer_types": lambda layers: ["sliding_attention", "full_attention"] * (layers // 2 + 1),
     },
+    "llama4_text": {  # stored fused and transposed; each expert is called with all tokens
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 128,
+        "head_dim": 16,
+        "attention_chunk_size": 64,
+        "pad_token_id": 0,
+    },
 }
 
 

@@ -32,6 +32,8 @@ __all__ = ["Expert", "Experts", "alike", "fused_experts", "parts_of", "routers",
 
 TOGETHER = 1024  # rows at most, of all experts, that go through them in one call: more would take memory for nothing
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+SORTED = {"Llama4TextExperts": (True, False, True, True, False)}
+"""Fused modules that are called as `Sorted` is, with the flags that they lack."""
 
 
 class Expert(nn.Module):
@@ -105,11 +107,18 @@ class Experts(nn.Module):
             return output
         counts = index.flatten().bincount(minlength=self.count)[: self.count].tolist()
         routed = [(self._expert(number), count) for number, count in enumerate(counts) if count]
-        counts = [count for _, count in routed]
         order = index.flatten().argsort(stable=True)[: sum(counts)]  # those of no expert are the last
-        tokens, given = order // index.shape[-1], weights.flatten()[order, None]
+        return self._add(output, x, order // index.shape[-1], weights.flatten()[order, None], routed)
+
+    def _add(
+        self, output: Tensor, x: Tensor, tokens: Tensor, given: Tensor, routed: Sequence[tuple[Expert, int]]
+    ) -> Tensor:
+        """Add to rows of `output` what experts make of the same rows of x, times what is `given` (rows, 1).
+
+        `tokens` (rows,) are the rows of each expert one after the other, `routed` has their number.
+        """
         if 0 < len(tokens) <= TOGETHER:
-            y = self._together([expert for expert, _ in routed], counts, x[tokens])
+            y = self._together([expert for expert, _ in routed], [count for _, count in routed], x[tokens])
             if y is not None:
                 return output.index_add_(0, tokens, (y * given).to(output.dtype))
         start = 0
@@ -133,6 +142,35 @@ class Experts(nn.Module):
         return y[0] if y else None
 
 
+class Sorted(Experts):
+    """Experts that are called as Llama 4's: with a copy of all tokens for each, times what the router gives them.
+
+    Rows of tokens that an expert is not given are zeros, and so is what it makes of them.
+    """
+
+    def between(self, *parts: Tensor) -> Tensor:
+        gate, up = parts
+        activation: Any = self.fused.act_fn
+        return up * activation(gate)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """As of other experts, but that a token's weight is in it, so that the weights are ones."""
+        x = (*args, *kwargs.values())[0]
+        x = x.view(self.count, -1, x.shape[-1])  # (expert, token, in)
+        index = x.any(-1).int().argmax(0)[:, None]
+        return x.sum(0), index, torch.ones_like(index, dtype=x.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # (experts * tokens, in) -> (experts * tokens, in)
+        x = (*args, *kwargs.values())[0]
+        if x.is_meta:
+            self._expert(0)(x.clone(), None, self.between)
+            return torch.zeros_like(x)
+        given = x.view(self.count, -1, x.shape[-1]).any(-1)  # (expert, token)
+        routed = [(self._expert(number), count) for number, count in enumerate(given.sum(1).tolist()) if count]
+        rows = given.flatten().nonzero()[:, 0]
+        return self._add(torch.zeros_like(x), x, rows, x.new_ones(len(rows), 1), routed)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Whether something looks on when `module` is called, or stands in for its forward, as accelerate's offloading."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
@@ -150,6 +188,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for name, module in model.named_modules():
+        for flag, value in zip(FLAGS, SORTED.get(type(module).__name__, ()), strict=False):
+            setattr(module, flag, value)
         flags = [getattr(module, flag, None) for flag in FLAGS]
         if None in flags or flags[-1]:
             continue
@@ -289,4 +329,5 @@ def _unfused(fused: nn.Module, leaves: Sequence[str], is_stored_fused: bool) -> 
         return made
 
     experts = [Expert({leaf: linear(f"{expert}.{leaf}") for leaf in leaves}) for expert in range(count)]
-    return Experts(fused, experts, is_stored_fused)
+    kind = Sorted if type(fused).__name__ in SORTED else Experts
+    return kind(fused, experts, is_stored_fused)
