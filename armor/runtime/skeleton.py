@@ -231,10 +231,11 @@ def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values:
 
     Without `values`, zeros that take no memory: enough to see what layers are called with.
     """
-    tied = (getattr(skeleton.model, "all_tied_weights_keys", None) or {}) if head else {}
+    tied = getattr(skeleton.model, "all_tied_weights_keys", None) or {}
     for full, owner, name, tensor in skeleton.outside(head):
-        if full in tied:
+        if head and full in tied:
             continue
+        full = full if full in shards else tied.get(full, full)
         if full in shards:
             if values:
                 _place(owner, name, shards.read(full, _target(tensor)), full, shards)
@@ -336,12 +337,12 @@ class _StandIn(nn.Module):
 
 
 class _Recorder(_StandIn):
-    """Notes what it is called with, and returns `output`, or the hidden states, as the layer would.
+    """Notes what it is called with, and returns what was `made`, or the hidden states, as the layer would.
 
     Where that is a tuple, what stands behind them has no numbers.
     """
 
-    output: Tensor | None = None
+    made: Tensor | None = None
     seen: tuple[Any, Call] | None = None
     times = 0
 
@@ -357,7 +358,7 @@ class _Recorder(_StandIn):
         if self._learn and type(layer) not in self._beside and isinstance(hidden, Tensor):
             self._beside[type(layer)] = _behind(layer, hidden, call)
         behind = self._beside.get(type(layer))
-        hidden = hidden if self.output is None else self.output
+        hidden = hidden if self.made is None else self.made
         return hidden if behind is None else (hidden, *behind)
 
 
@@ -471,5 +472,5 @@ def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
     if `hidden` wants one.
     """
     with _recorders(skeleton) as recorders:
-        recorders[-1].output = hidden
+        recorders[-1].made = hidden
         return skeleton.model(input_ids=tokens, use_cache=False).logits
