@@ -75,9 +75,9 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states that a decoder layer, so called, makes of `hidden`: what it returns, or the first of it."""
+        """The hidden states that a decoder layer, so called, makes of `hidden`: its output or the first of it."""
         output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def map(self, function) -> Call:
         """The call with `function` applied to each of its tensors."""
@@ -368,7 +368,7 @@ def _behind(layer: nn.Module, hidden: Tensor, call: Call) -> tuple[Any, ...] | N
     call = call.map(lambda tensor: tensor.to("meta"))
     empty = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
     output = functional_call(layer, empty, (hidden.to("meta"), *call.args), call.kwargs)
-    return tuple(output[1:]) if isinstance(output, tuple) else None
+    return tuple(output[1:]) if isinstance(output, tuple | list) else None
 
 
 class _Reader(_StandIn):
