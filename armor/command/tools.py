@@ -116,7 +116,8 @@ def status(
     reruns = Reruns(found.results, config)
     if again := sum(bool(reruns.reasons(job)) for job, state in found.states.items() if state == "done"):
         said = f" --config {configuration}" if configuration else ""
-        print(f"{again} of those that are done would run again: armor explain {found.results}/report/index.html{said}")
+        page = layout.Results(str(found.results)).report()[0]
+        print(f"{again} of those that are done would run again: armor explain {page}{said}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -168,7 +169,7 @@ def summary(report: Annotated[Path, typer.Argument(help="The report's folder, or
     places = (report, report / layout.REPORT, report / layout.RESULTS / layout.REPORT)
     report = next((place for place in places if (place / layout.SUMMARY).is_file()), places[-1])
     print(print_table(ReportRecord.read(report / layout.SUMMARY).rows))
-    print(f"The report: {report / 'index.html'}")
+    print(f"The report: {report / layout.PAGE}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ from armor.format.shards import INDEX, SINGLE, Shards
 
 __all__ = [
     "CHECKPOINT_VERSION",
-    "LATER_VERSION",
+    "EXTENDED_VERSION",
     "QUANT_METHOD",
     "REMEDY",
     "PackedLinear",
@@ -45,7 +45,7 @@ __all__ = [
 
 QUANT_METHOD = "armor"
 CHECKPOINT_VERSION = 1
-LATER_VERSION = 2
+EXTENDED_VERSION = 2
 """The version of a checkpoint with linears that are quantized, share B, or have a pair of low rank."""
 OPTIONAL = ("right_of", "rank")
 """Keys of a group in version 2 that are there only where they say something."""
@@ -125,8 +125,8 @@ def quantization_config(modules: Mapping[str, PackedLinear]) -> dict:
     for name, layout in modules.items():
         groups.setdefault(layout, []).append(name)
     described = [asdict(key) | {"pattern": str(key.pattern), "modules": names} for key, names in groups.items()]
-    later = any(layout.quantization or layout.right_of or layout.rank for layout in groups)
-    version = LATER_VERSION if later else CHECKPOINT_VERSION
+    extended = any(layout.quantization or layout.right_of or layout.rank for layout in groups)
+    version = EXTENDED_VERSION if extended else CHECKPOINT_VERSION
     for group in described:
         if version == CHECKPOINT_VERSION:
             del group["quantization"]
@@ -144,9 +144,9 @@ def modules_of(config: object, where: str = "config.json: quantization_config") 
             f"{where}: found {found!r}, expected quant_method {QUANT_METHOD!r}; is this a packed checkpoint?"
         )
     version = config.get("format_version")
-    if type(version) is not int or version not in (CHECKPOINT_VERSION, LATER_VERSION):  # True == 1
+    if type(version) is not int or version not in (CHECKPOINT_VERSION, EXTENDED_VERSION):  # True == 1
         raise ArmorError(
-            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION} or {LATER_VERSION}; use the armor "
+            f"{where}: format_version {version!r}, expected {CHECKPOINT_VERSION} or {EXTENDED_VERSION}; use the armor "
             "that wrote it"
         )
     check_keys(config, ("quant_method", "format_version", "groups"), where)
@@ -191,8 +191,9 @@ def check_keys(found: object, expected: Iterable[str], where: str) -> None:
 
 
 def _layout(group: object, where: str, version: int) -> PackedLinear:
-    keys = [key for key in PackedLinear.__dataclass_fields__ if version > 1 or key != "quantization"]
-    given = group if isinstance(group, Mapping) and version > 1 else {}
+    extended = version == EXTENDED_VERSION
+    keys = [key for key in PackedLinear.__dataclass_fields__ if extended or key != "quantization"]
+    given = group if isinstance(group, Mapping) and extended else {}
     keys = [key for key in keys if key not in OPTIONAL or key in given]
     check_keys(group, [*keys, "modules"], where)
     values = {key: group[key] for key in keys}  # pyright: ignore[reportIndexIssue]  it is a mapping: just checked

@@ -34,7 +34,10 @@ from armor.format.names import MODEL, layer_name, logits_beside
 __all__ = [
     "CALIBRATION",
     "CHECKPOINT",
+    "COMPARISON",
     "FACTORS",
+    "FIGURES",
+    "PAGE",
     "REPORT",
     "RESERVED",
     "RESULTS",
@@ -47,6 +50,9 @@ __all__ = [
 RESULTS = "results"
 """The results folder, as it lies in the folder of a run."""
 REPORT = "report"
+PAGE = "index.html"
+FIGURES = "figures"
+COMPARISON = "comparison.csv"
 RUN = "run.json"
 SOURCE = "source.json"
 CALIBRATION = "calibration.json"
@@ -59,7 +65,7 @@ RESERVED = {
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
 FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned", "quantize": "quantized"}
 """The stages that make factors, and the folder of a recipe in which each leaves them."""
-REPORT_FILES = ("index.html", "summary.csv", SUMMARY, "summary.md", "summary.tex")
+REPORT_FILES = (PAGE, "summary.csv", SUMMARY, "summary.md", "summary.tex")
 
 
 @dataclass(frozen=True)

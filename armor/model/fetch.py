@@ -37,7 +37,7 @@ def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
     Raises ArmorError if the model is not there, incomplete, quantized or corrupt.
     """
     output = Path(output)
-    made = output.parent / "source"
+    made = output.with_suffix("")
     if settings.hub is not None or settings.folder is not None:
         folder = download(settings.hub, settings.revision) if settings.hub else Path(settings.folder or "")
         shards = check_folder(folder)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from armor.config.report import ReportSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path
-from armor.format.layout import REPORT, RESULTS, SUMMARY, Results
+from armor.format.layout import COMPARISON, PAGE, REPORT, RESULTS, SUMMARY, Results
 from armor.format.provenance import ranges
 from armor.format.records.evaluation import EvaluationRecord
 from armor.format.records.report import ReportRecord
@@ -316,7 +316,7 @@ def compare(a: Path, b: Path, output: Path) -> str:
         if settings:
             lines = [", ".join(f"{value} in {side}" for side, value in of.items()) for of in settings.values()]
             text += ["What differs", *(f"{name}: {line}" for name, line in zip(settings, lines, strict=True)), ""]
-    write_page("ARMOR: two runs compared", sections, output / "index.html")
-    with atomic_path(output / "comparison.csv") as temporary:
+    write_page("ARMOR: two runs compared", sections, output / PAGE)
+    with atomic_path(output / COMPARISON) as temporary:
         temporary.write_text(csv_text([asdict(row) for row in rows]), encoding="utf-8")
-    return "\n".join([*text, *notes, f"The page: {output / 'index.html'}"])
+    return "\n".join([*text, *notes, f"The page: {output / PAGE}"])

@@ -20,7 +20,7 @@ from armor.config.report import ReportSettings
 from armor.execution.files import atomic_path
 from armor.execution.log import log
 from armor.execution.machine import current_machine
-from armor.format.layout import SUMMARY
+from armor.format.layout import FIGURES, PAGE, SUMMARY
 from armor.format.provenance import made_by
 from armor.format.records.report import ReportRecord, Row
 from armor.report.charts import Figure, alone
@@ -192,17 +192,17 @@ def build(results: Path, settings: ReportSettings, output: Path) -> ReportRecord
     models = read_results(results, settings)
     rows = summary_rows(models)
     sections = [_section(model, rows, f"m{index}") for index, model in enumerate(models)]
-    for old in (output / "figures").glob("*.svg"):
+    for old in (output / FIGURES).glob("*.svg"):
         old.unlink()
     for figure in (figure for section in sections for figure in section.drawings()):
-        _write(output / "figures" / f"{figure.name}.svg", alone(figure.svg))
+        _write(output / FIGURES / f"{figure.name}.svg", alone(figure.svg))
     summary = output / SUMMARY
     _write(summary.with_suffix(".csv"), csv_text([row.flat() for row in rows]))
     _write(summary.with_suffix(".md"), markdown_text(rows, models))
     _write(summary.with_suffix(".tex"), latex_text(rows, models))
-    write_page(settings.title, sections, output / "index.html", _reproduce(models, settings.config))
+    write_page(settings.title, sections, output / PAGE, _reproduce(models, settings.config))
     made = made_by("armor.report", settings, fingerprints(results, settings))
     record = ReportRecord(rows=rows, made_by=made, machine=current_machine())
     record.write(summary)
-    log.info("%s: %d rows", output / "index.html", len(rows))
+    log.info("%s: %d rows", output / PAGE, len(rows))
     return record

@@ -17,7 +17,7 @@ from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import write_json
 from armor.format import records
-from armor.format.checkpoint import CHECKPOINT_VERSION, LATER_VERSION, PackedLinear, modules_of, quantization_config
+from armor.format.checkpoint import CHECKPOINT_VERSION, EXTENDED_VERSION, PackedLinear, modules_of, quantization_config
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
 from armor.format.factors import (
     FACTORS_VERSION,
@@ -213,7 +213,7 @@ def test_the_config_of_a_checkpoint(tmp_path):
 def test_the_config_of_a_checkpoint_of_integers(tmp_path):
     modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2, None, Quantization("int8", None, 4))}
     write_json(tmp_path / "config.json", quantization_config(modules))
-    assert LATER_VERSION == 2 and (tmp_path / "config.json").read_bytes() == (
+    assert EXTENDED_VERSION == 2 and (tmp_path / "config.json").read_bytes() == (
         b'{\n "format_version": 2,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
         b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": {\n'
         b'    "blocks": null,\n    "core": "int8",\n    "group": 4\n   },\n   "right_block_size": null\n  }\n ],\n'
