@@ -29,7 +29,7 @@ from armor.factorize.quantize import asked_for, quantize_weights, sharing_right
 from armor.factorize.sharing import groups_of, parts_of
 from armor.format.records.topology import Linear
 from armor.format.statistics import Accumulator, Statistics
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.runtime.conv1d import turned
@@ -92,7 +92,7 @@ def _compress(
         asked, note = possible(own, module.out_features, module.in_features)
         if note:
             log.warning("%s: %s", name, note)
-        if asked.method != "dense":
+        if asked.method != UNCHANGED:
             linears[name], settings[name] = module, asked
     check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:

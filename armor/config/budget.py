@@ -6,6 +6,7 @@ from pydantic import Field
 
 from armor.config.layers import Choice, LayerSettings
 from armor.core.typed import Typed
+from armor.methods import DEFAULT, METHODS, UNCHANGED
 
 __all__ = ["BudgetSettings", "PriceSettings"]
 
@@ -19,7 +20,10 @@ class BudgetSettings(Typed):
     bits: float = Field(gt=0)
     """The stored bits per weight of all linears together, in the mean and at most: the report's bits/weight."""
     over: list[Choice] = Field(
-        default=[*(Choice(block_size=d) for d in (16, 32, 64, 128)), Choice(method="nowag"), Choice(method="dense")],
+        default=[
+            *(Choice(block_size=d) for d in (16, 32, 64, 128)),
+            *(Choice(method=name) for name in (METHODS[DEFAULT].instead, UNCHANGED)),
+        ],
         min_length=1,
     )
     """What each linear may become. Unset: blocks of 16, 32, 64 and 128, nowag, dense."""

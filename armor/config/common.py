@@ -6,27 +6,11 @@ import difflib
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, Field
 
-from armor.core.pattern import Pattern
-
-__all__ = ["Dtype", "LocalPath", "Name", "PatternText", "as_list", "exactly_one", "nearest"]
+__all__ = ["Dtype", "LocalPath", "Name", "as_list", "exactly_one", "nearest"]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _of_base_60(value: Any) -> Any:
-    """YAML 1.1 reads 2:4 without quotes as a number of base 60, 124."""
-    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
-
-
-def _pattern(value: str) -> str:
-    pattern = Pattern.parse(value)
-    if pattern.is_dense:
-        raise ValueError(
-            f"pattern {value}: keeps every weight, and prunes nothing; take the method int8, int4 or dense"
-        )
-    return str(pattern)
 
 
 def local_path(value: str) -> str:
@@ -37,9 +21,6 @@ def local_path(value: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
-
-
-PatternText = Annotated[str, BeforeValidator(_of_base_60), AfterValidator(_pattern)]
 
 
 # A name becomes a folder under results/.

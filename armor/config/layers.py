@@ -6,12 +6,13 @@ import fnmatch
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
-from armor.config.common import PatternText, nearest
+from armor.config.common import nearest
 from armor.core.errors import ArmorError
+from armor.core.pattern import Pattern
 from armor.core.typed import Typed
-from armor.methods import METHODS
+from armor.methods import DEFAULT, METHODS, UNCHANGED
 from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
 
 __all__ = [
@@ -36,6 +37,24 @@ def _known_method(name: str) -> str:
 MethodName = Annotated[str, AfterValidator(_known_method), Field(json_schema_extra={"enum": list(METHODS)})]
 
 
+def _of_base_60(value: Any) -> Any:
+    """YAML 1.1 reads 2:4 without quotes as a number of base 60, 124."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
+def _pattern(value: str) -> str:
+    pattern = Pattern.parse(value)
+    if pattern.is_dense:
+        of_integers = ", ".join(name for name, method in METHODS.items() if method.stored is not None)
+        raise ValueError(
+            f"pattern {value}: keeps every weight, and prunes nothing; take the method {of_integers} or {UNCHANGED}"
+        )
+    return str(pattern)
+
+
+PatternText = Annotated[str, BeforeValidator(_of_base_60), AfterValidator(_pattern)]
+
+
 class SolverChange(Typed):
     """The part of SolverSettings that an override changes."""
 
@@ -58,7 +77,7 @@ _OWN: dict[str, Any] = {
 class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
     """How one linear is compressed."""
 
-    method: MethodName = "armor"
+    method: MethodName = DEFAULT
     """How a weight is compressed; dense leaves it as it is. The methods have a table of their own."""
     pattern: PatternText = "2:4"
     """n:m keeps at most n of every m consecutive weights of a row; 50% keeps that share of each row."""

@@ -9,7 +9,7 @@ from armor.config.common import Name
 from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, Sharing, methods_of
 from armor.config.quantization import QuantizeSettings
 from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 
 __all__ = ["Recipe"]
 
@@ -51,6 +51,7 @@ class Recipe(ModuleSettings):
         if any(s.selection for s in solvers) and all(s.algorithm != "published" for s in solvers):
             raise ValueError("solver.selection: goes with algorithm: published")
         named = self.methods()
+        with_blocks = [name for name, method in METHODS.items() if "block_size" in method.settings]
         for name in (name for name, method in METHODS.items() if method.own is not None and name not in named):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: goes with the method {name}, which this recipe does not name")
@@ -62,7 +63,7 @@ class Recipe(ModuleSettings):
                 raise ValueError(
                     "base: goes with refine, quantize or tune; without them this is the recipe that it names"
                 )
-        elif self.method == "dense" and self.stages():
+        elif self.method == UNCHANGED and self.stages():
             raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
         elif self.stages() and (name := self.integers()):
             raise ValueError(
@@ -70,9 +71,11 @@ class Recipe(ModuleSettings):
             )
         elif self.share_right and self.budget is not None:
             raise ValueError("share_right: goes without budget, which chooses for each linear by itself")
-        elif self.share_right and not any("block_size" in METHODS[name].settings for name in self.methods()):
-            raise ValueError(f"share_right: {self.method} makes no B; leave it out, or choose armor")
-        elif self.method == "dense" and self.budget is not None:
+        elif self.share_right and not set(with_blocks) & {*named}:
+            raise ValueError(
+                f"share_right: {self.method} makes no B; leave it out, or choose {' or '.join(with_blocks)}"
+            )
+        elif self.method == UNCHANGED and self.budget is not None:
             raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
 
@@ -86,7 +89,7 @@ class Recipe(ModuleSettings):
 
     def methods(self) -> list[str]:
         """The methods that it names, each once."""
-        dense = [Choice(method="dense") for _ in self.keep_dense]
+        dense = [Choice(method=UNCHANGED) for _ in self.keep_dense]
         return methods_of(self.method, [*self.overrides, *dense, *(self.budget.over if self.budget else [])])
 
     def integers(self) -> str | None:
@@ -97,7 +100,7 @@ class Recipe(ModuleSettings):
         """The recipe resolved for decoder layer `layer`."""
         overrides = [o for o in self.overrides if o.layers is None or layer in o.layers]
         overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
-        overrides += [Override(modules=pattern, method="dense") for pattern in self.keep_dense]
+        overrides += [Override(modules=pattern, method=UNCHANGED) for pattern in self.keep_dense]
         base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
         over = self.budget.over if self.budget else []
         return LayerSettings(**base, share_right=self.share_right, seed=seed, overrides=overrides, over=over)

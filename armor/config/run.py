@@ -19,7 +19,7 @@ from armor.config.sources import CalibrationSettings, ModelSettings
 from armor.config.training import RefineJob, TuneJob, overlap
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 
 __all__ = ["Asked", "Config", "Run"]
 
@@ -105,14 +105,14 @@ class Config(Typed):
         if recipe.base is not None:
             self._check_base(name)
             return
-        if recipe.method == "dense" and recipe.overrides:
+        if recipe.method == UNCHANGED and recipe.overrides:
             raise ValueError(
                 f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
                 "method and list the other modules in keep_dense"
             )
         if recipe.calibration is not None:
             _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
-        elif recipe.method != "dense" and len(self.calibrations) != 1:
+        elif recipe.method != UNCHANGED and len(self.calibrations) != 1:
             raise ValueError(
                 f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
                 "choose from; name one"
@@ -194,7 +194,7 @@ class Config(Typed):
 
     def is_dense(self, recipe: str) -> bool:
         """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
-        return self.factorized(recipe).method == "dense"
+        return self.factorized(recipe).method == UNCHANGED
 
     def made_by(self, recipe: str) -> list[tuple[str, str]]:
         """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""

@@ -16,21 +16,21 @@ from armor.execution.machine import device_memory_bytes
 from armor.factorize.sharing import groups_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import DecoderLayer, Linear
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 
 __all__ = ["check_memory", "groups_asked", "layouts_of", "linear_bytes", "possible"]
 
 
 def possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
     """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
-    if settings.method == "dense":
+    if settings.method == UNCHANGED:
         return settings, None
     method = METHODS[settings.method]
     pattern = method.pattern(settings)
     shape = f"{out_features} x {in_features}"
     if not pattern.fits(in_features):
         note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
-        return settings.model_copy(update={"method": "dense"}), note
+        return settings.model_copy(update={"method": UNCHANGED}), note
     if why := method.why_not((out_features, in_features), settings):
         return settings.model_copy(update={"method": method.instead}), f"pruned by {method.instead}: {why}"
     return settings, None
@@ -55,7 +55,7 @@ def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, Packed
     for group, asked in groups_asked(layer, settings, resolved):
         method = METHODS[asked.method]
         pattern, last = method.pattern(asked), group[0].name.rpartition(".")[2]
-        for linear in group if asked.method != "dense" else ():
+        for linear in group if asked.method != UNCHANGED else ():
             shape = (linear.out_features, linear.in_features)
             blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
             right_of = None if linear is group[0] else last

@@ -41,7 +41,7 @@ from armor.format.records.layer import BlockSizes, Integers, LayerRecord, Linear
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 from armor.methods.solver.objective import condition
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
@@ -169,7 +169,7 @@ def _factorized(
         note = why or note
     found: Sequence[Factorization | None] | None = [None]
     chance, place = seed_of(seed, first.name), device
-    if asked.method != "dense":
+    if asked.method != UNCHANGED:
         weights = [shards.read(f"{name}.weight") for name in names]
         where = [f"{shards.folder / linear.shard}: {linear.name}.weight" for linear in group]
         for weight, own in zip(weights, where, strict=True) if len(group) > 1 else ():
@@ -320,7 +320,7 @@ def inputs_of(
     or of another model.
     """
     methods = {name: {settings.method for settings in several} for name, several in asked.items()}
-    if set().union(*methods.values()) <= {"dense"}:
+    if set().union(*methods.values()) <= {UNCHANGED}:
         return {}
     with_gram = {name for name, used in methods.items() if any("gram" in METHODS[m].statistics for m in used)}
     found = read_statistics(file, topology.fingerprint, gram=bool(with_gram), linears=methods)

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from armor.core.factorization import Factorization
     from armor.core.quantization import Quantization
 
-__all__ = ["METHODS", "SETTINGS", "STATISTICS", "Method", "method"]
+__all__ = ["DEFAULT", "METHODS", "SETTINGS", "STATISTICS", "UNCHANGED", "Method", "method"]
+
+DEFAULT = "armor"
+"""The method of a recipe that names none."""
+UNCHANGED = "dense"
+"""The method that leaves a weight as it is."""
 
 STATISTICS = ("importance", "gram")
 """What a method may take of the calibration."""

@@ -19,7 +19,7 @@ from armor.config.training import TrainingSettings
 from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
 from armor.format.records.topology import DecoderLayer
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 from armor.plan.measured import benchmark, evaluate, predict, serving, tasks
 from armor.plan.need import (
     BESIDE_CUDA,
@@ -112,7 +112,7 @@ def _factorizing(plan: Plan, model: str, recipe: str, layer: DecoderLayer) -> Ne
         entries, itemsize = linear.out_features * linear.in_features, getattr(torch, linear.dtype).itemsize
         own = linear_bytes(linear, asked[group[0]] if len(group) == 1 else [chosen])
         peak, computing = max(peak, held + own), max(computing, own)
-        if chosen.method != "dense":
+        if chosen.method != UNCHANGED:
             held += entries * (itemsize + 1)  # the core and its mask, as they are read back
             work.append(solving(chosen, (linear.out_features, linear.in_features)))
     written = packed.layer_bytes(layer)
@@ -137,7 +137,7 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
             chosen, _ = possible(asked, *shape)
             few = min(settings.iterations, chosen.solver.iterations)
             tried = chosen.solver.model_copy(update={"iterations": max(few * 4 // 3, 1)})  # with all, and a third
-            if chosen.method != "dense":
+            if chosen.method != UNCHANGED:
                 work.append(solving(chosen.model_copy(update={"solver": tried}), shape))
     return Need(memory_of(0, peak), work=tuple(work))
 

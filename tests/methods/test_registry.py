@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from armor.config.layers import ModuleSettings
 from armor.core.errors import ArmorError
 from armor.format.statistics import Statistics
-from armor.methods import METHODS, SETTINGS, STATISTICS, method
+from armor.methods import METHODS, SETTINGS, STATISTICS, UNCHANGED, method
 from tests.killed import REPOSITORY
 
 
@@ -21,6 +23,29 @@ def test_a_method_may_take_what_a_recipe_says_of_a_linear_and_what_a_calibration
     own = {name for name, method in METHODS.items() if method.own is not None}
     assert {*SETTINGS} == {*ModuleSettings.model_fields} - {"method"} - own | {"settings", "seed"}
     assert {*STATISTICS} == {field.name for field in fields(Statistics)} - {"tokens"}
+
+
+NOT_METHODS = {
+    ("quantization.py", "int8"): "a type of numbers",
+    ("training.py", "dense"): "the hidden states of the dense model",
+    ("reference.py", "armor"): "the command",
+}
+
+
+def test_the_configuration_knows_no_method_by_name():
+    """No text of its code names one. Those below its fields may, for people."""
+    found = set()
+    for file in sorted((REPOSITORY / "armor/config").glob("*.py")):
+        for node in ast.walk(tree := ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = [
+                    n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+                ]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words = {node.value} | {*re.findall(r"[\w-]+", node.value)} - {UNCHANGED}  # also an adjective
+                found |= {(file.name, word) for word in words & METHODS.keys()}
+    assert found == NOT_METHODS.keys()
 
 
 def of_the_recipe(weight, importance, *, pattern="2:4", damping=0.01): ...
