@@ -48,13 +48,11 @@ def origins(records: Iterable[LayerRecord]) -> tuple[FactorsMadeBy, ...]:
         own = FactorsMadeBy(
             layers=(record.layer,), settings=made.settings, code=made.code, versions=record.machine.versions
         )
-        same = next(
-            (i for i, known in enumerate(found) if known.model_copy(update={"layers": own.layers}) == own), None
-        )
+        same = next((i for i, known in enumerate(found) if known.replace(layers=own.layers) == own), None)
         if same is None:
             found.append(own)
         else:
-            found[same] = own.model_copy(update={"layers": found[same].layers + own.layers})
+            found[same] = own.replace(layers=found[same].layers + own.layers)
     return tuple(found)
 
 

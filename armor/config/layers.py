@@ -108,7 +108,7 @@ class Choice(Typed):
 
     def apply(self, settings: ModuleSettings) -> ModuleSettings:
         """`settings` with what is given here put in their place."""
-        return settings.model_copy(update=self.given())
+        return settings.replace(**self.given())
 
 
 class Override(Choice):
@@ -126,8 +126,8 @@ class Override(Choice):
         settings = super().apply(settings)
         if self.solver is None:
             return settings
-        solver = settings.solver.model_copy(update=self.solver.model_dump(exclude_none=True))
-        return settings.model_copy(update={"solver": solver})
+        solver = settings.solver.replace(**self.solver.model_dump(exclude_none=True))
+        return settings.replace(solver=solver)
 
 
 def _check_groups(groups: bool | list[list[str]]) -> bool | list[list[str]]:

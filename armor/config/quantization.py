@@ -48,15 +48,14 @@ class QuantizeSettings(Typed):
     def for_layer(self, layer: int) -> QuantizeSettings:
         """The same for decoder layer `layer`: the overrides that concern it, their layer numbers dropped."""
         own = [o for o in self.overrides if o.layers is None or layer in o.layers]
-        own = [QuantizeOverride(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in own]
-        return self.model_copy(update={"overrides": own})
+        return self.replace(overrides=[o.replace(layers=None) for o in own])
 
     def for_module(self, name: str) -> QuantizeSettings | None:
         """The same for the linear with the full module name `name`, without overrides; None: it stays in floats."""
-        found, leave = self.model_copy(update={"overrides": []}), False
+        found, leave = self.replace(overrides=[]), False
         for override in self.overrides:
             if fnmatch.fnmatchcase(name, override.modules):
                 leave = override.leave
-                given = override.model_dump(include={"core", "blocks", "group"}, exclude_none=True)
-                found = found.model_copy(update=given)
+                given = override.model_dump(exclude_none=True)
+                found = found.replace(**{key: given[key] for key in QuantizeSettings.model_fields if key in given})
         return None if leave else found

@@ -98,8 +98,7 @@ class Recipe(ModuleSettings):
 
     def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
         """The recipe resolved for decoder layer `layer`."""
-        overrides = [o for o in self.overrides if o.layers is None or layer in o.layers]
-        overrides = [Override(**o.model_dump(exclude_unset=True, exclude={"layers"})) for o in overrides]
+        overrides = [o.replace(layers=None) for o in self.overrides if o.layers is None or layer in o.layers]
         overrides += [Override(modules=pattern, method=UNCHANGED) for pattern in self.keep_dense]
         base = {key: getattr(self, key) for key in ModuleSettings.model_fields}
         over = self.budget.over if self.budget else []

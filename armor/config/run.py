@@ -260,14 +260,14 @@ class Config(Typed):
         """What the refinement of a decoder layer reads."""
         settings = self.recipes[recipe].refine
         assert settings is not None
-        own = settings.model_copy(update={"calibration": None})  # a name; the sample is what it stands for
+        own = settings.replace(calibration=None)  # a name; the sample is what it stands for
         return RefineJob(refine=own, sample=self.sample(recipe, "refine"), seed=self.seed)
 
     def tune_settings(self, recipe: str) -> TuneJob:
         """What tuning reads."""
         settings = self.recipes[recipe].tune
         assert settings is not None
-        own = settings.model_copy(update={"calibration": None})
+        own = settings.replace(calibration=None)
         return TuneJob(tune=own, sample=self.sample(recipe, "tune"), seed=self.seed)
 
     def quantize_settings(self, recipe: str, layer: int) -> QuantizeSettings:

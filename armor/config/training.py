@@ -99,9 +99,13 @@ def overlap(one: TextSettings, other: TextSettings) -> bool:
             return False
         if one.files != other.files:  # the numbers count through all files
             return True
-    elif any(getattr(one, key) != getattr(other, key) for key in ("files", "package", "file", "dataset", "subset")):
+    elif _place(one) != _place(other):
         return False
     if one.dataset and one.split != other.split:
         return False
     (a, b), (c, d) = one.documents, other.documents
     return (d is None or a < d) and (b is None or c < b)
+
+
+def _place(text: TextSettings) -> tuple[object, ...]:
+    return text.files, text.package, text.file, text.dataset, text.subset

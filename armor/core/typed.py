@@ -6,6 +6,8 @@ schema and the reference pages are made from these texts.
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Typed"]
@@ -15,3 +17,9 @@ class Typed(BaseModel):
     """Named, typed, documented fields: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, unchecked. Raises TypeError for a name that no field has."""
+        if unknown := changes.keys() - type(self).model_fields.keys():
+            raise TypeError(f"{type(self).__name__}: no field {min(unknown)}")
+        return self.model_copy(update=changes)

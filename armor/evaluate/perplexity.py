@@ -191,8 +191,9 @@ def _write(
     losses = tuple(block.loss for block in means)
     value, error = perplexity(losses)
     against = None
-    if all(block.kl is not None for block in means):
-        kl, top1 = ([getattr(block, name) for block in means] for name in ("kl", "top1"))
+    kl = [block.kl for block in means if block.kl is not None]
+    top1 = [block.top1 for block in means if block.top1 is not None]
+    if len(kl) == len(means):
         against = AgainstDense(kl=_summary(kl), top1=_summary(top1))
     record = EvaluationRecord(
         task=output.stem,

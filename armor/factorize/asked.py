@@ -30,9 +30,9 @@ def possible(settings: ModuleSettings, out_features: int, in_features: int) -> t
     shape = f"{out_features} x {in_features}"
     if not pattern.fits(in_features):
         note = f"stays dense: the rows of a {shape} weight cannot hold the pattern {pattern}"
-        return settings.model_copy(update={"method": UNCHANGED}), note
+        return settings.replace(method=UNCHANGED), note
     if why := method.why_not((out_features, in_features), settings):
-        return settings.model_copy(update={"method": method.instead}), f"pruned by {method.instead}: {why}"
+        return settings.replace(method=method.instead), f"pruned by {method.instead}: {why}"
     return settings, None
 
 

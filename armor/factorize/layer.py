@@ -274,9 +274,8 @@ def check_finite(weight: Tensor, where: str) -> None:
 
 def _block_sizes(found: Factorization) -> BlockSizes | None:
     """The sizes of the blocks of A and B; None without blocks."""
-    if found.left is None and found.right is None:
-        return None
-    return BlockSizes(**{s: f.shape[1] for s, f in (("left", found.left), ("right", found.right)) if f is not None})
+    left, right = (None if side is None else side.shape[1] for side in (found.left, found.right))
+    return None if left is right is None else BlockSizes(left=left, right=right)
 
 
 def layer_of(source: Source, topology: Topology, index: int, settings: LayerSettings) -> DecoderLayer:

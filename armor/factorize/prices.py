@@ -104,9 +104,10 @@ def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice
     for choice in settings.choices(linear.name):
         shape = linear.out_features, linear.in_features
         asked, _ = possible(choice.apply(settings.for_module(linear.name)), *shape)
-        taken = METHODS[asked.method].settings
-        blocks = sizes(shape, Pattern.parse(asked.pattern), asked.block_size) if "block_size" in taken else None
-        comes_to = asked.method, *(getattr(asked, key) for key in ("pattern", "rank") if key in taken), blocks
+        method, pattern = METHODS[asked.method], Pattern.parse(asked.pattern)
+        blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else None
+        rank = asked.rank if "rank" in method.settings else None
+        comes_to = method.name, pattern if "pattern" in method.settings else None, rank, blocks
         if comes_to not in seen:
             seen.append(comes_to)
             yield choice, asked
@@ -133,10 +134,8 @@ def _price(
     wanted, bits, costs = asked.solver.iterations, 0.0, {}
     searched = "solver" in METHODS[asked.method].settings and tried < wanted
     for iterations in (tried // 3, tried) if searched else (wanted,):
-        solver = asked.solver.model_copy(update={"iterations": iterations})
-        found, _ = factorize_somewhere(
-            weight, of_input, asked.model_copy(update={"solver": solver}), seed, where, device
-        )
+        solver = asked.solver.replace(iterations=iterations)
+        found, _ = factorize_somewhere(weight, of_input, asked.replace(solver=solver), seed, where, device)
         bits = PackedLinear.of(found).bits_per_weight(dense_bits)
         costs[iterations] = sensitivity.predicted_kl(weight.float() - found.reconstruct())
     return Price(choice=choice.given(), bits=bits, predicted_kl=extrapolated(costs, wanted))

@@ -150,12 +150,10 @@ def quantize_weights(
 
 
 def _described(before: LinearRecord, done: Factorization) -> LinearRecord:
-    return before.model_copy(
-        update={
-            "start_loss": done.start_loss,
-            "loss": done.loss,
-            "float_loss": before.loss,
-            "condition": condition(done),
-            "quantization": Integers.of(done.quantization),
-        }
+    return before.replace(
+        start_loss=done.start_loss,
+        loss=done.loss,
+        float_loss=before.loss,
+        condition=condition(done),
+        quantization=Integers.of(done.quantization),
     )

@@ -54,7 +54,7 @@ def groups_of(
         own = asked[group[0].name]
         size = block_size_for(math.gcd(*(linear.out_features for linear in group)), own.block_size)
         if len(group) > 1 and (size or 0) > 1:
-            found.append((group, own.model_copy(update={"block_size": size})))
+            found.append((group, own.replace(block_size=size)))
         else:
             found += [([linear], own) for linear in group]
     return found
@@ -62,7 +62,7 @@ def groups_of(
 
 def one_linear(group: Sequence[Linear]) -> Linear:
     """The weights of `group`, one below the other, as one linear under the name of the first."""
-    return group[0].model_copy(update={"out_features": sum(linear.out_features for linear in group)})
+    return group[0].replace(out_features=sum(linear.out_features for linear in group))
 
 
 def parts_of(

@@ -49,7 +49,7 @@ def model_fingerprint(path: Path) -> str | None:
     """
     if path.is_dir():
         return sha256(path / CHECKSUMS) if (path / CHECKSUMS).is_file() else None
-    if "checkpoint_bytes" in read_json(path):
+    if read_json(path).keys() & (CheckpointRecord.model_fields.keys() - SourceRecord.model_fields.keys()):
         return CheckpointRecord.read(path).files[CHECKSUMS].sha256
     return SourceRecord.read(path).fingerprint
 

@@ -136,8 +136,8 @@ class _Timer:
         of_input = Statistics(torch.ones(columns), gram, 1)
 
         def seconds(iterations: int) -> float:
-            solver = kind.settings.solver.model_copy(update={"iterations": iterations})
-            asked = kind.settings.model_copy(update={"solver": solver})
+            solver = kind.settings.solver.replace(iterations=iterations)
+            asked = kind.settings.replace(solver=solver)
             start = time.perf_counter()
             METHODS[asked.method].run(weight, of_input, asked, 0)
             return time.perf_counter() - start

@@ -136,9 +136,9 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
         for asked in several:
             chosen, _ = possible(asked, *shape)
             few = min(settings.iterations, chosen.solver.iterations)
-            tried = chosen.solver.model_copy(update={"iterations": max(few * 4 // 3, 1)})  # with all, and a third
+            tried = chosen.solver.replace(iterations=max(few * 4 // 3, 1))  # with all, and a third
             if chosen.method != UNCHANGED:
-                work.append(solving(chosen.model_copy(update={"solver": tried}), shape))
+                work.append(solving(chosen.replace(solver=tried), shape))
     return Need(memory_of(0, peak), work=tuple(work))
 
 

@@ -50,6 +50,6 @@ def make_plan(
         if profile is not None:
             asked = submitted(files, profile, results.parent)
             problems = (*found.problems, *too_small(asked, found.stages))
-            found = found.model_copy(update={"submitted": asked, "problems": problems})
+            found = found.replace(submitted=asked, problems=problems)
             lines += ["", *table(asked, profile)]
         return found, lines

@@ -212,7 +212,7 @@ class RecipeResults:
 
     def on(self, evaluation: str) -> RecipeResults:
         """The same with `evaluation` as the first."""
-        return replace(self, pair=self.pair.model_copy(update={"evaluations": [evaluation]}))
+        return replace(self, pair=self.pair.replace(evaluations=[evaluation]))
 
     @property
     def task_results(self) -> dict[str, TaskResult | None]:

@@ -345,10 +345,11 @@ class ArmorLinear(nn.Linear):
     def extra_repr(self) -> str:
         layout = self.layout
         blocks = f"left_block_size={layout.left_block_size}, right_block_size={layout.right_block_size}"
+        more = {"right_of": layout.right_of, "rank": layout.rank}
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, pattern={layout.pattern}, {blocks}, "
             f"bias={self.bias is not None}" + (f", {layout.quantization}" if layout.quantization else "")
-        ) + "".join(f", {key}={value}" for key in ("right_of", "rank") if (value := getattr(layout, key)))
+        ) + "".join(f", {key}={value}" for key, value in more.items() if value)
 
 
 def share_right(model: nn.Module) -> None:

@@ -184,7 +184,7 @@ class _State:
         self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
 
     def diverge(self, step: int) -> None:
-        self.fit = self.fit.model_copy(update={"steps": step, "diverged": True})
+        self.fit = self.fit.replace(steps=step, diverged=True)
 
     def ended(self) -> bool:
         patience = self.settings.patience or LOOKS + 1

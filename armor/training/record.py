@@ -83,7 +83,7 @@ def write_trained(
     found = {n: with_loss(f, shards.read(f"{n}.weight"), statistics[n]) for n, f in factors.items()}
     modules = dict(start.modules)
     for name, f in found.items():
-        modules[name] = modules[name].model_copy(update={"loss": f.loss, "condition": condition(f)})
+        modules[name] = modules[name].replace(loss=f.loss, condition=condition(f))
     described = record_beside(output)
     described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
     write_factors(output, found, {"fingerprint": start.fingerprint, "layer": start.layer}, others)

@@ -154,7 +154,7 @@ def _record(
 ) -> TuneRecord:
     names = tuple(sorted(name for record in written for name in record.training[-1].norms_and_biases))
     losses = {name: loss for record in written for name, loss in record.training[-1].proxy_losses.items()}
-    whole = written[0].training[-1].model_copy(update={"norms_and_biases": names, "proxy_losses": losses})
+    whole = written[0].training[-1].replace(norms_and_biases=names, proxy_losses=losses)
     return TuneRecord(
         fingerprint=written[0].fingerprint,
         layers=tuple(record.sha256 for record in written),

@@ -75,7 +75,7 @@ class DecoderLayer(Typed):
 
     def only(self, names: Collection[str]) -> DecoderLayer:
         """The same layer with those of its linears alone that have one of the `names`."""
-        return self.model_copy(update={"linears": tuple(linear for linear in self.linears if linear.name in names)})
+        return self.replace(linears=tuple(linear for linear in self.linears if linear.name in names))
 
 
 class Topology(Record):
