@@ -17,9 +17,10 @@ from pathlib import Path
 
 from armor.core.errors import ArmorError
 
-__all__ = ["code_hash", "executed_by"]
+__all__ = ["code_hash", "executed_by", "modules"]
 
 ROOT = Path(__file__).resolve().parents[2]
+"""The folder that this package lies in."""
 WITHOUT_EFFECT = (
     "armor",
     "armor.config.reading",
@@ -33,13 +34,16 @@ WITHOUT_EFFECT = (
 )
 
 
-def code_hash(*entries: str) -> str:
-    """A hexadecimal hash of the code that these modules, like "armor.factorize.layer", execute from this package."""
-    text = "\n".join(f"{name} {_parsed(name)[0]}" for name in sorted(executed_by(*entries)))
+def code_hash(*entries: str, root: Path = ROOT) -> str:
+    """A hexadecimal hash of the code that these modules, like "armor.factorize.layer", execute from this package.
+
+    With `root`, of the package as it lies there. A file is read once for each root.
+    """
+    text = "\n".join(f"{name} {_parsed(root, name)[0]}" for name in sorted(executed_by(*entries, root=root)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def executed_by(*entries: str) -> set[str]:
+def executed_by(*entries: str, root: Path = ROOT) -> set[str]:
     """The modules of this package that these modules execute and that can change a result, themselves among them."""
     seen: set[str] = set()
     waiting = list(entries)
@@ -47,23 +51,36 @@ def executed_by(*entries: str) -> set[str]:
         name = waiting.pop()
         if name not in seen and name not in WITHOUT_EFFECT:
             seen.add(name)
-            waiting.extend(_parsed(name)[1])
+            waiting.extend(_parsed(root, name)[1])
             waiting.append(name.rpartition(".")[0])  # importing a.b executes a too
     return seen
 
 
-def _file(name: str) -> Path | None:
-    base = ROOT.joinpath(*name.split("."))
-    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+@cache
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """The files of all modules of this package, by name."""
+    files = {file.relative_to(root).with_suffix(""): file for file in root.glob("armor/**/*.py")}
+    return {".".join(path.parts).removesuffix(".__init__"): file for path, file in files.items()}
 
 
 @cache
-def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
-    """The hash of one module's syntax tree without docstrings, and the modules of this package that it imports."""
-    file = _file(name)
-    if file is None:
+def _parsed(root: Path, name: str) -> tuple[str, tuple[str, ...]]:
+    """The hash of one module's code, and the modules of this package that it imports."""
+    files = modules(root)
+    if name not in files:
         raise ArmorError(f"{name}: no module of this release; what names it was made by another one")
-    tree = ast.parse(file.read_bytes())
+    code, imported = _read(files[name].read_bytes())
+    digest = hashlib.sha256(code.encode())
+    if files[name].name == "__init__.py":
+        for other in sorted(path for path in files[name].parent.glob("*") if path.suffix in (".j2", ".c", ".h")):
+            digest.update(other.read_bytes())
+    return digest.hexdigest(), tuple(sorted(imported & files.keys()))
+
+
+@cache
+def _read(text: bytes) -> tuple[str, frozenset[str]]:
+    """The hash of a module's syntax tree without docstrings, and what it imports, or what could be a module of it."""
+    tree = ast.parse(text)
     imported: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -77,12 +94,7 @@ def _parsed(name: str) -> tuple[str, tuple[str, ...]]:
         if isinstance(node, ast.FunctionDef):
             for decorator in node.decorator_list:
                 _drop_title(decorator)
-    digest = hashlib.sha256(ast.dump(tree).encode())
-    if file.name == "__init__.py":
-        for other in sorted(path for path in file.parent.glob("*") if path.suffix in (".j2", ".c", ".h")):
-            digest.update(other.read_bytes())
-    ours = tuple(sorted(module for module in imported if module.split(".")[0] == "armor" and _file(module)))
-    return digest.hexdigest(), ours
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(imported)
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -1,14 +1,19 @@
-"""Which stages an edit of a module runs again, written down room by room: an import that adds one shows here.
+"""Which stages an edit of a module runs again: every module is edited in turn, in a copy of the package.
 
-That a hash lacks nothing that its stage executes is in tests/workflow/test_jobs.py.
+What must come of it is found twice: from the imports, module by module, and as written down below, room by room. So an
+import that adds a stage shows here. That a hash lacks nothing that its stage executes, tests/workflow/test_jobs.py has.
 """
 
 from __future__ import annotations
 
+import ast
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from armor.execution.fingerprint import executed_by
+import pytest
+
+from armor.execution.fingerprint import WITHOUT_EFFECT, code_hash, modules
 from armor.methods import METHODS
 from armor.run.jobs import STAGES
 
@@ -96,23 +101,63 @@ HELD_BY = {
 """The stages whose hash may hold a module, by patterns below armor/; the first that fits counts."""
 
 
-def held() -> dict[str, set[str]]:
-    """The stages whose hash holds each module of the package, by its name below armor/."""
+def entries() -> dict[str, list[str]]:
+    """The modules that the hash of each stage begins with; with all methods, where it has those of a recipe."""
     methods = [module for method in METHODS.values() for module in method.code]
     more = dict.fromkeys(("price", "experts", "factorize"), methods) | {"refine": STAGES["refine"].also(None, *"123")}
     more["serving"] = STAGES["serving"].also(None, *"12")
-    of = {stage: executed_by(row.entry, *more.get(stage, ())) for stage, row in STAGES.items()}
-    names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
+    return {stage: [row.entry, *more.get(stage, ())] for stage, row in STAGES.items()}
+
+
+@pytest.fixture(scope="module")
+def reruns(tmp_path_factory) -> dict[str, set[str]]:
+    """The stages whose hash is another one after an edit of a module, by the module's name."""
+    folder = tmp_path_factory.mktemp("edits")
+    copy = folder / "copy"
+    shutil.copytree(PACKAGE, copy / "armor", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    before = {stage: code_hash(*own, root=copy) for stage, own in entries().items()}
     found = {}
-    for name in (name.removesuffix("/__init__") for name in names):
-        module = "armor" if name == "__init__" else f"armor.{name.replace('/', '.')}"
-        found[name] = {stage for stage, modules in of.items() if module in modules}
+    for name, file in modules(copy).items():
+        (root := folder / name).symlink_to(copy)  # hashes are kept by root, so each edit has its own
+        text = file.read_bytes()
+        file.write_bytes(text + b"\nEDITED = 1\n")
+        found[name] = {stage for stage, own in entries().items() if code_hash(*own, root=root) != before[stage]}
+        file.write_bytes(text)
     return found
 
 
-def test_an_edit_reruns_these_stages_and_no_other():
+def imported() -> dict[str, set[str]]:
+    """The modules of the package that each module imports, wherever in it, and the packages that they lie in."""
+    found = {}
+    for name, file in modules().items():
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        parts = [path.split(".") for path in (name, *names)]
+        found[name] = {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)} & modules().keys()
+    return found
+
+
+def test_an_edit_reruns_the_stages_that_import_the_module_and_no_other(reruns):
+    edges, expected = imported(), {name: set() for name in modules()}
+    for stage, own in entries().items():
+        reached: set[str] = set()
+        waiting = {*own}
+        while waiting := waiting - reached - {*WITHOUT_EFFECT}:
+            reached |= waiting
+            waiting = {other for name in waiting for other in edges[name]}
+        for name in reached:
+            expected[name].add(stage)
+    assert reruns == expected
+    assert {name for name in WITHOUT_EFFECT if reruns[name]} == set()
+
+
+def test_an_edit_reruns_the_stages_that_are_written_down_for_its_room(reruns):
     seen: dict[str, set[str]] = {}
-    for name, stages in held().items():
+    for module, stages in reruns.items():
+        name = module.removeprefix("armor").removeprefix(".").replace(".", "/") or "__init__"
         room = next((p for p in HELD_BY if any(fnmatchcase(name, pattern) for pattern in p.split())), None)
         assert room is not None, f"{name}: not in HELD_BY"
         more = stages - {*HELD_BY[room].split()}

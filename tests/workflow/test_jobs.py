@@ -179,7 +179,7 @@ def test_the_hash_covers_every_module_that_a_stage_executes(executed, config, st
     settings = Config.model_validate(config)
     methods = [module for recipe in settings.recipes for module in settings.layer_settings(recipe, 0).code()]
     entries = [STAGES[stage].entry, *(methods if stage in ("price", "experts", "factorize") else [])]
-    hashed = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.executed_by(*entries)}
-    free = {str(fingerprint._file(name).relative_to(REPOSITORY)) for name in fingerprint.WITHOUT_EFFECT}
+    hashed = {str(fingerprint.modules()[name].relative_to(REPOSITORY)) for name in fingerprint.executed_by(*entries)}
+    free = {str(fingerprint.modules()[name].relative_to(REPOSITORY)) for name in fingerprint.WITHOUT_EFFECT}
     missing = {file for file in executed[stage] - hashed - free - SAID.get(stage, set()) if not file.startswith(AROUND)}
     assert missing == set() and len(executed[stage]) > 5
