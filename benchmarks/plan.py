@@ -19,7 +19,8 @@ from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine
 from armor.format.layout import RESULTS, Results
 from armor.format.names import beside
-from armor.run.jobs import STAGES, jobs
+from armor.run.jobs import jobs
+from armor.run.stages import STAGES
 from armor.run.status import cost
 
 MEMORY, BYTES, SECONDS = 1.25, 1.01, 1.5

@@ -6,7 +6,7 @@ ends as the fork ends. If it is killed, it takes the fork with it. So a run goes
 and the hashes of the code in its records are those of then. Where no server listens for this Python the command does
 the work itself: on a cluster, in a conda environment of the rule's own, after a kill. The price: the job is no child of
 the shell, so Snakemake does not see its memory. So this is for the stages whose record tells that; the table of jobs
-(`armor.run.jobs`) says which. Linux only, and only where no GPU is visible: never tried with CUDA.
+(`armor.run.stages`) says which. Linux only, and only where no GPU is visible: never tried with CUDA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIRST = ("torch", "armor.command.cli")
 def start() -> None:
     """Start the server for all commands that this process will start, where there can be one; it ends with it."""
     from armor.execution.devices import visible_devices  # not for each command
-    from armor.run.jobs import STAGES
+    from armor.run.stages import STAGES
 
     if not (sys.platform == "linux" and hasattr(os, "pidfd_open")) or visible_devices():
         return
@@ -108,7 +108,7 @@ def _serve(listening: socket.socket) -> None:
 
 def preloaded() -> list[str]:
     """What the server imports, in this order; jobs that come meanwhile do not wait for all."""
-    from armor.run.jobs import STAGES
+    from armor.run.stages import STAGES
 
     entries = [row.entry for stage, row in STAGES.items() if row.forked and stage != "factorize"]
     return [*FIRST, STAGES["factorize"].entry, "transformers", "transformers.modeling_utils", *entries]

@@ -268,7 +268,7 @@ NEEDS: dict[str, Callable[..., Need]] = {
     "serving": serving,
     "report": _light(PAGE, IN_WHOLE),
 }
-"""By stage, as `armor.run.jobs` has them."""
+"""By stage, as `armor.run.stages` has them."""
 
 
 def need(plan: Plan, job: Job) -> Need:

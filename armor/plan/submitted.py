@@ -20,7 +20,7 @@ import yaml
 
 from armor.core.errors import ArmorError
 from armor.plan.table import StagePlan, Submitted
-from armor.run.jobs import CLUSTER_CORES, STAGES
+from armor.run.stages import CLUSTER_CORES, STAGES
 
 __all__ = ["submitted", "table", "too_small"]
 

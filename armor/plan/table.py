@@ -11,7 +11,8 @@ from armor.plan.need import Need, Plan
 from armor.plan.needs import need
 from armor.plan.subject import Subject
 from armor.plan.work import Kind
-from armor.run.jobs import STAGES, Job, jobs
+from armor.run.jobs import Job, jobs
+from armor.run.stages import STAGES
 from armor.runtime.load import read_config
 
 __all__ = ["Planned", "RecipePlan", "StagePlan", "Submitted", "kinds", "planned", "text"]

@@ -32,7 +32,8 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.tune import TuneRecord
-from armor.run.jobs import STAGES, Job, jobs
+from armor.run.jobs import Job, jobs
+from armor.run.stages import STAGES
 from armor.run.status import last_config
 
 __all__ = ["Reruns", "describe", "newer_versions", "record_of", "results_of"]

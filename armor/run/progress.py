@@ -30,7 +30,8 @@ from armor.core.errors import ArmorError
 from armor.format.layout import RESULTS, RUN
 from armor.format.records.run import RunRecord
 from armor.methods import METHODS
-from armor.run.jobs import STAGES, Job, jobs
+from armor.run.jobs import Job, jobs
+from armor.run.stages import STAGES
 from armor.run.status import cost, last_config
 
 __all__ = ["Course", "follow", "typed", "words"]

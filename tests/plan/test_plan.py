@@ -21,7 +21,8 @@ from armor.plan.subject import subject
 from armor.plan.submitted import submitted
 from armor.plan.table import planned, text
 from armor.run import groups
-from armor.run.jobs import STAGES, jobs
+from armor.run.jobs import jobs
+from armor.run.stages import STAGES
 from tests.forks import armor
 from tests.packed import SETTINGS, packed
 from tests.tiny import tiny_model

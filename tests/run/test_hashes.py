@@ -15,7 +15,7 @@ import pytest
 
 from armor.execution.fingerprint import WITHOUT_EFFECT, code_hash, modules
 from armor.methods import METHODS
-from armor.run.jobs import STAGES
+from armor.run.stages import STAGES
 
 PACKAGE = Path(__file__).resolve().parents[2] / "armor"
 TRAIN = "sensitivity states refine tune"

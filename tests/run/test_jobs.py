@@ -7,7 +7,8 @@ from pathlib import Path
 from armor.config.run import Config
 from armor.report import results
 from armor.run.explain import NOTED, TOGETHER
-from armor.run.jobs import STAGES, jobs
+from armor.run.jobs import jobs
+from armor.run.stages import STAGES
 
 TRAINING = {"steps": 2, "sequences": 2, "held_out": 1}
 EVERY_STAGE = Config.model_validate(

@@ -10,8 +10,9 @@ import pytest
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.records.topology import DecoderLayer, Topology
-from armor.run.jobs import STAGES, Job, jobs
+from armor.run.jobs import Job, jobs
 from armor.run.progress import Course, follow, typed, words
+from armor.run.stages import STAGES
 
 TEXT = {"files": ["words.txt"]}
 CONFIG = Config.model_validate(

@@ -19,7 +19,7 @@ import yaml
 from armor.command import forkserver
 from armor.execution.fingerprint import code_hash
 from armor.run import explain  # noqa: F401
-from armor.run.jobs import STAGES
+from armor.run.stages import STAGES
 from tests.forks import fork
 from tests.tiny import tiny_model
 

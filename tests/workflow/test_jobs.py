@@ -15,7 +15,8 @@ from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
 from armor.model.source import open_source
 from armor.run.explain import Reruns
-from armor.run.jobs import STAGES, jobs
+from armor.run.jobs import jobs
+from armor.run.stages import STAGES
 from armor.run.status import read_status
 from tests.engine import stand_in
 from tests.killed import SAVED, left_over

@@ -1,7 +1,7 @@
 """The checked configuration and the small functions that the rules share. No rules.
 
 `SETTINGS` is the configuration as types (armor.config.run), `R` has every path (armor.format.layout), and the table of
-jobs (armor.run.jobs) what a stage reads of other jobs and of the configuration, and which code it executes. A rule
+jobs (armor.run.stages) what a stage reads of other jobs and of the configuration, and which code it executes. A rule
 passes on no more than that, as JSON text in its params, so that an edit reruns just what it touches.
 """
 
@@ -19,8 +19,9 @@ from armor.core.errors import ArmorError
 from armor.format.layout import FACTORS, Results
 from armor.format.names import beside, factors_beside
 from armor.run.explain import Reruns
-from armor.run.jobs import CLUSTER_CORES, STAGES, Job, jobs_of, read_topology
+from armor.run.jobs import Job, jobs_of, read_topology
 from armor.run.progress import typed
+from armor.run.stages import CLUSTER_CORES, STAGES
 from armor.run.status import read_status, start_run, summary
 from armor.serve.engine import check_asked
 
