@@ -1,7 +1,7 @@
 """Calibration, streamed: statistics of every linear's input with the weights of one decoder layer in memory at a time.
 
 The model's own forward runs on each token sequence with recorders in place of the decoder layers
-(`armor.runtime.skeleton`), which gives the hidden states before the first layer. Then it goes layer by layer. The
+(`armor.runtime.calls`), which gives the hidden states before the first layer. Then it goes layer by layer. The
 layer's weights are read. The layer runs on the hidden states of every sequence while hooks sum x² of each distinct
 input. Its statistics are written. Its output is the next layer's input. So memory holds one layer and the hidden
 states, whatever the model's size, and past a limit those are on disk alone. They are on disk in any case, so that a run
@@ -38,16 +38,14 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
+from armor.runtime.calls import Call, observe, observe_each
 from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
-    Call,
     Skeleton,
     compute_dtype,
     finite,
     load_layer,
     load_outside,
-    observe,
-    observe_each,
     open_skeleton,
     tensors_of,
     unload_outside,

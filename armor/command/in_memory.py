@@ -32,9 +32,10 @@ from armor.format.statistics import Accumulator, Statistics
 from armor.methods import METHODS, UNCHANGED
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
+from armor.runtime.calls import Call
 from armor.runtime.conv1d import turned
 from armor.runtime.quantizer import pack_linears
-from armor.runtime.skeleton import Call, decoder_layers, finite
+from armor.runtime.skeleton import decoder_layers, finite
 from armor.text.blocks import blocks
 
 __all__ = ["compress"]

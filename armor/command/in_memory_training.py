@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from armor.config.recipes import Recipe
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.factorization import Factorization
-from armor.runtime.skeleton import Call, Skeleton, decoder_layers, observe_each
+from armor.runtime.calls import Call, observe_each
+from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.training.refine import fit_layer
 from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
 from armor.training.tune import fit_whole, kept_predictions

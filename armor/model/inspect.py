@@ -1,7 +1,7 @@
 """From a source to model.json: decoder layers, their linears, and which linears share an input.
 
 Sharing is observed, not assumed. Each decoder layer runs once on the meta device (shapes without data) with what the
-recorders of `armor.runtime.skeleton` saw. Linears that are handed the same tensor form a group. The same run shows
+recorders of `armor.runtime.calls` saw. Linears that are handed the same tensor form a group. The same run shows
 whether layers exchange anything beside hidden states, which would make running them one by one wrong.
 """
 
@@ -22,17 +22,9 @@ from armor.format.shards import Shards
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.model.source import Source
+from armor.runtime.calls import Call, observe
 from armor.runtime.experts import alike
-from armor.runtime.skeleton import (
-    Call,
-    Skeleton,
-    load_outside,
-    named_here,
-    observe,
-    open_skeleton,
-    place_tensor,
-    stored_tensors,
-)
+from armor.runtime.skeleton import Skeleton, load_outside, named_here, open_skeleton, place_tensor, stored_tensors
 
 __all__ = ["inspect", "input_groups"]
 

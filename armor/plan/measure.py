@@ -28,8 +28,9 @@ from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
+from armor.runtime.calls import Call, observe
 from armor.runtime.linear import ArmorLinear, share_right
-from armor.runtime.skeleton import Call, load_outside, observe, open_skeleton, read_layer, tensors_of, unload_outside
+from armor.runtime.skeleton import load_outside, open_skeleton, read_layer, tensors_of, unload_outside
 
 __all__ = ["bandwidth", "rates"]
 

@@ -20,18 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
 from armor.format.shards import Shards
+from armor.runtime.calls import finish, observe, readers
 from armor.runtime.load import loaded_dtype
 from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import (
-    finish,
-    load_outside,
-    observe,
-    open_skeleton,
-    place_outside,
-    read_layer,
-    readers,
-    tensors_of,
-)
+from armor.runtime.skeleton import load_outside, open_skeleton, place_outside, read_layer, tensors_of
 
 __all__ = ["USABLE", "StreamedModel"]
 

@@ -39,15 +39,8 @@ from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
-from armor.runtime.skeleton import (
-    Call,
-    Skeleton,
-    load_outside,
-    observe_each,
-    open_skeleton,
-    tensors_of,
-    unload_outside,
-)
+from armor.runtime.calls import Call, observe_each
+from armor.runtime.skeleton import Skeleton, load_outside, open_skeleton, tensors_of, unload_outside
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, write_trained

@@ -33,14 +33,12 @@ from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.sensitivity import Sensitivity, write_sensitivities
 from armor.format.states import open_states, states_file, write_states
 from armor.model.source import Source
+from armor.runtime.calls import Call, finish, observe_each
 from armor.runtime.skeleton import (
-    Call,
     Skeleton,
-    finish,
     finite,
     load_layer,
     load_outside,
-    observe_each,
     open_skeleton,
     place_outside,
     tensors_of,

@@ -27,14 +27,13 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.model.source import Source
+from armor.runtime.calls import Call, observe_each
 from armor.runtime.skeleton import (
-    Call,
     Skeleton,
     compute_dtype,
     finite,
     load_layer,
     load_outside,
-    observe_each,
     open_skeleton,
     tensors_of,
     unload_outside,

@@ -15,7 +15,8 @@ from armor.format.shards import Shards
 from armor.model.by_hand import check_linears
 from armor.model.inspect import input_groups, inspect
 from armor.model.source import open_source
-from armor.runtime.skeleton import Call, Skeleton, observe, open_skeleton, tensors_of
+from armor.runtime.calls import Call, observe
+from armor.runtime.skeleton import Skeleton, open_skeleton, tensors_of
 from tests.packed import edit_tensors
 from tests.tiny import FAMILIES, tiny_model
 

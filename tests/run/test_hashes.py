@@ -94,6 +94,7 @@ HELD_BY = {
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE.removesuffix(' serving')}",
     "runtime runtime/auto runtime/conv1d runtime/experts runtime/names runtime/skeleton": MODELS,
+    "runtime/calls": f"inspect {READ_TEXT} benchmark",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
     "core* execution* format*": ALL,
