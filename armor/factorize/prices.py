@@ -32,10 +32,9 @@ from armor.format.records.budget import LinearPrices, Price, PricesRecord
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.topology import Linear, Topology
 from armor.format.sensitivity import Sensitivity, read_sensitivities
-from armor.format.shards import Shards
+from armor.format.shards import WIDTHS, Shards
 from armor.format.statistics import Statistics
 from armor.methods import METHODS, UNCHANGED
-from armor.model.cost import dtype_bits
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 
@@ -125,7 +124,7 @@ def _price(
     device: str,
 ) -> Price:
     """What a choice takes and costs; `asked` are the settings that it comes to, `tried` the iterations to try with."""
-    dense_bits = dtype_bits(linear.dtype)
+    dense_bits = 8 * WIDTHS[linear.dtype]
     if asked.method == UNCHANGED:
         return Price(choice=choice.given(), bits=dense_bits, predicted_kl=0.0)
     assert of_input is not None  # they are there where anything is compressed

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["DTYPES", "INDEX", "PIECE", "SINGLE", "Part", "Shards"]
+__all__ = ["DTYPES", "INDEX", "PIECE", "SINGLE", "WIDTHS", "Part", "Shards"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,6 +42,8 @@ DTYPES = {  # safetensors' name: (torch's name, bytes)
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+WIDTHS = dict(DTYPES.values())
+"""Bytes of a number by torch's name of its dtype."""
 PIECE = 16 << 20
 """Bytes that are read at a time where they do not go straight into a tensor."""
 
@@ -239,8 +241,7 @@ class Shards:
         scaled = [entry for entry in self._entries.values() if entry.scaled]
         if scaled:
             return 8 * sum(entry.stored for entry in scaled) / sum(math.prod(entry.shape) for entry in scaled)
-        dtype = self.main_dtype()
-        return 8.0 * next(width for name, width in DTYPES.values() if name == dtype)
+        return 8.0 * WIDTHS[self.main_dtype()]
 
     def main_dtype(self) -> str:
         """The floating-point dtype that most of the model's bytes have."""

@@ -14,16 +14,12 @@ from armor.core.blocksizes import block_size_for
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import Linear, Topology
+from armor.format.shards import WIDTHS
 
-__all__ = ["block_costs", "dtype_bits"]
+__all__ = ["block_costs"]
 
 PATTERN = Pattern(2, 4)
 BLOCK_SIZES = (32, 64, 128)
-
-
-def dtype_bits(dtype: str) -> int:
-    """The bits of a dtype by its name: bfloat16 has 16."""
-    return int(re.sub(r"\D+(\d+).*", r"\1", dtype))
 
 
 def _kind_of(linear: Linear) -> str:
@@ -35,7 +31,7 @@ def block_costs(topology: Topology) -> Iterator[str]:
     """A line for each kind of linear: bits per weight at 2:4 for a few block sizes, and which of them do not pay."""
     kinds = {(_kind_of(linear), linear.out_features, linear.in_features): linear.dtype for linear in topology.linears()}
     for (kind, rows, columns), dtype in kinds.items():
-        dense = dtype_bits(dtype)
+        dense = 8 * WIDTHS[dtype]
         found = {}
         for asked in BLOCK_SIZES:
             right = block_size_for(columns, asked, PATTERN.m) if PATTERN.fits(columns) else None

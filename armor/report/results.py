@@ -25,8 +25,8 @@ from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Tr
 from armor.format.records.serving import Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
+from armor.format.shards import WIDTHS
 from armor.methods import METHODS, Method
-from armor.model.cost import dtype_bits
 
 __all__ = ["STAGES", "Module", "ModelResults", "RecipeResults", "decode_speed"]
 
@@ -55,7 +55,7 @@ class Module:
     @property
     def dense_bits(self) -> int:
         """Bits per weight as it was."""
-        return dtype_bits(self.linear.dtype)
+        return 8 * WIDTHS[self.linear.dtype]
 
     @property
     def bits(self) -> float:
@@ -171,7 +171,7 @@ class RecipeResults:
     def bits_per_weight(self) -> float | None:
         """In the decoder's linears."""
         if self.dense:
-            return float(dtype_bits(self.source.dtype)) if self.source else None
+            return 8.0 * WIDTHS[self.source.dtype] if self.source else None
         return self.checkpoint.bits_per_weight if self.checkpoint else None
 
     @property

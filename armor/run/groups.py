@@ -12,15 +12,13 @@ from collections.abc import Iterable
 
 from armor.config.layers import LayerSettings
 from armor.format.records.topology import DecoderLayer, Linear
-from armor.format.shards import DTYPES
+from armor.format.shards import WIDTHS
 from armor.methods import METHODS
 
 __all__ = ["JOB_BYTES", "expert_groups"]
 
 JOB_BYTES = 14 * 10**9
 """Bytes for what a job holds: the 16 GB of the rule, less what the process and CUDA take by themselves."""
-WIDTHS = dict(DTYPES.values())
-"""Bytes of a number by the name of its dtype."""
 
 
 def expert_groups(layer: DecoderLayer, settings: LayerSettings, experts_per_job: int | None) -> list[str]:

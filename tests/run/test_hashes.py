@@ -30,7 +30,7 @@ HELD_BY = {
     "execution/devices execution/log execution/machine execution/nvml training/memory": "",
     "serve/chat": "",
     "serve*": "serving",
-    "assemble/export assemble/verify model/outline": "",
+    "assemble/export assemble/verify model/cost model/outline": "",
     "config/loading config/reading config/recipes config/reference config/run format/reference": "",
     # the stages
     "model/fetch model/hub": "fetch",
@@ -90,13 +90,12 @@ HELD_BY = {
     "methods methods/solver": f"{FACTORS} budget report",
     "methods/solver/memory methods/solver/objective": FACTORS,
     "methods/*": "price experts factorize",
-    "model/cost": "price report",
     "text*": READ_TEXT,
     "runtime/streamed": f"tune {MEASURE.removesuffix(' serving')}",
     "runtime runtime/auto runtime/conv1d runtime/experts runtime/names runtime/skeleton": MODELS,
     "runtime/calls": f"inspect {READ_TEXT} benchmark",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
-    "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble report",
+    "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble",
     "core* execution* format*": ALL,
 }
 """The stages whose hash may hold a module, by patterns below armor/; the first that fits counts."""
