@@ -11,7 +11,10 @@ from tests.records import calibration_record, topology_record
 from tests.workflow.conftest import Run
 
 LAYERS = 8
-# Read by every Python of a run. In place of the solver: hold the leased device, alone, until the test lets go of it.
+# Read by every Python of a run. In place of the solver: hold the leased device, alone, until the test lets go of it. It
+# cannot go by a public door: a device file, an environment variable or a fake libnvidia-ml makes a device that can be
+# leased, and none that torch computes on, so a job would end at its first tensor. What is here and what hands it its
+# inputs are all that needs one; the rule, its resources, the command and the lease are the real ones.
 STAND_IN = """
 import os, sys, time, types
 from pathlib import Path
@@ -26,7 +29,7 @@ def factorize_layer(source, topology, layer, statistics, settings, output, devic
     output.write_text("")
     output.with_suffix(".json").write_text("{}")
 
-# Without torch a job is there at once.
+# They import torch, without which a job is there at once.
 sys.modules["armor.format.statistics"] = types.SimpleNamespace(
     listed_statistics=None, statistics_of=lambda calibration, layer: None
 )
