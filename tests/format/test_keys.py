@@ -119,9 +119,11 @@ NOT_OF_RECORDS = {
     "format/reference.py": ("whether a type is that of a whole file; a JSON schema", "format_version items"),
     "format/states.py": ("the header of its file", "format_version"),
     "format/statistics.py": ("the header of its file", "fingerprint format_version inputs tokens"),
+    "model/tensors.py": ("config.json, which is transformers'", "model_type"),
     "plan/submitted.py": ("a job, as Snakemake announces it", "threads"),
     "runtime/linear.py": ("a buffer of the module", "core"),
     "runtime/quantizer.py": ("config.json's quantization_config", "format_version"),
+    "runtime/skeleton.py": ("config.json, which is transformers'", "model_type"),
     "serve/plugin.py": ("what is alike of two tensors", "device dtype"),
     "training/trainable.py": ("the tensors of a linear", "core left right"),
 }
