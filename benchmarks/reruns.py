@@ -29,7 +29,7 @@ from typing import Any, get_args, get_origin
 
 from armor.config.run import Config
 from armor.core.typed import Typed
-from armor.run.jobs import STAGES
+from armor.run.stages import STAGES
 from tests.engine import stand_in
 from tests.hub import hub
 from tests.model.test_source import wheel
