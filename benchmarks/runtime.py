@@ -112,6 +112,13 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
     }
 
 
+def operands(tensors: list[Tensor]) -> cpu.Operands:
+    """Of a packed linear, in floats or integers."""
+    values, bits, left, right, *scales = tensors
+    columns = 8 * bits.shape[1] // scales[0].shape[1] if scales else 0
+    return cpu.Operands(values, bits, left, right, None, 4, *scales, columns=columns)
+
+
 def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> Callable[[], Tensor]:
     """What a CPU does for a linear of that kind."""
     if kind.startswith("as "):
@@ -125,8 +132,7 @@ def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> 
         return partial(torch.ops.aten._weight_int4pack_mm_for_cpu, own, tensors[0], 64, tensors[1])
     if len(tensors) == 4:
         return partial(cpu.linear, own, *tensors, group=4)
-    columns = own.shape[1] // tensors[4].shape[1]
-    return partial(cpu.multiply, own, *tensors[:4], None, 4, scales=tensors[4:], columns=columns)
+    return partial(cpu.multiply, own, operands(tensors))
 
 
 def size_of(tensors: list[Tensor]) -> int:
@@ -181,7 +187,7 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
 
     def shared(linears: list[list[Tensor]]) -> list[cpu.Operands]:
-        return [(own[0], own[1], own[2], linears[0][3], None, 4) for own in linears]
+        return [operands(own)._replace(right=linears[0][3]) for own in linears]
 
     def dense(x: Tensor, weights: list[list[Tensor]]) -> None:
         for (weight,) in weights:
@@ -194,7 +200,7 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     ways: dict[str, Callable[[Tensor, list[list[Tensor]]], object]] = {
         "dense": dense,
         "separate": separate,
-        "one call": lambda x, linears: cpu.linears(x, [(*own, None, 4) for own in linears]),
+        "one call": lambda x, linears: cpu.linears(x, [*map(operands, linears)]),
         "one call, one B": lambda x, linears: cpu.linears(x, shared(linears)),
     }
     total, made = 4 * last_level_cache_bytes(), [packed(out, columns, 64) for out in outs]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class _Part(ctypes.Structure):
     """`struct part` of native/armor.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "mask", "left", "right", "bias", "y", "integers")),
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "left", "right", "bias", "y")),
+        ("integers", ctypes.POINTER(_Integers)),
         *((name, ctypes.c_int64) for name in ("out", "kept", "group", "left_size", "right_size", "y_stride")),
     )
 
@@ -79,8 +81,25 @@ class _Product(ctypes.Structure):
     )
 
 
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]
-"""values, bits, left, right, bias and group of a linear, as `armor.runtime.operator` describes them."""
+class Operands(NamedTuple):
+    """A packed linear as the kernel takes it: the first six are those of `armor.runtime.operator`.
+
+    Integers have scales, in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a row
+    of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are floats.
+    int8 is int8; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns. Without `core_scales` all
+    numbers are floats.
+    """
+
+    values: Tensor
+    bits: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    bias: Tensor | None
+    group: int
+    core_scales: Tensor | None = None
+    left_scales: Tensor | None = None
+    right_scales: Tensor | None = None
+    columns: int = 0
 
 
 def _load() -> ctypes.CDLL | None:
@@ -89,15 +108,12 @@ def _load() -> ctypes.CDLL | None:
         library = None if path is None else ctypes.CDLL(str(path))
     except OSError:  # built for another machine
         library = None
-    if library is not None and not hasattr(library, "armor_multiply"):  # by an earlier release
+    if library is not None and not hasattr(library, "armor_products"):  # by an earlier release
         library = None
     if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.armor_multiply.argtypes = [number] * 2 + [pointer] * 7 + [size] * 7 + [pointer, pointer, number]
-        if hasattr(library, "armor_linears"):
-            library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]
-        if hasattr(library, "armor_products"):
-            library.armor_products.argtypes = [number] * 2 + [pointer, number, pointer, number]
+        library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]
+        library.armor_products.argtypes = [number] * 2 + [pointer, number, pointer, number]
         library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
         library.armor_unpack.restype = None
     return library
@@ -115,8 +131,6 @@ _library = _load()
 _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
-_together = _library is not None and hasattr(_library, "armor_linears")
-_grouped = _library is not None and hasattr(_library, "armor_products")
 _has_tiles = _library is not None and bool(_library.armor_has_tiles())
 
 
@@ -156,71 +170,29 @@ def runs_in_c(x: Tensor) -> bool:
     return not (_has_tiles and x.dtype == torch.bfloat16 and x.numel() >= _TILE_ROWS * x.shape[-1])
 
 
-def _run(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    """Check the shapes, since C will trust them, and multiply in C or, where that is faster, in torch."""
-    operator.check_shapes(x, values, bits, left, right, bias)
-    if runs_in_c(x):
-        return multiply(x, values, bits, left, right, bias, group, _best)
-    return _through_torch(x, values, bits, left, right, bias)
+def _run(x: Tensor, *operands: Any) -> Tensor:
+    """x times a linear, the fields of its Operands, in C or, where that is faster, in torch."""
+    own = Operands(*operands)
+    if runs_in_c(x) or own.core_scales is not None:
+        return multiply(x, own)
+    _check_shapes(x, own)
+    return _through_torch(x, *own[:5])
 
 
 linear = operator.register("cpu", _run)
 
 
-def multiply(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    level: int = _best,
-    scales: Sequence[Tensor | None] = (),
-    columns: int = 0,
-) -> Tensor:
-    """The C loops at `level`, an index into LEVELS.
+def multiply(x: Tensor, operands: Operands, level: int = _best) -> Tensor:
+    """x (..., in) times a linear: (..., out), by the C loops at `level`, an index into LEVELS.
 
-    `scales` are those of integers in values, left and right, `columns` how many columns of the core share one.
+    Ask `supports` first. Raises ValueError if the shapes do not fit each other.
     """
-    x, values, bits = x.contiguous(), values.contiguous(), bits.contiguous()
-    left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
-    in_features, out = x.shape[-1], len(values)
-    kept, own = values.shape[1], None
-    if scales:
-        scales = [None if t is None else t.contiguous() for t in scales]
-        packed = values.dtype == torch.uint8
-        blocks = any(t is not None and t.dtype == torch.int8 for t in (left, right))
-        addresses = (None if t is None else t.data_ptr() for t in scales)
-        own = ctypes.pointer(_Integers(2 if packed else 1, int(blocks), *addresses, columns))
-        kept = in_features // 2 if packed else kept
-    y = x.new_empty(*x.shape[:-1], out)
-    assert _library is not None  # `supports` said so
-    error = _library.armor_multiply(
-        level,
-        TYPES[x.dtype],
-        *(None if t is None else t.data_ptr() for t in (x, values, bits, left, right, bias, y)),
-        x.numel() // in_features,
-        in_features,
-        out,
-        kept,
-        group,
-        0 if left is None else left.shape[-1],
-        0 if right is None else right.shape[-1],
-        own,
-        _parallel,
-        torch.get_num_threads(),
-    )
-    if error:
-        raise MemoryError(os.strerror(error))
-    return y
+    return linears(x, [operands], level)[0]
 
 
 def is_one_call(x: Tensor, count: int) -> bool:
     """Whether `linears` can multiply x with `count` linears, each of which `supports` it, in one call into C."""
-    return _together and 1 < count <= _PARTS and runs_in_c(x) and x.numel() > 0
+    return _built and 1 < count <= _PARTS and runs_in_c(x) and x.numel() > 0
 
 
 def linears(
@@ -228,16 +200,17 @@ def linears(
 ) -> Sequence[Tensor]:
     """x (..., in) times several linears in one pass: of each (..., out), bit for bit that of `linear`.
 
-    Linears with the same tensor B share B x. `out` is where the results go, views side by side of one tensor. Ask
-    `supports` of each linear and `is_one_call` first. Raises ValueError if shapes do not fit each other.
+    Some may hold floats and others integers. Linears with the same tensor B, and so its scales, share B x. `out` is
+    where the results go, views side by side of one tensor. Ask `supports` of each linear and `is_one_call` first.
+    Raises ValueError if shapes do not fit each other.
     """
     for own in operands:
-        operator.check_shapes(x, *own[:5])
+        _check_shapes(x, own)
     x = x.contiguous()
     *lead, columns = x.shape
-    outputs = [x.new_empty(*lead, len(own[0])) for own in operands] if out is None else out
+    outputs = [x.new_empty(*lead, len(own.values)) for own in operands] if out is None else out
     held = [_contiguous(own) for own in operands]  # must live until C returns
-    parts = [_part(own, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
+    parts = [_part(own, columns, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
     assert _library is not None  # `supports` said so
     error = _library.armor_linears(
         level,
@@ -255,23 +228,53 @@ def linears(
     return outputs
 
 
-def _contiguous(operands: Operands) -> Operands:
-    values, bits, *others, group = operands
-    left, right, bias = (None if t is None else t.contiguous() for t in others)
-    return values.contiguous(), bits.contiguous(), left, right, bias, group
+def _check_shapes(x: Tensor, own: Operands) -> None:
+    """Raises ValueError if the shapes do not fit each other; C trusts them."""
+    operator.check_shapes(x, *own[:5])
+    if own.core_scales is None:
+        return
+    columns, (out, width) = x.shape[-1], own.values.shape
+    if own.values.dtype == torch.uint8 and width != (columns // 2 + 1) // 2:
+        raise ValueError(f"values {(out, width)} do not hold half of {columns} columns, two in a byte")
+    if own.core_scales.shape != (out, -(-columns // own.columns)):
+        found = tuple(own.core_scales.shape)
+        raise ValueError(f"scales {found} do not fit {out} rows of {columns} columns in groups of {own.columns}")
+    for name, scales, blocks, n in (
+        ("left", own.left_scales, own.left, out),
+        ("right", own.right_scales, own.right, columns),
+    ):
+        has_integers = blocks is not None and blocks.dtype == torch.int8
+        if has_integers != (scales is not None) or scales is not None and scales.numel() != n:
+            found = None if scales is None else tuple(scales.shape)
+            raise ValueError(
+                f"{name}_scales {found} do not fit {name} of {n} channels, {blocks is not None and blocks.dtype}"
+            )
 
 
-def _part(operands: Operands, y: Tensor, stride: int) -> _Part:
-    """Of contiguous operands and where the output goes, `stride` numbers from a row to the next."""
-    *tensors, group = operands
-    addresses = (None if t is None else t.data_ptr() for t in (*tensors, y))
-    blocks = (0 if t is None else t.shape[-1] for t in tensors[2:4])
-    return _Part(*addresses, None, *operands[0].shape, group, *blocks, stride)
+def _contiguous(own: Operands) -> Operands:
+    held: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in own)
+    return Operands(*held)
+
+
+def _part(own: Operands, columns: int, y: Tensor, stride: int) -> _Part:
+    """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next."""
+    (out, kept), integers = own.values.shape, None
+    if own.core_scales is not None:
+        is_int4 = own.values.dtype == torch.uint8
+        blocks = own.left_scales is not None or own.right_scales is not None
+        integers = ctypes.pointer(_Integers(2 if is_int4 else 1, blocks, *map(_address, own[6:9]), own.columns))
+        kept = columns // 2 if is_int4 else kept
+    sizes = (0 if t is None else t.shape[-1] for t in (own.left, own.right))
+    return _Part(*map(_address, (*own[:5], y)), integers, out, kept, own.group, *sizes, stride)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
     """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with linears that `supports` them."""
-    return _grouped and runs_in_c(x[: max(counts, default=0)])
+    return _built and runs_in_c(x[: max(counts, default=0)])
 
 
 def grouped(
@@ -292,12 +295,12 @@ def grouped(
     parts, cuts, start = [], [], 0
     for count, group in zip(counts, held, strict=True):
         for own, y in zip(group, outputs, strict=True):
-            operator.check_shapes(x, *own[:5])
+            _check_shapes(x, own)
             if len(own[0]) != y.shape[1]:
                 raise ValueError(f"a linear of {len(own[0])} rows beside one of {y.shape[1]}")
         for first, last in _sharing(group):
             cuts.append((start, count, len(parts), last - first))
-            parts += [_part(group[i], outputs[i][start:], outputs[i].shape[1]) for i in range(first, last)]
+            parts += [_part(group[i], x.shape[1], outputs[i][start:], outputs[i].shape[1]) for i in range(first, last)]
         start += count
     table = (_Part * len(parts))(*parts)
     place, columns = ctypes.addressof(table), x.shape[1]
@@ -321,22 +324,16 @@ def grouped(
 
 def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
     """The linears that go together, first and end of each: those that share B, if all do; else each by itself."""
-    shared = group[0][3] is not None and all(own[3] is group[0][3] for own in group)
+    right = group[0].right
+    shared = right is not None and all(own.right is right for own in group)
     return [(0, len(group))] if shared and len(group) <= _PARTS else [(i, i + 1) for i in range(len(group))]
 
 
-def _side_by_side(
-    x: Tensor,
-    values: list[Tensor],
-    bits: list[Tensor],
-    left: list[Tensor | None],
-    right: list[Tensor | None],
-    bias: list[Tensor | None],
-    groups: list[int],
-) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], sum(map(len, values)))
-    out = y.split([len(own) for own in values], dim=-1)
-    operands = list(zip(values, bits, left, right, bias, groups, strict=True))
+def _side_by_side(x: Tensor, *fields: Any) -> Tensor:
+    """x times several linears; `fields` are those of their Operands, each a list."""
+    operands = [Operands(*own) for own in zip(*fields, strict=True)]
+    y = x.new_empty(*x.shape[:-1], sum(len(own.values) for own in operands))
+    out = y.split([len(own.values) for own in operands], dim=-1)
     if is_one_call(x, len(operands)):
         linears(x, operands, out=out)
     else:
@@ -350,8 +347,8 @@ _joined = torch.library.custom_op(
     _side_by_side,
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor x, Tensor[] values, Tensor[] bits, Tensor?[] left, Tensor?[] right, Tensor?[] bias, int[] groups) "
-    "-> Tensor",
+    schema="(Tensor x, Tensor[] values, Tensor[] bits, Tensor?[] left, Tensor?[] right, Tensor?[] bias, int[] groups, "
+    "Tensor?[] core_scales, Tensor?[] left_scales, Tensor?[] right_scales, int[] columns) -> Tensor",
 )
 _joined.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], sum(own.shape[0] for own in values)))
 

@@ -27,50 +27,26 @@ _SCHEMA = (
 _TILE = 512  # columns that the kernel unpacks at a time: a larger group is a multiple of them
 
 
-def supports(
-    layout: PackedLinear,
-    x: Tensor,
-    values: Tensor | None,
-    bits: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    *scales: Tensor | None,
-) -> bool:
-    """Whether `linear` can run on these tensors, given in its order. The library is there. All are on the CPU, and what
-    is no integer of one dtype, bfloat16 or float32. The groups and the pattern are such as the kernel cuts."""
+def supports(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> bool:
+    """Whether `linear` can run on these operands. The library is there. All are on the CPU, and what is no integer of
+    one dtype, bfloat16 or float32. The groups and the pattern are such as the kernel cuts."""
     own = layout.quantization
-    if own is None or values is None or bits is None or x.dtype not in cpu.TYPES or not cpu.available():
+    if own is None or x.dtype not in cpu.TYPES or not cpu.available():
         return False
-    floats = [*scales, bias, *((left, right) if not own.blocks else ())]
+    tensors = [x, *(t for t in operands if isinstance(t, Tensor))]
+    if any(t.device.type != "cpu" for t in tensors):
+        return False
+    floats = [*operands[6:9], operands.bias, *((operands.left, operands.right) if not own.blocks else ())]
     if any(t is not None and t.dtype != x.dtype for t in floats):
-        return False
-    if any(t is not None and t.device.type != "cpu" for t in (x, values, bits, left, right, *floats)):
         return False
     n, m = layout.pattern.group(layout.in_features)
     cut = own.group >= layout.in_features or own.group % (_TILE if own.group > _TILE else 32) == 0
     return cut and (own.core == "int8" or 2 * n == m and 8 % m == 0)
 
 
-def _run(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    core_scales: Tensor,
-    left_scales: Tensor | None,
-    right_scales: Tensor | None,
-    n: int,
-    m: int,
-    columns: int,
-) -> Tensor:
-    operator.check_shapes(x, values, bits, left, right, bias)
-    if core_scales.shape != (len(values), -(-x.shape[-1] // columns)):
-        raise ValueError(f"scales {tuple(core_scales.shape)} do not fit {len(values)} rows of {x.shape[-1]} columns")
-    scales = (core_scales, left_scales, right_scales)
-    return cpu.multiply(x, values, bits, left, right, bias, m, scales=scales, columns=columns)
+def _run(x: Tensor, *given: Any) -> Tensor:
+    values, bits, left, right, bias, *scales, _, m, columns = given
+    return cpu.multiply(x, cpu.Operands(values, bits, left, right, bias, m, *scales, columns=columns))
 
 
 _operator = torch.library.custom_op(
@@ -91,9 +67,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     names = ("core_values", "core_mask", "left", "right", "core_scales", "left_scales", "right_scales")
     given = zip(names, (values, bits, left, right, *scales), strict=True)
     tensors = {name: tensor for name, tensor in given if tensor is not None}
-    kind = Quantization(
-        "int4" if values.dtype == torch.uint8 else "int8", "int8" if scales[1] is not None else None, columns
-    )
+    core, blocks = "int4" if values.dtype == torch.uint8 else "int8", scales[1:] != [None, None]
+    kind = Quantization(core, "int8" if blocks else None, columns)
     factors = Factorization.of_tensors(tensors, in_features, Pattern(n, m), kind)
     return gradient @ factors.reconstruct().to(gradient.dtype), None, None, None, None, bias, *([None] * 6)
 
@@ -101,24 +76,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_save)
 
 
-def linear(
-    layout: PackedLinear,
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    core_scales: Tensor,
-    left_scales: Tensor | None = None,
-    right_scales: Tensor | None = None,
-) -> Tensor:
-    """y = A (S (B x)) + bias for x (..., in): (..., out), the tensors those of a checkpoint of `layout`.
+def linear(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> Tensor:
+    """y = A (S (B x)) + bias for x (..., in): (..., out), of a linear of `layout`.
 
     Ask `supports` first. Raises ValueError if the shapes do not fit each other.
     """
-    assert layout.quantization is not None
-    pattern = layout.pattern if layout.pattern.m else Pattern(*layout.pattern.group(layout.in_features))
-    operands = (x, values, bits, left, right, bias, core_scales, left_scales, right_scales)
-    multiply = _operator if operator.is_needed(x, bias) else _run  # past torch's dispatcher, as in `operator`
-    return multiply(*operands, pattern.n, pattern.m, layout.quantization.group)
+    if not operator.is_needed(x, operands.bias):
+        return cpu.multiply(x, operands)  # past torch's dispatcher, as in `operator`
+    n, m = layout.pattern.group(layout.in_features)
+    return _operator(x, *operands[:5], *operands[6:9], n, m, operands.columns)

@@ -32,39 +32,41 @@ from armor.core import blockdiag
 from armor.core.factorization import SUFFIXES, Factorization, owner
 from armor.core.integers import pack_int4
 from armor.core.packing import unpack, unpack_mask
-from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, integers, operator
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
-__all__ = ["ArmorLinear", "multiply", "multiply_integers", "share_right"]
+__all__ = ["ArmorLinear", "multiply", "operands_of", "share_right"]
 
 
-def multiply(
+def operands_of(
+    layout: PackedLinear,
     x: Tensor,
-    values: Tensor,
-    bits: Tensor,
+    values: Tensor | None,
+    bits: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
     bias: Tensor | None,
-    *,
-    pattern: Pattern,
-    group: int,
-) -> Tensor:
-    """y = A (S (B x)) + bias for x (..., in): (..., out), on packed tensors as `armor.runtime.operator` describes them.
+    *scales: Tensor | None,
+) -> cpu.Operands | None:
+    """What the CPU's kernel multiplies x with for a linear of `layout`; None where it cannot.
 
-    By the kernel for x's device and dtype, or else through a core that is made dense and dropped. `group` is the m of
-    `pattern` for a row of S.
+    The tensors are the linear's. `scales` are core_scales, left_scales and right_scales.
     """
-    operands = (values, bits, left, right, bias)
-    if cpu.supports(x, *operands):
-        return cpu.linear(x, *operands, group=group)
-    if cuda.supports(x, *operands, group=group):
-        return cuda.linear(x, *operands, group=group)
-    return _through(x, unpack(values, bits, x.shape[-1], pattern)[0], left, right, bias)
+    if values is None or bits is None:
+        return None
+    own, group = layout.quantization, layout.pattern.group(layout.in_features)[1]
+    if own is None:
+        return (
+            cpu.Operands(values, bits, left, right, bias, group)
+            if cpu.supports(x, values, bits, left, right, bias)
+            else None
+        )
+    operands = cpu.Operands(values, bits, left, right, bias, group, *scales, columns=own.group)
+    return operands if integers.supports(layout, x, operands) else None
 
 
-def multiply_integers(
+def multiply(
     layout: PackedLinear,
     x: Tensor,
     values: Tensor,
@@ -72,24 +74,31 @@ def multiply_integers(
     left: Tensor | None,
     right: Tensor | None,
     bias: Tensor | None,
-    core_scales: Tensor,
-    left_scales: Tensor | None,
-    right_scales: Tensor | None,
+    *scales: Tensor | None,
 ) -> Tensor:
-    """The same for a `layout` with integers, whose tensors these are.
+    """y = A (S (B x)) + bias for x (..., in): (..., out), on the tensors of a linear of `layout`, as `operands_of`.
 
-    By the kernel, or else through factors that are multiplied out in float32, rounded once to the scales' dtype and
-    dropped.
+    By the kernel for x's device and dtype, or else through a core that is made dense and dropped. Integers are then
+    multiplied out in float32 and rounded once to the scales' dtype.
     """
-    scales = (core_scales, left_scales, right_scales)
-    if bits is not None and integers.supports(layout, x, values, bits, left, right, bias, *scales):
-        return integers.linear(layout, x, values, bits, left, right, bias, *scales)
+    operands = operands_of(layout, x, values, bits, left, right, bias, *scales)
+    if operands is not None and layout.quantization is not None:
+        return integers.linear(layout, x, operands)
+    if operands is not None:
+        return cpu.linear(x, *operands[:5], group=operands.group)
+    if layout.quantization is None:
+        assert bits is not None
+        group = layout.pattern.group(layout.in_features)[1]
+        if cuda.supports(x, values, bits, left, right, bias, group=group):
+            return cuda.linear(x, values, bits, left, right, bias, group=group)
+        return _through(x, unpack(values, bits, x.shape[-1], layout.pattern)[0], left, right, bias)
     given = {"core_values": values, "core_mask": bits, "left": left, "right": right}
     given |= dict(zip(("core_scales", "left_scales", "right_scales"), scales, strict=True))
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     factors = Factorization.of_tensors(tensors, x.shape[-1], layout.pattern, layout.quantization).in_floats()
-    left, right = (t if t is None else t.to(core_scales.dtype) for t in (factors.left, factors.right))
-    return _through(x, factors.core.to(core_scales.dtype), left, right, bias)
+    own = tensors["core_scales"].dtype
+    left, right = (t if t is None else t.to(own) for t in (factors.left, factors.right))
+    return _through(x, factors.core.to(own), left, right, bias)
 
 
 def _through(x: Tensor, core: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -175,11 +184,8 @@ class ArmorLinear(nn.Linear):
                 return output
         if self._sharers and (output := self._with_sharers(input)) is not None:
             return output
-        if self.core_values is not None and self.core_mask is not None and self.layout.quantization is None:
-            operands = (self.core_values, self.core_mask, self.left, self.held("right"), self.bias)
-            return multiply(input, *operands, pattern=self.layout.pattern, group=self.group)
-        if self.core_values is not None and self.layout.quantization is not None:
-            return multiply_integers(self.layout, input, *self._integers())
+        if self.core_values is not None:
+            return multiply(self.layout, input, *self._tensors())
         factors, own = self._factors().in_floats(), self.weight.dtype
         core, left, right = (None if t is None else t.to(own) for t in (factors.core, factors.left, factors.right))
         assert core is not None
@@ -206,11 +212,7 @@ class ArmorLinear(nn.Linear):
 
     def _operands(self, x: Tensor) -> cpu.Operands | None:
         """What the CPU's kernel multiplies x with, but for the pair of low rank; None where it cannot."""
-        values, bits = self.core_values, self.core_mask
-        if values is None or bits is None or self.layout.quantization is not None:
-            return None
-        operands = (values, bits, self.left, self.held("right"), self.bias, self.group)
-        return operands if cpu.supports(x, *operands[:5]) else None
+        return operands_of(self.layout, x, *self._tensors())
 
     @staticmethod
     def grouped(x: Tensor, counts: Sequence[int], linears: Sequence[Sequence[nn.Module]]) -> list[Tensor] | None:
@@ -255,8 +257,8 @@ class ArmorLinear(nn.Linear):
         own = self.weight.dtype
         return self._factors().reconstruct(torch.promote_types(own, torch.float32)).to(dtype or own)
 
-    def _integers(self) -> tuple[Any, ...]:
-        """The operands of `integers.linear` behind x."""
+    def _tensors(self) -> tuple[Any, ...]:
+        """What `multiply` takes behind x."""
         scales = (self.core_scales, self.left_scales, self.held("right_scales"))
         return (self.core_values, self.core_mask, self.left, self.held("right"), self.bias, *scales)
 
@@ -295,13 +297,15 @@ class ArmorLinear(nn.Linear):
     @property
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
-        values = self.core_values
-        if values is None or self.core_mask is None:
+        values, bits = self.core_values, self.core_mask
+        if values is None or bits is None:
             return False
-        if self.core_scales is not None:
-            return integers.supports(self.layout, self.core_scales, *self._integers())
-        operands = (values, self.core_mask, self.left, self.held("right"), self.bias)
-        return cpu.supports(values, *operands) or cuda.supports(values, *operands, group=self.group)
+        if self._operands(values if self.core_scales is None else self.core_scales) is not None:
+            return True
+        right, bias = self.held("right"), self.bias
+        return self.core_scales is None and cuda.supports(
+            values, values, bits, self.left, right, bias, group=self.group
+        )
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:

@@ -40,7 +40,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime import cpu
-from armor.runtime.linear import multiply, multiply_integers
+from armor.runtime.linear import multiply, operands_of
 from armor.serve.check import check
 from armor.serve.cut import Part, cut
 
@@ -218,29 +218,25 @@ class ArmorLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the outputs of the parts side by side; on a CPU by one call of the kernel."""
-        biases, start = [], 0
-        for part in self.parts:
-            biases.append(None if bias is None else bias[start : start + part.out_features])
-            start += part.out_features
+        sizes = [part.out_features for part in self.parts]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         layouts = [part.packed for part in self.parts]
-        operands: list[Any] = [
-            [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), some] for index, some in enumerate(biases)
+        tensors: list[list[Any]] = [
+            [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), own]
+            + [self._tensor(layer, suffix, index) for suffix in SCALES]
+            for index, own in enumerate(biases)
         ]
-        groups = [
-            layout.pattern.group(layout.in_features)[1] for layout in layouts if layout and not layout.quantization
-        ]
-        if len(groups) == len(self.parts) > 1 and all(cpu.supports(x, *own) for own in operands):
-            return cpu.side_by_side(x, [(*own, group) for own, group in zip(operands, groups, strict=True)])
+        if len(layouts) > 1:
+            found = (layout and operands_of(layout, x, *own) for layout, own in zip(layouts, tensors, strict=True))
+            operands = [own for own in found if own is not None]
+            if len(operands) == len(layouts):
+                return cpu.side_by_side(x, operands)
         outputs = []
-        for index, (layout, own) in enumerate(zip(layouts, operands, strict=True)):
+        for index, (layout, own) in enumerate(zip(layouts, tensors, strict=True)):
             if layout is None:
-                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), own[-1]))
-            elif layout.quantization:
-                scales = (self._tensor(layer, suffix, index) for suffix in SCALES)
-                outputs.append(multiply_integers(layout, x, *own, *scales))
+                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), biases[index]))
             else:
-                group = layout.pattern.group(layout.in_features)[1]
-                outputs.append(multiply(x, *own, pattern=layout.pattern, group=group))
+                outputs.append(multiply(layout, x, *own))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _tensor(self, layer: Any, suffix: str, index: int) -> Tensor | None:

@@ -172,11 +172,11 @@ def test_the_checkpoint_counts_b_once_and_computes_the_product(root, tmp_path):
 def test_one_call_for_linears_with_one_b_gives_the_same_bits_and_no_stale_ones(root, monkeypatch):
     calls = []
     one = cpu.linears
-    monkeypatch.setattr(cpu, "linears", lambda x, layers: calls.append(len(layers)) or one(x, layers))
+    monkeypatch.setattr(cpu, "linears", lambda x, group, *others: calls.append(len(group)) or one(x, group, *others))
     model = AutoModelForCausalLM.from_pretrained(root / "checkpoint")
     together = logits(model)
     if cpu.is_one_call(torch.ones(1, 8), 2):
-        assert calls == [3, 2] * 2
+        assert [count for count in calls if count > 1] == [3, 2] * 2
     assert all(module._ahead is None for module in model.modules() if isinstance(module, ArmorLinear))
     q, k, v = (model.get_submodule(name) for name in (Q, K, V))
     x = torch.randn(3, 64)

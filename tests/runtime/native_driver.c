@@ -9,10 +9,6 @@
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 int armor_initialize(void);
-int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
-                 const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
-                 int64_t group, int64_t left_size, int64_t right_size, const void *integers,
-                 parallel_function parallel, int threads);
 struct part {
     const void *values, *mask, *left, *right, *bias;
     void *y;
@@ -102,8 +98,8 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
                 mask[i * stride + c / 8] |= (uint8_t)(1 << c % 8);
                 left_to_keep--;
             }
-    armor_multiply(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
-                 threads);
+    struct part one = {values, mask, left, right, bias, y, NULL, out, kept, m, dl, dr, out};
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
     armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
     if (threads > 1) { /* Twice in one call, side by side and with B shared: the same bits. */
         size_t bytes = (size_t)out * (type ? 2 : 4);
@@ -151,8 +147,7 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
     }
     /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
     memset(mask, 0xff, (size_t)(out * stride));
-    armor_multiply(level, type, x, values, mask, left, right, bias, y, rows, in, out, kept, m, dl, dr, NULL, parallel,
-                 threads);
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
     armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
     void *all[] = {x, values, y, left, right, bias, dense, mask, u, z};
     for (int i = 0; i < 10; i++) free(all[i]);

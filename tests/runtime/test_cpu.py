@@ -12,6 +12,7 @@ import torch
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cpu
+from armor.runtime.cpu import Operands
 from tests.killed import REPOSITORY
 from tests.linears import random_linear, twin
 
@@ -33,6 +34,10 @@ SHAPES = [  # out, in, left block, right block, pattern
 ROWS = [*range(1, 18), 33, 70]
 
 
+def packed(*shape, **bias):
+    return Operands(*random_linear(*shape, **bias))
+
+
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +46,7 @@ def test_the_linear_is_its_twin_within_rounding(shape, dtype, level):
     operands = random_linear(*shape, dtype, bias=shape[0] % 4 == 0)
     for rows in ROWS:
         x = torch.randn(rows, shape[1]).to(dtype)
-        y = cpu.multiply(x, *operands, level)
+        y = cpu.multiply(x, Operands(*operands), level)
         expected, bound = twin(x, *operands)
         assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
 
@@ -51,23 +56,23 @@ def test_the_linear_is_its_twin_within_rounding(shape, dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
     """With B shared, of its own, absent and of an odd size; apart, and side by side; on one thread and more."""
-    shared = random_linear(64, 300, 16, 60, "2:4", dtype)
-    second = random_linear(36, 300, None, 60, "2:4", dtype, bias=False)
+    shared = packed(64, 300, 16, 60, "2:4", dtype)
+    second = packed(36, 300, None, 60, "2:4", dtype, bias=False)
     groups = [
-        [shared, (*second[:3], shared[3], *second[4:]), random_linear(44, 300, 4, 20, "2:4", dtype)],
-        [random_linear(33, 300, 11, None, "2:4", dtype), shared, random_linear(20, 300, 4, None, "50%", dtype)],
-        [random_linear(40, 300, None, None, "2:4", dtype), random_linear(12, 300, 12, None, "2:4", dtype)],
-        [random_linear(30, 300, 5, 25, "50%", dtype), random_linear(30, 300, 5, 60, "2:4", dtype)],
+        [shared, second._replace(right=shared.right), packed(44, 300, 4, 20, "2:4", dtype)],
+        [packed(33, 300, 11, None, "2:4", dtype), shared, packed(20, 300, 4, None, "50%", dtype)],
+        [packed(40, 300, None, None, "2:4", dtype), packed(12, 300, 12, None, "2:4", dtype)],
+        [packed(30, 300, 5, 25, "50%", dtype), packed(30, 300, 5, 60, "2:4", dtype)],
     ]
     threads = torch.get_num_threads()
     try:
         for group, rows in ((group, rows) for group in groups for rows in (1, 3, 8, 17, 70, 300)):
             x = torch.randn(rows, 300).to(dtype)
-            expected = [cpu.multiply(x, *own, level) for own in group]
+            expected = [cpu.multiply(x, own, level) for own in group]
             for count in (1, 3):
                 torch.set_num_threads(count)
-                y = torch.empty(rows, sum(len(own[0]) for own in group), dtype=dtype)
-                cpu.linears(x, group, level, y.split([len(own[0]) for own in group], dim=-1))
+                y = torch.empty(rows, sum(len(own.values) for own in group), dtype=dtype)
+                cpu.linears(x, group, level, y.split([len(own.values) for own in group], dim=-1))
                 assert all(map(torch.equal, cpu.linears(x, group, level), expected)), (rows, count)
                 assert torch.equal(y, torch.cat(expected, dim=-1)), (rows, count)
     finally:
@@ -79,16 +84,16 @@ def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_of_rows_with_linears_of_their_own_give_the_bits_of_separate_calls(dtype, level):
     """With B shared in a group, of its own and absent; fewer products than threads, and more."""
-    one, two = random_linear(64, 300, 16, 60, "2:4", dtype), random_linear(40, 300, 8, 60, "2:4", dtype)
+    one, two = packed(64, 300, 16, 60, "2:4", dtype), packed(40, 300, 8, 60, "2:4", dtype)
     groups = [
-        [one, (*two[:3], one[3], *two[4:])],
-        [random_linear(64, 300, None, None, "2:4", dtype), random_linear(40, 300, 10, 25, "50%", dtype, bias=False)],
-        [random_linear(64, 300, 32, 20, "2:4", dtype), two],
+        [one, two._replace(right=one.right)],
+        [packed(64, 300, None, None, "2:4", dtype), packed(40, 300, 10, 25, "50%", dtype, bias=False)],
+        [packed(64, 300, 32, 20, "2:4", dtype), two],
     ]
     for counts in ([1, 1, 1], [9, 1, 300], [0, 2, 17], [3]):
         x, own = torch.randn(sum(counts), 300).to(dtype), groups[: len(counts)]
         rows = x.split(counts)
-        expected = [torch.cat([cpu.multiply(r, *g[i], level) for r, g in zip(rows, own, strict=True)]) for i in (0, 1)]
+        expected = [torch.cat([cpu.multiply(r, g[i], level) for r, g in zip(rows, own, strict=True)]) for i in (0, 1)]
         for found in with_threads(lambda x=x, counts=counts, own=own: cpu.grouped(x, counts, own, level)):
             assert all(map(torch.equal, found, expected)), counts
     with pytest.raises(ValueError, match=r"4 rows do not fit 2 groups of \[1, 2\] rows"):
@@ -100,11 +105,11 @@ def test_groups_of_rows_with_linears_of_their_own_give_the_bits_of_separate_call
 @needs_library
 def test_outputs_side_by_side_are_those_of_each_linear_and_an_operator_to_compilers():
     group = [
-        random_linear(64, 300, 16, 60, "2:4", torch.bfloat16),
-        random_linear(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False),
+        packed(64, 300, 16, 60, "2:4", torch.bfloat16),
+        packed(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False),
     ]
     x = torch.randn(2, 3, 300).bfloat16()
-    expected = torch.cat([cpu.linear(x, *own[:5], group=own[5]) for own in group], dim=-1)
+    expected = torch.cat([cpu.linear(x, *own[:5], group=own.group) for own in group], dim=-1)
     assert torch.equal(cpu.side_by_side(x, group), expected)
     operands = [list(own) for own in zip(*group, strict=True)]
     assert torch.equal(torch.ops.armor.cpu_linears(x, *operands), expected)
@@ -118,7 +123,7 @@ def test_more_rows_than_are_multiplied_at_once(dtype, level):
     operands = random_linear(36, 20, 12, 4, "2:4", dtype)
     x = torch.randn(600, 20).to(dtype)
     expected, bound = twin(x, *operands)
-    assert ((cpu.multiply(x, *operands, level).double() - expected).abs() <= bound).all()
+    assert ((cpu.multiply(x, Operands(*operands), level).double() - expected).abs() <= bound).all()
 
 
 @needs_library
@@ -149,7 +154,7 @@ def with_threads(multiply):
 def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
     operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)
-    first, *others = with_threads(lambda: cpu.multiply(x, *operands, level))
+    first, *others = with_threads(lambda: cpu.multiply(x, Operands(*operands), level))
     assert all(torch.equal(first, y) for y in others)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from armor.assemble.export import export
 from armor.assemble.verify import verify
+from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import LayerSettings
 from armor.format.shards import Shards
 from armor.model.tensors import recorded_tensors
@@ -78,9 +79,11 @@ def test_experts_that_are_stored_fused_take_integers(tmp_path):
     assert len(down) == 4 and all(module.layout.quantization for module in down)
 
 
-def test_few_tokens_go_through_all_packed_experts_at_once_as_they_go_through_each(tmp_path):
+@pytest.mark.parametrize("has_integers", [False, True])
+def test_few_tokens_go_through_all_packed_experts_at_once_as_they_go_through_each(tmp_path, has_integers):
     settings = SETTINGS.model_copy(update={"share_right": True})
-    model = load_model(packed(tmp_path, "gpt_oss", settings, layers=1) / "checkpoint")  # with biases, interleaved
+    root = packed(tmp_path, "gpt_oss", settings, layers=1)  # with biases, interleaved
+    model = load_model(quantized(root, QuantizeSettings()) if has_integers else root / "checkpoint")
     (experts,) = (module for module in model.modules() if isinstance(module, Experts))
     x, weights = torch.randn(5, 64), torch.rand(5, 2)
     index = torch.tensor([[0, 2], [2, 1], [2, 0], [4, 4], [4, 1]])  # 4: no expert

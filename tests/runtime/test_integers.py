@@ -1,5 +1,7 @@
 """The CPU kernel on int8 and int4, every level against the product of the stored numbers in float64."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,9 +9,9 @@ from armor.core.factorization import Factorization
 from armor.core.integers import rounded
 from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import Quantization
-from armor.runtime import cpu, integers
+from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
-from tests.linears import product_within
+from tests.linears import product_within, random_linear
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -49,9 +51,7 @@ def stored(out, columns, left, right, pattern, core, blocks, group, dtype):
 
 
 def multiplied(linear, x, level):
-    values, bits, left, right, bias, *scales = linear._integers()
-    columns = linear.layout.quantization.group
-    return cpu.multiply(x, values, bits, left, right, bias, linear.group, level, scales, columns)
+    return cpu.multiply(x, linear._operands(x), level)
 
 
 @needs_library
@@ -86,11 +86,61 @@ def test_the_linear_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
     torch.testing.assert_close(unpacked(x).float(), y.float(), rtol=0.05, atol=0.05)
 
 
+def operands(linear, dtype):
+    """What the kernel takes of it."""
+    return linear._operands(torch.ones(1, linear.in_features, dtype=dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
+    """Side by side with B shared, of its own and absent; and for groups of rows with linears of their own."""
+    kinds = [("int8", "int8"), ("int8", "int8"), ("int8", None), ("int4", "int8")]
+    sizes = [(64, 16, 32), (40, 8, 32), (36, 4, None), (44, None, 64)]
+    made = [
+        operands(ArmorLinear.of(*stored(out, 256, left, right, "2:4", *kind, 64, dtype)), dtype)
+        for kind, (out, left, right) in zip(kinds, sizes, strict=True)
+    ]
+    made[1] = made[1]._replace(right=made[0].right, right_scales=made[0].right_scales)
+    group = [*made, cpu.Operands(*random_linear(33, 256, 11, None, "2:4", dtype))]
+    for rows in (1, 3, 17, 300):
+        x = torch.randn(rows, 256).to(dtype)
+        expected = [cpu.multiply(x, own, level) for own in group]
+        assert all(map(torch.equal, cpu.linears(x, group, level), expected)), rows
+    assert torch.equal(cpu.side_by_side(x, group), torch.cat([cpu.multiply(x, own) for own in group], dim=-1))
+    fields = [list(field) for field in zip(*group, strict=True)]
+    assert torch.ops.armor.cpu_linears(x.to("meta"), *fields).shape == (300, 64 + 40 + 36 + 44 + 33)
+    assert torch.equal(torch.ops.armor.cpu_linears(x, *fields), cpu.side_by_side(x, group))
+    pairs = [made[:2], [cpu.Operands(*random_linear(out, 256, 4, 16, "2:4", dtype)) for out in (64, 40)], made[:2]]
+    for counts in ([1, 2, 3], [9, 0, 40]):
+        rows = x[: sum(counts)].split(counts)
+        expected = [torch.cat([cpu.multiply(r, p[i], level) for r, p in zip(rows, pairs, strict=True)]) for i in (0, 1)]
+        assert all(map(torch.equal, cpu.grouped(x[: sum(counts)], counts, pairs, level), expected)), counts
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("core_scales", lambda t: t[:, :-1], "scales (64, 1) do not fit 64 rows of 256 columns in groups of 128"),
+        ("left_scales", lambda t: t[:-1], "left_scales (63,) do not fit"),
+        ("right_scales", lambda t: None, "right_scales None do not fit"),
+        ("left", torch.Tensor.bfloat16, "left_scales (64,) do not fit"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(name, change, said):
+    factors, bias = stored(*SHAPES[0], torch.bfloat16)
+    own = operands(ArmorLinear.of(factors, bias), torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        cpu.multiply(torch.ones(1, 256).bfloat16(), own._replace(**{name: change(getattr(own, name))}))
+
+
 @needs_library
 def test_the_operator_is_one_to_torch():
     factors, bias = stored(*SHAPES[2], torch.float32)
     linear = ArmorLinear.of(factors, bias)
-    tensors = [None if t is None else t.detach() for t in linear._integers()]
+    tensors = [None if t is None else t.detach() for t in linear._tensors()]
     operands = (torch.randn(2, 100), *tensors, 2, 4, linear.layout.quantization.group)
     torch.library.opcheck(torch.ops.armor.cpu_integers_linear, operands)
 
@@ -100,5 +150,5 @@ def test_groups_that_the_kernel_does_not_cut_go_through_torch(group):
     factors, bias = stored(16, 1056, None, None, "2:4", "int8", None, group, torch.float32)
     linear = ArmorLinear.of(factors, bias)
     x = torch.randn(2, 1056)
-    assert not integers.supports(linear.layout, x, *linear._integers())
+    assert linear._operands(x) is None
     torch.testing.assert_close(linear(x), x @ factors.reconstruct().T + bias, rtol=1e-4, atol=1e-4)

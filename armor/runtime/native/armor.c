@@ -314,15 +314,6 @@ int armor_products(int level, int type, const struct product *all, int count, pa
     return error;
 }
 
-/* The same of one linear, y without gaps between its rows. */
-int armor_multiply(int level, int type, const void *x, const void *values, const void *mask, const void *left,
-                   const void *right, const void *bias, void *y, int64_t rows, int64_t in, int64_t out, int64_t kept,
-                   int64_t group, int64_t left_size, int64_t right_size, const struct integers *integers,
-                   parallel_function parallel, int threads) {
-    struct part part = {values, mask, left, right, bias, y, integers, out, kept, group, left_size, right_size, out};
-    return armor_linears(level, type, x, rows, in, &part, 1, parallel, threads);
-}
-
 struct unpacking {
     const struct kernel *kernel;
     const char *values, *mask;
