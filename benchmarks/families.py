@@ -103,6 +103,8 @@ SMALL: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "use_mamba_kernels": False,
     "partial_rotary_factor": 0.5,
 }
+LLAMA4 = {"num_hidden_layers": 2, "moe_layers": [0, 1], "no_rope_layers": [1, 0],
+          "layer_types": ["chunked_attention", "full_attention"]}  # every layer is a mixture, and listed
 TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}  # in time, height and width
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga",
@@ -118,7 +120,9 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"rope_parameters": TURNS | {"mrope_section": [1, 1, 2]}}},
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "llama4": {"vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
+    "llama4_text": LLAMA4,
+    "llama4": {"text_config": LLAMA4,
+               "vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "qwen2_vl": {"text_config": {"rope_parameters": TURNS}, "vision_config": {"embed_dim": 64}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},

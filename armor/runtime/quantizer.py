@@ -260,12 +260,16 @@ def _renamed(layout: PackedLinear, name: str, rename: Callable[[str], str]) -> P
 def _keep_from_initialization(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Let transformers draw no random numbers for what holds a packed linear: Mamba's draw weights of their parts.
 
-    What a checkpoint lacks of them is refused in any case. Not where a module has buffers in it that no checkpoint
-    holds: they are computed at the same place.
+    What a checkpoint lacks of them is refused in any case. Not where a module has buffers that no checkpoint holds:
+    they are computed at the same place, for what is deep inside by the model, as Falcon-H1's are.
     """
+    names = list(names)
+    holders = {name.rpartition(".")[0] for name in names}
     paths = {".".join(parts[:count]) for parts in (name.split(".") for name in names) for count in range(1, len(parts))}
-    for module in map(model.get_submodule, paths):
-        if not any(inner._non_persistent_buffers_set for inner in module.modules()):
+    for path in paths:
+        module = model.get_submodule(path)
+        inside = [module] if path in holders else module.modules()
+        if not any(inner._non_persistent_buffers_set for inner in inside):
             setattr(module, "_is_hf_initialized", True)  # noqa: B010  not known to nn.Module
 
 
