@@ -89,9 +89,6 @@ class Config(Typed):
             self._check_recipe(name)
         for name in self.recipes:
             self._check_training(name)
-        for (_, recipe), asked in self.pairs().items():
-            for name in asked.serving:
-                self._check_serving(name, recipe)
         pairs = self.pairs()
         if not pairs:
             raise ValueError("runs: no model goes with any recipe; nothing to do")
@@ -158,18 +155,6 @@ class Config(Typed):
                         f"recipes.{name}.{stage}: trains on documents of evaluations.{evaluation}; keep them apart by "
                         "documents, or name a calibration on another text"
                     )
-
-    def _check_serving(self, benchmark: str, name: str) -> None:
-        """The plugin of the engine multiplies with what the recipe stores."""
-        factorized = self.factorized(name)
-        held = "integers of whole weights" if factorized.integers() else ""
-        if any("rank" in METHODS[method].settings for method in factorized.methods()):
-            held = "pairs of low rank"
-        if held:
-            raise ValueError(
-                f"benchmarks.{benchmark}: recipes.{name}: stores {held}, which no vLLM multiplies with; give this "
-                "benchmark a run of its own, with the recipes that it can serve"
-            )
 
     def names(self, kind: str, run: Run) -> list[str]:
         """The names of `kind` (models, recipes, ...) that take part in `run`."""

@@ -3,6 +3,7 @@
 A block of A or B cannot be cut. So a linear can be divided over ranks where the cuts meet the ends of blocks: those of
 A where the output channels are divided, those of B, bytes of the mask, and groups of integers, where the input channels
 are. With the output channels divided every rank multiplies by all of B; with the input channels divided, by all of A.
+A pair of low rank is cut anywhere: U with the output channels, V with the input channels.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ class Part:
     def take(self, suffix: str, tensor: Tensor) -> Tensor:
         """This part of the tensor that is `suffix` of the whole linear; a view where the rows are one range."""
         layout = self.layout
+        if suffix == "down":
+            return tensor[:, self.columns.start : self.columns.stop]
         if suffix in ("right", "right_scales"):
             size = layout.right_block_size or 1 if layout and suffix == "right" else 1
             return tensor[self.columns.start // size : -(-self.columns.stop // size)]
         size = layout.left_block_size or 1 if layout and suffix == "left" else 1
         pieces = [tensor[rows.start // size : rows.stop // size] for rows in self.rows]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if suffix in ("left", "left_scales"):
+        if suffix in ("left", "left_scales", "up"):
             return tensor
         n, m = 1, 1  # of its columns for m input channels
         if layout and suffix == "core_values":

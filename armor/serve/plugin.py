@@ -48,6 +48,7 @@ __all__ = ["ArmorConfig", "ArmorLinearMethod", "EmbeddingMethod", "Refused"]
 
 SUFFIXES = ("core_values", "core_mask", "left", "right")
 SCALES = ("core_scales", "left_scales", "right_scales")  # where these are integers
+PAIR = ("down", "up")  # of low rank
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -86,12 +87,7 @@ class ArmorConfig(QuantizationConfig):
             modules = modules_of(config)
         except ArmorError as error:
             raise Refused(str(error)) from None
-        for name, layout in modules.items():
-            if layout.rank:
-                raise Refused(
-                    f"{name}: holds a low-rank pair, which this plugin does not multiply with; serve the checkpoint "
-                    "with transformers, or multiply it out with armor export"
-                )
+        for name in modules:
             if EXPERT.search(name):
                 raise Refused(
                     f"{name}: a compressed expert of a mixture, which vLLM takes dense alone; serve the checkpoint "
@@ -155,7 +151,7 @@ class ArmorLinearMethod(LinearMethodBase):
                 layer.register_parameter(f"{suffix}_{index}", _parameter(shape, dtype))
                 self.awaited.add((index, suffix))
         # Tensors of a checkpoint find their way by name: to one of these, which has no numbers but a loader.
-        for suffix in (*SUFFIXES, *SCALES, "weight"):
+        for suffix in (*SUFFIXES, *SCALES, *PAIR, "weight"):
             entrance = _parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
             set_weight_attrs(entrance, {"weight_loader": self._loader(layer, suffix)})
             layer.register_parameter(suffix, entrance)
@@ -226,7 +222,7 @@ class ArmorLinearMethod(LinearMethodBase):
             + [self._tensor(layer, suffix, index) for suffix in SCALES]
             for index, own in enumerate(biases)
         ]
-        if len(layouts) > 1:
+        if len(layouts) > 1 and not any(layout and layout.rank for layout in layouts):
             found = (layout and operands_of(layout, x, *own) for layout, own in zip(layouts, tensors, strict=True))
             operands = [own for own in found if own is not None]
             if len(operands) == len(layouts):
@@ -236,7 +232,11 @@ class ArmorLinearMethod(LinearMethodBase):
             if layout is None:
                 outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), biases[index]))
             else:
-                outputs.append(multiply(layout, x, *own))
+                y = multiply(layout, x, *own)
+                if layout.rank:
+                    down, up = (getattr(layer, f"{suffix}_{index}") for suffix in PAIR)
+                    y = y + F.linear(F.linear(x, down), up)
+                outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _tensor(self, layer: Any, suffix: str, index: int) -> Tensor | None:

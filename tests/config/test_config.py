@@ -56,13 +56,10 @@ def test_an_engine_has_keys_of_its_own(settings, said):
         parse_settings(BenchmarkSettings, settings)
 
 
-def test_a_benchmark_behind_a_server_is_another_stage_and_takes_what_the_plugin_multiplies_with():
+def test_a_benchmark_behind_a_server_is_another_stage():
     recipes = {"armor": {}, "whole": {"method": "int8"}, "pair": {"method": "oats"}}
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes}
     value |= {"benchmarks": {"decode": {}, "serve": {"engine": "vllm"}}}
-    for names, held in ((["armor", "whole"], "integers of whole weights"), (["armor", "pair"], "pairs of low rank")):
-        with pytest.raises(ArmorError, match=f"benchmarks.serve: recipes.{names[1]}: stores {held}"):
-            parse_settings(Config, value | {"runs": [{"recipes": names}]})
     config = parse_settings(
         Config, value | {"runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}]}
     )

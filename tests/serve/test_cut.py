@@ -13,6 +13,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 from armor.serve.cut import MAX_RANKS, cut
 from tests.runtime.test_integers import stored
+from tests.runtime.test_linear import factorization
 
 
 def whole(out, columns, pattern="2:4", left=None, right=None):
@@ -66,6 +67,18 @@ def test_integers_are_divided_with_their_scales(core, blocks):
     torch.testing.assert_close(sum(parts), linear(x, expected), rtol=1e-4, atol=1e-4)
     with pytest.raises(ArmorError, match=r"8 ranks would cut a block of B, its pattern, mask or scales, 32 input"):
         cut("o", layout, (range(64),), range(16), 8)
+
+
+def test_a_pair_of_low_rank_is_divided_with_its_linear():
+    factors = factorization("2:4", 32, 48, 8, 8, rank=3)
+    tensors, layout = factors.tensors(), PackedLinear.of(factors)
+    x, weight = torch.randn(3, 48), factors.reconstruct()
+    rows = [(range(start, start + 16),) for start in (0, 16)]
+    parts = [multiply(cut("q", layout, some, range(48), 2), tensors, x) for some in rows]
+    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, weight), rtol=1e-4, atol=1e-4)
+    columns = [range(24), range(24, 48)]
+    parts = [multiply(cut("o", layout, (range(32),), c, 2), tensors, x[:, c.start : c.stop]) for c in columns]
+    torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_several_ranges_of_one_linear_on_disk():

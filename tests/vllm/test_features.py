@@ -76,6 +76,22 @@ def test_integers_in_one_rank_and_two(tmp_path, ranks):
         assert difference(llm, said) < BOUND
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pairs_of_low_rank_and_integers_of_whole_weights_in_one_rank_and_two(tmp_path, ranks):
+    overrides = [
+        Override(modules="*.v_proj", method="int8"),
+        Override(modules="*.gate_proj", method="int4"),
+        Override(modules="*.o_proj", method="int8"),
+        Override(modules="*.layers.1.mlp.down_proj", method="int4"),
+    ]
+    folder = (
+        packed(tmp_path, settings=LayerSettings(method="oats", rank=4, overrides=overrides), **SHAPE) / "checkpoint"
+    )
+    said = expected(folder)
+    with served(folder, tensor_parallel_size=ranks) as llm:
+        assert difference(llm, said) < BOUND
+
+
 def test_shards_of_a_fused_linear_with_blocks_of_their_own_and_a_dense_one(tmp_path):
     overrides = [
         Override(modules="*.k_proj", method="dense"),
