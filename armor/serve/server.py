@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from armor.core.errors import ArmorError
-from armor.serve.engine import PYTHON, python_of_engine
+from armor.serve.engine import PYTHON, check_engine, python_of_engine
 
 __all__ = ["command", "serve", "vllm_command"]
 
@@ -34,10 +34,11 @@ def vllm_command(folder: Path, name: str, host: str, port: int, options: Sequenc
 def command(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
     """The command that serves `folder` as model `name` on `host` and `port`; `options` are the server's own.
 
-    Raises ArmorError where neither vLLM nor what transformers' server needs is installed, and for a name that the
-    latter cannot give.
+    Raises ArmorError where neither vLLM nor what transformers' server needs is installed, for a vLLM that does not know
+    this release, and for a name that transformers' server cannot give.
     """
     if os.environ.get(PYTHON) or find_spec("vllm"):
+        check_engine()
         return vllm_command(folder, name, host, port, options)
     from transformers.utils.import_utils import is_serve_available
 

@@ -3,12 +3,15 @@
 import json
 import logging
 import shlex
+import shutil
 import sys
 from importlib.util import find_spec
 
 import pytest
 from transformers.utils.import_utils import is_serve_available
 
+from armor.serve import VERSIONS
+from armor.serve.engine import PYTHON
 from tests.forks import fork
 from tests.packed import DEFECTS, edit_config
 
@@ -36,7 +39,16 @@ def vllm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     (folder / "vllm/entrypoints/openai").mkdir(parents=True)
     (folder / "vllm/entrypoints/openai/api_server.py").write_text(SERVER)
+    say_version(folder, f"{VERSIONS[0]}.0")
     return folder
+
+
+def say_version(folder, version):
+    """Let the vLLM in `folder` be of that version."""
+    about = folder / "vllm-0.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (about / "top_level.txt").write_text("vllm\n")
 
 
 def test_the_server_gets_the_folder_and_all_options_that_are_its_own(root, vllm):
@@ -78,6 +90,21 @@ def test_a_later_version_and_half_a_copy_and_a_hub_name_are_one_line(checkpoint,
     said = ["not a folder on this machine", "format_version 9, expected", "holds neither model.safetensors nor"]
     for done, part in zip(found, said, strict=True):
         assert done.returncode == 1 and done.stdout == "" and part in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_vllm_is_one_line_and_starts_nothing(root, vllm, tmp_path):
+    other = shutil.copytree(vllm, tmp_path / "engine")
+    say_version(other, "0.99.1")
+    done = serve(root, "checkpoint", engine=other)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"found vLLM 0.99.1, expected {VERSIONS[0]}; install that" in done.stderr
+
+
+def test_a_python_that_is_not_there_is_one_line(root, monkeypatch):
+    monkeypatch.setenv(PYTHON, "/nowhere/python")
+    done = serve(root, "checkpoint")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "ARMOR_VLLM: /nowhere/python: found no Python that runs" in done.stderr
 
 
 def test_without_any_server_one_line_says_what_to_install(root):
