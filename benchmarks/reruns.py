@@ -14,7 +14,6 @@ error. That the hash of a stage's code holds all that it executes is in tests/wo
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -104,6 +103,7 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
             "calibrations.words.sequence_length": 16,
             "calibrations.words.gram": True,
             "calibrations.words.hidden_states_memory_gb": 1.0,
+            "recipes.armor.calibration": "grams",
         },
         "sensitivity": {
             "seed": 1,
@@ -131,7 +131,6 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
             ),
             "recipes.armor.experts_per_job": 3,
             "recipes.armor.share_right": True,
-            "recipes.armor.calibration": "grams",
             "recipes.armor.keep_dense": ["*.k_proj"],
             "recipes.armor.overrides.0.method": "nowag",
             "recipes.armor.overrides.0.pattern": "1:4",
@@ -149,7 +148,6 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
             "recipes.mixed.rank": 4,
             "recipes.mixed.gptq.group": 16,
             "recipes.mixed.int4.group": 16,
-            "recipes.more": {"method": "wanda", "calibration": "words"},
         },
         "refine": below("recipes.refined.refine", TRAINING_EDITS)
         | {
@@ -206,6 +204,7 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
             "benchmarks.serve.dtype": "float32",
             "runs.0.benchmarks": ["decode", "serve"],
         },
+        "report": {"recipes.more": {"method": "wanda", "calibration": "words"}},
     }
 
 
@@ -244,7 +243,7 @@ def missing(rows: list[tuple[str, str, Any]]) -> list[str]:
 
 def edited(config: dict, key: str, value: Any) -> dict:
     """`config` with another value at `key`; numbers are places in lists."""
-    config = place = copy.deepcopy(config)
+    config = place = json.loads(json.dumps(config))  # no part of it stands at two places
     *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
     for part in parents:
         place = place[part] if isinstance(part, int) else place.setdefault(part, {})
