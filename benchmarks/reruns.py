@@ -278,7 +278,10 @@ def finished(folder: Path) -> Run:
     mixture = {"models": ["tiny"]}
     config = {
         "models": {"tiny": {"folder": str(folder / "mixture")}, "plain": {"folder": str(folder / "plain")}},
-        "calibrations": {"words": text["calibration"] | short, "grams": text["calibration"] | short | {"gram": True}},
+        "calibrations": {
+            "words": text["calibration"] | short,
+            "grams": text["calibration"] | {"sequences": 4, "sequence_length": 16, "gram": True},
+        },
         "recipes": {
             "dense": {"method": "dense"},
             "armor": armor | {"experts_per_job": 2, "overrides": [override]},

@@ -63,7 +63,7 @@ RESERVED = {
     "recipes": ("calibration", "source", "benchmark", "predictions", "sensitivity", "states"),
 }
 """Names that models and recipes may not have, for they are folders of the pipeline itself."""
-FACTORS = {"factorize": "layers", "refine": "refined", "tune": "tuned", "quantize": "quantized"}
+FACTORS = {"factorize": "layers", "refine": "refined", "quantize": "quantized", "tune": "tuned"}
 """The stages that make factors, and the folder of a recipe in which each leaves them."""
 REPORT_FILES = (PAGE, "summary.csv", SUMMARY, "summary.md", "summary.tex")
 

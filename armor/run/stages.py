@@ -256,16 +256,6 @@ STAGES = {
         seconds=1,
         inputs=lambda config, model, recipe: [("factors", "refine", (model, recipe))],
     ),
-    "tune": Stage(
-        outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
-        asked=lambda config: _made(config, "tune"),
-        entry="armor.training.tune",
-        seconds=1500,
-        inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
-        settings=lambda config, model, recipe: config.tune_settings(recipe),
-        reported=True,
-        stored=lambda results, *names: _with_folder(results.tuned(*names)),
-    ),
     "quantize": Stage(
         outputs=lambda results, *names: (results.factors(*names, "quantize"), results.layer(*names, "quantize")),
         entry="armor.factorize.quantize",
@@ -275,6 +265,16 @@ STAGES = {
         settings=lambda config, model, recipe, layer: config.quantize_settings(recipe, int(layer)),
         by_layer=True,
         reported=True,
+    ),
+    "tune": Stage(
+        outputs=lambda results, model, recipe: (results.tuned(model, recipe),),
+        asked=lambda config: _made(config, "tune"),
+        entry="armor.training.tune",
+        seconds=1500,
+        inputs=lambda config, model, recipe: _training(config, "tune", model, recipe),
+        settings=lambda config, model, recipe: config.tune_settings(recipe),
+        reported=True,
+        stored=lambda results, *names: _with_folder(results.tuned(*names)),
     ),
     "assemble": Stage(
         outputs=lambda results, model, recipe: (results.checkpoint(model, recipe),),
