@@ -28,6 +28,7 @@ from typing import Any, get_args, get_origin
 
 from armor.config.run import Config
 from armor.core.typed import Typed
+from armor.methods import METHODS
 from armor.run.stages import STAGES
 from tests.engine import stand_in
 from tests.hub import hub
@@ -50,7 +51,7 @@ OTHERS = {
     "*.experts.3.up_proj": "int4",
     "*.experts.3.down_proj": "int8",
 }
-"""Every method but armor and wanda, each for some linears of one recipe."""
+"""Every method but armor, wanda and dense, each for some linears of one recipe."""
 TEXT_EDITS = {
     "text": ({"dataset": "some/text"}, {"package": "words==1.0", "file": "words/some.txt"}),
     "text.files": ["README.md"],
@@ -253,6 +254,8 @@ def edited(config: dict, key: str, value: Any) -> dict:
 
 def finished(folder: Path) -> Run:
     """A run of two tiny models to its end, with every stage; made in `folder`, or continued there."""
+    if missing := METHODS.keys() - {"armor", "wanda", "dense", *OTHERS.values()}:
+        sys.exit(f"{__file__}: no recipe has the method {', '.join(sorted(missing))}; give it linears in OTHERS")
     words = (REPOSITORY / "LICENSE").read_text().split()
     half = len(words) // 2
     content = {

@@ -263,6 +263,11 @@ def factorize_weight(
         raise ArmorError(
             f"{where}: {settings.method} ended with loss {found.loss}, expected a number; try another method"
         )
+    if found.pattern != (expected := METHODS[settings.method].pattern(settings)):
+        raise ArmorError(
+            f"{where}: {settings.method} made a core of pattern {found.pattern}, expected {expected}; its function must "
+            "take `pattern`"
+        )
     return found.to("cpu")
 
 

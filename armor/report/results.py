@@ -164,7 +164,7 @@ class RecipeResults:
 
     @property
     def factorize_seconds(self) -> float | None:
-        """Summed over all layers and all stages that made the factors; None where one is missing."""
+        """Summed over all jobs of all stages that made the factors; None where one is missing."""
         return sum(record.seconds for _, records in self.stages for record in records) if self.complete else None
 
     @property

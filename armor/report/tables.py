@@ -22,6 +22,8 @@ from armor.report.table import Table, escaped
 __all__ = ["by_text", "csv_text", "html_table", "latex_text", "markdown_text", "print_table", "rows_table"]
 
 Cells = dict[str, dict[str, str]]
+WIDTH = 110
+"""Characters of a line in the terminal."""
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -53,7 +55,7 @@ def _title(model: str, rows: Sequence[Row]) -> str:
 
 
 def print_table(rows: Sequence[Row]) -> str:
-    """The summary for a terminal, model by model, in under 110 columns; * marks the best compressed values."""
+    """The summary for a terminal, model by model; * marks the best compressed values. Columns beyond WIDTH follow below."""
     columns, tasks, parts = shown_columns(rows), task_columns(rows), []
     for model, own in _by_model(rows).items():
         cells: Cells = {row.recipe: {} for row in own}
@@ -62,10 +64,10 @@ def print_table(rows: Sequence[Row]) -> str:
                 value, error = column.read(row)
                 # There is room for one standard error.
                 cells[row.recipe][column.heading] = column.text(value, error if column.name == "perplexity" else None)
-        heading, *lines = Table(cells, _best(own, columns)).plain().splitlines()
+        heading, *lines = Table(cells, _best(own, columns)).plain(WIDTH).splitlines()
         parts += [_title(model, rows), heading, "-" * len(heading), *lines, ""]
         if tasks:
-            parts += [rows_table(own, tasks).plain(width=110), ""]
+            parts += [rows_table(own, tasks).plain(WIDTH), ""]
     return "\n".join([*parts, f"* best among the compressed   {GAP} not measured, or not applicable"]) + "\n"
 
 

@@ -220,7 +220,7 @@ class Reruns:
             made = origin.made_by
             then = made.settings
             if (now := job.code(self.config)) != made.code:
-                yield f"the code of {made.stage} has changed ({made.code}, now {now})"
+                yield f"the code that {job.stage} executes has changed ({made.code}, now {now})"
             for name, found in (dict.fromkeys(made.experts()) | dict(self._inputs(job))).items():
                 if made.inputs.get(name) != found:
                     yield f"input {name}: its fingerprint is another"

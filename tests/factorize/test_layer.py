@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from armor.format.factors import read_factors
 from armor.format.records.layer import BlockSizes, LayerRecord
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, write_statistics
+from armor.methods import METHODS
 from armor.methods.magnitude import magnitude
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.methods.solver.settings import SolverSettings
@@ -155,6 +157,15 @@ def test_all_dense_needs_no_statistics(root, tmp_path):
     assert {entry.method for entry in record.modules.values()} == {"dense"}
     with pytest.raises(ArmorError, match="nothing.safetensors: no such file"):
         run(root, tmp_path / "layer_1.safetensors", armor(), statistics=missing)
+
+
+def test_a_method_that_prunes_must_take_the_pattern(root, tmp_path, monkeypatch):
+    """Else the plan and the report would count every weight as kept."""
+    nowag = METHODS["nowag"]
+    monkeypatch.setitem(METHODS, "nowag", replace(nowag, settings=()))
+    with pytest.raises(ArmorError, match=r"nowag made a core of pattern 2:4, expected 1:1; its function must take"):
+        run(root, tmp_path / "layer_1.safetensors", LayerSettings(method="nowag"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_long_traces_are_thinned_and_keep_their_ends(root, tmp_path):

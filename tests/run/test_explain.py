@@ -97,7 +97,7 @@ def test_differences_are_named(root):
     content = record.read_text()
     then = LayerRecord.read(record)
     then.model_copy(update={"made_by": then.made_by.model_copy(update={"code": "0"})}).write(record)
-    assert [line.startswith("the code of armor.factorize.layer has changed (0, now ") for line in own()] == [True]
+    assert [line.startswith("the code that factorize executes has changed (0, now ") for line in own()] == [True]
     found = json.loads(content)
     write_json(record, found | {"format_version": 0, "since": "another release"})
     assert "stage        armor.factorize.layer" in describe(record) and own() == []

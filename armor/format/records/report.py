@@ -49,7 +49,7 @@ class Row(Typed):
     checkpoint_bytes: int | None = None
     """The size of all files of the checkpoint."""
     factorize_seconds: float | None = None
-    """Seconds of factorization, summed over decoder layers."""
+    """Seconds of factorize, refine, quantize and tune, summed over their jobs."""
     decode_tokens_per_second: float | None = None
     """Greedy decoding in the first benchmark at its smallest batch size, the median; all sequences together."""
     kl: float | None = None
