@@ -265,8 +265,8 @@ def factorize_weight(
         )
     if found.pattern != (expected := METHODS[settings.method].pattern(settings)):
         raise ArmorError(
-            f"{where}: {settings.method} made a core of pattern {found.pattern}, expected {expected}; its function must "
-            "take `pattern`"
+            f"{where}: {settings.method} made a core of pattern {found.pattern}, expected {expected}; its function "
+            "must take `pattern`"
         )
     return found.to("cpu")
 

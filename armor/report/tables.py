@@ -55,7 +55,7 @@ def _title(model: str, rows: Sequence[Row]) -> str:
 
 
 def print_table(rows: Sequence[Row]) -> str:
-    """The summary for a terminal, model by model; * marks the best compressed values. Columns beyond WIDTH follow below."""
+    """The summary for a terminal, model by model, columns beyond WIDTH below; * marks the best compressed values."""
     columns, tasks, parts = shown_columns(rows), task_columns(rows), []
     for model, own in _by_model(rows).items():
         cells: Cells = {row.recipe: {} for row in own}
