@@ -9,10 +9,15 @@
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 int armor_initialize(void);
+struct integers {
+    int core, blocks;
+    const void *core_scales, *left_scales, *right_scales;
+    int64_t group;
+};
 struct part {
     const void *values, *mask, *left, *right, *bias;
     void *y;
-    const void *integers;
+    const struct integers *integers;
     int64_t out, kept, group, left_size, right_size, y_stride;
 };
 int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
@@ -157,6 +162,73 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
     return 1;
 }
 
+enum { INT8 = 1, INT4 };
+
+/* Integer `i` of row `row` of rows of `n`; two int4 are in a byte, the first in the low half. */
+static double integer(const void *array, int kind, int64_t n, int64_t row, int64_t i) {
+    if (kind == INT8) return ((const int8_t *)array)[row * n + i];
+    int four = ((const uint8_t *)array)[row * ((n + 1) / 2) + i / 2] >> i % 2 * 4 & 15;
+    return four < 8 ? four : four - 16;
+}
+
+static void *random_bytes(int64_t n) {
+    uint8_t *array = malloc((size_t)n);
+    for (int64_t i = 0; i < n; i++) array[i] = (uint8_t)rand();
+    return array;
+}
+
+static void multiply_integer_blocks(const void *blocks, const void *scales, int type, int64_t d, int64_t n, double *v) {
+    double *result = calloc((size_t)n, sizeof *result);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < d; j++)
+            result[i] += integer(blocks, INT8, d, i, j) * get(scales, type, i) * v[i / d * d + j];
+    memcpy(v, result, (size_t)n * sizeof *result);
+    free(result);
+}
+
+/* The same of a 2:4 core of integers, `group` columns of which share a scale, and blocks of int8. */
+static int check_integers(int level, int type, int core, int64_t rows, int64_t in, int64_t out, int64_t group,
+                          int64_t dl, int64_t dr) {
+    int64_t kept = in / 2, stride = (in + 7) / 8, groups = (in + group - 1) / group;
+    void *x = random_array(type, rows * in), *y = random_array(type, rows * out),
+         *values = random_bytes(out * (core == INT4 ? (kept + 1) / 2 : kept)), *left = dl ? random_bytes(out * dl) : NULL,
+         *right = dr ? random_bytes(in * dr) : NULL, *core_scales = random_array(type, out * groups),
+         *left_scales = dl ? random_array(type, out) : NULL, *right_scales = dr ? random_array(type, in) : NULL;
+    uint8_t *mask = calloc((size_t)out, (size_t)stride);
+    double *u = malloc((size_t)in * sizeof *u), *z = malloc((size_t)out * sizeof *z), worst = 0, largest = 0;
+    static const uint8_t PAIRS[] = {3, 5, 6, 9, 10, 12};
+    for (int64_t i = 0; i < out; i++)
+        for (int64_t c = 0; c < in; c += 4) mask[i * stride + c / 8] |= (uint8_t)(PAIRS[rand() % 6] << c % 8);
+    struct integers own = {core, dl || dr, core_scales, left_scales, right_scales, group};
+    struct part one = {values, mask, left, right, NULL, y, &own, out, kept, 4, dl, dr, out};
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, 1);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
+        if (right) multiply_integer_blocks(right, right_scales, type, dr, in, u);
+        for (int64_t i = 0; i < out; i++) {
+            int64_t at = 0;
+            z[i] = 0;
+            for (int64_t c = 0; c < in; c++)
+                if (mask[i * stride + c / 8] >> c % 8 & 1)
+                    z[i] += integer(values, core, kept, i, at++) * get(core_scales, type, i * groups + c / group) * u[c];
+        }
+        if (left) multiply_integer_blocks(left, left_scales, type, dl, out, z);
+        for (int64_t i = 0; i < out; i++) {
+            double error = fabs(z[i] - get(y, type, r * out + i));
+            worst = !(error <= worst) ? error : worst;
+            largest = fmax(largest, fabs(z[i]));
+        }
+    }
+    memset(mask, 0xff, (size_t)(out * stride)); /* nonsense, but nothing is read beyond the values */
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, 1);
+    void *all[] = {x, y, values, left, right, core_scales, left_scales, right_scales, mask, u, z};
+    for (int i = 0; i < 11; i++) free(all[i]);
+    if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
+    printf("level %d type %d int%d: %ld rows, %ld x %ld, groups of %ld, blocks %ld %ld: off by %g of %g\n", level, type,
+           core == INT4 ? 4 : 8, (long)rows, (long)out, (long)in, (long)group, (long)dl, (long)dr, worst, largest);
+    return 1;
+}
+
 /* With an argument only what runs in several threads: what one thread does cannot race. */
 int main(int count, char **arguments) {
     /* in, out, n, m, left block, right block */
@@ -164,6 +236,10 @@ int main(int count, char **arguments) {
         {64, 64, 2, 4, 32, 32},     {20, 36, 2, 4, 4, 4},     {60, 100, 2, 4, 20, 12}, {36, 30, 1, 3, 5, 9},
         {100, 33, 50, 100, 11, 20}, {332, 7, 2, 4, 0, 0},     {44, 50, 4, 11, 0, 22},  {48, 70, 4, 8, 35, 0},
         {8, 12, 2, 4, 4, 4},        {600, 96, 3, 8, 96, 100}, {4, 1, 2, 4, 0, 4},      {1156, 40, 2, 4, 40, 68},
+    };
+    /* in, out, columns that share a scale, left block, right block */
+    static const int64_t INTEGERS[][5] = {
+        {100, 36, 32, 4, 20}, {1156, 7, 512, 0, 0}, {96, 40, 96, 0, 16}, {260, 66, 64, 33, 0}, {20, 4, 20, 4, 4},
     };
     int best = armor_initialize(), failures = 0;
     (void)arguments;
@@ -175,6 +251,15 @@ int main(int count, char **arguments) {
                     failures += check(level, type, rows, shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
                                       (int)rows % 2, 1);
                 }
+    for (int level = 0; level <= best && count == 1; level++)
+        for (int type = 0; type < 2; type++)
+            for (int core = INT8; core <= INT4; core++)
+                for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
+                    for (int64_t rows = 1; rows <= 17; rows += rows < 3 ? 2 : 14) {
+                        const int64_t *shape = INTEGERS[s];
+                        failures += check_integers(level, type, core, rows, shape[0], shape[1], shape[2], shape[3],
+                                                   shape[4]);
+                    }
     /* Enough work for threads, and more rows than are multiplied at once. */
     for (int level = 0; level <= best; level++)
         for (int type = 0; type < 2; type++) {
