@@ -133,7 +133,7 @@ def run(folder: Path, name: str, method: str, iterations: int) -> dict:
 
 def main(
     models: Annotated[list[str], typer.Argument(help=", ".join(MODELS))],
-    method: str = "armor",
+    method: Annotated[str, typer.Option("--method")] = "armor",
     iterations: Annotated[int, typer.Option(help="Of the solver of armor.")] = 1,
     output: Path = OUTPUT,
 ) -> None:
