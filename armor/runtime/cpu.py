@@ -187,7 +187,31 @@ def multiply(x: Tensor, operands: Operands, level: int = _best) -> Tensor:
 
     Ask `supports` first. Raises ValueError if the shapes do not fit each other.
     """
-    return linears(x, [operands], level)[0]
+    _check_shapes(x, operands)
+    x, own = x.contiguous(), _contiguous(operands)
+    columns, out = x.shape[-1], own.values.shape[0]
+    y = x.new_empty(*x.shape[:-1], out)
+    _call(x, ctypes.byref(_part(own, columns, y, out)), 1, level)
+    return y
+
+
+def _call(x: Tensor, parts: Any, count: int, level: int) -> None:
+    """The C loops on contiguous x and `count` parts, an array or one by reference."""
+    assert _library is not None  # `supports` said so
+    columns = x.shape[-1]
+    error = _library.armor_linears(
+        level,
+        TYPES[x.dtype],
+        x.data_ptr(),
+        x.numel() // columns,
+        columns,
+        parts,
+        count,
+        _parallel,
+        torch.get_num_threads(),
+    )
+    if error:
+        raise MemoryError(os.strerror(error))
 
 
 def is_one_call(x: Tensor, count: int) -> bool:
@@ -211,20 +235,7 @@ def linears(
     outputs = [x.new_empty(*lead, len(own.values)) for own in operands] if out is None else out
     held = [_contiguous(own) for own in operands]  # must live until C returns
     parts = [_part(own, columns, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
-    assert _library is not None  # `supports` said so
-    error = _library.armor_linears(
-        level,
-        TYPES[x.dtype],
-        x.data_ptr(),
-        x.numel() // columns,
-        columns,
-        (_Part * len(parts))(*parts),
-        len(parts),
-        _parallel,
-        torch.get_num_threads(),
-    )
-    if error:
-        raise MemoryError(os.strerror(error))
+    _call(x, (_Part * len(parts))(*parts), len(parts), level)
     return outputs
 
 
@@ -252,6 +263,9 @@ def _check_shapes(x: Tensor, own: Operands) -> None:
 
 
 def _contiguous(own: Operands) -> Operands:
+    tensors = own[:5] if own.core_scales is None else (*own[:5], *own[6:9])
+    if all([t is None or t.is_contiguous() for t in tensors]):  # a list: quicker than a generator
+        return own
     held: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in own)
     return Operands(*held)
 
@@ -264,8 +278,9 @@ def _part(own: Operands, columns: int, y: Tensor, stride: int) -> _Part:
         blocks = own.left_scales is not None or own.right_scales is not None
         integers = ctypes.pointer(_Integers(2 if is_int4 else 1, blocks, *map(_address, own[6:9]), own.columns))
         kept = columns // 2 if is_int4 else kept
-    sizes = (0 if t is None else t.shape[-1] for t in (own.left, own.right))
-    return _Part(*map(_address, (*own[:5], y)), integers, out, kept, own.group, *sizes, stride)
+    addresses = [None if t is None else t.data_ptr() for t in (*own[:5], y)]
+    left_size, right_size = [0 if t is None else t.shape[-1] for t in own[2:4]]
+    return _Part(*addresses, integers, out, kept, own.group, left_size, right_size, stride)
 
 
 def _address(tensor: Tensor | None) -> int | None:
