@@ -82,7 +82,7 @@ def assemble(
             return torch.zeros(1, dtype=torch.uint8)
         if name in origin:
             with open_safetensors(origin[name]) as opened:
-                tensor = opened.get_tensor(name)
+                tensor = opened.get_tensor(name).clone()  # else the file stays mapped once for every tensor of it
         else:
             tensor = kept.read(name)
         check_tensor(str(origin.get(name) or kept.folder / kept.file_of(name)), name, tensor, modules)
