@@ -30,7 +30,9 @@ class Column:
 
     `of` gives what it says of a recipe; None for a task, which rows hold by themselves. `shown` writes a value that is
     no gap, and its standard error where it has one. `higher_is_better` is None for what is not compared. `by_text`
-    says that it has a value for every text, of which the summary shows the first.
+    says that it has a value for every text, of which the summary shows the first. `is_known(rows)` says whether a
+    reader of the table knows it without the column, which is then left out, but not on the page if `on_page`. The
+    terminal has room for its standard error if `error_in_terminal`.
     """
 
     name: str
@@ -39,6 +41,9 @@ class Column:
     shown: Callable[..., str] = str
     higher_is_better: bool | None = None
     by_text: bool = False
+    is_known: Callable[[Sequence[Row]], bool] = lambda rows: False
+    on_page: bool = False
+    error_in_terminal: bool = False
 
     @property
     def has_error(self) -> bool:
@@ -81,15 +86,41 @@ def _title(method: str) -> str:
 
 
 COLUMNS = (
-    Column("method", "method", lambda recipe: recipe.pair.method, _title),
-    Column("pattern", "pattern", lambda recipe: None if recipe.dense else recipe.pair.pattern),
+    Column(
+        "method",
+        "method",
+        lambda recipe: recipe.pair.method,
+        _title,
+        is_known=lambda rows: all(row.method in row.recipe for row in rows),
+    ),
+    Column(
+        "pattern",
+        "pattern",
+        lambda recipe: None if recipe.dense else recipe.pair.pattern,
+        is_known=lambda rows: len({row.pattern for row in rows} - {None}) == 1,
+        on_page=True,
+    ),
     Column("block_size", "block", lambda recipe: recipe.block_size),
-    Column("perplexity", "perplexity", lambda recipe: recipe.evaluation, plus_minus, LOWEST, by_text=True),
+    Column(
+        "perplexity",
+        "perplexity",
+        lambda recipe: recipe.evaluation,
+        plus_minus,
+        LOWEST,
+        by_text=True,
+        error_in_terminal=True,
+    ),
     Column("kl", "KL", lambda recipe: recipe.kl, partial(plus_minus, digits=3), LOWEST, by_text=True),
     Column("top1_agreement", "same top", lambda recipe: recipe.top1, percent, HIGHEST, by_text=True),
     Column("relative_loss", "rel. loss", lambda recipe: recipe.relative_loss, partial(number, digits=3), LOWEST),
     Column("bits_per_weight", "bits/weight", lambda recipe: recipe.bits_per_weight, "{:.2f}".format, LOWEST),
-    Column("compressed_share", "compressed", lambda recipe: recipe.compressed_share, percent),
+    Column(
+        "compressed_share",
+        "compressed",
+        lambda recipe: recipe.compressed_share,
+        percent,
+        is_known=lambda rows: {percent(row.compressed_share) for row in rows} <= {percent(1), GAP},
+    ),
     Column("checkpoint_bytes", "size", lambda recipe: recipe.checkpoint_bytes, size, LOWEST),
     Column("factorize_seconds", "factorize", lambda recipe: recipe.factorize_seconds, duration, LOWEST),
     Column(
@@ -138,9 +169,4 @@ def task_columns(rows: Sequence[Row]) -> list[Column]:
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
     """Those of COLUMNS that say more of these recipes than their names, one pattern and all weights compressed do."""
-    known = {
-        "method": all(row.method in row.recipe for row in rows),
-        "pattern": len({row.pattern for row in rows} - {None}) == 1,
-        "compressed_share": {percent(row.compressed_share) for row in rows} <= {percent(1), GAP},
-    }
-    return [column for column in COLUMNS if not known.get(column.name)]
+    return [column for column in COLUMNS if not column.is_known(rows)]

@@ -62,8 +62,7 @@ def print_table(rows: Sequence[Row]) -> str:
         for column in columns:
             for row in own:
                 value, error = column.read(row)
-                # There is room for one standard error.
-                cells[row.recipe][column.heading] = column.text(value, error if column.name == "perplexity" else None)
+                cells[row.recipe][column.heading] = column.text(value, error if column.error_in_terminal else None)
         heading, *lines = Table(cells, _best(own, columns)).plain(WIDTH).splitlines()
         parts += [_title(model, rows), heading, "-" * len(heading), *lines, ""]
         if tasks:
@@ -121,7 +120,7 @@ def html_table(rows: Sequence[Row], name: str, places: Mapping[str, str]) -> Mar
     shown = shown_columns(rows)
     compared = [column for column in shown if column.higher_is_better is not None]
     described = [column for column in COLUMNS if column.higher_is_better is None]
-    columns = compared + [column for column in described if column in shown or column.name == "pattern"]
+    columns = compared + [column for column in described if column in shown or column.on_page]
     link = Markup('<a href="#{}">{}</a>')
     labels = {row.recipe: row.recipe for row in rows}
     labels |= {recipe: link.format(place, recipe) for recipe, place in places.items()}

@@ -28,7 +28,8 @@ def keys() -> set[str]:
 
 
 def named(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What names a field, in x[key], x.get(key), getattr(x, key), key in x, and in x.f(update=key); and x."""
+    """What names a field, and of what: x[key], x.get(key), getattr(x, key), key in x, x.f(update=key), x.name == key,
+    and Column(key)."""
     for node in ast.walk(tree):
         match node:
             case ast.Subscript(value=of, slice=key):
@@ -38,6 +39,10 @@ def named(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
             case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[of, key, *_]):
                 yield key, of
             case ast.Compare(left=key, ops=[ast.In() | ast.NotIn()], comparators=[of]):
+                yield key, of
+            case ast.Compare(left=ast.Attribute(value=of, attr="name"), comparators=[key]):
+                yield key, of
+            case ast.Call(func=ast.Name(id="Column") as of, args=[key, *_]):
                 yield key, of
             case ast.Call(func=ast.Attribute(value=of), keywords=given):
                 yield from ((each.value, of) for each in given if each.arg in ("update", "include", "exclude"))
@@ -85,6 +90,8 @@ def spelled(tree: ast.AST) -> set[tuple[int, str]]:
         'x.model_dump(exclude={"seconds"})',
         '[getattr(x, key) for key in ("seconds", "loss")]',
         'for key, unit in (("seconds", "s"), ("loss", "")):\n    print(x[key])',
+        'column.name == "seconds"',
+        'Column("seconds", "s")',
     ],
 )
 def test_a_key_is_found_however_it_is_spelled(code):
@@ -119,8 +126,14 @@ NOT_OF_RECORDS = {
     "format/reference.py": ("whether a type is that of a whole file; a JSON schema", "format_version items"),
     "format/states.py": ("the header of its file", "format_version"),
     "format/statistics.py": ("the header of its file", "fingerprint format_version inputs tokens"),
+    "methods/__init__.py": ("the names of a function's parameters", "settings"),
     "model/tensors.py": ("config.json, which is transformers'", "model_type"),
     "plan/submitted.py": ("a job, as Snakemake announces it", "threads"),
+    "report/columns.py": (
+        "the field of Row that a column shows: its one home",
+        "bits_per_weight block_size checkpoint_bytes compressed_share decode_tokens_per_second factorize_seconds kl "
+        "method pattern perplexity relative_loss top1_agreement",
+    ),
     "runtime/linear.py": ("a buffer of the module", "core"),
     "runtime/quantizer.py": ("config.json's quantization_config", "format_version"),
     "runtime/skeleton.py": ("config.json, which is transformers'", "model_type"),
