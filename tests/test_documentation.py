@@ -61,6 +61,12 @@ def test_every_link_leads_somewhere(page):
 
 
 @every_page
+def test_lines_of_prose_have_at_most_120_characters(page):
+    lines = re.sub(r"\]\([^)]*\)", "]()", prose(page)).splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "    "))] == []
+
+
+@every_page
 def test_every_file_that_is_named_exists(page):
     named = re.findall(r"`([\w./+-]+/[\w./+-]*)`", prose(page))
     ours = [path for path in named if path.partition("/")[0] in FOLDERS and not re.search("[A-Z]{4}", path)]

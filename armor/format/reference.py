@@ -92,7 +92,10 @@ def field_table(kind: type[BaseModel], *, defaults: bool, hidden: Iterable[str] 
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a cell may have any text without line breaks."""
+    """A Markdown table; a cell may have any text without line breaks.
+
+    By hand: tabulate pads every cell to the longest of its column, here a paragraph, and lets a | in a cell end it.
+    """
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
@@ -138,6 +141,7 @@ def record_reference() -> str:
             parts.append("## What records share")
             continue
         text = " ".join((inspect.getdoc(kind) or "").split())
+        text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
         hidden = {"format_version"}
         if issubclass(kind, Record) and _is_file(kind):
             found = re.match("`([^`]+)`", text)

@@ -78,7 +78,7 @@ class File(Typed):
     """A file by its content."""
 
     bytes: int
-    """Its size."""
+    """Its size in bytes."""
     sha256: str
     """Its SHA-256, in hexadecimal."""
 
@@ -153,4 +153,4 @@ class Made(Origin):
     seconds: float
     """Seconds of the work. Interrupted runs count as far as their steps were kept."""
     peak_memory_bytes: int
-    """The most memory that the process held: resident on the host, or allocated on the card."""
+    """The most memory that the process held, in bytes: resident on the host, or allocated on the card."""

@@ -34,11 +34,11 @@ class CoreSide(Typed):
     """A packed model without its A and B, timed to see what the blocks cost. Nobody could load it."""
 
     bytes_on_disk: int
-    """Computed from the format."""
+    """Bytes, computed from the format."""
     bits_per_weight: float | None
     """Of the decoder layers' linears."""
     bytes_per_token: int
-    """Weights that are read for a token."""
+    """Bytes of the weights that are read for a token."""
     tokens_per_second: dict[str, Phases]
     """All sequences together, by batch size."""
     speedup: dict[str, Phases]
@@ -63,15 +63,15 @@ class LinearSpeed(Typed):
     count: int
     """Linears of this shape."""
     dense_milliseconds: Runs
-    """For one linear."""
+    """Milliseconds for one dense linear."""
     milliseconds: Runs
-    """Packed."""
+    """Milliseconds for one packed linear."""
     speedup: Runs
     """Dense by packed, round by round."""
     theoretical_speedup: float
     """The dense weight's bytes divided by those of the packed one."""
     core_milliseconds: Runs | None
-    """Without blocks; null where there are none."""
+    """Milliseconds for one packed linear without blocks; null where there are none."""
     core_speedup: Runs | None
     """Dense by packed without blocks, round by round; null where there are none."""
 
@@ -80,17 +80,17 @@ class Side(Typed):
     """One model of a benchmark."""
 
     bytes_on_disk: int
-    """The safetensors files."""
+    """The size of the safetensors files, in bytes."""
     bits_per_weight: float | None
     """Of the decoder layers' linears; null where no record of the checkpoint says it."""
     resident_bytes: int
-    """What the loaded model alone takes, on the host or on the card."""
+    """The bytes that the loaded model alone takes, on the host or on the card."""
     peak_bytes: int
-    """The most that it took while it was loaded, read a prompt in the largest batch and wrote a token."""
+    """The most bytes that it took while it was loaded, read a prompt in the largest batch and wrote a token."""
     load_seconds: float
     """Seconds until the model could compute."""
     bytes_per_token: int
-    """Weights that are read for a token."""
+    """Bytes of the weights that are read for a token."""
     tokens_per_second: dict[str, Phases]
     """All sequences together, by batch size."""
     speedup: dict[str, Phases] | None

@@ -36,8 +36,8 @@ class CalibrationRecord(Made):
     unrouted_experts: tuple[str, ...] = ()
     """The experts that the router sent no token to; they have the statistics of all tokens."""
     hidden_states_bytes: int
-    """The size of the hidden states between two layers."""
+    """The size of the hidden states between two layers, in bytes."""
     spilled_bytes: int
-    """How much of them was on disk and not in memory."""
+    """How many bytes of them were on disk and not in memory."""
     tokens_per_second: float
     """Tokens divided by the seconds of the work."""

@@ -50,7 +50,7 @@ class CheckpointRecord(Made):
     statistics_fingerprint: str
     """One fingerprint for the statistics of all layers."""
     checkpoint_bytes: int
-    """The size of all files of the checkpoint."""
+    """The size of all files of the checkpoint, in bytes."""
     bits_per_weight: float
     """The mean bits that a weight of the decoder layers' linears takes, compressed or not."""
     dense_bits_per_weight: float

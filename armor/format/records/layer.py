@@ -51,14 +51,16 @@ class LinearRecord(Typed):
     rank: int | None = None
     """Of the low-rank pair U·V beside the core; null without one."""
     start_loss: float
-    """The loss of plain NoWag-P pruning; where the factors are quantized, of its weights rounded alike."""
+    """The relative proxy loss (zeros: 1; no unit) of plain NoWag-P pruning; where the factors are quantized, of its
+    weights rounded alike."""
     loss: float
-    """The loss of the factors as they are stored."""
+    """The relative proxy loss (zeros: 1; no unit) of the factors as they are stored."""
     condition: float | None = None
     """The worst condition number of the blocks of A and B, as stored. It says how far an error in one of their entries
     can grow. 1e16 for a singular block, null without blocks."""
     trace: tuple[tuple[int, float, float], ...]
-    """Points (iteration, seconds, best loss so far), at most 100. Linears that share B have those of all together."""
+    """Points (iteration, seconds, best relative proxy loss so far), at most 100. Linears that share B have those of all
+    together."""
     seed: int
     """The seed of its random choices."""
     device: str
@@ -66,13 +68,14 @@ class LinearRecord(Typed):
     seconds: float
     """Seconds of its work."""
     peak_memory_bytes: int
-    """The most memory of the process until this linear was done."""
+    """The most memory of the process until this linear was done, in bytes."""
     note: str | None
     """What was done otherwise than asked."""
     quantization: Integers | None = None
     """Null where the factors are floats."""
     float_loss: float | None = None
-    """The loss of the factors before they were quantized; null where they were not."""
+    """The relative proxy loss (zeros: 1; no unit) of the factors before they were quantized; null where they were
+    not."""
     right_of: str | None = None
     """The last part of the name of the linear beside it whose B it shares; null where it holds its own."""
 
@@ -99,7 +102,7 @@ class Training(Typed):
     stage: Literal["refine", "tune"]
     """The stage that trained: one decoder layer, or the whole model."""
     start_loss: float
-    """The loss on the held-out sequences before."""
+    """The loss on the held-out sequences before, in the unit of the stage."""
     loss: float
     """The same of what is stored; never above it."""
     kept: int
@@ -129,7 +132,7 @@ class Training(Typed):
     norms_and_biases: tuple[str, ...]
     """The tensors that were trained beside the factors, by full name."""
     proxy_losses: dict[str, float]
-    """The proxy loss of every linear before, by full name. The loss after is in the linear's record."""
+    """The relative proxy loss of every linear before, by full name. That after is in the linear's record."""
     made_by: MadeBy
     """What made it."""
 

@@ -34,7 +34,7 @@ class PredictionsRecord(Made):
     block_means: tuple[float, ...]
     """The mean negative log-likelihood of each block, in nats."""
     logits_bytes: int
-    """What the logits take on disk, or would."""
+    """The bytes that the logits take on disk, or would."""
     hashes: tuple[str, ...] | None
     """The SHA-256 of the logits of each block; null where they are not stored."""
     not_stored: str | None

@@ -41,13 +41,13 @@ class Row(Typed):
     perplexity_se: float | None = None
     """Its standard error."""
     relative_loss: float | None = None
-    """The mean proxy loss over the linears: 0 is the dense weight, 1 no weight at all."""
+    """The mean relative proxy loss over the linears: 0 is the dense weight, 1 no weight at all; no unit."""
     bits_per_weight: float | None = None
     """The mean bits that a weight of the decoder layers' linears takes, compressed or not."""
     compressed_share: float | None = None
     """The share of the decoder layers' weights that is compressed; null for the dense model."""
     checkpoint_bytes: int | None = None
-    """The size of all files of the checkpoint."""
+    """The size of all files of the checkpoint, in bytes."""
     factorize_seconds: float | None = None
     """Seconds of factorize, refine, quantize and tune, summed over their jobs."""
     decode_tokens_per_second: float | None = None

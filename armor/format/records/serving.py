@@ -19,9 +19,9 @@ class Load(Typed):
     tokens_per_second: Runs
     """New tokens, of all clients together."""
     first_token_milliseconds: Runs
-    """From the request to its first token."""
+    """Milliseconds from the request to its first token."""
     token_milliseconds: Runs
-    """For each token after the first."""
+    """Milliseconds for each token after the first."""
     speedup: Runs | None
     """Tokens per second by those of the dense model, round by round; null for itself."""
 
@@ -34,8 +34,8 @@ class Served(Typed):
     start_seconds: Runs
     """Until the server answered, imports and compilation included."""
     memory_bytes: Runs
-    """What the server's processes held on the host after the loads: libraries, weights, cache. Pages that several
-    processes share count once."""
+    """The bytes that the server's processes held on the host after the loads: libraries, weights, cache. Pages that
+    several processes share count once."""
     clients: dict[str, Load]
     """By the number of clients."""
 

@@ -21,6 +21,7 @@ class TuneRecord(Made):
     layers: tuple[str, ...]
     """The SHA-256 of the factors' files, layer by layer."""
     predictions: int
-    """How many of the most likely tokens are kept of each of the dense model's predictions; all others are one more."""
+    """How many of the most likely tokens are kept of each of the dense model's predictions. All others count as
+    one more token."""
     training: Training
     """What was done; its tensors and losses are those of all layers."""
