@@ -26,6 +26,7 @@ from armor.execution.log import log
 from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
 
 __all__ = [
+    "ASSUME_AMX",
     "LEVELS",
     "TYPES",
     "Operands",
@@ -43,6 +44,8 @@ __all__ = [
     "unpack",
 ]
 
+ASSUME_AMX = "ARMOR_ASSUME_AMX"
+"""The environment's variable that, set to 1, sends products where they go on a processor with AMX."""
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
@@ -131,7 +134,7 @@ _library = _load()
 _parallel = _find_parallel()
 _built = _library is not None
 _best = 0 if _library is None else _library.armor_initialize()
-_has_tiles = _library is not None and bool(_library.armor_has_tiles())
+_has_tiles = _library is not None and (os.environ.get(ASSUME_AMX) == "1" or bool(_library.armor_has_tiles()))
 
 
 @cache

@@ -72,7 +72,7 @@ def test_a_job_that_is_ended_ends_its_server(root, engine, number, code):
             time.sleep(60)
 
     assert fork(work, engine).returncode == code
-    pids, end = [int(pid) for pid in (engine / "pids").read_text().split()], time.monotonic() + 60
+    pids, end = [int(pid) for pid in (engine / "pids").read_text().split()], time.monotonic() + 3600
     while any(map(runs, pids)):
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -177,7 +177,8 @@ def test_only_many_rows_of_bf16_on_intels_processors_leave_the_c_loops():
 
     assert stays(31, torch.bfloat16) and stays(300, torch.float32)
     assert stays(32, torch.bfloat16) == stays(300, torch.bfloat16)
-    assert stays(32, torch.bfloat16) or "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    has_amx = os.environ.get(cpu.ASSUME_AMX) == "1" or " amx_bf16 " in Path("/proc/cpuinfo").read_text()
+    assert stays(32, torch.bfloat16) != has_amx
 
 
 @needs_library
@@ -276,6 +277,17 @@ def test_a_missing_library_is_said_once(tmp_path):
     done = subprocess.run([sys.executable, "-c", UNBUILT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the CPU kernel was not built") == 1 and "compiler" in done.stderr
+
+
+@needs_library
+@pytest.mark.skipif(os.environ.get(cpu.ASSUME_AMX) == "1", reason="it is assumed already")
+def test_these_laws_hold_where_torch_multiplies_many_rows_as_with_amx():
+    kept = "not compiles and not missing and not sanitizers and not arm and not portable and not avx and not shapes0"
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu", "integers", "linear")]
+    environment = os.environ | {cpu.ASSUME_AMX: "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kept, *files]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -11,7 +11,7 @@ from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
-from tests.linears import product_within, random_linear
+from tests.linears import product_within, random_linear, twin
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -108,15 +108,30 @@ def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, 
         x = torch.randn(rows, 256).to(dtype)
         expected = [cpu.multiply(x, own, level) for own in group]
         assert all(map(torch.equal, cpu.linears(x, group, level), expected)), rows
-    assert torch.equal(cpu.side_by_side(x, group), torch.cat([cpu.multiply(x, own) for own in group], dim=-1))
-    fields = [list(field) for field in zip(*group, strict=True)]
-    assert torch.ops.armor.cpu_linears(x.to("meta"), *fields).shape == (300, 64 + 40 + 36 + 44 + 33)
-    assert torch.equal(torch.ops.armor.cpu_linears(x, *fields), cpu.side_by_side(x, group))
     pairs = [made[:2], [cpu.Operands(*random_linear(out, 256, 4, 16, "2:4", dtype)) for out in (64, 40)], made[:2]]
     for counts in ([1, 2, 3], [9, 0, 40]):
         rows = x[: sum(counts)].split(counts)
         expected = [torch.cat([cpu.multiply(r, p[i], level) for r, p in zip(rows, pairs, strict=True)]) for i in (0, 1)]
         assert all(map(torch.equal, cpu.grouped(x[: sum(counts)], counts, pairs, level), expected)), counts
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floats_and_integers_side_by_side_are_what_each_gives_alone(dtype):
+    """Bit for bit in the C loops. Where torch multiplies the floats, they are near their twin."""
+    factors, bias = stored(*SHAPES[0], dtype)
+    floats = random_linear(33, 256, 11, None, "2:4", dtype)
+    group = [operands(ArmorLinear.of(factors, bias), dtype), cpu.Operands(*floats)]
+    fields = [list(field) for field in zip(*group, strict=True)]
+    for rows in (1, 31, 300):
+        x = torch.randn(rows, 256).to(dtype)
+        expected, bound = twin(x, *floats)
+        for y in (cpu.side_by_side(x, group), torch.ops.armor.cpu_linears(x, *fields)):
+            integers, own = y.split([64, 33], dim=-1)
+            assert torch.equal(integers, cpu.multiply(x, group[0])), rows
+            assert not cpu.runs_in_c(x) or torch.equal(own, cpu.multiply(x, group[1])), rows
+            assert ((own.double() - expected).abs() <= bound).all(), rows
+        assert torch.ops.armor.cpu_linears(x.to("meta"), *fields).shape == y.shape
 
 
 @needs_library

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.vllm.served import checkpoint
 
 MANIFEST = Path(__file__).resolve().parents[2] / "envs/serving.yaml"
-SECONDS = 300  # a server that is not up by then never will be
+SECONDS = 3600  # a server that is not up by then never will be
 
 
 @pytest.fixture(scope="module")

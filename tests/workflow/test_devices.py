@@ -145,6 +145,6 @@ def test_without_a_limit_the_lease_holds_back_what_snakemake_starts(start):
     """Two that held one device at once would fail; see the stand-in."""
     run = start(99, 6)
     run.wait_for(lambda: len(run.holding()) == 4)
-    assert run.announced() == 6
+    run.wait_for(lambda: run.announced() == 6)
     run.release(*range(6))
     run.end()
