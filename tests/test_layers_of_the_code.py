@@ -69,6 +69,11 @@ def test_a_part_imports_from_lower_floors_alone(part):
     assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in {part, *below}] == []
 
 
+def test_the_drawing_in_the_log_is_of_today():
+    page = (PACKAGE.parent / "docs/log/house.md").read_text(encoding="utf-8")
+    assert [part for part in drawing().split("\n\n") if part not in page] == []
+
+
 def test_the_package_itself_imports_no_more_than_its_version_and_nothing_imports_it():
     assert [name for _, name in imported(PACKAGE / "__init__.py")] == ["core"]
     importing = [

@@ -22,15 +22,15 @@ __all__ = ["code_hash", "executed_by", "modules"]
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that this package lies in."""
 WITHOUT_EFFECT = (
-    "armor",
-    "armor.config.reading",
-    "armor.core.errors",
-    "armor.execution.devices",
-    "armor.execution.log",
-    "armor.execution.machine",
-    "armor.execution.nvml",
-    "armor.format.provenance",
-    "armor.training.memory",
+    "armor",  # the version, and compress for users
+    "armor.config.reading",  # what it reads, the settings, is compared itself; all else of it is messages
+    "armor.core.errors",  # messages
+    "armor.execution.devices",  # which device is free
+    "armor.execution.log",  # messages
+    "armor.execution.machine",  # what provenance says of the machine
+    "armor.execution.nvml",  # what cards say of themselves
+    "armor.format.provenance",  # provenance
+    "armor.training.memory",  # refuses a small device, and says where layers lie: a better estimate reruns no training
 )
 
 
