@@ -45,14 +45,15 @@ def core_alone(model: M) -> Iterator[M]:
 
     What it computes meanwhile is nonsense, as fast as it would be without them.
     """
-    held = [(linear, linear.left, linear.right) for linear in wrapped(model)]
+    names = ("left", "right", "left_scales", "right_scales")
+    held = [(linear, name, getattr(linear, name)) for linear in wrapped(model) for name in names]
     try:
-        for linear, *_ in held:
-            linear.left = linear.right = None
+        for linear, name, _ in held:
+            setattr(linear, name, None)
         yield model
     finally:
-        for linear, left, right in held:
-            linear.left, linear.right = left, right
+        for linear, name, tensor in held:
+            setattr(linear, name, tensor)
 
 
 def _milliseconds(linears: Sequence[nn.Module], x: Tensor) -> float:

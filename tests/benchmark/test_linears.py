@@ -9,13 +9,12 @@ from armor.benchmark import linears as module
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.rounds import ratios, summary
 from armor.config.layers import LayerSettings
-from armor.core import blockdiag
 from armor.execution.files import read_json
 from armor.format.checkpoint import modules_of
 from armor.format.records.benchmark import Runs
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
-from tests.packed import packed
+from tests.packed import packed, quantized
 
 ROUNDS = 3
 
@@ -37,12 +36,13 @@ def pruned(tmp_path_factory):
 
 
 def blocks_of(model):
-    return {name: t for name, t in model.named_parameters() if name.endswith((".left", ".right"))}
+    return {name: t for name, t in model.named_parameters() if name.rpartition(".")[2].startswith(("left", "right"))}
 
 
+@pytest.mark.parametrize("integers", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_core_is_alone_for_a_while_and_then_the_same_tensors_are_back(models, fails):
-    model = models[1]
+def test_the_core_is_alone_for_a_while_and_then_the_same_tensors_are_back(root, fails, integers):
+    model = load_model(quantized(root) if integers else root / "checkpoint")
     before, linear = blocks_of(model), model.model.layers[1].mlp.down_proj
     x = torch.randn(3, linear.in_features)
     whole = linear(x)
@@ -55,11 +55,10 @@ def test_the_core_is_alone_for_a_while_and_then_the_same_tensors_are_back(models
     except KeyboardInterrupt:
         pass
     after = blocks_of(model)
-    assert list(after) == list(before) and len(after) == 2 * 14
+    assert list(after) == list(before) and len(after) == (4 if integers else 2) * 14
     assert all(after[name] is before[name] for name in before)
     assert torch.equal(linear(x), whole)
-    core = blockdiag.multiply(linear.right, x) @ linear.dense_core().T
-    torch.testing.assert_close(whole, blockdiag.multiply(linear.left, core))
+    torch.testing.assert_close(whole, x @ linear.dense_weight().T)
 
 
 def test_a_pruned_model_has_no_blocks_to_take_off(pruned):
