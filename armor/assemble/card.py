@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from tabulate import tabulate
 
 from armor.core.pattern import DENSE
 from armor.execution.log import log
@@ -91,9 +92,11 @@ def card(
         pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else "image-text-to-text",
         tags=["armor", "sparse", *patterns],
     )
-    table = "\n".join(
-        f"| {method} | {pattern} | {blocks} | {len(found)} | {sum(found) / len(found):.5f} |"
-        for (method, pattern, blocks), found in sorted(rows.items())
+    table = tabulate(
+        [(*kind, len(found), f"{sum(found) / len(found):.5f}") for kind, found in sorted(rows.items())],
+        ("method", "pattern", "block sizes, left / right, or rank", "linears", "mean relative loss"),
+        tablefmt="github",
+        disable_numparse=True,
     )
     versions = {", ".join(f"{k} {v}" for k, v in sorted(part.versions.items())): None for part in made.factors}
     text = CARD.format(
@@ -214,8 +217,6 @@ Without `import armor.hf` loading stops with a shape error: that is on purpose. 
 
 ## What was done
 
-| method | pattern | block sizes, left / right, or rank | linears | mean relative loss |
-|---|---|---|---|---|
 {table}
 
 The loss is the share of the calibration-weighted norm of W that is lost, {loss} in the mean over all of these. Packed,
