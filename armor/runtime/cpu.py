@@ -49,6 +49,7 @@ ASSUME_AMX = "ARMOR_ASSUME_AMX"
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
+_INTERFACE = 1  # what is called in C, and how: INTERFACE of native/armor.c
 _PARTS = 8  # linears that one call multiplies with at most, PARTS of native/linear.h
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
 
@@ -111,8 +112,8 @@ def _load() -> ctypes.CDLL | None:
         library = None if path is None else ctypes.CDLL(str(path))
     except OSError:  # built for another machine
         library = None
-    if library is not None and not hasattr(library, "armor_products"):  # by an earlier release
-        library = None
+    if library is not None and not (hasattr(library, "armor_interface") and library.armor_interface() == _INTERFACE):
+        library = None  # of another release
     if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]

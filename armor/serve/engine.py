@@ -40,7 +40,7 @@ def check_engine() -> dict[str, str]:
     """
     python = python_of_engine()
     try:
-        found = json.loads(subprocess.run([python, "-c", PROBE], capture_output=True, check=True).stdout)
+        found = json.loads(subprocess.run([python, "-P", "-c", PROBE], capture_output=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise ArmorError(f"{PYTHON}: {python}: found no Python that runs ({error}); name that of vLLM") from None
     if "vllm" not in found:

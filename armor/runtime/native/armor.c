@@ -21,6 +21,11 @@ typedef void (*parallel_function)(void (*)(void *), void *, unsigned threads, un
 
 uint8_t armor_spread_index[256][8];
 
+/* Raise it with every change of what Python calls here, so that it takes no library of another release. */
+enum { INTERFACE = 1 };
+
+int armor_interface(void) { return INTERFACE; }
+
 enum level { PORTABLE, AVX2, AVX512, AVX512_BF16, LEVELS };
 enum type { F32, BF16 };
 
