@@ -44,7 +44,7 @@ from armor.format.checkpoint import modules_of
 from armor.format.names import record_of_folder
 from armor.format.provenance import made_by
 from armor.format.records.base import Input
-from armor.format.records.benchmark import BenchmarkRecord, CoreSide, Phases, Runs, Sample, Side
+from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSide, Phases, Runs, Side
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
@@ -287,7 +287,7 @@ def benchmark(
         recipes=sides,
         turns=tuple(group for group in groups if group),
         samples=tuple(
-            Sample(prompt=prompt, texts={name: texts[name][index] for name in folders})
+            Continuation(prompt=prompt, texts={name: texts[name][index] for name in folders})
             for index, prompt in enumerate(settings.prompts)
         ),
         seconds=time.perf_counter() - start,

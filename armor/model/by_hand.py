@@ -33,7 +33,7 @@ ABOVE = r"\.{name}\.weight\b(?!\.(?:device|dtype|shape)\b)"
 """How a model takes the weight of a linear in its layers, by the linear's name there: RWKV scales some."""
 
 
-class _StandIn(nn.Linear):
+class _WithoutWeight(nn.Linear):
     """A linear that can be called and has no weight to give."""
 
     called = False
@@ -163,8 +163,8 @@ def _source(kind: type) -> str:
 
 
 @contextmanager
-def _replaced(layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[dict[str, _StandIn]]:
-    stand_ins = {name: _StandIn(name, linear) for name, linear in linears.items()}
+def _replaced(layer: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[dict[str, _WithoutWeight]]:
+    stand_ins = {name: _WithoutWeight(name, linear) for name, linear in linears.items()}
     for name, stand_in in stand_ins.items():
         layer.set_submodule(name, stand_in)
     try:

@@ -23,8 +23,8 @@ __all__ = [
     "PERPLEXITY",
     "SPEED",
     "Axis",
-    "Choice",
-    "choices",
+    "Offer",
+    "offers",
     "front",
     "in_words",
     "source_file",
@@ -36,7 +36,7 @@ LIMITS = (5, 7, 9, 12)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Offer:
     """A recipe that one could take.
 
     `speed` is how many times as fast as the dense model it decodes one sequence, None where that was not measured.
@@ -55,24 +55,24 @@ class Choice:
 
 @dataclass(frozen=True)
 class Axis:
-    """A cost or a loss: what it is called, where a choice has it, and whether more of it is better."""
+    """A cost or a loss: what it is called, where an offer has it, and whether more of it is better."""
 
     title: str
-    of: Callable[[Choice], float | None]
+    of: Callable[[Offer], float | None]
     higher_is_better: bool = False
 
 
-BITS = Axis("bits per weight", lambda choice: choice.bits)
-SPEED = Axis("times as fast as dense", lambda choice: None if choice.expanded else choice.speed, higher_is_better=True)
-PERPLEXITY = Axis("perplexity", lambda choice: choice.perplexity)
-KL = Axis("KL in nats", lambda choice: choice.kl)
+BITS = Axis("bits per weight", lambda offer: offer.bits)
+SPEED = Axis("times as fast as dense", lambda offer: None if offer.expanded else offer.speed, higher_is_better=True)
+PERPLEXITY = Axis("perplexity", lambda offer: offer.perplexity)
+KL = Axis("KL in nats", lambda offer: offer.kl)
 
 
-def choices(model: ModelResults) -> list[Choice]:
+def offers(model: ModelResults) -> list[Offer]:
     """The recipes of which bits and perplexity are known, by rising bits."""
     timed = any(_speed(recipe) for recipe in model.compressed)
     found = [
-        Choice(
+        Offer(
             name=recipe.name,
             method=recipe.pair.title,
             kind=recipe.kind,
@@ -85,7 +85,7 @@ def choices(model: ModelResults) -> list[Choice]:
         for recipe in model.recipes
         if recipe.evaluation and recipe.bits_per_weight is not None
     ]
-    return sorted(found, key=lambda choice: (choice.bits, choice.perplexity, choice.name))
+    return sorted(found, key=lambda offer: (offer.bits, offer.perplexity, offer.name))
 
 
 def source_file(model: ModelResults) -> str:
@@ -101,10 +101,10 @@ def _speed(recipe: RecipeResults) -> float | None:
     return speedup["1"].decode.median if speedup and "1" in speedup else None
 
 
-def front(offered: Sequence[Choice], cost: Axis, loss: Axis) -> list[Choice]:
-    """Those that no other choice equals in cost and loss and beats in one of them, from the best cost to the worst.
+def front(offered: Sequence[Offer], cost: Axis, loss: Axis) -> list[Offer]:
+    """Those that no other offer equals in cost and loss and beats in one of them, from the best cost to the worst.
 
-    Choices alike in both are all there. One that lacks cost or loss is not.
+    Offers alike in both are all there. One that lacks cost or loss is not.
     """
     points = [(_signed(cost, c), _signed(loss, c), c) for c in offered]
     known = sorted(((x, y, c) for x, y, c in points if x is not None and y is not None), key=lambda p: p[:2])
@@ -112,18 +112,18 @@ def front(offered: Sequence[Choice], cost: Axis, loss: Axis) -> list[Choice]:
     return [c for x, y, c in known if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)]
 
 
-def _signed(axis: Axis, choice: Choice) -> float | None:
-    """What a choice has of an axis, so that less is better."""
-    value = axis.of(choice)
+def _signed(axis: Axis, offer: Offer) -> float | None:
+    """What an offer has of an axis, so that less is better."""
+    value = axis.of(offer)
     return -value if value is not None and axis.higher_is_better else value
 
 
-def in_words(offered: Sequence[Choice], source: str = "") -> list[str]:
-    """Sentences: the best choice at each of LIMITS and its speed, the front of speed, what favours whom.
+def in_words(offered: Sequence[Offer], source: str = "") -> list[str]:
+    """Sentences: the best offer at each of LIMITS and its speed, the front of speed, what favours whom.
 
     Ours is named too where it is not the best. `source` is the name of the file that the dense model comes from.
     """
-    dense = next((choice for choice in offered if choice.kind == "dense"), None)
+    dense = next((offer for offer in offered if offer.kind == "dense"), None)
     told = [
         _at_most(_either(map(str, limits)), *found, offered, dense)
         for found, limits in groupby(LIMITS, lambda limit: _best_two(offered, limit))
@@ -131,23 +131,21 @@ def in_words(offered: Sequence[Choice], source: str = "") -> list[str]:
     return [*told, *filter(None, (_of_speed(offered), _of_source(source)))]
 
 
-def _best_two(offered: Sequence[Choice], limit: float) -> tuple[Choice | None, Choice | None]:
+def _best_two(offered: Sequence[Offer], limit: float) -> tuple[Offer | None, Offer | None]:
     """The lowest perplexity within so many bits, and the lowest of ours; of equals the smaller, then the faster."""
 
-    def best(among: list[Choice]) -> Choice | None:
+    def best(among: list[Offer]) -> Offer | None:
         return min(among, key=lambda c: (c.perplexity, c.bits, -(SPEED.of(c) or 0)), default=None)
 
-    within = [choice for choice in offered if choice.bits <= limit]
-    return best(within), best([choice for choice in within if choice.kind == "blocks"])
+    within = [offer for offer in offered if offer.bits <= limit]
+    return best(within), best([offer for offer in within if offer.kind == "blocks"])
 
 
-def _at_most(
-    limits: str, best: Choice | None, own: Choice | None, offered: Sequence[Choice], dense: Choice | None
-) -> str:
+def _at_most(limits: str, best: Offer | None, own: Offer | None, offered: Sequence[Offer], dense: Offer | None) -> str:
     if best is None:
         return f"No recipe takes at most {limits} bits a weight."
     text = f"At most {limits} bits a weight: {best.name} is the best, {_measured(best, dense)}."
-    ours = list(dict.fromkeys(choice.method for choice in offered if choice.kind == "blocks"))
+    ours = list(dict.fromkeys(offer.method for offer in offered if offer.kind == "blocks"))
     if ours and own is None:
         text += f" No recipe of {_either(ours)} is that small."
     elif own is not None and own is not best:
@@ -160,16 +158,16 @@ def _either(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _measured(choice: Choice, dense: Choice | None) -> str:
-    text = f"with a perplexity of {number(choice.perplexity)}"
-    if dense and choice is not dense:
-        text += f" ({number(choice.perplexity / dense.perplexity, 3)} times the dense model's)"
-    text += f" at {choice.bits:.2f} bits"
-    speed = SPEED.of(choice)
+def _measured(offer: Offer, dense: Offer | None) -> str:
+    text = f"with a perplexity of {number(offer.perplexity)}"
+    if dense and offer is not dense:
+        text += f" ({number(offer.perplexity / dense.perplexity, 3)} times the dense model's)"
+    text += f" at {offer.bits:.2f} bits"
+    speed = SPEED.of(offer)
     return text if speed is None else f"{text}, {number(speed, 2)} times as fast as dense"
 
 
-def _of_speed(offered: Sequence[Choice]) -> str:
+def _of_speed(offered: Sequence[Offer]) -> str:
     """The front of speed, from the best perplexity to the fastest, and what has no place there."""
     best = front(offered, SPEED, PERPLEXITY)[::-1]
     if not best:
@@ -178,7 +176,7 @@ def _of_speed(offered: Sequence[Choice]) -> str:
     if len(best) > 1:
         told = [f"{c.name} ({number(c.speed, 2)} times as fast as dense, {number(c.perplexity)})" for c in best]
         text = f"By speed, each of these is faster than the one before and loses more: {', '.join(told)}"
-    if expanded := [choice.name for choice in offered if choice.expanded]:
+    if expanded := [offer.name for offer in offered if offer.expanded]:
         text += (
             f". Not compared: {', '.join(expanded)}. No kernel of this project multiplies with their integers, so "
             "their speed here says nothing of what other programs reach"
@@ -197,22 +195,22 @@ def _of_source(file: str) -> str:
     )
 
 
-def table(offered: Sequence[Choice]) -> Table:
-    """A row for each choice, by bits; what is on a front stands out."""
-    dense = next((choice for choice in offered if choice.kind == "dense"), None)
+def table(offered: Sequence[Offer]) -> Table:
+    """A row for each offer, by bits; what is on a front stands out."""
+    dense = next((offer for offer in offered if offer.kind == "dense"), None)
     fronts = {"bits": front(offered, BITS, PERPLEXITY), "speed": front(offered, SPEED, PERPLEXITY)}
     cells, best = {}, set()
-    for choice in offered:
-        on = " and ".join(name for name, members in fronts.items() if choice in members)
-        speed = GAP if choice.speed is None else f"{number(choice.speed, 3)} ×"
-        cells[choice.name] = {
-            "Method": choice.method,
-            "Bits/weight": f"{choice.bits:.2f}",
-            "Perplexity": number(choice.perplexity),
-            "Beside dense": f"{number(choice.perplexity / dense.perplexity, 4)} ×" if dense else GAP,
-            "KL": number(choice.kl, 3),
-            "Speed": f"({speed})" if choice.expanded and choice.speed is not None else speed,
+    for offer in offered:
+        on = " and ".join(name for name, members in fronts.items() if offer in members)
+        speed = GAP if offer.speed is None else f"{number(offer.speed, 3)} ×"
+        cells[offer.name] = {
+            "Method": offer.method,
+            "Bits/weight": f"{offer.bits:.2f}",
+            "Perplexity": number(offer.perplexity),
+            "Beside dense": f"{number(offer.perplexity / dense.perplexity, 4)} ×" if dense else GAP,
+            "KL": number(offer.kl, 3),
+            "Speed": f"({speed})" if offer.expanded and offer.speed is not None else speed,
             "On the front of": on or GAP,
         }
-        best |= {(choice.name, "On the front of")} if on else set()
+        best |= {(offer.name, "On the front of")} if on else set()
     return Table(cells, best)

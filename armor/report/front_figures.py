@@ -27,7 +27,7 @@ from armor.report.charts import (
     log_axis,
     svg_of,
 )
-from armor.report.front import BITS, KL, PERPLEXITY, SPEED, Axis, Choice, front
+from armor.report.front import BITS, KL, PERPLEXITY, SPEED, Axis, Offer, front
 from armor.report.numbers import number
 
 __all__ = ["panels"]
@@ -37,8 +37,8 @@ FAR = 4
 """A recipe is left out that has more than so many times the perplexity of the worst on the front."""
 
 
-def panels(offered: Sequence[Choice], prefix: str) -> list[Figure]:
-    """Perplexity and KL over bits and over speed, as far as two choices have both; names begin with `prefix`."""
+def panels(offered: Sequence[Offer], prefix: str) -> list[Figure]:
+    """Perplexity and KL over bits and over speed, as far as two offers have both; names begin with `prefix`."""
     axes = {"bits": (BITS, PERPLEXITY), "speed": (SPEED, PERPLEXITY), "kl-bits": (BITS, KL), "kl-speed": (SPEED, KL)}
     drawn = [_panel(offered, cost, loss, f"{prefix}-{name}") for name, (cost, loss) in axes.items()]
     return [figure for figure in drawn if figure]
@@ -77,12 +77,12 @@ class _Losses:
         return math.exp(place) if self.logarithmic else place
 
 
-def _panel(offered: Sequence[Choice], cost: Axis, loss: Axis, name: str) -> Figure | None:
+def _panel(offered: Sequence[Offer], cost: Axis, loss: Axis, name: str) -> Figure | None:
     best = front(offered, cost, loss)
     known = [
-        Mark(recipe=choice.name, cost=x, loss=y, ours=choice.kind == "blocks", front=choice in best)
-        for choice in offered
-        if (x := cost.of(choice)) is not None and (y := loss.of(choice)) is not None
+        Mark(recipe=offer.name, cost=x, loss=y, ours=offer.kind == "blocks", front=offer in best)
+        for offer in offered
+        if (x := cost.of(offer)) is not None and (y := loss.of(offer)) is not None
     ]
     if len(known) < 2:
         return None
@@ -143,9 +143,9 @@ def _texts(points: list[Mark], ends: tuple[float, float], down: _Losses, x: alt.
     return layers
 
 
-def _caption(best: list[Choice], far: list[Mark]) -> str:
+def _caption(best: list[Offer], far: list[Mark]) -> str:
     """What is on the front, and what is not drawn."""
-    text = f"On the front: {', '.join(choice.name for choice in best)}."
+    text = f"On the front: {', '.join(offer.name for offer in best)}."
     if far:
         text += f" Far above, and not drawn: {listed([(point.recipe, number(point.loss)) for point in far])}."
     return text

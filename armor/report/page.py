@@ -26,7 +26,7 @@ from armor.format.records.report import ReportRecord, Row
 from armor.report.charts import Figure, alone
 from armor.report.columns import summary_rows
 from armor.report.figures import figures
-from armor.report.front import choices, in_words, source_file
+from armor.report.front import in_words, offers, source_file
 from armor.report.front import table as front_table
 from armor.report.front_figures import panels
 from armor.report.gather import fingerprints, read_results
@@ -157,11 +157,11 @@ def _section(model: ModelResults, rows: Sequence[Row], name: str) -> Section:
 
 def _front(model: ModelResults, name: str) -> Front | None:
     """None where there are not two recipes to choose from."""
-    offered = choices(model)
+    offered = offers(model)
     drawn = panels(offered, f"{name}-front")
     if not drawn:
         return None
-    ours = " and ".join(dict.fromkeys(choice.method for choice in offered if choice.kind == "blocks"))
+    ours = " and ".join(dict.fromkeys(offer.method for offer in offered if offer.kind == "blocks"))
     return Front(
         drawn,
         in_words(offered, source_file(model)),

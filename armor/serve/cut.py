@@ -18,13 +18,13 @@ from torch import Tensor
 from armor.core.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
 
-__all__ = ["MAX_RANKS", "Part", "cut"]
+__all__ = ["MAX_RANKS", "Piece", "cut"]
 
 MAX_RANKS = 64  # up to which a refusal names the sizes that would do
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """Ranges of the output channels and one range of the input channels of a linear.
 
     `layout` is that of the whole linear, None if it is dense.
@@ -72,7 +72,7 @@ class Part:
         return tensor[:, self.columns.start * n // m : -(-self.columns.stop * n // m)]
 
 
-def cut(name: str, layout: PackedLinear | None, rows: tuple[range, ...], columns: range, ranks: int) -> Part:
+def cut(name: str, layout: PackedLinear | None, rows: tuple[range, ...], columns: range, ranks: int) -> Piece:
     """The part of linear `name` with these channels, for one of `ranks` ranks.
 
     Raises ArmorError where a cut does not meet the ends of blocks; it names the numbers of ranks that would do.
@@ -99,10 +99,10 @@ def cut(name: str, layout: PackedLinear | None, rows: tuple[range, ...], columns
                 f"B, its pattern, mask or scales, {column_step} input",
             )
         else:
-            return Part(tuple(joined), columns, layout)
+            return Piece(tuple(joined), columns, layout)
         sizes = [size for size in range(1, MAX_RANKS + 1) if all(piece % (size * step) == 0 for piece in pieces)]
         raise ArmorError(
             f"{name}: {ranks} ranks would cut a block of {what} channels; expected a tensor parallel size of "
             f"{', '.join(map(str, sizes or [1]))} (this linear is {layout.out_features} x {layout.in_features})"
         )
-    return Part(tuple(joined), columns, layout)
+    return Piece(tuple(joined), columns, layout)

@@ -42,7 +42,7 @@ from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime import cpu
 from armor.runtime.linear import multiply, operands_of
 from armor.serve.check import check
-from armor.serve.cut import Part, cut
+from armor.serve.cut import Piece, cut
 
 __all__ = ["ArmorConfig", "ArmorLinearMethod", "EmbeddingMethod", "Refused"]
 
@@ -127,7 +127,7 @@ class ArmorLinearMethod(LinearMethodBase):
 
     def __init__(self, layouts: dict[str, PackedLinear | None]) -> None:
         self.layouts = layouts
-        self.parts: list[Part] = []
+        self.parts: list[Piece] = []
         self.awaited: set[tuple[int, str]] = set()
 
     def create_weights(
@@ -156,7 +156,7 @@ class ArmorLinearMethod(LinearMethodBase):
             set_weight_attrs(entrance, {"weight_loader": self._loader(layer, suffix)})
             layer.register_parameter(suffix, entrance)
 
-    def _parts(self, layer: Any, columns: int, sizes: list[int]) -> list[Part]:
+    def _parts(self, layer: Any, columns: int, sizes: list[int]) -> list[Piece]:
         """What this rank has of each linear on disk; `columns`, `sizes`: its input and output channels."""
         rank, ranks, totals = layer.tp_rank, layer.tp_size, _output_sizes(layer)
         first = rank * columns if columns < layer.input_size else 0

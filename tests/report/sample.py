@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from armor.config.report import ReportPair, ReportSettings
 from armor.format.layout import Results
 from armor.format.records.base import File, Machine, MadeBy, Record
-from armor.format.records.benchmark import BenchmarkRecord, CoreSide, LinearSpeed, Phases, Runs, Sample, Side
+from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSide, LinearSpeed, Phases, Runs, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
@@ -321,7 +321,7 @@ def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecor
         recipes={recipe: _side(rng, method) for recipe, method in methods.items()},
         turns=(tuple(methods),),
         samples=[
-            Sample(prompt=prompt, texts={"dense": f" {word}."} | {r: f" {word},\n{r}. " * 9 for r in methods})
+            Continuation(prompt=prompt, texts={"dense": f" {word}."} | {r: f" {word},\n{r}. " * 9 for r in methods})
             for prompt, word in PROMPTS.items()
         ],
     )

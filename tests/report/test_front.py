@@ -2,24 +2,24 @@
 
 import pytest
 
-from armor.report.front import BITS, KL, PERPLEXITY, SPEED, Choice, front, in_words, table
+from armor.report.front import BITS, KL, PERPLEXITY, SPEED, Offer, front, in_words, table
 from armor.report.front_figures import panels
 
-DENSE = Choice("dense", "dense", "dense", 16, 20.0, speed=1.0)
-INT8 = Choice("int8", "int8", "pruned", 8.03, 20.1, kl=0.001, speed=0.5, expanded=True)
-GPTQ = Choice("gptq", "GPTQ", "pruned", 4.13, 24.0, kl=0.1, speed=0.4, expanded=True)
-NOWAG = Choice("nowag", "NoWag-P", "pruned", 9, 90.0, kl=1.5, speed=2.5)
-ARMOR = Choice("armor", "ARMOR", "blocks", 11.9, 22.0, kl=0.08, speed=1.5)
-ARMOR8 = Choice("armor-int8", "ARMOR", "blocks", 6.65, 22.2, kl=0.09, speed=2.0)
+DENSE = Offer("dense", "dense", "dense", 16, 20.0, speed=1.0)
+INT8 = Offer("int8", "int8", "pruned", 8.03, 20.1, kl=0.001, speed=0.5, expanded=True)
+GPTQ = Offer("gptq", "GPTQ", "pruned", 4.13, 24.0, kl=0.1, speed=0.4, expanded=True)
+NOWAG = Offer("nowag", "NoWag-P", "pruned", 9, 90.0, kl=1.5, speed=2.5)
+ARMOR = Offer("armor", "ARMOR", "blocks", 11.9, 22.0, kl=0.08, speed=1.5)
+ARMOR8 = Offer("armor-int8", "ARMOR", "blocks", 6.65, 22.2, kl=0.09, speed=2.0)
 ALL = (GPTQ, ARMOR8, INT8, NOWAG, ARMOR, DENSE)
 
 
 def names(found):
-    return [choice.name for choice in found]
+    return [offer.name for offer in found]
 
 
 def at(bits, perplexity, **more):
-    return Choice(f"{bits} {perplexity}", "ARMOR", "blocks", bits, perplexity, **more)
+    return Offer(f"{bits} {perplexity}", "ARMOR", "blocks", bits, perplexity, **more)
 
 
 def test_the_front_is_what_no_other_equals_and_beats():
@@ -78,7 +78,7 @@ def test_limits_with_one_answer_are_one_sentence_and_an_empty_one_is_said():
 
 
 def test_of_equal_perplexities_the_smaller_then_the_faster_is_the_best():
-    offered = [at(8, 20.0, speed=1.0), at(6, 20.0, speed=1.0), Choice("fast", "ARMOR", "blocks", 6, 20.0, speed=2.0)]
+    offered = [at(8, 20.0, speed=1.0), at(6, 20.0, speed=1.0), Offer("fast", "ARMOR", "blocks", 6, 20.0, speed=2.0)]
     assert "At most 7, 9 or 12 bits a weight: fast is the best" in in_words(offered)[1]
 
 
@@ -115,7 +115,7 @@ def test_the_table_has_every_recipe_and_where_it_is_on_a_front():
 
 
 def test_the_figure_has_all_recipes_and_names_those_that_lie_too_far_above():
-    far = Choice("magnitude", "magnitude", "pruned", 9, 2000.0, kl=4.0, speed=2.4)
+    far = Offer("magnitude", "magnitude", "pruned", 9, 2000.0, kl=4.0, speed=2.4)
     drawn = {panel.name: panel for panel in panels([*ALL, far], "m0")}
     assert list(drawn) == ["m0-bits", "m0-speed", "m0-kl-bits", "m0-kl-speed"]
     for panel in (drawn["m0-bits"], drawn["m0-speed"]):

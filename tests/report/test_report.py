@@ -19,7 +19,7 @@ import armor.methods
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
-from armor.format.records.benchmark import BenchmarkRecord, Sample
+from armor.format.records.benchmark import BenchmarkRecord, Continuation
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
 from armor.format.records.layer import BlockSizes, LayerRecord
@@ -31,7 +31,7 @@ from armor.report import build, print_table
 from armor.report.charts import beside
 from armor.report.columns import COLUMNS, summary_rows
 from armor.report.figures import figures
-from armor.report.front import choices
+from armor.report.front import offers
 from armor.report.gather import read_results
 from armor.report.numbers import duration, number, percent, plus_minus, size
 from armor.report.tables import csv_text, latex_text, markdown_text
@@ -336,12 +336,12 @@ def test_what_one_could_take_instead_is_on_the_page(results):
     assert "bits, 0.66 times as fast as dense." in found and "Diamonds are ARMOR." in found
 
 
-def test_a_recipe_is_a_choice_where_bits_and_perplexity_are_known(own):
+def test_a_recipe_is_an_offer_where_bits_and_perplexity_are_known(own):
     def offered():
-        return {choice.name: choice for choice in choices(model_of(own))}
+        return {offer.name: offer for offer in offers(model_of(own))}
 
     assert list(offered()) == ["nowag", "armor", "dense"]  # by bits
-    assert [choice.speed for choice in offered().values()] == [pytest.approx(r / 14.2) for r in (13.1, 9.4, 14.2)]
+    assert [offer.speed for offer in offered().values()] == [pytest.approx(r / 14.2) for r in (13.1, 9.4, 14.2)]
     without_benchmark(own, "nowag")
     assert offered()["nowag"].speed is None and offered()["dense"].speed == 1
     of_four = {"4": benchmark_of(own).recipes["armor"].speedup["4"]}
@@ -633,7 +633,7 @@ def test_samples_stand_side_by_side_and_a_missing_one_is_a_gap(own):
     prompt, other = PROMPTS
     first, second = benchmark_of(own).samples
     texts = first.texts | {"armor": "<b>\n\n \x1b[1m_a_"}, {n: t for n, t in second.texts.items() if n != "armor"}
-    changed = [Sample(prompt=p, texts=t) for p, t in zip((prompt, other), texts, strict=True)]
+    changed = [Continuation(prompt=p, texts=t) for p, t in zip((prompt, other), texts, strict=True)]
     change(BenchmarkRecord, Results(str(own)).benchmark(MODEL, "decode"), samples=changed)
     build(own, plan(["dense", "nowag", "armor"]), own / "report")
     found = samples_of(own)

@@ -146,6 +146,7 @@ def test_a_mixture_goes_through_all_stages_in_groups_of_experts_and_a_second_run
     reruns = Reruns(results, Config.model_validate(mixture.config))
     assert {job: reruns.reasons(job) for job in reruns.jobs if reruns.reasons(job)} == {}
     status = read_status(results, reruns.config)
+    assert [job for job in reruns.jobs if not job.measured.is_file()] == []
     assert {job.stage for job in status.states} == {*STAGES} and {*status.states.values()} == {"done"}
     groups = [str(job) for job in status.states if job.stage == "experts"]
     assert groups == [f"experts tiny tuned layer 0 {experts}" for experts in ("0-2", "3-5", "6-7")]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from armor.core.typed import Typed
 from armor.format.records.base import Made
 
-__all__ = ["BenchmarkRecord", "CoreSide", "LinearSpeed", "Phases", "Runs", "Sample", "Side"]
+__all__ = ["BenchmarkRecord", "CoreSide", "LinearSpeed", "Phases", "Runs", "Continuation", "Side"]
 
 
 class Runs(Typed):
@@ -103,7 +103,7 @@ class Side(Typed):
     """The speed by shape."""
 
 
-class Sample(Typed):
+class Continuation(Typed):
     """What the models write after a prompt, greedily."""
 
     prompt: str
@@ -126,5 +126,5 @@ class BenchmarkRecord(Made):
     """The compressed models by recipe."""
     turns: tuple[tuple[str, ...], ...]
     """The recipes that were timed in turn with the dense model; several groups if memory does not hold all of them."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Continuation, ...]
     """The dense model's text is under the name dense."""
