@@ -197,8 +197,9 @@ def input_groups(
 ) -> dict[str, int]:
     """A number for each of the linears `names` of `layer`, the same for those that are handed the same tensor.
 
-    hidden (batch, length, hidden); only its shape matters. `layer` and what is in `call` are on the meta device. Raises
-    ArmorError if the layer returns something else than hidden states, or leaves something in its arguments.
+    hidden (batch, length, hidden); only its shape matters. `layer` and what is in `call` are on one device, meta where
+    that can be. Raises ArmorError if the layer returns something else than hidden states, or leaves something in its
+    arguments.
     """
     seen: dict[str, tuple] = {}
     inputs = []  # kept alive: the address of a tensor that is gone may serve again
