@@ -24,6 +24,9 @@ Decoding is timed in turn in one process, memory after loading in a process for 
     python -m benchmarks.runtime --linears --models --rows 1 4 16 --groups 576,192,192x576    # only a group
     python -m benchmarks.runtime --linears 4096x4096 4096x14336 --kinds "torch int8" "torch int4" "armor block 64" \
         "armor int8" "armor int4" --rows 1 4 16 128 --groups --models --output benchmarks/integers.json
+    python -m benchmarks.runtime --linears 576x576 1536x576 2048x2048 5632x2048 4096x4096 14336x4096 --kinds \
+        "armor block 64" "armor int8" "armor int4" --rows 1 2 4 8 16 32 128 1024 --models \
+        --output benchmarks/shapes.json
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
 """
 
