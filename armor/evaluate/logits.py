@@ -6,7 +6,8 @@ of one block (L × vocabulary) are already the largest tensor here, and a copy o
 
 Models may not fit into the memory, of the GPU or else of the host. Then one decoder layer at a time is there
 (`armor.runtime.streamed`), of one model and then of the other. As many blocks as have room for their hidden states go
-through all layers. Then the logits come block by block, the same numbers as of loaded models.
+through all layers. Then the logits come block by block, the same numbers as of loaded models. On the CPU a dense
+mixture of experts is run so too: loading would hold its experts twice, and this takes little more time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from armor.runtime.load import (
     read_config,
     weights_bytes,
 )
-from armor.runtime.streamed import USABLE, StreamedModel
+from armor.runtime.streamed import USABLE, StreamedModel, stacks_experts
 from armor.text.blocks import token_blocks
 
 __all__ = [
@@ -139,19 +140,23 @@ def with_models(
 ) -> T:
     """`work` of the models in `folders`; streamed if they do not fit together with one block of `length` tokens.
 
-    `more` bytes are needed beside them. Memory may run out all the same, for headers do not tell all. Then `work` is
-    called again, with streamed models. What it had finished is for it to know. Raises ArmorError if the device has too
-    little memory for one decoder layer and one block.
+    `more` bytes are needed beside them. On the CPU a dense mixture, whose experts would be held twice while it is
+    loaded, is streamed too. Memory may run out all the same, for headers do not tell all. Then `work` is called again,
+    with streamed models. What it had finished is for it to know. Raises ArmorError if the device has too little memory
+    for one decoder layer and one block.
     """
     names = " and ".join(map(str, folders))
     needed, available = peak_bytes(folders, dtype, length) + more, device_memory_bytes(device) or host_memory_bytes()
-    sizes = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
+    why = f"about {needed / 1e9:.3g} GB with one block of {length} tokens, {device} has {available / 1e9:.3g} GB"
     if needed <= USABLE * available:
-        try:
-            return work([load_model(folder, dtype, device) for folder in folders])
-        except torch.OutOfMemoryError:
-            sizes += ", and it ran out"
-    log.info("%s: %s, so one decoder layer at a time is read", names, sizes)
+        if device == "cpu" and any(map(stacks_experts, folders)):
+            why = "loading holds its experts twice"
+        else:
+            try:
+                return work([load_model(folder, dtype, device) for folder in folders])
+            except torch.OutOfMemoryError:
+                why += ", and it ran out"
+    log.info("%s: %s, so one decoder layer at a time is read", names, why)
     try:
         return work([StreamedModel(folder, dtype, device) for folder in folders])
     except torch.OutOfMemoryError as error:  # one block and one layer: there is no smaller way to the same number

@@ -20,7 +20,7 @@ from armor.plan.need import (
 from armor.plan.subject import Subject
 from armor.plan.work import Read, Step, Work
 from armor.runtime.load import loaded_dtype
-from armor.runtime.streamed import HIDDEN_STATES, USABLE
+from armor.runtime.streamed import HIDDEN_STATES, USABLE, stacks_experts
 
 __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 
@@ -31,11 +31,12 @@ SERVER = 2 * 10**9
 
 
 def _measured(
-    plan: Plan, subject: Subject, recipe: str | None, dtype: str, length: int, more: int, group: int
+    plan: Plan, subject: Subject, recipe: str | None, dtype: str, length: int, more: int, group: int, streams: bool
 ) -> Memory:
     """Memory of a job that runs one model on blocks of `length` tokens: loaded where it fits, else streamed.
 
-    `more` bytes are needed beside the model, `group` bytes are the hidden states of all blocks.
+    `more` bytes are needed beside the model, `group` bytes are the hidden states of all blocks. A host that `streams`
+    does so in any case.
     """
     folder = subject.folder if recipe is None else subject.packed[recipe].folder
     itemsize = loaded_dtype(folder, dtype).itemsize
@@ -45,7 +46,7 @@ def _measured(
     streamed = subject.outside(itemsize, head=True) + largest + logits + more
     states = min(group, int(HIDDEN_STATES * plan.host.memory))
     fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card.memory))
-    host, beside = loaded if fits else streamed + states, 0 if on_card else states
+    host, beside = loaded if fits and not streams else streamed + states, 0 if on_card else states
     return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else streamed)
 
 
@@ -60,7 +61,8 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     stored = blocks * block if blocks * block <= room else 0
     owner = recipe and plan.config.made_by(recipe)[0][1]
     group = blocks * length * subject.topology.hidden_size * dtype.itemsize
-    memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group)
+    streams = owner is None and stacks_experts(subject.folder)
+    memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group, streams)
     work = [START, forward(subject, dtype, blocks, length, owner), head(subject, dtype, blocks * length, compared)]
     if not stored and compared:
         work.append(forward(subject, dtype, blocks, length))
@@ -86,7 +88,7 @@ def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
     owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
-    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0), work=(IN_WHOLE,))
+    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False), work=(IN_WHOLE,))
 
 
 def benchmark(plan: Plan, model: str, name: str) -> Need:

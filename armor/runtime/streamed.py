@@ -5,6 +5,9 @@ read, all that is asked goes through it, and then the next is read. What is aske
 many wait on the host, up to a quarter of its memory. Further batches go through all layers after these. The price is to
 read every weight once for each such group. Text can be generated too, by transformers, with the price that every new
 token of a batch reads all weights.
+
+Mixtures of experts are another case. While transformers stacks the experts that a checkpoint has one by one, it holds
+them twice. Nothing is stacked here.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
+from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
 from armor.runtime.calls import finish, observe, readers
-from armor.runtime.load import loaded_dtype
+from armor.runtime.experts import Experts
+from armor.runtime.load import loaded_dtype, read_config
 from armor.runtime.quantizer import swap_skeleton
 from armor.runtime.skeleton import load_outside, open_skeleton, place_outside, read_layer, tensors_of
 
-__all__ = ["USABLE", "StreamedModel"]
+__all__ = ["USABLE", "StreamedModel", "stacks_experts"]
 
 HIDDEN_STATES = 0.25  # of the host's memory
 USABLE = 0.95  # of the memory that a model may be loaded into: the rest is for what no header tells
@@ -61,6 +66,7 @@ class StreamedModel:
                     call = observe(self.skeleton, tokens)[1][index]
                     states = call.run(layer, hidden[number].to(self.device))
                     hidden[number] = states.to("cpu")
+                del layer  # before the next one is read
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, hidden[number].to(self.device))
 
@@ -82,3 +88,15 @@ class StreamedModel:
             held += tokens.numel()
         if group:
             yield group
+
+
+def stacks_experts(folder: Path | str) -> bool:
+    """Whether transformers stacks experts when it loads the model in `folder`, and meanwhile holds them twice.
+
+    It does so with dense experts that are stored one by one. Raises ArmorError where `open_skeleton` does.
+    """
+    quantization = getattr(read_config(folder), "quantization_config", None)
+    if quantization is not None and not is_scaled(quantization):
+        return False
+    modules = open_skeleton(Path(folder), torch.float32).model.modules()
+    return any(isinstance(module, Experts) and not module.is_stored_fused for module in modules)

@@ -1,5 +1,7 @@
 """Stored predictions: the same numbers as of a dense model run beside, and what does not fit is refused."""
 
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,6 +75,17 @@ def test_the_logits_are_those_of_the_model(root, tmp_path, text):
     for index in range(BLOCKS):
         torch.testing.assert_close(stored[f"logits.{index}"], logits[index])
     assert record.logits_bytes == logits.nbytes and len(record.hashes) == BLOCKS and record.not_stored is None
+
+
+def test_a_mixture_is_not_loaded_and_has_the_logits_of_a_loaded_one(tmp_path, text, caplog):
+    caplog.set_level(logging.INFO, "armor")
+    folder = tiny_model(tmp_path / "source", "qwen3_moe", layers=1)
+    predicted(tmp_path, settings(text), tmp_path)
+    assert "loading holds its experts twice, so one decoder layer at a time is read" in caplog.text
+    stored = load_file(logits_beside(tmp_path / "wiki.json"))
+    tokens = load_tokenizer(folder)(text.read_text(), return_tensors="pt").input_ids[0]
+    with torch.no_grad():
+        torch.testing.assert_close(stored["logits.0"], load_model(folder)(tokens[None, :LENGTH]).logits[0])
 
 
 def test_the_dense_models_own_evaluation_needs_no_weights(tmp_path, text):

@@ -18,7 +18,7 @@ from armor.runtime import cpu
 from armor.runtime.experts import Expert, Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streamed import StreamedModel, stacks_experts
 from tests.packed import SETTINGS, factors_of, opened, packed, quantized
 from tests.tiny import MIXTURES, tiny_model
 
@@ -35,7 +35,9 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
     _, topology = opened(root)
     names = [linear.name for linear in topology.linears()]
     stored = set(Shards(root / "source").names())
-    if family in ("granitemoe", "gpt_oss", "llama4_text"):
+    is_fused = family in ("granitemoe", "gpt_oss", "llama4_text")
+    assert stacks_experts(root / "source") == (not is_fused) and not stacks_experts(root / "checkpoint")
+    if is_fused:
         own = recorded_tensors(root / "source", names)
         assert not stored & {f"{name}.weight" for name in names if ".experts." in name}
         sizes = [sum(map(tensors.bytes_of, tensors.names())) for tensors in (own, Shards(root / "source"))]
