@@ -5,6 +5,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Empty is unset: where it is set, each process compiles armor/ and the tests again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-cluster test-faults test-vllm lint bench families docs reference clean
 
@@ -14,7 +16,7 @@ demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
 	@# One process more than there are cores, for each waits a third of its time: for Snakemake, for a server, for a kill.
-	$(BIN)/pytest -n $$(($(CORES) + 1)) --dist loadgroup --ignore tests/cluster --ignore tests/vllm
+	$(BIN)/pytest -n $$(($(CORES) + 1)) --dist loadgroup --no-loadscope-reorder --ignore tests/cluster --ignore tests/vllm
 
 test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
 	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \

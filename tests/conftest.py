@@ -22,10 +22,14 @@ def pytest_runtest_setup():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """A module's tests go to one process: what they share is made once. Those of the workflow share a finished run."""
+    """A module's tests go to one process: what they share is made once. So do all that ask for the finished run.
+
+    The tests of the workflow come first. They take the longest and wait the most.
+    """
     for item in items:
-        folder, module = item.path.parent.name, item.path.stem
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "workflow" else module))
+        group = "workflow" if "run" in item.fixturenames and item.path.parent.name == "workflow" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name != "workflow")
 
 
 @pytest.fixture(scope="module")

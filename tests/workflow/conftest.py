@@ -170,8 +170,8 @@ def run(tmp_path_factory, config):
 
 
 @pytest.fixture
-def clone(run, tmp_path):
-    """The same results, asked through a copy of the code that a test may edit."""
+def code(tmp_path):
+    """A copy of the repository's code that a test may edit: its folder."""
     for name in ("Snakefile", "workflow", "armor", "config", "envs", "profiles"):
         source = REPOSITORY / name
         target = tmp_path / "clone" / name
@@ -180,4 +180,10 @@ def clone(run, tmp_path):
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    return Run(run.folder, run.config, tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+@pytest.fixture
+def clone(run, code):
+    """The same results, asked through that copy."""
+    return Run(run.folder, run.config, code)

@@ -133,10 +133,10 @@ def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
     assert asked(again) == explained(again, again.config) == {}
 
 
-def test_code_that_makes_states_makes_them_and_refines_every_layer_anew(trained, clone):
-    edited = Run(trained.folder, trained.config, clone.repository)
+def test_code_that_makes_states_makes_them_and_refines_every_layer_anew(trained, code):
+    edited = Run(trained.folder, trained.config, code)
     for file in ("training/states.py", "config/sample.py"):  # of the states alone; of all who train
-        path = clone.repository / "armor" / file
+        path = code / "armor" / file
         path.write_text(path.read_text() + "\nEDITED = 1\n")
         plan, told = asked(edited), code_explained(edited, trained.config)
         assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= plan.items()
