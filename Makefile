@@ -5,8 +5,6 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Empty is unset: where it is set, each process compiles armor/ and the tests again.
-export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-cluster test-faults test-vllm lint bench families docs reference clean
 
