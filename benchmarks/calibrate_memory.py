@@ -93,7 +93,7 @@ def measure(folder: Path, threads: int) -> dict:
     text = {"files": [str(folder / "text.txt")]}
     settings = {"sequences": SEQUENCES, "sequence_length": LENGTH, "hidden_states_memory_gb": HIDDEN_STATES_GB}
     armor("inspect", "--source", model, "--output", folder / "model.json")
-    calibrate = ["--source", model, "--model", folder / "model.json", "--threads", threads]
+    calibrate = ["--source", model, "--topology", folder / "model.json", "--threads", threads]
     calibrate += ["--settings", json.dumps(settings | {"text": text}), "--output", folder / "out" / "calibration.json"]
     peak = armor("calibrate", *calibrate)
     record = read_json(folder / "out" / "calibration.json")

@@ -37,7 +37,7 @@ def linear_record(**values) -> LinearRecord:
     given = {
         "method": "nowag",
         "pattern": "2:4",
-        "block_size": None,
+        "block_sizes": None,
         "start_loss": 0.0,
         "loss": 0.0,
         "trace": (),

@@ -79,7 +79,7 @@ def card(
     rows: dict[tuple, list[float]] = {}
     for record in records:
         for entry in record.modules.values():
-            blocks = entry.block_size
+            blocks = entry.block_sizes
             names = f"{blocks.left} / {blocks.right}" if blocks else f"rank {entry.rank}" if entry.rank else "none"
             rows.setdefault((entry.method, entry.pattern or "none", names), []).append(entry.loss)
     losses = [loss for found in rows.values() for loss in found]
@@ -167,7 +167,7 @@ def _recipe(part: FactorsMadeBy) -> str:
 def _trainings(records: list[LayerRecord]) -> str:
     """What the factors were trained by, a paragraph each; nothing if by nothing."""
     linears = [linear for record in records for linear in record.modules.values()]
-    named = {"A, B": "block_size", "U, V": "rank"}
+    named = {"A, B": "block_sizes", "U, V": "rank"}
     around = [names for names, field in named.items() if any(getattr(linear, field) for linear in linears)]
     return "".join(f"{_training(layers, around)}\n\n" for layers in trainings(records))
 

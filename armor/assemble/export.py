@@ -32,7 +32,7 @@ class Exported:
     """What was written: how many tensors, how many of them multiplied out, their bytes, the files."""
 
     tensors: int
-    modules: int
+    multiplied_out: int
     bytes: int
     files: tuple[str, ...]
 

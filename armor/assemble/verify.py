@@ -54,7 +54,7 @@ class Verified(Typed):
     tensors: int
     bytes: int
     """Of all tensors."""
-    modules: int
+    compressed_count: int
     """Compressed linears."""
     patterns: dict[str, int]
     """How many of them have each pattern."""
@@ -89,7 +89,7 @@ def verify(folder: Path | str, against: Path | str | None = None) -> Verified:
         shards=len(shards.files),
         tensors=len(names),
         bytes=sum(shards.bytes_of(name) for name in names),
-        modules=len(modules),
+        compressed_count=len(modules),
         patterns=dict(patterns),
         bits_per_weight=8 * packed_bytes / weights if weights else None,
         checksums=sums is not None,
@@ -150,11 +150,11 @@ def _compare(shards: Shards, modules: dict[str, PackedLinear], source: Shards) -
 def table(found: Verified) -> str:
     """What `verify` returns, for a terminal: a line for each fact, and relative errors with a row for each layer."""
     patterns = ", ".join(f"{count} x {pattern}" for pattern, count in found.patterns.items())
-    compressed = f"{found.modules} linears ({patterns}), {found.bits_per_weight or 0:.2f} bits per weight"
+    compressed = f"{found.compressed_count} linears ({patterns}), {found.bits_per_weight or 0:.2f} bits per weight"
     facts = {
         "tensors": f"{found.tensors:,} in {found.shards} file{'s' * (found.shards > 1)}",
         "size": f"{found.bytes / 1e6:,.1f} MB",
-        "compressed": compressed if found.modules else "nothing",
+        "compressed": compressed if found.compressed_count else "nothing",
         "checksums": "every file is as it was written" if found.checksums else "none here to check by",
     }
     if distance := found.distance:

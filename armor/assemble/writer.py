@@ -32,9 +32,9 @@ from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
 from armor.format.names import beside, layer_file, record_beside
 from armor.format.provenance import PROVENANCE, combined, made_by
-from armor.format.records.base import Input
+from armor.format.records.base import BlockSizes, Input
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord
+from armor.format.records.layer import LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import DTYPES, Shards
 from armor.model.source import Source
@@ -141,7 +141,7 @@ def assemble(
             made_by=made.made_by,
             factors=made.factors,
             machine=current_machine(),
-            modules=len(modules),
+            compressed_count=len(modules),
             kept_dense=kept_dense,
             files=files,
             seconds=steps.seconds(),
@@ -219,7 +219,7 @@ def _check_others(file: Path, pieces: dict[str, Any], shards: Shards) -> None:
 
 
 def _layout(linear: Linear, entry: LinearRecord, quantization: Quantization | None) -> PackedLinear:
-    blocks, pattern = entry.block_size or BlockSizes(), Pattern.parse(entry.pattern or "")
+    blocks, pattern = entry.block_sizes or BlockSizes(), Pattern.parse(entry.pattern or "")
     shape = linear.out_features, linear.in_features
     return PackedLinear(*shape, pattern, blocks.left, blocks.right, quantization, entry.right_of, entry.rank)
 

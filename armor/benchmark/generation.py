@@ -282,7 +282,7 @@ def benchmark(
         speeds = [f"{phases.decode.median:.1f}" for phases in side.tokens_per_second.values()]
         log.info("%s: %s tokens/s, %.0f MB resident", name, ", ".join(speeds), side.resident_bytes / 1e6)
     record = BenchmarkRecord(
-        case=output.stem,
+        benchmark=output.stem,
         dense=whole,
         recipes=sides,
         turns=tuple(group for group in groups if group),

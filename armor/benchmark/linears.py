@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from armor.benchmark.rounds import ratios, summary
 from armor.benchmark.timing import mark, seconds_between
 from armor.format.checkpoint import PackedLinear
+from armor.format.records.base import BlockSizes
 from armor.format.records.benchmark import LinearSpeed
 from armor.runtime.experts import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
@@ -106,15 +107,14 @@ def linear_speeds(dense: PreTrainedModel, compressed: nn.Module, rounds: int = R
     for layout, own in packed.items():
         bits = 8 * rows[layout].element_size()
         dense_times, own_times = (times["whole", side, layout] for side in linears)
-        has_blocks = layout.left_block_size or layout.right_block_size
-        beside, alone = (times["core", side, layout] for side in linears) if has_blocks else (None, None)
+        blocks = BlockSizes.of(layout.left_block_size, layout.right_block_size)
+        beside, alone = (times["core", side, layout] for side in linears) if blocks else (None, None)
         records.append(
             LinearSpeed(
                 out_features=layout.out_features,
                 in_features=layout.in_features,
                 pattern=str(layout.pattern),
-                left_block_size=layout.left_block_size,
-                right_block_size=layout.right_block_size,
+                block_sizes=blocks,
                 count=len(own),
                 dense_milliseconds=summary(dense_times),
                 milliseconds=summary(own_times),

@@ -142,7 +142,7 @@ def benchmark_serving(
             log.info("%s: %s tokens/s", name, ", ".join(speeds))
     dense = turns[Input.DENSE]
     record = ServingRecord(
-        case=output.stem,
+        benchmark=output.stem,
         engine=engine,
         dense=_served(folders[Input.DENSE], dense, None),
         recipes={name: _served(folders[name], turns[name], dense) for name in checkpoints},

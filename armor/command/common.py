@@ -17,12 +17,12 @@ from armor.format import layout, names
 __all__ = [
     "CalibrationFile",
     "Gpus",
-    "ModelFile",
     "Output",
     "Settings",
     "SourceFile",
     "StartFolder",
     "Threads",
+    "TopologyFile",
     "app",
     "folder_of",
     "prepare",
@@ -48,7 +48,7 @@ def _writable(path: Path) -> Path:
 
 
 SourceFile = Annotated[Path, typer.Option(help=f"{layout.SOURCE}, or a folder with a Hugging Face model.")]
-ModelFile = Annotated[Path, typer.Option(help=f"{names.MODEL}, as `armor inspect` writes it.")]
+TopologyFile = Annotated[Path, typer.Option(help=f"{names.MODEL}, as `armor inspect` writes it.")]
 CalibrationFile = Annotated[
     Path,
     typer.Option(

@@ -15,12 +15,12 @@ import typer
 from armor.command.common import (
     CalibrationFile,
     Gpus,
-    ModelFile,
     Output,
     Settings,
     SourceFile,
     StartFolder,
     Threads,
+    TopologyFile,
     app,
     folder_of,
     prepare,
@@ -65,7 +65,12 @@ def inspect(source: SourceFile, output: Output) -> None:
 
 @app.command()
 def calibrate(
-    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+    source: SourceFile,
+    topology: TopologyFile,
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
 ) -> None:
     """Take the statistics of every linear's input, one decoder layer in memory at a time."""
     device = prepare(threads, gpus)
@@ -73,12 +78,17 @@ def calibrate(
     from armor.model.source import open_source
 
     parsed = parse_settings(CalibrationSettings, settings)
-    calibrate(open_source(source), Topology.read(model), parsed, output, device)
+    calibrate(open_source(source), Topology.read(topology), parsed, output, device)
 
 
 @app.command()
 def sensitivity(
-    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+    source: SourceFile,
+    topology: TopologyFile,
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
 ) -> None:
     """Measure how the dense model's predictions depend on each linear -> a record and, beside it, the numbers."""
     device = prepare(threads, gpus)
@@ -86,13 +96,13 @@ def sensitivity(
     from armor.training.sensitivity import measure_sensitivity
 
     parsed = parse_settings(SensitivityJob, settings)
-    measure_sensitivity(open_source(source), Topology.read(model), parsed, output, device)
+    measure_sensitivity(open_source(source), Topology.read(topology), parsed, output, device)
 
 
 @app.command()
 def price(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     calibration: CalibrationFile,
     sensitivity: Annotated[Path, typer.Option(help="The record of the sensitivities.")],
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
@@ -108,8 +118,8 @@ def price(
     from armor.model.source import open_source
 
     parsed, statistics = parse_settings(PriceSettings, settings), statistics_of(calibration, layer)
-    topology = Topology.read(model)
-    price_layer(open_source(source), topology, layer, statistics, sensitivity, parsed, output, device)
+    opened, inspected = open_source(source), Topology.read(topology)
+    price_layer(opened, inspected, layer, statistics, sensitivity, parsed, output, device)
 
 
 @app.command()
@@ -128,7 +138,7 @@ def budget(
 @app.command()
 def factorize(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     calibration: CalibrationFile,
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
     output: Output,
@@ -158,26 +168,31 @@ def factorize(
     else:  # the layer's job reads them whole, and refuses the group if they are not those of the record
         statistics, listed = listed_statistics(calibration, layer)
         known = listed.sha256
-    opened, topology = open_source(source), Topology.read(model)
-    factorize_layer(opened, topology, layer, statistics, parsed, output, device, budget, experts, group or (), known)
+    opened, inspected = open_source(source), Topology.read(topology)
+    factorize_layer(opened, inspected, layer, statistics, parsed, output, device, budget, experts, group or (), known)
 
 
 @app.command()
 def states(
-    source: SourceFile, model: ModelFile, settings: Settings, output: Output, threads: Threads = None, gpus: Gpus = 0
+    source: SourceFile,
+    topology: TopologyFile,
+    settings: Settings,
+    output: Output,
+    threads: Threads = None,
+    gpus: Gpus = 0,
 ) -> None:
     """Keep what goes into every decoder layer of the dense model -> a record and, beside it, the folder of its name."""
     device = prepare(threads, gpus)
     from armor.model.source import open_source
     from armor.training.states import make_states
 
-    make_states(open_source(source), Topology.read(model), parse_settings(Sample, settings), output, device)
+    make_states(open_source(source), Topology.read(topology), parse_settings(Sample, settings), output, device)
 
 
 @app.command()
 def refine(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     calibration: CalibrationFile,
     factors: StartFolder,
     states: Annotated[Path, typer.Option(help="The record of the dense model's hidden states.")],
@@ -195,8 +210,8 @@ def refine(
 
     parsed = parse_settings(RefineJob, settings)
     start, statistics = layer_file(factors, layer), statistics_of(calibration, layer)
-    topology = Topology.read(model)
-    refine_layer(open_source(source), topology, layer, start, states, statistics, parsed, output, device)
+    opened, inspected = open_source(source), Topology.read(topology)
+    refine_layer(opened, inspected, layer, start, states, statistics, parsed, output, device)
 
 
 @app.command()
@@ -213,7 +228,7 @@ def refined(
 @app.command()
 def tune(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     calibration: CalibrationFile,
     factors: StartFolder,
     settings: Settings,
@@ -227,13 +242,13 @@ def tune(
     from armor.training.tune import tune
 
     parsed = parse_settings(TuneJob, settings)
-    tune(open_source(source), Topology.read(model), factors, calibration, parsed, output, device)
+    tune(open_source(source), Topology.read(topology), factors, calibration, parsed, output, device)
 
 
 @app.command()
 def quantize(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     calibration: CalibrationFile,
     factors: StartFolder,
     layer: Annotated[int, typer.Option(min=0, help="The number of the decoder layer.")],
@@ -250,13 +265,13 @@ def quantize(
 
     parsed = parse_settings(QuantizeSettings, settings)
     start, statistics = layer_file(factors, layer), statistics_of(calibration, layer)
-    quantize_layer(open_source(source), Topology.read(model), layer, start, statistics, parsed, output, device)
+    quantize_layer(open_source(source), Topology.read(topology), layer, start, statistics, parsed, output, device)
 
 
 @app.command()
 def assemble(
     source: SourceFile,
-    model: ModelFile,
+    topology: TopologyFile,
     factors: Annotated[Path, typer.Option(help="The folder with every layer's factors.")],
     output: Output,
 ) -> None:
@@ -265,7 +280,7 @@ def assemble(
     from armor.assemble.writer import assemble
     from armor.model.source import open_source
 
-    assemble(open_source(source), Topology.read(model), factors, output)
+    assemble(open_source(source), Topology.read(topology), factors, output)
 
 
 @app.command()
@@ -319,7 +334,7 @@ def benchmark(
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Size, memory and speed of the dense model and its recipes, in turn, alone or served -> benchmark/CASE.json."""
+    """Size, memory and speed of the dense model and its recipes, in turn, alone or served -> benchmark/NAME.json."""
     device = prepare(threads, gpus)
     parsed = parse_settings(BenchmarkSettings, settings)
     recipes: dict[str, Path] = {}

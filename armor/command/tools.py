@@ -201,7 +201,7 @@ def export(
     from armor.assemble.export import export
 
     done = export(folder, output, dtype)
-    print(f"{output}: {done.tensors} tensors, {done.modules} multiplied out, {done.bytes / 1e6:,.1f} MB")
+    print(f"{output}: {done.tensors} tensors, {done.multiplied_out} multiplied out, {done.bytes / 1e6:,.1f} MB")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -27,7 +27,7 @@ class ReportPair(Typed):
     """What was asked for; unset where a budget chooses."""
     calibration: Name | None = None
     """The calibration that the recipe uses; unset for a recipe without one."""
-    made_by: list[tuple[str, Name]] = []
+    chain: list[tuple[str, Name]] = []
     """The stages that made the factors, in order, each with the recipe that asks for it; unset: factorize, by this
     one."""
     evaluations: list[Name] = []

@@ -181,20 +181,24 @@ class Config(Typed):
         """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
         return self.factorized(recipe).method == UNCHANGED
 
-    def made_by(self, recipe: str) -> list[tuple[str, str]]:
+    def chain(self, recipe: str) -> list[tuple[str, str]]:
         """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""
         settings = self.recipes[recipe]
-        before = [("factorize", recipe)] if settings.base is None else self.made_by(settings.base)
+        before = [("factorize", recipe)] if settings.base is None else self.chain(settings.base)
         return [*before, *((stage, recipe) for stage in settings.stages())]
+
+    def owner(self, recipe: str) -> str:
+        """The recipe whose factors `recipe` starts from: the first of its chain, or itself."""
+        return self.chain(recipe)[0][1]
 
     def before(self, stage: str, recipe: str) -> tuple[str, str]:
         """What makes the factors that the `stage` of `recipe` starts from: a stage and a recipe."""
-        line = self.made_by(recipe)
+        line = self.chain(recipe)
         return line[line.index((stage, recipe)) - 1]
 
     def factorized(self, recipe: str) -> Recipe:
         """The recipe that says how the factors of `recipe` are made: its own, or its base's."""
-        return self.recipes[self.made_by(recipe)[0][1]]
+        return self.recipes[self.owner(recipe)]
 
     def sample(self, recipe: str, stage: str) -> Sample:
         """The sequences that `stage` (refine or tune) of `recipe` trains on, the held-out ones at the end."""
@@ -285,7 +289,7 @@ class Config(Typed):
                 title=METHODS[self.factorized(name).method].title,
                 pattern=str(METHODS[self.factorized(name).method].pattern(self.factorized(name))),
                 block_size=None if self.factorized(name).budget else self.factorized(name).block_size,
-                made_by=self.made_by(name),
+                chain=self.chain(name),
                 calibration=self.calibration_of(name) if self.calibrations else None,
                 evaluations=asked.texts,
                 tasks={evaluation: self.evaluations[evaluation].task_names() for evaluation in asked.tasks},

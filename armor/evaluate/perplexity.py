@@ -196,7 +196,7 @@ def _write(
     if len(kl) == len(means):
         against = AgainstDense(kl=_summary(kl), top1=_summary(top1))
     record = EvaluationRecord(
-        task=output.stem,
+        evaluation=output.stem,
         value=value,
         standard_error=error,
         tokens=len(blocks) * (blocks.length - 1),

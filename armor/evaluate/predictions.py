@@ -87,7 +87,7 @@ def predict(
         else:
             logits_beside(output).unlink(missing_ok=True)
         record = PredictionsRecord(
-            task=output.stem,
+            evaluation=output.stem,
             fingerprint=fingerprint,
             text_fingerprint=blocks.fingerprint,
             blocks=len(blocks),

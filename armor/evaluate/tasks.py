@@ -105,7 +105,7 @@ def evaluate_tasks(
             steps.put(name, record)
         records = {name: steps.get(name, TaskRecord) for name in specs}
         result = TasksRecord(
-            task=output.stem,
+            evaluation=output.stem,
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),

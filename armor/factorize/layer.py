@@ -35,9 +35,9 @@ from armor.format.checkpoint import PackedLinear
 from armor.format.factors import join_factors, read_factors, read_start, write_factors
 from armor.format.names import factors_beside, record_beside
 from armor.format.provenance import made_by
-from armor.format.records.base import Input
+from armor.format.records.base import BlockSizes, Input
 from armor.format.records.budget import BudgetRecord
-from armor.format.records.layer import BlockSizes, Integers, LayerRecord, LinearRecord
+from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
@@ -192,7 +192,7 @@ def _factorized(
             LinearRecord(
                 method=asked.method,
                 pattern=str(own.pattern) if own else None,
-                block_size=_block_sizes(own) if own else None,
+                block_sizes=_block_sizes(own) if own else None,
                 rank=PackedLinear.of(own).rank if own else None,
                 start_loss=own.start_loss if own else 0.0,
                 loss=own.loss if own else 0.0,
@@ -279,8 +279,7 @@ def check_finite(weight: Tensor, where: str) -> None:
 
 def _block_sizes(found: Factorization) -> BlockSizes | None:
     """The sizes of the blocks of A and B; None without blocks."""
-    left, right = (None if side is None else side.shape[1] for side in (found.left, found.right))
-    return None if left is right is None else BlockSizes(left=left, right=right)
+    return BlockSizes.of(*(None if side is None else side.shape[1] for side in (found.left, found.right)))
 
 
 def layer_of(source: Source, topology: Topology, index: int, settings: LayerSettings) -> DecoderLayer:

@@ -59,7 +59,7 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     block = length * subject.vocabulary * dtype.itemsize
     room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)
     stored = blocks * block if blocks * block <= room else 0
-    owner = recipe and plan.config.made_by(recipe)[0][1]
+    owner = recipe and plan.config.owner(recipe)
     group = blocks * length * subject.topology.hidden_size * dtype.itemsize
     streams = owner is None and stacks_experts(subject.folder)
     memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group, streams)
@@ -87,14 +87,14 @@ def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     """What `tasks` takes."""
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
-    owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
+    owner = None if plan.config.is_dense(recipe) else plan.config.owner(recipe)
     return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False), work=(IN_WHOLE,))
 
 
 def benchmark(plan: Plan, model: str, name: str) -> Need:
     """What `benchmark` takes."""
     subject, settings = plan.subjects[model], plan.config.benchmarks[name]
-    owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
+    owners = [plan.config.owner(recipe) for recipe in plan.config.benchmarked(model, name)]
     sizes = [subject.loaded_bytes(owner, settings.dtype) for owner in (None, *owners)]
     together = sum(sizes)
     if together > USABLE * plan.host.memory:
@@ -112,6 +112,6 @@ def serving(plan: Plan, model: str, name: str) -> Need:
     """What `serving` takes: one server at a time."""
     subject, dtype = plan.subjects[model], plan.config.benchmarks[name].dtype
     plan.note(f"benchmarks.{name}: the time that vLLM takes, and the memory of its cache, are not known and left out")
-    owners = [plan.config.made_by(recipe)[0][1] for recipe in plan.config.benchmarked(model, name)]
+    owners = [plan.config.owner(recipe) for recipe in plan.config.benchmarked(model, name)]
     largest = max(subject.loaded_bytes(owner, dtype) for owner in (None, *owners))
     return Need(memory_of(SERVER, largest), work=(IN_WHOLE,), remedy="take a larger machine, or leave it out")

@@ -185,7 +185,7 @@ def _training(subject: Subject, settings: TrainingSettings, length: int, block: 
 
 def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Shapes]:
     """The factors of each layer that the `stage` of `recipe` trains; if they are quantized, with scales."""
-    made = plan.config.made_by(recipe)
+    made = plan.config.chain(recipe)
     if not any(name == "quantize" for name, _ in made[: made.index((stage, recipe))]):
         return packed.layers
     return [
@@ -198,7 +198,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.refine_settings(recipe)
     _, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
-    layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.made_by(recipe)[0][1]]
+    layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.owner(recipe)]
     shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
     computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
     block = plan.config.factorized(recipe).block_size
@@ -212,7 +212,7 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.tune_settings(recipe)
     sequences, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.tune")
-    packed = subject.packed[plan.config.made_by(recipe)[0][1]]
+    packed = subject.packed[plan.config.owner(recipe)]
     _, least = tune_bytes(subject.shards, _shapes(plan, packed, "tune", recipe), job.tune.core, length)
     dtype = compute_dtype(subject.topology.dtype)
     block = plan.config.factorized(recipe).block_size
@@ -226,7 +226,7 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
 
 
 def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
-    subject, owner = plan.subjects[model], plan.config.made_by(recipe)[0][1]
+    subject, owner = plan.subjects[model], plan.config.owner(recipe)
     layer = subject.topology.layers[int(index)]
     written = subject.packed[owner].layer_bytes(layer)
     plan.note(f"recipes.{recipe}: planned with its factors in floats; quantize makes its checkpoint smaller")
@@ -236,7 +236,7 @@ def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
 
 
 def _assemble(plan: Plan, model: str, recipe: str) -> Need:
-    packed = plan.subjects[model].packed[plan.config.made_by(recipe)[0][1]]
+    packed = plan.subjects[model].packed[plan.config.owner(recipe)]
     size = packed.weights_bytes
     memory = FORKED + int(1.4 * min(size, MAX_SHARD_BYTES))  # the shard, and what is mapped of the files read
     return Need(Memory(memory, memory), kept=size, work=(START, Work(Read(), 4.0 * size)))

@@ -125,7 +125,7 @@ def subject(config: Config, name: str, results: Path) -> Subject:
     topology = inspect(Source(folder, "planned", Shards(folder).main_dtype()), place)
     shards = recorded_tensors(folder, (linear.name for linear in topology.linears()))
     recipes = [recipe for model, recipe in config.pairs() if model == name and not config.is_dense(recipe)]
-    owners = dict.fromkeys(config.made_by(recipe)[0][1] for recipe in recipes)
+    owners = dict.fromkeys(config.owner(recipe) for recipe in recipes)
     packed = {owner: _packed(config, owner, topology, shards, place.parent / owner) for owner in owners}
     return Subject(name, folder, topology, shards, packed)
 

@@ -148,7 +148,7 @@ def _stage(group: Sequence[tuple[Job, Need]], rates: Mapping[Kind, float] | None
 def _recipes(plan: Plan) -> Iterator[RecipePlan]:
     for model, recipe in plan.config.pairs():
         subject = plan.subjects[model]
-        owner = None if plan.config.is_dense(recipe) else plan.config.made_by(recipe)[0][1]
+        owner = None if plan.config.is_dense(recipe) else plan.config.owner(recipe)
         packed = None if owner is None else subject.packed[owner]
         yield RecipePlan(
             model=model,

@@ -15,7 +15,7 @@ from typing import Any
 
 from armor.format.records.report import Row, Score
 from armor.methods import METHODS
-from armor.report.numbers import GAP, duration, number, percent, plus_minus, score, size
+from armor.report.numbers import GAP, duration, number, percent, plus_minus, score, size, span
 from armor.report.results import ModelResults, RecipeResults, decode_speed
 
 __all__ = ["COLUMNS", "Column", "shown_columns", "summary_rows", "task_columns"]
@@ -100,7 +100,7 @@ COLUMNS = (
         is_known=lambda rows: len({row.pattern for row in rows} - {None}) == 1,
         on_page=True,
     ),
-    Column("block_size", "block", lambda recipe: recipe.block_size),
+    Column("block_sizes", "block", lambda recipe: recipe.block_sizes, span),
     Column(
         "perplexity",
         "perplexity",

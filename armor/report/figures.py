@@ -103,10 +103,10 @@ def figures(model: ModelResults, prefix: str) -> list[Figure]:
     drawn = [perplexity(model, e, f"{prefix}-perplexity-{i}") for i, e in enumerate(model.evaluation_names())]
     drawn += [block_sizes(model, f"{prefix}-blocks")]
     drawn += [accuracy(model, task, f"{prefix}-task-{i}") for i, task in enumerate(model.task_names())]
-    for index, case in enumerate(model.benchmark_names()):
-        drawn.append(decoding(model, case, f"{prefix}-decoding-{index}"))
-        drawn.append(linears(model, case, f"{prefix}-linears-{index}"))
-    drawn += [throughput(model, case, f"{prefix}-throughput-{i}") for i, case in enumerate(model.serving_names())]
+    for index, benchmark in enumerate(model.benchmark_names()):
+        drawn.append(decoding(model, benchmark, f"{prefix}-decoding-{index}"))
+        drawn.append(linears(model, benchmark, f"{prefix}-linears-{index}"))
+    drawn += [throughput(model, name, f"{prefix}-throughput-{i}") for i, name in enumerate(model.serving_names())]
     drawn += [loss_by_layer(model, f"{prefix}-layers"), output_error(model, f"{prefix}-refined")]
     with_blocks = [recipe for recipe in model.compressed if recipe.has_blocks]
     drawn += [heat_map(recipe, f"{prefix}-heat-{i}") for i, recipe in enumerate(with_blocks)]

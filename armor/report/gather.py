@@ -72,7 +72,7 @@ def _read_recipe(
         pair=pair,
         topology=topology,
         source=source,
-        stages=[(stage, records(stage, owner)) for stage, owner in pair.made_by or [("factorize", pair.recipe)]],
+        stages=[(stage, records(stage, owner)) for stage, owner in pair.chain or [("factorize", pair.recipe)]],
         checkpoint=CheckpointRecord.read_if_there(paths.checkpoint(*names)),
         evaluations=_there({e: EvaluationRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.evaluations}),
         tasks=_there({e: TasksRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.tasks}),

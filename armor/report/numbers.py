@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["GAP", "duration", "number", "percent", "plus_minus", "score", "size"]
+__all__ = ["GAP", "duration", "number", "percent", "plus_minus", "score", "size", "span"]
 
 GAP = "–"
 
@@ -54,3 +55,8 @@ def duration(seconds: float | None) -> str:
     if seconds < 100:
         return f"{number(seconds, 2)} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The one number, or the first and the last of several: 32 to 48."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"

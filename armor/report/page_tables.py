@@ -188,10 +188,10 @@ def _linears(model: ModelResults, benchmark: str) -> Cells:
 
 
 def _shape(shape: LinearSpeed) -> str:
-    left, right = shape.left_block_size, shape.right_block_size
     what = f"{shape.out_features}\u00a0×\u00a0{shape.in_features}, {shape.pattern}"
-    if not (left or right):
+    if shape.block_sizes is None:
         return what
+    left, right = shape.block_sizes.left, shape.block_sizes.right
     return f"{what}, blocks\u00a0{left}" if left == right else f"{what}, blocks {left or GAP} and {right or GAP}"
 
 

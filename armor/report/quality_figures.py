@@ -23,7 +23,7 @@ from armor.report.charts import (
     svg_of,
 )
 from armor.report.columns import summary_rows, task_columns
-from armor.report.numbers import number, score
+from armor.report.numbers import number, score, span
 from armor.report.results import ModelResults, RecipeResults
 
 __all__ = ["accuracy", "block_sizes", "perplexity"]
@@ -128,8 +128,12 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
         if recipe.has_blocks and asked and measured and recipe.checkpoint:
             settings = [made.settings | {"block_size": None} for made in recipe.checkpoint.factors]
             same = [recipe.pair.title, recipe.pair.pattern, recipe.pair.calibration, settings]
-            sizes = alike.setdefault(str([*same, measured.task, measured.made_by.settings]), {})
-            text = {"size": str(recipe.block_size), "label": number(measured.value), "method": recipe.pair.title}
+            sizes = alike.setdefault(str([*same, measured.evaluation, measured.made_by.settings]), {})
+            text = {
+                "size": span(recipe.block_sizes or (asked,)),
+                "label": number(measured.value),
+                "method": recipe.pair.title,
+            }
             sizes.setdefault(asked, Mark(value=measured.value, **text))
     rows = [mark for _, mark in sorted(max(alike.values(), key=len, default={}).items())]
     if len(rows) < 3:

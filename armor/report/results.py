@@ -16,12 +16,12 @@ from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.format.checkpoint import PackedLinear
 from armor.format.layout import FACTORS
-from armor.format.records.base import Made
+from armor.format.records.base import BlockSizes, Made
 from armor.format.records.benchmark import BenchmarkRecord, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training, trainings
+from armor.format.records.layer import LayerRecord, LinearRecord, Training, trainings
 from armor.format.records.serving import Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import Linear, Topology
@@ -50,7 +50,7 @@ class Module:
 
     @property
     def blocks(self) -> BlockSizes:
-        return self.result.block_size or BlockSizes()
+        return self.result.block_sizes or BlockSizes()
 
     @property
     def dense_bits(self) -> int:
@@ -142,19 +142,14 @@ class RecipeResults:
         ]
 
     @property
-    def used_block_sizes(self) -> list[int]:
-        """The block sizes of its linears, each once; the size asked for need not divide their dimensions."""
-        return sorted({d for module in self.modules for d in (module.blocks.left, module.blocks.right) if d})
+    def block_sizes(self) -> tuple[int, ...] | None:
+        """The sizes of its linears' blocks, each once, the smallest first; before any is made, the one asked for.
 
-    @property
-    def block_size(self) -> int | str | None:
-        """The one block size that all its linears have, or "32 to 48"; before any is made, what was asked for."""
-        if not self.has_blocks:
-            return None
-        used = self.used_block_sizes
-        if not used:
-            return self.pair.block_size
-        return used[0] if len(used) == 1 else f"{used[0]} to {used[-1]}"
+        The size asked for need not divide their dimensions. None without blocks.
+        """
+        used = {d for module in self.modules for d in (module.blocks.left, module.blocks.right) if d}
+        asked = {self.pair.block_size} if self.pair.block_size else set()
+        return tuple(sorted(used or asked)) or None if self.has_blocks else None
 
     @property
     def relative_loss(self) -> float | None:

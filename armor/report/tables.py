@@ -133,7 +133,8 @@ def _sorted_by(column: Column, row: Row) -> str:
     """The cell with what it sorts by, in HTML; a gap has nothing to sort by."""
     value, error = column.read(row)
     text = column.text(value, error)
-    return text if value is None else Markup('<data value="{}">{}</data>').format(value, text)
+    first = value[0] if isinstance(value, tuple) else value
+    return text if value is None else Markup('<data value="{}">{}</data>').format(first, text)
 
 
 def _capital(heading: str) -> str:

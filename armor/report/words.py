@@ -6,7 +6,7 @@ import math
 from statistics import stdev
 
 from armor.format.records.evaluation import EvaluationRecord
-from armor.report.numbers import number, percent, plus_minus, size
+from armor.report.numbers import number, percent, plus_minus, size, span
 from armor.report.results import ModelResults, RecipeResults, decode_speed
 
 __all__ = ["missing", "notes_on_blocks", "summarize", "unrouted"]
@@ -57,8 +57,8 @@ def notes_on_blocks(model: ModelResults) -> list[str]:
     """Where the block size asked for does not divide a dimension or costs more than it saves: which do."""
     notes = []
     for recipe in model.compressed:
-        asked, used = recipe.pair.block_size, recipe.used_block_sizes
-        if recipe.has_blocks and asked and {*used} - {asked}:
+        asked, used = recipe.pair.block_size, recipe.block_sizes or ()
+        if asked and {*used} - {asked}:
             sizes = " and ".join(map(str, used))
             notes.append(f"{recipe.name}: blocks of {asked} were asked for, {sizes} divide the dimensions.")
         if larger := recipe.larger_than_dense():
@@ -71,8 +71,8 @@ def _named(recipe: RecipeResults) -> str:
     """What the recipe is, like "ARMOR (2:4, blocks of 64)", and its name where that says more than the method."""
     details = [f"recipe {recipe.name}"] if recipe.name != recipe.pair.method else []
     details += [recipe.pair.pattern] if "pattern" in recipe.method.settings else []
-    if recipe.has_blocks:
-        details.append(f"blocks of {recipe.block_size}")
+    if recipe.block_sizes:
+        details.append(f"blocks of {span(recipe.block_sizes)}")
     return f"{recipe.pair.title} ({', '.join(details)})" if details else recipe.pair.title
 
 
@@ -103,7 +103,7 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
     own, dense, other = (recipe and recipe.evaluation for recipe in (best, model.dense, rival))
     if own is None:
         return []
-    facts = [f"On {own.task}, {_named(best)} has a perplexity of {_perplexity(own)}"]
+    facts = [f"On {own.evaluation}, {_named(best)} has a perplexity of {_perplexity(own)}"]
     facts += [f"the dense model has {_perplexity(dense)}"] if dense else []
     if rival and other:
         kind = "quantization without pruning" if rival.keeps_all else "pruning method"

@@ -63,7 +63,7 @@ def _factors(made: Job, name: str, layer: str | None) -> Noted:
 
 def _tuned(made: Job, name: str, layer: str | None) -> Noted:
     """The factors of all decoder layers, or of one."""
-    found = {str(index): sha256 for index, sha256 in enumerate(TuneRecord.read(made.record).layers)}
+    found = {str(index): sha256 for index, sha256 in enumerate(TuneRecord.read(made.record).sha256)}
     return {Input.LAYER.format(index): sha256 for index, sha256 in found.items() if layer in (None, index)}
 
 

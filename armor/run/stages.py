@@ -67,7 +67,7 @@ def _compressed(config: Config) -> list[Names]:
 
 def _made(config: Config, stage: str) -> list[Names]:
     """The models and recipes whose factors `stage` makes; recipes that start from the same one share its."""
-    chains = [(model, made) for model, recipe in _compressed(config) for made in config.made_by(recipe)]
+    chains = [(model, made) for model, recipe in _compressed(config) for made in config.chain(recipe)]
     return [(model, owner) for model, (found, owner) in chains if found == stage]
 
 
@@ -131,7 +131,7 @@ def _refine_inputs(config: Config, model: str, recipe: str, layer: str) -> list[
 
 def _final(config: Config, model: str, recipe: str) -> Needed:
     """The factors that become a checkpoint."""
-    stage, owner = config.made_by(recipe)[-1]
+    stage, owner = config.chain(recipe)[-1]
     return ("factors", stage, (model, owner))
 
 

@@ -24,7 +24,7 @@ def sum_up(factors: Path, output: Path) -> RefineRecord:
     done = [record.training[-1] if record.training else None for record in records]
     record = RefineRecord(
         fingerprint=records[0].fingerprint,
-        layers=tuple(record.sha256 for record in records),
+        sha256=tuple(record.sha256 for record in records),
         start_losses=tuple(training and training.start_loss for training in done),
         losses=tuple(training and training.loss for training in done),
         kept=tuple(training and training.kept for training in done),

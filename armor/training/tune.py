@@ -157,8 +157,8 @@ def _record(
     whole = written[0].training[-1].replace(norms_and_biases=names, proxy_losses=losses)
     return TuneRecord(
         fingerprint=written[0].fingerprint,
-        layers=tuple(record.sha256 for record in written),
-        predictions=predictions.tokens.shape[-1],
+        sha256=tuple(record.sha256 for record in written),
+        kept_tokens=predictions.tokens.shape[-1],
         training=whole,
         made_by=made,
         machine=current_machine(device),

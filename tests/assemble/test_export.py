@@ -73,13 +73,13 @@ def test_it_loads_where_there_is_no_armor(root, tmp_path):
 def test_what_is_in_the_folder(root, tmp_path):
     done = export(root / "checkpoint", tmp_path / "dense")
     dense = tmp_path / "dense"
-    assert sorted(done.files) == sorted(file.name for file in dense.iterdir()) and done.modules == 14
+    assert sorted(done.files) == sorted(file.name for file in dense.iterdir()) and done.multiplied_out == 14
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (dense / name).read_bytes() == (root / "source" / name).read_bytes()
     assert json.loads((dense / "config.json").read_text()) == json.loads((root / "source/config.json").read_text())
     card = (dense / "README.md").read_text()
     assert "| armor | 2:4 | 16 / 16 | 14 |" in re.sub(" +", " ", card) and "import armor" not in card
-    assert verify(dense).modules == 0 and verify(dense).checksums
+    assert verify(dense).compressed_count == 0 and verify(dense).checksums
 
 
 def test_shards(root, tmp_path):

@@ -18,7 +18,7 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.execution.files import sha256
 from armor.format.factors import read_factors, write_factors
-from armor.format.records.layer import BlockSizes
+from armor.format.records.base import BlockSizes
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
@@ -135,7 +135,7 @@ def test_a_reader_made_from_the_page_gets_the_same_dense_integers(tmp_path):
         assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
         weight = exported[f"{name}.weight"]
         assert torch.equal(weight, factors.reconstruct().to(weight.dtype)), name
-    assert verify(root / "checkpoint").modules == 14
+    assert verify(root / "checkpoint").compressed_count == 14
     models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
     packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
     torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)
@@ -151,7 +151,7 @@ def test_a_reader_made_from_the_page_gets_the_same_sparse_plus_low_rank(tmp_path
     ranks = set()
     for folder, factors in (("layers", root / "layers"), ("quantized", root / "quantized/quantized")):
         found = numpy_weights(root / "checkpoint" if folder == "layers" else root / "quantized/checkpoint")
-        assert verify(root / "checkpoint").modules == len(found) == 14
+        assert verify(root / "checkpoint").compressed_count == len(found) == 14
         for file in sorted(factors.glob("*.safetensors")):
             for name, own in read_factors(file)[0].items():
                 ranks.add(None if own.down is None else len(own.down))
@@ -185,7 +185,7 @@ def written(root):
     file = root / "layers/layer_0.safetensors"
     write_factors(file, factors, {"fingerprint": topology.fingerprint, "layer": 0})
     modules = {linear.name: linear_record(method="dense", pattern=None) for linear in topology.layers[0].linears}
-    modules[q] = linear_record(method="armor", block_size=BlockSizes(left=8, right=16), loss=0.25)
+    modules[q] = linear_record(method="armor", block_sizes=BlockSizes(left=8, right=16), loss=0.25)
     modules[up] = linear_record(method="wanda", pattern="50%", loss=0.5)
     record = layer_record(fingerprint=topology.fingerprint, sha256=sha256(file), modules=modules)
     record.write(root / "layers/layer_0.json")

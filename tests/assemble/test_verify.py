@@ -26,7 +26,7 @@ def refused(folder, *parts, **options):
 def test_a_sound_checkpoint_and_its_summary(root):
     summary = verify(root / "checkpoint")
     record = CheckpointRecord.read(root / "checkpoint.json")
-    assert summary.modules == 14 and summary.patterns == {"2:4": 14} and summary.shards == 1
+    assert summary.compressed_count == 14 and summary.patterns == {"2:4": 14} and summary.shards == 1
     assert summary.checksums and summary.bits_per_weight == record.bits_per_weight
 
 
@@ -165,7 +165,7 @@ def test_beside_the_source_the_errors_are_those_of_the_factors(sharded, root):
 
 def test_a_table_of_names_that_share_their_last_part():
     errors = {"h.0.a.proj": 0.1, "h.0.b.proj": 0.2, "h.10.a.proj": 0.3, "h.2.b.proj": 0.4}
-    facts = {"folder": "f", "shards": 1, "tensors": 9, "bytes": 9, "modules": 4, "patterns": {"2:4": 4}}
+    facts = {"folder": "f", "shards": 1, "tensors": 9, "bytes": 9, "compressed_count": 4, "patterns": {"2:4": 4}}
     distance = Distance(against="s", equal_tensors=0, trained_tensors=0, relative_errors=errors)
     summary = Verified(**facts, bits_per_weight=9.0, checksums=False, distance=distance)
     rows = [line.split() for line in table(summary).splitlines()[-5:-1]]

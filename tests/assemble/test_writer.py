@@ -113,7 +113,7 @@ def test_checkpoint_json(root):
     assert result.fingerprint == source.fingerprint
     assert result.checkpoint_bytes == sum(map(len, files.values()))
     assert {name: file.bytes for name, file in result.files.items()} == {n: len(b) for n, b in files.items()}
-    assert result.modules == 14 and result.kept_dense == () and result.dense_bits_per_weight == 32
+    assert result.compressed_count == 14 and result.kept_dense == () and result.dense_bits_per_weight == 32
     # fp32, 2:4: 16 bits of values and 1 of mask for each weight, and the blocks of 16.
     assert f"{topology.compressed_share():.1%} are compressed" in (root / "checkpoint/README.md").read_text()
     blocks = sum(32 * 16 * (linear.out_features + linear.in_features) for linear in topology.linears())
@@ -159,7 +159,7 @@ def test_recipes_of_all_kinds_in_one_checkpoint(tmp_path):
     root = packed(tmp_path, settings=settings)
     result = CheckpointRecord.read(root / "checkpoint.json")
     dense = [f"model.layers.{k}.mlp.up_proj" for k in (0, 1)]
-    assert list(result.kept_dense) == dense and result.modules == 12
+    assert list(result.kept_dense) == dense and result.compressed_count == 12
     assert all(f"{name}.weight" in Shards(root / "checkpoint") for name in dense)
     assert verify(root / "checkpoint").patterns == {"2:4": 8, "4:8": 2, "50%": 2}
 
@@ -168,7 +168,7 @@ def test_an_all_dense_recipe_gives_the_source_back(tmp_path):
     root = packed(tmp_path, settings=LayerSettings(method="dense"))
     assert contents(root / "checkpoint")["model.safetensors"] == contents(root / "source")["model.safetensors"]
     assert "quantization_config" not in json.loads((root / "checkpoint/config.json").read_text())
-    assert verify(root / "checkpoint").modules == 0
+    assert verify(root / "checkpoint").compressed_count == 0
 
 
 def refused(root, message, **options):
@@ -242,7 +242,7 @@ def test_a_module_that_is_missing(copy):
 
 
 def test_blocks_of_another_size(copy):
-    change = {"block_size": {"left": 8, "right": 16}}
+    change = {"block_sizes": {"left": 8, "right": 16}}
     edit_record(copy, lambda record: record["modules"]["model.layers.1.mlp.up_proj"].update(change))
     refused(copy, r"up_proj.left: shape \(8, 16, 16\), expected \(16, 8, 8\)")
 

@@ -56,7 +56,7 @@ def phases_of(by_batch):
 
 
 def test_the_record_describes_every_model(result):
-    assert result.case == "decode" and list(result.recipes) == ["armor", "magnitude"]
+    assert result.benchmark == "decode" and list(result.recipes) == ["armor", "magnitude"]
     assert result.turns == (("armor", "magnitude"),)
     assert result.made_by.inputs == {"dense": "d", "armor": "a"}
     assert result.dense.speedup is result.dense.theoretical_speedup is result.dense.core is None

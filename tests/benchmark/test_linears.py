@@ -11,6 +11,7 @@ from armor.benchmark.rounds import ratios, summary
 from armor.config.layers import LayerSettings
 from armor.execution.files import read_json
 from armor.format.checkpoint import modules_of
+from armor.format.records.base import BlockSizes
 from armor.format.records.benchmark import Runs
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
@@ -82,7 +83,7 @@ def test_every_shape_is_there_once_with_the_bytes_of_its_format(root, models):
         packed_bytes = sum(t.numel() * t.element_size() for t in models[1].get_submodule(name).state_dict().values())
         dense_bytes = 4 * record.out_features * record.in_features
         assert record.theoretical_speedup == pytest.approx(dense_bytes / packed_bytes)
-        assert (record.pattern, record.left_block_size, record.right_block_size) == ("2:4", 16, 16)
+        assert (record.pattern, record.block_sizes) == ("2:4", BlockSizes(left=16, right=16))
 
 
 def test_every_linear_runs_in_every_round_and_sides_take_turns(models):

@@ -34,7 +34,7 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
     recipes, before = {"armor": root / "checkpoint"}, psutil.Process().children(recursive=True)
     output = engine / "serve.json"
     found = benchmark_serving(root / "source", recipes, SETTINGS, output, fingerprints={"dense": "d", "armor": "a"})
-    assert ServingRecord.read(output) == found and found.case == "serve"
+    assert ServingRecord.read(output) == found and found.benchmark == "serve"
     assert (engine / "turns").read_text().split() == "source checkpoint checkpoint source source checkpoint".split()
     dense, armor = found.dense.clients, found.recipes["armor"].clients
     assert list(dense) == list(armor) == ["1", "4"]

@@ -42,7 +42,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, said):
 def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):
     (tmp_path / "layer_0.safetensors").write_bytes(b"")
     done = armor(
-        *"factorize --source s --model m --layer 0 --output f.safetensors".split(),
+        *"factorize --source s --topology m --layer 0 --output f.safetensors".split(),
         *("--calibration", "calibration.json"),
         folder=tmp_path,
     )
@@ -58,7 +58,7 @@ def test_verify_prints_a_table_or_json_and_export_what_it_wrote(root):
     done = armor("verify", "checkpoint", "--against", "source", folder=root)
     assert done.returncode == 0 and done.stdout.startswith("checkpoint: sound\n") and "down_proj" in done.stdout
     done = armor("verify", "checkpoint", "--json", folder=root)
-    assert json.loads(done.stdout)["modules"] == 14
+    assert json.loads(done.stdout)["compressed_count"] == 14
     done = armor(*"export checkpoint --output dense --dtype float16".split(), folder=root)
     assert done.returncode == 0 and done.stdout.startswith("dense: 21 tensors, 14 multiplied out, "), done.stderr
 

@@ -58,7 +58,7 @@ def ends(condition):
 def blocked(server, tmp_path):
     """A command whose job reads from a pipe into which nobody writes, and the processes that the server forked."""
     os.mkfifo(tmp_path / "pipe")
-    files = ("--source", ".", "--model", ".", "--calibration", "pipe", "--output", "layer.safetensors")
+    files = ("--source", ".", "--topology", ".", "--calibration", "pipe", "--output", "layer.safetensors")
     command = armor("factorize", "--layer", "0", *files, cwd=tmp_path)
     forks = partial(process_of(server).children, recursive=True)
     ends(lambda: len(forks()) == 2)

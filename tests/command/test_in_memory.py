@@ -91,7 +91,7 @@ def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, dtype)
     options |= {"return_dict_in_generate": True, "output_logits": True}
     generated = model.generate(TOKENS, **options)
     model.save_pretrained(tmp_path)
-    assert verify(tmp_path).modules == 14
+    assert verify(tmp_path).compressed_count == 14
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     expected, found = model.state_dict(), again.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -111,7 +111,7 @@ def test_factors_as_integers_come_back_from_disk_the_same(source, tmp_path):
     kinds = {name: m.layout.quantization for name, m in layer.named_modules() if isinstance(m, ArmorLinear)}
     assert kinds.pop("self_attn.k_proj") is None and set(kinds.values()) == {Quantization("int4", "int8", 32)}
     model.save_pretrained(tmp_path)
-    assert verify(tmp_path).modules == 14
+    assert verify(tmp_path).compressed_count == 14
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     expected, found = model.state_dict(), again.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -234,7 +234,7 @@ def test_a_mixtures_router_stays_dense_and_what_is_left_out_is_said(tmp_path, ca
     (told,) = [line for line in caplog.messages if "can be compressed; the largest rest is" in line]
     assert "mlp.experts.gate_up_proj" in told
     model.save_pretrained(tmp_path / "saved")
-    assert verify(tmp_path / "saved").modules == 7
+    assert verify(tmp_path / "saved").compressed_count == 7
     torch.testing.assert_close(logits(loaded(tmp_path / "saved")[0]), logits(model))
 
 

@@ -75,7 +75,7 @@ def test_perplexity_is_that_of_the_whole_model(tmp_path, text, family):
             model(blocks).logits[:, :-1].double().flatten(0, 1), blocks[:, 1:].flatten()
         )
     assert result.value == pytest.approx(math.exp(losses.item()), rel=1e-5)
-    assert (result.task, result.tokens, result.blocks, result.length) == ("wiki", 5 * 47, 5, 48)
+    assert (result.evaluation, result.tokens, result.blocks, result.length) == ("wiki", 5 * 47, 5, 48)
     assert EvaluationRecord.read(tmp_path / "evaluation" / "wiki.json") == result
 
 

@@ -118,8 +118,8 @@ def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_it
         for name, entry in layer.modules.items():
             choice = record.modules[name].choice
             assert entry.method == choice.get("method", "dense" if name.endswith("k_proj") else "armor")
-            if entry.block_size:
-                assert entry.block_size.left == choice["block_size"] and entry.trace[-1][0] == 4
+            if entry.block_sizes:
+                assert entry.block_sizes.left == choice["block_size"] and entry.trace[-1][0] == 4
     done = assemble(*opened(root), tmp_path / "layers", tmp_path / "checkpoint.json")
     assert done.bits_per_weight == pytest.approx(record.bits)
 

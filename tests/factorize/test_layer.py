@@ -10,7 +10,8 @@ from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern, is_nm
 from armor.factorize.layer import factorize_layer, seed_of
 from armor.format.factors import read_factors
-from armor.format.records.layer import BlockSizes, LayerRecord
+from armor.format.records.base import BlockSizes
+from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, write_statistics
 from armor.methods import METHODS
@@ -49,7 +50,7 @@ def test_armor_ends_below_its_start_and_says_what_is_in_the_file(root, tmp_path)
     statistics = load_file(root / "calibration/layer_1.safetensors")
     for entry in record.modules.values():
         assert entry.method == "armor" and entry.pattern == "2:4" and entry.note is None
-        assert entry.block_size == BlockSizes(left=16, right=16)
+        assert entry.block_sizes == BlockSizes(left=16, right=16)
         assert entry.loss <= entry.start_loss and entry.seconds > 0
         assert entry.device == "cpu" and 0 < entry.peak_memory_bytes <= record.peak_memory_bytes
         losses = [loss for _, _, loss in entry.trace]
@@ -70,7 +71,7 @@ def test_pruning_keeps_the_weights_own_values(root, tmp_path, method, pattern):
         assert f.left is None and f.right is None and is_nm(f.mask, Pattern.parse(pattern))
         assert torch.equal(f.core, shards.read(f"{name}.weight") * f.mask)
         entry = record.modules[name]
-        assert entry.block_size is None and 0 < entry.start_loss <= entry.loss < 1
+        assert entry.block_sizes is None and 0 < entry.start_loss <= entry.loss < 1
         assert method != "nowag" or entry.loss == entry.start_loss
 
 
@@ -131,7 +132,7 @@ def test_overrides_and_dense_modules(root, tmp_path):
     assert dense == {name for name in modules if ".mlp." in name} == modules.keys() - factors.keys()
     assert all(modules[name].loss == 0 and modules[name].note is None for name in dense)
     assert modules["model.layers.1.self_attn.k_proj"].pattern == "1:4"
-    assert modules["model.layers.1.self_attn.o_proj"].block_size == BlockSizes(left=32, right=32)
+    assert modules["model.layers.1.self_attn.o_proj"].block_sizes == BlockSizes(left=32, right=32)
 
 
 def test_what_cannot_hold_the_pattern_stays_dense_with_a_warning(root, tmp_path, caplog):
@@ -147,7 +148,7 @@ def test_without_usable_blocks_it_prunes_with_a_warning(root, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "armor"):
         record = run(root, tmp_path / "layer_1.safetensors", settings)
     entry = record.modules[Q]
-    assert entry.method == "nowag" and entry.block_size is None and "64 x 64" in entry.note
+    assert entry.method == "nowag" and entry.block_sizes is None and "64 x 64" in entry.note
     assert any(Q in line and "nowag" in line for line in caplog.messages)
 
 

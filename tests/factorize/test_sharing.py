@@ -155,7 +155,7 @@ def test_the_checkpoint_counts_b_once_and_computes_the_product(root, tmp_path):
     size = sum(Shards(folder).bytes_of(n) for n in names if ".layers." in n and "norm" not in n and "weight" not in n)
     topology = opened(root)[1]
     assert CheckpointRecord.read(root / "checkpoint.json").bits_per_weight == 8 * size / topology.linear_parameters
-    assert verify(folder, root / "source").modules == 14
+    assert verify(folder, root / "source").compressed_count == 14
     model, expected = AutoModelForCausalLM.from_pretrained(folder), dense(root)
     assert close(logits(model), expected) and close(logits(copy.deepcopy(model)), expected)
     linear = model.get_submodule(K)

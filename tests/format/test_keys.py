@@ -113,8 +113,7 @@ NOT_OF_RECORDS = {
     "execution/machine.py": ("a line of /proc/cpuinfo", "model"),
     "format/checkpoint.py": (
         "config.json's quantization_config, which it writes and reads",
-        "format_version group in_features left_block_size modules out_features pattern quantization right_block_size "
-        "right_of",
+        "format_version group in_features modules out_features pattern quantization right_of",
     ),
     "format/checksums.py": ("checksums.json, which it writes and reads", "files format_version sha256"),
     "format/factors.py": (
@@ -131,7 +130,7 @@ NOT_OF_RECORDS = {
     "plan/submitted.py": ("a job, as Snakemake announces it", "threads"),
     "report/columns.py": (
         "the field of Row that a column shows: its one home",
-        "bits_per_weight block_size checkpoint_bytes compressed_share decode_tokens_per_second factorize_seconds kl "
+        "bits_per_weight block_sizes checkpoint_bytes compressed_share decode_tokens_per_second factorize_seconds kl "
         "method pattern perplexity relative_loss top1_agreement",
     ),
     "runtime/linear.py": ("a buffer of the module", "core"),
@@ -145,7 +144,7 @@ NOT_OF_RECORDS = {
 
 def test_no_reader_spells_a_key():
     known, found, lines = keys(), set(), []
-    assert {"seconds", "made_by", "block_size", "fingerprint"} <= known
+    assert {"seconds", "made_by", "block_sizes", "fingerprint"} <= known
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()
         own = {(line, key) for line, key in spelled(ast.parse(file.read_bytes())) if key in known}

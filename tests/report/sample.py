@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from armor.config.report import ReportPair, ReportSettings
 from armor.format.layout import Results
-from armor.format.records.base import File, Machine, MadeBy, Record
+from armor.format.records.base import BlockSizes, File, Machine, MadeBy, Record
 from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSide, LinearSpeed, Phases, Runs, Side
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord, LinearRecord, Training
+from armor.format.records.layer import LayerRecord, LinearRecord, Training
 from armor.format.records.serving import Load, Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
@@ -128,7 +128,7 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
     settings = {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"}
     return EvaluationRecord(
         **made("evaluate", rng, 62, 1.2e9, **settings),
-        task=name,
+        evaluation=name,
         value=value,
         standard_error=value * 0.09,
         tokens=16 * 1023,
@@ -143,7 +143,7 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
 def _tasks(rng: random.Random, name: str, method: str, tasks: list[str]) -> TasksRecord:
     score = {"metric": "acc", "value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05, "shots": 0, "items": 100}
     scores = {task: TaskResult(**score, higher_is_better=not task.endswith("loss")) for task in tasks}
-    return TasksRecord(**made("evaluate", rng, 30, 9e8), task=name, tasks=scores)
+    return TasksRecord(**made("evaluate", rng, 30, 9e8), evaluation=name, tasks=scores)
 
 
 def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> LayerRecord:
@@ -156,7 +156,7 @@ def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> Laye
         modules[f"model.layers.{layer}.{name}"] = LinearRecord(
             method=method,
             pattern="2:4",
-            block_size=BlockSizes(left=block_size, right=block_size) if method == "armor" else None,
+            block_sizes=BlockSizes(left=block_size, right=block_size) if method == "armor" else None,
             start_loss=start,
             loss=loss,
             trace=[(i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)) for i in points],
@@ -204,8 +204,8 @@ def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord
 
 def trained(settings: ReportSettings, recipe: str, *stages: str) -> ReportSettings:
     """The same, with the factors of `recipe` trained by these stages."""
-    made_by = [(stage, recipe) for stage in ("factorize", *stages)]
-    pairs = [p.model_copy(update={"made_by": made_by}) if p.recipe == recipe else p for p in settings.pairs]
+    chain = [(stage, recipe) for stage in ("factorize", *stages)]
+    pairs = [p.model_copy(update={"chain": chain}) if p.recipe == recipe else p for p in settings.pairs]
     return settings.model_copy(update={"pairs": pairs})
 
 
@@ -218,7 +218,7 @@ def _checkpoint(rng: random.Random, method: str, layers: int) -> CheckpointRecor
         checkpoint_bytes=BYTES[method],
         bits_per_weight=BITS[method],
         dense_bits_per_weight=16.0,
-        modules=7 * layers,
+        compressed_count=7 * layers,
         kept_dense=(),
         files={},
         factors=(factors,),
@@ -299,8 +299,7 @@ def _linear(out: int, columns: int, method: str) -> LinearSpeed:
         out_features=out,
         in_features=columns,
         pattern="2:4",
-        left_block_size=block,
-        right_block_size=block,
+        block_sizes=BlockSizes.of(block, block),
         count=60,
         dense_milliseconds=_runs(rng, out * columns / 8e6),
         milliseconds=_runs(rng, out * columns / 1.6e7),
@@ -316,7 +315,7 @@ def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecor
     rng = random.Random(f"{model} {name}")
     return BenchmarkRecord(
         **made("benchmark", rng, 40, 1.6e9),
-        case=name,
+        benchmark=name,
         dense=_side(rng, "dense"),
         recipes={recipe: _side(rng, method) for recipe, method in methods.items()},
         turns=(tuple(methods),),
@@ -350,7 +349,7 @@ def _serving(model: str, name: str, methods: dict[str, str]) -> ServingRecord:
     rng = random.Random(f"{model} {name}")
     return ServingRecord(
         **made("serving", rng, 300, 1.6e9),
-        case=name,
+        benchmark=name,
         engine={"vllm": "0.32.0", "armor": "0", "torch": "2.13.0"},
         dense=_served(rng, "dense"),
         recipes={recipe: _served(rng, method) for recipe, method in methods.items()},
@@ -407,7 +406,7 @@ def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Pat
             _calibration().write(paths.calibration(pair.model, pair.calibration))
             for layer in range(layers):
                 record = _layer(rng, layer, pair.method, pair.block_size)
-                for stage, owner in pair.made_by or [("factorize", pair.recipe)]:
+                for stage, owner in pair.chain or [("factorize", pair.recipe)]:
                     if stage != "factorize":
                         record = _trained(rng, record, stage)
                     record.write(paths.layer(pair.model, owner, layer, stage))

@@ -19,10 +19,11 @@ import armor.methods
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
+from armor.format.records.base import BlockSizes
 from armor.format.records.benchmark import BenchmarkRecord, Continuation
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.evaluation import EvaluationRecord, TasksRecord
-from armor.format.records.layer import BlockSizes, LayerRecord
+from armor.format.records.layer import LayerRecord
 from armor.format.records.report import ReportRecord, Row, Score
 from armor.format.records.serving import ServingRecord
 from armor.format.records.topology import Topology
@@ -96,7 +97,7 @@ def test_csv_has_exactly_the_columns_and_a_row_per_recipe(results):
     with open(results / "report" / "summary.csv") as file:
         rows = list(csv.DictReader(file))
     assert ",".join(rows[0]) == (
-        "model,recipe,method,pattern,block_size,perplexity,perplexity_se,relative_loss,bits_per_weight,"
+        "model,recipe,method,pattern,block_sizes,perplexity,perplexity_se,relative_loss,bits_per_weight,"
         "compressed_share,checkpoint_bytes,factorize_seconds,decode_tokens_per_second,kl,kl_se,top1_agreement,top1_agreement_se"
     )
     assert [row["recipe"] for row in rows] == list(PERPLEXITY)
@@ -122,7 +123,7 @@ def test_rows_hold_what_the_stages_wrote(results):
     losses = [module.loss for layer in layers for module in layer.modules.values()]
     decode = benchmark_of(results)
     armor = rows["armor"]
-    assert (armor.method, armor.pattern, armor.block_size) == ("armor", "2:4", 64)
+    assert (armor.method, armor.pattern, armor.block_sizes) == ("armor", "2:4", (64,))
     assert (armor.perplexity, armor.perplexity_se) == (PERPLEXITY["armor"], PERPLEXITY["armor"] * 0.09)
     assert armor.relative_loss == pytest.approx(sum(losses) / len(losses))
     assert armor.factorize_seconds == pytest.approx(sum(layer.seconds for layer in layers))
@@ -133,9 +134,9 @@ def test_rows_hold_what_the_stages_wrote(results):
     assert (dense.bits_per_weight, dense.compressed_share) == (16, None)
     assert dense.checkpoint_bytes == sum(file.bytes for file in FILES.values())
     assert dense.decode_tokens_per_second == decode.dense.tokens_per_second["1"].decode.median
-    for gap in ("pattern", "block_size", "relative_loss", "factorize_seconds", "compressed_share", *FIELDS[13:]):
+    for gap in ("pattern", "block_sizes", "relative_loss", "factorize_seconds", "compressed_share", *FIELDS[13:]):
         assert getattr(dense, gap) is None
-    assert rows["nowag"].block_size is None
+    assert rows["nowag"].block_sizes is None
 
 
 def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
@@ -549,13 +550,14 @@ def test_the_summary_says_what_was_lost_and_saved(results):
 def test_the_block_size_shown_is_the_one_used(tmp_path, left, shown):
     wanted = plan(["dense", "armor"], block_sizes={"armor": 50})
     write_results(tmp_path, wanted, LAYERS)
-    blocks = {"block_size": BlockSizes(left=left, right=48)}
+    blocks = {"block_sizes": BlockSizes(left=left, right=48)}
     for path in tmp_path.glob(f"{MODEL}/armor/layers/*.json"):
         change(LayerRecord, path, modules=lambda r: {n: m.model_copy(update=blocks) for n, m in r.modules.items()})
     rows = build(tmp_path, wanted, tmp_path / "report").rows
-    assert str(rows[1].block_size) == shown and re.search(rf"^armor +{shown} ", print_table(rows), re.MULTILINE)
+    assert rows[1].block_sizes == tuple(map(int, shown.split(" to ")))
+    assert re.search(rf"^armor +{shown} ", print_table(rows), re.MULTILINE)
     page = page_of(tmp_path)
-    assert f"(2:4, blocks of {shown})" in page and f'<data value="{shown}">{shown}</data>' in page
+    assert f"(2:4, blocks of {shown})" in page and f'<data value="{left}">{shown}</data>' in page
     assert f"armor: blocks of 50 were asked for, {shown.replace('to', 'and')} divide the dimensions." in page
 
 

@@ -109,7 +109,7 @@ def test_a_pattern_chooses_experts_or_one_expert_and_leaves_the_others_dense(tmp
     layers = [f"model.layers.{k}.block_sparse_moe.experts" for k in range(2)]
     assert found == {f"{layers[0]}.0", f"{layers[1]}.0", f"{layers[1]}.3"}
     model, dense = load_model(root / "checkpoint"), export(root / "checkpoint", root / "dense")
-    assert dense.modules == 9
+    assert dense.multiplied_out == 9
     plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()
     with torch.inference_mode():
         assert close(model(TOKENS).logits, plain(TOKENS).logits)

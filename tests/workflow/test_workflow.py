@@ -189,7 +189,7 @@ def test_examples_dry_run_on_a_stand_in(run, tmp_path, monkeypatch, file):
             shutil.copy(run.folder / "results/tiny" / name, folder / name)
     planned = Run(tmp_path, yaml.safe_load(file.read_text())).would_run()
     compressed = [recipe for _, recipe in config.pairs() if config.recipes[recipe].method != "dense"]
-    factorized = {(model, config.made_by(recipe)[0][1]) for model, recipe in config.pairs() if recipe in compressed}
+    factorized = {(model, config.owner(recipe)) for model, recipe in config.pairs() if recipe in compressed}
     assert planned["factorize"] == LAYERS * len(factorized) and planned["assemble"] == len(compressed)
     assert planned["calibrate"] == len(config.calibrations) and planned["report"] == 1
 

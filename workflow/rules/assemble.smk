@@ -5,7 +5,7 @@ rule assemble:
     """Put the factors and the untouched tensors together, shard by shard."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         factors=needed("assemble", "factors"),
         refined=ancient(summed_up),
         more=stored_for("assemble"),
@@ -30,6 +30,6 @@ rule assemble:
         "assemble {wildcards.model} {wildcards.recipe}"
     shell:
         """
-        armor assemble --source {input.source:q} --model {input.model:q} --factors {params.factors:q} \
+        armor assemble --source {input.source:q} --topology {input.topology:q} --factors {params.factors:q} \
             --output {output.record:q} >{log:q} 2>&1
         """

@@ -5,7 +5,7 @@ rule sensitivity:
     """Measure how the dense model's predictions depend on each linear, one decoder layer in memory at a time."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         more=stored_for("sensitivity"),
     output:
         record=R.sensitivity(),
@@ -28,7 +28,7 @@ rule sensitivity:
         "sensitivity {wildcards.model} {wildcards.sensitivity}"
     shell:
         """
-        armor sensitivity --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
+        armor sensitivity --source {input.source:q} --topology {input.topology:q} --settings {params.settings:q} \
             --output {output.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
 
@@ -37,7 +37,7 @@ rule price:
     """Try every choice for the linears of one decoder layer: its bits, and its predicted cost; one job, one device."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("price", "calibration"),
         sensitivity=needed("price", "sensitivity"),
         more=stored_for("price"),
@@ -61,7 +61,7 @@ rule price:
         "price {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
-        armor price --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor price --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --sensitivity {input.sensitivity:q} --layer {wildcards.layer} --settings {params.settings:q} \
             --output {output:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

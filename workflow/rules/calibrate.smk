@@ -5,7 +5,7 @@ rule calibrate:
     """Run the text through the model, one decoder layer in memory at a time."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         more=stored_for("calibrate"),
     output:
         directory(str(Path(R.calibration()).parent)) if STORED else R.calibration(),
@@ -28,6 +28,6 @@ rule calibrate:
         "calibrate {wildcards.model} {wildcards.calibration}"
     shell:
         """
-        armor calibrate --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
+        armor calibrate --source {input.source:q} --topology {input.topology:q} --settings {params.settings:q} \
             --output {params.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

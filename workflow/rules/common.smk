@@ -211,7 +211,7 @@ def folder_needed(stage):
 
 def summed_up(wildcards):
     """The records that sum up the refinements behind a recipe: while they wait for them, the states are kept."""
-    made = SETTINGS.made_by(wildcards.recipe)
+    made = SETTINGS.chain(wildcards.recipe)
     owners = (owner for stage, owner in made if stage == "refine")
     return [str(job.record) for owner in owners for job in jobs_known("refined", (wildcards.model, owner))]
 

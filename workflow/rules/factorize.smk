@@ -5,7 +5,7 @@ rule experts:
     """Compress a group of experts of a large mixture: one job, one device. The layer's job takes their factors over."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("experts", "calibration"),
         budget=needed("experts", "budget"),
         more=stored_for("experts"),
@@ -31,7 +31,7 @@ rule experts:
         "experts {wildcards.model} {wildcards.recipe} layer {wildcards.layer} {wildcards.experts}"
     shell:
         """
-        armor factorize --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor factorize --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --layer {wildcards.layer} --experts {wildcards.experts} --settings {params.settings:q} {params.budget:q} \
             --output {output.factors:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
@@ -41,7 +41,7 @@ rule factorize:
     """Compress the linears of one decoder layer: one job, one device."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("factorize", "calibration"),
         budget=needed("factorize", "budget"),
         groups=needed("factorize", "experts"),
@@ -70,7 +70,7 @@ rule factorize:
         "factorize {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
-        armor factorize --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor factorize --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --layer {wildcards.layer} --settings {params.settings:q} {params.budget:q} {params.groups:q} \
             --output {output.factors:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

@@ -5,7 +5,7 @@ rule quantize:
     """Round the factors of one decoder layer to integers: one job, one device."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("quantize", "calibration"),
         factors=needed("quantize", "factors"),
         more=stored_for("quantize"),
@@ -31,7 +31,7 @@ rule quantize:
         "quantize {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
-        armor quantize --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor quantize --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --factors {params.factors:q} --layer {wildcards.layer} --settings {params.settings:q} \
             --output {output.factors:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

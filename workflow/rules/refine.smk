@@ -10,7 +10,7 @@ rule states:
     """
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         more=stored_for("states"),
     output:
         record=R.states(),
@@ -32,7 +32,7 @@ rule states:
         "states {wildcards.model} {wildcards.states}"
     shell:
         """
-        armor states --source {input.source:q} --model {input.model:q} --settings {params.settings:q} \
+        armor states --source {input.source:q} --topology {input.topology:q} --settings {params.settings:q} \
             --output {output.record:q} --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """
 
@@ -41,7 +41,7 @@ rule refine:
     """Train one decoder layer until its output is close to the dense one's: one job, one device."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("refine", "calibration"),
         factors=needed("refine", "factors"),
         before=needed("refine", "before"),
@@ -70,7 +70,7 @@ rule refine:
         "refine {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
         """
-        armor refine --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor refine --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --factors {params.factors:q} --states {input.states:q} --layer {wildcards.layer} \
             --settings {params.settings:q} --output {output.factors:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
@@ -111,7 +111,7 @@ rule tune:
     """Train the whole model until its predictions are close to the dense one's; one job, all layers."""
     input:
         source=R.source(),
-        model=R.topology(),
+        topology=R.topology(),
         calibration=needed("tune", "calibration"),
         factors=needed("tune", "factors"),
         more=stored_for("tune"),
@@ -137,7 +137,7 @@ rule tune:
         "tune {wildcards.model} {wildcards.recipe}"
     shell:
         """
-        armor tune --source {input.source:q} --model {input.model:q} --calibration {input.calibration:q} \
+        armor tune --source {input.source:q} --topology {input.topology:q} --calibration {input.calibration:q} \
             --factors {params.factors:q} --settings {params.settings:q} --output {output.record:q} \
             --threads {threads} --gpus {resources.gpu} >{log:q} 2>&1
         """

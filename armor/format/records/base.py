@@ -13,7 +13,7 @@ from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256, write_json
 from armor.execution.machine import Machine
 
-__all__ = ["File", "Input", "Made", "MadeBy", "Machine", "Origin", "Record"]
+__all__ = ["BlockSizes", "File", "Input", "Made", "MadeBy", "Machine", "Origin", "Record"]
 
 
 class Record(Typed):
@@ -86,6 +86,20 @@ class File(Typed):
     def of(cls, path: Path) -> File:
         """The file at `path`, which is read whole."""
         return cls(bytes=path.stat().st_size, sha256=sha256(path))
+
+
+class BlockSizes(Typed):
+    """The sizes of the blocks around a core; null where a side has none."""
+
+    left: int | None = None
+    """A's: it divides the linear's outputs."""
+    right: int | None = None
+    """B's: it divides the linear's inputs."""
+
+    @classmethod
+    def of(cls, left: int | None, right: int | None) -> BlockSizes | None:
+        """What a record says of the two; None without blocks."""
+        return None if left is right is None else cls(left=left, right=right)
 
 
 class Input:

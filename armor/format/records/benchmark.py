@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from armor.core.typed import Typed
-from armor.format.records.base import Made
+from armor.format.records.base import BlockSizes, Made
 
 __all__ = ["BenchmarkRecord", "CoreSide", "LinearSpeed", "Phases", "Runs", "Continuation", "Side"]
 
@@ -56,10 +56,8 @@ class LinearSpeed(Typed):
     """The columns of the weight."""
     pattern: str
     """The pattern of the core."""
-    left_block_size: int | None
-    """A's; null without A."""
-    right_block_size: int | None
-    """B's; null without B."""
+    block_sizes: BlockSizes | None
+    """Null without blocks."""
     count: int
     """Linears of this shape."""
     dense_milliseconds: Runs
@@ -117,8 +115,8 @@ class BenchmarkRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor benchmark again"
 
-    format_version: Literal[3] = 3
-    case: str
+    format_version: Literal[4] = 4
+    benchmark: str
     """The benchmark's name."""
     dense: Side
     """The dense model."""

@@ -44,7 +44,7 @@ class CheckpointRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor assemble again"
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     fingerprint: str
     """That of the source."""
     statistics_fingerprint: str
@@ -55,7 +55,7 @@ class CheckpointRecord(Made):
     """The mean bits that a weight of the decoder layers' linears takes, compressed or not."""
     dense_bits_per_weight: float
     """The same of the source."""
-    modules: int
+    compressed_count: int
     """How many linears are compressed."""
     kept_dense: tuple[str, ...]
     """The linears that stay dense, by full name."""

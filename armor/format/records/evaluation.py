@@ -35,8 +35,8 @@ class EvaluationRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor evaluate again"
 
-    format_version: Literal[2] = 2
-    task: str
+    format_version: Literal[3] = 3
+    evaluation: str
     """The evaluation's name."""
     metric: Literal["perplexity"] = "perplexity"
     """What `value` is."""
@@ -105,8 +105,8 @@ class TasksRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor evaluate again"
 
-    format_version: Literal[2] = 2
-    task: str
+    format_version: Literal[3] = 3
+    evaluation: str
     """The evaluation's name."""
     tasks: dict[str, TaskResult]
     """The results by task."""

@@ -9,18 +9,9 @@ from typing import ClassVar, Literal
 
 from armor.core.quantization import IntegerType, Quantization
 from armor.core.typed import Typed
-from armor.format.records.base import Made, MadeBy
+from armor.format.records.base import BlockSizes, Made, MadeBy
 
-__all__ = ["BlockSizes", "Integers", "LayerRecord", "LinearRecord", "Look", "Training", "trainings"]
-
-
-class BlockSizes(Typed):
-    """The sizes of the blocks around a core; null where a side has none."""
-
-    left: int | None = None
-    """A's: it divides the linear's outputs."""
-    right: int | None = None
-    """B's: it divides the linear's inputs."""
+__all__ = ["Integers", "LayerRecord", "LinearRecord", "Look", "Training", "trainings"]
 
 
 class Integers(Typed):
@@ -46,7 +37,7 @@ class LinearRecord(Typed):
     """The method that was used. If it is not the one that was asked for, `note` says why."""
     pattern: str | None
     """The pattern of the core; null if the linear stays dense."""
-    block_size: BlockSizes | None
+    block_sizes: BlockSizes | None
     """Null without blocks."""
     rank: int | None = None
     """Of the low-rank pair U·V beside the core; null without one."""
@@ -146,7 +137,7 @@ class LayerRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     layer: int
     """Its number, from 0."""
     fingerprint: str

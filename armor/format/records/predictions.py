@@ -14,8 +14,8 @@ class PredictionsRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor predict again"
 
-    format_version: Literal[1] = 1
-    task: str
+    format_version: Literal[2] = 2
+    evaluation: str
     """The evaluation's name."""
     fingerprint: str | None
     """That of the model; null for a folder that has none."""

@@ -17,10 +17,10 @@ class RefineRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor refined again"
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     fingerprint: str
     """That of the model."""
-    layers: tuple[str, ...]
+    sha256: tuple[str, ...]
     """The SHA-256 of the factors' files, layer by layer."""
     start_losses: tuple[float | None, ...]
     """The loss of every layer before; null where all of it is dense."""

@@ -34,8 +34,9 @@ class Row(Typed):
     """The method's name."""
     pattern: str | None = None
     """The pattern of the cores; 1:1 if every weight stays, as an integer; null for the dense model."""
-    block_size: int | str | None = None
-    """The size of the blocks around the cores, or "32 to 48"; null where there are none."""
+    block_sizes: tuple[int, ...] | None = None
+    """The sizes of the blocks around the cores, each once, the smallest first; null where there are none. In
+    summary.csv a space is between them."""
     perplexity: float | None = None
     """The perplexity on the first evaluation."""
     perplexity_se: float | None = None
@@ -70,6 +71,8 @@ class Row(Typed):
     def flat(self) -> dict[str, Any]:
         """The columns of summary.csv by name, in order."""
         found = {name: value for name, value in self if name != "tasks"}
+        if self.block_sizes:
+            found |= {"block_sizes": " ".join(map(str, self.block_sizes))}
         for score in self.tasks:
             found |= {score.task: score.value, f"{score.task}_se": score.standard_error}
         return found
@@ -80,7 +83,7 @@ class ReportRecord(Origin):
 
     AGAIN: ClassVar[str] = "run armor report again"
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     rows: tuple[Row, ...]
     """In the order of the configuration."""
     machine: Machine

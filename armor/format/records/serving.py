@@ -45,8 +45,8 @@ class ServingRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor benchmark again"
 
-    format_version: Literal[1] = 1
-    case: str
+    format_version: Literal[2] = 2
+    benchmark: str
     """The benchmark's name."""
     engine: dict[str, str]
     """The versions that served: vllm, armor, torch."""

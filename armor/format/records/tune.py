@@ -15,12 +15,12 @@ class TuneRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor tune again"
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     fingerprint: str
     """That of the model."""
-    layers: tuple[str, ...]
+    sha256: tuple[str, ...]
     """The SHA-256 of the factors' files, layer by layer."""
-    predictions: int
+    kept_tokens: int
     """How many of the most likely tokens are kept of each of the dense model's predictions. All others count as
     one more token."""
     training: Training
