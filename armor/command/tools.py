@@ -13,6 +13,7 @@ from armor.command.common import Threads, app, folder_of, prepare
 from armor.config import reference
 from armor.config.loading import load_config, missing_paths
 from armor.config.measures import BUILT_TASKS
+from armor.config.tasks import asked_tasks
 from armor.core.errors import ArmorError
 from armor.execution import devices
 from armor.execution.table import text_table
@@ -32,7 +33,7 @@ def check(files: Annotated[list[Path], typer.Argument(help="Configuration files;
         for line in missing:
             print(f"armor: error: {names}: {line}", file=sys.stderr)
         raise typer.Exit(1)
-    if tasks := {task for evaluation in checked.evaluations.values() for task in evaluation.task_shots()}:
+    if tasks := {task for asked in checked.evaluations.values() for task, _ in asked_tasks(asked).values()}:
         from armor.evaluate.tasks import check_names
 
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,19 +10,7 @@ from armor.config.common import Dtype, local_path
 from armor.config.sources import TextSettings
 from armor.core.typed import Typed
 
-__all__ = ["BUILT_TASKS", "BenchmarkSettings", "EvaluationSettings", "PAPER_TASKS"]
-
-# What ARMOR's paper evaluates, by lm-eval's names, with the number of examples before each question.
-PAPER_TASKS = {
-    "mmlu": 5,
-    "gsm8k": 5,
-    "bbh_cot_fewshot": 3,
-    "gpqa_main_zeroshot": 0,
-    "arc_challenge": 25,
-    "winogrande": 5,
-    "hellaswag": 10,
-}
-
+__all__ = ["BUILT_TASKS", "BenchmarkSettings", "EvaluationSettings"]
 
 PREDICTIONS_GB = 8.0
 
@@ -71,20 +58,7 @@ class EvaluationSettings(Typed):
             raise ValueError(f"text: not given; {', '.join(sorted(built)) or 'perplexity'} needs one; or name tasks")
         if self.tasks and not built and (self.text or self.items):
             raise ValueError(f"text and items go with {' and '.join(BUILT_TASKS)}, which are built from it")
-        if len(set(self.task_names())) < len(self.task_names()):
-            raise ValueError(f"tasks: {', '.join(self.task_names())}: each once")
         return self
-
-    def task_shots(self) -> dict[str, int | None]:
-        """The tasks (names or YAML files), paper's spelt out, and the examples before each question."""
-        found: dict[str, int | None] = {}
-        for task in self.tasks or ():
-            found |= PAPER_TASKS if task == "paper" else {task: self.shots}
-        return found
-
-    def task_names(self) -> list[str]:
-        """What the tasks are called in results: their name, or that of their YAML file."""
-        return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.task_shots()]
 
     def task_files(self) -> list[str]:
         """The YAML files of tasks."""

@@ -16,7 +16,9 @@ from armor.config.recipes import Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sample import Sample, SensitivityJob
 from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.config.tasks import asked_tasks
 from armor.config.training import RefineJob, TuneJob, overlap
+from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
 from armor.methods import METHODS, UNCHANGED
@@ -85,6 +87,11 @@ class Config(Typed):
         for kind, reserved in RESERVED.items():
             for name in {*reserved} & set(getattr(self, kind)):
                 raise ValueError(f"{kind}.{name}: this name is a folder of the pipeline itself; choose another")
+        for name, evaluation in self.evaluations.items():
+            try:
+                asked_tasks(evaluation)
+            except ArmorError as error:
+                raise ValueError(f"evaluations.{name}.{error}") from None
         for name in self.recipes:
             self._check_recipe(name)
         for name in self.recipes:
@@ -292,7 +299,7 @@ class Config(Typed):
                 chain=self.chain(name),
                 calibration=self.calibration_of(name) if self.calibrations else None,
                 evaluations=asked.texts,
-                tasks={evaluation: self.evaluations[evaluation].task_names() for evaluation in asked.tasks},
+                tasks={evaluation: [*asked_tasks(self.evaluations[evaluation])] for evaluation in asked.tasks},
                 benchmarks=asked.benchmarks,
                 serving=asked.serving,
             )

@@ -40,6 +40,7 @@ from transformers import PreTrainedTokenizerBase
 
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
 from armor.config.sources import TextSettings
+from armor.config.tasks import PAPER, asked_tasks
 from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
@@ -83,10 +84,7 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tokenizer = load_tokenizer(folder)
     built = {} if settings.text is None else _built(settings.text, settings, beside(output))
-    specs = {
-        name: (built.get(task, task), shots)
-        for (task, shots), name in zip(settings.task_shots().items(), settings.task_names(), strict=True)
-    }
+    specs = {name: (built.get(task, task), shots) for name, (task, shots) in asked_tasks(settings).items()}
     manager = check_names(task for task, _ in specs.values())
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
     work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
@@ -120,7 +118,7 @@ def _built(text: TextSettings, settings: EvaluationSettings, place: Path) -> dic
     """The YAML files of the tasks that are built from `text`, by their names; articles are cleaned once for both."""
     texts = zip(BUILT_TASKS, tee(documents(text), len(BUILT_TASKS)), strict=True)
     count, where = settings.items or ITEMS, describe_text(text)
-    asked = settings.task_shots()
+    asked = settings.tasks or ()
     return {task: str(build_task(task, stream, count, place, where)) for task, stream in texts if task in asked}
 
 
@@ -238,7 +236,7 @@ def check_names(tasks: Iterable[str]) -> TaskManager:
             raise ArmorError(f"{file}: no such file; expected a task of lm-eval's as YAML")
     for name in names:
         if name not in manager.task_index:
-            near = difflib.get_close_matches(name, [*manager.task_index, *BUILT_TASKS, "paper"], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*manager.task_index, *BUILT_TASKS, PAPER], n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "see `lm_eval ls tasks`."
             raise ArmorError(f"task {name}: lm-eval has none of this name; {hint} A file of your own ends in .yaml")
         if name in manager.all_tags and name not in [*manager.all_groups, *manager.all_subtasks]:

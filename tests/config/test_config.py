@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from armor.config.budget import PriceSettings
 from armor.config.layers import LayerSettings, check_patterns
 from armor.config.loading import load_config
-from armor.config.measures import PAPER_TASKS, BenchmarkSettings, EvaluationSettings
+from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import Recipe
 from armor.config.run import Config
+from armor.config.tasks import PAPER_TASKS, asked_tasks
 from armor.core.errors import ArmorError
 
 CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "config").rglob("*.yaml"))
@@ -190,10 +191,9 @@ def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
         ({"tasks": ["mmlu"], **TEXT}, "text and items go with last_word and continuation"),
         ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
         ({"samples": True, **TEXT}, "samples: goes with tasks"),
-        ({"tasks": ["mmlu", "a/mmlu.yaml"]}, "tasks: mmlu, mmlu: each once"),
         ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
     ],
-    ids=["nothing", "built", "text", "sequences", "samples", "twice", "variable"],
+    ids=["nothing", "built", "text", "sequences", "samples", "variable"],
 )
 def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
     with pytest.raises(ArmorError, match=said):
@@ -207,12 +207,20 @@ def test_a_setting_that_is_not_given_is_not_passed_on_so_that_a_new_one_reruns_n
 
 def test_the_papers_tasks_have_their_shots_and_others_those_given():
     tasks = EvaluationSettings(tasks=["paper", "own/mine.yaml", "piqa"], shots=2)
-    assert tasks.task_shots() == PAPER_TASKS | {"own/mine.yaml": 2, "piqa": 2}
-    assert tasks.task_names() == [*PAPER_TASKS, "mine", "piqa"] and tasks.task_files() == ["own/mine.yaml"]
+    of_paper = {name: (name, shots) for name, shots in PAPER_TASKS.items()}
+    assert asked_tasks(tasks) == of_paper | {"mine": ("own/mine.yaml", 2), "piqa": ("piqa", 2)}
+    assert tasks.task_files() == ["own/mine.yaml"]
     value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}}
     config = parse_settings(Config, value | {"evaluations": {"a": TEXT, "b": {"tasks": ["piqa"]}}})
     pair = config.report_settings().pairs[0]
     assert (pair.evaluations, pair.tasks) == (["a"], {"b": ["piqa"]})
+
+
+@pytest.mark.parametrize("twice", ["a/mmlu.yaml", "paper"])
+def test_two_tasks_of_one_name_are_refused(twice):
+    value = {"models": MODELS, "recipes": {"dense": {"method": "dense"}}}
+    with pytest.raises(ArmorError, match="evaluations.a.tasks: mmlu, mmlu.*: each once"):
+        parse_settings(Config, value | {"evaluations": {"a": {"tasks": ["mmlu", twice]}}})
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import armor.hf  # noqa: F401  packed checkpoints load by their path
 from armor.assemble.export import export
 from armor.config.measures import EvaluationSettings
+from armor.config.tasks import asked_tasks
 from armor.core.errors import ArmorError
 from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
@@ -233,7 +234,7 @@ def test_an_unknown_task_is_named_with_the_nearest():
 
 
 def test_the_papers_tasks_are_there():
-    check_names(EvaluationSettings(tasks=["paper"]).task_names())
+    check_names(asked_tasks(EvaluationSettings(tasks=["paper"])))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +351,7 @@ def test_a_model_larger_than_the_memory_answers_as_when_it_is_loaded(tmp_path, t
     host_of(monkeypatch, weights_bytes(folder) - 1)
     streamed = evaluate_tasks(folder, asked, tmp_path / "streamed" / "reading.json")
     assert streamed_from(caplog) == [str(folder)]
-    for task in asked.task_names():
+    for task in asked_tasks(asked):
         there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("loaded", "streamed"))
         assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 64, "rolling": 6}[task]
         assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)

@@ -67,6 +67,7 @@ HELD_BY = {
     "config/training": "refine tune",
     "config/sample": TRAIN,
     "config/measures": MEASURE,
+    "config/tasks": "tasks",
     "config/report": "report",
     "config/sources": f"fetch {READ_TEXT} benchmark serving",
     "config*": f"fetch {READ_TEXT} benchmark serving price budget experts factorize quantize report",
