@@ -108,7 +108,7 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
     scales = [torch.rand(n).bfloat16() for n in (out, columns)]
     int8 = torch.randint(-127, 128, values.shape, dtype=torch.int8)
     int4 = torch.randint(0, 256, (out, columns // 4), dtype=torch.uint8)
-    by_group = {group: torch.rand(out, columns // group).bfloat16() for group in (128, 64)}
+    by_group = {group: torch.rand(out, math.ceil(columns / group)).bfloat16() for group in (128, 64)}
     dense = torch.randint(-127, 128, (out, columns), dtype=torch.int8)
     nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu((dense & 15).int(), 1)
     return {
@@ -122,7 +122,7 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
 def operands(tensors: list[Tensor]) -> cpu.Operands:
     """Of a packed linear, in floats or integers."""
     values, bits, left, right, *scales = tensors
-    columns = 8 * bits.shape[1] // scales[0].shape[1] if scales else 0
+    columns = math.ceil(8 * bits.shape[1] / scales[0].shape[1] / 64) * 64 if scales else 0  # the last group may be cut
     return cpu.Operands(values, bits, left, right, None, 4, *scales, columns=columns)
 
 

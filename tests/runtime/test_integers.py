@@ -18,13 +18,13 @@ LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEV
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [  # out, in, left block, right block, pattern, core, blocks, group
     (64, 256, 32, 64, "2:4", "int8", "int8", 128),
-    (36, 100, 4, 20, "2:4", "int8", None, 32),
+    (36, 100, 4, 20, "2:4", "int8", None, 96),
     (36, 100, 4, 20, "2:4", "int4", "int8", 32),
     (70, 1156, None, None, "2:4", "int8", None, 512),
     (40, 96, 8, 16, "4:8", "int4", "int8", 64),
     (30, 72, 5, 9, "1:3", "int8", "int8", 96),
     (33, 100, 11, 20, "50%", "int8", "int8", 100),
-    (64, 128, None, 32, "2:4", "int4", "int8", 128),
+    (64, 384, None, 32, "2:4", "int4", "int8", 160),
 ]
 
 

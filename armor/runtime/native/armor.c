@@ -92,7 +92,7 @@ struct work {
     atomic_llong *finished_in_block[PARTS]; /* of the core, for `left`: by block, or by task if a task holds several */
     struct step steps[STEPS];
     atomic_int workers;
-    int count, threads;
+    int count, threads, dot;
 };
 
 static int64_t tasks_of(const struct work *work, int step) { return work->steps[step].first[work->count]; }
@@ -118,9 +118,10 @@ static void do_task(struct work *work, int s, int64_t task) {
     task -= step->first[part];
     if (s == LEFT) wait_for(&finished[task / linear->left_cut.per_block], linear->left_cut.per_block);
     step->task(linear, task);
-    if (s == CORE)
-        for (int64_t t = task; t < linear->core_cut.tasks; t += tasks)
-            finish(&finished[t / linear->core_cut.per_block]);
+    for (int64_t i = 0; s == CORE && i < linear->spans; i++) {
+        const int64_t t = work->dot ? task + i * tasks : task * linear->spans + i;
+        if (t < linear->core_cut.tasks) finish(&finished[t / linear->core_cut.per_block]);
+    }
     finish(&step->finished);
 }
 
@@ -203,6 +204,18 @@ static struct linear linear_of(const struct part *part, int64_t in, int step) {
     return linear;
 }
 
+/* How many of `tasks` chunks of a 2:4 core one task takes, so that `threads` are done soonest. For each task pairs are
+ * laid out, which takes as long as a third of a chunk; no sum depends on it. */
+static int64_t spans_of(int64_t tasks, int64_t most, int64_t threads) {
+    int64_t best = 1, least_time = INT64_MAX;
+    for (int64_t spans = 1; spans <= most; spans++) {
+        const int64_t rounds = ((tasks + spans - 1) / spans + threads - 1) / threads;
+        const int64_t time = rounds * (3 * spans + 1);
+        if (time < least_time) best = spans, least_time = time;
+    }
+    return best;
+}
+
 static size_t take(size_t *total, size_t bytes) {
     size_t offset = *total;
     *total += (bytes + 63) / 64 * 64;
@@ -225,13 +238,14 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
     int64_t panels = (wave + kernel->lanes - 1) / kernel->lanes, lane_bytes = panels * kernel->lanes * 4;
     int dot = wave <= kernel->dot_rows;
     size_t u_bytes = dot ? wave * in * kernel->element : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
-    struct work work = {.count = count};
+    struct work work = {.count = count, .dot = dot};
     size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], packed = take(&total, dot ? 0 : u_bytes);
     int packing = dot ? -1 : 0; /* which linear brings x into its form for all; none where x is as the loops want it */
     for (int i = 0; i < count; i++) {
         const struct part *part = &parts[i];
         struct linear *linear = &work.linears[i];
         *linear = linear_of(part, in, kernel->lanes * kernel->unit);
+        linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear->core_cut.tasks, kernel->spans, threads) : 1;
         if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
         int same = 0; /* the first linear with this `right` */
         while (parts[same].right != part->right) same++;
@@ -243,7 +257,7 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
         counters[i] = take(&total, linear->core_cut.tasks * sizeof(atomic_llong));
         int64_t tasks[STEPS] = {
             [RIGHT] = part->right && same == i ? linear->right_cut.tasks : 0,
-            [CORE] = dot ? (linear->core_cut.tasks + 1) / 2 : linear->core_cut.tasks, /* dot: two spans each */
+            [CORE] = (linear->core_cut.tasks + linear->spans - 1) / linear->spans,
             [LEFT] = part->left ? linear->left_cut.tasks : 0,
         };
         for (int s = RIGHT; s < STEPS; s++) work.steps[s].first[i + 1] = work.steps[s].first[i] + tasks[s];

@@ -171,38 +171,14 @@ static inline vec gather(vec low, vec high, vec index) {
     return words(
         _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_castps_si512(index), _mm512_castps_si512(high)));
 }
-/* The scales of 64 columns, `each` (64 or 32) columns one, to the lanes of their groups of 4. */
-static inline vec gather_scales(const weight *scales, int64_t each) {
-    if (each == 64) return words(_mm512_slli_epi32(_mm512_set1_epi16((int16_t)*scales), 16));
-    int32_t two;
-    memcpy(&two, scales, sizeof two);
-    __m512i pair = _mm512_set1_epi32(two);
+/* The scales of 64 columns, one for all or `two` for 32 each, to the lanes of their groups of 4. */
+static inline vec gather_scales(const weight *scales, int two) {
+    if (!two) return words(_mm512_slli_epi32(_mm512_set1_epi16((int16_t)*scales), 16));
+    int32_t both;
+    memcpy(&both, scales, sizeof both);
+    __m512i pair = _mm512_set1_epi32(both);
     pair = _mm512_mask_slli_epi32(pair, 0x00ff, pair, 16);
     return words(_mm512_and_si512(pair, _mm512_set1_epi32((int32_t)0xffff0000)));
-}
-/* 32 packed values to the 64 columns of a 2:4 mask, as units. In byte 2c of the index column c finds its value, in byte
- * 2c + 1 column 32 + c; vpermw reads the low 5 bits of each half lane. Quicker than two vpexpandw. */
-static inline void spread_pairs(int32_t *to, vec packed, const uint8_t *mask) {
-    /* bits 0 .. 15 of a group, 16 times the column's place in it: the values of the group before that column */
-    static const uint8_t table[64] = {
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1,
-        0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 0, 1, 1, 2, 1, 2, 2, 3, 0, 1, 1, 2, 1, 2, 2, 3,
-    };
-    uint64_t word;
-    memcpy(&word, mask, sizeof word);
-    const __m512i shifts =
-        _mm512_set_epi64(0x3c1c3c1c3c1c3c1c, 0x3818381838183818, 0x3414341434143414, 0x3010301030103010,
-                         0x2c0c2c0c2c0c2c0c, 0x2808280828082808, 0x2404240424042404, 0x2000200020002000);
-    const __m512i place = _mm512_set1_epi64(0x3030202010100000);
-    const __m512i base =
-        _mm512_set_epi64(0x1e0e1e0e1e0e1e0e, 0x1c0c1c0c1c0c1c0c, 0x1a0a1a0a1a0a1a0a, 0x1808180818081808,
-                         0x1606160616061606, 0x1404140414041404, 0x1202120212021202, 0x1000100010001000);
-    __m512i index = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64((int64_t)word));
-    index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi32(0x0f0f0f0f), place, 0xea);
-    index = _mm512_add_epi8(_mm512_permutexvar_epi8(index, _mm512_loadu_si512(table)), base);
-    __m512i values = _mm512_castps_si512(packed), high = _mm512_srli_epi16(index, 8);
-    _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16((__mmask32)word, index, values));
-    _mm512_storeu_si512(to + 16, _mm512_maskz_permutexvar_epi16((__mmask32)(word >> 32), high, values));
 }
 /* The six pairs of a group's four columns, from the units of columns 0 and 1 and of columns 2 and 3. */
 static inline void store_pairs(int32_t *to, vec low, vec high) {

@@ -15,6 +15,7 @@ enum {
     WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
     DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
     PACK_COLUMNS = 1024, /* columns of x that one task brings into panels */
+    SPANS = 6,           /* chunks at most of a 2:4 core that one task of the panel way takes */
     PARTS = 8            /* linears at most that are multiplied in one pass over x */
 };
 
@@ -48,6 +49,7 @@ struct linear {
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;
     struct cut right_cut, core_cut, left_cut;
+    int64_t spans; /* tasks of core_cut that one takes: of the panel way in a row; of the dot way 2, from either half */
 
     /* Between the steps, in the kernel's own type: B x (rows, in) and S B x (rows, out), or panels of them. */
     void *panels, *u, *z;
@@ -59,6 +61,7 @@ struct kernel {
     int unit;     /* columns in a 32-bit unit: 2 for pairs of bf16, 1 for fp32 */
     int element;  /* bytes of a number in u and z */
     int weight;   /* bytes of a weight */
+    int spans;    /* chunks of a 2:4 core that a task of the panel way may take */
     int dot_rows; /* up to this many rows of x take the dot way; more take the panel way */
     void (*convert)(struct linear *, int64_t task);
     void (*pack)(struct linear *, int64_t task);

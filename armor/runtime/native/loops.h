@@ -23,12 +23,12 @@
  *   load_half_int8(const void *), load_half_int4(const void *)   STEP / 2 of them, packed, rest anything
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
- * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, spread_pairs,
- * store_pairs, pair_places, repeat_four and broadcast_one_of.
+ * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, store_pairs,
+ * pair_places, repeat_four and broadcast_one_of.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
- * weights are unpacked into a tile in cache and broadcast (of one panel's 2:4 core they stay packed: packed_pairs), so
+ * weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
  * that no sum over lanes is needed and the output of a step is laid out as the input of the next.
  */
 #include <string.h>
@@ -107,6 +107,13 @@ static inline struct span span_of(const struct cut *cut, int64_t task) {
     return (struct span){task / cut->per_block, row, least(CHUNK, cut->size - row), 1};
 }
 
+/* The row of the linear that a task starts with; of the task after the last one: the number of rows. */
+static inline int64_t first_row(const struct cut *cut, int64_t task) {
+    if (task == cut->tasks) return cut->count * cut->size;
+    const struct span span = span_of(cut, task);
+    return span.block * cut->size + span.row;
+}
+
 /* ---- the dot way ---- */
 
 /* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant).
@@ -147,33 +154,52 @@ static inline __attribute__((always_inline)) void fetch_ahead(const void *values
 enum { MOST = 4, WIDE = 2 * STEP };
 
 #ifdef GATHER
-/* Totals of integers of `rows` packed 2:4 rows times `x_rows` rows of x, for all whole steps of WIDE columns; returns
- * how many columns those are. Every step meets its scales at once, `each` (constant: WIDE or half of it) columns one,
- * so that only totals stay in registers. */
-static inline __attribute__((always_inline)) int64_t integer_steps(const struct linear *linear, int type, int64_t each,
-                                                                   int rows, int x_rows, const void *const values[],
+/* sums += a step of WIDE columns, from `c` on, of `rows` packed 2:4 rows times `x_rows` rows of x. */
+static inline __attribute__((always_inline)) void packed_step(const struct linear *linear, int type, int rows,
+                                                              int x_rows, const void *const values[],
+                                                              const uint8_t *const mask[], int64_t c, vec sums[][8]) {
+    vec w[MOST], index[MOST];
+#pragma GCC unroll 4
+    for (int j = 0; j < rows; j++) {
+        fetch_ahead(place(values[j], c / 2, type), mask[j] + c / 8, c % 512 == 0, x_rows == 1);
+        w[j] = load_as(place(values[j], c / 2, type), STEP, type);
+        index[j] = gather_index(mask[j] + c / 8);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < x_rows; r++) {
+        const element *x = (const element *)linear->u + least(r, linear->rows - 1) * linear->in + c;
+#pragma GCC unroll 4
+        for (int j = 0; j < rows; j++)
+            sums[j][r] =
+                multiply_add(sums[j][r], w[j], gather(load_element(x, STEP), load_element(x + STEP, STEP), index[j]));
+    }
+}
+
+/* Totals of integers of `rows` packed 2:4 rows times `x_rows` rows of x, for all whole groups of columns; returns how
+ * many columns those are. A scale counts for `steps` (constant if 1) of WIDE columns, or, if `halved` (constant), two
+ * for one step. `at_once` rows meet x together. */
+static inline __attribute__((always_inline)) int64_t integer_steps(const struct linear *linear, int type, int halved,
+                                                                   int64_t steps, int rows, int at_once, int x_rows,
+                                                                   const void *const values[],
                                                                    const uint8_t *const mask[],
                                                                    const weight *const scales[], vec totals[][8]) {
-    const element *u = linear->u;
     int64_t c = 0;
-    for (; c + WIDE <= linear->in; c += WIDE) {
-        vec w[MOST], index[MOST], scale[MOST];
-        const int64_t g = c / linear->integers.group;
+    for (int64_t g = 0; c + steps * WIDE <= linear->in; g += halved ? 2 : 1, c += steps * WIDE) {
 #pragma GCC unroll 4
-        for (int j = 0; j < rows; j++) {
-            fetch_ahead(place(values[j], c / 2, type), mask[j] + c / 8, c % 512 == 0, x_rows == 1);
-            w[j] = load_as(place(values[j], c / 2, type), STEP, type);
-            index[j] = gather_index(mask[j] + c / 8);
-            scale[j] = gather_scales(scales[j] + g, each);
-        }
+        for (int j = 0; j < rows; j += at_once) {
+            vec sums[MOST][8];
+#pragma GCC unroll 4
+            for (int i = 0; i < at_once; i++)
 #pragma GCC unroll 8
-        for (int r = 0; r < x_rows; r++) {
-            const element *x = u + least(r, linear->rows - 1) * linear->in + c;
-            vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
+                for (int r = 0; r < x_rows; r++) sums[i][r] = zero();
+            for (int64_t at = c, to = c + steps * WIDE; at < to; at += WIDE)
+                packed_step(linear, type, at_once, x_rows, values + j, mask + j, at, sums);
 #pragma GCC unroll 4
-            for (int j = 0; j < rows; j++)
-                totals[j][r] =
-                    fused(totals[j][r], scale[j], multiply_add(zero(), w[j], gather(low, high, index[j])));
+            for (int i = 0; i < at_once; i++) {
+                const vec scale = gather_scales(scales[j + i] + g, halved);
+#pragma GCC unroll 8
+                for (int r = 0; r < x_rows; r++) totals[j + i][r] = fused(totals[j + i][r], scale, sums[i][r]);
+            }
         }
     }
     return c;
@@ -190,6 +216,7 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                                                              int gathers, int half, int x_rows,
                                                              float out[2][8][CHUNK]) {
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
+    const int at_once = x_rows == 8 ? 1 : x_rows == 4 && type == FLOATS ? 4 : 2; /* their sums stay in registers */
     const element *u = linear->u;
     const int64_t in = linear->in, kept = linear->kept, last = linear->rows - 1;
     const int64_t group = type == FLOATS ? in : linear->integers.group, groups = (in + group - 1) / group;
@@ -210,10 +237,12 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
         }
 #ifdef GATHER
         if (gathers && type != FLOATS) {
-            if (group % WIDE == 0)
-                c = integer_steps(linear, type, WIDE, rows, x_rows, values, mask, scales, totals);
+            if (group == WIDE)
+                c = integer_steps(linear, type, 0, 1, rows, at_once, x_rows, values, mask, scales, totals);
+            else if (group % WIDE == 0)
+                c = integer_steps(linear, type, 0, group / WIDE, rows, at_once, x_rows, values, mask, scales, totals);
             else if (group == WIDE / 2)
-                c = integer_steps(linear, type, WIDE / 2, rows, x_rows, values, mask, scales, totals);
+                c = integer_steps(linear, type, 1, 1, rows, at_once, x_rows, values, mask, scales, totals);
             for (int j = 0; j < rows; j++) at[j] = c / 2;
         }
 #endif
@@ -225,29 +254,14 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
             }
 #ifdef GATHER
             if (gathers)
-                for (; c + ahead * WIDE <= end; c += ahead * WIDE)
-                    for (int a = 0; a < ahead; a++) {
-                        int64_t now = c + a * WIDE;
-                        vec w[MOST], index[MOST];
-                        for (int j = 0; j < rows; j++) {
-                            fetch_ahead(place(values[j], now / 2, type), mask[j] + now / 8, now % 512 == 0,
-                                        x_rows == 1);
-                            w[j] = load_as(place(values[j], now / 2, type), STEP, type);
-                            index[j] = gather_index(mask[j] + now / 8);
-                        }
-                        for (int r = 0; r < x_rows; r++) {
-                            const element *x = u + least(r, last) * in + now;
-                            vec low = load_element(x, STEP), high = load_element(x + STEP, STEP);
-                            for (int j = 0; j < rows; j++) {
-                                vec *to = a ? &more[j] : &sums[j][r];
-                                *to = multiply_add(*to, w[j], gather(low, high, index[j]));
-                            }
-                        }
-                    }
+                for (; c + WIDE <= end; c += WIDE)
+#pragma GCC unroll 4
+                    for (int j = 0; j < rows; j += at_once)
+                        packed_step(linear, type, at_once, x_rows, values + j, mask + j, c, sums + j);
             if (gathers)
                 for (int j = 0; j < rows; j++) at[j] = c / 2;
 #else
-            (void)gathers;
+            (void)gathers, (void)at_once;
 #endif
             for (; c + ahead * STEP <= end; c += ahead * STEP)
                 for (int a = 0; a < ahead; a++) {
@@ -307,20 +321,30 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
     }                                                     \
     }
 
-/* packed_dot for the kind of a linear; each constant makes loops of its own. */
-#define BY_KIND(type)                                                                               \
-    {                                                                                               \
-        if (CAN_GATHER && linear->two_of_four)                                                      \
-            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, CAN_GATHER, 1, COUNT, out))\
-        else if (linear->half)                                                                      \
-            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, 0, 1, COUNT, out))        \
-        else                                                                                        \
-            BY_COUNT(linear->rows, packed_dot(linear, type, first, count, 0, 0, COUNT, out))        \
+/* packed_dot for each kind of linear and number of rows; a function for each kind, so that registers suffice. */
+typedef void packed_dot_of(const struct linear *, const int64_t first[2], const int64_t count[2],
+                           float out[2][8][CHUNK]);
+#define PACKED_DOT(name, type, gathers, half)                                                                 \
+    static __attribute__((noinline)) void name(const struct linear *linear, const int64_t first[2],           \
+                                               const int64_t count[2], float out[2][8][CHUNK]) {              \
+        BY_COUNT(linear->rows, packed_dot(linear, type, first, count, gathers, half, COUNT, out))             \
     }
+#define PACKED_DOTS(name, type)                                                                               \
+    PACKED_DOT(name##_any, type, 0, 0)                                                                        \
+    PACKED_DOT(name##_half, type, 0, 1)                                                                       \
+    PACKED_DOT(name##_two_of_four, type, CAN_GATHER, 1)
+PACKED_DOTS(floats, FLOATS)
+PACKED_DOTS(int8, INT8)
+PACKED_DOTS(int4, INT4)
+static packed_dot_of *const DOTS[][3] = {
+    [FLOATS] = {floats_any, floats_half, floats_two_of_four},
+    [INT8] = {int8_any, int8_half, int8_two_of_four},
+    [INT4] = {int4_any, int4_half, int4_two_of_four},
+};
 
-/* The scales from `row` on; null for a matrix in floats. */
-static inline const weight *scales_of(const void *scales, int64_t row) {
-    return scales ? (const weight *)scales + row : 0;
+/* The scales from number `index` on; null for a matrix in floats. */
+static inline const weight *scales_of(const void *scales, int64_t index) {
+    return scales ? (const weight *)scales + index : 0;
 }
 
 static void emit_elements(element *to, int64_t stride, int64_t rows, float from[][CHUNK], int64_t n) {
@@ -376,12 +400,8 @@ static void NAME(core_dot)(struct linear *linear, int64_t task) {
         first[side] = span.block * linear->core_cut.size + span.row;
         count[side] = span.rows * span.blocks;
     }
-    if (linear->integers.core == INT8)
-        BY_KIND(INT8)
-    else if (linear->integers.core == INT4)
-        BY_KIND(INT4)
-    else
-        BY_KIND(FLOATS)
+    const int kind = CAN_GATHER && linear->two_of_four ? 2 : linear->half;
+    DOTS[linear->integers.core][kind](linear, first, count, out);
     for (int side = 0; side < 2 && count[side]; side++)
         if (linear->left)
             emit_elements((element *)linear->z + first[side], linear->out, linear->rows, out[side], count[side]);
@@ -503,7 +523,8 @@ static void dense_panels(const struct linear *linear, const void *weights, const
     }
 }
 
-/* The same for packed rows from row `first` of the core on; integers by their groups of columns, or parts of these. */
+/* The same for packed rows from row `first` of the core on; integers by their groups of columns, or parts of these.
+ * With GATHER, 2:4 goes through packed_pairs instead. */
 static void packed_panels(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t tile[CHUNK * TILE_STRIDE];
     int64_t at[CHUNK] = {0}, units = units_of(linear->in);
@@ -519,17 +540,11 @@ static void packed_panels(const struct linear *linear, int64_t first, int64_t ro
             const void *values = place(linear->values, (first + i) * linear->stride, type);
             const uint8_t *mask = linear->mask + (first + i) * linear->mask_stride + start / 8;
             int32_t *to = tile + i * TILE_STRIDE;
-            int64_t c = 0;
             __builtin_prefetch(mask + n / 8, 0, L2); /* its values: see struct ahead */
             if (type != FLOATS)
                 scales[i] =
                     scale_at((const weight *)linear->integers.core_scales + (first + i) * groups + start / group);
-#ifdef GATHER
-            if (linear->two_of_four)
-                for (; c + 2 * STEP <= n; c += 2 * STEP, at[i] += STEP)
-                    spread_pairs(to + c / UNIT, load_as(place(values, at[i], type), STEP, type), mask + c / 8);
-#endif
-            for (; c < n; c += STEP)
+            for (int64_t c = 0; c < n; c += STEP)
                 store_vec(to + c / UNIT, next_columns(values, linear->kept, &at[i], mask + c / 8, least(STEP, n - c),
                                                       linear->half, type));
         }
@@ -543,74 +558,167 @@ static void packed_panels(const struct linear *linear, int64_t first, int64_t ro
 }
 
 #ifdef GATHER
-/* Rows of a 2:4 core that are multiplied at once, groups of columns whose pairs lie in the L1 cache meanwhile. */
+/* Rows of a 2:4 core that are multiplied at once, and groups of columns whose pairs lie in the L1 cache meanwhile: of
+ * one panel, or half as many of two. */
 enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
+_Static_assert(CHUNK % PAIR_ROWS == 0, "rows that are multiplied at once must fit a chunk");
 
-/* sums (PAIR_ROWS, LANES) += `n` <= PAIR_GROUPS groups of packed rows, from `group` on (= for the first groups), times
- * the pairs of one panel. As many values and bits from `values_ahead` and `mask_ahead` on are fetched meanwhile. */
-static inline void multiply_pairs(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n,
-                                  const int32_t *pairs, float *sums, const char *values_ahead,
-                                  const uint8_t *mask_ahead) {
-    _Alignas(64) uint8_t places[PAIR_ROWS][PAIR_GROUPS];
-    const weight *values[PAIR_ROWS];
-    vec even[PAIR_ROWS], odd[PAIR_ROWS];
-    for (int64_t i = 0; i < PAIR_ROWS; i++) {
-        int64_t row = first + least(i, rows - 1); /* beyond the last row: it again, and not stored */
-        values[i] = (const weight *)linear->values + row * linear->kept + group * 2;
-        pair_places(places[i], linear->mask + row * linear->mask_stride + group / 2, n);
-        even[i] = group ? load_vec(sums + least(i, rows - 1) * LANES) : zero();
-        odd[i] = zero();
+/* Of a row of the core: the values of up to PAIR_GROUPS groups of columns, integers too as units, and where the pairs
+ * stand that they meet. */
+struct cut_row {
+    _Alignas(64) uint8_t places[PAIR_GROUPS];
+    _Alignas(64) weight copied[2 * PAIR_GROUPS];
+    const weight *values, *scales; /* from these groups on; values: `copied`, or where they are stored */
+};
+
+/* `n` groups from `group` on of the rows from `first` on; up to a multiple of PAIR_ROWS the last row again. */
+static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n, int copy,
+                     struct cut_row *to) {
+    const int type = linear->integers.core;
+    const int64_t columns = linear->integers.group, scales = (linear->in + columns - 1) / columns;
+    for (int64_t i = 0; i < rows || i % PAIR_ROWS; i++, to++) {
+        const int64_t row = first + least(i, rows - 1);
+        const void *values = place(linear->values, row * linear->stride + group * 2, type);
+        pair_places(to->places, linear->mask + row * linear->mask_stride + group / 2, n);
+        for (int64_t v = 0; copy && v < 2 * n; v += STEP)
+            store_vec(to->copied + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
+        to->values = copy ? to->copied : values;
+        to->scales = scales_of(linear->integers.core_scales, row * scales + group * 4 / columns);
     }
-    for (int64_t line = 0; line < PAIR_ROWS * PAIR_GROUPS / 2; line += 64)
-        __builtin_prefetch(mask_ahead + line, 0, L2);
-    int64_t k = 0;
-    for (; k + 8 <= n; k += 8) {
-        __builtin_prefetch(values_ahead + k * 16, 0, L2);
-        __builtin_prefetch(values_ahead + k * 16 + 64, 0, L2);
+}
+
+/* Memory that is wanted soon: so many bytes for each group that is multiplied. */
+struct wanted {
+    const char *start;
+    int64_t bytes;
+};
+
+/* acc += the groups k .. end of PAIR_ROWS rows times their pairs: of `count` = 2 panels; or of one, whose even groups
+ * are summed apart from the odd ones. */
+static inline __attribute__((always_inline)) void add_pairs(const struct cut_row *rows, const int32_t *pairs, int64_t k,
+                                                            int64_t end, int count, struct wanted wanted,
+                                                            vec acc[PAIR_ROWS][2]) {
+    const weight *values[PAIR_ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIR_ROWS; i++) values[i] = count == 2 ? rows[i].copied : rows[i].values;
+    for (; k + 8 <= end; k += 8) {
+        __builtin_prefetch(wanted.start + k * wanted.bytes, 0, L2);
+        __builtin_prefetch(wanted.start + (k + 4) * wanted.bytes, 0, L2);
         uint64_t next[PAIR_ROWS]; /* the places of eight pairs of a row, the first one lowest */
-        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&next[i], places[i] + k, 8);
+        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&next[i], rows[i].places + k, 8);
 #pragma GCC unroll 2
         for (int half = 0; half < 8; half += 4) {
             vec quad[PAIR_ROWS];
+#pragma GCC unroll 4
             for (int i = 0; i < PAIR_ROWS; i++) quad[i] = repeat_four(values[i] + (k + half) * 2);
-#pragma GCC unroll 2
-            for (int m = 0; m < 4; m += 2) {
-                const int32_t *at = pairs + (k + half + m) * PAIR_WORDS;
+#pragma GCC unroll 4
+            for (int m = 0; m < 4; m++) {
+                const int32_t *at = pairs + (k + half + m) * count * PAIR_WORDS;
 #pragma GCC unroll 4
                 for (int i = 0; i < PAIR_ROWS; i++) {
-                    even[i] = multiply_add(even[i], broadcast_one_of(quad[i], m), load_vec(at + (uint8_t)next[i]));
-                    odd[i] = multiply_add(odd[i], broadcast_one_of(quad[i], m + 1),
-                                          load_vec(at + PAIR_WORDS + (uint8_t)(next[i] >> 8)));
-                    next[i] >>= 16;
+                    const vec w = broadcast_one_of(quad[i], m);
+                    const int32_t *pair = at + (uint8_t)next[i];
+                    next[i] >>= 8;
+#pragma GCC unroll 2
+                    for (int p = 0; p < count; p++) {
+                        vec *to = &acc[i][count == 2 ? p : m % 2];
+                        *to = multiply_add(*to, w, load_vec(pair + p * PAIR_WORDS));
+                    }
                 }
             }
         }
     }
-    for (; k < n; k++)
+    for (; k < end; k++)
+#pragma GCC unroll 4
         for (int i = 0; i < PAIR_ROWS; i++)
-            even[i] = multiply_add(even[i], broadcast(values[i] + k * 2),
-                                   load_vec(pairs + k * PAIR_WORDS + places[i][k]));
-    for (int64_t i = 0; i < least(PAIR_ROWS, rows); i++) store_vec(sums + i * LANES, add(even[i], odd[i]));
+            for (int p = 0; p < count; p++)
+                acc[i][p] = multiply_add(acc[i][p], broadcast(values[i] + k * 2),
+                                         load_vec(pairs + (k * count + p) * PAIR_WORDS + rows[i].places[k]));
 }
 
-/* As packed_panels, for one panel and a 2:4 core, which stays packed: of every group of columns the six pairs lie
- * ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. The rows that follow
- * these, the next task's, are fetched meanwhile in the order of memory, which it serves faster than their use's. */
+/* sums (PAIR_ROWS, count * LANES; `stride` from row to row) += `n` groups of the cut rows times the pairs of `count`
+ * panels. Integers have a scale for every `scaled` groups; floats 0. */
+static inline __attribute__((always_inline)) void multiply_pairs(const struct cut_row *rows, const int32_t *pairs,
+                                                                 int64_t n, int64_t scaled, int count,
+                                                                 struct wanted wanted, float *sums, int64_t stride) {
+    vec total[PAIR_ROWS][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIR_ROWS; i++) {
+        total[i][0] = load_vec(sums + i * stride);
+        total[i][1] = count == 2 ? load_vec(sums + i * stride + LANES) : zero();
+    }
+    if (!scaled) add_pairs(rows, pairs, 0, n, count, wanted, total);
+    for (int64_t k = 0, s = 0; scaled && k < n; k += scaled, s++) {
+        vec acc[PAIR_ROWS][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIR_ROWS; i++) acc[i][0] = acc[i][1] = zero();
+        add_pairs(rows, pairs, k, least(n, k + scaled), count, wanted, acc);
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIR_ROWS; i++) {
+            const float scale = scale_at(rows[i].scales + s);
+            for (int p = 0; p < 2; p++) total[i][p] = fused(total[i][p], broadcast(&scale), acc[i][p]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIR_ROWS; i++) {
+        store_vec(sums + i * stride, count == 2 ? total[i][0] : add(total[i][0], total[i][1]));
+        if (count == 2) store_vec(sums + i * stride + LANES, total[i][1]);
+    }
+}
+
+/* Not inlined: where the compiler sees where `pairs` lies, it computes each address anew. */
+#define MULTIPLY_PAIRS(name, count, scaled)                                                                       \
+    static __attribute__((noinline)) void name(const struct cut_row *rows, const int32_t *pairs, int64_t n,       \
+                                               int64_t groups, struct wanted wanted, float *sums, int64_t stride) {\
+        (void)groups;                                                                                             \
+        multiply_pairs(rows, pairs, n, scaled, count, wanted, sums, stride);                                      \
+    }
+MULTIPLY_PAIRS(floats_by_one, 1, 0)
+MULTIPLY_PAIRS(floats_by_two, 2, 0)
+MULTIPLY_PAIRS(integers_by_one, 1, groups)
+MULTIPLY_PAIRS(integers_by_two, 2, groups)
+
+/* The pairs of `n` groups of columns from `group` on, of the `count` panels from `panel` on: (n, count, 6, LANES). */
+static void lay_pairs(const struct linear *linear, int64_t panel, int count, int64_t group, int64_t n, int32_t *pairs) {
+    for (int64_t k = 0; k < n; k++)
+        for (int p = 0; p < count; p++, pairs += PAIR_WORDS) {
+            const int32_t *u = (const int32_t *)linear->u + ((panel + p) * (linear->in / 4) + group + k) * 2 * LANES;
+            store_pairs(pairs, load_vec(u), load_vec(u + LANES));
+        }
+}
+
+/* sums (rows, panels) = packed rows of a 2:4 core, which stay packed, times the panels: of every group of columns the
+ * six pairs lie ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. What
+ * the next task reads is fetched meanwhile, in the order of memory, which it serves faster than the order of use. */
 static void packed_pairs(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
     _Alignas(64) int32_t pairs[PAIR_GROUPS * PAIR_WORDS];
-    const int32_t *u = linear->u;
-    int64_t groups = linear->in / 4, row_bytes = linear->kept * (int64_t)sizeof(weight);
-    const char *values_ahead = (const char *)linear->values + (first + rows) * row_bytes;
+    struct cut_row cut[SPANS * CHUNK];
+    const int type = linear->integers.core;
+    const int64_t groups = linear->in / 4, panels = linear->panel_count, stride = panels * LANES;
+    const int64_t scaled = type == FLOATS ? groups : linear->integers.group / 4; /* groups of columns for a scale */
+    const int64_t most = panels == 1 ? PAIR_GROUPS : PAIR_GROUPS / 2;
+    const int64_t bytes = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
+    const char *ahead = place(linear->values, (first + rows) * linear->stride, type);
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
-    for (int64_t g = 0; g < groups; g += PAIR_GROUPS) {
-        int64_t n = least(PAIR_GROUPS, groups - g);
-        for (int64_t k = 0; k < n; k++)
-            store_pairs(pairs + k * PAIR_WORDS, load_vec(u + (g + k) * 2 * LANES),
-                        load_vec(u + (g + k) * 2 * LANES + LANES));
-        for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
-            multiply_pairs(linear, first + i, rows - i, g, n, pairs, sums + i * LANES, values_ahead, mask_ahead);
-            values_ahead += PAIR_ROWS * n * 4;
-            mask_ahead += PAIR_ROWS * n / 2;
+    memset(sums, 0, (rows + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS * stride * sizeof *sums);
+    for (int64_t g = 0, n; g < groups; g += n) {
+        n = least(groups - g, scaled > most ? least(most, scaled - g % scaled) : most / scaled * scaled);
+        cut_rows(linear, first, rows, g, n, panels > 1 || type != FLOATS, cut);
+        for (int64_t p = 0; p < panels; p += 2) {
+            const int count = p + 1 < panels ? 2 : 1;
+            lay_pairs(linear, p, count, g, n, pairs);
+            for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
+                float *to = sums + i * stride + p * LANES;
+                struct wanted wanted = {p ? (const char *)cut : ahead, p ? 0 : bytes};
+                if (type == FLOATS)
+                    (count == 2 ? floats_by_two : floats_by_one)(cut + i, pairs, n, 0, wanted, to, stride);
+                else
+                    (count == 2 ? integers_by_two : integers_by_one)(cut + i, pairs, n, scaled, wanted, to, stride);
+                if (p) continue;
+                for (int64_t at = 0; at < PAIR_ROWS * n / 2; at += 64) __builtin_prefetch(mask_ahead + at, 0, L2);
+                ahead += n * bytes;
+                mask_ahead += PAIR_ROWS * n / 2;
+            }
         }
     }
 }
@@ -659,12 +767,12 @@ static void NAME(right_panel)(struct linear *linear, int64_t task) {
 }
 
 static void NAME(core_panel)(struct linear *linear, int64_t task) {
-    _Alignas(64) float sums[CHUNK * WAVE];
-    struct span span = span_of(&linear->core_cut, task);
-    int64_t d = linear->core_cut.size, units = units_of(d);
-    int64_t first = span.block * d + span.row, rows = span.rows * span.blocks;
+    _Alignas(64) float sums[(CAN_GATHER ? SPANS : 1) * CHUNK * WAVE];
+    const int64_t d = linear->core_cut.size, units = units_of(d), start = task * linear->spans;
+    const int64_t end = least(start + linear->spans, linear->core_cut.tasks);
+    const int64_t first = first_row(&linear->core_cut, start), rows = first_row(&linear->core_cut, end) - first;
 #ifdef GATHER
-    if (linear->two_of_four && linear->panel_count == 1 && linear->integers.core == FLOATS)
+    if (linear->two_of_four)
         packed_pairs(linear, first, rows, sums);
     else
 #endif
@@ -673,10 +781,13 @@ static void NAME(core_panel)(struct linear *linear, int64_t task) {
         emit_transposed(linear, sums, rows, first);
         return;
     }
-    for (int64_t b = 0; b < span.blocks; b++)
-        emit_panels(linear, sums + b * d * linear->panel_count * LANES, span.rows,
-                    (int32_t *)linear->z + ((span.block + b) * units + span.row / UNIT) * LANES,
-                    linear->left_cut.count * units * LANES);
+    for (int64_t t = start; t < end; t++) {
+        const struct span span = span_of(&linear->core_cut, t);
+        for (int64_t b = span.block; b < span.block + span.blocks; b++)
+            emit_panels(linear, sums + (b * d + span.row - first) * linear->panel_count * LANES, span.rows,
+                        (int32_t *)linear->z + (b * units + span.row / UNIT) * LANES,
+                        linear->left_cut.count * units * LANES);
+    }
 }
 
 static void NAME(left_panel)(struct linear *linear, int64_t task) {
@@ -711,6 +822,7 @@ const struct kernel NAME(armor) = {
     .element = sizeof(element),
     .weight = sizeof(weight),
     .dot_rows = DOT_ROWS,
+    .spans = CAN_GATHER ? SPANS : 1,
     .convert = NAME(convert),
     .pack = NAME(pack),
     .right_dot = NAME(right_dot),
