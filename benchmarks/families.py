@@ -123,6 +123,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": LLAMA4,
     "llama4": {"text_config": LLAMA4,
                "vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 0},  # a checkpoint has no tensors of experts that do nothing
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "qwen2_vl": {"text_config": {"rope_parameters": TURNS}, "vision_config": {"embed_dim": 64}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},

@@ -7,9 +7,10 @@ import pytest
 from benchmarks.families import CLOSE, FAMILIES, IMAGES, OWN, attempt, page
 
 
-def test_what_becomes_of_a_family(tmp_path):
-    (tmp_path / "llama").mkdir()
-    found = attempt("llama", tmp_path / "llama")
+@pytest.mark.parametrize("family", ["llama", "deepseek_v4", "lara_mini", "longcat_flash", "sarvam_moe"])
+def test_what_becomes_of_a_family(tmp_path, family):
+    (tmp_path / family).mkdir()
+    found = attempt(family, tmp_path / family)
     assert found["outcome"] == "ok" and 0 < found["packed_against_dense"] <= CLOSE
     assert 0.9 < found["compressed_share"] < 1
 

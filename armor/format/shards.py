@@ -71,13 +71,13 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """The matrix (out, in) or bias (out,) of one expert in `tensor`, which has that of all experts in its first axis.
+    """Rows of `tensor`, a matrix (out, in) or bias (out,), or of one expert's, if it has all in its first axis.
 
-    `rows` are the expert's, of the matrix, which is stored as (in, out) where `transposed`.
+    A matrix is stored as (in, out) where `transposed`.
     """
 
     tensor: str
-    expert: int
+    expert: int | None
     rows: slice
     transposed: bool
 
@@ -168,17 +168,17 @@ class Shards:
         for name, part in parts.items():
             if part.tensor in whole:
                 entry = self._entries[part.tensor]
-                count, *block = entry.shape
+                own = entry if part.expert is None else entry.expert(part.expert)
+                block = own.shape
                 shape = block[::-1] if part.transposed else block
                 rows = len(range(*part.rows.indices(shape[0])))
-                own = entry.expert(part.expert)
                 other._entries[name] = replace(
                     own,
                     shape=(rows, *shape[1:]),
                     bytes=own.bytes // shape[0] * rows,
                     part=part,
-                    block=tuple(block),
-                    stored=entry.stored // count // shape[0] * rows,
+                    block=block,
+                    stored=entry.stored * own.bytes // entry.bytes // shape[0] * rows,
                 )
         return other
 
@@ -291,9 +291,9 @@ class Shards:
 
         numbers, scales = entry.scaled or (entry, entry)
         if entry.scales_block is not None:
-            return fp8(self._read(numbers), self._read(scales), entry.scales_block).to(getattr(torch, DTYPE))
-        if entry.part is not None:
-            number = entry.part.expert
+            dense = fp8(self._read(numbers), self._read(scales), entry.scales_block).to(getattr(torch, DTYPE))
+            return dense if entry.part is None else entry.part.of(dense)
+        if entry.part is not None and (number := entry.part.expert) is not None:
             dense = mxfp4(self._read(numbers.expert(number)), self._read(scales.expert(number)))
             return entry.part.of(dense.to(getattr(torch, DTYPE)))
         whole = torch.empty(entry.shape, dtype=getattr(torch, DTYPE))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from armor.format.shards import Part
 from armor.runtime.names import Names
@@ -32,8 +32,6 @@ __all__ = ["Expert", "Experts", "alike", "fused_experts", "parts_of", "routers",
 
 TOGETHER = 1024  # rows at most, of all experts, that go through them in one call: more would take memory for nothing
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-SORTED = {"Llama4TextExperts": (True, False, True, True, False)}
-"""Fused modules that are called as `Sorted` is, with the flags that they lack."""
 
 
 class Expert(nn.Module):
@@ -89,6 +87,9 @@ class Experts(nn.Module):
         fused: Any = self.fused
         if len(parts) == 1:
             return fused.act_fn(parts[0])
+        if not hasattr(fused, "_apply_gate"):  # it is no part of the experts interface
+            gate, up = parts
+            return up * fused.act_fn(gate)
         joined = torch.cat(parts, -1) if fused.is_concatenated else torch.stack(parts, -1).flatten(-2)
         return fused._apply_gate(joined)
 
@@ -148,11 +149,6 @@ class Sorted(Experts):
     Rows of tokens that an expert is not given are zeros, and so is what it makes of them.
     """
 
-    def between(self, *parts: Tensor) -> Tensor:
-        gate, up = parts
-        activation: Any = self.fused.act_fn
-        return up * activation(gate)
-
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As of other experts, but that a token's weight is in it, so that the weights are ones."""
         x = (*args, *kwargs.values())[0]
@@ -169,6 +165,22 @@ class Sorted(Experts):
         routed = [(self._expert(number), count) for number, count in enumerate(given.sum(1).tolist()) if count]
         rows = given.flatten().nonzero()[:, 0]
         return self._add(torch.zeros_like(x), x, rows, x.new_ones(len(rows), 1), routed)
+
+
+class WithIdentity(Experts):
+    """Experts of LongCat-Flash: numbers from `count` on are those of experts that hand a token on as it is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # (tokens, in) -> (tokens, in)
+        x, index, weights = self.arguments(args, kwargs)
+        kept = (weights * (index >= self.count)).sum(-1, keepdim=True)
+        return super().forward(x, index, weights) + (x * kept).to(x.dtype)
+
+
+OF_THEIR_OWN: dict[str, tuple[type[Experts], tuple[bool, ...]]] = {
+    "Llama4TextExperts": (Sorted, (True, False, True, True, False)),
+    "LongcatFlashExperts": (WithIdentity, (True, False, False, True, False)),
+}
+"""Fused modules that transformers' experts interface does not know: what stands for them, and their `FLAGS`."""
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -188,8 +200,9 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for name, module in model.named_modules():
-        for flag, value in zip(FLAGS, SORTED.get(type(module).__name__, ()), strict=False):
-            setattr(module, flag, value)
+        if type(module).__name__ in OF_THEIR_OWN:
+            for flag, value in zip(FLAGS, OF_THEIR_OWN[type(module).__name__][1], strict=True):
+                setattr(module, flag, value)
         flags = [getattr(module, flag, None) for flag in FLAGS]
         if None in flags or flags[-1]:
             continue
@@ -265,12 +278,15 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
 def _sources(converters: Sequence[WeightConverter], tensor: str) -> list[str] | None:
     """The tensors of a checkpoint, with * for the expert's number, that transformers stacks and joins into `tensor`.
 
-    Their order is that in which they are joined. None where it takes `tensor` as it is, nothing where it does more.
+    Their order is that in which they are joined. None where it takes `tensor` as it is or turned, nothing where it does
+    more.
     """
     for converter in converters:
         back = converter.reverse_transform()
         renamed, pattern = back.rename_source_key(tensor)
         if pattern is not None:
+            if [type(step) for step in converter.operations] == [Transpose]:
+                return None  # which way it is stored, shapes tell
             if any(type(step) not in (MergeModulelist, Concatenate) for step in converter.operations):
                 return []
             return [renamed.replace(back.target_patterns[0], target) for target in back.target_patterns]
@@ -329,5 +345,5 @@ def _unfused(fused: nn.Module, leaves: Sequence[str], is_stored_fused: bool) -> 
         return made
 
     experts = [Expert({leaf: linear(f"{expert}.{leaf}") for leaf in leaves}) for expert in range(count)]
-    kind = Sorted if type(fused).__name__ in SORTED else Experts
+    kind, _ = OF_THEIR_OWN.get(type(fused).__name__, (Experts, ()))
     return kind(fused, experts, is_stored_fused)

@@ -10,7 +10,17 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, PrefixChange, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    PrefixChange,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
+
+from armor.format.shards import Part
 
 __all__ = ["Names"]
 
@@ -21,6 +31,7 @@ class Names:
     def __init__(self, model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model)
         self.converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self.splitting = [entry for entry in self.converters if _is_split(entry)]
         self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         # As save_pretrained does: by what was used to load the model, else by the mapping without old spellings.
         used: Sequence[WeightTransform] | None = getattr(model, "_weight_conversions", None)
@@ -33,10 +44,19 @@ class Names:
         self._prefix = f"{model.base_model_prefix}."
         own, base = (dict(part.named_children()) for part in (model, model.base_model))
         self._of_base = base.keys() - own.keys()
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
 
     def here(self, tensor: str) -> str:
         """The model's name of a tensor of a checkpoint."""
-        name = _renamed(tensor, self._renamings)
+        name = self._based(_renamed(tensor, self._renamings))
+        if (
+            name not in self._shapes and (same := self._based(tensor)) in self._shapes
+        ):  # as transformers: no old spelling
+            return same
+        return name
+
+    def _based(self, name: str) -> str:
+        """With the prefix of the base model where it must have that."""
         return self._prefix + name if name.partition(".")[0] in self._of_base else name
 
     def module_here(self, module: str) -> str:
@@ -67,6 +87,38 @@ class Names:
                     if first in name and all(part in tensors for part in parts):
                         found.setdefault(joining.dim, {})[name.replace(first, target)] = parts
         return found
+
+    def splits(self, tensors: Collection[str]) -> dict[str, Part]:
+        """What the model has as linears of their own in a checkpoint with the `tensors`, by the checkpoint's names.
+
+        Like q, k and v, which are rows of one query_key_value there.
+        """
+        found: dict[str, Part] = {}
+        for converter in self.splitting:
+            found |= self._split(converter, tensors)
+        return found
+
+    def without_work(self, tensors: Collection[str]) -> list[list[str]]:
+        """The source patterns of what splits a tensor, but none of `tensors`."""
+        return [converter.source_patterns for converter in self.splitting if not self._split(converter, tensors)]
+
+    def _split(self, converter: WeightConverter, tensors: Collection[str]) -> dict[str, Part]:
+        found: dict[str, Part] = {}
+        (source,) = converter.source_patterns
+        for name in tensors:
+            parts = [name.replace(source, target) for target in converter.target_patterns]
+            if source in name and all(self.here(part) in self._shapes for part in parts):
+                start = 0
+                for part in parts:
+                    rows = slice(start, start := start + self._shapes[self.here(part)][0])
+                    found[part] = Part(name, None, rows, transposed=False)
+        return found
+
+
+def _is_split(converter: WeightConverter) -> bool:
+    """Whether it makes tensors of the rows of one, and does no more."""
+    (operation, *others) = converter.operations
+    return not others and isinstance(operation, Split | Chunk) and operation.dim == 0
 
 
 def _renamed(tensor: str, renamings: Sequence[WeightRenaming]) -> str:

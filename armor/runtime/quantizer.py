@@ -79,6 +79,7 @@ class ArmorQuantizer(HfQuantizer):
 
     _wait: Callable[[], None] | None = None
     _own: Sequence[str] = ()  # weights of the first expert of every list of experts that are modules of their own
+    _idle: Sequence[list[str]] = ()  # source patterns of conversions that find nothing
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -118,6 +119,7 @@ class ArmorQuantizer(HfQuantizer):
                 for name, layout in modules.items()
             }
             check_headers(shards, modules)
+        self._idle = Names(model).without_work(shards.names())
         known = self._swap(model, modules, shards.place)
         renamed = shards.renamed(Names(model).here)
         _check_shapes(model, renamed)
@@ -157,11 +159,17 @@ class ArmorQuantizer(HfQuantizer):
     def update_weight_conversions(  # pyright: ignore[reportIncompatibleMethodOverride]  versions give more or less
         self, weight_conversions: list, *others: Any
     ) -> list:
-        """transformers' conversions without those that would fuse experts which are modules of their own."""
+        """transformers' conversions without those that fuse experts which are modules of their own, or find nothing.
+
+        What splits a tensor would otherwise take the packed tensors of its parts for it: in_proj_a for in_proj.
+        """
         weight_conversions = [
             entry
             for entry in weight_conversions
-            if not (isinstance(entry, WeightConverter) and any(entry.rename_source_key(name)[1] for name in self._own))
+            if not (
+                isinstance(entry, WeightConverter)
+                and (entry.source_patterns in self._idle or any(entry.rename_source_key(name)[1] for name in self._own))
+            )
         ]
         return super().update_weight_conversions(weight_conversions, *others)
 

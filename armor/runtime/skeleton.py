@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
-from armor.format.shards import Shards
+from armor.format.shards import Part, Shards
 from armor.runtime.auto import auto_class
 from armor.runtime.conv1d import Turned, turn
 from armor.runtime.experts import parts_of, unfuse
@@ -161,20 +161,36 @@ def named_here(skeleton: Skeleton, stored: Shards) -> Shards:
 def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
     """The tensors in `folder` under the names that records have for them: those in its files, but one for each expert.
 
-    Where experts are stored fused, the names are made up like those of other checkpoints. Weights are (out, in), where
-    files have Conv1D's too.
+    Where experts are stored fused, the names are made up like those of other checkpoints. So are those of linears that
+    are stored as one tensor. Weights are (out, in), where files have Conv1D's too.
     """
     shards, parts = Shards(folder), parts_of(skeleton.model)
     fused, here = {part.tensor for part in parts.values()}, skeleton.names.here
-    shards = shards.renamed(lambda name: here(name) if parts and here(name) in fused else name).split(parts)
+    shards = shards.renamed(lambda name: here(name) if parts and here(name) in fused else name)
+    shards = shards.split({name: _as_stored(skeleton, name, part, shards) for name, part in parts.items()})
+    inside = f"{skeleton.prefix}."
+    splits = skeleton.names.splits(shards.names())
+    shards = shards.split({name: part for name, part in splits.items() if here(name).startswith(inside)})
     turned = {f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, Turned)}
     return shards.turned(name for name in shards.names() if turned and here(name) in turned)
 
 
+def _as_stored(skeleton: Skeleton, name: str, part: Part, shards: Shards) -> Part:
+    """The part, turned if the tensor is stored so: as in transformers, where its shape does not fit as it is."""
+    if part.tensor not in shards or not name.endswith(".weight"):
+        return part
+    *_, rows, columns = shards.shape(part.tensor)
+    linear: Any = skeleton.model.get_submodule(name.removesuffix(".weight"))
+    fits = (rows if part.transposed else columns) == linear.in_features
+    return part if fits else replace(part, transposed=not part.transposed)
+
+
 def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.ModuleList]:
     """The decoder layers of a model and their name in it, like model.layers. ArmorError, naming `where`, if none."""
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    counts = {count, getattr(config, "num_layers", count)}  # LongCat-Flash counts two layers for each that it has
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts}
     for part in (model.get_decoder(), model.base_model):  # a wrapper's other models may have as many layers
         inside = {id(module) for module in part.modules()}
         if found := {name: layers for name, layers in lists.items() if id(layers) in inside}:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from armor.assemble.export import export
 from armor.assemble.verify import verify
@@ -18,7 +19,9 @@ from armor.runtime import cpu
 from armor.runtime.experts import Expert, Experts, fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
+from armor.runtime.skeleton import open_skeleton, stored_tensors
 from armor.runtime.streamed import StreamedModel, stacks_experts
+from benchmarks.families import small_config
 from tests.packed import SETTINGS, factors_of, opened, packed, quantized
 from tests.tiny import MIXTURES, tiny_model
 
@@ -73,6 +76,31 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
         assert close(next(StreamedModel(root / "source").logits([TOKENS])), source(TOKENS).logits)
         unfuse(source)
         assert close(source(TOKENS).logits, next(StreamedModel(root / "source").logits([TOKENS])))
+
+
+def test_experts_that_are_stored_turned_are_read_as_transformers_reads_them(tmp_path):
+    config = small_config("qwen3_vl_moe")
+    config.text_config.moe_intermediate_size = 48  # with 32 gate and up are square, and nothing tells how they lie
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if ".experts." in name}
+    save_file(tensors | turned, tmp_path / "model.safetensors", {"format": "pt"})
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    stored = stored_tensors(open_skeleton(tmp_path, torch.float32), tmp_path)
+    for path in unfuse(model):
+        for name, weight in model.get_submodule(path).named_parameters(prefix=path):
+            assert torch.equal(stored.read(name), weight)
+
+
+def test_an_expert_that_hands_a_token_on_is_none_of_the_modules():
+    config = small_config("longcat_flash")
+    config.zero_expert_num = 12  # beside 4 real ones
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.inference_mode():
+        expected = model(TOKENS).logits
+        for path in unfuse(model):
+            assert len([*model.get_submodule(path).experts()]) == 4
+        assert close(model(TOKENS).logits, expected)
 
 
 def test_experts_that_are_stored_fused_take_integers(tmp_path):
