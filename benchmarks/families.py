@@ -106,26 +106,38 @@ SMALL: dict[str, Any] = {
 LLAMA4 = {"num_hidden_layers": 2, "moe_layers": [0, 1], "no_rope_layers": [1, 0],
           "layer_types": ["chunked_attention", "full_attention"]}  # every layer is a mixture, and listed
 TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}  # in time, height and width
+QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+         "indexer_compress_ratio": 4}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga",
                      "paddleocr_vl"), {"text_config": {"rope_parameters": TURNS}}),
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 8}},
     "codegen": {"rotary_dim": 16},
+    "cosmos3_edge": {"text_config": {"rope_parameters": TURNS}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "exaone4_5": {"text_config": {"model_type": "exaone4"}},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
+    "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "git": {"vision_config": {"num_hidden_layers": 3}},  # layers of the text are found by their number
     "glm4v_moe": {"text_config": {"rope_parameters": TURNS | {"mrope_section": [1, 1, 2]}}},
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "hy_v4_vl": {"text_config": {"rope_parameters": TURNS}},
     "llama4_text": LLAMA4,
     "llama4": {"text_config": LLAMA4,
                "vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 0},  # a checkpoint has no tensors of experts that do nothing
     "mamba2": {"head_dim": 16, "num_heads": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen2_vl": {"text_config": {"rope_parameters": TURNS}, "vision_config": {"embed_dim": 64}},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attention_head_size": 16,
                  "feed_forward_size": 128, "attn_layers": ["local", "local"], "local_attn_chunk_length": 16},
@@ -289,6 +301,10 @@ the logits of the packed model and of the dense one of the same factors; ok is a
 the script made no tiny model that runs as it is, which tells nothing about the family.
 
 {counts}.
+
+Refused are models whose layers cannot be run one by one (Dory, HY-V4, Reformer, XLM, ZAYA), that have no list of
+decoder layers (HRM), or that transformers itself does not load as it saved them (the text models of Emu3 and Mllama,
+ShieldGemma 2). Inkling's wrapper stores its experts in a form that is not read.
 
 | family | share compressed | packed against dense | notes |
 |---|--:|--:|---|

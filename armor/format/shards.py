@@ -190,16 +190,24 @@ class Shards:
         other._entries = self._entries | turned
         return other
 
-    def joined(self, groups: Mapping[str, Sequence[str]], axis: int) -> Shards:
-        """The same tensors, and those of `groups` by name: each is made of others, one behind the other in `axis`."""
+    def joined(self, groups: Mapping[str, Sequence[str]], axis: int, keep: bool = True) -> Shards:
+        """The same tensors, and those of `groups` by name: each is made of others, one behind the other in `axis`.
+
+        Those others stay too, unless `keep` is false.
+        """
         other = copy.copy(self)
         other._entries = dict(self._entries)
         for name, parts in groups.items():
             entries = tuple(self._entry(part) for part in parts)
             shape = list(entries[0].shape)
             shape[axis] = sum(entry.shape[axis] for entry in entries)
-            size = sum(entry.bytes for entry in entries)
-            other._entries[name] = replace(entries[0], shape=tuple(shape), bytes=size, joined=entries, axis=axis)
+            size, stored = (sum(getattr(entry, key) for entry in entries) for key in ("bytes", "stored"))
+            other._entries[name] = replace(
+                entries[0], shape=tuple(shape), bytes=size, joined=entries, axis=axis, stored=stored
+            )
+        if not keep:
+            for part in {part for parts in groups.values() for part in parts}:
+                del other._entries[part]
         return other
 
     def names(self) -> list[str]:
@@ -275,11 +283,13 @@ class Shards:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the CPU, in its own dtype or converted to `dtype`. Raises ArmorError if it cannot be read."""
-        entry = self._entry(name)
+        return self._read_any(self._entry(name), dtype)
+
+    def _read_any(self, entry: _Entry, dtype: torch.dtype | None) -> Tensor:
         if entry.joined:
             import torch
 
-            return torch.cat([self._read(part, dtype) for part in entry.joined], entry.axis)
+            return torch.cat([self._read_any(part, dtype) for part in entry.joined], entry.axis)
         if entry.scaled is not None:
             dense = self._dense(entry)
             return dense if dtype is None else dense.to(dtype)

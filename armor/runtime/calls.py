@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
@@ -39,6 +40,10 @@ class Call:
         """The hidden states that a decoder layer, so called, makes of `hidden`: its output or the first of it."""
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple | list) else output
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def map(self, function) -> Call:
         """The call with `function` applied to each of its tensors."""
@@ -97,13 +102,19 @@ class _Recorder(_StandIn):
         return hidden if behind is None else (hidden, *behind)
 
 
-@torch.no_grad()
 def _behind(layer: nn.Module, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
     """What a decoder layer returns behind the hidden states, on the meta device; None where it returns them alone."""
-    call = call.map(lambda tensor: tensor.to("meta"))
-    empty = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-    output = functional_call(layer, empty, (hidden.to("meta"), *call.args), call.kwargs)
+    output = _on_meta(layer, hidden, call)
     return tuple(output[1:]) if isinstance(output, tuple | list) else None
+
+
+@torch.no_grad()
+def _on_meta(layer: nn.Module, hidden: Tensor, call: Call, watch: TorchFunctionMode | None = None) -> Any:
+    """What a decoder layer returns, without numbers; `watch` is there while it runs."""
+    hidden, call = hidden.to("meta"), call.map(lambda tensor: tensor.to("meta"))
+    empty = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+    with watch or contextlib.nullcontext():
+        return functional_call(layer, empty, (hidden, *call.args), call.kwargs)
 
 
 class _Reader(_StandIn):
@@ -178,14 +189,38 @@ def _observed(skeleton: Skeleton, tokens: Tensor, learn: bool) -> tuple[Tensor, 
                 f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} calls it {recorder.times} times in one "
                 "pass; its layers cannot be run one by one, and the model is not supported"
             )
-        given = pytree.tree_leaves((recorder.seen[1].args, recorder.seen[1].kwargs))
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in given):
-            raise ArmorError(
-                f"{skeleton.prefix}.{index}: takes more of an earlier decoder layer than hidden states; its layers "
-                "cannot be run one by one, and the model is not supported"
-            )
-        calls.append(recorder.seen[1])
+        call = recorder.seen[1]
+        if any(leaf.is_meta for leaf in call.tensors()):
+            if index not in skeleton.takes_more:
+                skeleton.takes_more[index] = _takes_more(skeleton.layers[index], hidden, call)
+            if skeleton.takes_more[index]:
+                raise ArmorError(
+                    f"{skeleton.prefix}.{index}: takes more of an earlier decoder layer than hidden states; its layers "
+                    "cannot be run one by one, and the model is not supported"
+                )
+            call = call.map(lambda tensor: None if tensor.is_meta else tensor)
+        calls.append(call)
     return hidden, calls
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether anything is computed with one of the `tensors`."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tensors, self.seen = tensors, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        self.seen |= any(leaf is tensor for leaf in given for tensor in self.tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def _takes_more(layer: nn.Module, hidden: Tensor, call: Call) -> bool:
+    """Whether a decoder layer computes with what stood behind an earlier one's hidden states; some hand it on alone."""
+    watch = _Watch([tensor for tensor in call.tensors() if tensor.is_meta])
+    _on_meta(layer, hidden, call, watch)
+    return watch.seen
 
 
 def observe_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:

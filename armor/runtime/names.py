@@ -72,7 +72,7 @@ class Names:
         return self.saved(f"{module}.weight").removesuffix(".weight")
 
     def joins(self, tensors: Collection[str]) -> dict[int, dict[str, list[str]]]:
-        """The tensors of the model that a checkpoint with the `tensors`, by the model's names, has in parts.
+        """The tensors of the model that a checkpoint with the `tensors`, by the names of either, has in parts.
 
         By the axis in which transformers joins them, like q_conv1d, k_conv1d and v_conv1d of linear attention. Experts
         are not among them.
@@ -80,8 +80,8 @@ class Names:
         found: dict[int, dict[str, list[str]]] = {}
         for converter in self.converters:
             if len(converter.operations) == 1 and isinstance(joining := converter.operations[0], Concatenate):
-                first, *others = converter.source_patterns
-                (target,) = converter.target_patterns
+                first, *others = (pattern.replace("\\", "") for pattern in converter.source_patterns)
+                target = converter.target_patterns[0].replace("\\", "")
                 for name in tensors:
                     parts = [name, *(name.replace(first, other) for other in others)]
                     if first in name and all(part in tensors for part in parts):

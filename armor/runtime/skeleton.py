@@ -77,6 +77,14 @@ class Skeleton:
         return {}
 
     @cached_property
+    def takes_more(self) -> dict[int, bool]:
+        """Whether a decoder layer computes with what stands behind an earlier one's hidden states, of those handed it.
+
+        `armor.runtime.calls.observe` fills it too.
+        """
+        return {}
+
+    @cached_property
     def names(self) -> Names:
         """What checkpoints and the model call the same tensor."""
         return Names(self.model)
@@ -171,6 +179,10 @@ def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:
     inside = f"{skeleton.prefix}."
     splits = skeleton.names.splits(shards.names())
     shards = shards.split({name: part for name, part in splits.items() if here(name).startswith(inside)})
+    linears = {f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+    for axis, groups in skeleton.names.joins(set(shards.names())).items():
+        own = {name: parts for name, parts in groups.items() if here(name) in linears and here(name).startswith(inside)}
+        shards = shards.joined(own, axis, keep=False)
     turned = {f"{name}.weight" for name, module in skeleton.model.named_modules() if isinstance(module, Turned)}
     return shards.turned(name for name in shards.names() if turned and here(name) in turned)
 
@@ -194,12 +206,16 @@ def decoder_layers(model: PreTrainedModel, where: Path | str) -> tuple[str, nn.M
     for part in (model.get_decoder(), model.base_model):  # a wrapper's other models may have as many layers
         inside = {id(module) for module in part.modules()}
         if found := {name: layers for name, layers in lists.items() if id(layers) in inside}:
-            name = max(found, key=lambda name: sum(parameter.numel() for parameter in found[name].parameters()))
-            return name, found[name]
+            return max(found.items(), key=lambda item: _weights_of_linears(item[1]))
     raise ArmorError(
         f"{where}: {type(model).__name__} has no list of decoder layers (num_hidden_layers is {count}); "
         "expected a decoder-only transformer"
     )
+
+
+def _weights_of_linears(layers: nn.Module) -> int:
+    """How many weights the linears in `layers` have."""
+    return sum(module.weight.numel() for module in layers.modules() if isinstance(module, nn.Linear))
 
 
 def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values: bool = True) -> None:
@@ -224,10 +240,24 @@ def load_outside(skeleton: Skeleton, shards: Shards, head: bool = False, values:
             )
     if head:
         skeleton.model.tie_weights()
+    _place_first(skeleton, "cpu")
+
+
+def _place_first(skeleton: Skeleton, device: str) -> None:
+    """Let the first tensor of a wrapper, mostly of its images, be zeros on `device`: some move the text to where it is.
+
+    They take no memory.
+    """
+    name, tensor = next(iter(skeleton.model.base_model.named_parameters()))
+    owner, _, last = name.rpartition(".")
+    module = skeleton.model.base_model.get_submodule(owner)
+    if any(module is inner for child in skeleton.beside.values() for inner in child.modules()):
+        place_tensor(module, last, torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape))
 
 
 def place_outside(skeleton: Skeleton, device: str) -> None:
     """Move what `load_outside` loaded, and what is computed beside it, to `device`."""
+    _place_first(skeleton, device)
     away = skeleton._away()  # on the meta device, from where nothing can be moved
     for module in skeleton.model.modules():
         if id(module) not in away:

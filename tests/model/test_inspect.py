@@ -169,6 +169,17 @@ class Handing(Ignoring):
         return x
 
 
+class Wanting(Pair):
+    def forward(self, x, told=None):
+        return super().forward(x if told is None else x + told)
+
+
+class Taking(Handing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pair(), Wanting()])
+
+
 class Repeating(Ignoring):
     def forward(self, input_ids, use_cache):
         return super().forward(super().forward(input_ids, use_cache).argmax(-1), use_cache)
@@ -192,13 +203,14 @@ def test_a_layer_that_must_see_numbers_is_followed_on_zeros_and_its_router_stays
     assert names == [f"model.layers.{k}.self_attention.kv_proj" for k in range(2)]
 
 
-def test_what_layers_return_behind_hidden_states_is_let_go_and_no_later_layer_may_want_it():
-    tokens, model = torch.zeros(1, 3, dtype=torch.int64), Ignoring()
-    hidden, calls = observe(Skeleton(model, model.layers, "layers"), tokens)
-    with torch.no_grad():
-        for layer, call in zip(model.layers, calls, strict=True):
-            hidden = call.run(layer, hidden)
-        assert torch.equal(hidden, model(tokens, False))
-    for model, said in ((Handing(), r"layers\.1: takes more"), (Repeating(), r"layers\.0: Repeating calls it 2 times")):
+def test_what_layers_return_behind_hidden_states_is_let_go_and_no_later_layer_may_use_it():
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    for model in (Ignoring(), Handing()):
+        hidden, calls = observe(Skeleton(model, model.layers, "layers"), tokens)
+        with torch.no_grad():
+            for layer, call in zip(model.layers, calls, strict=True):
+                hidden = call.run(layer, hidden)
+            assert torch.equal(hidden, model(tokens, False))
+    for model, said in ((Taking(), r"layers\.1: takes more"), (Repeating(), r"layers\.0: Repeating calls it 2 times")):
         with pytest.raises(ArmorError, match=said):
             observe(Skeleton(model, model.layers, "layers"), tokens)
