@@ -216,7 +216,9 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                                                              int gathers, int half, int x_rows,
                                                              float out[2][8][CHUNK]) {
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
-    const int at_once = x_rows == 8 ? 1 : x_rows == 4 && type == FLOATS ? 4 : 2; /* their sums stay in registers */
+    /* Rows that meet x together: so many that their sums stay in registers; those of int8 are needed only at the end of
+     * a group of columns. */
+    const int at_once = x_rows == 8 && type != INT8 ? 1 : x_rows == 4 && type == FLOATS ? 4 : 2;
     const element *u = linear->u;
     const int64_t in = linear->in, kept = linear->kept, last = linear->rows - 1;
     const int64_t group = type == FLOATS ? in : linear->integers.group, groups = (in + group - 1) / group;
