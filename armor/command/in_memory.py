@@ -29,7 +29,6 @@ from armor.factorize.quantize import asked_for, quantize_weights, sharing_right
 from armor.factorize.sharing import groups_of, parts_of
 from armor.format.records.topology import Linear
 from armor.format.statistics import Accumulator, Statistics
-from armor.methods import METHODS, UNCHANGED
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.runtime.calls import Call
@@ -93,7 +92,7 @@ def _compress(
         asked, note = possible(own, module.out_features, module.in_features)
         if note:
             log.warning("%s: %s", name, note)
-        if asked.method != UNCHANGED:
+        if not asked.is_dense:
             linears[name], settings[name] = module, asked
     check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:
@@ -103,7 +102,7 @@ def _compress(
         stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
         for stage, s in chosen.training().items()
     }
-    with_gram = {name for name, asked in settings.items() if "gram" in METHODS[asked.method].statistics}
+    with_gram = {name for name, asked in settings.items() if asked.takes("gram")}
     inputs, fed = _statistics(model, linears, with_gram, tokens)
     factors = _factors(chosen.share_right, linears, settings, inputs, fed, seed, where)
     train(model, chosen, samples, factors, seed, partial(_quantize, chosen, linears, inputs, factors, prefix))

@@ -12,7 +12,7 @@ from armor.config.common import nearest
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
 from armor.core.typed import Typed
-from armor.methods import DEFAULT, METHODS, UNCHANGED
+from armor.methods import DEFAULT, METHODS, UNCHANGED, Method
 from armor.methods.solver.settings import Algorithm, Selection, SolverSettings
 
 __all__ = [
@@ -88,6 +88,20 @@ class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
     solver: SolverSettings = SolverSettings()
     """The optimiser of the method armor."""
 
+    @property
+    def how(self) -> Method:
+        """Its method, as that is registered."""
+        return METHODS[self.method]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weight stays as it is."""
+        return self.method == UNCHANGED
+
+    def takes(self, name: str) -> bool:
+        """Whether its method takes this statistic of the input, or this setting."""
+        return name in (*self.how.statistics, *self.how.settings)
+
 
 class Choice(Typed):
     """What decides the bits of a linear. What is left out stays as the recipe says."""
@@ -155,13 +169,13 @@ class LayerSettings(ModuleSettings):
     over: list[Choice] = []
     """What the recipe's budget chooses from; empty without one."""
 
-    def methods(self) -> list[str]:
+    def methods(self) -> list[Method]:
         """The methods that it names, each once."""
-        return methods_of(self.method, [*self.overrides, *self.over])
+        return [METHODS[name] for name in methods_of(self.method, [*self.overrides, *self.over])]
 
     def code(self) -> list[str]:
         """The modules of the methods, for the hash of the code that a layer's job executes."""
-        return sorted({module for name in self.methods() for module in METHODS[name].code})
+        return sorted({module for method in self.methods() for module in method.code})
 
     def for_module(self, name: str) -> ModuleSettings:
         """The settings of the linear with the full module name `name`."""

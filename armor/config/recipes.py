@@ -63,7 +63,7 @@ class Recipe(ModuleSettings):
                 raise ValueError(
                     "base: goes with refine, quantize or tune; without them this is the recipe that it names"
                 )
-        elif self.method == UNCHANGED and self.stages():
+        elif self.is_dense and self.stages():
             raise ValueError(f"{self.stages()[0]}: a dense recipe has no factors")
         elif self.stages() and (name := self.integers()):
             raise ValueError(
@@ -75,7 +75,7 @@ class Recipe(ModuleSettings):
             raise ValueError(
                 f"share_right: {self.method} makes no B; leave it out, or choose {' or '.join(with_blocks)}"
             )
-        elif self.method == UNCHANGED and self.budget is not None:
+        elif self.is_dense and self.budget is not None:
             raise ValueError("budget: a dense recipe has none; choose a method, and list dense in over")
         return self
 

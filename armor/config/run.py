@@ -21,7 +21,7 @@ from armor.config.training import RefineJob, TuneJob, overlap
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
-from armor.methods import METHODS, UNCHANGED
+from armor.methods import METHODS
 
 __all__ = ["Asked", "Config", "Run"]
 
@@ -109,14 +109,14 @@ class Config(Typed):
         if recipe.base is not None:
             self._check_base(name)
             return
-        if recipe.method == UNCHANGED and recipe.overrides:
+        if recipe.is_dense and recipe.overrides:
             raise ValueError(
                 f"recipes.{name}.overrides: a dense recipe has none; to compress a part of the model, choose a "
                 "method and list the other modules in keep_dense"
             )
         if recipe.calibration is not None:
             _known(f"recipes.{name}.calibration", recipe.calibration, self.calibrations)
-        elif recipe.method != UNCHANGED and len(self.calibrations) != 1:
+        elif not recipe.is_dense and len(self.calibrations) != 1:
             raise ValueError(
                 f"recipes.{name}.calibration: not given, and there are {len(self.calibrations)} calibrations to "
                 "choose from; name one"
@@ -186,7 +186,7 @@ class Config(Typed):
 
     def is_dense(self, recipe: str) -> bool:
         """Whether `recipe` leaves the model as it is, so that there is nothing to factorize."""
-        return self.factorized(recipe).method == UNCHANGED
+        return self.factorized(recipe).is_dense
 
     def chain(self, recipe: str) -> list[tuple[str, str]]:
         """The stages that make the factors of `recipe` one after the other, each with the recipe that asks for it."""
@@ -288,24 +288,25 @@ class Config(Typed):
 
     def report_settings(self) -> ReportSettings:
         """What the report is about: every pair, in order."""
-        pairs = [
-            ReportPair(
-                model=model,
-                recipe=name,
-                method=self.factorized(name).method,
-                title=METHODS[self.factorized(name).method].title,
-                pattern=str(METHODS[self.factorized(name).method].pattern(self.factorized(name))),
-                block_size=None if self.factorized(name).budget else self.factorized(name).block_size,
-                chain=self.chain(name),
-                calibration=self.calibration_of(name) if self.calibrations else None,
-                evaluations=asked.texts,
-                tasks={evaluation: [*asked_tasks(self.evaluations[evaluation])] for evaluation in asked.tasks},
-                benchmarks=asked.benchmarks,
-                serving=asked.serving,
-            )
-            for (model, name), asked in self.pairs().items()
-        ]
+        pairs = [self._reported(*names, asked) for names, asked in self.pairs().items()]
         return ReportSettings(pairs=pairs, config=self.model_dump(mode="json", exclude_defaults=True))
+
+    def _reported(self, model: str, recipe: str, asked: Asked) -> ReportPair:
+        made = self.factorized(recipe)
+        return ReportPair(
+            model=model,
+            recipe=recipe,
+            method=made.method,
+            title=made.how.title,
+            pattern=str(made.how.pattern(made)),
+            block_size=None if made.budget else made.block_size,
+            chain=self.chain(recipe),
+            calibration=self.calibration_of(recipe) if self.calibrations else None,
+            evaluations=asked.texts,
+            tasks={evaluation: [*asked_tasks(self.evaluations[evaluation])] for evaluation in asked.tasks},
+            benchmarks=asked.benchmarks,
+            serving=asked.serving,
+        )
 
     def module_patterns(self, recipe: str) -> list[str]:
         """The patterns over module names that `recipe` has, each of which should match something."""

@@ -16,16 +16,16 @@ from armor.execution.machine import device_memory_bytes
 from armor.factorize.sharing import groups_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import DecoderLayer, Linear
-from armor.methods import METHODS, UNCHANGED
+from armor.methods import UNCHANGED
 
 __all__ = ["check_memory", "groups_asked", "layouts_of", "linear_bytes", "possible"]
 
 
 def possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
     """The settings that a weight (out, in) allows, and a note if they are not those asked for."""
-    if settings.method == UNCHANGED:
+    if settings.is_dense:
         return settings, None
-    method = METHODS[settings.method]
+    method = settings.how
     pattern = method.pattern(settings)
     shape = f"{out_features} x {in_features}"
     if not pattern.fits(in_features):
@@ -53,13 +53,13 @@ def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, Packed
     found: dict[str, PackedLinear] = {}
     resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
     for group, asked in groups_asked(layer, settings, resolved):
-        method = METHODS[asked.method]
+        method = asked.how
         pattern, last = method.pattern(asked), group[0].name.rpartition(".")[2]
-        for linear in group if asked.method != UNCHANGED else ():
+        for linear in () if asked.is_dense else group:
             shape = (linear.out_features, linear.in_features)
-            blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else (None, None)
+            blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else (None, None)
             right_of = None if linear is group[0] else last
-            rank = (min(asked.rank, *shape) or None) if "rank" in method.settings else None
+            rank = (min(asked.rank, *shape) or None) if asked.takes("rank") else None
             kind = method.integers(shape, asked)
             found[linear.name] = PackedLinear(*shape, pattern, *blocks, kind, right_of, rank)
     return {linear.name: found[linear.name] for linear in layer.linears if linear.name in found}
@@ -83,4 +83,4 @@ def linear_bytes(linear: Linear, asked: Sequence[ModuleSettings]) -> int:
     shape = (linear.out_features, linear.in_features)
     chosen = [possible(settings, *shape)[0] for settings in asked]
     itemsize = getattr(torch, linear.dtype).itemsize
-    return max(METHODS[settings.method].peak_bytes(shape, itemsize, settings) for settings in chosen)
+    return max(settings.how.peak_bytes(shape, itemsize, settings) for settings in chosen)

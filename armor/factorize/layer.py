@@ -41,7 +41,6 @@ from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.format.statistics import Statistics, read_statistics
-from armor.methods import METHODS, UNCHANGED
 from armor.methods.solver.objective import condition
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
@@ -169,7 +168,7 @@ def _factorized(
         note = why or note
     found: Sequence[Factorization | None] | None = [None]
     chance, place = seed_of(seed, first.name), device
-    if asked.method != UNCHANGED:
+    if not asked.is_dense:
         weights = [shards.read(f"{name}.weight") for name in names]
         where = [f"{shards.folder / linear.shard}: {linear.name}.weight" for linear in group]
         for weight, own in zip(weights, where, strict=True) if len(group) > 1 else ():
@@ -256,14 +255,14 @@ def factorize_weight(
     """The factors of weight (out, in) under its input's statistics, on the CPU. Raises ArmorError naming `where`."""
     check_finite(weight, where)
     try:
-        found = METHODS[settings.method].run(weight, of_input, settings, seed)
+        found = settings.how.run(weight, of_input, settings, seed)
     except ValueError as error:
         raise ArmorError(f"{where}: {error}") from error
     if not (math.isfinite(found.loss) and math.isfinite(found.start_loss)):
         raise ArmorError(
             f"{where}: {settings.method} ended with loss {found.loss}, expected a number; try another method"
         )
-    if found.pattern != (expected := METHODS[settings.method].pattern(settings)):
+    if found.pattern != (expected := settings.how.pattern(settings)):
         raise ArmorError(
             f"{where}: {settings.method} made a core of pattern {found.pattern}, expected {expected}; its function "
             "must take `pattern`"
@@ -322,11 +321,10 @@ def inputs_of(
     `asked` are the ways in which each linear is compressed. Raises ArmorError for statistics that are missing, broken
     or of another model.
     """
-    methods = {name: {settings.method for settings in several} for name, several in asked.items()}
-    if set().union(*methods.values()) <= {UNCHANGED}:
+    if all(settings.is_dense for several in asked.values() for settings in several):
         return {}
-    with_gram = {name for name, used in methods.items() if any("gram" in METHODS[m].statistics for m in used)}
-    found = read_statistics(file, topology.fingerprint, gram=bool(with_gram), linears=methods)
+    with_gram = {name for name, several in asked.items() if any(settings.takes("gram") for settings in several)}
+    found = read_statistics(file, topology.fingerprint, gram=bool(with_gram), linears=asked)
     for linear in layer.linears:
         if linear.name not in found:
             raise ArmorError(f"{file}: no statistics of the input of {linear.name}; calibrate again")

@@ -34,7 +34,6 @@ from armor.format.records.topology import Linear, Topology
 from armor.format.sensitivity import Sensitivity, read_sensitivities
 from armor.format.shards import WIDTHS, Shards
 from armor.format.statistics import Statistics
-from armor.methods import METHODS, UNCHANGED
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 
@@ -103,10 +102,10 @@ def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice
     for choice in settings.choices(linear.name):
         shape = linear.out_features, linear.in_features
         asked, _ = possible(choice.apply(settings.for_module(linear.name)), *shape)
-        method, pattern = METHODS[asked.method], Pattern.parse(asked.pattern)
-        blocks = sizes(shape, pattern, asked.block_size) if "block_size" in method.settings else None
-        rank = asked.rank if "rank" in method.settings else None
-        comes_to = method.name, pattern if "pattern" in method.settings else None, rank, blocks
+        pattern = Pattern.parse(asked.pattern)
+        blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else None
+        rank = asked.rank if asked.takes("rank") else None
+        comes_to = asked.method, pattern if asked.takes("pattern") else None, rank, blocks
         if comes_to not in seen:
             seen.append(comes_to)
             yield choice, asked
@@ -125,13 +124,13 @@ def _price(
 ) -> Price:
     """What a choice takes and costs; `asked` are the settings that it comes to, `tried` the iterations to try with."""
     dense_bits = 8 * WIDTHS[linear.dtype]
-    if asked.method == UNCHANGED:
+    if asked.is_dense:
         return Price(choice=choice.given(), bits=dense_bits, predicted_kl=0.0)
     assert of_input is not None  # they are there where anything is compressed
     weight = shards.read(f"{linear.name}.weight")
     where = f"{shards.folder / linear.shard}: {linear.name}.weight"
     wanted, bits, costs = asked.solver.iterations, 0.0, {}
-    searched = "solver" in METHODS[asked.method].settings and tried < wanted
+    searched = asked.takes("solver") and tried < wanted
     for iterations in (tried // 3, tried) if searched else (wanted,):
         solver = asked.solver.replace(iterations=iterations)
         found, _ = factorize_somewhere(weight, of_input, asked.replace(solver=solver), seed, where, device)

@@ -39,7 +39,7 @@ def groups_of(
         parent, _, last = linear.name.rpartition(".")
         listed = 0 if share is True else next((i for i, names in enumerate(share or []) if last in names), None)
         own = asked[linear.name]
-        if listed is None or "block_size" not in METHODS[own.method].settings:
+        if listed is None or not own.takes("block_size"):
             groups[linear.name] = [linear]
             continue
         first = fed.setdefault((parent, listed), linear)

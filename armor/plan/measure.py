@@ -25,7 +25,6 @@ from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
 from armor.format.checkpoint import PackedLinear
 from armor.format.statistics import Statistics
-from armor.methods import METHODS
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
 from armor.runtime.calls import Call, observe
@@ -133,21 +132,21 @@ class _Timer:
         columns = min(largest.in_features, ENTRIES // 128)
         rows = min(largest.out_features, max(ENTRIES // columns // 128 * 128, 128))
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        gram = torch.eye(columns) if "gram" in METHODS[kind.settings.method].statistics else None
+        gram = torch.eye(columns) if kind.settings.takes("gram") else None
         of_input = Statistics(torch.ones(columns), gram, 1)
 
         def seconds(iterations: int) -> float:
             solver = kind.settings.solver.replace(iterations=iterations)
             asked = kind.settings.replace(solver=solver)
             start = time.perf_counter()
-            METHODS[asked.method].run(weight, of_input, asked, 0)
+            asked.how.run(weight, of_input, asked, 0)
             return time.perf_counter() - start
 
         threads, wanted = torch.get_num_threads(), kind.settings.solver.iterations
         torch.set_num_threads(1)
         try:
             seconds(1)
-            if "solver" not in METHODS[kind.settings.method].settings or wanted <= EARLY + MORE:
+            if not kind.settings.takes("solver") or wanted <= EARLY + MORE:
                 return min(seconds(wanted) for _ in range(REPEATS)) / weight.numel()
             first, more = seconds(EARLY), seconds(EARLY + MORE)
             slope = max(0.0, more - first) / MORE  # on a busy machine the longer run may have been the faster one

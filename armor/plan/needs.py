@@ -19,7 +19,6 @@ from armor.config.training import TrainingSettings
 from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
 from armor.format.records.topology import DecoderLayer
-from armor.methods import METHODS, UNCHANGED
 from armor.plan.measured import benchmark, evaluate, predict, serving, tasks
 from armor.plan.need import (
     BESIDE_CUDA,
@@ -103,7 +102,7 @@ def _factorizing(plan: Plan, model: str, recipe: str, layer: DecoderLayer) -> Ne
     packed = plan.subjects[model].packed[recipe]
     asked = plan.asked(recipe, layer)
     settings = plan.config.layer_settings(recipe, layer.index)
-    gram = any("gram" in METHODS[one.method].statistics for several in asked.values() for one in several)
+    gram = any(one.takes("gram") for several in asked.values() for one in several)
     statistics = 4 * sum(group[0].in_features ** (2 if gram else 1) for group in layer.groups())
     held, peak, computing, work = statistics, 0, 0, [START]
     resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
@@ -112,7 +111,7 @@ def _factorizing(plan: Plan, model: str, recipe: str, layer: DecoderLayer) -> Ne
         entries, itemsize = linear.out_features * linear.in_features, getattr(torch, linear.dtype).itemsize
         own = linear_bytes(linear, asked[group[0]] if len(group) == 1 else [chosen])
         peak, computing = max(peak, held + own), max(computing, own)
-        if chosen.method != UNCHANGED:
+        if not chosen.is_dense:
             held += entries * (itemsize + 1)  # the core and its mask, as they are read back
             work.append(solving(chosen, (linear.out_features, linear.in_features)))
     written = packed.layer_bytes(layer)
@@ -137,7 +136,7 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
             chosen, _ = possible(asked, *shape)
             few = min(settings.iterations, chosen.solver.iterations)
             tried = chosen.solver.replace(iterations=max(few * 4 // 3, 1))  # with all, and a third
-            if chosen.method != UNCHANGED:
+            if not chosen.is_dense:
                 work.append(solving(chosen.replace(solver=tried), shape))
     return Need(memory_of(0, peak), work=tuple(work))
 

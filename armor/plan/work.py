@@ -12,7 +12,6 @@ from typing import NamedTuple
 from armor.config.layers import ModuleSettings
 from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
-from armor.methods import METHODS
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 
 __all__ = ["Forward", "Head", "Kind", "Read", "Solve", "Start", "Step", "Train", "Work", "solving"]
@@ -103,9 +102,9 @@ def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Work:
     three for the curvatures. Each product reads and writes a matrix; so do some thirty operations on single entries.
     """
     entries = float(shape[0] * shape[1])
-    kind, method = Solve(settings), METHODS[settings.method]
-    if "solver" not in method.settings:
-        columns = float(shape[1]) if "gram" in method.statistics else 0.0
+    kind = Solve(settings)
+    if not settings.takes("solver"):
+        columns = float(shape[1]) if settings.takes("gram") else 0.0
         return Work(kind, entries, 2 * entries * columns + 3 * columns**3, True, 40 * entries)
     left, right = sizes(shape, Pattern.parse(settings.pattern), settings.block_size)
     products = 11.0 if settings.solver.algorithm == "fast" else 6.0

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from armor.config.layers import LayerSettings
 from armor.format.records.topology import DecoderLayer, Linear
 from armor.format.shards import WIDTHS
-from armor.methods import METHODS
 
 __all__ = ["JOB_BYTES", "expert_groups"]
 
@@ -41,7 +40,7 @@ def _bytes(linears: Iterable[Linear], settings: LayerSettings) -> tuple[int, int
     Whatever method of the settings each has. The factors are there as they were found, core and mask, and as they are
     written.
     """
-    methods = [METHODS[name] for name in settings.methods()]
+    methods = settings.methods()
     power = 2 if any("gram" in method.statistics for method in methods) else 1
     together: dict[tuple[object, int, str], int] = {}
     inputs: dict[int, int] = {}

@@ -29,7 +29,6 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.layout import RESULTS, RUN
 from armor.format.records.run import RunRecord
-from armor.methods import METHODS
 from armor.run.jobs import Job, jobs
 from armor.run.stages import STAGES
 from armor.run.status import cost, last_config
@@ -111,7 +110,7 @@ class Course:
         seconds = STAGES[job.stage].seconds
         if job.stage in ("experts", "factorize"):
             recipe = self.config.recipes[job.names[1]]
-            if "solver" in METHODS[recipe.method].settings:
+            if recipe.takes("solver"):
                 seconds += TYPICAL_ITERATION * recipe.solver.iterations
         return seconds
 

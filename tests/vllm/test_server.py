@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("model"), "Qwen3")
 
 
-ARMOR = "from armor.__main__ import main; main()"
+ARMOR = "from armor.command.entry import main; main()"
 WITHOUT_VLLM = f"import sys; sys.modules['vllm'] = None; {ARMOR}"
 
 
