@@ -29,6 +29,7 @@ __all__ = [
     "ASSUME_AMX",
     "LEVELS",
     "TYPES",
+    "Joined",
     "Operands",
     "available",
     "grouped",
@@ -39,7 +40,6 @@ __all__ = [
     "linears",
     "multiply",
     "runs_in_c",
-    "side_by_side",
     "supports",
     "unpack",
 ]
@@ -274,8 +274,9 @@ def _contiguous(own: Operands) -> Operands:
     return Operands(*held)
 
 
-def _part(own: Operands, columns: int, y: Tensor, stride: int) -> _Part:
-    """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next."""
+def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
+    """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next; without
+    `y` its address must still come."""
     (out, kept), integers = own.values.shape, None
     if own.core_scales is not None:
         is_int4 = own.values.dtype == torch.uint8
@@ -348,37 +349,35 @@ def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
     return [(0, len(group))] if shared and len(group) <= _PARTS else [(i, i + 1) for i in range(len(group))]
 
 
-def _side_by_side(x: Tensor, *fields: Any) -> Tensor:
-    """x times several linears; `fields` are those of their Operands, each a list."""
-    operands = [Operands(*own) for own in zip(*fields, strict=True)]
-    y = x.new_empty(*x.shape[:-1], sum(len(own.values) for own in operands))
-    out = y.split([len(own.values) for own in operands], dim=-1)
-    if is_one_call(x, len(operands)):
-        linears(x, operands, out=out)
-    else:
-        for own, one in zip(operands, out, strict=True):
-            one.copy_(_run(x, *own))
-    return y
+class Joined:
+    """Linears with one input, their outputs side by side in one tensor, made ready once: a call takes little more than
+    the kernel's time. Tensors that later take the place of these are not seen. No gradient goes through."""
 
+    def __init__(self, operands: Sequence[Operands], columns: int) -> None:
+        """`columns`: the input channels of each. Ask `supports` of each first. Raises ValueError if shapes do not fit
+        each other."""
+        for own in operands:
+            _check_shapes(own.values.new_empty(0, columns), own)
+        self._operands, self._columns = [_contiguous(own) for own in operands], columns
+        sizes = [len(own.values) for own in self._operands]
+        self.out_features = sum(sizes)
+        self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        self._table = _Part * len(sizes)
+        self._parts = self._table(*(_part(own, columns, None, self.out_features) for own in self._operands))
 
-_joined = torch.library.custom_op(
-    "armor::cpu_linears",
-    _side_by_side,
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor x, Tensor[] values, Tensor[] bits, Tensor?[] left, Tensor?[] right, Tensor?[] bias, int[] groups, "
-    "Tensor?[] core_scales, Tensor?[] left_scales, Tensor?[] right_scales, int[] columns) -> Tensor",
-)
-_joined.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], sum(own.shape[0] for own in values)))
-
-
-def side_by_side(x: Tensor, operands: Sequence[Operands]) -> Tensor:
-    """x (..., in) times several linears, their outputs side by side in one tensor; in one call where that can be.
-
-    Ask `supports` of each linear first. No gradient goes through.
-    """
-    multiply = _joined if operator.is_needed(x, None) else _side_by_side
-    return multiply(x, *map(list, zip(*operands, strict=True)))
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), bit for bit what `linear` gives of each. Raises ValueError for another `in`."""
+        if x.shape[-1] != self._columns:
+            raise ValueError(f"x of {x.shape[-1]} columns, expected {self._columns}")
+        if not runs_in_c(x) or len(self._operands) > _PARTS or not x.numel():
+            return torch.cat([_run(x, *own) for own in self._operands], dim=-1)
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        parts, address, size = self._table.from_buffer_copy(self._parts), y.data_ptr(), y.element_size()
+        for part, start in zip(parts, self._starts, strict=True):
+            part.y = address + start * size
+        _call(x, parts, len(parts), _best)
+        return y
 
 
 def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]  it has its own environment
+from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]  the same
 from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]  it has its own environment
     LinearBase,
     LinearMethodBase,
@@ -129,6 +131,7 @@ class ArmorLinearMethod(LinearMethodBase):
         self.layouts = layouts
         self.parts: list[Piece] = []
         self.awaited: set[tuple[int, str]] = set()
+        self.joined: dict[tuple[torch.dtype, bool], cpu.Joined | None] = {}  # by x's dtype, and with a bias or not
 
     def create_weights(
         self,
@@ -144,6 +147,7 @@ class ArmorLinearMethod(LinearMethodBase):
             self.parts = self._parts(layer, input_size_per_partition, output_partition_sizes)
         except ArmorError as error:
             raise Refused(str(error)) from None
+        get_current_vllm_config().compilation_config.static_forward_context[layer.prefix] = layer
         for index, part in enumerate(self.parts):
             whole = part.packed.integers() if part.packed else {}
             for suffix, shape in part.shapes().items():
@@ -211,26 +215,26 @@ class ArmorLinearMethod(LinearMethodBase):
             index, suffix = min(self.awaited)
             name = list(self.layouts)[index]
             raise Refused(f"{name}.{suffix}: not loaded; assemble or copy the checkpoint again")
+        self.joined.clear()  # of the weights before, where they are loaded anew
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the outputs of the parts side by side; on a CPU by one call of the kernel."""
-        sizes = [part.out_features for part in self.parts]
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        layouts = [part.packed for part in self.parts]
-        tensors: list[list[Any]] = [
-            [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), own]
-            + [self._tensor(layer, suffix, index) for suffix in SCALES]
-            for index, own in enumerate(biases)
-        ]
-        if len(layouts) > 1 and not any(layout and layout.rank for layout in layouts):
-            found = (layout and operands_of(layout, x, *own) for layout, own in zip(layouts, tensors, strict=True))
-            operands = [own for own in found if own is not None]
-            if len(operands) == len(layouts):
-                return cpu.side_by_side(x, operands)
+        if x.device.type == "cpu" and torch.compiler.is_compiling():
+            return torch.ops.armor.vllm_linear(x, bias, layer.prefix, sum(part.out_features for part in self.parts))
+        return self.multiply(layer, x, bias)
+
+    def multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `apply` returns, computed at once."""
+        key = x.dtype, bias is not None
+        if key not in self.joined:
+            self.joined[key] = self._join(layer, x, bias)
+        if joined := self.joined[key]:
+            return joined(x)
         outputs = []
-        for index, (layout, own) in enumerate(zip(layouts, tensors, strict=True)):
+        for index, (part, own) in enumerate(zip(self.parts, self._tensors(layer, bias), strict=True)):
+            layout = part.packed
             if layout is None:
-                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), biases[index]))
+                outputs.append(F.linear(x, getattr(layer, f"weight_{index}"), own[4]))
             else:
                 y = multiply(layout, x, *own)
                 if layout.rank:
@@ -239,12 +243,48 @@ class ArmorLinearMethod(LinearMethodBase):
                 outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
+    def _join(self, layer: Any, x: Tensor, bias: Tensor | None) -> cpu.Joined | None:
+        """All parts as one call of the CPU's kernel on what is like x; None where it does not take each of them."""
+        operands = []
+        for part, own in zip(self.parts, self._tensors(layer, bias), strict=True):
+            layout = part.packed
+            found = None if layout is None or layout.rank else operands_of(layout, x, *own)
+            if found is None:
+                return None
+            operands.append(found)
+        return cpu.Joined(operands, x.shape[-1])
+
+    def _tensors(self, layer: Any, bias: Tensor | None) -> list[list[Any]]:
+        """What `armor.runtime.linear.multiply` takes of each part, behind x."""
+        sizes = [part.out_features for part in self.parts]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return [
+            [*(self._tensor(layer, suffix, index) for suffix in SUFFIXES), own]
+            + [self._tensor(layer, suffix, index) for suffix in SCALES]
+            for index, own in enumerate(biases)
+        ]
+
     def _tensor(self, layer: Any, suffix: str, index: int) -> Tensor | None:
         """`suffix` of the part `index`; a B that it shares is another part's."""
         part, names = self.parts[index], list(self.layouts)
         if part.layout and part.layout.right_of:
             index = names.index(owner(names[index], suffix, part.layout.right_of))
         return getattr(layer, f"{suffix}_{index}", None)
+
+
+def _by_name(x: Tensor, bias: Tensor | None, prefix: str, out: int) -> Tensor:
+    layer = get_forward_context().no_compile_layers[prefix]
+    return layer.quant_method.multiply(layer, x, bias)
+
+
+# A linear as torch.compile sees it: one call, with the layer's name for its tensors. torch.library.custom_op, or lists
+# of tensors, would cost more than a small linear takes (docs/log/serving.md).
+_library = torch.library.Library("armor", "FRAGMENT")
+_library.define("vllm_linear(Tensor x, Tensor? bias, str prefix, int out) -> Tensor")
+_library.impl("vllm_linear", _by_name, "CPU")
+torch.library.register_fake(
+    "armor::vllm_linear", lambda x, bias, prefix, out: x.new_empty(*x.shape[:-1], out), lib=_library
+)
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):

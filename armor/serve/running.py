@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -20,12 +19,12 @@ import psutil
 
 from armor.core.errors import ArmorError
 from armor.serve import watch
-from armor.serve.server import vllm_command
+from armor.serve.server import environment, vllm_command
 
 __all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"]
 
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
-"""What vLLM is told where the user does not say it; on a CPU as many threads as the job has, and a cache of 4 GiB."""
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+"""What vLLM is told where the user does not say it; on a CPU as many threads as the job has."""
 CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+(?:\n  .+)?)$", re.MULTILINE)
 """The first error of a traceback, in a line of vLLM's log or alone: those after it come from it. What pydantic found
 stands in the line below."""
@@ -74,7 +73,7 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=ENVIRONMENT | os.environ,
+            env=ENVIRONMENT | environment(options),
         )
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below happens
         try:

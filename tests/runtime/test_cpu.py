@@ -103,17 +103,19 @@ def test_groups_of_rows_with_linears_of_their_own_give_the_bits_of_separate_call
 
 
 @needs_library
-def test_outputs_side_by_side_are_those_of_each_linear_and_an_operator_to_compilers():
-    group = [
-        packed(64, 300, 16, 60, "2:4", torch.bfloat16),
-        packed(44, 300, 4, 20, "2:4", torch.bfloat16, bias=False),
-    ]
-    x = torch.randn(2, 3, 300).bfloat16()
-    expected = torch.cat([cpu.linear(x, *own[:5], group=own.group) for own in group], dim=-1)
-    assert torch.equal(cpu.side_by_side(x, group), expected)
-    operands = [list(own) for own in zip(*group, strict=True)]
-    assert torch.equal(torch.ops.armor.cpu_linears(x, *operands), expected)
-    assert torch.ops.armor.cpu_linears(x.to("meta"), *operands).shape == expected.shape
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joined_linears_give_what_each_gives_side_by_side(dtype):
+    shared = packed(64, 300, 16, 60, "2:4", dtype)
+    group = [shared, packed(44, 300, 4, 20, "2:4", dtype, bias=False), shared._replace(bias=None)]
+    for joined, own in ((cpu.Joined(group, 300), group), (cpu.Joined(group[1:2], 300), group[1:2])):
+        for x in (torch.randn(300), torch.randn(2, 3, 300), torch.randn(40, 600)[:, ::2], torch.randn(0, 300)):
+            x = x.to(dtype)
+            expected = [cpu.linear(x, *one[:5], group=one.group) for one in own]
+            assert torch.equal(joined(x), torch.cat(expected, dim=-1)), x.shape
+    with pytest.raises(ValueError, match="x of 299 columns, expected 300"):
+        joined(torch.ones(1, 299, dtype=dtype))
+    with pytest.raises(ValueError, match="mask"):
+        cpu.Joined(group, 400)
 
 
 @needs_library

@@ -122,16 +122,14 @@ def test_floats_and_integers_side_by_side_are_what_each_gives_alone(dtype):
     factors, bias = stored(*SHAPES[0], dtype)
     floats = random_linear(33, 256, 11, None, "2:4", dtype)
     group = [operands(ArmorLinear.of(factors, bias), dtype), cpu.Operands(*floats)]
-    fields = [list(field) for field in zip(*group, strict=True)]
+    joined = cpu.Joined(group, 256)
     for rows in (1, 31, 300):
         x = torch.randn(rows, 256).to(dtype)
         expected, bound = twin(x, *floats)
-        for y in (cpu.side_by_side(x, group), torch.ops.armor.cpu_linears(x, *fields)):
-            integers, own = y.split([64, 33], dim=-1)
-            assert torch.equal(integers, cpu.multiply(x, group[0])), rows
-            assert not cpu.runs_in_c(x) or torch.equal(own, cpu.multiply(x, group[1])), rows
-            assert ((own.double() - expected).abs() <= bound).all(), rows
-        assert torch.ops.armor.cpu_linears(x.to("meta"), *fields).shape == y.shape
+        integers, own = joined(x).split([64, 33], dim=-1)
+        assert torch.equal(integers, cpu.multiply(x, group[0])), rows
+        assert not cpu.runs_in_c(x) or torch.equal(own, cpu.multiply(x, group[1])), rows
+        assert ((own.double() - expected).abs() <= bound).all(), rows
 
 
 @needs_library

@@ -12,10 +12,11 @@ from transformers.utils.import_utils import is_serve_available
 
 from armor.serve import VERSIONS
 from armor.serve.engine import PYTHON
+from armor.serve.server import CACHE, environment
 from tests.forks import fork
 from tests.packed import DEFECTS, edit_config
 
-SERVER = "import json, sys; print(json.dumps(sys.argv)); sys.exit(7)"
+SERVER = f"import json, os, sys; print(json.dumps([*sys.argv, os.environ.get('{CACHE}')])); sys.exit(7)"
 
 
 def serve(folder, *arguments, engine=None):
@@ -35,7 +36,7 @@ def serve(folder, *arguments, engine=None):
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory):
-    """A folder with a vLLM whose server prints its arguments and ends with exit code 7."""
+    """A folder with a vLLM whose server prints its arguments and the size of its cache, and ends with exit code 7."""
     folder = tmp_path_factory.mktemp("engine")
     (folder / "vllm/entrypoints/openai").mkdir(parents=True)
     (folder / "vllm/entrypoints/openai/api_server.py").write_text(SERVER)
@@ -57,10 +58,17 @@ def test_the_server_gets_the_folder_and_all_options_that_are_its_own(root, vllm)
     *told, started = done.stdout.splitlines()
     assert done.returncode == 7, done.stderr
     named = ["--model", "checkpoint", "--served-model-name", "mine", "--host", "127.0.0.1", "--port", "8100"]
-    assert json.loads(started)[1:] == [*named, *options]
+    assert json.loads(started)[1:] == [*named, *options, "4"]
     words = shlex.split(told[-1])
     assert words[:2] == ["curl", "http://127.0.0.1:8100/v1/completions"]
     assert json.loads(words[-1])["model"] == "mine"
+
+
+def test_the_cache_is_what_the_user_says(monkeypatch):
+    for options in (["--gpu-memory-utilization=0.5"], ["--kv-cache-memory-bytes", "1G"]):
+        assert CACHE not in environment(options)
+    monkeypatch.setenv(CACHE, "40")
+    assert environment([])[CACHE] == "40"
 
 
 def test_without_a_name_the_model_is_called_as_its_folder(root, vllm):

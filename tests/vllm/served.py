@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 import armor.hf  # noqa: F401  teaches transformers the format
+from armor.format.checkpoint import modules_of
 from tests.packed import packed
 
-__all__ = ["BOUND", "FAMILIES", "checkpoint", "difference", "expected", "served"]
+__all__ = ["BOUND", "FAMILIES", "RANK", "SHAPE", "adapted", "checkpoint", "difference", "expected", "served"]
 
 BOUND = 1e-5
 """How far log-probabilities may be from those of transformers, both in float32."""
@@ -38,6 +40,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "OLMo 2": ("olmo2", {}),
 }
 """The families by name: transformers' name, and what their configuration has of its own."""
+RANK = 8  # of an adapter
 PROMPTS = [list(range(1, 60)), list(range(100, 107)), list(range(60, 1, -1))]
 
 
@@ -63,6 +66,23 @@ def served(folder: Path, **options) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
+def loaded(folder: Path) -> Any:
+    """transformers' model of a checkpoint, as `expected` asks it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def adapted(folder: Path, adapter: Path) -> Any:
+    """The model of the checkpoint in `folder` with a random LoRA adapter on all compressed linears, which is saved."""
+    from peft import LoraConfig, get_peft_model
+
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    targets = sorted({name.rpartition(".")[2] for name in modules_of(config)})
+    torch.manual_seed(0)
+    model = get_peft_model(loaded(folder), LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False))
+    model.save_pretrained(adapter)
+    return model
+
+
 @torch.no_grad()
 def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
     """What transformers says in float32, by the checkpoint in `folder` or by `model`: for every prompt its tokens and
@@ -71,7 +91,7 @@ def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
 
     Ask before vLLM runs: it changes transformers' classes where it has no model of its own.
     """
-    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = model or loaded(folder)
     found = []
     for prompt in PROMPTS:
         tokens = model.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=8, max_new_tokens=8)

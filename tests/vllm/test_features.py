@@ -3,13 +3,11 @@
 import shutil
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
 from tests.packed import SETTINGS, edit_tensors, packed, quantized
-from tests.vllm.served import BOUND, SHAPE, checkpoint, difference, expected, served
+from tests.vllm.served import BOUND, RANK, SHAPE, adapted, checkpoint, difference, expected, served
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +49,12 @@ def test_weights_loaded_anew_in_place(llama, references, tmp_path):
 
 
 def test_an_adapter(llama, references, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    adapted = expected(llama, model)
-    assert any(a[0] != b[0] for a, b in zip(adapted, references, strict=True))
-    with served(llama, enable_lora=True, max_lora_rank=8) as llm:
+    others = expected(llama, adapted(llama, tmp_path / "adapter"))
+    assert any(a[0] != b[0] for a, b in zip(others, references, strict=True))
+    with served(llama, enable_lora=True, max_lora_rank=RANK) as llm:
         request = LoRARequest("mine", 1, str(tmp_path / "adapter"))
         # Without the prompts: of those vLLM itself cannot tell the log-probabilities on a CPU, with adapters.
-        assert difference(llm, adapted, prompts=False, lora_request=request) < BOUND
+        assert difference(llm, others, prompts=False, lora_request=request) < BOUND
         assert difference(llm, references, prompts=False) < BOUND
 
 

@@ -1,0 +1,105 @@
+"""How far vLLM's log-probabilities are from transformers', for every family in every way that vLLM runs it.
+
+In the environment of `make test-vllm`, from the repository's root, all families or those that are named:
+
+    .venv-vllm/bin/python -m benchmarks.serving_families --output benchmarks/serving_families.json [FAMILY...]
+
+The models are those of `tests/vllm`: tiny, random, compressed, in float32. What an engine fails with stands in the
+table. What --output has already is kept, so that a run goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tests.vllm import conftest  # noqa: F401  the environment of vLLM, before it is imported
+
+# isort: split
+from vllm.lora.request import LoRARequest
+
+from armor.execution.files import read_json, write_json
+from armor.execution.machine import current_machine
+from armor.serve.engine import check_engine
+from tests.vllm.served import BOUND, FAMILIES, RANK, adapted, checkpoint, difference, expected, served
+
+LORA = "LoRA"
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "two ranks": {"tensor_parallel_size": 2},
+    LORA: {"enable_lora": True},
+}
+"""The ways by name: vLLM's options. With LoRA there are an adapter on all compressed linears and requests without it;
+the tokens of prompts do not count there, for vLLM cannot tell theirs on a CPU."""
+
+
+class Family(NamedTuple):
+    """A checkpoint, an adapter for it, and what transformers says of both."""
+
+    folder: Path
+    adapter: Path
+    plain: list[tuple[list[int], Tensor]]
+    adapted: list[tuple[list[int], Tensor]]
+
+
+def made(family: str, root: Path) -> Family:
+    """The checkpoint of `family` in `root`. To be made before vLLM runs, which changes transformers' classes."""
+    folder, adapter = checkpoint(root, family), root / "adapter"
+    return Family(folder, adapter, expected(folder), expected(folder, adapted(folder, adapter)))
+
+
+def measured(own: Family, way: str) -> float | str:
+    """The largest difference of a log-probability, or the first line of the error."""
+    try:
+        if way != LORA:
+            with served(own.folder, **WAYS[way]) as llm:
+                return difference(llm, own.plain)
+        with served(own.folder, max_lora_rank=RANK, **WAYS[way]) as llm:
+            request = LoRARequest("mine", 1, str(own.adapter))
+            with_it = difference(llm, own.adapted, prompts=False, lora_request=request)
+            return max(with_it, difference(llm, own.plain, prompts=False))
+    except Exception as error:  # whatever an engine fails with is what is to be seen
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def table(families: dict[str, dict[str, float | str]]) -> str:
+    """The table in Markdown."""
+    names = [family for family in FAMILIES if family in families]
+    lines = ["| family | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]
+    for family in names:
+        told = [families[family].get(way, "") for way in WAYS]
+        cells = [f"{own:.1e}" if isinstance(own, float) else own for own in told]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="These alone, even if --output has them.")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="These alone.")
+    parser.add_argument("--output", type=Path, required=True, help="A JSON file to go on with.")
+    given = parser.parse_args()
+    said: dict[str, Any] = {"bound": BOUND, "engine": check_engine(), "machine": current_machine().model_dump()}
+    found = read_json(given.output)["families"] if given.output.exists() else {}
+    asked = {
+        family: [way for way in given.ways if given.families or way not in found.get(family, {})]
+        for family in given.families or FAMILIES
+    }
+    with tempfile.TemporaryDirectory() as root:
+        all_made = {family: made(family, Path(root) / family) for family, ways in asked.items() if ways}
+        for way, family in ((way, family) for way in given.ways for family in all_made if way in asked[family]):
+            found.setdefault(family, {})[way] = measured(all_made[family], way)
+            print(family, way, found[family][way], flush=True)
+            write_json(given.output, said | {"families": found})
+    print(table(found))
+    if any(not isinstance(own, float) or own >= BOUND for ways in found.values() for own in ways.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
