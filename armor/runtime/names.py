@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     PrefixChange,
-    Split,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -23,6 +22,9 @@ from transformers.core_model_loading import (
 from armor.format.shards import Part
 
 __all__ = ["Names"]
+
+
+SPLITS: tuple[type[Chunk], ...] = (Chunk, getattr(core_model_loading, "Split", Chunk))  # vLLM has an older transformers
 
 
 class Names:
@@ -118,7 +120,7 @@ class Names:
 def _is_split(converter: WeightConverter) -> bool:
     """Whether it makes tensors of the rows of one, and does no more."""
     (operation, *others) = converter.operations
-    return not others and isinstance(operation, Split | Chunk) and operation.dim == 0
+    return not others and isinstance(operation, SPLITS) and operation.dim == 0
 
 
 def _renamed(tensor: str, renamings: Sequence[WeightRenaming]) -> str:
