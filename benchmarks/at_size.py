@@ -1,12 +1,14 @@
 """The whole workflow on models of size with random weights: memory and time of each stage, held against a limit.
 
-llama-1.1b has TinyLlama's shapes, layer-70b is one decoder layer of Llama-3-70B's, moe-2b a mixture of 64 experts in
-each of 12 layers. All are bfloat16, with a byte-level tokenizer, written shard by shard to a temporary folder. Each is
-compressed by one recipe (blocks of 64) on one core, with a few short texts: memory depends on shapes alone. The peak of
-a stage is that of its largest job. The limit of evaluate is the packed model and 2 GB. Writes benchmarks/at_size.json.
+llama-1.1b has TinyLlama's shapes, layer-1.1b one decoder layer of them, layer-70b one of Llama-3-70B's. moe-2b is a
+mixture of 64 experts in each of 12 layers. All are bfloat16, with a byte-level tokenizer, written shard by shard to a
+temporary folder. Each is compressed by one recipe (blocks of 64) on one core, with a few short texts: memory depends on
+shapes alone. The peak of a stage is that of its largest job. The limit of evaluate is the packed model and 2 GB. Writes
+benchmarks/at_size.json.
 
     python -m benchmarks.at_size llama-1.1b          # 7 GB on disk
     python -m benchmarks.at_size layer-70b moe-2b --iterations 10
+    python -m benchmarks.at_size layer-1.1b --refine 16   # and refined, on 128 sequences of 1,024 tokens
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ SHARD = 500_000_000
 GB = 10**9
 MODELS: dict[str, dict] = {
     "llama-1.1b": {"model_type": "llama", **CONFIG},
+    "layer-1.1b": {"model_type": "llama", **CONFIG, "num_hidden_layers": 1, "vocab_size": 512},
     "layer-70b": PUBLISHED["llama-3-70b"] | {"num_hidden_layers": 1, "vocab_size": 512},
     "moe-2b": PUBLISHED["qwen3-235b-a22b"]
     | {
@@ -54,7 +57,7 @@ MODELS: dict[str, dict] = {
         "vocab_size": 32000,
     },
 }
-LIMITS = {"llama-1.1b": 3 * GB, "layer-70b": None, "moe-2b": 4 * GB}
+LIMITS = {"llama-1.1b": 3 * GB, "layer-1.1b": 3 * GB, "layer-70b": None, "moe-2b": 4 * GB}
 
 
 def build(folder: Path, config: dict) -> int:
@@ -87,16 +90,22 @@ def build(folder: Path, config: dict) -> int:
     return total
 
 
-def run(folder: Path, name: str, method: str, iterations: int) -> dict:
+def run(folder: Path, name: str, method: str, iterations: int, refine: int = 0) -> dict:
     """Take the model through the workflow in `folder`; bytes and seconds by stage."""
     size = build(folder / "model", MODELS[name])
-    (folder / "text.txt").write_text(tiny_text(2000))
-    text = {"text": {"files": [str(folder / "text.txt")]}, "sequences": 2, "sequence_length": 256}
+    texts = {"calibration": 60_000 if refine else 2000, "evaluation": 2000}
+    for part, paragraphs in texts.items():
+        (folder / f"{part}.txt").write_text(tiny_text(paragraphs))
+    short = {"sequences": 2, "sequence_length": 256}
+    text = {part: {"text": {"files": [str(folder / f"{part}.txt")]}} | short for part in texts}
+    recipe: dict = {"method": method, "block_size": 64, "solver": {"iterations": iterations}}
+    if refine:
+        recipe["refine"] = {"steps": refine, "sequence_length": 1024}
     config = {
         "models": {name: {"folder": str(folder / "model")}},
-        "calibrations": {"words": text},
-        "recipes": {method: {"method": method, "block_size": 64, "solver": {"iterations": iterations}}},
-        "evaluations": {"words": text},
+        "calibrations": {"words": text["calibration"]},
+        "recipes": {method: recipe},
+        "evaluations": {"words": text["evaluation"]},
     }
     file = folder / "my.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -122,6 +131,7 @@ def run(folder: Path, name: str, method: str, iterations: int) -> dict:
         "bits_per_weight": packed.bits_per_weight,
         "method": method,
         "iterations": iterations,
+        "refine_steps": refine,
         "peak_memory_bytes": peaks,
         "limit_bytes": limits,
         "above": [stage for stage in limits if peaks[stage] > limits[stage]],
@@ -135,6 +145,7 @@ def main(
     models: Annotated[list[str], typer.Argument(help=", ".join(MODELS))],
     method: Annotated[str, typer.Option("--method")] = "armor",
     iterations: Annotated[int, typer.Option(help="Of the solver of armor.")] = 1,
+    refine: Annotated[int, typer.Option(help="Steps that each layer is trained; 0 for none.")] = 0,
     output: Path = OUTPUT,
 ) -> None:
     if unknown := sorted({*models} - {*MODELS}):
@@ -142,7 +153,7 @@ def main(
     found = read_json(output) if output.is_file() else {}
     for name in models:
         with tempfile.TemporaryDirectory(prefix="at-size-") as folder:
-            found[name] = run(Path(folder), name, method, iterations)
+            found[name] = run(Path(folder), name, method, iterations, refine)
         for stage, peak in found[name]["peak_memory_bytes"].items():
             print(f"{name:12}{stage:12}{peak / GB:6.2f} GB{found[name]['seconds_by_stage'][stage]:8.1f} s")
         write_json(output, found)
