@@ -145,7 +145,7 @@ def main(
     models: Annotated[list[str], typer.Argument(help=", ".join(MODELS))],
     method: Annotated[str, typer.Option("--method")] = "armor",
     iterations: Annotated[int, typer.Option(help="Of the solver of armor.")] = 1,
-    refine: Annotated[int, typer.Option(help="Steps that each layer is trained; 0 for none.")] = 0,
+    refine: Annotated[int, typer.Option("--refine", help="Steps that each layer is trained; 0 for none.")] = 0,
     output: Path = OUTPUT,
 ) -> None:
     if unknown := sorted({*models} - {*MODELS}):
