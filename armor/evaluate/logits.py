@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -170,7 +171,7 @@ def logits_of(model: Model, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """The logits (L, vocabulary) of each block (L,), in order, when they are asked for."""
     batches = (tokens.to(model.device)[None] for tokens in blocks)
     if isinstance(model, StreamedModel):
-        return (logits[0] for logits in model.logits(batches))
+        return map(itemgetter(0), model.logits(batches))
     # No cache: each block is read once, and keys and values of long blocks take room.
     return (model(input_ids=tokens, use_cache=False).logits[0] for tokens in batches)
 

@@ -156,6 +156,7 @@ def measure(models: Sequence[Model], blocks: Blocks, steps: Steps, stored: Store
             if others is not None:
                 divergences, same = comparison(logits, next(others).to(logits.device))
                 kl, top1 = _mean(finite(divergences, models[-1], index)), _mean(same)
+            del logits  # before the next ones are made
             known = BlockMeans(loss=loss, kl=kl, top1=top1)
             steps.put(str(index), known)
         found.append(known)

@@ -137,6 +137,7 @@ def _predicted(model: Model, blocks: Blocks, file: LogitsFile | None, steps: Ste
         values = next(logits)
         losses = finite(token_losses(values, blocks.tokens[index].to(values.device)), model, index)
         sha256 = None if file is None else file.append(index, values)
+        del values  # before the next ones are made
         done.append(_Predicted(loss=losses.double().mean().item(), sha256=sha256))
         steps.put(str(index), done[-1])
     return done

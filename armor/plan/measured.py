@@ -26,6 +26,8 @@ __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 
 TASK_TOKENS = 1024
 """Tokens of one request of a task."""
+LM_EVAL = 285 * 10**6
+"""Bytes of lm-eval with its own tasks, beside what a fork has (docs/log/plan.md)."""
 SERVER = 2 * 10**9
 """Bytes of vLLM's processes on the host, without weights and cache (docs/log/serving.md)."""
 
@@ -62,7 +64,8 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     owner = recipe and plan.config.owner(recipe)
     group = blocks * length * subject.topology.hidden_size * dtype.itemsize
     streams = owner is None and stacks_experts(subject.folder)
-    memory = _measured(plan, subject, owner, settings.dtype, length, block if stored else 0, group, streams)
+    beside = (block if stored else 0) + 2 * TOKENS_AT_A_TIME * 4 * subject.vocabulary if compared else 0
+    memory = _measured(plan, subject, owner, settings.dtype, length, beside, group, streams)
     work = [START, forward(subject, dtype, blocks, length, owner), head(subject, dtype, blocks * length, compared)]
     if not stored and compared:
         work.append(forward(subject, dtype, blocks, length))
@@ -88,7 +91,8 @@ def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
     owner = None if plan.config.is_dense(recipe) else plan.config.owner(recipe)
-    return Need(_measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False), work=(IN_WHOLE,))
+    memory = _measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False)
+    return Need(memory._replace(host=memory.host + LM_EVAL, beside=memory.beside + LM_EVAL), work=(IN_WHOLE,))
 
 
 def benchmark(plan: Plan, model: str, name: str) -> Need:

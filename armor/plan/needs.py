@@ -237,7 +237,7 @@ def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
 def _assemble(plan: Plan, model: str, recipe: str) -> Need:
     packed = plan.subjects[model].packed[plan.config.owner(recipe)]
     size = packed.weights_bytes
-    memory = FORKED + int(1.4 * min(size, MAX_SHARD_BYTES))  # the shard, and what is mapped of the files read
+    memory = FORKED + min(size, MAX_SHARD_BYTES)  # one shard
     return Need(Memory(memory, memory), kept=size, work=(START, Work(Read(), 4.0 * size)))
 
 
