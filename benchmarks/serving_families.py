@@ -5,12 +5,15 @@ In the environment of `make test-vllm`, from the repository's root, all families
     .venv-vllm/bin/python -m benchmarks.serving_families --output benchmarks/serving_families.json [FAMILY...]
 
 The models are those of `tests/vllm`: tiny, random, compressed, in float32. What an engine fails with stands in the
-table. What --output has already is kept, so that a run goes on where it ended.
+table. What --output has already is kept, so that a run goes on where it ended. Each way has a process of its own: vLLM
+changes transformers' classes, so that it takes some models once in a process.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,16 +87,17 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="These alone.")
     parser.add_argument("--output", type=Path, required=True, help="A JSON file to go on with.")
     given = parser.parse_args()
+    if len(given.ways) > 1:
+        command = [sys.executable, "-m", "benchmarks.serving_families", "--output", str(given.output), *given.families]
+        codes = [subprocess.run([*command, "--ways", way]).returncode for way in given.ways]
+        raise SystemExit(max(codes))
+    (way,) = given.ways
     said: dict[str, Any] = {"bound": BOUND, "engine": check_engine(), "machine": current_machine().model_dump()}
     found = read_json(given.output)["families"] if given.output.exists() else {}
-    asked = {
-        family: [way for way in given.ways if given.families or way not in found.get(family, {})]
-        for family in given.families or FAMILIES
-    }
+    asked = given.families or [family for family in FAMILIES if way not in found.get(family, {})]
     with tempfile.TemporaryDirectory() as root:
-        all_made = {family: made(family, Path(root) / family) for family, ways in asked.items() if ways}
-        for way, family in ((way, family) for way in given.ways for family in all_made if way in asked[family]):
-            found.setdefault(family, {})[way] = measured(all_made[family], way)
+        for family, own in {family: made(family, Path(root) / family) for family in asked}.items():
+            found.setdefault(family, {})[way] = measured(own, way)
             print(family, way, found[family][way], flush=True)
             write_json(given.output, said | {"families": found})
     print(table(found))
