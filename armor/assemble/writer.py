@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ def assemble(
     NaN, or if the disk is full. What `output` and checkpoint/ held before is then gone or untouched, never mixed.
     """
     factors, output = Path(factors), Path(output)
-    if source.fingerprint != topology.fingerprint:
+    source.check(topology.fingerprint)
+    target = beside(output)
+    if target.exists() and not (target / CHECKSUMS).is_file():
         raise ArmorError(
-            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
+            f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
         )
     shards = recorded_tensors(source.path, (linear.name for linear in topology.linears()))
     layers = [_read_layer(factors, layer, topology.fingerprint, shards) for layer in topology.layers]
@@ -76,23 +79,6 @@ def assemble(
     kept_dense = tuple(linear.name for linear in topology.linears() if linear.name not in modules)
     kept = recorded_tensors(source.path, modules)  # experts that are stored fused stay so if none is compressed
     origin = {tensor: layer.file for layer in layers for tensor in (*layer.bytes, *layer.others)}
-
-    def read(name: str) -> Tensor:
-        if modules and name == tombstone(modules):
-            return torch.zeros(1, dtype=torch.uint8)
-        if name in origin:
-            with open_safetensors(origin[name]) as opened:
-                tensor = opened.get_tensor(name).clone()  # else the file stays mapped once for every tensor of it
-        else:
-            tensor = kept.read(name)
-        check_tensor(str(origin.get(name) or kept.folder / kept.file_of(name)), name, tensor, modules)
-        return tensor
-
-    target = beside(output)
-    if target.exists() and not (target / CHECKSUMS).is_file():
-        raise ArmorError(
-            f"{target}: in the way, and not a checkpoint of this pipeline; move it or choose another output"
-        )
     packed = {tensor: size for layer in layers for tensor, size in layer.bytes.items()}
     sizes = tensor_bytes(kept, packed, modules)
     work = {
@@ -108,13 +94,10 @@ def assemble(
         if target.exists():
             shutil.rmtree(target)
         with growing(target, steps) as part:
+            read = partial(_read_tensor, modules=modules, origin=origin, kept=kept)
             sums = write_tensors(part, sizes, read, max_shard_bytes, "assemble", steps)
             copy_others(source.path, part)
-            config = read_json(source.path / "config.json")
-            config.pop("quantization_config", None)  # of a source in FP8 or MXFP4: what stays dense is bfloat16 here
-            if modules:
-                config["quantization_config"] = quantization_config(modules)
-            write_json(part / "config.json", config)
+            write_json(part / "config.json", _config(source.path, modules))
             bits, dense_bits = bits_per_weight(topology, packed, shards)
             if modules and bits >= dense_bits:
                 log.warning(
@@ -149,6 +132,26 @@ def assemble(
         )
         record.write(output)
     return record
+
+
+def _read_tensor(name: str, *, modules: Mapping[str, PackedLinear], origin: Mapping[str, Path], kept: Shards) -> Tensor:
+    """A tensor of the checkpoint: from the factors' file where `origin` has one for it, else the source's own."""
+    if modules and name == tombstone(modules):
+        return torch.zeros(1, dtype=torch.uint8)
+    if name in origin:
+        with open_safetensors(origin[name]) as opened:
+            tensor = opened.get_tensor(name).clone()  # else the file stays mapped once for every tensor of it
+    else:
+        tensor = kept.read(name)
+    check_tensor(str(origin.get(name) or kept.folder / kept.file_of(name)), name, tensor, modules)
+    return tensor
+
+
+def _config(source: Path, modules: Mapping[str, PackedLinear]) -> dict[str, Any]:
+    """The checkpoint's config.json: the source's, and what says how `modules` are packed."""
+    config = read_json(source / "config.json")
+    config.pop("quantization_config", None)  # of a source in FP8 or MXFP4: what stays dense is bfloat16 here
+    return config | ({"quantization_config": quantization_config(modules)} if modules else {})
 
 
 def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> ProvenanceRecord:

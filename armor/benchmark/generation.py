@@ -47,7 +47,7 @@ from armor.format.records.base import Input
 from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSide, Phases, Runs, Side
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.scaled import is_scaled
-from armor.format.shards import Shards
+from armor.format.shards import Shards, dtype_name
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
 from armor.runtime.streamed import USABLE
 
@@ -80,7 +80,7 @@ def bytes_per_token(folder: Path | str, model: PreTrainedModel) -> int:
     each were asked.
     """
     table, head = (embeddings.weight for embeddings in _embeddings(model))
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return weights_bytes(folder, dtype) - (0 if head is table else table.numel() * table.element_size())
 
 

@@ -36,6 +36,7 @@ from armor.format.provenance import combined, made_by
 from armor.format.records.base import File, Input
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.shards import dtype_name
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
 from armor.runtime.calls import Call, observe, observe_each
@@ -53,7 +54,9 @@ from armor.runtime.skeleton import (
 from armor.text.blocks import token_blocks
 from armor.text.sources import describe
 
-__all__ = ["calibrate", "compute_dtype", "peak_bytes"]
+__all__ = ["calibrate", "peak_bytes"]
+
+SMALLER = "lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
 
 
 def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) -> int:
@@ -87,23 +90,13 @@ def calibrate(
     infinity (it names the module).
     """
     output = Path(output)
-    if topology.fingerprint != source.fingerprint:
-        raise ArmorError(
-            f"{source.path}: not the model that was inspected (another fingerprint); run armor inspect again"
-        )
-    length = settings.sequence_length or topology.context_length
-    if length is None:
-        raise ArmorError(f"{source.path / 'config.json'}: names no context length; set sequence_length")
-    if topology.context_length is not None and length > topology.context_length:
-        raise ArmorError(
-            f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
-        )
-    dtype = compute_dtype(source.dtype, device)
+    source.check(topology.fingerprint)
+    length, dtype = _length(source, topology, settings), compute_dtype(source.dtype, device)
     available = device_memory_bytes(device)
     if available is not None and (needed := peak_bytes(topology, length, dtype, settings.gram)) > available:
         raise ArmorError(
             f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
-            f"{device} has {available / 1e9:.1f} GB; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
+            f"{device} has {available / 1e9:.1f} GB; {SMALLER}"
         )
     tokens = _tokens(source, settings, length)
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
@@ -138,7 +131,7 @@ def calibrate(
                 except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
                     raise ArmorError(
                         f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
-                        f"{length} tokens; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
+                        f"{length} tokens; {SMALLER}"
                     ) from error
                 module.to("meta")
                 path = layer_file(output.parent, layer.index)
@@ -148,29 +141,54 @@ def calibrate(
                 hidden.turn()
                 steps.put(path.name, done[path.name])
                 hidden.forget()
-        seconds = steps.seconds()
-        files = {name: layer.file for name, layer in done.items()}
-        record = CalibrationRecord(
-            fingerprint=source.fingerprint,
-            text_fingerprint=text_fingerprint,
-            statistics_fingerprint=combined(file.sha256 for file in files.values()),
-            sequences=tokens.shape[0],
-            length=tokens.shape[1],
-            tokens=tokens.numel(),
-            dtype=str(hidden.dtype).removeprefix("torch."),
-            device=device,
-            files=files,
-            unrouted_experts=_told(done),
-            hidden_states_bytes=hidden.bytes,
-            spilled_bytes=hidden.spilled_bytes,
-            seconds=round(seconds, 3),
-            tokens_per_second=round(tokens.numel() / seconds, 1),
-            peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint}),
-            machine=current_machine(device),
-        )
+        record = _record(source, settings, tokens, text_fingerprint, hidden, done, steps.seconds(), device)
         record.write(output)
     return record
+
+
+def _record(
+    source: Source,
+    settings: CalibrationSettings,
+    tokens: Tensor,
+    text_fingerprint: str,
+    hidden: HiddenStates,
+    done: dict[str, _Done],
+    seconds: float,
+    device: str,
+) -> CalibrationRecord:
+    """What is noted of `tokens` (sequences, length) that have passed all layers."""
+    files = {name: layer.file for name, layer in done.items()}
+    return CalibrationRecord(
+        fingerprint=source.fingerprint,
+        text_fingerprint=text_fingerprint,
+        statistics_fingerprint=combined(file.sha256 for file in files.values()),
+        sequences=tokens.shape[0],
+        length=tokens.shape[1],
+        tokens=tokens.numel(),
+        dtype=dtype_name(hidden.dtype),
+        device=device,
+        files=files,
+        unrouted_experts=_told(done),
+        hidden_states_bytes=hidden.bytes,
+        spilled_bytes=hidden.spilled_bytes,
+        seconds=round(seconds, 3),
+        tokens_per_second=round(tokens.numel() / seconds, 1),
+        peak_memory_bytes=peak_memory_bytes(device),
+        made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint}),
+        machine=current_machine(device),
+    )
+
+
+def _length(source: Source, topology: Topology, settings: CalibrationSettings) -> int:
+    """Tokens in a sequence."""
+    length = settings.sequence_length or topology.context_length
+    if length is None:
+        raise ArmorError(f"{source.path / 'config.json'}: names no context length; set sequence_length")
+    if topology.context_length is not None and length > topology.context_length:
+        raise ArmorError(
+            f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
+        )
+    return length
 
 
 class _Done(Typed):

@@ -28,6 +28,7 @@ from armor.factorize.layer import factorize_weight, seed_of
 from armor.factorize.quantize import asked_for, quantize_weights, sharing_right
 from armor.factorize.sharing import groups_of, parts_of
 from armor.format.records.topology import Linear
+from armor.format.shards import dtype_name
 from armor.format.statistics import Accumulator, Statistics
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
@@ -128,7 +129,7 @@ def _factors(
             name=name,
             out_features=linear.out_features,
             in_features=linear.in_features,
-            dtype=str(linear.weight.dtype).removeprefix("torch."),
+            dtype=dtype_name(linear.weight.dtype),
             bias=linear.bias is not None,
             shard="",
             input_group=fed[name],

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from armor.config.recipes import Recipe
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.factorization import Factorization
+from armor.format.shards import dtype_name
 from armor.runtime.calls import Call, observe_each
 from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.training.refine import fit_layer
@@ -98,7 +99,7 @@ def _refine(
 ) -> None:
     """Train `factors` and `others` layer by layer, as the stage refine does. tokens (sequences, length)."""
     model = skeleton.model
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    dtype, device = dtype_name(model.dtype), str(model.device)
     recorded = list(observe_each(skeleton, tokens.to(model.device)))
     dense = _Rows(hidden.cpu() for hidden, _ in recorded)
     fed = dense
@@ -134,7 +135,7 @@ def _tune(
 ) -> None:
     """Train `factors` and `others` of all layers at once, as the stage tune does. tokens (sequences, length)."""
     model = skeleton.model
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    dtype, device = dtype_name(model.dtype), str(model.device)
     with torch.no_grad():
         logits = (model(input_ids=row[None].to(device), use_cache=False).logits[0] for row in tokens)
         predictions = kept_predictions(logits)

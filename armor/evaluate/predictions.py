@@ -38,6 +38,7 @@ from armor.format.names import logits_beside
 from armor.format.provenance import made_by
 from armor.format.records.base import Input
 from armor.format.records.predictions import PredictionsRecord
+from armor.format.shards import dtype_name
 from armor.runtime.load import loaded_dtype
 
 __all__ = ["SHARE_OF_DISK", "fitting", "predict"]
@@ -94,7 +95,7 @@ def predict(
             length=blocks.length,
             vocabulary=file.vocabulary,
             asked_dtype=settings.dtype,
-            dtype=str(file.dtype).removeprefix("torch."),
+            dtype=dtype_name(file.dtype),
             block_means=tuple(block.loss for block in done),
             logits_bytes=file.bytes,
             hashes=None if stored is None else tuple(block.sha256 or "" for block in done),

@@ -15,7 +15,8 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.log import log, progress
 from armor.execution.machine import current_machine, peak_memory_bytes
-from armor.execution.resume import resumable
+from armor.execution.resume import Steps, resumable
 from armor.factorize.asked import check_memory, groups_asked, possible
 from armor.factorize.sharing import one_linear, parts_of
 from armor.format.checkpoint import PackedLinear
@@ -109,18 +110,11 @@ def factorize_layer(
     files: list[Path] = []
     modules: dict[str, LinearRecord] = {}
     code = settings.code()
+    solve = partial(_factorized, resolved=resolved, shards=shards, inputs=inputs, seed=settings.seed, device=device)
     with resumable(output, __name__, device, code, **work) as steps:
         for group, asked in progress(groups, f"layer {layer}", unit="linear"):
-            file = steps.folder / f"{group[0].name}.safetensors"
-            entries = {linear.name: steps.get(linear.name, LinearRecord) for linear in group}
-            if None in entries.values() or not file.is_file():
-                new = _factorized(group, asked, resolved, shards, inputs, settings.seed, device)
-                write_factors(file, {name: found for name, (_, found) in new.items() if found}, {})
-                for name, (entry, _) in new.items():
-                    entries[name] = entry
-                    steps.put(name, entry)
-            modules |= {name: entry for name, entry in entries.items() if entry}
-            files.append(file)
+            files.append(steps.folder / f"{group[0].name}.safetensors")
+            modules |= _kept(steps, files[-1], group, partial(solve, group, asked))
         described = record_beside(output)
         described.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         metadata = {"fingerprint": topology.fingerprint, "layer": layer}
@@ -147,6 +141,22 @@ def factorize_layer(
     return record
 
 
+Solved = dict[str, tuple[LinearRecord, Factorization | None]]
+"""The record of each linear of a group by name, and its factors, None of one that stays dense."""
+
+
+def _kept(steps: Steps, file: Path, group: Sequence[Linear], solve: Callable[[], Solved]) -> dict[str, LinearRecord]:
+    """The records of the linears of `group`, whose factors are in `file`; both are kept of a run that was killed."""
+    entries = {linear.name: steps.get(linear.name, LinearRecord) for linear in group}
+    if None in entries.values() or not file.is_file():
+        new = solve()
+        write_factors(file, {name: found for name, (_, found) in new.items() if found}, {})
+        for name, (entry, _) in new.items():
+            entries[name] = entry
+            steps.put(name, entry)
+    return {name: entry for name, entry in entries.items() if entry}
+
+
 def _factorized(
     group: Sequence[Linear],
     asked: ModuleSettings,
@@ -156,8 +166,8 @@ def _factorized(
     seed: int,
     device: str,
     note: str | None = None,
-) -> dict[str, tuple[LinearRecord, Factorization | None]]:
-    """The record of each linear of `group` by name, and its factors, None of one that stays dense.
+) -> Solved:
+    """What comes of the linears of `group`.
 
     Several share B, and take `asked`; one alone takes what `resolved` asks for it. Where sharing would leave a loss
     above NoWag-P's each gets a B of its own.
@@ -286,10 +296,7 @@ def layer_of(source: Source, topology: Topology, index: int, settings: LayerSett
     names = [linear.name for linear in topology.linears()]
     check_patterns("settings: overrides", (override.modules for override in settings.overrides), names)
     check_patterns("settings: share_right", sharing_patterns(settings.share_right), names)
-    if source.fingerprint != topology.fingerprint:
-        raise ArmorError(
-            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
-        )
+    source.check(topology.fingerprint)
     for layer in topology.layers:
         if layer.index == index:
             return layer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["DTYPES", "INDEX", "PIECE", "SINGLE", "WIDTHS", "Part", "Shards"]
+__all__ = ["DTYPES", "INDEX", "PIECE", "SINGLE", "WIDTHS", "Part", "Shards", "dtype_name"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +46,11 @@ WIDTHS = dict(DTYPES.values())
 """Bytes of a number by torch's name of its dtype."""
 PIECE = 16 << 20
 """Bytes that are read at a time where they do not go straight into a tensor."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as a configuration and a record have it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path, open_safetensors
 from armor.format.names import layer_file
-from armor.format.shards import DTYPES
+from armor.format.shards import DTYPES, dtype_name
 
 __all__ = ["STATES_VERSION", "StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
 
@@ -59,7 +59,7 @@ def write_states(
 ) -> Iterator[StatesWriter]:
     """Write states of `shape` (sequences, length, hidden) atomically; `about` says which, for who reads them."""
     size = torch.empty(shape, dtype=dtype, device="meta").nbytes
-    name = next(key for key, (torch_name, _) in DTYPES.items() if torch_name == str(dtype).removeprefix("torch."))
+    name = next(key for key, (torch_name, _) in DTYPES.items() if torch_name == dtype_name(dtype))
     about_it = {"about": about, "format_version": str(STATES_VERSION)}
     header = {"__metadata__": about_it, NAME: {"dtype": name, "shape": shape, "data_offsets": [0, size]}}
     text = json.dumps(header).encode()

@@ -33,6 +33,13 @@ class Source:
     dtype: str
     hub: str | None = None
 
+    def check(self, inspected: str) -> None:
+        """Raises ArmorError if `inspected`, the fingerprint of a topology, is that of another model."""
+        if inspected != self.fingerprint:
+            raise ArmorError(
+                f"{self.path}: not the model that was inspected (its fingerprint differs); run armor inspect again"
+            )
+
 
 def open_source(path: Path | str) -> Source:
     """The model behind a source.json, or in a Hugging Face folder (whose files are hashed for its fingerprint).

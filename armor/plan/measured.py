@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from armor.evaluate.logits import TOKENS_AT_A_TIME, block_bytes
 from armor.evaluate.predictions import SHARE_OF_DISK
+from armor.format.shards import dtype_name
 from armor.plan.need import (
     BESIDE_CUDA,
     FORKED,
@@ -103,7 +104,7 @@ def benchmark(plan: Plan, model: str, name: str) -> Need:
     together = sum(sizes)
     if together > USABLE * plan.host.memory:
         together = sizes[0] + max(sizes[1:], default=0)
-    dtype = str(loaded_dtype(subject.folder, settings.dtype)).removeprefix("torch.")
+    dtype = dtype_name(loaded_dtype(subject.folder, settings.dtype))
     rows = [max(settings.new_tokens // size, 8) for size in settings.batch_sizes]
     steps = float(settings.repeats * sum(rows) + settings.new_tokens * len(settings.prompts))
     work = [START, Work(Read(), 2.0 * sum(sizes))]

@@ -12,6 +12,7 @@ from armor.config.layers import ModuleSettings
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.records.topology import DecoderLayer, Linear
+from armor.format.shards import dtype_name
 from armor.plan.machine import Card, Host
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Start, Work
@@ -119,7 +120,7 @@ def forward(subject: Subject, dtype: torch.dtype, sequences: int, length: int, r
     attention = 4.0 * tokens * length * subject.topology.hidden_size
     operations = layers * (products(subject, tokens) + attention)
     moved = 30.0 * layers * tokens * subject.topology.hidden_size * dtype.itemsize
-    kind = Forward(subject.name, str(dtype).removeprefix("torch."), length, recipe)
+    kind = Forward(subject.name, dtype_name(dtype), length, recipe)
     return Work(kind, tokens * layers, operations, dtype == torch.float32, moved)
 
 
@@ -127,5 +128,5 @@ def head(subject: Subject, dtype: torch.dtype, tokens: int, compared: bool) -> W
     """The predictions of `tokens` tokens; `compared` with those of the dense model."""
     size = subject.vocabulary
     operations = 2.0 * tokens * size * subject.topology.hidden_size
-    kind = Head(subject.name, str(dtype).removeprefix("torch."), compared)
+    kind = Head(subject.name, dtype_name(dtype), compared)
     return Work(kind, tokens, operations, dtype == torch.float32, (60.0 if compared else 30.0) * tokens * size)

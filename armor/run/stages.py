@@ -57,10 +57,6 @@ class Stage:
     all that which others read; None if they are the outputs. A name without a suffix is a folder's."""
 
 
-def _models(config: Config) -> list[Names]:
-    return [(model,) for model, _ in config.pairs()]
-
-
 def _compressed(config: Config) -> list[Names]:
     return [pair for pair in config.pairs() if not config.is_dense(pair[1])]
 
@@ -149,7 +145,7 @@ def _timed(config: Config, model: str, benchmark: str) -> list[Needed]:
 STAGES = {
     "fetch": Stage(
         outputs=lambda results, model: (results.source(model),),
-        asked=_models,
+        asked=lambda config: [(model,) for model, _ in config.pairs()],
         entry="armor.model.fetch",
         seconds=20,
         settings=lambda config, model: config.models[model],
@@ -157,7 +153,7 @@ STAGES = {
     ),
     "inspect": Stage(
         outputs=lambda results, model: (results.topology(model),),
-        asked=_models,
+        asked=lambda config: [(model,) for model, _ in _compressed(config)],
         entry="armor.model.inspect",
         seconds=4,
         inputs=lambda config, model: _model(model)[:1],

@@ -24,7 +24,7 @@ from armor.format.provenance import made_by
 from armor.format.records.base import File, Input
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
-from armor.format.shards import Shards
+from armor.format.shards import Shards, dtype_name
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.model.source import Source
 from armor.runtime.calls import Call, observe_each
@@ -53,10 +53,7 @@ def make_states(
     Raises ArmorError for a topology of another model, too little text, a full disk, and NaN or infinity.
     """
     output = Path(output)
-    if topology.fingerprint != source.fingerprint:
-        raise ArmorError(
-            f"{source.path}: not the model that was inspected (another fingerprint); run armor inspect again"
-        )
+    source.check(topology.fingerprint)
     dtype = compute_dtype(source.dtype, device)
     tokens = sample_tokens(source, sample)
     text = fingerprint_of(tokens)
@@ -98,7 +95,7 @@ def make_states(
             text_fingerprint=text,
             sequences=shape[0],
             length=shape[1],
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             bytes=(count + 1) * each,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),

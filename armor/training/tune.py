@@ -42,7 +42,7 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
 from armor.format.records.tune import TuneRecord
-from armor.format.shards import Shards
+from armor.format.shards import Shards, dtype_name
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
@@ -81,10 +81,7 @@ def tune(
     are missing or of another model, a text that is too short, and where the model does not fit into the memory.
     """
     factors, calibration, output = Path(factors), Path(calibration), Path(output)
-    if source.fingerprint != topology.fingerprint:
-        raise ArmorError(
-            f"{source.path}: not the model that was inspected (fingerprints differ); run armor inspect again"
-        )
+    source.check(topology.fingerprint)
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
@@ -174,7 +171,7 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
     """
     file = steps.folder / "predictions.safetensors"
     if steps.get(PREDICTED, File) is None or not file.is_file():
-        dtype = str(compute_dtype(source.dtype, device)).removeprefix("torch.")
+        dtype = dtype_name(compute_dtype(source.dtype, device))
         model = StreamedModel(source.path, dtype, device)
         parts = []
         for rows, how in (

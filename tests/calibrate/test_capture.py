@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from armor.calibrate.capture import calibrate, compute_dtype, peak_bytes
+from armor.calibrate.capture import calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.format.records.calibration import CalibrationRecord
@@ -24,6 +24,7 @@ from armor.format.shards import SINGLE
 from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
 from armor.model.source import open_source
+from armor.runtime.skeleton import compute_dtype
 from armor.text.blocks import token_blocks
 from tests.memory import NoRoom, card_of
 from tests.tiny import FAMILIES, tiny_model, tiny_text

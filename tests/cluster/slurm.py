@@ -67,7 +67,7 @@ def missing() -> str | None:
     if absent:
         return f"no {', '.join(absent)} here (Debian: apt-get install slurmctld slurmd slurm-client)"
     if os.getuid() != 0:
-        return "only root can start it: it makes device files and runs a node daemon"
+        return "only root can start it, for it makes device files and runs a node daemon; run sudo make test-cluster"
     return None
 
 

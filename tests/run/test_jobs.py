@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from armor.config.run import Config
+from armor.config.recipes import Recipe
+from armor.config.run import Config, Run
 from armor.report import results
 from armor.run.explain import NOTED, TOGETHER
 from armor.run.jobs import jobs
@@ -31,6 +32,11 @@ def test_explain_knows_what_a_job_notes_of_each_stage_that_it_reads():
     assert {job.stage for job in table} == STAGES.keys() - {"experts"}  # these are told by the model
     read = {(name, stage) for job in table if job.stage != "report" for name, stage, _ in job.inputs(EVERY_STAGE)}
     assert {stage for name, stage in read if name not in TOGETHER} == NOTED.keys()
+
+
+def test_a_model_that_nothing_compresses_is_not_inspected():
+    dense = EVERY_STAGE.replace(recipes={"dense": Recipe(method="dense")}, benchmarks={}, runs=[Run()])
+    assert {job.stage for job in jobs(dense)} == {"fetch", "predict", "evaluate", "tasks", "report"}
 
 
 def test_the_report_tells_the_time_of_the_stages_whose_records_it_reads():
