@@ -206,7 +206,7 @@ class Shards:
             entries = tuple(self._entry(part) for part in parts)
             shape = list(entries[0].shape)
             shape[axis] = sum(entry.shape[axis] for entry in entries)
-            size, stored = (sum(getattr(entry, key) for entry in entries) for key in ("bytes", "stored"))
+            size, stored = sum(entry.bytes for entry in entries), sum(entry.stored for entry in entries)
             other._entries[name] = replace(
                 entries[0], shape=tuple(shape), bytes=size, joined=entries, axis=axis, stored=stored
             )
