@@ -50,12 +50,9 @@ class Names:
 
     def here(self, tensor: str) -> str:
         """The model's name of a tensor of a checkpoint."""
-        name = self._based(_renamed(tensor, self._renamings))
-        if (
-            name not in self._shapes and (same := self._based(tensor)) in self._shapes
-        ):  # as transformers: no old spelling
-            return same
-        return name
+        renamed, same = self._based(_renamed(tensor, self._renamings)), self._based(tensor)
+        # As in transformers: a name that the model has is no old spelling.
+        return same if renamed not in self._shapes and same in self._shapes else renamed
 
     def _based(self, name: str) -> str:
         """With the prefix of the base model where it must have that."""
