@@ -171,7 +171,7 @@ def logits_of(model: Model, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """The logits (L, vocabulary) of each block (L,), in order, when they are asked for."""
     batches = (tokens.to(model.device)[None] for tokens in blocks)
     if isinstance(model, StreamedModel):
-        return map(itemgetter(0), model.logits(batches))
+        return map(itemgetter(0), model.logits(batches))  # a generator would hold a block's logits beside the next
     # No cache: each block is read once, and keys and values of long blocks take room.
     return (model(input_ids=tokens, use_cache=False).logits[0] for tokens in batches)
 

@@ -2,9 +2,9 @@
 
 Decoding reads every weight once for each token. So its time is bytes over bandwidth. A 2:4 core has 0.5625 of the bytes
 of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory. With few rows of x
-it meets the packed values in registers. With more it unpacks tiles of them into cache. It is built when the package is
-installed and knows nothing of torch. Where it could not be built, linears run through torch. docs/KERNELS.md tells how
-it works, docs/log/kernels.md what was measured.
+it meets the packed values in registers. With more it does so too, or unpacks tiles of them into cache. It is built when
+the package is installed and knows nothing of torch. Where it could not be built, linears run through torch.
+docs/KERNELS.md tells how it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations
@@ -275,8 +275,10 @@ def _contiguous(own: Operands) -> Operands:
 
 
 def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
-    """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next; without
-    `y` its address must still come."""
+    """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next.
+
+    Without `y` its address is left for later.
+    """
     (out, kept), integers = own.values.shape, None
     if own.core_scales is not None:
         is_int4 = own.values.dtype == torch.uint8
@@ -350,12 +352,17 @@ def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
 
 
 class Joined:
-    """Linears with one input, their outputs side by side in one tensor, made ready once: a call takes little more than
-    the kernel's time. Tensors that later take the place of these are not seen. No gradient goes through."""
+    """Linears with one input, made ready once: a call takes little more than the kernel's time.
+
+    Their outputs are side by side in one tensor. Tensors that later take the place of these are not seen. No gradient
+    goes through.
+    """
 
     def __init__(self, operands: Sequence[Operands], columns: int) -> None:
-        """`columns`: the input channels of each. Ask `supports` of each first. Raises ValueError if shapes do not fit
-        each other."""
+        """`columns` are the input channels of each. Ask `supports` of each first.
+
+        Raises ValueError if shapes do not fit each other.
+        """
         for own in operands:
             _check_shapes(own.values.new_empty(0, columns), own)
         self._operands, self._columns = [_contiguous(own) for own in operands], columns
