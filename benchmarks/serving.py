@@ -1,9 +1,10 @@
-"""vLLM on models dense and packed: bytes of weights in memory, seconds and peak memory of loading them.
+"""vLLM on models dense and packed: bytes of weights in memory, seconds and peak memory of loading them; their speed.
 
 In the environment of `make test-vllm`, from the repository's root, each model in a process of its own:
 
     .venv-vllm/bin/python -m benchmarks.serving FOLDER...
     .venv-vllm/bin/python -m benchmarks.serving --random FOLDER      # writes FOLDER/dense and FOLDER/packed, 4 GB
+    .venv-vllm/bin/python -m benchmarks.serving --speed FILE DENSE PACKED    # behind a server, in turn, 1 to 16 clients
 
 The random models are a Llama of 1.1 billion parameters in bfloat16, dense and as a packed checkpoint (2:4, blocks of
 64). Their numbers have nothing to do with each other: memory depends on shapes alone.
@@ -140,12 +141,28 @@ def memory(folder: Path) -> dict:
     return {"folder": str(folder), "bytes on disk": on_disk, "bytes in memory": held} | found
 
 
+def speed(dense: Path, packed: Path, output: Path, new_tokens: int, rounds: int) -> None:
+    """Serve both in turn to 1, 4 and 16 clients, as `armor benchmark` does; write its record to `output`."""
+    from armor.benchmark.serving import benchmark_serving
+    from armor.config.measures import BenchmarkSettings
+
+    options = ["--max-model-len", "1024"]
+    asked = {"prompt_tokens": 32, "new_tokens": new_tokens, "repeats": rounds, "options": options}
+    benchmark_serving(dense, {"armor": packed}, BenchmarkSettings(engine="vllm", clients=[1, 4, 16], **asked), output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="Models, dense or packed.")
     parser.add_argument("--random", type=Path, metavar="FOLDER", help="The random models too, which are written there.")
+    parser.add_argument("--speed", type=Path, metavar="FILE", help="Serve two models instead; the record goes there.")
+    parser.add_argument("--new-tokens", type=int, default=64, help="Of each request to a server.")
+    parser.add_argument("--rounds", type=int, default=3, help="How often both models are served.")
     parser.add_argument("--here", action="store_true", help="Load the only one in this very process.")
     given = parser.parse_args()
+    if given.speed:
+        speed(*given.folders, given.speed, given.new_tokens, given.rounds)
+        return
     if given.here:
         from tests.vllm import conftest  # noqa: F401  the environment of vLLM
 

@@ -114,8 +114,10 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
         hidden_size=64,
         parameters=0,
         linear_parameters=0,
+        decoder_parameters=0,
         tied_embeddings=False,
         layers=decoder,
+        peak_memory_bytes=0,
     ).write(results.topology("deep"))
     write_json(calibration, {})
     config = {

@@ -1,8 +1,10 @@
-"""Devices with too little memory: torch fails with its own errors where a test says that there is no room."""
+"""Memory that a piece of work takes, and devices with too little: torch fails with its own errors there."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NoRoom", "card_of", "host_of"]
+from tests.forks import fork
+
+__all__ = ["TOLD", "NoRoom", "card_of", "forget_peak", "host_of", "printed_last"]
+
+_FORGET = Path("/proc/self/clear_refs")
+TOLD = pytest.mark.skipif(not _FORGET.exists(), reason="the peak is read from /proc")
+"""For tests that ask what a piece of work took at its peak."""
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class NoRoom(TorchDispatchMode):
@@ -47,3 +56,22 @@ def host_of(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     """Let the host have `size` bytes: what the kernel says stands in for a machine."""
     found = psutil.virtual_memory()._replace(total=int(size))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+
+
+def forget_peak() -> None:
+    """Set the kernel's high-water mark of this process's memory back to what it holds."""
+    _FORGET.write_text("5")
+
+
+def printed_last(measure: Callable[[], object]) -> int:
+    """The last number that `measure` prints, in a fork in which freed memory goes back to the system at once."""
+
+    def work() -> None:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 65536)
+        libc.malloc_trim(0)  # what this process has freed must not be had for nothing
+        measure()
+
+    done = fork(work, Path.cwd())
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from armor.calibrate.capture import calibrate, peak_bytes
+from armor.calibrate.capture import _embed, _run_layer, calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
+from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
-from armor.format.shards import SINGLE
+from armor.format.shards import SINGLE, Shards
 from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.runtime.skeleton import compute_dtype
+from armor.runtime.skeleton import compute_dtype, load_layer, load_outside, open_skeleton, unload_outside
 from armor.text.blocks import token_blocks
-from tests.memory import NoRoom, card_of
+from tests.memory import TOLD, NoRoom, card_of, forget_peak, printed_last
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 
 COUNT, LENGTH = 5, 48  # longer than the sliding windows
@@ -243,56 +245,35 @@ def test_a_gpu_gives_the_same_statistics(tmp_path, text):
             torch.testing.assert_close(found.gram, expected[name].gram, rtol=1e-3, atol=1e-4)
 
 
-# A small model first, so that libraries are loaded; then the kernel's high-water mark is set back.
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from armor.calibrate.capture import _embed, _run_layer
-from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
-from armor.model.inspect import inspect
-from armor.format.shards import Shards
-from armor.runtime.skeleton import load_layer, load_outside, open_skeleton, unload_outside
-from armor.model.source import open_source
-from armor.format.records.calibration import CalibrationRecord
-from armor.format.records.topology import Topology
-dtype, gram, *folders = sys.argv[1:]
-for folder in folders:
-    path = Path(folder)
-    inspect(open_source(path), path.with_suffix(".json"))
-    shards, skeleton = Shards(path), open_skeleton(path, getattr(torch, dtype))
-    layer = Topology.read(path.with_suffix(".json")).layers[0]
-    load_outside(skeleton, shards)
-    tokens = torch.arange(2048).view(1, 2048) % 250
-    steps = path.with_suffix(".steps")
-    steps.mkdir()
-    with _embed(skeleton, tokens, 1e9, steps, 0) as (hidden, calls):
-        unload_outside(skeleton)
-        before = resident_memory_bytes()
-        open("/proc/self/clear_refs", "w").write("5")
-        inside = lambda name: skeleton.inside(0, name)
-        layer_0 = load_layer(skeleton, 0, shards, "cpu")
-        _run_layer(layer_0, layer, inside, [of[0] for of in calls], hidden, bool(gram), "cpu")
-        print(peak_memory_bytes() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("dtype, gram", [("float32", ""), ("float32", "gram"), ("bfloat16", "")])
+@TOLD
+@pytest.mark.parametrize(
+    "dtype, gram",
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=["float32", "gram", "bfloat16"],
+)
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gram):
     size = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "max_position_embeddings": 2048}
     small = tiny_model(tmp_path / "small", layers=1, max_position_embeddings=2048)
-    large = tiny_model(tmp_path / "large", layers=1, dtype=getattr(torch, dtype), **size)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, dtype, gram, str(small), str(large)],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    topology = Topology.read(tmp_path / "large.json")
-    estimate = peak_bytes(topology, 2048, getattr(torch, dtype), bool(gram))
-    assert estimate == pytest.approx(int(done.stdout.split()[-1]), rel=0.2)
+    large = tiny_model(tmp_path / "large", layers=1, dtype=dtype, **size)
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    tokens = torch.arange(2048).view(1, 2048) % 250
+
+    def measure():
+        for folder in (small, large):  # a small model first, so that libraries are loaded
+            layer = inspected(folder, folder)[1].layers[0]
+            shards, skeleton = Shards(folder), open_skeleton(folder, dtype)
+            load_outside(skeleton, shards)
+            with _embed(skeleton, tokens, 1e9, steps, 0) as (hidden, calls):
+                unload_outside(skeleton)
+                before = resident_memory_bytes()
+                forget_peak()
+                module = load_layer(skeleton, 0, shards, "cpu")
+                _run_layer(module, layer, partial(skeleton.inside, 0), [of[0] for of in calls], hidden, gram, "cpu")
+                print(peak_memory_bytes() - before)
+
+    estimate = peak_bytes(inspected(large, large)[1], 2048, dtype, gram)
+    assert estimate == pytest.approx(printed_last(measure), rel=0.2)
 
 
 def test_a_device_too_small_is_refused_before_anything_is_read(tmp_path, monkeypatch):

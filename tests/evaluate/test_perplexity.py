@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
-from armor.evaluate.logits import comparison, peak_bytes, token_losses
-from armor.evaluate.perplexity import evaluate, mean, perplexity
+from armor.evaluate.logits import Blocks, comparison, peak_bytes, token_losses
+from armor.evaluate.perplexity import evaluate, mean, measure, perplexity
+from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
 from armor.execution.resume import part_of
 from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
 from armor.runtime.streamed import USABLE
 from tests.killed import SAVED, forked
-from tests.memory import NoRoom, card_of, host_of
+from tests.memory import TOLD, NoRoom, card_of, forget_peak, host_of, printed_last
 from tests.packed import packed
 from tests.tiny import VOCABULARY, tiny_model, tiny_text
 
@@ -208,36 +210,23 @@ def test_a_device_too_small_for_the_model_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# A small model first, so that libraries are loaded; then the kernel's high-water mark is set back.
-MEASURE = """
-import sys
-from types import SimpleNamespace
-import torch
-from armor.evaluate.logits import Blocks
-from armor.evaluate.perplexity import measure
-from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
-from armor.runtime.load import load_model
-steps = SimpleNamespace(get=lambda step, kind: None, put=lambda step, value: None)
-small, dtype, *folders = sys.argv[1:]
-for each in ([small] * len(folders), folders):
-    before = resident_memory_bytes()
-    models = [load_model(folder, dtype) for folder in each]
-    open("/proc/self/clear_refs", "w").write("5")
-    measure(models, Blocks(torch.arange(1024).view(2, 512) % 250, ""), steps)
-    print(peak_memory_bytes() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+@TOLD
 @pytest.mark.parametrize("dtype, count", [("auto", 2), ("bfloat16", 1)])
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, count):
     size = {"vocab_size": 12_000, "hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 512}
     size["tie_word_embeddings"] = True  # on a CPU the rows of an embedding that no token uses are never read
     small, large = tiny_model(tmp_path / "small"), tiny_model(tmp_path / "large", **size)
-    command = [sys.executable, "-c", MEASURE, str(small), dtype, *[str(large)] * count]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
-    measured = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    assert peak_bytes([large] * count, dtype, 512) == pytest.approx(int(measured.split()[-1]), rel=0.2)
+
+    def work():
+        steps = SimpleNamespace(get=lambda step, kind: None, put=lambda step, value: None)
+        for folder in (small, large):  # a small model first, so that libraries are loaded
+            before = resident_memory_bytes()
+            models = [load_model(folder, dtype) for _ in range(count)]
+            forget_peak()
+            measure(models, Blocks(torch.arange(1024).view(2, 512) % 250, ""), steps)
+            print(peak_memory_bytes() - before)
+
+    assert peak_bytes([large] * count, dtype, 512) == pytest.approx(printed_last(work), rel=0.2)
 
 
 def test_the_estimate_follows_the_dtype_of_the_config(tmp_path):

@@ -39,6 +39,7 @@ def topology() -> Topology:
         decoder_parameters=128,
         tied_embeddings=True,
         layers=(layer,),
+        peak_memory_bytes=0,
     )
 
 

@@ -380,6 +380,7 @@ def _topology(layers: int) -> Topology:
         decoder_parameters=layers * (sum(out * columns for out, columns in LINEARS.values()) + NORMS),
         tied_embeddings=True,
         layers=[layer(index) for index in range(layers)],
+        peak_memory_bytes=0,
     )
 
 
