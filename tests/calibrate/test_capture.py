@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
