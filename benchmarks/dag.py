@@ -64,7 +64,6 @@ def main() -> None:
             decoder_parameters=weights,
             tied_embeddings=False,
             layers=layers,
-            peak_memory_bytes=0,
         ).write(paths.topology("large"))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1"]
         command += ["--directory", place, "--configfile", str(folder / "my.yaml"), "--dry-run"]

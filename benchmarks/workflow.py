@@ -117,7 +117,6 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
         decoder_parameters=0,
         tied_embeddings=False,
         layers=decoder,
-        peak_memory_bytes=0,
     ).write(results.topology("deep"))
     write_json(calibration, {})
     config = {

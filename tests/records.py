@@ -68,6 +68,5 @@ def topology_record(layers: int = 2, **values) -> Topology:
         "decoder_parameters": 0,
         "tied_embeddings": False,
         "layers": decoder,
-        "peak_memory_bytes": 0,
     }
     return Topology(**given | values)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from armor.benchmark.linears import core_alone, linear_speeds, wrapped
+from armor.benchmark.linears import core_alone, expands, linear_speeds, wrapped
 from armor.benchmark.loading import Loading, measure_loading
 from armor.benchmark.rounds import ratios, summary
 from armor.benchmark.speed import generation_speed, random_prompt, written_after
@@ -209,6 +209,7 @@ def _side(
         peak_bytes=loading.peak_bytes,
         load_seconds=loading.seconds,
         bytes_per_token=read,
+        expanded=expands(model),
         tokens_per_second=_by_batch(summary, own),
         speedup=dense and _by_batch(ratios, own, dense[2]),
         theoretical_speedup=dense and dense[1] / read,

@@ -28,10 +28,16 @@ from armor.format.records.benchmark import LinearSpeed
 from armor.runtime.experts import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 
-__all__ = ["core_alone", "linear_speeds", "wrapped"]
+__all__ = ["core_alone", "expands", "linear_speeds", "wrapped"]
 
 M = TypeVar("M", bound=nn.Module)
 ROUNDS = 11  # each takes about the time of two tokens of both models
+
+
+def expands(model: nn.Module) -> bool:
+    """Whether integers of a linear of `model` become floats before each product, for want of a kernel."""
+    packed = (module for module in model.modules() if isinstance(module, ArmorLinear))
+    return any(linear.core_scales is not None and not linear.runs_packed for linear in packed)
 
 
 def wrapped(model: nn.Module) -> list[ArmorLinear]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from armor.core.errors import ArmorError
 from armor.execution.log import log
-from armor.execution.machine import peak_memory_bytes
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import Shards
 from armor.model.by_hand import check_linears, left_dense, tell
@@ -104,7 +103,6 @@ def _topology(source: Source) -> Topology:
         decoder_parameters=contents.total(),
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
-        peak_memory_bytes=peak_memory_bytes(),
     )
 
 

@@ -40,7 +40,7 @@ class Offer:
     """A recipe that one could take.
 
     `speed` is how many times as fast as the dense model it decodes one sequence, None where that was not measured.
-    `kind` is as in RecipeResults. `expanded` says that its integers are multiplied out before a product.
+    `kind` is as in RecipeResults. `expanded` says that its integers became floats before each product.
     """
 
     name: str
@@ -80,7 +80,7 @@ def offers(model: ModelResults) -> list[Offer]:
             perplexity=recipe.evaluation.value,
             kl=recipe.kl.value if recipe.kl else None,
             speed=1.0 if recipe.dense and timed else _speed(recipe),
-            expanded=recipe.keeps_all,
+            expanded=recipe.benchmark is not None and recipe.benchmark.expanded,
         )
         for recipe in model.recipes
         if recipe.evaluation and recipe.bits_per_weight is not None
@@ -178,8 +178,8 @@ def _of_speed(offered: Sequence[Offer]) -> str:
         text = f"By speed, each of these is faster than the one before and loses more: {', '.join(told)}"
     if expanded := [offer.name for offer in offered if offer.expanded]:
         text += (
-            f". Not compared: {', '.join(expanded)}. No kernel of this project multiplies with their integers, so "
-            "their speed here says nothing of what other programs reach"
+            f". Not compared: {', '.join(expanded)}. No kernel multiplied with their integers, so their "
+            "speed here says nothing of what other programs reach"
         )
     return text + "."
 

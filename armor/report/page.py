@@ -19,7 +19,7 @@ from armor.config.layers import LayerSettings
 from armor.config.report import ReportSettings
 from armor.execution.files import atomic_path
 from armor.execution.log import log
-from armor.execution.machine import current_machine, peak_memory_bytes
+from armor.execution.machine import current_machine
 from armor.format.layout import FIGURES, PAGE, SUMMARY
 from armor.format.provenance import made_by
 from armor.format.records.report import ReportRecord, Row
@@ -202,7 +202,7 @@ def build(results: Path, settings: ReportSettings, output: Path) -> ReportRecord
     _write(summary.with_suffix(".tex"), latex_text(rows, models))
     write_page(settings.title, sections, output / PAGE, _reproduce(models, settings.config))
     made = made_by("armor.report", settings, fingerprints(results, settings))
-    record = ReportRecord(rows=rows, made_by=made, machine=current_machine(), peak_memory_bytes=peak_memory_bytes())
+    record = ReportRecord(rows=rows, made_by=made, machine=current_machine())
     record.write(summary)
     log.info("%s: %d rows", output / PAGE, len(rows))
     return record

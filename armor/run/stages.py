@@ -157,6 +157,7 @@ STAGES = {
         entry="armor.model.inspect",
         seconds=4,
         inputs=lambda config, model: _model(model)[:1],
+        forked=False,  # so that Snakemake sees its memory, which the record does not tell
     ),
     "calibrate": Stage(
         outputs=lambda results, model, calibration: (results.calibration(model, calibration),),
@@ -335,6 +336,7 @@ STAGES = {
         seconds=6,
         inputs=lambda config: [(stage, stage, ()) for stage, row in STAGES.items() if row.reported],
         settings=lambda config: config.report_settings(),
+        forked=False,  # the same
     ),
 }
 """Every stage by the name of its rule, in the order of the data."""

@@ -3,6 +3,9 @@
 Decoding takes the time of its bytes, and int8 has half of those of bfloat16. The integers of a byte are exact in
 bfloat16. So they meet x as they are, in float32 sums, and the sum of each group meets its scale. Nothing is rounded but
 B x and S B x, as with floats. Gradients reach x and the bias, through a dense product.
+
+A linear that keeps every weight as int8, with a scale for each output, has neither mask nor blocks. torch's own kernel
+multiplies with it as it is.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from armor.core.quantization import Quantization
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, operator
 
-__all__ = ["linear", "supports"]
+__all__ = ["is_whole", "linear", "supports", "whole"]
 
 _SCHEMA = (
     "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, Tensor core_scales, "
     "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
 )
 _TILE = 512  # columns that the kernel unpacks at a time: a larger group is a multiple of them
+_ROWS = 256  # with more rows torch's kernel takes longer than a product with the weight as floats, made for it
 
 
 def supports(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> bool:
@@ -85,3 +89,24 @@ def linear(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> Tensor:
         return cpu.multiply(x, operands)  # past torch's dispatcher, as in `operator`
     n, m = layout.pattern.group(layout.in_features)
     return _operator(x, *operands[:5], *operands[6:9], n, m, operands.columns)
+
+
+def is_whole(layout: PackedLinear) -> bool:
+    """Whether a linear of `layout` keeps every weight as int8, with one scale for each output and no blocks."""
+    own, blocks = layout.quantization, layout.left_block_size or layout.right_block_size
+    return own == Quantization("int8", None, layout.in_features) and layout.pattern.is_dense and not blocks
+
+
+def whole(layout: PackedLinear, x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """y = W x + bias for x (..., in): (..., out), where `is_whole`: by torch's kernel for int8 weights on a CPU.
+
+    None where that cannot be or does not pay: on another device, in another dtype than the scales', with many rows,
+    where a gradient or a compiler needs the operator.
+    """
+    if scales is None or not is_whole(layout) or x.device.type != "cpu" or x.dtype != scales.dtype:
+        return None
+    if x.numel() > _ROWS * layout.in_features or operator.is_needed(x, bias):
+        return None
+    rows = x.reshape(-1, layout.in_features)
+    y = torch.ops.aten._weight_int8pack_mm(rows, values, scales.flatten()).view(*x.shape[:-1], layout.out_features)
+    return y if bias is None else y + bias

@@ -92,6 +92,8 @@ def multiply(
         if cuda.supports(x, values, bits, left, right, bias, group=group):
             return cuda.linear(x, values, bits, left, right, bias, group=group)
         return _through(x, unpack(values, bits, x.shape[-1], layout.pattern)[0], left, right, bias)
+    if (y := integers.whole(layout, x, values, scales[0], bias)) is not None:
+        return y
     given = {"core_values": values, "core_mask": bits, "left": left, "right": right}
     given |= dict(zip(("core_scales", "left_scales", "right_scales"), scales, strict=True))
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -299,7 +301,7 @@ class ArmorLinear(nn.Linear):
         """Whether a kernel multiplies with the packed values, where and as they are now."""
         values, bits = self.core_values, self.core_mask
         if values is None or bits is None:
-            return False
+            return values is not None and values.device.type == "cpu" and integers.is_whole(self.layout)
         if self._operands(values if self.core_scales is None else self.core_scales) is not None:
             return True
         right, bias = self.held("right"), self.bias

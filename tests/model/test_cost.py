@@ -33,7 +33,6 @@ def topology(*linears):
         decoder_parameters=1,
         tied_embeddings=False,
         layers=(DecoderLayer(index=0, prefix="model.layers.0", linears=made),),
-        peak_memory_bytes=0,
     )
 
 

@@ -39,7 +39,6 @@ def topology() -> Topology:
         decoder_parameters=128,
         tied_embeddings=True,
         layers=(layer,),
-        peak_memory_bytes=0,
     )
 
 

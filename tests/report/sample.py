@@ -272,6 +272,7 @@ def _side(rng: random.Random, method: str) -> Side:
         peak_bytes=410_000_000,
         load_seconds=0.4,
         bytes_per_token=size,
+        expanded=method in ("int4", "gptq"),
         tokens_per_second=_speeds(rng, method),
         speedup=None if dense else _by_batch(lambda b: _ratio(0.5 * ratio), lambda b: _ratio(ratio)),
         theoretical_speedup=None if dense else 16 / bits,
@@ -380,7 +381,6 @@ def _topology(layers: int) -> Topology:
         decoder_parameters=layers * (sum(out * columns for out, columns in LINEARS.values()) + NORMS),
         tied_embeddings=True,
         layers=[layer(index) for index in range(layers)],
-        peak_memory_bytes=0,
     )
 
 

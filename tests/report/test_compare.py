@@ -41,7 +41,7 @@ def change_evaluation(run, recipe, settings=None, **changes):
 def note(run, settings):
     """What a run's report leaves that a comparison reads."""
     made = MadeBy(stage="armor.report", code="", settings=settings.model_dump(mode="json"), inputs={})
-    ReportRecord(rows=(), made_by=made, machine=MACHINE, peak_memory_bytes=0).write(run / "report" / "summary.json")
+    ReportRecord(rows=(), made_by=made, machine=MACHINE).write(run / "report" / "summary.json")
 
 
 @pytest.fixture

@@ -39,7 +39,6 @@ TOPOLOGY = Topology(
     decoder_parameters=1,
     tied_embeddings=False,
     layers=(),
-    peak_memory_bytes=0,
 )
 BEGAN = 1_000_000.0
 

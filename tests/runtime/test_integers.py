@@ -12,6 +12,7 @@ from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from tests.linears import product_within, random_linear, twin
+from tests.memory import NoRoom
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
 LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS[: cpu.LEVELS.index(cpu.level()) + 1])]
@@ -84,6 +85,27 @@ def test_the_linear_runs_in_the_kernel_and_gradients_reach_its_input(dtype):
         assert torch.equal(linear(x), y)
     unpacked = ArmorLinear.of(factors, bias).unpack()
     torch.testing.assert_close(unpacked(x).float(), y.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_that_keeps_every_weight_is_multiplied_as_it_is_by_torchs_kernel(dtype):
+    factors, bias = stored(48, 96, None, None, "1:1", "int8", None, 96, dtype)
+    linear = ArmorLinear.of(factors, bias)
+    assert linear.runs_packed
+    exact = factors.in_floats()
+    for rows in (1, 5, 300):
+        x = torch.randn(rows, 2, 96).to(dtype)
+        with torch.no_grad():
+            y = linear(x)
+        expected = x.double() @ exact.core.double().T + bias.double()
+        assert y.shape == (rows, 2, 48) and y.dtype == dtype
+        assert (y.double() - expected).abs().max() <= 6 * torch.finfo(dtype).eps * expected.abs().max()
+        with torch.no_grad(), NoRoom(lambda _, tensor: tensor.numel() == 48 * 96 and tensor.is_floating_point()):
+            if rows < 300:  # it makes no weight of floats
+                linear(x)
+    x = torch.randn(3, 96).to(dtype).requires_grad_()
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad.float(), factors.reconstruct().sum(0).expand(3, -1), rtol=0.02, atol=0.02)
 
 
 def operands(linear, dtype):

@@ -89,6 +89,8 @@ class Side(Typed):
     """Seconds until the model could compute."""
     bytes_per_token: int
     """Bytes of the weights that are read for a token."""
+    expanded: bool
+    """Whether integers become floats before each product, for want of a kernel."""
     tokens_per_second: dict[str, Phases]
     """All sequences together, by batch size."""
     speedup: dict[str, Phases] | None
@@ -115,7 +117,7 @@ class BenchmarkRecord(Made):
 
     AGAIN: ClassVar[str] = "run armor benchmark again"
 
-    format_version: Literal[4] = 4
+    format_version: Literal[5] = 5
     benchmark: str
     """The benchmark's name."""
     dense: Side

@@ -83,10 +83,8 @@ class ReportRecord(Origin):
 
     AGAIN: ClassVar[str] = "run armor report again"
 
-    format_version: Literal[4] = 4
+    format_version: Literal[3] = 3
     rows: tuple[Row, ...]
     """In the order of the configuration."""
     machine: Machine
     """What the job ran on."""
-    peak_memory_bytes: int
-    """The most host memory that the process held, in bytes."""

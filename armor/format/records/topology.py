@@ -83,7 +83,7 @@ class Topology(Record):
 
     AGAIN: ClassVar[str] = "run armor inspect again"
 
-    format_version: Literal[3] = 3
+    format_version: Literal[2] = 2
     model_type: str
     """transformers' name of the architecture."""
     fingerprint: str
@@ -104,8 +104,6 @@ class Topology(Record):
     """Whether the output head is the embedding."""
     layers: tuple[DecoderLayer, ...]
     """The decoder layers in order."""
-    peak_memory_bytes: int
-    """The most host memory that the process held while it found all this, in bytes."""
 
     def linears(self) -> list[Linear]:
         """All linears of all decoder layers, in order."""
