@@ -28,6 +28,7 @@ _SCHEMA = (
     "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
 )
 _TILE = 512  # columns that the kernel unpacks at a time: a larger group is a multiple of them
+_COLUMNS = 32  # of a multiple of them torch's kernel is right; with others in bfloat16 it reads beyond the weight
 _ROWS = 256  # with more rows torch's kernel takes longer than a product with the weight as floats, made for it
 
 
@@ -92,9 +93,10 @@ def linear(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> Tensor:
 
 
 def is_whole(layout: PackedLinear) -> bool:
-    """Whether a linear of `layout` keeps every weight as int8, with one scale for each output and no blocks."""
+    """Whether `whole` can run on a linear of `layout`: every weight as int8, a scale for each output, no blocks."""
     own, blocks = layout.quantization, layout.left_block_size or layout.right_block_size
-    return own == Quantization("int8", None, layout.in_features) and layout.pattern.is_dense and not blocks
+    kept = own == Quantization("int8", None, layout.in_features) and layout.pattern.is_dense
+    return kept and not blocks and layout.in_features % _COLUMNS == 0
 
 
 def whole(layout: PackedLinear, x: Tensor, values: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor | None:
