@@ -1,5 +1,6 @@
 """One thread for each test process: `pytest -n` starts one for every core, and two threads a core starve each other."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -62,3 +63,9 @@ def small_disk(tmp_path):
 
     yield mount
     subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)  # mapped files keep it busy
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector shall not look at it again, nor copy it in every fork."""
+    gc.collect()
+    gc.freeze()
