@@ -29,6 +29,7 @@ from armor.methods.solver.objective import Objective, relative_loss
 __all__ = ["held_against", "quantize"]
 
 DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
+SLACK = 1.01  # NoWag-P's own weights lose a little more than its loss once they are stored in bfloat16
 
 
 def quantize(
@@ -45,13 +46,15 @@ def quantize(
 
     `core` is the type of S's numbers, of which `group` in a row share a scale; `blocks` that of A and B, int8 or
     bfloat16. U and V become bfloat16. The loss of what is returned is never above that of NoWag-P's core rounded alike,
-    which is its start_loss; `trained` factors are not held to that, for they were made for another loss.
+    which is its start_loss. Not held to that are factors that were made for another loss: `trained` ones, and those
+    that lose more than NoWag-P's before they are rounded, like SparseGPT's. They are rounded as they are.
     """
     dtypes = dict.fromkeys(("core", "left", "right"), torch.float32) | dict.fromkeys(("up", "down"), torch.bfloat16)
     given = replace(
         factors, **{part: x.to(dtype) for part, dtype in dtypes.items() if (x := getattr(factors, part)) is not None}
     )
     objective = Objective.of(weight, importance)
+    trained = trained or _is_for_another_loss(weight, objective, given)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
     d = _importance(objective)
     target = given.reconstruct() if trained else weight
@@ -77,6 +80,13 @@ def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> 
     plain = _plain(weight, objective, factors, factors.quantization, _importance(objective))
     loss, start_loss = (relative_loss(weight, objective, each) for each in (factors, plain))
     return replace(factors, loss=loss, start_loss=start_loss)
+
+
+def _is_for_another_loss(weight: Tensor, objective: Objective, factors: Factorization) -> bool:
+    """Whether `factors` of floats lose more than NoWag-P's weights."""
+    mask = top_n_mask(objective.score(weight), factors.pattern)
+    plain = Factorization(torch.where(mask, weight, 0).float(), mask, factors.pattern)
+    return relative_loss(weight, objective, factors) > SLACK * relative_loss(weight, objective, plain)
 
 
 def _importance(objective: Objective) -> Tensor:

@@ -49,6 +49,21 @@ def test_never_above_plain_pruning_at_the_same_bits(shape, pattern, core, blocks
 
 
 @pytest.mark.parametrize("core", LIMITS)
+def test_a_method_of_another_loss_keeps_its_mask_and_its_weights(core):
+    """SparseGPT gives up proxy loss for the error of the output; NoWag-P's weights must not take its place."""
+    weight, _ = problem(16, 32, 0)
+    inputs = torch.randn(256, 32) @ torch.randn(32, 32)  # correlated
+    gram = inputs.T @ inputs / len(inputs)
+    importance = gram.diagonal()
+    found = METHODS["sparsegpt"].function(weight, importance, gram, pattern="2:4")
+    done = quantize(weight, importance, found, core=core, group=32)
+    plain = quantize(weight, importance, factors_of("nowag", weight, importance), core=core, group=32)
+    assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss == pytest.approx(plain.loss)
+    errors = [((each.reconstruct() - weight) @ inputs.T).norm() for each in (done, plain)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("core", LIMITS)
 def test_what_was_trained_is_rounded_as_it_is(core):
     weight, importance = problem(16, 32, 0)
     found = factors_of("armor", weight, importance, **ARMOR)
