@@ -9,7 +9,7 @@ from benchmarks.families import CLOSE, FAMILIES, IMAGES, OWN, attempt, page
 ODD = ["deepseek_v4", "idefics3+images", "lara_mini", "longcat_flash", "minimax_m3_vl+images", "sarvam_moe"]
 
 
-@pytest.mark.parametrize("family", ["llama", *ODD])
+@pytest.mark.parametrize("family", ["emu3", *ODD])
 def test_what_becomes_of_a_family(tmp_path, family):
     (tmp_path / family).mkdir()
     found = attempt(family, tmp_path / family)

@@ -89,7 +89,7 @@ def card(
         base_model=hub,
         base_model_relation=hub and "quantized",
         library_name="transformers",
-        pipeline_tag="text-generation" if auto == "AutoModelForCausalLM" else "image-text-to-text",
+        pipeline_tag="text-generation" if auto.endswith("ForCausalLM") else "image-text-to-text",
         tags=["armor", "sparse", *patterns],
     )
     table = tabulate(

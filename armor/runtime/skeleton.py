@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.format.shards import Part, Shards
-from armor.runtime.auto import auto_class
+from armor.runtime.auto import from_config
 from armor.runtime.conv1d import Turned, turn
 from armor.runtime.experts import parts_of, unfuse
 from armor.runtime.names import Names
@@ -142,9 +142,9 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         config = AutoConfig.from_pretrained(folder)
         # Buffers are computed, not stored (rotary frequencies): they must be real.
         with init_empty_weights(include_buffers=False):
-            model = auto_class(config).from_config(config, dtype=dtype)
+            model = from_config(config, dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300]
         raise ArmorError(f"{place}: transformers makes no causal language model of it: {reason}") from error
     unfuse(model)
     turn(model)
