@@ -106,6 +106,8 @@ SMALL: dict[str, Any] = {
 LLAMA4 = {"num_hidden_layers": 2, "moe_layers": [0, 1], "no_rope_layers": [1, 0],
           "layer_types": ["chunked_attention", "full_attention"]}  # every layer is a mixture, and listed
 TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}  # in time, height and width
+SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+          "num_kv_shared_layers": 2}  # the last two have keys and values of the first two
 QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
          "indexer_compress_ratio": 4}
 OWN: dict[str, dict[str, Any]] = {
@@ -123,6 +125,8 @@ OWN: dict[str, dict[str, Any]] = {
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3n_text": SHARED | {"intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": SHARED,
     "git": {"vision_config": {"num_hidden_layers": 3}},  # layers of the text are found by their number
     "glm4v_moe": {"text_config": {"rope_parameters": TURNS | {"mrope_section": [1, 1, 2]}}},
     "gptj": {"rotary_dim": 16},
@@ -302,9 +306,9 @@ the script made no tiny model that runs as it is, which tells nothing about the 
 
 {counts}.
 
-Refused are models whose layers cannot be run one by one (Dory, HY-V4, Reformer, XLM, ZAYA), that have no list of
-decoder layers (HRM), or that transformers itself does not load as it saved them (the text models of Emu3 and Mllama,
-ShieldGemma 2). Inkling's wrapper stores its experts in a form that is not read.
+Refused are models whose layers cannot be run one by one: Dory and HRM run theirs several times, Reformer's are
+reversible and pass two streams, XLM has lists of attentions and of MLPs instead of layers. ShieldGemma 2 is refused for
+transformers itself does not load it as it saved it. Inkling's wrapper stores its experts in a form that is not read.
 
 | family | share compressed | packed against dense | notes |
 |---|--:|--:|---|

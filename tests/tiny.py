@@ -18,6 +18,7 @@ __all__ = [
     "FEW_EXPERTS",
     "MAMBA2",
     "MIXTURES",
+    "SHARING",
     "VOCABULARY",
     "WRAPPERS",
     "tiny_gguf",
@@ -77,6 +78,38 @@ MIXTURES: dict[str, dict] = {
 }
 
 
+SHARING: dict[str, dict] = {  # three layers, the last of which take more of earlier ones than hidden states
+    "gemma3n_text": {  # keys and values, by a dictionary
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention", "full_attention", "full_attention"],
+        "intermediate_size": [128, 128, 128],
+        "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+        "head_dim": 16,
+        "laurel_rank": 8,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "pad_token_id": 0,
+    },
+    "hy_v4": {  # integers: the tokens that an indexer chose
+        **LATENT,
+        "indexer_types": ["full", "shared", "shared"],
+        "mlp_layer_types": ["dense", "dense", "dense"],
+        "index_topk": 8,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+    },
+    "zaya": {  # what the router thought
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "layer_types": ["hybrid", "hybrid", "hybrid"],
+        "router_hidden_size": 16,
+        "pad_token_id": 0,
+    },
+}
+
+
 WRAPPERS: dict[str, dict] = {
     "qwen2_5_vl": {
         "text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
@@ -126,7 +159,7 @@ def tiny_model(folder: Path | str, family: str = "llama", layers: int = 3, seed:
         "bos_token_id": 256,
         "eos_token_id": 256,
         "pad_token_id": None,
-        **(FAMILIES | MIXTURES).get(family, {}),
+        **(FAMILIES | MIXTURES | SHARING).get(family, {}),
     }
     if callable(settings.get("layer_types")):
         settings["layer_types"] = settings["layer_types"](layers)[:layers]

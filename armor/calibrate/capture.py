@@ -39,7 +39,7 @@ from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.shards import dtype_name
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
-from armor.runtime.calls import Call, observe, observe_each
+from armor.runtime.calls import Call, moved, observe, observe_each, states_of
 from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
     Skeleton,
@@ -232,12 +232,12 @@ def _embed(
 
     tokens (sequences, length). Those before layer 0 are made here, those of a later one lie in `folder`.
     """
-    first, _ = observe(skeleton, tokens[:1])
+    likes = states_of(*observe(skeleton, tokens[:1]))
     calls = []
-    with HiddenStates(len(tokens), tuple(first.shape), first.dtype, limit, folder, layer) as hidden:
+    with HiddenStates(len(tokens), likes, limit, folder, layer) as hidden:
         for index, (states, own) in enumerate(observe_each(skeleton, tokens)):
             if layer == 0:
-                hidden.write(index, states)
+                hidden.write(index, (states,))
             calls.append(own)
         if layer == 0:
             hidden.turn()
@@ -274,10 +274,10 @@ def _run_layer(
                 if id(call) not in on_device:
                     on_device = {id(call): call.map(lambda tensor: tensor.to(device))}
                 call = on_device[id(call)]
-                states = call.run(module, hidden.read(index).to(device))
-                if not finite(states):
+                state = call.run(module, moved(hidden.read(index), device))
+                if not finite(state[0]):
                     raise ArmorError(_not_finite(layer, inputs, index))
-                hidden.write(index, states)
+                hidden.write(index, state)
     finally:
         for hook in hooks:
             hook.remove()

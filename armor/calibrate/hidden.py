@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
 from armor.core.errors import ArmorError
+from armor.runtime.calls import State
 
 __all__ = ["HiddenStates", "states_file"]
 
@@ -30,33 +31,33 @@ def states_file(folder: Path, layer: int) -> Path:
 
 
 class HiddenStates:
-    """`count` tensors of one shape and dtype that go into a decoder layer, at most `limit` bytes of them in memory too.
+    """`count` states that go into a decoder layer, about `limit` bytes of them at most in memory too.
 
-    With `layer` 0 they are written first, for a later one they are in `folder` from a run before; use it with `with`.
-    Raises ArmorError if the disk is full.
+    `likes` are those of one sequence before each layer and after the last: shapes and dtypes count. With `layer` 0 they
+    are written first, for a later one they are in `folder` from a run before; use it with `with`. Raises
+    ArmorError if the disk is full.
     """
 
-    def __init__(
-        self, count: int, shape: tuple[int, ...], dtype: torch.dtype, limit: float, folder: Path, layer: int = 0
-    ) -> None:
-        self._each = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        self._in_memory = min(count, int(limit // self._each))
-        self.dtype, self._shape, self._folder, self._layer = dtype, shape, folder, layer
-        self.bytes = count * self._each
-        self.spilled_bytes = (count - self._in_memory) * self._each
+    def __init__(self, count: int, likes: Sequence[State], limit: float, folder: Path, layer: int = 0) -> None:
+        largest = max(map(_bytes, likes))
+        self._in_memory = min(count, int(limit // largest))
+        self._likes, self._folder, self._layer = likes, folder, layer
+        self.dtype = likes[0][0].dtype
+        self.bytes = count * largest
+        self.spilled_bytes = (count - self._in_memory) * largest
         for old in folder.glob("hidden_*"):
             if not layer or old != states_file(folder, layer):
                 old.unlink()
         needed, free = (1 if layer else 2) * self.bytes, shutil.disk_usage(folder).free
         if needed > free:
             raise self._full(f"{free / 1e9:.3g} GB are free")
-        self._memory = torch.empty((self._in_memory, *shape), dtype=dtype)
+        self._memory: dict[int, State] = {}
         self._read: BinaryIO | None = None
         self._written: BinaryIO | None = None
         if layer:
             self._read = open(states_file(folder, layer), "rb", buffering=0)
             for index in range(self._in_memory):
-                self._transfer(self._read, "readinto", index, self._memory[index])
+                self._memory[index] = self._from_disk(index)
 
     def __enter__(self) -> HiddenStates:
         return self
@@ -66,22 +67,20 @@ class HiddenStates:
             if file is not None:
                 file.close()
 
-    def read(self, index: int) -> Tensor:
-        """Tensor number `index` of the layer's input; it may share memory with what is kept, so don't write to it."""
-        if index < self._in_memory:
-            return self._memory[index]
-        tensor = torch.empty(self._shape, dtype=self.dtype)
-        self._transfer(self._read, "readinto", index, tensor)
-        return tensor
+    def read(self, index: int) -> State:
+        """State number `index` of the layer's input; it may share memory with what is kept, so don't write to it."""
+        return self._memory[index] if index < self._in_memory else self._from_disk(index)
 
-    def write(self, index: int, tensor: Tensor) -> None:
-        """Keep `tensor` as number `index` of the next layer's input; this layer's may not be read any more."""
+    def write(self, index: int, state: State) -> None:
+        """Keep `state` as number `index` of the next layer's input; this layer's may not be read any more."""
+        number = self._layer + (self._read is not None)
         if self._written is None:
-            self._written = open(states_file(self._folder, self._layer + (self._read is not None)), "wb", buffering=0)
-        tensor = tensor.to("cpu", self.dtype).contiguous()
+            self._written = open(states_file(self._folder, number), "wb", buffering=0)
+        like = self._likes[number]
+        state = tuple(mine.to("cpu", its.dtype).contiguous() for mine, its in zip(state, like, strict=True))
         if index < self._in_memory:
-            self._memory[index].copy_(tensor)
-        self._transfer(self._written, "write", index, tensor)
+            self._memory[index] = state
+        self._transfer(self._written, "write", index * _bytes(like), state)
 
     def turn(self) -> None:
         """What was written is the next layer's input, whole and on disk: from now on it is read."""
@@ -97,13 +96,20 @@ class HiddenStates:
         """Delete what went into the layer before."""
         states_file(self._folder, self._layer - 1).unlink(missing_ok=True)
 
-    def _transfer(self, file: BinaryIO | None, what: str, index: int, tensor: Tensor) -> None:
-        view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    def _from_disk(self, index: int) -> State:
+        like = self._likes[self._layer]
+        state = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in like)
+        self._transfer(self._read, "readinto", index * _bytes(like), state)
+        return state
+
+    def _transfer(self, file: BinaryIO | None, what: str, start: int, state: State) -> None:
         assert file is not None
         try:
-            file.seek(index * self._each)
-            while view:
-                view = view[getattr(file, what)(view) :]
+            file.seek(start)
+            for tensor in state:
+                view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+                while view:
+                    view = view[getattr(file, what)(view) :]
         except OSError as error:
             raise self._full(str(error.strerror)) from None
 
@@ -112,3 +118,7 @@ class HiddenStates:
             f"{self._folder}: hidden states need {2 * self.bytes / 1e9:.3g} GB on this disk: {reason}; free it, "
             "or use fewer or shorter sequences"
         )
+
+
+def _bytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state)

@@ -18,7 +18,7 @@ from armor.config.recipes import Recipe
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.factorization import Factorization
 from armor.format.shards import dtype_name
-from armor.runtime.calls import Call, observe_each
+from armor.runtime.calls import Call, State, moved, observe_each
 from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.training.refine import fit_layer
 from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
@@ -83,9 +83,9 @@ def _keep(layer: TrainableLayer, factors: dict[str, Factorization], others: dict
 
 
 class _Rows(list):
-    """Hidden states by sequence."""
+    """States by sequence."""
 
-    def row(self, index: int) -> Tensor:
+    def row(self, index: int) -> State:
         return self[index]
 
 
@@ -101,7 +101,7 @@ def _refine(
     model = skeleton.model
     dtype, device = dtype_name(model.dtype), str(model.device)
     recorded = list(observe_each(skeleton, tokens.to(model.device)))
-    dense = _Rows(hidden.cpu() for hidden, _ in recorded)
+    dense = _Rows((hidden.cpu(),) for hidden, _ in recorded)
     fed = dense
     for index, layer in enumerate(skeleton.layers):
         calls = [of_layers[index] for _, of_layers in recorded]
@@ -116,13 +116,13 @@ def _refine(
             fed = dense
         else:
             with stored_arithmetic(dtype, device):
-                fed = _outputs(trained.module, own, _Rows(states.float() for states in fed), device)
+                fed = _outputs(trained.module, own, _Rows(moved(state, "cpu", torch.float32) for state in fed), device)
 
 
 @torch.no_grad()
 def _outputs(layer: nn.Module, calls: Sequence[Call], inputs: _Rows, device: str) -> _Rows:
-    """What a decoder layer makes of every sequence's states."""
-    return _Rows(call.run(layer, states.to(device)).cpu() for states, call in zip(inputs, calls, strict=True))
+    """What a decoder layer makes of every sequence's state."""
+    return _Rows(moved(call.run(layer, moved(state, device)), "cpu") for state, call in zip(inputs, calls, strict=True))
 
 
 def _tune(

@@ -1,16 +1,19 @@
-"""The hidden states of token sequences before one decoder layer, layer_{k}.safetensors: one tensor, read by sequence.
+"""The hidden states of token sequences before one decoder layer, layer_{k}.safetensors: a tensor, read by sequence.
 
-It is written row by row: all of it need not fit into memory. The tokens lie beside, in tokens.safetensors.
+It is (sequences, 1, length, hidden); some families have more of them. Where layers take more of earlier ones, that is
+in the file too, as carried_1 and so on. It is written row by row: all of it need not fit into memory. The tokens lie
+beside, in tokens.safetensors.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from armor.format.shards import DTYPES, dtype_name
 
 __all__ = ["STATES_VERSION", "StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
 
-STATES_VERSION = 1
+STATES_VERSION = 2
 NAME = "states"
 
 
@@ -42,47 +45,54 @@ def room_for(needed: int, folder: Path) -> None:
 
 
 class StatesWriter:
-    """Takes the states of one sequence after the other, (length, hidden) each."""
+    """Takes the states of one sequence after the other."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._file, self._shape, self._dtype = file, shape, dtype
+    def __init__(self, file: BinaryIO, start: int, like: Sequence[Tensor], count: int) -> None:
+        self._file, self._like = file, like
+        self._places = [start + count * before for before in accumulate((one.nbytes for one in like), initial=0)]
 
-    def add(self, states: Tensor) -> None:
-        """Add the states (length, hidden) of the next sequence, on any device."""
-        row = states.detach().to("cpu", self._dtype).reshape(self._shape[1:]).contiguous()
-        self._file.write(row.view(-1).view(torch.uint8).numpy().data)
+    def add(self, states: Sequence[Tensor]) -> None:
+        """Add the states of the next sequence, on any device: hidden states, and what is carried with them."""
+        for number, (tensor, like) in enumerate(zip(states, self._like, strict=True)):
+            row = tensor.detach().to("cpu", like.dtype).reshape(like.shape).contiguous()
+            self._file.seek(self._places[number])
+            self._places[number] += self._file.write(row.view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager
-def write_states(
-    path: Path, shape: tuple[int, int, int], dtype: torch.dtype, about: str = ""
-) -> Iterator[StatesWriter]:
-    """Write states of `shape` (sequences, length, hidden) atomically; `about` says which, for who reads them."""
-    size = torch.empty(shape, dtype=dtype, device="meta").nbytes
-    name = next(key for key, (torch_name, _) in DTYPES.items() if torch_name == dtype_name(dtype))
-    about_it = {"about": about, "format_version": str(STATES_VERSION)}
-    header = {"__metadata__": about_it, NAME: {"dtype": name, "shape": shape, "data_offsets": [0, size]}}
+def write_states(path: Path, like: Sequence[Tensor], count: int, about: str = "") -> Iterator[StatesWriter]:
+    """Write the states of `count` sequences atomically; `about` says which, for who reads them.
+
+    `like` are those of one sequence, on any device, hidden states (1, length, hidden) first: shapes and dtypes count.
+    """
+    header: dict[str, Any] = {"__metadata__": {"about": about, "format_version": str(STATES_VERSION)}}
+    end = 0
+    for number, tensor in enumerate(like):
+        dtype = next(key for key, (torch_name, _) in DTYPES.items() if torch_name == dtype_name(tensor.dtype))
+        offsets = [end, end := end + count * tensor.nbytes]
+        header[_name(number)] = {"dtype": dtype, "shape": (count, *tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        yield StatesWriter(file, shape, dtype)
+        yield StatesWriter(file, file.tell(), like, count)
+
+
+def _name(number: int) -> str:
+    """What the file calls one of the tensors that make a state."""
+    return f"carried_{number}" if number else NAME
 
 
 class StatesReader:
-    """The states of a file: `shape` (sequences, length, hidden), `about` as it was written."""
+    """The states of a file by sequence, and `about` as it was written."""
 
     def __init__(self, file) -> None:
-        self._slice = file.get_slice(NAME)
-        self.shape: tuple[int, int, int] = tuple(self._slice.get_shape())
+        self._slices = [file.get_slice(_name(number)) for number in range(len(file.keys()))]
         self.about: str = (file.metadata() or {}).get("about", "")
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def row(self, index: int) -> Tensor:
-        """The states (1, length, hidden) of one sequence."""
-        return self._slice[index : index + 1]
+    def row(self, index: int) -> tuple[Tensor, ...]:
+        """The states of one sequence: hidden states (1, length, hidden), and what is carried with them."""
+        return tuple(one[index] for one in self._slices)
 
 
 @contextmanager

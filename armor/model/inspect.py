@@ -1,8 +1,7 @@
 """From a source to model.json: decoder layers, their linears, and which linears share an input.
 
 Sharing is observed, not assumed. Each decoder layer runs once on the meta device (shapes without data) with what the
-recorders of `armor.runtime.calls` saw. Linears that are handed the same tensor form a group. The same run shows
-whether layers exchange anything beside hidden states, which would make running them one by one wrong.
+recorders of `armor.runtime.calls` saw. Linears that are handed the same tensor form a group.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig
 
 from armor.core.errors import ArmorError
@@ -168,9 +166,9 @@ def _decoder_layer(
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:
-    """What a decoder layer returns, on its own device."""
+    """The hidden states that a decoder layer makes, on its own device; what is carried are zeros."""
     with torch.no_grad():
-        return call.run(layer, hidden.to(next(layer.parameters()).device))
+        return call.run(layer, call.empty(hidden, next(layer.parameters()).device))[0]
 
 
 def _runnable(layer: nn.Module, hidden: Tensor, call: Call) -> Call:
@@ -198,8 +196,7 @@ def input_groups(
     """A number for each of the linears `names` of `layer`, the same for those that are handed the same tensor.
 
     hidden (batch, length, hidden); only its shape matters. `layer` and what is in `call` are on one device, meta where
-    that can be. Raises ArmorError if the layer returns something else than hidden states, or leaves something in its
-    arguments.
+    that can be. Raises ArmorError if the layer returns something else than hidden states.
     """
     seen: dict[str, tuple] = {}
     inputs = []  # kept alive: the address of a tensor that is gone may serve again
@@ -214,7 +211,6 @@ def input_groups(
         return note
 
     hooks = [module.register_forward_pre_hook(hook(name)) for name, module in names.items()]
-    before = pytree.tree_structure((call.args, call.kwargs))
     try:
         output = run_layer(layer, hidden, call)
     except (RuntimeError, NotImplementedError) as error:
@@ -227,8 +223,6 @@ def input_groups(
             handle.remove()
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
         raise ArmorError(f"{prefix}: returns something else than hidden states; the model is not supported")
-    if pytree.tree_structure((call.args, call.kwargs)) != before:
-        raise ArmorError(f"{prefix}: hands something to later layers beside hidden states; the model is not supported")
     numbers: dict[tuple, int] = {}
     keys = {name: seen.get(name, (name,)) for name in names}
     for name, (expert, first) in alike(layer).items():  # one of a mixture's experts has run, in the name of all

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from armor.core.packing import pack_mask
@@ -27,7 +27,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.format.statistics import Statistics
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
-from armor.runtime.calls import Call, observe
+from armor.runtime.calls import Call, State, observe
 from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.skeleton import load_outside, open_skeleton, read_layer, tensors_of, unload_outside
 
@@ -80,20 +80,20 @@ class _Timer:
             case Read():
                 return _file()
             case Forward():
-                layer, hidden, call = self.opened(kind.model, kind.dtype, kind.length, kind.recipe)
-                return _timed(lambda: _run(layer, hidden, call)) / kind.length
+                layer, state, call = self.opened(kind.model, kind.dtype, kind.length, kind.recipe)
+                return _timed(lambda: _run(layer, state, call)) / kind.length
             case Step():
-                layer, hidden, call = self.opened(kind.model, kind.dtype, 1, kind.recipe)
-                return _timed(lambda: _run(layer, hidden, call))
+                layer, state, call = self.opened(kind.model, kind.dtype, 1, kind.recipe)
+                return _timed(lambda: _run(layer, state, call))
             case Train():
-                layer, hidden, call = self.opened(kind.model, "float32", kind.length, None)
-                return _timed(lambda: _back(layer, hidden, call)) / kind.length
+                layer, state, call = self.opened(kind.model, "float32", kind.length, None)
+                return _timed(lambda: _back(layer, state, call)) / kind.length
             case Head():
                 return self._head(kind)
             case Solve():
                 return self._solve(kind)
 
-    def _opened(self, model: str, dtype: str, length: int, recipe: str | None) -> tuple[nn.Module, Tensor, Call]:
+    def _opened(self, model: str, dtype: str, length: int, recipe: str | None) -> tuple[nn.Module, State, Call]:
         """The last decoder layer, packed by `recipe` if there is one, and what it is called with."""
         subject, wanted = self.subjects[model], getattr(torch, dtype)
         skeleton = open_skeleton(subject.folder, wanted)
@@ -110,7 +110,8 @@ class _Timer:
                 dense: Any = layer.get_submodule(own)
                 layer.set_submodule(own, _packed(layout, wanted, dense.bias is not None))
         share_right(layer)
-        return layer, torch.randn_like(hidden), calls[chosen.index]
+        call = calls[chosen.index]
+        return layer, call.empty(torch.randn_like(hidden)), call
 
     def _head(self, kind: Head) -> float:
         subject, dtype = self.subjects[kind.model], getattr(torch, kind.dtype)
@@ -167,13 +168,13 @@ def _packed(layout: PackedLinear, dtype: torch.dtype, bias: bool) -> ArmorLinear
 
 
 @torch.no_grad()
-def _run(layer: nn.Module, hidden: Tensor, call: Call) -> None:
-    call.run(layer, hidden)
+def _run(layer: nn.Module, state: State, call: Call) -> None:
+    call.run(layer, state)
 
 
-def _back(layer: nn.Module, hidden: Tensor, call: Call) -> None:
+def _back(layer: nn.Module, state: State, call: Call) -> None:
     layer.requires_grad_(True)
-    call.run(layer, hidden).sum().backward()
+    call.run(layer, state)[0].sum().backward()
 
 
 def _file() -> float:

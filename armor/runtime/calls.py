@@ -4,15 +4,20 @@ What a layer is called with is found by recording, for masks, rotary embeddings 
 release. Every decoder layer is replaced by a recorder that notes its arguments and passes the hidden states on. The
 model's own forward runs once. Each real layer is then called with what its recorder saw. What comes after the layers is
 the model's own forward too, the last recorder handing out what the last layer made. This holds for models in which a
-layer's output goes straight into the next layer and layers do not talk to each other by other ways; `observe` and
-`armor.model.inspect` check it.
+layer's hidden states go straight into the next layer; `observe` checks it.
+
+Some layers take more of earlier ones: keys and values, the tokens that an indexer chose, what a router thought. They
+find it among their arguments. The earlier layer has returned it, or put it into a dictionary that layers share. In such
+a model each layer runs once without numbers, on the meta device. What it makes are tensors that can be told apart, and
+the calls of later layers show which of them these compute with. They are carried with the hidden states: `State`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,30 +29,51 @@ from transformers import PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
-from armor.runtime.skeleton import Skeleton, filled
+from armor.runtime.skeleton import Made, Skeleton, State, filled
 
-__all__ = ["Call", "finish", "observe", "observe_each", "readers"]
+__all__ = ["Call", "State", "finish", "moved", "observe", "observe_each", "readers", "states_of"]
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Stands in a call for a tensor that an earlier layer made: number `place` of the state."""
+
+    place: int
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a decoder layer is called with beside the hidden states."""
+    """What a decoder layer is called with beside its state."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    carried: State = ()
+    """What the state has behind the hidden states, without numbers: tensors on the meta device."""
+    handed: tuple[int, ...] = ()
+    """What the next state has there: numbers in this state, and behind it in the leaves of the layer's output and
+    arguments after the run."""
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states that a decoder layer, so called, makes of `hidden`: its output or the first of it."""
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
+    def run(self, layer: nn.Module, state: State) -> State:
+        """The next state, by a decoder layer so called, from `state`, which is on its device.
+
+        Hidden states (batch, length, hidden) come first in both: they are the layer's output or the first of it.
+        """
+        args, kwargs = pytree.tree_map_only(_Carried, lambda it: state[it.place], (self.args, self.kwargs))
+        made = pytree.tree_leaves((layer(state[0], *args, **kwargs), args, kwargs))
+        return (made[0], *([*state, *made][number] for number in self.handed))
+
+    def empty(self, hidden: Tensor, device: torch.device | str = "cpu") -> State:
+        """A state that fits the call, on `device`: `hidden`, and zeros for what is carried."""
+        return (hidden.to(device), *(torch.zeros_like(tensor, device=device) for tensor in self.carried))
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
-    def map(self, function) -> Call:
+    def map(self, function: Callable[[Tensor], Any]) -> Call:
         """The call with `function` applied to each of its tensors."""
-        return Call(*pytree.tree_map_only(Tensor, function, (self.args, self.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
     def equals(self, other: Call) -> bool:
         """Whether both hold the same structure with equal values."""
@@ -56,10 +82,20 @@ class Call:
         return structure == other_structure and all(map(_same, mine, theirs))
 
 
+def states_of(hidden: Tensor, calls: Sequence[Call]) -> list[State]:
+    """The states before every decoder layer and after the last, on the meta device; `hidden` are those of the first."""
+    return [call.empty(hidden, "meta") for call in calls] + [(hidden.to("meta"),)]
+
+
+def moved(state: State, device: torch.device | str, dtype: torch.dtype | None = None) -> State:
+    """The state on `device`, its floats in `dtype` if one is given."""
+    return tuple(tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in state)
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    return a is b or (isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b)
+    return a is b or (isinstance(a, bool | int | float | str | _Carried) and type(a) is type(b) and a == b)
 
 
 class _StandIn(nn.Module):
@@ -79,42 +115,92 @@ class _StandIn(nn.Module):
 class _Recorder(_StandIn):
     """Notes what it is called with, and returns what was `made`, or the hidden states, as the layer would.
 
-    Where that is a tuple, what stands behind them has no numbers.
+    What the layer makes beside them has no numbers. It is known from the first time, if that was to `learn` it.
     """
 
     made: Tensor | None = None
     seen: tuple[Any, Call] | None = None
+    containers: Sequence[MutableMapping | MutableSequence] = ()
     times = 0
 
-    def __init__(self, layer: nn.Module, beside: dict[type, tuple[Any, ...] | None], learn: bool) -> None:
+    def __init__(self, layer: nn.Module, index: int, layers: dict[int, Made], learn: bool) -> None:
         super().__init__(layer)
-        self._beside, self._learn = beside, learn
+        self._index, self._layers, self._learn = index, layers, learn
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, call = args[0] if args else None, Call(args[1:], kwargs)
+        if not args:
+            named = ", ".join(key for key, value in kwargs.items() if isinstance(value, Tensor))
+            raise ArmorError(
+                f"{type(self._layer[0]).__name__}: is called with {named or 'no tensor'}; expected a tensor of hidden "
+                "states first; decoder layers cannot be run one by one, and the model is not supported"
+            )
+        hidden, call = args[0], _recorded(args[1:], kwargs)
         self.times += 1
+        self.containers = _containers(args[1:], kwargs)
         self.seen = hidden, call
-        layer = self._layer[0]
-        if self._learn and type(layer) not in self._beside and isinstance(hidden, Tensor):
-            self._beside[type(layer)] = _behind(layer, hidden, call)
-        behind = self._beside.get(type(layer))
+        if self._learn and self._index not in self._layers and isinstance(hidden, Tensor):
+            self._layers[self._index] = _made(self._layer[0], hidden, call)
         hidden = hidden if self.made is None else self.made
-        return hidden if behind is None else (hidden, *behind)
+        known = self._layers.get(self._index)
+        if known is None:
+            return hidden
+        for mapping, added in zip(_mappings(args[1:], kwargs), known.added, strict=True):
+            mapping.update(added)
+        return hidden if known.behind is None else (hidden, *known.behind)
 
 
-def _behind(layer: nn.Module, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
-    """What a decoder layer returns behind the hidden states, on the meta device; None where it returns them alone."""
-    output = _on_meta(layer, hidden, call)
-    return tuple(output[1:]) if isinstance(output, tuple | list) else None
+def _recorded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call as it is now: later layers may add to its dictionaries."""
+    plain = [dict(value) if isinstance(value, UserDict) else value for value in args]
+    named = {key: dict(value) if isinstance(value, UserDict) else value for key, value in kwargs.items()}
+    return Call(tuple(plain), named).map(lambda tensor: tensor)
+
+
+def _containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[MutableMapping | MutableSequence]:
+    """What a layer is handed and may put something into."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping | MutableSequence)]
+
+
+def _mappings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[MutableMapping]:
+    return [value for value in _containers(args, kwargs) if isinstance(value, MutableMapping)]
 
 
 @torch.no_grad()
-def _on_meta(layer: nn.Module, hidden: Tensor, call: Call, watch: TorchFunctionMode | None = None) -> Any:
-    """What a decoder layer returns, without numbers; `watch` is there while it runs."""
+def _made(layer: nn.Module, hidden: Tensor, call: Call) -> Made:
+    """What a decoder layer makes, by a run without numbers."""
     hidden, call = hidden.to("meta"), call.map(lambda tensor: tensor.to("meta"))
     empty = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-    with watch or contextlib.nullcontext():
-        return functional_call(layer, empty, (hidden, *call.args), call.kwargs)
+    mappings, given = _mappings(call.args, call.kwargs), call.tensors()
+    before = [dict(mapping) for mapping in mappings]
+    lists = {id(one): len(one) for one in _containers(call.args, call.kwargs) if isinstance(one, MutableSequence)}
+    with _Watch() as watch:
+        output = functional_call(layer, empty, (hidden, *call.args), call.kwargs)
+    if any(len(one) != lists.get(id(one), len(one)) for one in _containers(call.args, call.kwargs)):
+        raise ArmorError(
+            f"{type(layer).__name__}: puts something for later layers into a list; decoder layers cannot be run one by "
+            "one, and the model is not supported"
+        )
+    return Made(
+        behind=tuple(output[1:]) if isinstance(output, tuple | list) else None,
+        added=[
+            {key: value for key, value in now.items() if key not in old or value is not old[key]}
+            for now, old in zip(mappings, before, strict=True)
+        ],
+        leaves=pytree.tree_leaves((output, call.args, call.kwargs)),
+        used=[tensor for tensor in given if id(tensor) in watch.seen],
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the tensors that something is computed with, by id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        return function(*args, **(kwargs or {}))
 
 
 class _Reader(_StandIn):
@@ -143,8 +229,8 @@ def _replaced(skeleton: Skeleton, stand_ins: Sequence[_StandIn]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _recorders(skeleton: Skeleton, learn: bool = False) -> Iterator[list[_Recorder]]:
-    """Recorders in the decoder layers' place; they `learn` what these return by running one of each class."""
-    recorders = [_Recorder(layer, skeleton.beside_hidden, learn) for layer in skeleton.layers]
+    """Recorders in the decoder layers' place; they `learn` what layers make by running each once."""
+    recorders = [_Recorder(layer, index, skeleton.made, learn) for index, layer in enumerate(skeleton.layers)]
     with _replaced(skeleton, recorders):
         yield recorders
 
@@ -166,61 +252,89 @@ def observe(skeleton: Skeleton, tokens: Tensor) -> tuple[Tensor, list[Call]]:
     tokens (batch, length) int64. What is outside of the layers must be loaded. Raises ArmorError if the model does
     something else with hidden states between two layers than to pass them on.
     """
-    if not skeleton.beside_hidden and len(skeleton.layers) > 1:
+    if not skeleton.made and len(skeleton.layers) > 1:
         with contextlib.suppress(Exception):  # of a model that wants more of its layers than a tensor
-            return _observed(skeleton, tokens, learn=False)
-    return _observed(skeleton, tokens, learn=True)
+            recorders = _recorded_pass(skeleton, tokens, learn=False)
+            if not _share_containers(recorders):
+                return _calls(skeleton, recorders)
+    return _calls(skeleton, _recorded_pass(skeleton, tokens, learn=not skeleton.made))
 
 
-def _observed(skeleton: Skeleton, tokens: Tensor, learn: bool) -> tuple[Tensor, list[Call]]:
-    """As `observe`."""
+def _recorded_pass(skeleton: Skeleton, tokens: Tensor, learn: bool) -> list[_Recorder]:
+    """The recorders after the model's own forward."""
     with _recorders(skeleton, learn) as recorders, torch.no_grad():
         skeleton.model.base_model(input_ids=tokens, use_cache=False)
+    return recorders
+
+
+def _share_containers(recorders: Sequence[_Recorder]) -> bool:
+    """Whether two layers are handed one empty dictionary or list: it is there for one to tell the other something."""
+    handed = [id(one) for recorder in recorders for one in recorder.containers if not one]
+    return len(handed) > len(set(handed))
+
+
+def _calls(skeleton: Skeleton, recorders: Sequence[_Recorder]) -> tuple[Tensor, list[Call]]:
+    """As `observe`, from what recorders saw."""
     hidden: Any = recorders[0].seen[0] if recorders[0].seen else None
-    calls = []
+    model, calls = type(skeleton.model).__name__, []
     for index, recorder in enumerate(recorders):
-        if recorder.seen is None or not isinstance(hidden, Tensor) or recorder.seen[0] is not hidden:
-            raise ArmorError(
-                f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} does not simply pass hidden states from "
-                "one decoder layer to the next; its layers cannot be run one by one, and the model is not supported"
-            )
+        where = f"{skeleton.prefix}.{index}"
         if recorder.times > 1:
             raise ArmorError(
-                f"{skeleton.prefix}.{index}: {type(skeleton.model).__name__} calls it {recorder.times} times in one "
-                "pass; its layers cannot be run one by one, and the model is not supported"
+                f"{where}: {model} calls it {recorder.times} times in one pass; its layers cannot be run one by one, "
+                "and the model is not supported"
             )
-        call = recorder.seen[1]
-        if any(leaf.is_meta for leaf in call.tensors()):
-            if index not in skeleton.takes_more:
-                skeleton.takes_more[index] = _takes_more(skeleton.layers[index], hidden, call)
-            if skeleton.takes_more[index]:
-                raise ArmorError(
-                    f"{skeleton.prefix}.{index}: takes more of an earlier decoder layer than hidden states; its layers "
-                    "cannot be run one by one, and the model is not supported"
-                )
-            call = call.map(lambda tensor: None if tensor.is_meta else tensor)
-        calls.append(call)
+        if recorder.seen is None or not _is_view(recorder.seen[0], hidden):
+            raise ArmorError(
+                f"{where}: {model} does not simply pass hidden states from one decoder layer to the next; its layers "
+                "cannot be run one by one, and the model is not supported"
+            )
+        calls.append(recorder.seen[1])
+    if skeleton.made and not skeleton.links:
+        skeleton.links.extend(_links(skeleton, calls))
+    if skeleton.made:
+        calls = [_linked(call, *link) for call, link in zip(calls, skeleton.links, strict=True)]
     return hidden, calls
 
 
-class _Watch(TorchFunctionMode):
-    """Notes whether anything is computed with one of the `tensors`."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.tensors, self.seen = tensors, False
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = pytree.tree_leaves((args, kwargs))
-        self.seen |= any(leaf is tensor for leaf in given for tensor in self.tensors)
-        return function(*args, **(kwargs or {}))
+def _is_view(seen: Any, hidden: Any) -> bool:
+    """Whether `seen` is `hidden`, or a view of all of it: Gemma 4 has it from a slice."""
+    if not (isinstance(seen, Tensor) and isinstance(hidden, Tensor)):
+        return False
+    a, b = ((x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()) for x in (seen, hidden))
+    return a == b
 
 
-def _takes_more(layer: nn.Module, hidden: Tensor, call: Call) -> bool:
-    """Whether a decoder layer computes with what stood behind an earlier one's hidden states; some hand it on alone."""
-    watch = _Watch([tensor for tensor in call.tensors() if tensor.is_meta])
-    _on_meta(layer, hidden, call, watch)
-    return watch.seen
+def _links(skeleton: Skeleton, calls: Sequence[Call]) -> Iterator[tuple[State, tuple[int, ...]]]:
+    """For each layer `Call.carried` and `Call.handed`: a tensor is carried until the last layer that computes with it.
+
+    Raises ArmorError where a layer computes with what the model made of such a tensor between the layers.
+    """
+    last = {id(tensor): index for index in range(len(calls)) for tensor in skeleton.made[index].used}
+    carried: State = ()
+    for index, call in enumerate(calls):
+        made = skeleton.made[index]
+        known, used = ({id(tensor) for tensor in tensors} for tensors in (carried, made.used))
+        if any(tensor.is_meta and id(tensor) in used - known for tensor in call.tensors()):
+            raise ArmorError(
+                f"{skeleton.prefix}.{index}: takes what {type(skeleton.model).__name__} computes between its decoder "
+                "layers; they cannot be run one by one, and the model is not supported"
+            )
+        found = [None, *carried, *made.leaves]
+        alive: dict[int, int] = {}
+        for number, tensor in enumerate(found):
+            if last.get(id(tensor), -1) > index:
+                alive.setdefault(id(tensor), number)
+        yield carried, tuple(alive.values())
+        carried = tuple(found[number] for number in alive.values())
+
+
+def _linked(call: Call, carried: State, handed: tuple[int, ...]) -> Call:
+    """The call with places in the state for what is carried, and nothing for what no layer computes with."""
+    places = {id(tensor): _Carried(number) for number, tensor in enumerate(carried, 1)}
+    return replace(
+        call.map(lambda tensor: places.get(id(tensor)) if tensor.is_meta else tensor), carried=carried, handed=handed
+    )
 
 
 def observe_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:

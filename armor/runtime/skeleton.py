@@ -29,7 +29,9 @@ from armor.runtime.experts import parts_of, unfuse
 from armor.runtime.names import Names
 
 __all__ = [
+    "Made",
     "Skeleton",
+    "State",
     "compute_dtype",
     "decoder_layers",
     "filled",
@@ -56,6 +58,24 @@ def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
     return own if own == torch.bfloat16 and native else torch.float32
 
 
+State = tuple[Tensor, ...]
+"""What goes into a decoder layer: hidden states, then what it or a later one takes of earlier layers beside them."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a decoder layer makes beside hidden states, on the meta device."""
+
+    behind: tuple[Any, ...] | None
+    """What it returns behind them; None where it returns them alone."""
+    added: list[dict[Any, Any]]
+    """What it puts into each dictionary that it is handed."""
+    leaves: list[Any]
+    """Those of its output, and of its arguments after the run."""
+    used: list[Tensor]
+    """Tensors of earlier layers that it computes with."""
+
+
 @dataclass(frozen=True)
 class Skeleton:
     """A causal language model on the meta device and its decoder layers; `prefix` is their name, like model.layers.
@@ -69,20 +89,17 @@ class Skeleton:
     prefix: str
 
     @cached_property
-    def beside_hidden(self) -> dict[type, tuple[Any, ...] | None]:
-        """What decoder layers of a class return behind the hidden states, tensors on the meta device; None: no tuple.
+    def made(self) -> dict[int, Made]:
+        """What each decoder layer makes beside hidden states, where layers may take more of each other.
 
-        `armor.runtime.calls.observe` fills it where the model wants more than hidden states.
+        `armor.runtime.calls.observe` fills it, and `links`.
         """
         return {}
 
     @cached_property
-    def takes_more(self) -> dict[int, bool]:
-        """Whether a decoder layer computes with what stands behind an earlier one's hidden states, of those handed it.
-
-        `armor.runtime.calls.observe` fills it too.
-        """
-        return {}
+    def links(self) -> list[tuple[State, tuple[int, ...]]]:
+        """What is carried into each decoder layer, and handed on by it (`armor.runtime.calls.Call`)."""
+        return []
 
     @cached_property
     def names(self) -> Names:

@@ -24,7 +24,7 @@ from armor.execution.log import progress
 from armor.execution.machine import host_memory_bytes
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
-from armor.runtime.calls import finish, observe, readers
+from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
 from armor.runtime.load import loaded_dtype, read_config
 from armor.runtime.quantizer import swap_skeleton
@@ -57,18 +57,17 @@ class StreamedModel:
     def logits(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The logits (batch, length, vocabulary) of every batch, in order; batches are tokens (batch, length) int64."""
         for group in self._groups(batches):
-            hidden = [observe(self.skeleton, tokens)[0].to("cpu") for tokens in group]
+            states: list[State] = [(observe(self.skeleton, tokens)[0].to("cpu"),) for tokens in group]
             layers = range(len(self.skeleton.layers))
             for index in progress(layers, f"{len(group)} batches", unit="layers"):
                 layer = read_layer(self.skeleton, index, self._shards, self.device)
                 for number, tokens in enumerate(group):
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
                     call = observe(self.skeleton, tokens)[1][index]
-                    states = call.run(layer, hidden[number].to(self.device))
-                    hidden[number] = states.to("cpu")
+                    states[number] = moved(call.run(layer, moved(states[number], self.device)), "cpu")
                 del layer  # before the next one is read
             for number, tokens in enumerate(group):
-                yield finish(self.skeleton, tokens, hidden[number].to(self.device))
+                yield finish(self.skeleton, tokens, states[number][0].to(self.device))
 
     def whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The model as transformers' `generate` takes it; every forward pass reads all decoder layers, one by one."""

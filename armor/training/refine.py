@@ -39,7 +39,7 @@ from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
-from armor.runtime.calls import Call, observe_each
+from armor.runtime.calls import Call, State, moved, observe_each, states_of
 from armor.runtime.skeleton import Skeleton, load_outside, open_skeleton, tensors_of, unload_outside
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
@@ -54,10 +54,10 @@ STATES = "armor.training.states"
 
 
 class Rows(Protocol):
-    """Hidden states by sequence."""
+    """States before a decoder layer, by sequence."""
 
-    def row(self, index: int) -> Tensor:
-        """Those of one, (1, length, hidden)."""
+    def row(self, index: int) -> State:
+        """That of one: hidden states (1, length, hidden), and what is carried with them."""
         ...
 
 
@@ -110,9 +110,12 @@ def refine_layer(
         load_outside(skeleton, shards)
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
-        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
+        recorded = list(observe_each(skeleton, tokens))
         unload_outside(skeleton)
-        run = _Run(skeleton, shards, source.dtype, calls, device)
+        calls = [of_layers for _, of_layers in recorded]
+        likes = [moved(state, "meta", getattr(torch, known.dtype)) for state in states_of(*recorded[0])]
+        del recorded
+        run = _Run(skeleton, shards, source.dtype, calls, likes, device)
         path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
         trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
         own = [call[layer] for call in calls]
@@ -192,8 +195,8 @@ def fit_layer(
     def error(index: int) -> Tensor:
         """What the output misses on one sequence."""
         call = calls[index].map(lambda tensor: tensor.to(device))
-        output = call.run(layer.module, fed.row(index).to(device).float())
-        return output_error(output, wanted.row(index).to(device))
+        output, *_ = call.run(layer.module, moved(fed.row(index), device, torch.float32))
+        return output_error(output, wanted.row(index)[0].to(device))
 
     return fit(
         layer.parameters(),
@@ -224,19 +227,28 @@ def output_error(output: Tensor, wanted: Tensor) -> Tensor:
 class _Run:
     """Refined layers, run to find what goes into the next one."""
 
-    def __init__(self, skeleton: Skeleton, shards: Shards, dtype: str, calls: list[list[Call]], device: str) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        shards: Shards,
+        dtype: str,
+        calls: list[list[Call]],
+        likes: list[State],
+        device: str,
+    ) -> None:
         self.skeleton, self.shards, self.dtype, self.calls, self.device = skeleton, shards, dtype, calls, device
+        self.likes = likes
 
     @torch.no_grad()
-    def __call__(self, index: int, factors: Path, source: Path, target: Path, dtype: torch.dtype, about: str) -> None:
+    def __call__(self, index: int, factors: Path, source: Path, target: Path, about: str) -> None:
         """Run layer `index` with its `factors` on the states in `source`, into `target`."""
         layer = load_trainable(self.skeleton, index, self.shards, factors, self.device).module
-        with open_states(source) as states, write_states(target, states.shape, dtype, about) as writer:
+        like, count = self.likes[index + 1], len(self.calls)
+        with open_states(source) as states, write_states(target, like, count, about) as writer:
             for number, calls in enumerate(self.calls):
                 call = calls[index].map(lambda tensor: tensor.to(self.device))
                 with stored_arithmetic(self.dtype, self.device):
-                    hidden = call.run(layer, states.row(number).to(self.device).float())
-                writer.add(hidden)
+                    writer.add(call.run(layer, moved(states.row(number), self.device, torch.float32)))
         layer.to("meta")
 
 
@@ -259,7 +271,7 @@ def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRec
         log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
     for index in range(start, layer):
         factors = layer_file(refined, index)
-        run(index, factors, file(index), file(index + 1), getattr(torch, known.dtype), about(index + 1))
+        run(index, factors, file(index), file(index + 1), about(index + 1))
     for old in refined.glob(".states_*.safetensors"):
         if old != file(layer):
             old.unlink()

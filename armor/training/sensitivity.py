@@ -33,7 +33,7 @@ from armor.format.records.topology import DecoderLayer, Topology
 from armor.format.sensitivity import Sensitivity, write_sensitivities
 from armor.format.states import open_states, states_file, write_states
 from armor.model.source import Source
-from armor.runtime.calls import Call, finish, observe_each
+from armor.runtime.calls import Call, State, finish, moved, observe_each
 from armor.runtime.skeleton import (
     Skeleton,
     finite,
@@ -82,7 +82,7 @@ def measure_sensitivity(
             k = layer.index
             module = load_layer(skeleton, k, shards, device)
             weights = [module.get_parameter(f"{skeleton.inside(k, linear.name)}.weight") for linear in layer.linears]
-            found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, device)
+            found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, known.length, device)
             module.to("meta")
             part = layer_file(steps.folder, k)
             write_sensitivities(part, found, source.fingerprint)
@@ -126,41 +126,48 @@ def _through_head(
     skeleton: Skeleton, tokens: Tensor, states: Path, target: Path, generator: torch.Generator, device: str
 ) -> None:
     """Write the gradients of what comes out of the last layer, from `states`, sequence by sequence into `target`."""
-    with open_states(states) as fed, write_states(target, fed.shape, torch.float32) as writer:
+    with open_states(states) as fed, write_states(target, _floats(fed.row(0), torch.float32), len(tokens)) as writer:
         for number, row in enumerate(tokens):
-            hidden = fed.row(number).to(device).requires_grad_()
+            hidden = fed.row(number)[0].to(device).requires_grad_()
             logits = finish(skeleton, row[None].to(device), hidden)[0].float()
             # Of the sum, not of the mean: the tokens are drawn one by one, so that each gradient is that of its own.
             loss = F.cross_entropy(logits, drawn(logits.detach(), generator), reduction="sum")
-            writer.add(torch.autograd.grad(loss, hidden)[0])
+            writer.add(torch.autograd.grad(loss, hidden))
 
 
 def _through_layer(
-    module: nn.Module, layer: DecoderLayer, weights: list[nn.Parameter], calls: list[Call], folder: Path, device: str
+    module: nn.Module,
+    layer: DecoderLayer,
+    weights: list[nn.Parameter],
+    calls: list[Call],
+    folder: Path,
+    length: int,
+    device: str,
 ) -> dict[str, Sensitivity]:
     """The sensitivity of every linear of a decoder layer, by name; writes the gradients of what goes into it.
 
-    `weights` are those of `layer.linears` in `module`.
+    `weights` are those of `layer.linears` in `module`, `length` is that of a sequence in tokens.
     """
     zeros = [[torch.zeros(n, dtype=torch.float64, device=device) for n in weight.shape] for weight in weights]
     found = {linear.name: sums for linear, sums in zip(layer.linears, zeros, strict=True)}
     with (
         open_states(states_file(folder, layer.index)) as fed,
         open_states(_gradients(folder, layer.index + 1)) as after,
-        write_states(_gradients(folder, layer.index), fed.shape, torch.float32) as before,
+        write_states(_gradients(folder, layer.index), _floats(fed.row(0), torch.float32), len(calls)) as before,
     ):
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
-            hidden = fed.row(number).to(device).requires_grad_()
-            for weight in weights:
-                weight.requires_grad_()
-            out = call.run(module, hidden)
-            wanted = after.row(number).to(device, out.dtype)
+            state = moved(fed.row(number), device)
+            for tensor in (*weights, *_floats(state)):
+                tensor.requires_grad_()
+            out = _floats(call.run(module, state))
+            wanted = [row.to(device, one.dtype) for row, one in zip(after.row(number), out, strict=True)]
             # An expert that no token is sent to has no gradient.
-            back, *gradients = torch.autograd.grad(out, [hidden, *weights], wanted, materialize_grads=True)
-            before.add(back)
+            found_here = torch.autograd.grad(out, [*_floats(state), *weights], wanted, materialize_grads=True)
+            gradients = found_here[len(_floats(state)) :]
+            before.add(found_here[: len(_floats(state))])
             for (rows, columns), gradient in zip(found.values(), gradients, strict=True):
-                squares = gradient.float().square_() / fed.shape[1]
+                squares = gradient.float().square_() / length
                 rows += squares.sum(1)
                 columns += squares.sum(0)
     if bad := [name for name, (rows, _) in found.items() if not finite(rows)]:
@@ -168,6 +175,11 @@ def _through_layer(
             f"{bad[0]}: the gradient of its weight holds NaN or infinity; weights or dtype are not fit for this text"
         )
     return {name: Sensitivity.of(*(sums / len(calls) for sums in own)) for name, own in found.items()}
+
+
+def _floats(state: State, dtype: torch.dtype | None = None) -> State:
+    """The tensors of a state that have a gradient, in `dtype` if one is given."""
+    return tuple(tensor.to(tensor.device, dtype) for tensor in state if tensor.is_floating_point())
 
 
 def _all(topology: Topology, folder: Path) -> dict[str, Sensitivity]:

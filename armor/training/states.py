@@ -27,7 +27,7 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards, dtype_name
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.model.source import Source
-from armor.runtime.calls import Call, observe_each
+from armor.runtime.calls import Call, State, moved, observe_each, states_of
 from armor.runtime.skeleton import (
     Skeleton,
     compute_dtype,
@@ -57,8 +57,7 @@ def make_states(
     dtype = compute_dtype(source.dtype, device)
     tokens = sample_tokens(source, sample)
     text = fingerprint_of(tokens)
-    shape = (tokens.shape[0], tokens.shape[1], topology.hidden_size)
-    each, count = torch.empty(shape, dtype=dtype, device="meta").nbytes, len(topology.layers)
+    count = len(topology.layers)
     work = {"fingerprint": source.fingerprint, "text": text, "dtype": str(dtype)}
     with resumable(output, __name__, device, **work) as steps:
         part = steps.folder / "states"
@@ -68,15 +67,17 @@ def make_states(
         load_outside(skeleton, shards)
         recorded = list(observe_each(skeleton, tokens))
         unload_outside(skeleton)
+        likes = [moved(state, "meta", dtype) for state in states_of(*recorded[0])]
+        sizes = [len(tokens) * sum(tensor.nbytes for tensor in like) for like in likes]
         done = 0
         while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():
             done += 1
-        room_for((count + 1 - done) * each, part)
+        room_for(sum(sizes[done:]), part)
         if done == 0:
             save_safetensors(part / TOKENS, {"tokens": tokens})
-            with write_states(states_file(part, 0), shape, dtype) as writer:
+            with write_states(states_file(part, 0), likes[0], len(tokens)) as writer:
                 for hidden, _ in recorded:
-                    writer.add(hidden)
+                    writer.add((hidden,))
             steps.put(layer_name(0), File.of(states_file(part, 0)))
         calls = [of_layers for _, of_layers in recorded]
         del recorded
@@ -85,7 +86,8 @@ def make_states(
         for layer in progress(left, "states", unit="layers", amount=amount, amount_unit="tokens"):
             own = [of_layers[layer.index] for of_layers in calls]
             target = states_file(part, layer.index + 1)
-            pass_on(skeleton, layer.index, shards, own, states_file(part, layer.index), target, device)
+            source_file, like = states_file(part, layer.index), likes[layer.index + 1]
+            pass_on(skeleton, layer.index, shards, own, source_file, target, like, device)
             steps.put(layer_name(layer.index + 1), File.of(target))
         folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,10 +95,10 @@ def make_states(
         record = StatesRecord(
             fingerprint=source.fingerprint,
             text_fingerprint=text,
-            sequences=shape[0],
-            length=shape[1],
+            sequences=tokens.shape[0],
+            length=tokens.shape[1],
             dtype=dtype_name(dtype),
-            bytes=(count + 1) * each,
+            bytes=sum(sizes),
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
             made_by=made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text}),
@@ -108,18 +110,25 @@ def make_states(
 
 @torch.no_grad()
 def pass_on(
-    skeleton: Skeleton, index: int, shards: Shards, calls: list[Call], source: Path, target: Path, device: str
+    skeleton: Skeleton,
+    index: int,
+    shards: Shards,
+    calls: list[Call],
+    source: Path,
+    target: Path,
+    like: State,
+    device: str,
 ) -> None:
-    """Run the dense decoder layer `index` on the states in `source`, sequence by sequence, into `target`."""
+    """Run the dense decoder layer `index` on the states in `source`, sequence by sequence, into `target`, as `like`."""
     layer = load_layer(skeleton, index, shards, device)
-    with open_states(source) as states, write_states(target, states.shape, skeleton.model.dtype) as writer:
+    with open_states(source) as states, write_states(target, like, len(calls)) as writer:
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
-            hidden = call.run(layer, states.row(number).to(device))
-            if not finite(hidden):
+            state = call.run(layer, moved(states.row(number), device))
+            if not finite(state[0]):
                 raise ArmorError(
                     f"{skeleton.prefix}.{index}: its output holds NaN or infinity on sequence {number}; the weights or "
                     "the dtype are not fit for this text"
                 )
-            writer.add(hidden)
+            writer.add(state)
     layer.to("meta")

@@ -14,16 +14,20 @@ from armor.core.errors import ArmorError
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [0, 1, 2, 3, 9])
 def test_what_was_written_is_read(tmp_path, dtype, kept):
-    each = 2 * 5 * dtype.itemsize
+    each, carried = 2 * 5 * dtype.itemsize + 3 * 8, torch.arange(9).view(3, 3)
     states = torch.randn(3, 2, 5).to(dtype)
-    with HiddenStates(3, (2, 5), dtype, kept * each, tmp_path) as hidden:
-        for layer in range(3):
-            states += 1
+    likes = [(states[0],), (states[0], carried[0]), (states[0],)]
+    with HiddenStates(3, likes, kept * each, tmp_path) as hidden:
+        for layer, like in enumerate(likes):
+            states = states + 1
             for index in (2, 0, 1):
-                hidden.write(index, states[index])
+                hidden.write(index, (states[index], carried[index])[: len(like)])
             hidden.turn()
             hidden.forget()
-            assert all(torch.equal(hidden.read(index), states[index]) for index in range(3))
+            for index in range(3):
+                found = hidden.read(index)
+                assert len(found) == len(like)
+                assert all(map(torch.equal, found, (states[index], carried[index])))
             assert list(tmp_path.iterdir()) == [states_file(tmp_path, layer)]
         assert hidden.bytes == 3 * each and hidden.spilled_bytes == max(0, 3 - kept) * each
 
@@ -31,14 +35,15 @@ def test_what_was_written_is_read(tmp_path, dtype, kept):
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_a_layers_input_outlives_a_process_that_dies_while_it_writes_the_output(tmp_path, kept):
     states = torch.randn(3, 4)
-    with HiddenStates(3, (4,), torch.float32, kept * 16, tmp_path) as hidden:
+    likes = [(states[0],)] * 3
+    with HiddenStates(3, likes, kept * 16, tmp_path) as hidden:
         for layer in range(2):
             for index in range(3):
-                hidden.write(index, states[index] + layer)
+                hidden.write(index, (states[index] + layer,))
             hidden.turn()
-        hidden.write(0, torch.zeros(4))
-    with HiddenStates(3, (4,), torch.float32, kept * 16, tmp_path, layer=1) as again:
-        assert all(torch.equal(again.read(index), states[index] + 1) for index in range(3))
+        hidden.write(0, (torch.zeros(4),))
+    with HiddenStates(3, likes, kept * 16, tmp_path, layer=1) as again:
+        assert all(torch.equal(again.read(index)[0], states[index] + 1) for index in range(3))
         assert list(tmp_path.iterdir()) == [states_file(tmp_path, 1)]
 
 
@@ -53,12 +58,12 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
         def close(self):
             pass
 
-    with HiddenStates(2, (4,), torch.float32, 0, tmp_path) as hidden:
+    with HiddenStates(2, [(torch.zeros(4),)], 0, tmp_path) as hidden:
         hidden._written = Full()
         with pytest.raises(ArmorError, match="No space left on device; free it"):
-            hidden.write(0, torch.zeros(4))
+            hidden.write(0, (torch.zeros(4),))
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(tmp_path):
     with pytest.raises(ArmorError, match="need 8e\\+06 GB on this disk: .* GB are free"):
-        HiddenStates(1_000_000_000, (1_000_000,), torch.float32, 0, tmp_path)
+        HiddenStates(1_000_000_000, [(torch.empty(1_000_000, device="meta"),)], 0, tmp_path)

@@ -91,19 +91,22 @@ def test_sensitivities(tmp_path):
 
 def test_states(tmp_path):
     path = tmp_path / "layer_0.safetensors"
-    with write_states(path, (2, 1, 2), torch.bfloat16, "words") as writer:
-        for row in (torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 0.5]])):
-            writer.add(row)
-    assert STATES_VERSION == 1 and path.read_bytes() == (
-        b"\x88\x00\x00\x00\x00\x00\x00\x00"
-        b'{"__metadata__": {"about": "words", "format_version": "1"}, '
-        b'"states": {"dtype": "BF16", "shape": [2, 1, 2], "data_offsets": [0, 8]}}    '
+    like = [torch.empty(1, 1, 2, dtype=torch.bfloat16, device="meta"), torch.tensor([0])]
+    with write_states(path, like, 2, "words") as writer:
+        for number, row in enumerate((torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[-1.0, 0.5]]]))):
+            writer.add([row, torch.tensor([5 + number])])
+    assert STATES_VERSION == 2 and path.read_bytes() == (
+        b"\xd0\x00\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__": {"about": "words", "format_version": "2"}, '
+        b'"states": {"dtype": "BF16", "shape": [2, 1, 1, 2], "data_offsets": [0, 8]}, '
+        b'"carried_1": {"dtype": "I64", "shape": [2, 1], "data_offsets": [8, 24]}}'
         b"\x80?\x00@\x80\xbf\x00?"
+        b"\x05\x00\x00\x00\x00\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00\x00"
     )
     with open_states(path) as states:
-        assert states.about == "words" and states.row(1).tolist() == [[[-1.0, 0.5]]]
-    path.write_bytes(path.read_bytes().replace(b'"format_version": "1"', b'"format_version": "2"'))
-    with pytest.raises(ArmorError, match="format '2', expected 1; run armor states again"), open_states(path):
+        assert states.about == "words" and [one.tolist() for one in states.row(1)] == [[[[-1.0, 0.5]]], [6]]
+    path.write_bytes(path.read_bytes().replace(b'"format_version": "2"', b'"format_version": "1"'))
+    with pytest.raises(ArmorError, match="format '1', expected 2; run armor states again"), open_states(path):
         pass
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import UserDict
+from functools import partial
 
 import pytest
 import torch
@@ -87,12 +89,6 @@ class Layer(nn.Module):
         return self.d(y + self.c(x.add_(1)))
 
 
-class Talkative(Layer):
-    def forward(self, x, shared):
-        shared["keys"] = x
-        return super().forward(x)
-
-
 class Undecided(Layer):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
@@ -113,8 +109,6 @@ def test_inputs_are_shared_when_they_are_the_same_data():
         "layers.0.unused": 3,
     }
     assert sorted(groups_of(Undecided()).values()) == [0, 1, 2, 3, 4]
-    with pytest.raises(ArmorError, match=r"layers\.0: hands something to later layers"):
-        groups_of(Talkative(), shared={})
 
 
 class Between(nn.Module):
@@ -171,13 +165,57 @@ class Handing(Ignoring):
 
 class Wanting(Pair):
     def forward(self, x, told=None):
-        return super().forward(x if told is None else x + told)
+        x, _ = super().forward(x if told is None else x + told)
+        return x, told  # handed on as it came
+
+
+class Passing(Pair):
+    def forward(self, x, told=None):
+        return super().forward(x)[0], told
 
 
 class Taking(Handing):
+    """The last layer computes with what the first one made, and the second hands it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pair(), Passing(), Wanting()])
+
+
+class Scaling(Handing):
+    """Computes between the layers with what one has returned behind the hidden states."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Pair(), Wanting()])
+
+    def forward(self, input_ids, use_cache):
+        x, told = self.layers[0](self.embed(input_ids))
+        return self.layers[1](x, told=told * 2)[0]
+
+
+class Talkative(Layer):
+    """Puts what it makes into what it is handed."""
+
+    def forward(self, x, shared):
+        if isinstance(shared, list):
+            shared.append(x * 2)
+        else:
+            x = x + shared.get("keys", 0)
+            shared["keys"] = x * 2
+        return super().forward(x)
+
+
+class Talking(Between):
+    def __init__(self, container=UserDict) -> None:
+        super().__init__()
+        self.layers, self.container = nn.ModuleList([Talkative(), Talkative(), Talkative()]), container
+
+    def forward(self, input_ids, use_cache):
+        x, shared = self.embed(input_ids), self.container()
+        for layer in self.layers:
+            x = layer(x, shared)
+        return x
 
 
 class Repeating(Ignoring):
@@ -203,14 +241,38 @@ def test_a_layer_that_must_see_numbers_is_followed_on_zeros_and_its_router_stays
     assert names == [f"model.layers.{k}.self_attention.kv_proj" for k in range(2)]
 
 
-def test_what_layers_return_behind_hidden_states_is_let_go_and_no_later_layer_may_use_it():
-    tokens = torch.zeros(1, 3, dtype=torch.int64)
-    for model in (Ignoring(), Handing()):
-        hidden, calls = observe(Skeleton(model, model.layers, "layers"), tokens)
+@pytest.mark.parametrize(
+    ("kind", "carried"),
+    [
+        (Ignoring, [0, 0]),
+        (Handing, [0, 0]),
+        (Taking, [0, 1, 1]),
+        (Talking, [0, 1, 1]),
+        (partial(Talking, dict), [0, 1, 1]),
+    ],
+)
+def test_what_a_layer_makes_is_carried_until_the_last_layer_that_computes_with_it(kind, carried):
+    model = kind()
+    skeleton = Skeleton(model, model.layers, "layers")
+    for length in (3, 5):  # what is known of the layers from the first time serves for other lengths
+        tokens = torch.arange(length).remainder(9)[None]
+        hidden, calls = observe(skeleton, tokens)
+        assert [len(call.carried) for call in calls] == carried
+        state = (hidden,)
         with torch.no_grad():
             for layer, call in zip(model.layers, calls, strict=True):
-                hidden = call.run(layer, hidden)
-            assert torch.equal(hidden, model(tokens, False))
-    for model, said in ((Taking(), r"layers\.1: takes more"), (Repeating(), r"layers\.0: Repeating calls it 2 times")):
-        with pytest.raises(ArmorError, match=said):
-            observe(Skeleton(model, model.layers, "layers"), tokens)
+                state = call.run(layer, state)
+            assert len(state) == 1 and torch.equal(state[0], model(tokens, False))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Repeating(), r"layers\.0: Repeating calls it 2 times"),
+        (Scaling(), r"layers\.1: takes what Scaling computes between its decoder layers"),
+        (Talking(list), r"Talkative: puts something for later layers into a list"),
+    ],
+)
+def test_layers_that_talk_by_other_ways_are_refused(model, said):
+    with pytest.raises(ArmorError, match=said):
+        observe(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))

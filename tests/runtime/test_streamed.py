@@ -8,7 +8,7 @@ from armor.runtime.load import load_model, loaded_dtype
 from armor.runtime.streamed import HIDDEN_STATES, StreamedModel
 from tests.memory import host_of
 from tests.packed import DEFECTS, packed
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, SHARING, tiny_model
 
 
 @pytest.fixture
@@ -58,6 +58,15 @@ def check(folder, dtype, batches, layers) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dense_model_has_the_loaded_ones_logits(tmp_path, batches, family, tied):
     check(tiny_model(tmp_path / "model", family, tie_word_embeddings=tied), "auto", batches, [0, 1, 2])
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_what_layers_take_of_earlier_ones_is_carried(tmp_path, batches, family):
+    folder = tiny_model(tmp_path / "model", family)
+    model, streamed = load_model(folder), StreamedModel(folder)
+    for tokens, logits in zip(batches, streamed.logits(batches), strict=True):
+        torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert any(carried for carried, _ in streamed.skeleton.links)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])

@@ -223,6 +223,24 @@ def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog)
     assert all(after[name].equal(tensor) for name, tensor in before.items())
 
 
+def test_what_layers_take_of_earlier_ones_comes_from_the_refined_ones(tmp_path):
+    root, output = ready(tmp_path, "hy_v4", layers=3), tmp_path / "refined"
+    chain = [refined(root, k, output, inputs="compressed", steps=4) for k in range(3)]
+    tokens = load_file(root / "states/tokens.safetensors")["tokens"][6:8]
+    dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
+    shutil.copytree(output, tmp_path / "mixed")
+    for suffix in ("json", "safetensors"):
+        shutil.copy(root / f"layers/layer_2.{suffix}", tmp_path / f"mixed/layer_2.{suffix}")
+    seen: list[tuple] = []
+    with torch.no_grad():
+        for model in (assembled(root, tmp_path / "mixed", tmp_path), dense):
+            hook = model.model.layers[2].register_forward_hook(partial(_note, seen), with_kwargs=True)
+            model(tokens, use_cache=False)
+            hook.remove()
+    found, wanted = (out[0] if isinstance(out, tuple) else out for _, _, out in seen)
+    assert output_error(found, wanted).item() == pytest.approx(chain[2].training[0].start_loss, rel=1e-4)
+
+
 def test_a_layer_that_stays_dense_passes_through(tmp_path):
     root = ready(tmp_path, settings=LayerSettings(method="dense"))
     record = refined(root, 0, tmp_path / "refined")
@@ -256,7 +274,7 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
     dense = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
     with torch.no_grad():
         hidden = dense(tokens, output_hidden_states=True).hidden_states
-    found = [load_file(root / f"states/layer_{k}.safetensors")["states"] for k in range(3)]
+    found = [load_file(root / f"states/layer_{k}.safetensors")["states"].squeeze(1) for k in range(3)]
     torch.testing.assert_close(found[0], hidden[0])
     torch.testing.assert_close(found[1], hidden[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense.model.norm(found[2]), hidden[2], rtol=1e-4, atol=1e-5)

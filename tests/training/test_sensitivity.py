@@ -17,6 +17,7 @@ from armor.methods.nowag import nowag
 from armor.training.sensitivity import drawn, measure_sensitivity
 from tests.killed import SAVED, killed_everywhere
 from tests.packed import opened
+from tests.tiny import SHARING
 from tests.training.trained import ready, sample
 
 SEQUENCES = 3
@@ -49,9 +50,9 @@ def whole(root):
     return model, tokens, curvature
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "gemma3n_text"])
 def test_they_are_the_sums_of_the_curvature_by_autograd_of_the_whole_model(tmp_path, family):
-    root = ready(tmp_path, family)
+    root = ready(tmp_path, family, layers=3 if family in SHARING else 2)
     record, found = measured(root, tmp_path / "words.json")
     assert record == SensitivityRecord.read(tmp_path / "words.json") and record.sequences == SEQUENCES
     _, _, curvature = whole(root)
