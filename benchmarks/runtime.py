@@ -13,7 +13,8 @@ With `--own-time` one thread multiplies, and what counts is that thread's own ti
 that others use too, whose memory is shared all the same.
 
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
-card's time without the host's, of which a decoding loop outside a graph has more.
+card's time without the host's, of which a decoding loop outside a graph has more. torch's int8 and int4 linears are
+those of CPUs, and stay away.
 
 Groups: packed linears with one input, like q, k and v, or gate and up (block 64; bfloat16, int8, int4), in separate
 calls, in one, and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
@@ -31,6 +32,7 @@ Decoding is timed in turn in one process, memory after loading in a process for 
         "armor block 64" "armor int8" "armor int4" --rows 1 2 4 8 16 32 128 1024 --models \
         --output benchmarks/shapes.json
     python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
+    python -m benchmarks.runtime --device cuda --models --kinds "armor block 64" "armor int8" "armor int4"
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime import cpu, cuda
+from armor.runtime.operator import Operands
 from benchmarks.calibrate_memory import build
 
 LINEARS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
@@ -123,11 +126,18 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
     }
 
 
-def operands(tensors: list[Tensor]) -> cpu.Operands:
+def kinds_to_time(shape: str, chosen: list[str] | None) -> dict[str, list[Tensor]]:
+    """The weights of the `chosen` kinds, or of all, and of dense bfloat16."""
+    out, columns = map(int, shape.split("x"))
+    kinds = kinds_of(out, columns) | kinds_of_integers(out, columns)
+    return {name: own for name, own in kinds.items() if not chosen or name in ("linear bfloat16", *chosen)}
+
+
+def operands(tensors: list[Tensor]) -> Operands:
     """Of a packed linear, in floats or integers."""
     values, bits, left, right, *scales = tensors
     columns = math.ceil(8 * bits.shape[1] / scales[0].shape[1] / 64) * 64 if scales else 0  # the last group may be cut
-    return cpu.Operands(values, bits, left, right, None, 4, *scales, columns=columns)
+    return Operands(values, bits, left, right, None, 4, *scales, columns=columns)
 
 
 def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> Callable[[], Tensor]:
@@ -164,10 +174,8 @@ def seconds(function, *operands, **options) -> float:
 @torch.inference_mode()
 def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -> list[dict]:
     """One record for each number of rows and each kind; with `chosen` of those alone, and of dense bfloat16."""
-    out, columns = map(int, shape.split("x"))
+    kinds, columns = kinds_to_time(shape, chosen), int(shape.split("x")[1])
     total = 4 * last_level_cache_bytes()
-    kinds = kinds_of(out, columns) | kinds_of_integers(out, columns)
-    kinds = {name: own for name, own in kinds.items() if not chosen or name in ("linear bfloat16", *chosen)}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64)
     for kind, tensors in list(kinds.items()):
@@ -255,20 +263,21 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
 
 
 @torch.inference_mode()
-def measure_on_card(shape: str, rows_list: list[int]) -> list[dict]:
-    """As `measure`, on the current CUDA device."""
-    out, columns = map(int, shape.split("x"))
+def measure_on_card(shape: str, rows_list: list[int], chosen: list[str] | None = None) -> list[dict]:
+    """As `measure`, on the current CUDA device, without torch's linears of integers."""
+    columns = int(shape.split("x")[1])
     total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
-    kinds = {kind: [t.cuda() for t in tensors] for kind, tensors in kinds_of(out, columns).items()}
+    kinds = {k: [t.cuda() for t in own] for k, own in kinds_to_time(shape, chosen).items() if not k.startswith("torch")}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64, device="cuda")
     records = []
     for rows in rows_list:
         graphs = {"read": (captured(to_read.sum), 1)}
         for kind, all_copies in weights.items():
-            x = torch.randn(rows, columns, device="cuda").to(all_copies[0][0].dtype)
-            multiply = F.linear if kind.startswith("linear") else partial(cuda.linear, group=4)
-            graphs[kind] = captured(lambda m=multiply, x=x, c=all_copies: [m(x, *t) for t in c]), len(all_copies)
+            dense = kind.startswith("linear")
+            x = torch.randn(rows, columns, device="cuda").to(all_copies[0][0].dtype if dense else torch.bfloat16)
+            calls = [partial(F.linear, x, *t) if dense else partial(cuda.multiply, x, operands(t)) for t in all_copies]
+            graphs[kind] = captured(lambda calls=calls: [call() for call in calls]), len(calls)
         times: dict[str, list[float]] = {kind: [] for kind in graphs}
         for turn in range(-1, 21):
             for kind, (graph, calls) in random.sample(list(graphs.items()), len(graphs)):
@@ -399,13 +408,13 @@ def main() -> None:
         torch.set_num_threads(1)
     if device == "cpu" and not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
-    if device == "cuda" and arguments.kinds:
-        raise SystemExit("benchmarks/runtime.py: --kinds: goes with --device cpu alone")
+    if device == "cuda" and (of_cpus := [kind for kind in arguments.kinds or [] if kind.startswith("torch")]):
+        raise SystemExit(f"benchmarks/runtime.py: --kinds {of_cpus[0]!r}: goes with --device cpu alone; leave it out")
     if device == "cuda" and not (torch.cuda.is_available() and cuda.available()):
         raise SystemExit("benchmarks/runtime.py: --device cuda: no CUDA device here that the kernels run on")
     torch.manual_seed(0)
     random.seed(0)
-    one = partial(measure, chosen=arguments.kinds) if device == "cpu" else measure_on_card
+    one = partial(measure if device == "cpu" else measure_on_card, chosen=arguments.kinds)
     records = [record for shape in arguments.linears for record in one(shape, arguments.rows)]
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
     groups = arguments.groups if device == "cpu" else []

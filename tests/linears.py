@@ -3,8 +3,11 @@
 import torch
 
 from armor.core import blockdiag
+from armor.core.factorization import Factorization
+from armor.core.integers import rounded
 from armor.core.packing import pack, unpack
 from armor.core.pattern import Pattern, top_n_mask
+from armor.core.quantization import Quantization
 
 
 def random_linear(out, columns, left, right, pattern, dtype, bias=True):
@@ -18,6 +21,28 @@ def random_linear(out, columns, left, right, pattern, dtype, bias=True):
         None if d is None else (random(n // d, d, d) / d**0.5).to(dtype) for n, d in ((out, left), (columns, right))
     ]
     return values, bits, *blocks, random(out).to(dtype) if bias else None, pattern.group(columns)[1]
+
+
+def stored(out, columns, left, right, pattern, core, blocks, group, dtype):
+    """Random factors of integers, their scales and floats in `dtype`, and a bias."""
+    generator = torch.Generator().manual_seed(out * columns)
+    mask = top_n_mask(torch.randn(out, columns, generator=generator), Pattern.parse(pattern))
+    values, scales = rounded(torch.randn(out, columns, generator=generator) / columns**0.5 * mask, core, group)
+    sides = {}
+    for side, size, n in (("left", left, out), ("right", right, columns)):
+        if size is None:
+            continue
+        made = torch.randn(n // size, size, size, generator=generator) / size**0.5
+        if blocks:
+            numbers, own = rounded(made.view(n, size), "int8", size)
+            sides |= {side: numbers.view(made.shape), f"{side}_scales": own.view(-1).to(dtype)}
+        else:
+            sides[side] = made.to(dtype)
+    kind = Quantization(core, blocks, group)
+    found = Factorization(
+        values, mask, Pattern.parse(pattern), quantization=kind, core_scales=scales.to(dtype), **sides
+    )
+    return found, torch.randn(out, generator=generator).to(dtype)
 
 
 def twin(x, values, bits, left, right, bias, group, ulps=1):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,13 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
+from armor.runtime.operator import Operands
 
 __all__ = [
     "ASSUME_AMX",
     "LEVELS",
     "TYPES",
     "Joined",
-    "Operands",
     "available",
     "grouped",
     "is_grouped",
@@ -83,27 +83,6 @@ class _Product(ctypes.Structure):
         ("parts", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "count")),
     )
-
-
-class Operands(NamedTuple):
-    """A packed linear as the kernel takes it: the first six are those of `armor.runtime.operator`.
-
-    Integers have scales, in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a row
-    of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are floats.
-    int8 is int8; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns. Without `core_scales` all
-    numbers are floats.
-    """
-
-    values: Tensor
-    bits: Tensor
-    left: Tensor | None
-    right: Tensor | None
-    bias: Tensor | None
-    group: int
-    core_scales: Tensor | None = None
-    left_scales: Tensor | None = None
-    right_scales: Tensor | None = None
-    columns: int = 0
 
 
 def _load() -> ctypes.CDLL | None:
@@ -179,7 +158,7 @@ def _run(x: Tensor, *operands: Any) -> Tensor:
     own = Operands(*operands)
     if runs_in_c(x) or own.core_scales is not None:
         return multiply(x, own)
-    _check_shapes(x, own)
+    operator.check_shapes(x, own)
     return _through_torch(x, *own[:5])
 
 
@@ -191,8 +170,8 @@ def multiply(x: Tensor, operands: Operands, level: int = _best) -> Tensor:
 
     Ask `supports` first. Raises ValueError if the shapes do not fit each other.
     """
-    _check_shapes(x, operands)
-    x, own = x.contiguous(), _contiguous(operands)
+    operator.check_shapes(x, operands)
+    x, own = x.contiguous(), operator.contiguous(operands)
     columns, out = x.shape[-1], own.values.shape[0]
     y = x.new_empty(*x.shape[:-1], out)
     _call(x, ctypes.byref(_part(own, columns, y, out)), 1, level)
@@ -233,45 +212,14 @@ def linears(
     Raises ValueError if shapes do not fit each other.
     """
     for own in operands:
-        _check_shapes(x, own)
+        operator.check_shapes(x, own)
     x = x.contiguous()
     *lead, columns = x.shape
     outputs = [x.new_empty(*lead, len(own.values)) for own in operands] if out is None else out
-    held = [_contiguous(own) for own in operands]  # must live until C returns
+    held = [operator.contiguous(own) for own in operands]  # must live until C returns
     parts = [_part(own, columns, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
     _call(x, (_Part * len(parts))(*parts), len(parts), level)
     return outputs
-
-
-def _check_shapes(x: Tensor, own: Operands) -> None:
-    """Raises ValueError if the shapes do not fit each other; C trusts them."""
-    operator.check_shapes(x, *own[:5])
-    if own.core_scales is None:
-        return
-    columns, (out, width) = x.shape[-1], own.values.shape
-    if own.values.dtype == torch.uint8 and width != (columns // 2 + 1) // 2:
-        raise ValueError(f"values {(out, width)} do not hold half of {columns} columns, two in a byte")
-    if own.core_scales.shape != (out, -(-columns // own.columns)):
-        found = tuple(own.core_scales.shape)
-        raise ValueError(f"scales {found} do not fit {out} rows of {columns} columns in groups of {own.columns}")
-    for name, scales, blocks, n in (
-        ("left", own.left_scales, own.left, out),
-        ("right", own.right_scales, own.right, columns),
-    ):
-        has_integers = blocks is not None and blocks.dtype == torch.int8
-        if has_integers != (scales is not None) or scales is not None and scales.numel() != n:
-            found = None if scales is None else tuple(scales.shape)
-            raise ValueError(
-                f"{name}_scales {found} do not fit {name} of {n} channels, {blocks is not None and blocks.dtype}"
-            )
-
-
-def _contiguous(own: Operands) -> Operands:
-    tensors = own[:5] if own.core_scales is None else (*own[:5], *own[6:9])
-    if all([t is None or t.is_contiguous() for t in tensors]):  # a list: quicker than a generator
-        return own
-    held: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in own)
-    return Operands(*held)
 
 
 def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
@@ -312,12 +260,12 @@ def grouped(
     x = x.contiguous()
     if sum(counts) != len(x) or len(counts) != len(operands):
         raise ValueError(f"{len(x)} rows do not fit {len(operands)} groups of {list(counts)} rows")
-    held = [[_contiguous(own) for own in group] for group in operands]  # must live until C returns
+    held = [[operator.contiguous(own) for own in group] for group in operands]  # must live until C returns
     outputs = [x.new_empty(len(x), len(own[0])) for own in (held[0] if held else ())]
     parts, cuts, start = [], [], 0
     for count, group in zip(counts, held, strict=True):
         for own, y in zip(group, outputs, strict=True):
-            _check_shapes(x, own)
+            operator.check_shapes(x, own)
             if len(own[0]) != y.shape[1]:
                 raise ValueError(f"a linear of {len(own[0])} rows beside one of {y.shape[1]}")
         for first, last in _sharing(group):
@@ -364,8 +312,8 @@ class Joined:
         Raises ValueError if shapes do not fit each other.
         """
         for own in operands:
-            _check_shapes(own.values.new_empty(0, columns), own)
-        self._operands, self._columns = [_contiguous(own) for own in operands], columns
+            operator.check_shapes(own.values.new_empty(0, columns), own)
+        self._operands, self._columns = [operator.contiguous(own) for own in operands], columns
         sizes = [len(own.values) for own in self._operands]
         self.out_features = sum(sizes)
         self._starts = [sum(sizes[:index]) for index in range(len(sizes))]

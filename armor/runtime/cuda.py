@@ -1,9 +1,10 @@
 """A whole linear on packed weights on a CUDA device: y = A (S (B x)) + bias.
 
 Decoding reads every weight once for each token, so with few rows of x Triton kernels (kernels.py) multiply with the
-packed values as they are. With more rows the products decide, and torch has the fastest. The blocks are batched. A 2:4
-core in 16 bits goes to sparse tensor cores, if the card and the shape allow. Else the core is made dense for the
-moment. Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order. What
+packed values as they are. With more rows the products decide, and torch has the fastest of floats. The blocks are
+batched. A 2:4 core in 16 bits goes to sparse tensor cores, if the card and the shape allow. Else the core is made dense
+for the moment. Integers would have to be made floats for that, so a Triton kernel multiplies with them, in tiles.
+Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order. What
 cuSPARSELt compresses for itself is dropped after use. Only very many rows pay for that. Where Triton is not installed
 linears run through torch. docs/KERNELS.md tells more.
 """
@@ -23,11 +24,15 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS, to_sparse_semi_struc
 from armor.core import blockdiag, packing
 from armor.execution.log import log
 from armor.runtime import operator
+from armor.runtime.operator import Operands
 
-__all__ = ["available", "linear", "supports", "unpack"]
+__all__ = ["GROUP", "TYPES", "available", "linear", "multiply", "supports", "unpack"]
 
-_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FEW_ROWS = 8  # more are left to torch; a guess, as is the next
+GROUP = 16
+"""Columns that the kernels multiply with one scale at least: a group of integers is a multiple, or the whole row."""
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FEW_ROWS = 8  # with more the products decide; a guess, as are the next
+_ROW_TILES = 16, 64  # rows of x that meet a tile of integers at once, in few tiles and in more
 _COMPRESS_ROWS = 8192  # rows from which compressing a core for cuSPARSELt, each time, pays
 _UNPACK_STEP = 1024
 
@@ -61,50 +66,101 @@ def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | N
     """Whether `linear` can run on these tensors, given in its order. Triton is there. All are on one CUDA device that
     it can use and (the mask aside) of one dtype, bfloat16, float16 or float32. The factors are frozen, and `group`
     divides 8."""
-    if values is None or x.device.type != "cuda" or x.dtype not in _TYPES or 8 % group:
+    if values is None or x.device.type != "cuda" or x.dtype not in TYPES or 8 % group:
         return False
     return operator.fits(x, values, bits, *others) and available(x.device.index)
 
 
-def _run(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    operator.check_shapes(x, values, bits, left, right, bias)
-    vectors, values, bits = x.reshape(-1, x.shape[-1]).contiguous(), values.contiguous(), bits.contiguous()
-    left, right, bias = (None if t is None else t.contiguous() for t in (left, right, bias))
-    multiply = _packed if 0 < len(vectors) <= _FEW_ROWS else _through_torch
+def multiply(x: Tensor, operands: Operands) -> Tensor:
+    """x (..., in) times a linear, in floats or integers: (..., out).
+
+    Ask `supports`, or for integers that of `armor.runtime.integers`, first. Raises ValueError if the shapes do not fit
+    each other.
+    """
+    operator.check_shapes(x, operands)
+    vectors, own = x.reshape(-1, x.shape[-1]).contiguous(), operator.contiguous(operands)
+    many = _through_torch if own.core_scales is None else _in_tiles
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        y = multiply(vectors, values, bits, left, right, bias, group)
-    return y.view(*x.shape[:-1], values.shape[0])
+        y = (_packed if 0 < len(vectors) <= _FEW_ROWS else many)(vectors, own)
+    return y.view(*x.shape[:-1], len(own.values))
+
+
+def _run(x: Tensor, *operands: Any) -> Tensor:
+    return multiply(x, Operands(*operands))
 
 
 linear = operator.register("cuda", _run)
 
 
-def _packed(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
+def _packed(x: Tensor, own: Operands) -> Tensor:
     """The Triton kernels, for a few rows: x (rows, in) -> (rows, out)."""
     kernels = _kernels()
     assert kernels is not None  # `available` said so
-    (rows, columns), (out, kept) = x.shape, values.shape
+    (rows, columns), out, kept = x.shape, len(own.values), _kept(own, x.shape[1])
     padded = 1 << (rows - 1).bit_length()
-    if right is not None:
-        size, transformed = right.shape[-1], torch.empty_like(x)
-        kernels.blocks[_grid(columns, size)](x, right, transformed, rows, columns, size, ROWS=padded)
+    if own.right is not None:
+        size, transformed = own.right.shape[-1], torch.empty_like(x)
+        kernels.blocks[_grid(columns, size)](
+            x, own.right, own.right_scales, transformed, rows, columns, size, ROWS=padded
+        )
         x = transformed
-    size = out if left is None else left.shape[-1]
+    size = out if own.left is None else own.left.shape[-1]
     y, finished = x.new_empty(rows, out), torch.zeros(out // size, dtype=torch.int32, device=x.device)
-    z = y if left is None else torch.empty_like(y)
-    places, kept_in_byte = _places(x.device), kept * 8 // columns
-    operands = (x, values, bits, places, left, bias, z, y, finished, rows, columns, out, kept, size)
-    kernels.core[_grid(out, size)](*operands, KEPT=kept_in_byte, ROWS=padded)
+    z = y if own.left is None else torch.empty_like(y)
+    packed = own.values, own.bits, _places(x.device), own.core_scales, own.left, own.left_scales, own.bias
+    sizes = rows, columns, out, kept, size, own.columns or columns
+    kernels.core[_grid(out, size)](x, *packed, z, y, finished, *sizes, KEPT=kept * 8 // columns, ROWS=padded)
     return y
 
 
-def _grid(dimension: int, size: int):
-    """One program for each tile of each block."""
-    return lambda config: (dimension // size * -(-size // config["TILE"]),)
+def _grid(dimension: int, size: int, row_tiles: int = 1):
+    """One program for each tile of each block, and each tile of rows."""
+    return lambda config: (dimension // size * -(-size // config["TILE"]), row_tiles)
+
+
+def _kept(own: Operands, columns: int) -> int:
+    """How many values a row of the core has; int4 are two in a byte."""
+    return columns // 2 if own.values.dtype == torch.uint8 else own.values.shape[1]
+
+
+def _in_tiles(x: Tensor, own: Operands) -> Tensor:
+    """Integers and many rows, a launch for each factor: x (rows, in) -> (rows, out)."""
+    columns, bias = x.shape[1], None if own.left is not None else own.bias
+    if own.right is not None:
+        x = _block_product(x, own.right, own.right_scales, None)
+    sizes = len(own.values), columns, _kept(own, columns), own.columns
+    y = _product(x, own.values, own.bits, own.core_scales, bias, *sizes)
+    return y if own.left is None else _block_product(y, own.left, own.left_scales, own.bias)
+
+
+def _block_product(x: Tensor, blocks: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    size = blocks.shape[-1]
+    return _product(x, blocks.flatten(0, 1), None, scales, bias, size, size, size, size)
+
+
+def _product(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor | None,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    size: int,
+    width: int,
+    kept: int,
+    group: int,
+) -> Tensor:
+    """The Triton kernel of that name."""
+    rows, out = len(x), len(values)
+    y, kernels = x.new_empty(rows, out), _kernels()
+    if rows:
+        assert kernels is not None  # `available` said so
+        step = next(step for step in (64, 32, GROUP) if group % step == 0 or group >= width)
+        tile = _ROW_TILES[rows > _ROW_TILES[0]]
+        kernels.product[_grid(out, size, -(-rows // tile))](
+            x, values, bits, scales, bias, y, rows, out, size, width, kept, group,
+            KEPT=kept * 8 // width, ROWS=tile, STEP=step,
+        )  # fmt: skip
+    return y
 
 
 @cache
@@ -125,15 +181,13 @@ def unpack(values: Tensor, bits: Tensor, columns: int) -> Tensor:
     return dense
 
 
-def _through_torch(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    """torch's products, for many rows: x (rows, in) -> (rows, out)."""
-    u = x if right is None else blockdiag.multiply(right, x)
-    core = _semi_structured(u, values, bits, group)
-    z = F.linear(u, unpack(values, bits, x.shape[1]) if core is None else core)
-    y = z if left is None else blockdiag.multiply(left, z)
-    return y if bias is None else y + bias
+def _through_torch(x: Tensor, own: Operands) -> Tensor:
+    """torch's products, for many rows of floats: x (rows, in) -> (rows, out)."""
+    u = x if own.right is None else blockdiag.multiply(own.right, x)
+    core = _semi_structured(u, own.values, own.bits, own.group)
+    z = F.linear(u, unpack(own.values, own.bits, x.shape[1]) if core is None else core)
+    y = z if own.left is None else blockdiag.multiply(own.left, z)
+    return y if own.bias is None else y + own.bias
 
 
 def _semi_structured(x: Tensor, values: Tensor, bits: Tensor, group: int) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""The CPU kernel on integers: y = A (S (B x)) + bias, the integers of A, S and B expanded in registers.
+"""A linear on integers, by the CPU's kernel or the card's: y = A (S (B x)) + bias, expanded in registers.
 
-Decoding takes the time of its bytes, and int8 has half of those of bfloat16. The integers of a byte are exact in
-bfloat16. So they meet x as they are, in float32 sums, and the sum of each group meets its scale. Nothing is rounded but
-B x and S B x, as with floats. Gradients reach x and the bias, through a dense product.
+Decoding takes the time of its bytes, and int8 has half of those of bfloat16. The integers of a byte are exact in any
+type of x. So they meet x as they are, in float32 sums, and the sum of each group meets its scale; or each of them meets
+it in float32, where their product is exact. Nothing is rounded but B x and S B x, as with floats. Gradients reach x and
+the bias, through a dense product.
 
 A linear that keeps every weight as int8, with a scale for each output, has neither mask nor blocks. torch's own kernel
 multiplies with it as it is.
@@ -19,7 +20,8 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.format.checkpoint import PackedLinear
-from armor.runtime import cpu, operator
+from armor.runtime import cpu, cuda, operator
+from armor.runtime.operator import Operands
 
 __all__ = ["is_whole", "linear", "supports", "whole"]
 
@@ -27,35 +29,42 @@ _SCHEMA = (
     "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, Tensor core_scales, "
     "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
 )
-_TILE = 512  # columns that the kernel unpacks at a time: a larger group is a multiple of them
+_TILE = 512  # columns that the CPU's kernel unpacks at a time: a larger group is a multiple of them
 _COLUMNS = 32  # of a multiple of them torch's kernel is right; with others in bfloat16 it reads beyond the weight
 _ROWS = 256  # with more rows torch's kernel takes longer than a product with the weight as floats, made for it
 
 
-def supports(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> bool:
-    """Whether `linear` can run on these operands. The library is there. All are on the CPU, and what is no integer of
-    one dtype, bfloat16 or float32. The groups and the pattern are such as the kernel cuts."""
-    own = layout.quantization
-    if own is None or x.dtype not in cpu.TYPES or not cpu.available():
+def supports(layout: PackedLinear, x: Tensor, operands: Operands) -> bool:
+    """Whether `linear` can run on these operands. The kernel of x's device is there. All are on that device, and what
+    is no integer of one dtype that the kernel takes. The groups and the pattern are such as the kernel cuts."""
+    own, on_card = layout.quantization, x.device.type == "cuda"
+    if own is None or x.dtype not in (cuda.TYPES if on_card else cpu.TYPES):
         return False
-    tensors = [x, *(t for t in operands if isinstance(t, Tensor))]
-    if any(t.device.type != "cpu" for t in tensors):
+    if any(t.device != x.device for t in operands if isinstance(t, Tensor)):
         return False
     floats = [*operands[6:9], operands.bias, *((operands.left, operands.right) if not own.blocks else ())]
     if any(t is not None and t.dtype != x.dtype for t in floats):
         return False
     n, m = layout.pattern.group(layout.in_features)
-    cut = own.group >= layout.in_features or own.group % (_TILE if own.group > _TILE else 32) == 0
-    return cut and (own.core == "int8" or 2 * n == m and 8 % m == 0)
+    if own.core == "int4" and not (2 * n == m and 8 % m == 0) or on_card and 8 % m:
+        return False
+    whole, step = own.group >= layout.in_features, cuda.GROUP if on_card else _TILE if own.group > _TILE else 32
+    if not whole and own.group % step:
+        return False
+    return cuda.available(x.device.index) if on_card else x.device.type == "cpu" and cpu.available()
+
+
+def _multiply(x: Tensor, operands: Operands) -> Tensor:
+    return (cuda.multiply if x.device.type == "cuda" else cpu.multiply)(x, operands)
 
 
 def _run(x: Tensor, *given: Any) -> Tensor:
     values, bits, left, right, bias, *scales, _, m, columns = given
-    return cpu.multiply(x, cpu.Operands(values, bits, left, right, bias, m, *scales, columns=columns))
+    return _multiply(x, Operands(values, bits, left, right, bias, m, *scales, columns=columns))
 
 
 _operator = torch.library.custom_op(
-    "armor::cpu_integers_linear", _run, mutates_args=(), device_types="cpu", schema=_SCHEMA
+    "armor::integers_linear", _run, mutates_args=(), device_types=("cpu", "cuda"), schema=_SCHEMA
 )
 _operator.register_fake(lambda x, values, *others: x.new_empty(*x.shape[:-1], values.shape[0]))
 
@@ -81,13 +90,13 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_save)
 
 
-def linear(layout: PackedLinear, x: Tensor, operands: cpu.Operands) -> Tensor:
+def linear(layout: PackedLinear, x: Tensor, operands: Operands) -> Tensor:
     """y = A (S (B x)) + bias for x (..., in): (..., out), of a linear of `layout`.
 
     Ask `supports` first. Raises ValueError if the shapes do not fit each other.
     """
     if not operator.is_needed(x, operands.bias):
-        return cpu.multiply(x, operands)  # past torch's dispatcher, as in `operator`
+        return _multiply(x, operands)  # past torch's dispatcher, as in `operator`
     n, m = layout.pattern.group(layout.in_features)
     return _operator(x, *operands[:5], *operands[6:9], n, m, operands.columns)
 

@@ -7,8 +7,8 @@ in every forward pass and keeps nothing. `unpack` trades the packed values for t
 then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
 the blocks. The packed values are recovered exactly: core[mask].
 
-Where the checkpoint has integers the module holds them, and their scales in its own dtype. Kernels multiply with the
-integers. What runs through dense products multiplies them out first, in float32, and rounds once to that dtype.
+Where the checkpoint has integers the module holds them, and their scales in its own dtype. Kernels multiply with
+the integers. What runs through dense products multiplies them out first, in float32, and rounds once to that dtype.
 
 A low-rank pair, U and V, is two plain products beside these.
 
@@ -35,72 +35,74 @@ from armor.core.packing import unpack, unpack_mask
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, integers, operator
 from armor.runtime.no_weight import NoWeight, NoWeightError
+from armor.runtime.operator import Operands
 
 __all__ = ["ArmorLinear", "multiply", "operands_of", "share_right"]
 
 
-def operands_of(
+def _operands(
     layout: PackedLinear,
-    x: Tensor,
     values: Tensor | None,
     bits: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
     bias: Tensor | None,
     *scales: Tensor | None,
-) -> cpu.Operands | None:
-    """What the CPU's kernel multiplies x with for a linear of `layout`; None where it cannot.
-
-    The tensors are the linear's. `scales` are core_scales, left_scales and right_scales.
-    """
+) -> Operands | None:
+    """The tensors of a linear of `layout` as kernels take them; None where they are not packed. `scales` are
+    core_scales, left_scales and right_scales."""
     if values is None or bits is None:
         return None
     own, group = layout.quantization, layout.pattern.group(layout.in_features)[1]
     if own is None:
-        return (
-            cpu.Operands(values, bits, left, right, bias, group)
-            if cpu.supports(x, values, bits, left, right, bias)
-            else None
-        )
-    operands = cpu.Operands(values, bits, left, right, bias, group, *scales, columns=own.group)
-    return operands if integers.supports(layout, x, operands) else None
+        return Operands(values, bits, left, right, bias, group)
+    return Operands(values, bits, left, right, bias, group, *scales, columns=own.group)
 
 
-def multiply(
-    layout: PackedLinear,
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    *scales: Tensor | None,
-) -> Tensor:
-    """y = A (S (B x)) + bias for x (..., in): (..., out), on the tensors of a linear of `layout`, as `operands_of`.
+def _supports(layout: PackedLinear, x: Tensor, own: Operands) -> bool:
+    """Whether a kernel of x's device takes a linear of `layout`."""
+    if layout.quantization is not None:
+        return integers.supports(layout, x, own)
+    if x.device.type == "cuda":
+        return cuda.supports(x, *own[:5], group=own.group)
+    return cpu.supports(x, *own[:5])
 
-    By the kernel for x's device and dtype, or else through a core that is made dense and dropped. Integers are then
-    multiplied out in float32 and rounded once to the scales' dtype.
+
+def operands_of(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Operands | None:
+    """What the CPU's kernel multiplies x with for a linear of `layout`; None where it cannot.
+
+    The tensors are those that `multiply` takes.
     """
-    operands = operands_of(layout, x, values, bits, left, right, bias, *scales)
-    if operands is not None and layout.quantization is not None:
-        return integers.linear(layout, x, operands)
-    if operands is not None:
-        return cpu.linear(x, *operands[:5], group=operands.group)
+    own = _operands(layout, *tensors)
+    return own if own is not None and x.device.type == "cpu" and _supports(layout, x, own) else None
+
+
+def multiply(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """y = A (S (B x)) + bias for x (..., in): (..., out).
+
+    `tensors` are those of a linear of `layout`: values, bits, left, right, bias, core_scales, left_scales,
+    right_scales. By the kernel for x's device and dtype, or else through a core that is made dense and dropped.
+    Integers are then multiplied out in float32 and rounded once to the scales' dtype.
+    """
+    own = _operands(layout, *tensors)
+    if own is not None and _supports(layout, x, own):
+        if layout.quantization is not None:
+            return integers.linear(layout, x, own)
+        return (cuda if x.device.type == "cuda" else cpu).linear(x, *own[:5], group=own.group)
+    values, bits, left, right, bias, *scales = tensors
+    assert values is not None
     if layout.quantization is None:
         assert bits is not None
-        group = layout.pattern.group(layout.in_features)[1]
-        if cuda.supports(x, values, bits, left, right, bias, group=group):
-            return cuda.linear(x, values, bits, left, right, bias, group=group)
         return _through(x, unpack(values, bits, x.shape[-1], layout.pattern)[0], left, right, bias)
     if (y := integers.whole(layout, x, values, scales[0], bias)) is not None:
         return y
     given = {"core_values": values, "core_mask": bits, "left": left, "right": right}
     given |= dict(zip(("core_scales", "left_scales", "right_scales"), scales, strict=True))
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    factors = Factorization.of_tensors(tensors, x.shape[-1], layout.pattern, layout.quantization).in_floats()
-    own = tensors["core_scales"].dtype
-    left, right = (t if t is None else t.to(own) for t in (factors.left, factors.right))
-    return _through(x, factors.core.to(own), left, right, bias)
+    present = {name: tensor for name, tensor in given.items() if tensor is not None}
+    factors = Factorization.of_tensors(present, x.shape[-1], layout.pattern, layout.quantization).in_floats()
+    own_type = present["core_scales"].dtype
+    left, right = (t if t is None else t.to(own_type) for t in (factors.left, factors.right))
+    return _through(x, factors.core.to(own_type), left, right, bias)
 
 
 def _through(x: Tensor, core: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -212,7 +214,7 @@ class ArmorLinear(nn.Linear):
             linear._ahead = x, x._version, output
         return first
 
-    def _operands(self, x: Tensor) -> cpu.Operands | None:
+    def _operands(self, x: Tensor) -> Operands | None:
         """What the CPU's kernel multiplies x with, but for the pair of low rank; None where it cannot."""
         return operands_of(self.layout, x, *self._tensors())
 
@@ -225,7 +227,7 @@ class ArmorLinear(nn.Linear):
         """
         if not cpu.is_grouped(x, counts):
             return None
-        operands: list[list[cpu.Operands]] = []
+        operands: list[list[Operands]] = []
         for group in linears:
             operands.append([])
             for linear in group:
@@ -299,15 +301,11 @@ class ArmorLinear(nn.Linear):
     @property
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
-        values, bits = self.core_values, self.core_mask
-        if values is None or bits is None:
+        own = _operands(self.layout, *self._tensors())
+        if own is None:
+            values = self.core_values
             return values is not None and values.device.type == "cpu" and integers.is_whole(self.layout)
-        if self._operands(values if self.core_scales is None else self.core_scales) is not None:
-            return True
-        right, bias = self.held("right"), self.bias
-        return self.core_scales is None and cuda.supports(
-            values, values, bits, self.left, right, bias, group=self.group
-        )
+        return _supports(self.layout, own.values if own.core_scales is None else own.core_scales, own)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:

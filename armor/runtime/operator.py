@@ -1,4 +1,4 @@
-"""What the operators of all backends have in common: the schema, the shapes, the gradients.
+"""What the operators of all backends have in common: the schema, the operands, their shapes, the gradients.
 
 A backend brings one function that multiplies; torch.library makes it an operator that `torch.compile` and autograd see.
 Gradients reach x and the bias, through torch: a training step has rows enough to pay for a dense core.
@@ -7,7 +7,7 @@ Gradients reach x and the bias, through torch: a training step has rows enough t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,30 @@ from torch.jit._trace import is_tracing
 
 from armor.core import blockdiag, packing
 
-__all__ = ["check_shapes", "fits", "is_needed", "register"]
+__all__ = ["Operands", "check_shapes", "contiguous", "fits", "is_needed", "register"]
 
 _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
+
+
+class Operands(NamedTuple):
+    """A packed linear as a kernel takes it: the first six are those of `linear`.
+
+    Integers have scales, in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a row
+    of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are floats.
+    int8 is int8; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns. Without `core_scales` all
+    numbers are floats.
+    """
+
+    values: Tensor
+    bits: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    bias: Tensor | None
+    group: int
+    core_scales: Tensor | None = None
+    left_scales: Tensor | None = None
+    right_scales: Tensor | None = None
+    columns: int = 0
 
 
 def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -68,18 +89,46 @@ def is_needed(x: Tensor, bias: Tensor | None) -> bool:
     return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing()
 
 
-def check_shapes(
-    x: Tensor, values: Tensor, bits: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None
-) -> None:
+def check_shapes(x: Tensor, own: Operands) -> None:
     """Raises ValueError if the shapes do not fit each other; kernels trust them."""
-    columns, out = x.shape[-1], values.shape[0]
-    if bits.shape != (out, (columns + 7) // 8):
-        raise ValueError(f"mask {tuple(bits.shape)} does not fit a core of {out} rows and {columns} columns")
-    for name, blocks, dimension in (("left", left, out), ("right", right, columns)):
+    columns, out = x.shape[-1], own.values.shape[0]
+    if own.bits.shape != (out, (columns + 7) // 8):
+        raise ValueError(f"mask {tuple(own.bits.shape)} does not fit a core of {out} rows and {columns} columns")
+    for name, blocks, dimension in (("left", own.left, out), ("right", own.right, columns)):
         if blocks is not None and blocks.numel() != dimension * blocks.shape[-1]:
             raise ValueError(f"{name} {tuple(blocks.shape)} does not cover {dimension} channels in blocks")
-    if bias is not None and bias.numel() != out:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit a core of {out} rows")
+    if own.bias is not None and own.bias.numel() != out:
+        raise ValueError(f"bias {tuple(own.bias.shape)} does not fit a core of {out} rows")
+    if own.core_scales is not None:
+        _check_integers(own, own.core_scales, columns)
+
+
+def _check_integers(own: Operands, core_scales: Tensor, columns: int) -> None:
+    out, width = own.values.shape
+    if own.values.dtype == torch.uint8 and width != (columns // 2 + 1) // 2:
+        raise ValueError(f"values {(out, width)} do not hold half of {columns} columns, two in a byte")
+    if core_scales.shape != (out, -(-columns // own.columns)):
+        found = tuple(core_scales.shape)
+        raise ValueError(f"scales {found} do not fit {out} rows of {columns} columns in groups of {own.columns}")
+    for name, scales, blocks, n in (
+        ("left", own.left_scales, own.left, out),
+        ("right", own.right_scales, own.right, columns),
+    ):
+        has_integers = blocks is not None and blocks.dtype == torch.int8
+        if has_integers != (scales is not None) or scales is not None and scales.numel() != n:
+            found = None if scales is None else tuple(scales.shape)
+            raise ValueError(
+                f"{name}_scales {found} do not fit {name} of {n} channels, {blocks is not None and blocks.dtype}"
+            )
+
+
+def contiguous(own: Operands) -> Operands:
+    """The same with every tensor contiguous."""
+    tensors = own[:5] if own.core_scales is None else (*own[:5], *own[6:9])
+    if all([t is None or t.is_contiguous() for t in tensors]):  # a list: quicker than a generator
+        return own
+    held: Any = (t.contiguous() if isinstance(t, Tensor) else t for t in own)
+    return Operands(*held)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

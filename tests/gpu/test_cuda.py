@@ -14,7 +14,7 @@ from armor.core.packing import unpack
 from armor.runtime import cuda
 from armor.runtime.linear import ArmorLinear
 from armor.training.tune import tune
-from tests.linears import random_linear, twin
+from tests.linears import product_within, random_linear, stored, twin
 from tests.packed import opened
 from tests.training.trained import TRAINING, ready, sample
 
@@ -37,6 +37,26 @@ def test_a_tuned_linear_is_its_twin_within_rounding(dtype, rows):
     expected, bound = twin(x, *operands, group)
     for _ in range(20):  # the last program of a block is another one each time
         assert ((cuda.linear(x, *operands, group=group).double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("core", ["int8", "int4"])
+def test_a_linear_of_integers_stays_packed_and_is_its_twin_within_rounding(core, dtype):
+    factors, bias = stored(1024, 2048, 64, 128, "2:4", core, "int8", 128, dtype)
+    factors = factors.to("cuda")
+    linear, exact = ArmorLinear.of(factors, bias.cuda()), factors.in_floats()
+    assert linear.runs_packed
+    for rows in (1, 5, 8, 9, 100, 1000):
+        x = torch.randn(rows, 2048, device="cuda").to(dtype).requires_grad_()
+        expected, bound = product_within(x.detach(), exact.core, exact.left, exact.right, bias.cuda())
+        bound = bound + 2.0**-12 * expected.abs().amax()  # a card may round inside its own float32 products
+        with torch.no_grad():
+            assert all(((linear(x).double() - expected).abs() <= bound).all() for _ in range(5)), f"{rows} rows"
+    (found,) = torch.autograd.grad(linear(x).sum(), x)
+    torch.testing.assert_close(found[0].float(), factors.reconstruct().sum(0), rtol=0.02, atol=0.02)
+    compiled = torch.compile(linear, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), linear(x))
 
 
 def test_the_operator_compiles_whole_and_under_inference_mode():

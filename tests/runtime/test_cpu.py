@@ -12,7 +12,7 @@ import torch
 from armor.core import blockdiag
 from armor.core.packing import unpack
 from armor.runtime import cpu
-from armor.runtime.cpu import Operands
+from armor.runtime.operator import Operands
 from tests.killed import REPOSITORY
 from tests.linears import random_linear, twin
 

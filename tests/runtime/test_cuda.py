@@ -16,12 +16,16 @@ from torch.sparse._semi_structured_conversions import (
 
 from armor.core.packing import pack
 from armor.core.pattern import Pattern, top_n_mask
+from armor.format.checkpoint import PackedLinear
 from armor.runtime import cuda
+from armor.runtime.linear import ArmorLinear
 from tests.killed import REPOSITORY as ROOT
-from tests.linears import random_linear
+from tests.linears import random_linear, stored
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-FLOATS = ("x", "values", "left", "right", "bias", "matrices", "y", "z", "dense")
+FLOATS = ("x", "bias", "y", "z", "dense")
+NUMBERS = ("values", "left", "matrices")
+SCALES = ("scales", "left_scales")
 
 
 @needs_triton
@@ -35,22 +39,36 @@ def test_the_kernels_compute_the_linear_in_tritons_interpreter():
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets, it does not compile")
-@pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("name", ["blocks", "core", "unpack"])
-def test_the_kernels_compile_for_cards_that_are_not_here(name, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "numbers", "capabilities"),
+    [
+        ("blocks", "bf16", (80, 90, 120)),
+        ("core", "bf16", (80, 90, 120)),
+        ("unpack", "bf16", (80, 90, 120)),
+        ("blocks", "i8", (120,)),
+        ("core", "i8", (90,)),
+        ("core", "u8", (80,)),
+        ("product", "i8", (80, 120)),
+        ("product", "u8", (90,)),
+    ],
+)
+def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, capabilities, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from armor.runtime import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = {"blocks": kernels.blocks.fn, "core": kernels.core.fn, "unpack": kernels.unpack}[name]
-    constants = {"KEPT": 4, "ROWS": 2, "TILE": 8, "STEP": 32}
-    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    function = kernels.unpack if name == "unpack" else getattr(kernels, name).fn  # the others are tuned
     pointers = dict.fromkeys(FLOATS, "*bf16") | {"bits": "*u8", "places": "*i32", "finished": "*i32"}
+    pointers |= dict.fromkeys(NUMBERS, f"*{numbers}") | ({} if numbers == "bf16" else dict.fromkeys(SCALES, "*bf16"))
+    constants = {"KEPT": 4, "ROWS": 16 if name == "product" else 2, "TILE": 32 if name == "product" else 8, "STEP": 32}
+    constants |= {key: None for key in SCALES if key not in pointers}
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {key: "constexpr" if key in constants else pointers.get(key, "i32") for key in function.arg_names}
     source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
-    assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    for capability in capabilities:
+        assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 192), (96, 128), (160, 64)], ids=str)
@@ -114,6 +132,33 @@ def test_supports_says_when_torch_must_run(pretend):
         assert not cuda.supports(x, *operands, group=4)
         with torch.no_grad():
             assert cuda.supports(x, *operands, group=4)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("pattern", "core", "group", "is_packed"),
+    [
+        ("2:4", "int8", 32, True),
+        ("2:4", "int4", 16, True),
+        ("3:4", "int8", 96, True),  # the whole row
+        ("3:4", "int4", 32, False),
+        ("2:4", "int8", 24, False),
+        ("2:4", "int8", 8, False),
+        ("50%", "int8", 96, False),
+        ("1:1", "int8", 96, False),
+    ],
+)
+def test_a_linear_of_integers_runs_packed_on_a_card_where_the_kernels_can(pattern, core, group, is_packed, pretend):
+    pretend((9, 0))
+    factors, _ = stored(16, 96, 8, 12, pattern, core, "int8", group, torch.bfloat16)
+    with torch.no_grad(), FakeTensorMode():
+        linear = ArmorLinear(PackedLinear.of(factors), True, device="cuda:0", dtype=torch.bfloat16)
+        assert linear.runs_packed == is_packed
+        if is_packed:
+            y = linear(torch.empty(2, 3, 96, device="cuda:0", dtype=torch.bfloat16))
+            assert y.shape == (2, 3, 16) and y.device == torch.device("cuda:0") and y.dtype == torch.bfloat16
+        linear.bias = torch.nn.Parameter(torch.empty(16, dtype=torch.bfloat16, device="cpu"))
+        assert not linear.runs_packed
 
 
 def test_the_operator_knows_its_shape_without_running():

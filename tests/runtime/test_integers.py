@@ -5,13 +5,10 @@ import re
 import pytest
 import torch
 
-from armor.core.factorization import Factorization
-from armor.core.integers import rounded
-from armor.core.pattern import Pattern, top_n_mask
-from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
-from tests.linears import product_within, random_linear, twin
+from armor.runtime.operator import Operands
+from tests.linears import product_within, random_linear, stored, twin
 from tests.memory import NoRoom
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
@@ -27,28 +24,6 @@ SHAPES = [  # out, in, left block, right block, pattern, core, blocks, group
     (33, 100, 11, 20, "50%", "int8", "int8", 100),
     (64, 384, None, 32, "2:4", "int4", "int8", 160),
 ]
-
-
-def stored(out, columns, left, right, pattern, core, blocks, group, dtype):
-    """Random factors of integers, their scales and floats in `dtype`, and a bias."""
-    generator = torch.Generator().manual_seed(out * columns)
-    mask = top_n_mask(torch.randn(out, columns, generator=generator), Pattern.parse(pattern))
-    values, scales = rounded(torch.randn(out, columns, generator=generator) / columns**0.5 * mask, core, group)
-    sides = {}
-    for side, size, n in (("left", left, out), ("right", right, columns)):
-        if size is None:
-            continue
-        made = torch.randn(n // size, size, size, generator=generator) / size**0.5
-        if blocks:
-            numbers, own = rounded(made.view(n, size), "int8", size)
-            sides |= {side: numbers.view(made.shape), f"{side}_scales": own.view(-1).to(dtype)}
-        else:
-            sides[side] = made.to(dtype)
-    kind = Quantization(core, blocks, group)
-    found = Factorization(
-        values, mask, Pattern.parse(pattern), quantization=kind, core_scales=scales.to(dtype), **sides
-    )
-    return found, torch.randn(out, generator=generator).to(dtype)
 
 
 def multiplied(linear, x, level):
@@ -127,12 +102,12 @@ def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, 
         for kind, (out, left, right) in zip(kinds, sizes, strict=True)
     ]
     made[1] = made[1]._replace(right=made[0].right, right_scales=made[0].right_scales)
-    group = [*made, cpu.Operands(*random_linear(33, 256, 11, None, "2:4", dtype))]
+    group = [*made, Operands(*random_linear(33, 256, 11, None, "2:4", dtype))]
     for rows in (1, 3, 17, 300):
         x = torch.randn(rows, 256).to(dtype)
         expected = [cpu.multiply(x, own, level) for own in group]
         assert all(map(torch.equal, cpu.linears(x, group, level), expected)), rows
-    pairs = [made[:2], [cpu.Operands(*random_linear(out, 256, 4, 16, "2:4", dtype)) for out in (64, 40)], made[:2]]
+    pairs = [made[:2], [Operands(*random_linear(out, 256, 4, 16, "2:4", dtype)) for out in (64, 40)], made[:2]]
     for counts in ([1, 2, 3], [9, 0, 40]):
         rows = x[: sum(counts)].split(counts)
         expected = [torch.cat([cpu.multiply(r, p[i], level) for r, p in zip(rows, pairs, strict=True)]) for i in (0, 1)]
@@ -145,7 +120,7 @@ def test_floats_and_integers_side_by_side_are_what_each_gives_alone(dtype):
     """Bit for bit in the C loops. Where torch multiplies the floats, they are near their twin."""
     factors, bias = stored(*SHAPES[0], dtype)
     floats = random_linear(33, 256, 11, None, "2:4", dtype)
-    group = [operands(ArmorLinear.of(factors, bias), dtype), cpu.Operands(*floats)]
+    group = [operands(ArmorLinear.of(factors, bias), dtype), Operands(*floats)]
     joined = cpu.Joined(group, 256)
     for rows in (1, 31, 300):
         x = torch.randn(rows, 256).to(dtype)
@@ -179,7 +154,7 @@ def test_the_operator_is_one_to_torch():
     linear = ArmorLinear.of(factors, bias)
     tensors = [None if t is None else t.detach() for t in linear._tensors()]
     operands = (torch.randn(2, 100), *tensors, 2, 4, linear.layout.quantization.group)
-    torch.library.opcheck(torch.ops.armor.cpu_integers_linear, operands)
+    torch.library.opcheck(torch.ops.armor.integers_linear, operands)
 
 
 @pytest.mark.parametrize("group", [4, 48, 528])
