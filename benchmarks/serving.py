@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,54 +31,13 @@ PAGE = 4096
 
 def random_models(folder: Path) -> list[Path]:
     """The dense and the packed random model in `folder`, written if they are not there."""
-    from armor.assemble.folder import copy_others, seal, write_tensors
     from armor.core.pattern import Pattern
-    from armor.execution.files import read_json, write_json
-    from armor.format.checkpoint import PackedLinear, quantization_config, tombstone
-    from armor.format.checksums import CHECKSUMS
-    from armor.format.shards import Shards
-    from benchmarks.calibrate_memory import build
-    from benchmarks.runtime import packed
+    from armor.format.checkpoint import PackedLinear
+    from benchmarks.decoding import dense_model, random_checkpoint
 
-    dense, other = folder / "dense", folder / "packed"
-    if (other / CHECKSUMS).exists():
-        return [dense, other]
-    build(dense)
-    other.mkdir(exist_ok=True)
-    shards, sizes = Shards(dense), {}
-    modules: dict[str, PackedLinear] = {}
-    for name in shards.names():
-        linear = name.removesuffix(".weight")
-        if linear.endswith("_proj"):
-            out, columns = shards.shape(name)
-            modules[linear] = layout = PackedLinear(out, columns, Pattern.parse("2:4"), 64, 64)
-            for suffix, shape in layout.shapes().items():
-                sizes[f"{linear}.{suffix}"] = math.prod(shape) * (1 if suffix == "core_mask" else 2)
-        else:
-            sizes[name] = shards.bytes_of(name)
-    sizes[tombstone(modules)] = 1
-    made: dict[str, Any] = {}  # of one linear at a time
-
-    def read(name: str) -> Any:
-        linear, _, suffix = name.rpartition(".")
-        if name == tombstone(modules):
-            return torch.zeros(1, dtype=torch.uint8)
-        if linear not in modules:
-            return shards.read(name)
-        if not any(key.startswith(linear) for key in made):
-            layout = modules[linear]
-            tensors = packed(layout.out_features, layout.in_features, 64)
-            made.clear()
-            made.update(zip([f"{linear}.{key}" for key in layout.shapes()], tensors, strict=True))
-        return made[name]
-
-    sums = write_tensors(other, sizes, read, 500_000_000, "packed")
-    copy_others(dense, other)
-    write_json(
-        other / "config.json", read_json(dense / "config.json") | {"quantization_config": quantization_config(modules)}
-    )
-    seal(other, sums)
-    return [dense, other]
+    dense = dense_model(folder)
+    packed = random_checkpoint(dense, folder / "packed", lambda *shape: PackedLinear(*shape, Pattern(2, 4), 64, 64))
+    return [dense, packed]
 
 
 def resident() -> dict[str, int]:
