@@ -6,8 +6,9 @@
 These are the classes of AutoModelForCausalLM, and those of AutoModelForImageTextToText that are not the same. A
 family's configuration is made small by `SMALL`, and by `OWN` where it needs more. Its model is inspected, calibrated,
 factorized with blocks of 16, and assembled. The packed checkpoint is then loaded, and so is the dense one that `armor
-export` makes of the same factors. Their logits in float32 are compared. Each family has a process of its own and a
-limit of time. What it came to is a line of JSON in FOLDER/families.jsonl.
+export` makes of the same factors. Their logits in float32 are compared, and the dense one's with those that it has one
+decoder layer at a time, as calibration runs it. Each family has a process of its own and a limit of time. What it came
+to is a line of JSON in FOLDER/families.jsonl.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.load import load_model
+from armor.runtime.streamed import StreamedModel
 from tests.tiny import VOCABULARY, tiny_text, tiny_tokenizer
 
 __all__ = ["FAMILIES", "IMAGES", "attempt", "page", "small_config"]
@@ -218,6 +220,11 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=torch.arange(TOKENS)[None], return_dict=False)[0]
 
 
+def _apart(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative difference of two models' logits."""
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
 def attempt(family: str, root: Path) -> dict[str, Any]:
     """What came of `family`: its class, outcome, share compressed, packed against dense, and a note; works in `root`.
 
@@ -245,9 +252,12 @@ def attempt(family: str, root: Path) -> dict[str, Any]:
         assemble(source, topology, root / "layers", root / "checkpoint.json")
         stage, packed = "load", load_model(root / "checkpoint", "float32")
         export(root / "checkpoint", root / "dense")
-        one, other = _logits(packed), _logits(load_model(root / "dense", "float32"))
-        found["packed_against_dense"] = ((one - other).norm() / other.norm()).item()
-        found["outcome"] = "ok" if found["packed_against_dense"] <= CLOSE else "differs"
+        dense = _logits(load_model(root / "dense", "float32"))
+        found["packed_against_dense"] = _apart(_logits(packed), dense)
+        stage, (streamed,) = "stream", StreamedModel(root / "dense", "float32").logits([torch.arange(TOKENS)[None]])
+        found["streamed_against_loaded"] = _apart(streamed, dense)
+        close = max(found["packed_against_dense"], found["streamed_against_loaded"]) <= CLOSE
+        found["outcome"] = "ok" if close else "differs"
     except ArmorError as error:
         found |= {"outcome": "refused", "note": f"{stage}: {_line(error, root)}"}
     except Exception as error:  # whatever a family's own code raises is what is to be seen
@@ -301,8 +311,9 @@ of 16), `assemble`, and loading. Written by `make families` (`benchmarks/familie
 
 "Share compressed" is the share of the decoder layers' weights that is compressed. Tiny models have large norms and
 convolutions for their size: of a real model the share is higher. "Packed against dense" is the relative difference of
-the logits of the packed model and of the dense one of the same factors; ok is at most {close:g}. "No model" says that
-the script made no tiny model that runs as it is, which tells nothing about the family.
+the logits of the packed model and of the dense one of the same factors; ok is at most {close:g}. So close must the
+dense one's be too when it is run as calibration runs it, one decoder layer at a time. "No model" says that the script
+made no tiny model that runs as it is, which tells nothing about the family.
 
 {counts}.
 

@@ -168,7 +168,8 @@ def _decoder_layer(
 def run_layer(layer: nn.Module, hidden: Tensor, call: Call) -> object:
     """The hidden states that a decoder layer makes, on its own device; what is carried are zeros."""
     with torch.no_grad():
-        return call.run(layer, call.empty(hidden, next(layer.parameters()).device))[0]
+        device = next((tensor.device for tensor in (*layer.parameters(), *call.tensors())), hidden.device)
+        return call.run(layer, call.empty(hidden, device))[0]
 
 
 def _runnable(layer: nn.Module, hidden: Tensor, call: Call) -> Call:

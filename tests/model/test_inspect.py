@@ -234,6 +234,11 @@ def test_a_tensor_that_checkpoints_have_in_parts_is_joined(tmp_path):
     assert torch.equal(found.read(name), AutoModelForCausalLM.from_pretrained(folder).state_dict()[name])
 
 
+def test_a_layer_may_have_no_parameter_beside_its_linears(tmp_path):
+    folder = tiny_model(tmp_path / "m", "olmo", layers=1, pad_token_id=0)
+    assert len(inspect(open_source(folder), tmp_path / "model.json").linears()) == 7
+
+
 def test_a_layer_that_must_see_numbers_is_followed_on_zeros_and_its_router_stays_dense(tmp_path):
     folder = tiny_model(tmp_path / "m", "jetmoe", layers=2, num_local_experts=4, kv_channels=16)
     topology = inspect(open_source(folder), tmp_path / "model.json")
