@@ -144,7 +144,7 @@ def run(folder: Path, name: str, method: str, iterations: int, refine: int = 0) 
 def main(
     models: Annotated[list[str], typer.Argument(help=", ".join(MODELS))],
     method: Annotated[str, typer.Option("--method")] = "armor",
-    iterations: Annotated[int, typer.Option(help="Of the solver of armor.")] = 1,
+    iterations: Annotated[int, typer.Option("--iterations", help="Of the solver of armor.")] = 1,
     refine: Annotated[int, typer.Option("--refine", help="Steps that each layer is trained; 0 for none.")] = 0,
     output: Path = OUTPUT,
 ) -> None:
