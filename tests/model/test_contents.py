@@ -7,6 +7,7 @@ import logging
 import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from armor.core.errors import ArmorError
 from armor.model.contents import Contents
@@ -56,11 +57,26 @@ def test_the_largest_of_what_is_left_out_is_named():
     assert [line.split()[0] for line in contents.table()] == ["odd", "small", "norms,"]
 
 
-def test_a_family_whose_own_code_fails_on_single_layers_is_refused_in_one_line(tmp_path):
+def refused(folder) -> str:
+    """The one line about the model in `folder`, of which nothing is written."""
+    with pytest.raises(ArmorError, match="not supported$") as caught:
+        inspect(open_source(folder), folder.parent / "model.json")
+    assert "\n" not in str(caught.value) and not (folder.parent / "model.json").exists()
+    return str(caught.value)
+
+
+def test_a_family_whose_layers_take_no_hidden_states_first_is_refused_in_one_line(tmp_path):
     AutoModelForCausalLM.from_config(small_config("reformer")).save_pretrained(tmp_path / "model")
-    with pytest.raises(ArmorError, match="Reformer.*: AttributeError: .*not supported") as caught:
-        inspect(open_source(tmp_path / "model"), tmp_path / "model.json")
-    assert "\n" not in str(caught.value) and not (tmp_path / "model.json").exists()
+    assert "ReformerLayer: is called with prev_attn_output, hidden_states; expected" in refused(tmp_path / "model")
+
+
+def test_a_family_whose_own_code_fails_is_refused_in_one_line(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("two\nlines")
+
+    folder = tiny_model(tmp_path / "model")
+    monkeypatch.setattr(LlamaMLP, "forward", fails)
+    assert "LlamaMLP: ValueError: two lines; its decoder layers" in refused(folder)
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "phimoe"])
