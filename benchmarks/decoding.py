@@ -30,6 +30,7 @@ from armor.format.checkpoint import PackedLinear, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.shards import INDEX, Shards
 from benchmarks.calibrate_memory import build
+from benchmarks.runtime import random_mask
 
 PAIR = Pattern(2, 4)
 LAYOUTS: dict[str, Callable[[int, int], PackedLinear]] = {
@@ -46,12 +47,10 @@ LAYOUTS: dict[str, Callable[[int, int], PackedLinear]] = {
 
 def random_tensors(layout: PackedLinear) -> dict[str, Tensor]:
     """What a linear of `layout`, dense or 2:4, holds, by suffix; floats in bfloat16."""
-    pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
     integers, made = layout.integers(), {}
     for suffix, shape in layout.shapes().items():
         if suffix == "core_mask":
-            groups = pairs[torch.randint(6, (*shape, 2))]
-            made[suffix] = groups[..., 0] | groups[..., 1] << 4
+            made[suffix] = random_mask(*shape)
         elif suffix in integers:
             limits = (0, 256) if integers[suffix] == "uint8" else (-127, 128)
             made[suffix] = torch.randint(*limits, shape, dtype=getattr(torch, integers[suffix]))

@@ -92,13 +92,19 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes), default=32 << 20)
 
 
+def random_mask(out: int, count: int) -> Tensor:
+    """A random 2:4 mask, packed: (out, count) uint8 for 8 * count columns."""
+    pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
+    groups = pairs[torch.randint(6, (out, count, 2))]
+    return groups[..., 0] | groups[..., 1] << 4
+
+
 def packed(out: int, columns: int, block: int) -> list[Tensor]:
     """A random 2:4 linear in bfloat16: values, bits, left, right."""
-    pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
-    groups = pairs[torch.randint(6, (out, columns // 8, 2))]
+    bits = random_mask(out, columns // 8)
     sizes = [(out, columns // 2), (out // block, block, block), (columns // block, block, block)]
     values, left, right = (torch.randn(size).bfloat16() for size in sizes)
-    return [values, groups[..., 0] | groups[..., 1] << 4, left, right]
+    return [values, bits, left, right]
 
 
 def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
