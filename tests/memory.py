@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,8 @@ def printed_last(measure: Callable[[], object]) -> int:
     def work() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, 65536)
-        libc.malloc_trim(0)  # what this process has freed must not be had for nothing
+        gc.collect()  # what this process no longer needs must not be had for nothing
+        libc.malloc_trim(0)
         measure()
 
     done = fork(work, Path.cwd())
