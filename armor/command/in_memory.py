@@ -240,9 +240,10 @@ def _quantize(
     for names in sharing_right(factors) if recipe.quantize else ():
         asked = recipe.quantize and asked_for(recipe.quantize.for_layer(_layer_of(names[0], prefix)), names)
         if asked is not None:
-            weights, trained = [linears[name].weight.detach() for name in names], recipe.refine is not None
+            weights, of_input = [linears[name].weight.detach() for name in names], inputs[names[0]]
             own = {name: factors[name] for name in names}
-            factors |= quantize_weights(weights, inputs[names[0]], own, asked, trained)
+            apart = recipe.refine is not None or of_input.gram is not None
+            factors |= quantize_weights(weights, of_input, own, asked, apart)
 
 
 def _tokens(

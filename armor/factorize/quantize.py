@@ -28,6 +28,7 @@ from armor.format.records.base import Input
 from armor.format.records.layer import Integers, LayerRecord, LinearRecord
 from armor.format.records.topology import Topology
 from armor.format.statistics import Statistics, read_statistics
+from armor.methods import METHODS
 from armor.methods.solver.objective import condition
 from armor.methods.solver.rounding import held_against, quantize
 from armor.model.source import Source
@@ -76,9 +77,9 @@ def quantize_layer(
                 continue
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
-                weights, trained = [shards.read(f"{name}.weight").to(device) for name in names], bool(start.training)
-                own = {name: given[name] for name in names}
-                done = quantize_weights(weights, inputs[names[0]], own, asked, trained)
+                weights, own = [shards.read(f"{n}.weight").to(device) for n in names], {n: given[n] for n in names}
+                apart = bool(start.training) or "gram" in METHODS[start.modules[names[0]].method].statistics
+                done = quantize_weights(weights, inputs[names[0]], own, asked, apart)
                 write_factors(file, done, {})
                 for name, one in done.items():
                     entries[name] = entry = _described(start.modules[name], one)
@@ -131,19 +132,20 @@ def quantize_weights(
     of_input: Statistics,
     factors: Mapping[str, Factorization],
     settings: QuantizeSettings,
-    trained: bool,
+    apart: bool,
 ) -> dict[str, Factorization]:
     """The `factors` of weights (out, in), by full name, as integers, computed on the weights' device, on the CPU.
 
-    Several share B, and are rounded as one matrix.
+    Several share B, and are rounded as one matrix. `apart`: they were made for another loss than the proxy's, by
+    training or by Gram matrices.
     """
     importance, names = of_input.importance.to(weights[0].device), list(factors)
     given = [factors[name].to(weights[0].device) for name in names]
     how: dict[str, Any] = {"core": settings.core, "blocks": settings.blocks, "group": settings.group}
     with torch.no_grad():
         if len(names) == 1:
-            return {names[0]: quantize(weights[0], importance, given[0], **how, trained=trained).to("cpu")}
-        whole = quantize(torch.cat(list(weights)), importance, Factorization.stacked(given), **how, trained=trained)
+            return {names[0]: quantize(weights[0], importance, given[0], **how, apart=apart).to("cpu")}
+        whole = quantize(torch.cat(list(weights)), importance, Factorization.stacked(given), **how, apart=apart)
         parts = whole.split(names, [len(weight) for weight in weights])
         done = [held_against(part, own, importance) for part, own in zip(parts, weights, strict=True)]
     return {name: own.to("cpu") for name, own in zip(names, done, strict=True)}

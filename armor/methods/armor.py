@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from armor.core.factorization import Factorization
 
 
-def _peak_bytes(
+def peak_bytes(
     shape: tuple[int, int], itemsize: int, *, pattern: PatternLike, block_size: int, solver: SolverSettings
 ) -> int:
     """That of the search, with all its matrices, for large weights; that of the end for small ones."""
@@ -38,13 +38,13 @@ def _peak_bytes(
     return max(end, entries * (itemsize + 33) + 72 * entries // (group * parts) + blocks)
 
 
-def _obstacle(shape: tuple[int, int], *, pattern: PatternLike, block_size: int, solver: SolverSettings) -> str | None:
+def obstacle(shape: tuple[int, int], *, pattern: PatternLike, block_size: int, solver: SolverSettings) -> str | None:
     if block_size > 1 and 1 in sizes(shape, Pattern.parse(pattern), block_size):
         return f"no blocks of at most {block_size} fit a {shape[0]} x {shape[1]} weight and {pattern}"
     return None
 
 
-@method("ARMOR", source="Liu et al. 2025, arXiv 2510.05528", memory=_peak_bytes, obstacle=_obstacle, instead="nowag")
+@method("ARMOR", source="Liu et al. 2025, arXiv 2510.05528", memory=peak_bytes, obstacle=obstacle, instead="nowag")
 def armor(
     weight: Tensor,
     importance: Tensor,

@@ -35,9 +35,11 @@ def settings(method="armor", algorithm="fast", **keys):
         ((1024, 1024), "float32", 4, settings(algorithm="published", block_size=64)),
         ((1024, 2048), "bfloat16", 2, settings("wanda")),
         ((1024, 1024), "float32", 4, settings("sparsegpt")),
+        ((1024, 1024), "float32", 4, settings("armor_gram", block_size=64)),
+        ((1024, 2048), "bfloat16", 2, settings("armor_gram", block_size=128)),
         ((1024, 2048), "bfloat16", 2, settings("int4")),
     ],
-    ids=["small", "large", "published", "wanda", "sparsegpt", "int4"],
+    ids=["small", "large", "published", "wanda", "sparsegpt", "gram", "wide", "int4"],
 )
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(shape, dtype, itemsize, asked):
     method = METHODS[asked.method]
