@@ -36,7 +36,7 @@ def _peak_bytes(
 
 @method(
     "ARMOR, fitted to the output",
-    source="the search of Liu et al. 2025, arXiv 2510.05528; then this project",
+    source="Liu et al. 2025, arXiv 2510.05528; the fit is of this project",
     memory=_peak_bytes,
     obstacle=obstacle,
     instead="nowag",
