@@ -242,8 +242,8 @@ def _quantize(
         if asked is not None:
             weights, of_input = [linears[name].weight.detach() for name in names], inputs[names[0]]
             own = {name: factors[name] for name in names}
-            apart = recipe.refine is not None or of_input.gram is not None
-            factors |= quantize_weights(weights, of_input, own, asked, apart)
+            how = {"trained": recipe.refine is not None, "to_output": of_input.gram is not None}
+            factors |= quantize_weights(weights, of_input, own, asked, **how)
 
 
 def _tokens(

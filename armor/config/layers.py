@@ -86,7 +86,7 @@ class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
     rank: int = Field(default=64, ge=0)
     """Rank of the pair U·V of methods with one, at most the smaller dimension. r takes as many bits as blocks of r."""
     solver: SolverSettings = SolverSettings()
-    """The optimiser of the method armor."""
+    """The optimiser of armor and armor_gram."""
 
     @property
     def how(self) -> Method:

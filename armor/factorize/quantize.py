@@ -78,8 +78,8 @@ def quantize_layer(
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
                 weights, own = [shards.read(f"{n}.weight").to(device) for n in names], {n: given[n] for n in names}
-                apart = bool(start.training) or "gram" in METHODS[start.modules[names[0]].method].statistics
-                done = quantize_weights(weights, inputs[names[0]], own, asked, apart)
+                how = {"trained": bool(start.training), "to_output": _is_to_output(start.modules[names[0]])}
+                done = quantize_weights(weights, inputs[names[0]], own, asked, **how)
                 write_factors(file, done, {})
                 for name, one in done.items():
                     entries[name] = entry = _described(start.modules[name], one)
@@ -127,25 +127,31 @@ def asked_for(settings: QuantizeSettings, names: Sequence[str]) -> QuantizeSetti
     return asked[0]
 
 
+def _is_to_output(linear: LinearRecord) -> bool:
+    """Whether its factors were made by a Gram matrix."""
+    return linear.method in METHODS and "gram" in METHODS[linear.method].statistics
+
+
 def quantize_weights(
     weights: Sequence[Tensor],
     of_input: Statistics,
     factors: Mapping[str, Factorization],
     settings: QuantizeSettings,
-    apart: bool,
+    trained: bool,
+    to_output: bool,
 ) -> dict[str, Factorization]:
     """The `factors` of weights (out, in), by full name, as integers, computed on the weights' device, on the CPU.
 
-    Several share B, and are rounded as one matrix. `apart`: they were made for another loss than the proxy's, by
-    training or by Gram matrices.
+    Several share B, and are rounded as one matrix. `trained` and `to_output` as in armor.methods.solver.rounding.
     """
     importance, names = of_input.importance.to(weights[0].device), list(factors)
     given = [factors[name].to(weights[0].device) for name in names]
     how: dict[str, Any] = {"core": settings.core, "blocks": settings.blocks, "group": settings.group}
+    how |= {"trained": trained, "to_output": to_output}
     with torch.no_grad():
         if len(names) == 1:
-            return {names[0]: quantize(weights[0], importance, given[0], **how, apart=apart).to("cpu")}
-        whole = quantize(torch.cat(list(weights)), importance, Factorization.stacked(given), **how, apart=apart)
+            return {names[0]: quantize(weights[0], importance, given[0], **how).to("cpu")}
+        whole = quantize(torch.cat(list(weights)), importance, Factorization.stacked(given), **how)
         parts = whole.split(names, [len(weight) for weight in weights])
         done = [held_against(part, own, importance) for part, own in zip(parts, weights, strict=True)]
     return {name: own.to("cpu") for name, own in zip(names, done, strict=True)}

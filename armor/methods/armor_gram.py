@@ -1,12 +1,12 @@
-"""ARMOR, fitted to the output: the search of `armor`, then A, S and B by what they do to the output. It needs Gram
-matrices.
+"""ARMOR-Gram is ARMOR for the output of a linear: after the search it fits A, S and B by the Gram matrix of the inputs.
 
-The proxy loss takes the inputs of a linear one by one. The Gram matrix has how they go together, so that one can make
-up for another. The search weighs an error by the root of two mean squares, that of its input and that of what no other
-input can make up for, 1 / [H⁻¹]_jj, as in SparseGPT. Then the factors are fitted on the mask that it found.
+The proxy loss takes the inputs of a linear one by one. The Gram matrix H has their correlations, so an error in one
+weight can be cancelled by others. The search weighs an error by the root of two mean squares, that of its input and
+that of what no other input can make up for, 1 / [H⁻¹]_jj, as in SparseGPT. Then the factors are fitted on the mask that
+it found. As in SparseGPT, 1% of the mean of H's diagonal is added to it.
 
-The promise of `armor` stays: where the fit would leave a proxy loss above NoWag-P's, or no lower output error in the
-dtype that is stored, the factors of the search are returned, or NoWag-P's.
+The promise of `armor` stays. Of the fit and the search the one with the lower output error is returned, as stored. One
+whose proxy loss is above NoWag-P's does not count. NoWag-P's factors take its place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from armor.core.pattern import PatternLike
 from armor.methods import method
 from armor.methods.armor import armor, obstacle, peak_bytes
 from armor.methods.solver.settings import SolverSettings
+from armor.methods.sparsegpt import check_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +25,22 @@ if TYPE_CHECKING:
     from armor.core.factorization import Factorization
 
 
+DAMPING = 0.01  # of the mean diagonal of H
+
+
 def _peak_bytes(
     shape: tuple[int, int], itemsize: int, *, pattern: PatternLike, block_size: int, solver: SolverSettings
 ) -> int:
-    """That of the search, the Gram matrix beside it; or that of the fit, with what conjugate gradients hold."""
+    """That of H's inverse, of the search, or of the fit, with what conjugate gradients hold."""
     rows, columns = shape
     entries, square = rows * columns, columns**2
-    search = peak_bytes(shape, itemsize, pattern=pattern, block_size=block_size, solver=solver)
-    return max(search + 4 * square, entries * (itemsize + 50) + 24 * square)
+    inverse = entries * itemsize + 32 * square
+    search = peak_bytes(shape, itemsize, pattern=pattern, block_size=block_size, solver=solver) + 8 * square
+    return max(inverse, search, entries * (itemsize + 57) + 20 * square)
 
 
 @method(
-    "ARMOR, fitted to the output",
+    "ARMOR-Gram",
     source="Liu et al. 2025, arXiv 2510.05528; the fit is of this project",
     memory=_peak_bytes,
     obstacle=obstacle,
@@ -53,23 +58,42 @@ def armor_gram(
 ) -> Factorization:
     """Factorize weight (out, in) under importance (in,) and gram (in, in), the mean of x xᵀ, any float dtype.
 
-    Raises ValueError for bad input.
+    Without a trace, for that of the search is of another loss. Raises ValueError for bad input.
+    """
+    from dataclasses import replace
+
+    from armor.methods.solver.objective import Objective, check, finish, relative_loss
+    from armor.methods.solver.output import fitted, output_error
+
+    check(weight, importance, pattern)
+    check_gram(gram, weight.shape[1])
+    h, between = _weighed(gram.to(weight.device), importance.to(weight.device))
+    found = armor(weight, between, pattern=pattern, block_size=block_size, solver=solver, seed=seed)
+    objective = Objective.of(weight, importance)
+    found = replace(found, loss=relative_loss(weight, objective, found), trace=[])
+    a, s, b = fitted(weight, h, found)
+    a, b = a / objective.row.view(len(a), -1, 1), b / objective.column.view(len(b), 1, -1)
+    factors, sizes = (a, s, found.mask, b), (a.shape[1], b.shape[1])
+    fit = finish(weight, objective, found.pattern, factors, [], sizes)
+    found = replace(found, start_loss=fit.start_loss)
+    candidates = [fit, found] if found.loss <= fit.start_loss else [fit]
+    return min(candidates, key=lambda each: output_error(weight, h, each))
+
+
+def _weighed(gram: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """H (in, in) float32, damped, its live diagonal 1 in the mean, and what the search weighs errors by (in,).
+
+    An input that never fires has the damping alone.
     """
     import torch
 
-    from armor.methods.solver.objective import Objective, check, finish
-    from armor.methods.solver.output import fitted, output_error
-    from armor.methods.sparsegpt import damped
-
-    check(weight, importance, pattern)
-    h, dead = damped(gram.to(weight.device), weight.shape[1])
-    objective, target = Objective.of(weight, importance), weight.float().masked_fill(dead, 0)
-    alone = 1 / torch.cholesky_inverse(torch.linalg.cholesky(h)).diagonal()
-    between = (importance.to(h) * alone).sqrt()
-    found = armor(weight, between, pattern=pattern, block_size=block_size, solver=solver, seed=seed)
-    assert found.left is not None and found.right is not None
-    candidates = []
-    for a, s, b in ((found.left, found.core, found.right), fitted(target, h, found)):
-        factors = a / objective.row.view(len(a), -1, 1), s, found.mask, b / objective.column.view(len(b), 1, -1)
-        candidates.append(finish(weight, objective, found.pattern, factors, found.trace, (a.shape[1], b.shape[1])))
-    return min(candidates, key=lambda each: output_error(target, h, each))
+    diagonal = gram.diagonal().double()
+    live = diagonal[diagonal > 0]
+    h = gram.double() / (live.mean() if len(live) else 1.0)
+    h.diagonal().add_(DAMPING)
+    root, info = torch.linalg.cholesky_ex(h)
+    if info:
+        raise ValueError("gram: not a Gram matrix, for it has negative eigenvalues; calibrate again")
+    h = h.float()
+    alone = 1 / torch.cholesky_inverse(root).diagonal()
+    return h, (importance.double() * alone).sqrt()

@@ -95,17 +95,22 @@ def inverse_factor(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 def damped(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """gram (in, in) with a larger diagonal, float64, so that it has an inverse, and the dead inputs (in,).
 
-    An input that is always zero is dead: its weights do nothing and become zero. Raises ValueError for a gram that is
-    not (columns, columns) or not finite.
+    An input that is always zero is dead: its weights do nothing and become zero. Raises ValueError where `check_gram`
+    does.
     """
     import torch
 
-    if gram.shape != (columns, columns) or not gram.isfinite().all():
-        found = tuple(gram.shape) if gram.isfinite().all() else "NaN or infinity"
-        raise ValueError(f"gram: found {found}, expected finite numbers of shape {(columns, columns)}")
+    check_gram(gram, columns)
     h = gram.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += DAMPING * diagonal.mean()
     return h, dead
+
+
+def check_gram(gram: Tensor, columns: int) -> None:
+    """Raises ValueError for a gram that is not (columns, columns) or not finite."""
+    if gram.shape != (columns, columns) or not gram.isfinite().all():
+        found = tuple(gram.shape) if gram.isfinite().all() else "NaN or infinity"
+        raise ValueError(f"gram: found {found}, expected finite numbers of shape {(columns, columns)}")

@@ -17,6 +17,7 @@ from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 __all__ = ["Forward", "Head", "Kind", "Read", "Solve", "Start", "Step", "Train", "Work", "solving"]
 
 SECONDS_TO_START = 15.0
+FIT = 141  # products of an (out, in) matrix with the Gram matrix, by armor.methods.solver.output
 """Of a job on a card: Python, its libraries, CUDA. Assumed."""
 
 
@@ -99,15 +100,17 @@ def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Work:
     """The compression of a weight of `shape` (out, in) as `settings` say.
 
     An iteration of the fast solver is eight products with A and B, half of five more for the mask, and every fifth time
-    three for the curvatures. Each product reads and writes a matrix; so do some thirty operations on single entries.
+    three for the curvatures. Each product reads and writes a matrix; so do some thirty operations on single entries. A
+    Gram matrix is inverted, and multiplied once; by the fit behind the solver FIT times.
     """
     entries = float(shape[0] * shape[1])
     kind = Solve(settings)
+    columns = float(shape[1]) if settings.takes("gram") else 0.0
+    inverted = 3 * columns**3
     if not settings.takes("solver"):
-        columns = float(shape[1]) if settings.takes("gram") else 0.0
-        return Work(kind, entries, 2 * entries * columns + 3 * columns**3, True, 40 * entries)
+        return Work(kind, entries, 2 * entries * columns + inverted, True, 40 * entries)
     left, right = sizes(shape, Pattern.parse(settings.pattern), settings.block_size)
     products = 11.0 if settings.solver.algorithm == "fast" else 6.0
     iterations = settings.solver.iterations
-    operations = products * (left + right) * entries * iterations
+    operations = products * (left + right) * entries * iterations + 2 * FIT * entries * columns + inverted
     return Work(kind, entries, operations, True, 250 * entries * iterations)

@@ -97,7 +97,7 @@ def test_rounded_shows_what_would_be_stored_and_no_longer():
 
 def integers(core="int4", blocks="int8", **options):
     f = factorization(**options)
-    return quantize(torch.randn_like(f.core), torch.rand(8), f, core=core, blocks=blocks, group=2, apart=True)
+    return quantize(torch.randn_like(f.core), torch.rand(8), f, core=core, blocks=blocks, group=2, trained=True)
 
 
 INTEGERS = [

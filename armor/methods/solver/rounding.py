@@ -40,32 +40,33 @@ def quantize(
     core: IntegerType,
     blocks: str = "int8",
     group: int = 64,
-    apart: bool = False,
+    trained: bool = False,
+    to_output: bool = False,
 ) -> Factorization:
     """`factors` of weight (out, in) under importance (in,) with integers in the place of floats.
 
     `core` is the type of S's numbers, of which `group` in a row share a scale; `blocks` that of A and B, int8 or
     bfloat16. U and V become bfloat16. The loss of what is returned is never above that of NoWag-P's core rounded alike,
-    which is its start_loss. Not held to that are factors that were made for another loss: those that are
-    set `apart`, and those that lose more than NoWag-P's before they are rounded, like SparseGPT's. They are rounded as
-    they are.
+    which is its start_loss. Not held to that are `trained` factors, and those that lose more than NoWag-P's before they
+    are rounded, like SparseGPT's. These, and those that were fitted `to_output`, are rounded as they are: toward W the
+    proxy loss would undo what they gained.
     """
     dtypes = dict.fromkeys(("core", "left", "right"), torch.float32) | dict.fromkeys(("up", "down"), torch.bfloat16)
     given = replace(
         factors, **{part: x.to(dtype) for part, dtype in dtypes.items() if (x := getattr(factors, part)) is not None}
     )
     objective = Objective.of(weight, importance)
-    apart = apart or _is_for_another_loss(weight, objective, given)
+    free = trained or _is_for_another_loss(weight, objective, given)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
     d = _importance(objective)
-    target = given.reconstruct() if apart else weight
+    target = given.reconstruct() if free or to_output else weight
     candidates = [_rounded(given, kind, d)]
     if _has_feedback(given):
         candidates.append(_fitted(target, objective, given, candidates[0]))
     best = min(candidates, key=lambda each: relative_loss(target, objective, each))
     plain = _plain(weight, objective, given, kind, d)
     losses = [relative_loss(weight, objective, each) for each in (best, plain)]
-    if not (apart or losses[0] < losses[1]):
+    if not (free or losses[0] < losses[1]):
         best = plain
     loss = losses[0] if best is not plain else losses[1]
     return replace(best, loss=loss, start_loss=losses[1])

@@ -15,7 +15,7 @@ Selection = Literal["l1-random", "l2-random", "uniform", "l1-greedy"]
 
 
 class SolverSettings(Typed):
-    """The optimiser behind the method armor."""
+    """The optimiser behind armor and armor_gram."""
 
     iterations: int = Field(default=300, ge=1)
     """The budget. The schedule adapts to it."""

@@ -68,7 +68,7 @@ def test_what_was_trained_is_rounded_as_it_is(core):
     weight, importance = problem(16, 32, 0)
     found = factors_of("armor", weight, importance, **ARMOR)
     other = torch.randn(16, 32)  # the factors serve another weight
-    done = quantize(other, importance, found, core=core, apart=True)
+    done = quantize(other, importance, found, core=core, trained=True)
     assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss
     trained, root = found.reconstruct(), importance.sqrt()  # a channel without importance may be rounded as it will
     assert ((done.reconstruct() - trained) * root).norm() < (0.02 if core == "int8" else 0.15) * (trained * root).norm()
