@@ -15,11 +15,13 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.calibrate.capture import calibrate
 from armor.config.layers import Override
+from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.core.quantization import Quantization
 from armor.factorize.layer import factorize_layer
+from armor.factorize.quantize import quantize_layer
 from armor.format.records.topology import Topology
 from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
@@ -48,13 +50,16 @@ def source(request, tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model") / "source", request.param, layers=2)
 
 
-def test_the_factors_are_those_of_the_pipeline(source, tmp_path):
+@pytest.mark.parametrize("integers", [None, QuantizeSettings(core="int4", group=16)], ids=["floats", "int4"])
+def test_the_factors_are_those_of_the_pipeline(source, tmp_path, integers):
     overrides = [
         Override(layers=[1], modules="*.up_proj", method="wanda"),
         Override(layers=[0], modules="*.up_proj", method="sparsegpt"),
+        Override(layers=[0], modules="*.down_proj", method="armor_gram"),
         Override(modules="*.v_proj", block_size=8),
     ]
     recipe = Recipe(block_size=16, solver=SolverSettings(iterations=2), keep_dense=["*.k_proj"], overrides=overrides)
+    recipe = recipe.replace(quantize=integers)
     (tmp_path / "text.txt").write_text(TEXT)
     inspect(open_source(source), tmp_path / "model.json")
     stages = open_source(source), Topology.read(tmp_path / "model.json")
@@ -62,8 +67,12 @@ def test_the_factors_are_those_of_the_pipeline(source, tmp_path):
     calibrate(*stages, settings, tmp_path / "calibration.json")
     for layer in (0, 1):
         file = f"layer_{layer}.safetensors"
-        factorize_layer(*stages, layer, tmp_path / file, recipe.for_layer(layer, 7), tmp_path / "layers" / file)
-    assemble(*stages, tmp_path / "layers", tmp_path / "checkpoint.json")
+        factors = tmp_path / "layers" / file
+        factorize_layer(*stages, layer, tmp_path / file, recipe.for_layer(layer, 7), factors)
+        if integers:
+            own = integers.for_layer(layer)
+            quantize_layer(*stages, layer, factors, tmp_path / file, own, tmp_path / "integers" / file)
+    assemble(*stages, tmp_path / ("integers" if integers else "layers"), tmp_path / "checkpoint.json")
 
     model = armor.compress(*loaded(source), TEXT, recipe, **SIZES, seed=7)
     expected, found = loaded(tmp_path / "checkpoint")[0].state_dict(), model.state_dict()

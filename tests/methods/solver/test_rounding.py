@@ -9,8 +9,10 @@ from armor.core.pattern import Pattern, is_nm
 from armor.core.quantization import LIMITS
 from armor.methods import METHODS
 from armor.methods.solver.objective import Objective, relative_loss
+from armor.methods.solver.output import output_error
 from armor.methods.solver.rounding import quantize
 from armor.methods.solver.settings import SolverSettings
+from tests.methods.test_low_rank import problem as correlated
 
 
 def problem(rows, columns, seed, scale=1.0):
@@ -61,6 +63,15 @@ def test_a_method_of_another_loss_keeps_its_mask_and_its_weights(core):
     assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss == pytest.approx(plain.loss)
     errors = [((each.reconstruct() - weight) @ inputs.T).norm() for each in (done, plain)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("core", LIMITS)
+def test_what_was_fitted_to_the_output_is_not_pulled_back_to_the_weight_and_keeps_the_promise(core):
+    weight, importance, gram = correlated(32, 32)
+    found = METHODS["armor_gram"].function(weight, importance, gram, **ARMOR)
+    as_is, toward = (quantize(weight, importance, found, core=core, group=32, to_output=own) for own in (True, False))
+    assert output_error(weight, gram, as_is) < output_error(weight, gram, toward)
+    assert as_is.loss < as_is.start_loss
 
 
 @pytest.mark.parametrize("core", LIMITS)
