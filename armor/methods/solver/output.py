@@ -132,10 +132,11 @@ def _divider(curvature: Tensor) -> Divide:
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 1)[:, :, None]
     scaled = (curvature * scale * scale.transpose(1, 2)).double()
     ones = torch.eye(curvature.shape[1], dtype=torch.float64, device=curvature.device)
-    for power in range(7):
-        root, info = torch.linalg.cholesky_ex(scaled + RIDGE * 10**power * ones)
-        if not info.any():
-            break
+    ridge = RIDGE
+    root, info = torch.linalg.cholesky_ex(scaled + ridge * ones)
+    while info.any() and ridge < 1:
+        ridge *= 10
+        root, info = torch.linalg.cholesky_ex(scaled + ridge * ones)
     root = root.float()
     return lambda x: torch.cholesky_solve(x * scale, root) * scale
 
