@@ -17,15 +17,12 @@ from armor.core.pattern import PatternLike
 from armor.methods import method
 from armor.methods.armor import armor, obstacle, peak_bytes
 from armor.methods.solver.settings import SolverSettings
-from armor.methods.sparsegpt import check_gram
+from armor.methods.sparsegpt import DAMPING, check_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from armor.core.factorization import Factorization
-
-
-DAMPING = 0.01  # of the mean diagonal of H
 
 
 def _peak_bytes(
