@@ -22,6 +22,7 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
+from armor.methods.solver.annealed import by_column
 
 __all__ = ["fitted", "output_error"]
 
@@ -74,11 +75,6 @@ def _right(x: Tensor, blocks: Tensor) -> Tensor:
     return blockdiag.multiply(blocks.transpose(1, 2), x)
 
 
-def _by_column(x: Tensor, size: int) -> Tensor:
-    """x (rows, columns) as blocks of B meet it: (columns/size, rows, size)."""
-    return x.view(len(x), -1, size).transpose(0, 1)
-
-
 def _fitted_core(wanted: Tensor, h: Tensor, factors: tuple[Tensor, Tensor, Tensor], mask: Tensor, steps: int) -> Tensor:
     """S (out, in); wanted is W H (out, in). The block rows of A are problems of their own."""
     a, s, b = factors
@@ -110,13 +106,13 @@ def _fitted_left(wanted: Tensor, h: Tensor, a: Tensor, product: Tensor) -> Tenso
 def _fitted_right(wanted: Tensor, h: Tensor, product: Tensor, b: Tensor, steps: int) -> Tensor:
     """B (in/d, d, d); product is A S (out, in)."""
     size = b.shape[1]
-    y = _by_column(product, size).transpose(1, 2).contiguous()  # (in/d, d, out)
+    y = by_column(product, size).transpose(1, 2).contiguous()  # (in/d, d, out)
     by_block = torch.stack([h[start : start + size, start : start + size] for start in range(0, len(h), size)])
     of_left, of_right = _divider(y @ y.transpose(1, 2)), _divider(by_block)
     return _conjugate_gradients(
         b,
-        torch.bmm(y, _by_column(wanted, size)),
-        lambda x: torch.bmm(y, _by_column(_right(product, x) @ h, size)),
+        torch.bmm(y, by_column(wanted, size)),
+        lambda x: torch.bmm(y, by_column(_right(product, x) @ h, size)),
         lambda x: of_right(of_left(x).transpose(1, 2)).transpose(1, 2),
         steps,
         dims=(0, 1, 2),
