@@ -30,6 +30,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine
 from armor.format.layout import Results
 from armor.format.records.checkpoint import CheckpointRecord
+from armor.format.records.topology import Topology
 from armor.format.shards import INDEX
 from armor.run.jobs import jobs
 from armor.run.status import cost
@@ -125,7 +126,7 @@ def run(folder: Path, name: str, method: str, iterations: int, refine: int = 0) 
     limit = LIMITS[name]
     limits = {stage: packed.checkpoint_bytes + 2 * GB if stage == "evaluate" else limit for stage in peaks if limit}
     return {
-        "parameters": read_json(Path(paths.topology(name)))["parameters"],
+        "parameters": Topology.read(paths.topology(name)).parameters,
         "model_bytes": size,
         "checkpoint_bytes": packed.checkpoint_bytes,
         "bits_per_weight": packed.bits_per_weight,

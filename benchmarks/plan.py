@@ -19,6 +19,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine
 from armor.format.layout import RESULTS, Results
 from armor.format.names import beside
+from armor.format.records.base import Made
 from armor.run.jobs import jobs
 from armor.run.stages import STAGES
 from armor.run.status import cost
@@ -39,12 +40,11 @@ def taken(configuration: Path, run: Path) -> tuple[dict[str, dict], dict[str, in
         spent = cost(job)
         if spent is not None:
             own = found.setdefault(" ".join((job.stage, *names)), {"jobs": 0, "seconds": 0.0, "memory_bytes": None})
-            recorded = [
-                read_json(p).get("peak_memory_bytes") for p in job.outputs if p.suffix == ".json" and p.is_file()
-            ]
+            made = [Made.within(path) for path in job.outputs if path.suffix == ".json" and path.is_file()]
+            peaks = [record.peak_memory_bytes for record in made if record]
             own["jobs"] += 1
             own["seconds"] += spent.seconds
-            own["memory_bytes"] = max(filter(None, [*recorded, own["memory_bytes"]]), default=None)
+            own["memory_bytes"] = max(filter(None, [*peaks, own["memory_bytes"]]), default=None)
     paths = Results(str(results))
     checkpoints = {
         f"{model} {recipe}": beside(paths.checkpoint(model, recipe))

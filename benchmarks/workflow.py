@@ -31,6 +31,7 @@ import yaml
 from armor.config.run import Config
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
+from armor.format.records.base import Made
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.run.jobs import Job, jobs
 from armor.run.status import cost
@@ -63,7 +64,8 @@ def spans(results: Path, config: Config) -> Iterator[tuple[float, float, float]]
 
 def worked(job: Job, seconds: float) -> float:
     """The seconds that the stage says it worked; all of the job's where its record does not say."""
-    return read_json(job.record).get("seconds", seconds)
+    made = Made.within(job.record)
+    return made.seconds if made else seconds
 
 
 def shares(found: list[tuple[float, float, float]]) -> tuple[float, float]:

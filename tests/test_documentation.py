@@ -67,6 +67,11 @@ def test_lines_of_prose_have_at_most_120_characters(page):
 
 
 @every_page
+def test_a_page_ends_with_one_end_of_line(page):
+    assert re.search(r"[^\n]\n\Z", page.read_text(encoding="utf-8"))
+
+
+@every_page
 def test_every_file_that_is_named_exists(page):
     named = re.findall(r"`([\w./+-]+/[\w./+-]*)`", prose(page))
     ours = [path for path in named if path.partition("/")[0] in FOLDERS and not re.search("[A-Z]{4}", path)]
@@ -189,6 +194,14 @@ def test_every_page_is_in_the_site():
     navigation, docs = (REPOSITORY / "mkdocs.yml").read_text().partition("nav:")[2], REPOSITORY / "docs"
     pages = [path.relative_to(docs).as_posix() for path in [*docs.glob("*.md"), *docs.glob("log/*.md")]]
     assert [page for page in pages if f" {page}\n" not in navigation] == []
+
+
+def test_the_log_counts_what_the_tests_replace():
+    (page,) = (page for page in PAGES if page.name == "house.md")
+    _, _, table = page.read_text().partition("## What the tests replace")
+    counts = re.findall(r"^\|[^|]+\| (\d+) \|", table.partition("\n## ")[0], re.MULTILINE)
+    replaced = [re.findall(r"patch\.set(?:attr|item)\(", file.read_text()) for file in REPOSITORY.glob("tests/**/*.py")]
+    assert sum(map(int, counts)) == sum(map(len, replaced))
 
 
 def test_importing_the_references_needs_no_torch():

@@ -10,8 +10,8 @@ builds for CPUs have another name.
 import json
 import sys
 
-from vllm.benchmarks.serve import add_cli_args, main  # pyright: ignore[reportMissingImports]  it has an environment
-from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports]  of its own
+from vllm.benchmarks.serve import add_cli_args, main  # pyright: ignore[reportMissingImports]  not installed here
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports]  the same
 
 if __name__ == "__main__":
     parser = FlexibleArgumentParser()

@@ -21,14 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from armor.config.reading import parse_settings
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json, try_lock
+from armor.execution.files import try_lock
 from armor.execution.table import text_table
 from armor.format.layout import RESULTS, RUN
+from armor.format.records.base import Made
 from armor.format.records.run import RunRecord
 from armor.run.jobs import Job, jobs
 
@@ -194,14 +193,9 @@ def cost(job: Job) -> Cost | None:
     for path in job.outputs:
         if path.suffix == ".json":
             with contextlib.suppress(ArmorError):  # gone or damaged: that is for the stages that read it to say
-                peak = max(peak, _Peak.model_validate(read_json(path)).peak_memory_bytes)
+                made = Made.within(path)
+                peak = max(peak, made.peak_memory_bytes if made else 0)
     return Cost(float(row["s"]), peak, file.stat().st_mtime)
-
-
-class _Peak(BaseModel):
-    """What of any record is looked at here: not all have it, and some are of an older version."""
-
-    peak_memory_bytes: int = 0
 
 
 def _shells_folder() -> str:

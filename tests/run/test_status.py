@@ -15,6 +15,7 @@ from armor.model.source import open_source
 from armor.run.jobs import jobs
 from armor.run.status import read_status, start_run, summary
 from tests.forks import armor
+from tests.records import layer_record
 from tests.tiny import tiny_model
 
 CONFIG = Config.model_validate(
@@ -89,10 +90,11 @@ def test_the_summary_tells_what_ran_from_what_was_there_before(results):
     folder.mkdir(parents=True)
     for layer, (ended, peak) in enumerate([(900, "9000.0"), (1100, "200.0"), (1200, "NA")]):
         write_json(results / f"tiny/armor/layers/layer_{layer}.safetensors", {})
-        # Of the last one Snakemake saw no process, as it does of a job in the fork server.
-        write_json(results / f"tiny/armor/layers/layer_{layer}.json", {"peak_memory_bytes": 3e8} if layer == 2 else {})
+        write_json(results / f"tiny/armor/layers/layer_{layer}.json", {})
         (folder / f"{layer}.tsv").write_text(f"s\tmax_rss\n1.5\t{peak}\n")
         os.utime(folder / f"{layer}.tsv", (ended, ended))
+    # Of the last one Snakemake saw no process, as it does of a job in the fork server.
+    layer_record(peak_memory_bytes=300_000_000).write(results / "tiny/armor/layers/layer_2.json")
     lines = [line.split() for line in summary(results, CONFIG)]
     assert lines[:2] == [["stage", "ran", "reused", "seconds", "peak", "memory"], ["inspect", "1"]]
     assert lines[2] == ["factorize", "2", "1", "3.0", "300", "MB"] and len(lines) == 4
