@@ -45,7 +45,7 @@ from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, write_trained
 from armor.training.states import TOKENS
-from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic
+from armor.training.trainable import TrainableLayer, load_trainable, multiplied_once, training_arithmetic
 
 __all__ = ["fit_layer", "output_error", "refine_layer"]
 
@@ -115,7 +115,7 @@ def refine_layer(
         calls = [of_layers for _, of_layers in recorded]
         likes = [moved(state, "meta", getattr(torch, known.dtype)) for state in states_of(*recorded[0])]
         del recorded
-        run = _Run(skeleton, shards, source.dtype, calls, likes, device)
+        run = _Run(skeleton, shards, calls, likes, device)
         path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
         trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
         own = [call[layer] for call in calls]
@@ -231,25 +231,27 @@ class _Run:
         self,
         skeleton: Skeleton,
         shards: Shards,
-        dtype: str,
         calls: list[list[Call]],
         likes: list[State],
         device: str,
     ) -> None:
-        self.skeleton, self.shards, self.dtype, self.calls, self.device = skeleton, shards, dtype, calls, device
-        self.likes = likes
+        self.skeleton, self.shards, self.calls, self.likes, self.device = skeleton, shards, calls, likes, device
 
     @torch.no_grad()
     def __call__(self, index: int, factors: Path, source: Path, target: Path, about: str) -> None:
         """Run layer `index` with its `factors` on the states in `source`, into `target`."""
-        layer = load_trainable(self.skeleton, index, self.shards, factors, self.device).module
+        layer = load_trainable(self.skeleton, index, self.shards, factors, self.device)
         like, count = self.likes[index + 1], len(self.calls)
-        with open_states(source) as states, write_states(target, like, count, about) as writer:
+        with (
+            open_states(source) as states,
+            write_states(target, like, count, about) as writer,
+            training_arithmetic(self.device),
+            multiplied_once(layer.linears.values()),
+        ):
             for number, calls in enumerate(self.calls):
                 call = calls[index].map(lambda tensor: tensor.to(self.device))
-                with stored_arithmetic(self.dtype, self.device):
-                    writer.add(call.run(layer, moved(states.row(number), self.device, torch.float32)))
-        layer.to("meta")
+                writer.add(call.run(layer.module, moved(states.row(number), self.device, torch.float32)))
+        layer.module.to("meta")
 
 
 def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRecord, before: list[str]) -> Path:

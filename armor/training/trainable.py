@@ -264,7 +264,7 @@ def multiplied_once(linears: Iterable[TrainableLinear]) -> Iterator[None]:
     Between there is a dense weight, its gradient and what the product keeps for its own: 16 bytes a weight.
     """
     products = [(linear, linear.weight) for linear in linears]
-    shared = [product.detach().float().requires_grad_(product.requires_grad) for _, product in products]
+    shared = [p.detach().float().requires_grad_() if p.requires_grad else p for _, p in products]
     for (linear, _), one in zip(products, shared, strict=True):
         linear.product = one
     try:
