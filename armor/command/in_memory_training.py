@@ -21,7 +21,7 @@ from armor.format.shards import dtype_name
 from armor.runtime.calls import Call, State, moved, observe_each
 from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.training.refine import fit_layer
-from armor.training.trainable import TrainableLayer, make_trainable, put_linears, stored_arithmetic
+from armor.training.trainable import TrainableLayer, make_trainable, multiplied_once, put_linears, training_arithmetic
 from armor.training.tune import fit_whole, kept_predictions
 
 __all__ = ["train"]
@@ -115,7 +115,7 @@ def _refine(
         if settings.inputs == "dense":
             fed = dense
         else:
-            with stored_arithmetic(dtype, device):
+            with training_arithmetic(device), multiplied_once(trained.linears.values()):
                 fed = _outputs(trained.module, own, _Rows(moved(state, "cpu", torch.float32) for state in fed), device)
 
 

@@ -39,7 +39,6 @@ from armor.runtime.skeleton import (
     unload_outside,
 )
 from armor.training.sample import fingerprint_of, sample_tokens
-from armor.training.trainable import training_arithmetic
 
 __all__ = ["TOKENS", "make_states", "pass_on"]
 
@@ -122,11 +121,7 @@ def pass_on(
 ) -> None:
     """Run the dense decoder layer `index` on the states in `source`, sequence by sequence, into `target`, as `like`."""
     layer = load_layer(skeleton, index, shards, device)
-    with (
-        open_states(source) as states,
-        write_states(target, like, len(calls)) as writer,
-        training_arithmetic(device),
-    ):
+    with open_states(source) as states, write_states(target, like, len(calls)) as writer:
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
             state = call.run(layer, moved(states.row(number), device))

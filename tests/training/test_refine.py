@@ -29,6 +29,9 @@ from tests.packed import opened, quantized
 from tests.tiny import FAMILIES
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
+NEAR = 1e-2
+"""How far a loss may be where layers before it made the states: by bfloat16 products where the processor has them."""
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -209,7 +212,7 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
                 m(tokens, use_cache=False)
                 hook.remove()
         assert output_error(*(out for _, _, out in last)).item() == pytest.approx(
-            chain[k].training[0].start_loss, rel=1e-4
+            chain[k].training[0].start_loss, rel=NEAR
         )
 
 
@@ -238,7 +241,7 @@ def test_what_layers_take_of_earlier_ones_comes_from_the_refined_ones(tmp_path):
             model(tokens, use_cache=False)
             hook.remove()
     found, wanted = (out[0] if isinstance(out, tuple) else out for _, _, out in seen)
-    assert output_error(found, wanted).item() == pytest.approx(chain[2].training[0].start_loss, rel=1e-4)
+    assert output_error(found, wanted).item() == pytest.approx(chain[2].training[0].start_loss, rel=NEAR)
 
 
 def test_a_layer_that_stays_dense_passes_through(tmp_path):
