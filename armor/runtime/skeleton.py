@@ -8,6 +8,7 @@ loaded by itself. `armor.runtime.calls` runs the layers one by one.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from armor.core.errors import ArmorError
@@ -47,6 +49,9 @@ __all__ = [
     "tensors_of",
     "unload_outside",
 ]
+
+
+LARGE = 1 << 27  # numbers
 
 
 def compute_dtype(dtype: str, device: str = "cpu") -> torch.dtype:
@@ -158,7 +163,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     try:
         config = AutoConfig.from_pretrained(folder)
         # Buffers are computed, not stored (rotary frequencies): they must be real.
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = from_config(config, dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300]
@@ -168,6 +173,21 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
     model.eval().requires_grad_(False)
     prefix, layers = decoder_layers(model, folder)
     return Skeleton(model, layers, prefix)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large empty tensors are on the meta device from the start.
+
+    All experts of a layer are one. Made on the CPU first, it may be more than a machine will give.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty and args:
+            sizes = args if isinstance(args[0], int) else args[0]
+            if math.prod(sizes) > LARGE:
+                kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
 
 
 def tensors_of(skeleton: Skeleton, folder: Path | str) -> Shards:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from armor.assemble.export import export
 from armor.assemble.verify import verify
@@ -146,6 +146,14 @@ def test_a_pattern_chooses_experts_or_one_expert_and_leaves_the_others_dense(tmp
     config.write_text(config.read_text().replace('"armor"', '"nobody"'))
     with pytest.raises(Exception, match="conversion"):
         AutoModelForCausalLM.from_pretrained(root / "checkpoint", quantization_config=None)
+
+
+def test_a_skeleton_takes_no_memory_for_experts(tmp_path):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 272}
+    huge = AutoConfig.for_model("mixtral", intermediate_size=1 << 40, num_local_experts=4, num_hidden_layers=1, **sizes)
+    huge.save_pretrained(tmp_path)
+    parameters = open_skeleton(tmp_path, torch.float32).model.parameters()
+    assert sum(parameter.numel() for parameter in parameters) > 3 * 4 * 64 << 40
 
 
 def test_experts_stay_fused_where_none_is_compressed(tmp_path):
