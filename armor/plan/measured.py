@@ -38,8 +38,8 @@ def _measured(
 ) -> Memory:
     """Memory of a job that runs one model on blocks of `length` tokens: loaded where it fits, else streamed.
 
-    `more` bytes are needed beside the model, `group` bytes are the hidden states of all blocks. A host that `streams`
-    does so in any case.
+    `more` bytes are needed beside the model, `group` bytes are the states of all blocks between two
+    layers. A host that `streams` does so in any case.
     """
     folder = subject.folder if recipe is None else subject.packed[recipe].folder
     itemsize = loaded_dtype(folder, dtype).itemsize
@@ -63,7 +63,7 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)
     stored = blocks * block if blocks * block <= room else 0
     owner = recipe and plan.config.owner(recipe)
-    group = blocks * length * subject.topology.hidden_size * dtype.itemsize
+    group = blocks * max(subject.state_bytes(length, dtype))
     streams = owner is None and stacks_experts(subject.folder)
     beside = (block if stored else 0) + 2 * TOKENS_AT_A_TIME * 4 * subject.vocabulary if compared else 0
     memory = _measured(plan, subject, owner, settings.dtype, length, beside, group, streams)

@@ -63,22 +63,28 @@ def _fetch(plan: Plan, model: str) -> Need:
     return Need(Memory(process, process), kept, work=(IN_WHOLE, read))
 
 
+def _states_bytes(subject: Subject, sequences: int, length: int) -> list[int]:
+    """The bytes of what goes into every decoder layer, and out of the last, in all sequences."""
+    dtype = compute_dtype(subject.topology.dtype)
+    return [sequences * size for size in subject.state_bytes(length, dtype)]
+
+
 def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.calibrations[calibration]
     where = f"calibrations.{calibration}"
     sequences, length = plan.tokens(subject, settings.sequences, settings.sequence_length, where)
     dtype = compute_dtype(subject.topology.dtype)
     widths = [g[0].in_features for layer in subject.topology.layers for g in layer.groups()]
-    hidden = sequences * length * subject.topology.hidden_size * dtype.itemsize
+    states = _states_bytes(subject, sequences, length)
     kept = sum(4 * (width + (width**2 if settings.gram else 0)) for width in widths)
     memory = memory_of(
-        on_host=min(hidden, int(settings.hidden_states_memory_gb * 1e9)),
+        on_host=min(max(states), int(settings.hidden_states_memory_gb * 1e9)),
         computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
         before=subject.outside(dtype.itemsize),
     )
-    work = (START, forward(subject, dtype, sequences, length), Work(Read(), subject.weights_bytes + 4.0 * hidden))
+    work = (START, forward(subject, dtype, sequences, length), Work(Read(), float(subject.weights_bytes + sum(states))))
     remedy = f"lower {where}.sequence_length or {where}.hidden_states_memory_gb"
-    return Need(memory, kept=kept, scratch=2 * hidden, work=work, remedy=remedy)
+    return Need(memory, kept=kept, scratch=2 * max(states), work=work, remedy=remedy)
 
 
 def _experts(plan: Plan, model: str, recipe: str, index: str, group: str) -> Need:
@@ -141,34 +147,32 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
     return Need(memory_of(0, peak), work=tuple(work))
 
 
-def _sample(plan: Plan, subject: Subject, sample: Sample, where: str) -> tuple[int, int, int]:
-    """Sequences, tokens in each, and the bytes of the states before one layer."""
-    sequences, length = plan.tokens(subject, sample.sequences, sample.sequence_length, where)
-    itemsize = compute_dtype(subject.topology.dtype).itemsize
-    return sequences, length, sequences * length * subject.topology.hidden_size * itemsize
+def _sample(plan: Plan, subject: Subject, sample: Sample, where: str) -> tuple[int, int]:
+    """Sequences, and tokens in each."""
+    return plan.tokens(subject, sample.sequences, sample.sequence_length, where)
 
 
 def _states(plan: Plan, model: str, states: str) -> Need:
     subject = plan.subjects[model]
-    sequences, length, each = _sample(plan, subject, plan.config.states()[states], f"states {states}")
-    dtype, layers = compute_dtype(subject.topology.dtype), subject.topology.layers
+    sequences, length = _sample(plan, subject, plan.config.states()[states], f"states {states}")
+    dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     computing = calibration_bytes(subject.topology, length, dtype, gram=False)
-    memory = memory_of(each, computing, subject.outside(dtype.itemsize))
-    work = (START, forward(subject, dtype, sequences, length), Work(Read(), 2.0 * each * len(layers)))
-    return Need(memory, scratch=(len(layers) + 1) * each, work=work)
+    memory = memory_of(max(sizes), computing, subject.outside(dtype.itemsize))
+    work = (START, forward(subject, dtype, sequences, length), Work(Read(), 2.0 * sum(sizes)))
+    return Need(memory, scratch=sum(sizes), work=work)
 
 
 def _sensitivity(plan: Plan, model: str, sensitivity: str) -> Need:
     subject = plan.subjects[model]
     settings = plan.config.sensitivities()[sensitivity]
-    sequences, length, each = _sample(plan, subject, settings.sample, f"sensitivity {sensitivity}")
-    dtype, count = compute_dtype(subject.topology.dtype), len(subject.topology.layers)
+    sequences, length = _sample(plan, subject, settings.sample, f"sensitivity {sensitivity}")
+    dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     logits = 4 * 4 * length * subject.vocabulary
     head = subject.outside(dtype.itemsize, head=True) + logits
     computing = max(sensitivity_bytes(subject.topology, length, dtype.itemsize), head)
     work = (START, *[forward(subject, dtype, sequences, length)] * 4)
-    scratch = (count + 1) * each + 2 * each * 4 // dtype.itemsize
-    return Need(memory_of(each, computing), scratch=scratch, work=work)
+    gradients = 2 * max(sizes) * 4 // dtype.itemsize
+    return Need(memory_of(max(sizes), computing), scratch=sum(sizes) + gradients, work=work)
 
 
 def _training(subject: Subject, settings: TrainingSettings, length: int, block: int, layers: int) -> Work:
@@ -196,7 +200,7 @@ def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Sha
 def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.refine_settings(recipe)
-    _, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
+    _, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.owner(recipe)]
     shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
     computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
@@ -210,7 +214,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
 def _tune(plan: Plan, model: str, recipe: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.tune_settings(recipe)
-    sequences, length, _ = _sample(plan, subject, job.sample, f"recipes.{recipe}.tune")
+    sequences, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.tune")
     packed = subject.packed[plan.config.owner(recipe)]
     _, least = tune_bytes(subject.shards, _shapes(plan, packed, "tune", recipe), job.tune.core, length)
     dtype = compute_dtype(subject.topology.dtype)

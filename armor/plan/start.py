@@ -53,10 +53,11 @@ def first_configuration(model: str, folder: Path) -> str:
         block = next((size for size in BLOCK_SIZES if bits[size] <= BITS * subject.dense_bits), BLOCK_SIZES[-1])
         packed = {"armor": subject.packed[f"block-{block}"]}
         chosen = {"dense": {"method": "dense"}, "armor": {"method": "armor", "block_size": block}}
+        subject = replace(subject, packed=packed)
         problems: list[str] = []
         for content in _tries(name, source, subject.topology.context_length, chosen):
             config = parse_settings(Config, content)
-            this = replace(plan, config=config, subjects={name: replace(subject, packed=packed)}, notes={})
+            this = replace(plan, config=config, subjects={name: subject}, notes={})
             found = planned(this, results, None)
             if not found.problems:
                 text = yaml.safe_dump(content, sort_keys=False, width=110)

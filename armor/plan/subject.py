@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from armor.assemble.folder import copy_others
 from armor.assemble.writer import bits_per_weight, tensor_bytes
@@ -25,12 +28,16 @@ from armor.model.inspect import inspect
 from armor.model.outline import outline
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
+from armor.runtime.calls import State, moved, observe, states_of
+from armor.runtime.skeleton import Skeleton, compute_dtype, load_outside, open_skeleton, tensors_of
 from armor.training.memory import Shapes
 
 __all__ = ["Packed", "Subject", "subject"]
 
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 """safetensors' name of a dtype by torch's."""
+FOLLOWED = 4096
+"""Tokens at most that are followed through a model; states of longer sequences take as much more."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,29 @@ class Subject:
     topology: Topology
     shards: Shards
     packed: dict[str, Packed]
+
+    @cached_property
+    def _skeleton(self) -> Skeleton:
+        skeleton = open_skeleton(self.folder, compute_dtype(self.topology.dtype))
+        load_outside(skeleton, tensors_of(skeleton, self.folder), values=False)
+        return skeleton
+
+    @cached_property
+    def _states(self) -> dict[int, list[State]]:
+        """By the length of a sequence, what goes into every decoder layer and comes out of the last."""
+        return {}
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> list[int]:
+        """The bytes of what goes into every decoder layer, and out of the last, for a sequence of `length` tokens.
+
+        Those are hidden states, floats in `dtype`, and what is carried with them to later layers.
+        """
+        followed = min(length, FOLLOWED)
+        if followed not in self._states:
+            tokens = torch.arange(followed).remainder(self.vocabulary)[None]
+            self._states[followed] = states_of(*observe(self._skeleton, tokens))
+        of_followed = [sum(t.nbytes for t in moved(state, "meta", dtype)) for state in self._states[followed]]
+        return [size * length // followed for size in of_followed]
 
     def inside(self, layer: DecoderLayer, itemsize: int) -> int:
         """The bytes of a decoder layer's tensors, each number of `itemsize`."""

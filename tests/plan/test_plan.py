@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from armor.calibrate.capture import calibrate
 from armor.config.reading import parse_settings
 from armor.config.run import Config
+from armor.config.sample import Sample
+from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
+from armor.model.inspect import inspect
+from armor.model.source import open_source
 from armor.plan.machine import CARDS, Host, card_named
 from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS
@@ -23,9 +28,10 @@ from armor.plan.table import planned, text
 from armor.run import groups
 from armor.run.jobs import jobs
 from armor.run.stages import STAGES
+from armor.training.states import make_states
 from tests.forks import armor
-from tests.packed import SETTINGS, packed
-from tests.tiny import tiny_model
+from tests.packed import SETTINGS, opened, packed
+from tests.tiny import tiny_model, tiny_text
 
 CONFIG = {
     "calibrations": {"words": {"text": {"files": ["words.txt"]}, "sequences": 4, "sequence_length": 32}},
@@ -113,6 +119,22 @@ def test_a_large_mixture_is_planned_in_groups_of_experts_that_fit(tmp_path, monk
     assert cut["experts"].host_bytes <= FORKED + groups.JOB_BYTES < whole["factorize"].host_bytes
     assert cut["factorize"].host_bytes < whole["factorize"].host_bytes
     assert cut["experts"].kept_bytes == 0 and cut["factorize"].kept_bytes == whole["factorize"].kept_bytes
+
+
+def test_what_layers_carry_beside_hidden_states_is_in_the_states(tmp_path):
+    """Keys and values, and of hidden states four streams."""
+    root = tmp_path
+    tiny_model(root / "source", "gemma3n_text")
+    (root / "words.txt").write_text(tiny_text())
+    words = {"text": {"files": [str(root / "words.txt")]}, "sequences": 4, "sequence_length": 32}
+    recipes = {"refined": {"block_size": 16, "refine": {"steps": 1, "sequences": 2, "held_out": 1}}}
+    _, found, _ = made(root / "source", root / "plan", recipes, calibrations={"words": words})
+    inspect(open_source(root / "source"), root / "model.json")
+    of_calibration = calibrate(*opened(root), CalibrationSettings.model_validate(words), root / "out/calibration.json")
+    states = make_states(*opened(root), Sample.model_validate(words | {"sequences": 3}), root / "states.json")
+    by_stage = {stage.stage: stage for stage in found.stages}
+    assert by_stage["states"].scratch_bytes == states.bytes
+    assert by_stage["calibrate"].scratch_bytes == 2 * of_calibration.hidden_states_bytes
 
 
 def test_more_of_everything_takes_more(tmp_path):
