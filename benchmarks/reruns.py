@@ -14,6 +14,7 @@ error. That the hash of a stage's code holds all that it executes is in tests/wo
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -402,13 +403,14 @@ def rows(run: Run, copied: Path, wanted: Callable[[str], bool]) -> Iterator[tupl
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    kept = names.pop(names.index("--folder") + 1) if "--folder" in names else None
-    names = [name for name in names if name != "--folder"] or [""]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", default=[""], help="only the edits with one of these in their names")
+    parser.add_argument("--folder", help="keep the run there, or ask the one that is there")
+    options = parser.parse_args()
     if lost := missing(setting_rows(Path())):
         sys.exit(f"benchmarks/reruns.py: no row edits {', '.join(lost)}; add them to edits()")
     with ExitStack() as stack:
-        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+        folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         run = finished(folder)
         _, endpoint = stack.enter_context(hub(folder / "plain"))
@@ -417,9 +419,11 @@ def main() -> None:
         copied = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         right = []
         print("| edit | runs again | as it should be |\n|---|---|---|")
-        for edit, plan, agreed in rows(run, copied, lambda edit: any(name in edit for name in names)):
+        for edit, plan, agreed in rows(run, copied, lambda edit: any(name in edit for name in options.names)):
             print(f"| {edit} | {plan} | {'yes' if agreed else '**no**'} |", flush=True)
             right.append(agreed)
+    if not right:
+        sys.exit(f"benchmarks/reruns.py: no edit has {' or '.join(options.names)} in its name")
     print(f"\n{sum(right)} of {len(right)} rows are as they should be")
     sys.exit(not all(right))
 
