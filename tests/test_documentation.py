@@ -20,6 +20,7 @@ from armor.config.measures import EvaluationSettings
 from armor.config.reading import parse_settings
 from armor.config.recipes import Recipe
 from armor.config.run import Config
+from armor.core.version import __version__
 from armor.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -194,6 +195,16 @@ def test_every_page_is_in_the_site():
     navigation, docs = (REPOSITORY / "mkdocs.yml").read_text().partition("nav:")[2], REPOSITORY / "docs"
     pages = [path.relative_to(docs).as_posix() for path in [*docs.glob("*.md"), *docs.glob("log/*.md")]]
     assert [page for page in pages if f" {page}\n" not in navigation] == []
+
+
+def test_the_changelog_is_a_list_by_version_and_the_last_one_is_the_packages():
+    heads = re.findall(r"^(##+) (.*)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    kinds = {text for level, text in heads if level == "###"}
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    released = [text for level, text in heads if level == "##" and text != "Unreleased"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", text) for text in released)
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert released[0] == f"{__version__} - {citation['date-released']}" and citation["version"] == __version__
 
 
 def test_the_log_counts_what_the_tests_replace():
