@@ -1,10 +1,11 @@
 """How the predictions of a model depend on its linears: two vectors for each, in one safetensors file.
 
 Replace the weight W (out, in) of a linear by W + D. To second order the KL divergence of the predictions from those
-before is ½ Σ_ij M_ij D_ij², the mean over tokens, where M_ij is the mean square of the gradient of a sequence's
-log-likelihood with respect to W_ij, by its tokens, for tokens that the model itself draws. That is the diagonal of the
-true Fisher matrix: what the errors of two entries have to do with each other is left out. The diagonal is as large as
-the model. So it is kept as the product of two vectors that has its sums over rows and over columns.
+before, the mean over tokens, is ½ Σ_ij M_ij D_ij². Let G be the gradient by W of the log-likelihood of a sequence of
+tokens that the model itself draws. M is G², entry by entry, divided by the number of tokens: the mean over sequences.
+That is the diagonal of the true Fisher matrix: what the errors of two entries have to do with each other is left out.
+The diagonal is as large as the model. So it is kept as the product of two vectors that has its sums over rows and over
+columns.
 """
 
 from __future__ import annotations
