@@ -19,17 +19,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from armor.config.layers import ModuleSettings
 from armor.core.packing import pack_mask
 from armor.core.pattern import top_n_mask
 from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
 from armor.format.checkpoint import PackedLinear
+from armor.format.records.topology import Linear
 from armor.format.statistics import Statistics
 from armor.plan.subject import Subject
-from armor.plan.work import Forward, Head, Kind, Read, Solve, Start, Step, Train
+from armor.plan.work import Forward, Gram, Head, Kind, Read, Solve, Start, Step, Train
 from armor.runtime.calls import Call, State, observe
 from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.skeleton import load_outside, open_skeleton, read_layer, tensors_of, unload_outside
+from armor.training.trainable import training_arithmetic
 
 __all__ = ["bandwidth", "rates"]
 
@@ -37,6 +40,8 @@ ROWS = 64  # that go through the head at a time
 ENTRIES = 1 << 21  # of the weight that is compressed
 EARLY = 20  # iterations of the solver in which all is computed every time
 MORE = 8
+MORE_BESIDE_GRAM = 40  # so that they take longer than what the Gram matrix takes differs from run to run
+FEW = 256  # columns
 BYTES = 1 << 26
 REPEATS = 3
 
@@ -92,6 +97,8 @@ class _Timer:
                 return self._head(kind)
             case Solve():
                 return self._solve(kind)
+            case Gram():
+                return self._gram(kind)
 
     def _opened(self, model: str, dtype: str, length: int, recipe: str | None) -> tuple[nn.Module, State, Call]:
         """The last decoder layer, packed by `recipe` if there is one, and what it is called with."""
@@ -127,33 +134,52 @@ class _Timer:
         return _timed(work) / ROWS
 
     def _solve(self, kind: Solve) -> float:
-        """Of one weight: a part of the largest linear, in one thread, as a layer's job has it."""
-        linears = [linear for subject in self.subjects.values() for linear in subject.topology.layers[-1].linears]
-        largest = max(linears, key=lambda linear: linear.out_features * linear.in_features)
-        columns = min(largest.in_features, ENTRIES // 128)
+        """Of one weight: a part of the largest linear, in one thread, as a layer's job has it.
+
+        The search beside a Gram matrix is timed with few columns, for which that matrix takes little time.
+        """
+        settings, wanted = kind.settings, kind.settings.solver.iterations
+        has_gram = settings.takes("gram")
+        largest = max(self._linears(), key=lambda linear: linear.out_features * linear.in_features)
+        columns = min(largest.in_features, FEW if has_gram else ENTRIES // 128)
         rows = min(largest.out_features, max(ENTRIES // columns // 128 * 128, 128))
-        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        gram = torch.eye(columns) if kind.settings.takes("gram") else None
-        of_input = Statistics(torch.ones(columns), gram, 1)
 
         def seconds(iterations: int) -> float:
-            solver = kind.settings.solver.replace(iterations=iterations)
-            asked = kind.settings.replace(solver=solver)
-            start = time.perf_counter()
-            asked.how.run(weight, of_input, asked, 0)
-            return time.perf_counter() - start
+            return _compressed(settings.replace(solver=settings.solver.replace(iterations=iterations)), rows, columns)
 
-        threads, wanted = torch.get_num_threads(), kind.settings.solver.iterations
-        torch.set_num_threads(1)
-        try:
-            seconds(1)
-            if not kind.settings.takes("solver") or wanted <= EARLY + MORE:
-                return min(seconds(wanted) for _ in range(REPEATS)) / weight.numel()
-            first, more = seconds(EARLY), seconds(EARLY + MORE)
-            slope = max(0.0, more - first) / MORE  # on a busy machine the longer run may have been the faster one
-            return (first + (wanted - EARLY) * slope) / weight.numel()
-        finally:
-            torch.set_num_threads(threads)
+        once = seconds(1)
+        if not settings.takes("solver") or wanted <= EARLY + MORE:
+            taken = min(seconds(wanted) for _ in range(REPEATS))
+            return max(taken - (once if has_gram else 0.0), 0.0) / (rows * columns)
+        more = MORE_BESIDE_GRAM if has_gram else MORE
+        first, last = seconds(EARLY), seconds(EARLY + more)
+        slope = max(0.0, last - first) / more  # on a busy machine the longer run may have been the faster one
+        return max(first - (once if has_gram else 0.0) + (wanted - EARLY) * slope, 0.0) / (rows * columns)
+
+    def _gram(self, kind: Gram) -> float:
+        """Of one weight, with a Gram matrix of this size."""
+        most = max((linear.out_features for linear in self._linears() if linear.in_features >= kind.columns), default=1)
+        entries = ENTRIES // 4 if kind.settings.takes("solver") else ENTRIES
+        rows = min(most, max(entries // kind.columns // 128 * 128, 128))
+        return min(_compressed(kind.settings, rows, kind.columns) for _ in range(2)) / (rows * kind.columns)
+
+    def _linears(self) -> list[Linear]:
+        """Those of each model's last decoder layer."""
+        return [linear for subject in self.subjects.values() for linear in subject.topology.layers[-1].linears]
+
+
+def _compressed(settings: ModuleSettings, rows: int, columns: int) -> float:
+    """Seconds of one thread to compress a random weight (rows, columns): what else the machine does is not in them."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    of_input = Statistics(torch.ones(columns), torch.eye(columns) if settings.takes("gram") else None, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.process_time()
+    try:
+        settings.how.run(weight, of_input, settings, 0)
+        return time.process_time() - start
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -174,7 +200,9 @@ def _run(layer: nn.Module, state: State, call: Call) -> None:
 
 def _back(layer: nn.Module, state: State, call: Call) -> None:
     layer.requires_grad_(True)
-    call.run(layer, state)[0].sum().backward()
+    with training_arithmetic("cpu"):
+        output = call.run(layer, state)[0]
+    output.sum().backward()
 
 
 def _file() -> float:

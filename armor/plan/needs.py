@@ -119,7 +119,7 @@ def _factorizing(plan: Plan, model: str, recipe: str, layer: DecoderLayer) -> Ne
         peak, computing = max(peak, held + own), max(computing, own)
         if not chosen.is_dense:
             held += entries * (itemsize + 1)  # the core and its mask, as they are read back
-            work.append(solving(chosen, (linear.out_features, linear.in_features)))
+            work += solving(chosen, (linear.out_features, linear.in_features))
     written = packed.layer_bytes(layer)
     work.append(Work(Read(), 2.0 * written))
     return Need(
@@ -143,7 +143,7 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
             few = min(settings.iterations, chosen.solver.iterations)
             tried = chosen.solver.replace(iterations=max(few * 4 // 3, 1))  # with all, and a third
             if not chosen.is_dense:
-                work.append(solving(chosen.replace(solver=tried), shape))
+                work += solving(chosen.replace(solver=tried), shape)
     return Need(memory_of(0, peak), work=tuple(work))
 
 
@@ -175,15 +175,18 @@ def _sensitivity(plan: Plan, model: str, sensitivity: str) -> Need:
     return Need(memory_of(max(sizes), computing), scratch=sum(sizes) + gradients, work=work)
 
 
-def _training(subject: Subject, settings: TrainingSettings, length: int, block: int, layers: int) -> Work:
-    """Steps and looks through `layers` decoder layers: backward takes twice what forward does, so do A·S·B."""
-    looked = (LOOKS + 1) * settings.held_out * length
-    tokens = float(settings.steps * settings.batch * length + looked / 3)
+def _training(
+    subject: Subject, settings: TrainingSettings, length: int, block: int, layers: int, passed: int = 0
+) -> Work:
+    """Steps and looks through `layers` decoder layers, and `passed` sequences that only go forward through one.
+
+    Backward takes twice what forward does, so do A·S·B.
+    """
+    looked = (LOOKS + 1) * settings.held_out
+    tokens = (settings.steps * settings.batch + (looked + passed / layers) / 3) * length
     weights = subject.topology.linear_parameters / max(len(subject.topology.layers), 1)
     multiplied_out = 3 * settings.steps * 4 * block * weights
-    return Work(
-        Train(subject.name, length), tokens * layers, layers * (3 * products(subject, tokens) + multiplied_out), True
-    )
+    return Work(Train(subject.name, length), tokens * layers, layers * (3 * products(subject, tokens) + multiplied_out))
 
 
 def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Shapes]:
@@ -200,12 +203,14 @@ def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Sha
 def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.refine_settings(recipe)
-    _, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
+    sequences, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.owner(recipe)]
     shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
     computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
     block = plan.config.factorized(recipe).block_size
-    work = (START, _training(subject, job.refine, length, block, 1))
+    # With compressed inputs all sequences go through the refined layer before.
+    passed = sequences if job.refine.inputs == "compressed" and layer.index else 0
+    work = (START, _training(subject, job.refine, length, block, 1, passed))
     remedy = f"lower recipes.{recipe}.refine.sequence_length"
     written = packed.layer_bytes(layer)
     return Need(memory_of(0, computing, subject.outside(4)), kept=written, work=work, remedy=remedy)

@@ -6,6 +6,7 @@ operations are counted, and the bytes that go through its memory, and whichever 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +15,14 @@ from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 
-__all__ = ["Forward", "Head", "Kind", "Read", "Solve", "Start", "Step", "Train", "Work", "solving"]
+__all__ = ["Forward", "Gram", "Head", "Kind", "Read", "Solve", "Start", "Step", "Train", "Work", "solving"]
 
 SECONDS_TO_START = 15.0
-FIT = 141  # products of an (out, in) matrix with the Gram matrix, by armor.methods.solver.output
 """Of a job on a card: Python, its libraries, CUDA. Assumed."""
+FIT = 141
+"""Products of an (out, in) matrix with the Gram matrix, by armor.methods.solver.output."""
+WIDEST = 2048
+"""Columns at most of a Gram matrix that is timed; a wider one takes as much more."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Train:
-    """Tokens through a decoder layer of `model` and back, in sequences of `length`, in float32."""
+    """Tokens through a decoder layer of `model` and back, in sequences of `length`, as in training."""
 
     model: str
     length: int
@@ -71,12 +75,23 @@ class Train:
 
 @dataclass(frozen=True)
 class Solve:
-    """Weights that are compressed with these settings, from the start to the end."""
+    """Weights that are compressed with these settings; with a Gram matrix, the iterations of the solver alone."""
 
     settings: ModuleSettings
 
 
-Kind = Start | Read | Forward | Step | Head | Train | Solve
+@dataclass(frozen=True)
+class Gram:
+    """Weights that are compressed with a Gram matrix of so many columns, in one iteration of the solver if it has one.
+
+    What they take grows with the columns: the Gram matrix is inverted, and multiplied with weights.
+    """
+
+    settings: ModuleSettings
+    columns: int
+
+
+Kind = Start | Read | Forward | Step | Head | Train | Solve | Gram
 
 
 class Work(NamedTuple):
@@ -96,21 +111,25 @@ class Work(NamedTuple):
         return max(self.operations / (COMPUTE_SHARE * peak), self.moved / (MEMORY_SHARE * card.bandwidth))
 
 
-def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Work:
+def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Iterator[Work]:
     """The compression of a weight of `shape` (out, in) as `settings` say.
 
     An iteration of the fast solver is eight products with A and B, half of five more for the mask, and every fifth time
     three for the curvatures. Each product reads and writes a matrix; so do some thirty operations on single entries. A
     Gram matrix is inverted, and multiplied once; by the fit behind the solver FIT times.
     """
-    entries = float(shape[0] * shape[1])
-    kind = Solve(settings)
-    columns = float(shape[1]) if settings.takes("gram") else 0.0
-    inverted = 3 * columns**3
+    entries, columns = float(shape[0] * shape[1]), shape[1]
+    if settings.takes("gram"):
+        timed, once = min(columns, WIDEST), settings.solver.replace(iterations=1)
+        multiplied = 2 * entries * columns * (FIT if settings.takes("solver") else 1)
+        kind = Gram(settings.replace(solver=once), timed)
+        yield Work(kind, entries * columns / timed, multiplied + 3.0 * columns**3, True, 40 * entries)
+    elif not settings.takes("solver"):
+        yield Work(Solve(settings), entries, 0.0, True, 40 * entries)
     if not settings.takes("solver"):
-        return Work(kind, entries, 2 * entries * columns + inverted, True, 40 * entries)
+        return
     left, right = sizes(shape, Pattern.parse(settings.pattern), settings.block_size)
     products = 11.0 if settings.solver.algorithm == "fast" else 6.0
     iterations = settings.solver.iterations
-    operations = products * (left + right) * entries * iterations + 2 * FIT * entries * columns + inverted
-    return Work(kind, entries, operations, True, 250 * entries * iterations)
+    operations = products * (left + right) * entries * iterations
+    yield Work(Solve(settings), entries, operations, True, 250 * entries * iterations)
