@@ -44,6 +44,7 @@ from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
     Skeleton,
     compute_dtype,
+    drop_layer,
     finite,
     load_layer,
     load_outside,
@@ -133,7 +134,7 @@ def calibrate(
                         f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
                         f"{length} tokens; {SMALLER}"
                     ) from error
-                module.to("meta")
+                drop_layer(module)
                 path = layer_file(output.parent, layer.index)
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
                 write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)

@@ -8,7 +8,9 @@ loaded by itself. `armor.runtime.calls` runs the layers one by one.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +38,7 @@ __all__ = [
     "State",
     "compute_dtype",
     "decoder_layers",
+    "drop_layer",
     "filled",
     "finite",
     "load_layer",
@@ -311,7 +314,7 @@ def unload_outside(skeleton: Skeleton) -> None:
 
 
 def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
-    """Fill decoder layer `index` from its shards and return it; `.to("meta")` empties it again.
+    """Fill decoder layer `index` from its shards and return it; `drop_layer` empties it again.
 
     Raises ArmorError, naming tensor and file, if one is missing, has another shape, or holds NaN or infinity.
     """
@@ -321,6 +324,18 @@ def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cp
 def read_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
     """As `load_layer`, but a copy: the skeleton's own layer, with the buffers that are computed, stays as it is."""
     return filled(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+
+
+def drop_layer(layer: nn.Module) -> None:
+    """Empty a decoder layer.
+
+    The C library of Linux keeps what small tensors held, as those of experts. It is told to give that back, for part of
+    it would stay beside the next layer.
+    """
+    layer.to("meta")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def filled(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:

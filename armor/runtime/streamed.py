@@ -28,7 +28,7 @@ from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
 from armor.runtime.load import loaded_dtype, read_config
 from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import load_outside, open_skeleton, place_outside, read_layer, tensors_of
+from armor.runtime.skeleton import drop_layer, load_outside, open_skeleton, place_outside, read_layer, tensors_of
 
 __all__ = ["USABLE", "StreamedModel", "stacks_experts"]
 
@@ -65,7 +65,7 @@ class StreamedModel:
                     # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
                     call = observe(self.skeleton, tokens)[1][index]
                     states[number] = moved(call.run(layer, moved(states[number], self.device)), "cpu")
-                del layer  # before the next one is read
+                drop_layer(layer)  # before the next one is read
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, states[number][0].to(self.device))
 

@@ -31,6 +31,7 @@ from armor.runtime.calls import Call, State, moved, observe_each, states_of
 from armor.runtime.skeleton import (
     Skeleton,
     compute_dtype,
+    drop_layer,
     finite,
     load_layer,
     load_outside,
@@ -131,4 +132,4 @@ def pass_on(
                     "the dtype are not fit for this text"
                 )
             writer.add(state)
-    layer.to("meta")
+    drop_layer(layer)
