@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,8 +70,16 @@ def init(
     output.write_text(text, encoding="utf-8")
     gpus = len(devices.list_devices())
     print(f"{output} is written. What it will take, and then the run:")
-    print(f"  armor plan {output}")
-    print(f"  snakemake --cores {os.cpu_count()}{f' --resources gpu={gpus}' if gpus else ''} --configfile {output}")
+    print(f"  armor plan {shlex.quote(str(output))}")
+    on_gpus, written = f" --resources gpu={gpus}" if gpus else "", shlex.quote(str(output))
+    print(f"  snakemake --cores {os.cpu_count()}{on_gpus}{_snakefile()} --configfile {written}")
+
+
+def _snakefile() -> str:
+    """The option that names the workflow, where Snakemake does not find it in this folder but beside this package."""
+    own = Path(__file__).parents[2] / "Snakefile"
+    here = any(Path(name).is_file() for name in ("Snakefile", "workflow/Snakefile"))
+    return "" if here or not own.is_file() else f" --snakefile {shlex.quote(str(own))}"
 
 
 @app.command()

@@ -63,7 +63,7 @@ def _topology(source: Source) -> Topology:
     shards, stored = named_here(skeleton, tensors), {here(name): name for name in tensors.names()}
     config = skeleton.model.config.get_text_config(decoder=True)
     for index in range(len(skeleton.layers)):
-        _check_tensors(skeleton, index, shards)
+        _check_tensors(skeleton, index, shards, stored)
     check_linears(skeleton.layers, skeleton.model, source.path)
     load_outside(skeleton, shards, values=False)
     hidden, calls = observe(skeleton, torch.arange(TOKENS).remainder(config.vocab_size).unsqueeze(0))
@@ -116,8 +116,11 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters(remove_duplicate=True) if name not in tied)
 
 
-def _check_tensors(skeleton: Skeleton, index: int, shards: Shards) -> None:
-    """Raise ArmorError unless the model's folder has each tensor of decoder layer `index`, with its shape."""
+def _check_tensors(skeleton: Skeleton, index: int, shards: Shards, stored: dict[str, str]) -> None:
+    """Raise ArmorError unless the model's folder has each tensor of decoder layer `index`, with its shape.
+
+    `stored` has their names in the folder.
+    """
     prefix = f"{skeleton.prefix}.{index}"
     for name, tensor in skeleton.layers[index].state_dict(keep_vars=True).items():
         full = f"{prefix}.{name}"
@@ -130,8 +133,8 @@ def _check_tensors(skeleton: Skeleton, index: int, shards: Shards) -> None:
             )
         if shards.shape(full) != tuple(tensor.shape):
             raise ArmorError(
-                f"{shards.folder / shards.file_of(full)}: {full} has shape {shards.shape(full)}, expected "
-                f"{tuple(tensor.shape)} by config.json"
+                f"{shards.folder / shards.file_of(full)}: {stored.get(full, full)} has shape {shards.shape(full)}, "
+                f"expected {tuple(tensor.shape)} by config.json; fetch the model again, weights and config.json"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,8 @@ from armor.plan.machine import Host
 from armor.plan.start import first_configuration
 from tests.forks import armor
 from tests.tiny import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def machine(monkeypatch, **of_host):
@@ -28,7 +31,7 @@ def test_what_it_writes_passes_check_and_the_next_commands_are_said(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1] == "  armor plan my.yaml" and lines[2].startswith("  snakemake --cores ")
-    assert lines[2].endswith(" --configfile my.yaml")
+    assert lines[2].endswith(f" --snakefile {REPOSITORY}/Snakefile --configfile my.yaml")  # there is none here
     checked = armor("check", "my.yaml", folder=tmp_path)
     assert checked.returncode == 0 and "2 pairs of model and recipe, 2 evaluations, 2 benchmarks" in checked.stdout
     again = armor("init", "--model", "./My Model", folder=tmp_path)
