@@ -224,8 +224,9 @@ def text(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[str]:
 def describe(subject: Subject) -> str:
     """A model in one line."""
     topology = subject.topology
+    scale, unit = (1e9, "billion") if topology.parameters >= 1e9 else (1e6, "million")
     return (
-        f"{topology.model_type}, {topology.parameters / 1e9:.3g} billion parameters in {topology.dtype}, "
+        f"{topology.model_type}, {topology.parameters / scale:.3g} {unit} parameters in {topology.dtype}, "
         f"{len(topology.layers)} decoder layers; {topology.linear_parameters / max(topology.parameters, 1):.1%} of "
         "them in linears that can be compressed"
     )
@@ -259,7 +260,9 @@ def _results(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[st
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    if size < 1e9:
+        return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
 
 
 def _time(seconds: float) -> str:
