@@ -108,20 +108,25 @@ def heat_map(recipe: RecipeResults, name: str) -> Figure | None:
     modules = [module for module in recipe.modules if module.result.loss > 0]
     if not modules:
         return None
-    names = list(dict.fromkeys(module.name for module in modules))
+    names = list(dict.fromkeys(module.kind for module in modules))
     short = {n: n.rpartition(".")[2] for n in names}
     labels = short if len(set(short.values())) == len(names) else {n: n for n in names}
+    of_place: dict[tuple[int, str], list[float]] = {}
+    for module in modules:
+        of_place.setdefault((module.layer, module.kind), []).append(module.result.loss)
+    places = {place: fmean(losses) for place, losses in of_place.items()}  # of experts the mean
     # A few classes with round borders can be told apart, and their legend can be read.
-    losses = [module.result.loss for module in modules]
+    losses = [*places.values()]
     steps = round_numbers(min(losses), max(losses), len(HEAT) - 1)
     borders = [f"{step:g}" for step in steps]
     classes = [f"{a} to {b}" for a, b in zip(borders, borders[1:], strict=False)]
     classes = [f"under {borders[0]}", *classes, f"over {borders[-1]}"] if borders else ["all alike"]
     colors = [HEAT[round(place * (len(HEAT) - 1) / max(1, len(steps)))] for place in range(len(classes))]
     rows = [
-        Mark(layer=m.layer, module=labels[m.name], loss=classes[bisect.bisect(steps, m.result.loss)]) for m in modules
+        Mark(layer=layer, module=labels[kind], loss=classes[bisect.bisect(steps, loss)])
+        for (layer, kind), loss in places.items()
     ]
-    count = max(module.layer for module in modules) + 1
+    count = max(layer for layer, _ in places) + 1
     axis = alt.Axis(values=layer_ticks(count), labelAngle=0, ticks=False, domain=False)
     symbols = {"symbolType": "square", "symbolStrokeWidth": 0, "symbolSize": 110}
     legend = alt.Legend(title="relative loss", columns=2, **symbols)
@@ -136,13 +141,15 @@ def heat_map(recipe: RecipeResults, name: str) -> Figure | None:
         )
         .properties(width=width, height=alt.Step(22))
     )
-    best, worst = min(modules, key=lambda m: m.result.loss), max(modules, key=lambda m: m.result.loss)
-    ends = [f"{number(m.result.loss, 2)} (layer {m.layer}, {labels[m.name]})" for m in (best, worst)]
+    best, worst = min(places, key=places.__getitem__), max(places, key=places.__getitem__)
+    ends = [f"{number(places[place], 2)} (layer {place[0]}, {labels[place[1]]})" for place in (best, worst)]
     extremes = f"from {ends[0]} to {ends[1]}"
     caption = (
         f"Every linear of every decoder layer, {extremes}: the darker, the more was lost (the lighter on a dark page)."
     )
-    if len(modules) < count * len(names):
+    if len(places) < len(modules):
+        caption += " Of experts it is the mean."
+    if len(places) < count * len(names):
         caption += " An empty place is a linear that stayed dense or has no result."
     alternative = f"Heat map of the relative loss of {recipe.name} by decoder layer and module, {extremes}."
     return Figure(name, f"Loss by layer and module: {recipe.name}", svg_of(chart, name, alternative), caption)

@@ -6,6 +6,7 @@ Nothing is estimated, and a sum over decoder layers of which some are missing is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -47,6 +48,11 @@ class Module:
     name: str
     linear: Linear
     result: LinearRecord
+
+    @property
+    def kind(self) -> str:
+        """Its name, one for all experts of a mixture."""
+        return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.name)
 
     @property
     def blocks(self) -> BlockSizes:
@@ -223,15 +229,15 @@ class RecipeResults:
         return found
 
     def bits(self) -> dict[str, float]:
-        """Bits per weight of each linear of a layer; the mean over layers."""
+        """Bits per weight of each linear of a layer; the mean over layers, and over experts."""
         found: dict[str, list[float]] = {}
         for module in self.modules:
-            found.setdefault(module.name, []).append(module.bits)
+            found.setdefault(module.kind, []).append(module.bits)
         return {name: fmean(bits) for name, bits in found.items()}
 
     def larger_than_dense(self) -> list[str]:
         """The linears that take more than their dense weight would, because of their blocks."""
-        dense = {module.name: module.dense_bits for module in self.modules}
+        dense = {module.kind: module.dense_bits for module in self.modules}
         return [name for name, bits in self.bits().items() if bits > dense[name]]
 
     def records(self) -> Work:

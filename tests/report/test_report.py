@@ -1,6 +1,7 @@
 """The report: the rows are those of the JSON, a gap stays a gap, the page stands alone and is always the same."""
 
 import csv
+import dataclasses
 import html
 import importlib
 import math
@@ -34,6 +35,7 @@ from armor.report.columns import COLUMNS, summary_rows
 from armor.report.figures import figures
 from armor.report.front import offers
 from armor.report.gather import read_results
+from armor.report.loss_figures import heat_map
 from armor.report.numbers import duration, number, percent, plus_minus, size
 from armor.report.tables import csv_text, latex_text, markdown_text
 from armor.report.words import missing, summarize, unrouted
@@ -589,6 +591,27 @@ def test_a_method_that_is_one_file_is_reported_with_its_title(own, tmp_path, set
     finally:
         armor.methods.__path__.remove(str(tmp_path))
         del METHODS["toy"], sys.modules["armor.methods.toy"]
+
+
+def test_the_experts_of_a_mixture_are_one_row(results):
+    experts = {"k_proj": "mlp.experts.0.up_proj", "v_proj": "mlp.experts.117.up_proj"}
+
+    def renamed(name):
+        before, _, last = name.rpartition(".self_attn.")
+        return f"{before}.{experts[last]}" if last in experts else name
+
+    recipe = next(recipe for recipe in model_of(results).recipes if recipe.name == "armor")
+    layers = tuple(
+        layer.replace(linears=tuple(one.replace(name=renamed(one.name)) for one in layer.linears))
+        for layer in recipe.topology.layers
+    )
+    records = [r.replace(modules={renamed(n): one for n, one in r.modules.items()}) for r in recipe.layers]
+    topology, stages = recipe.topology.replace(layers=layers), [("factorize", records)]
+    mixture = dataclasses.replace(recipe, topology=topology, stages=stages)
+    assert mixture.larger_than_dense() == ["mlp.experts.*.up_proj"]
+    assert mixture.bits()["mlp.experts.*.up_proj"] == recipe.bits()["self_attn.k_proj"]
+    drawn = heat_map(mixture, "heat")
+    assert drawn.caption.endswith("Of experts it is the mean.")
 
 
 def test_linears_that_their_blocks_make_larger_are_named(results):
