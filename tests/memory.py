@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from armor.execution.machine import resident_memory_bytes
 from tests.forks import fork
 
-__all__ = ["TOLD", "NoRoom", "card_of", "forget_peak", "host_of", "printed_last"]
+__all__ = ["TOLD", "NoRoom", "card_of", "forget_peak", "held_bytes", "host_of", "printed_last"]
 
 _FORGET = Path("/proc/self/clear_refs")
 TOLD = pytest.mark.skipif(not _FORGET.exists(), reason="the peak is read from /proc")
@@ -64,14 +65,19 @@ def forget_peak() -> None:
     _FORGET.write_text("5")
 
 
+def held_bytes() -> int:
+    """The memory of this process, without what it no longer needs: the work to come must not have that for nothing."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_memory_bytes()
+
+
 def printed_last(measure: Callable[[], object]) -> int:
     """The last number that `measure` prints, in a fork in which freed memory goes back to the system at once."""
 
     def work() -> None:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 65536)
-        gc.collect()  # what this process no longer needs must not be had for nothing
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
+        held_bytes()
         measure()
 
     done = fork(work, Path.cwd())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from armor.calibrate.capture import _embed, _run_layer, calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
-from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
+from armor.execution.machine import peak_memory_bytes
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import SINGLE, Shards
@@ -24,7 +24,7 @@ from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.skeleton import compute_dtype, load_layer, load_outside, open_skeleton, unload_outside
 from armor.text.blocks import token_blocks
-from tests.memory import TOLD, NoRoom, card_of, forget_peak, printed_last
+from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 
 COUNT, LENGTH = 5, 48  # longer than the sliding windows
@@ -265,7 +265,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
             load_outside(skeleton, shards)
             with _embed(skeleton, tokens, 1e9, steps, 0) as (hidden, calls):
                 unload_outside(skeleton)
-                before = resident_memory_bytes()
+                before = held_bytes()
                 forget_peak()
                 module = load_layer(skeleton, 0, shards, "cpu")
                 _run_layer(module, layer, partial(skeleton.inside, 0), [of[0] for of in calls], hidden, gram, "cpu")

@@ -18,13 +18,13 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.logits import Blocks, comparison, peak_bytes, token_losses
 from armor.evaluate.perplexity import evaluate, mean, measure, perplexity
-from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
+from armor.execution.machine import peak_memory_bytes
 from armor.execution.resume import part_of
 from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
 from armor.runtime.streamed import USABLE
 from tests.killed import SAVED, forked
-from tests.memory import TOLD, NoRoom, card_of, forget_peak, host_of, printed_last
+from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, host_of, printed_last
 from tests.packed import packed
 from tests.tiny import VOCABULARY, tiny_model, tiny_text
 
@@ -216,7 +216,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, cou
     def work():
         steps = SimpleNamespace(get=lambda step, kind: None, put=lambda step, value: None)
         for folder in (small, large):  # a small model first, so that libraries are loaded
-            before = resident_memory_bytes()
+            before = held_bytes()
             models = [load_model(folder, dtype) for _ in range(count)]
             forget_peak()
             measure(models, Blocks(torch.arange(1024).view(2, 512) % 250, ""), steps)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from armor.config.layers import LayerSettings, ModuleSettings
 from armor.core.errors import ArmorError
-from armor.execution.machine import peak_memory_bytes, resident_memory_bytes
+from armor.execution.machine import peak_memory_bytes
 from armor.factorize.layer import factorize_layer
 from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
-from tests.memory import TOLD, card_of, forget_peak, printed_last
+from tests.memory import TOLD, card_of, forget_peak, held_bytes, printed_last
 from tests.packed import opened, prepared
 
 
@@ -46,10 +44,9 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(shape, dtype, itemsi
 
     def measure():
         for rows, columns in ((256, 256), shape):  # a small weight first, so that libraries are loaded
-            before = resident_memory_bytes()
+            before = held_bytes()
             weight = torch.randn(rows, columns).to(getattr(torch, dtype))
             gram = torch.eye(columns) if "gram" in method.statistics else None
-            gc.collect()
             forget_peak()
             method.run(weight, Statistics(torch.rand(columns) + 0.1, gram, 1), asked, 0)
             print(peak_memory_bytes() - before)
