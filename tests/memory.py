@@ -24,6 +24,15 @@ _FORGET = Path("/proc/self/clear_refs")
 TOLD = pytest.mark.skipif(not _FORGET.exists(), reason="the peak is read from /proc")
 """For tests that ask what a piece of work took at its peak."""
 _MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE = 65536
+"""What has this many bytes is given back to the system when it is freed."""
+
+
+class _Heaps(ctypes.Structure):
+    """What glibc's mallinfo2 says, in bytes; `fordblks` is free."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
 
 
 class NoRoom(TorchDispatchMode):
@@ -72,12 +81,21 @@ def held_bytes() -> int:
     return resident_memory_bytes()
 
 
+def _take_what_is_free() -> None:
+    """Leave no room in this process's heaps for what is larger than `_LARGE`: that then comes from the system."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGE)
+    libc.malloc_trim(0)  # gives nothing back of the end of a thread's heap
+    libc.mallinfo2.restype = _Heaps
+    for _ in range(libc.mallinfo2().fordblks // _LARGE + 1):
+        libc.malloc(_LARGE - 16)
+
+
 def printed_last(measure: Callable[[], object]) -> int:
     """The last number that `measure` prints, in a fork in which freed memory goes back to the system at once."""
 
     def work() -> None:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
-        held_bytes()
+        _take_what_is_free()
         measure()
 
     done = fork(work, Path.cwd())
