@@ -12,6 +12,9 @@ import torch
 from armor.execution.machine import set_threads
 
 set_threads(1)
+MEMORY = "/dev/shm"  # a file system in memory: results are flushed to the disk at every step, and tests wait for that
+if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 8e9:
+    os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
 CACHE = tempfile.TemporaryDirectory(prefix="armor-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # read when datasets is imported, and by the processes that tests start
 

@@ -57,7 +57,7 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     """A model on the text of an evaluation; `recipe` None: the dense one, whose logits are stored."""
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     where = f"evaluations.{evaluation}"
-    blocks, length = plan.tokens(subject, settings.sequences, settings.sequence_length, where)
+    blocks, length = plan.tokens(subject, settings, where)
     dtype = loaded_dtype(subject.folder, settings.dtype)
     block = length * subject.vocabulary * dtype.itemsize
     room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)

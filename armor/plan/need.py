@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 
 from armor.config.layers import ModuleSettings
+from armor.config.measures import EvaluationSettings
 from armor.config.run import Config
+from armor.config.sample import Sample
+from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.format.records.topology import DecoderLayer, Linear
 from armor.format.shards import dtype_name
@@ -81,10 +84,12 @@ class Plan:
         """Say once that something was assumed."""
         self.notes[line] = None
 
-    def tokens(self, subject: Subject, sequences: int | None, length: int | None, where: str) -> tuple[int, int]:
+    def tokens(
+        self, subject: Subject, asked: CalibrationSettings | EvaluationSettings | Sample, where: str
+    ) -> tuple[int, int]:
         """Sequences and tokens in each. Raises ArmorError where the model does not say how long they may be."""
-        known = subject.topology.context_length
-        length = length or known
+        known, sequences = subject.topology.context_length, asked.sequences
+        length = asked.sequence_length or known
         if length is None:
             raise ArmorError(f"{where}: {subject.name} names no context length; set sequence_length")
         if known is not None and length > known:

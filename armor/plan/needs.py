@@ -14,7 +14,6 @@ import torch
 
 from armor.assemble.folder import MAX_SHARD_BYTES
 from armor.calibrate.capture import peak_bytes as calibration_bytes
-from armor.config.sample import Sample
 from armor.config.training import TrainingSettings
 from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.sharing import one_linear
@@ -72,7 +71,7 @@ def _states_bytes(subject: Subject, sequences: int, length: int) -> list[int]:
 def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.calibrations[calibration]
     where = f"calibrations.{calibration}"
-    sequences, length = plan.tokens(subject, settings.sequences, settings.sequence_length, where)
+    sequences, length = plan.tokens(subject, settings, where)
     dtype = compute_dtype(subject.topology.dtype)
     widths = [g[0].in_features for layer in subject.topology.layers for g in layer.groups()]
     states = _states_bytes(subject, sequences, length)
@@ -147,14 +146,9 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
     return Need(memory_of(0, peak), work=tuple(work))
 
 
-def _sample(plan: Plan, subject: Subject, sample: Sample, where: str) -> tuple[int, int]:
-    """Sequences, and tokens in each."""
-    return plan.tokens(subject, sample.sequences, sample.sequence_length, where)
-
-
 def _states(plan: Plan, model: str, states: str) -> Need:
     subject = plan.subjects[model]
-    sequences, length = _sample(plan, subject, plan.config.states()[states], f"states {states}")
+    sequences, length = plan.tokens(subject, plan.config.states()[states], f"states {states}")
     dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     computing = calibration_bytes(subject.topology, length, dtype, gram=False)
     memory = memory_of(max(sizes), computing, subject.outside(dtype.itemsize))
@@ -165,7 +159,7 @@ def _states(plan: Plan, model: str, states: str) -> Need:
 def _sensitivity(plan: Plan, model: str, sensitivity: str) -> Need:
     subject = plan.subjects[model]
     settings = plan.config.sensitivities()[sensitivity]
-    sequences, length = _sample(plan, subject, settings.sample, f"sensitivity {sensitivity}")
+    sequences, length = plan.tokens(subject, settings.sample, f"sensitivity {sensitivity}")
     dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     logits = 4 * 4 * length * subject.vocabulary
     head = subject.outside(dtype.itemsize, head=True) + logits
@@ -203,7 +197,7 @@ def _shapes(plan: Plan, packed: Packed, stage: str, recipe: str) -> Sequence[Sha
 def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.refine_settings(recipe)
-    sequences, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.refine")
+    sequences, length = plan.tokens(subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.owner(recipe)]
     shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
     computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
@@ -219,7 +213,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
 def _tune(plan: Plan, model: str, recipe: str) -> Need:
     subject = plan.subjects[model]
     job = plan.config.tune_settings(recipe)
-    sequences, length = _sample(plan, subject, job.sample, f"recipes.{recipe}.tune")
+    sequences, length = plan.tokens(subject, job.sample, f"recipes.{recipe}.tune")
     packed = subject.packed[plan.config.owner(recipe)]
     _, least = tune_bytes(subject.shards, _shapes(plan, packed, "tune", recipe), job.tune.core, length)
     dtype = compute_dtype(subject.topology.dtype)

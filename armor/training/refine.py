@@ -40,7 +40,7 @@ from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.calls import Call, State, moved, observe_each, states_of
-from armor.runtime.skeleton import Skeleton, load_outside, open_skeleton, tensors_of, unload_outside
+from armor.runtime.skeleton import Skeleton, drop_layer, load_outside, open_skeleton, tensors_of, unload_outside
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, write_trained
@@ -251,7 +251,7 @@ class _Run:
             for number, calls in enumerate(self.calls):
                 call = calls[index].map(lambda tensor: tensor.to(self.device))
                 writer.add(call.run(layer.module, moved(states.row(number), self.device, torch.float32)))
-        layer.module.to("meta")
+        drop_layer(layer.module)
 
 
 def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRecord, before: list[str]) -> Path:

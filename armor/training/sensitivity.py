@@ -36,6 +36,7 @@ from armor.model.source import Source
 from armor.runtime.calls import Call, State, finish, moved, observe_each
 from armor.runtime.skeleton import (
     Skeleton,
+    drop_layer,
     finite,
     load_layer,
     load_outside,
@@ -83,7 +84,7 @@ def measure_sensitivity(
             module = load_layer(skeleton, k, shards, device)
             weights = [module.get_parameter(f"{skeleton.inside(k, linear.name)}.weight") for linear in layer.linears]
             found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, known.length, device)
-            module.to("meta")
+            drop_layer(module)
             part = layer_file(steps.folder, k)
             write_sensitivities(part, found, source.fingerprint)
             steps.put(layer_name(k), File.of(part))

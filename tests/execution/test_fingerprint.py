@@ -6,6 +6,8 @@ import pytest
 
 from armor.execution.fingerprint import code_hash
 
+ROOTS = itertools.count()
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -29,10 +31,8 @@ def project(tmp_path):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
 
-    counter = itertools.count()
-
     def hashed():
-        (root := tmp_path / str(next(counter))).symlink_to(package.parent)  # hashes are kept by root
+        (root := tmp_path / str(next(ROOTS))).symlink_to(package.parent)  # hashes are kept by root
         return code_hash("armor.a", root=root)
 
     return edit, hashed
