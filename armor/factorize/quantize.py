@@ -56,7 +56,7 @@ def quantize_layer(
     factors, output = Path(factors), Path(output)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     start = read_start(factors, topology.fingerprint)
-    inputs = read_statistics(statistics, topology.fingerprint, gram=False)
+    inputs = read_statistics(statistics, topology.fingerprint)
     used = {
         Input.MODEL: topology.fingerprint,
         Input.LAYER.format(layer): start.sha256,
@@ -147,7 +147,7 @@ def quantize_weights(
     importance, names = of_input.importance.to(weights[0].device), list(factors)
     given = [factors[name].to(weights[0].device) for name in names]
     how: dict[str, Any] = {"core": settings.core, "blocks": settings.blocks, "group": settings.group}
-    how |= {"trained": trained, "to_output": to_output}
+    how |= {"gram": of_input.gram, "trained": trained, "to_output": to_output}
     with torch.no_grad():
         if len(names) == 1:
             return {names[0]: quantize(weights[0], importance, given[0], **how).to("cpu")}

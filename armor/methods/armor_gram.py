@@ -17,7 +17,7 @@ from armor.core.pattern import PatternLike
 from armor.methods import method
 from armor.methods.armor import armor, obstacle, peak_bytes
 from armor.methods.solver.settings import SolverSettings
-from armor.methods.sparsegpt import DAMPING, check_gram
+from armor.methods.sparsegpt import check_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,16 +78,12 @@ def armor_gram(
 
 
 def _weighed(gram: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """H (in, in) float32, damped, its live diagonal 1 in the mean, and what the search weighs errors by (in,).
-
-    An input that never fires has the damping alone.
-    """
+    """H (in, in) float32 as `damped` has it, and what the search weighs errors by (in,)."""
     import torch
 
-    diagonal = gram.diagonal().double()
-    live = diagonal[diagonal > 0]
-    h = gram.double() / (live.mean() if len(live) else 1.0)
-    h.diagonal().add_(DAMPING)
+    from armor.methods.solver.output import damped
+
+    h = damped(gram)
     root, info = torch.linalg.cholesky_ex(h)
     if info:
         raise ValueError("gram: not a Gram matrix, for it has negative eigenvalues; calibrate again")

@@ -10,6 +10,8 @@ is preconditioned by the inverse of:
 - for B, (A S)ᵀ(A S) on the left and H on the right, both by block
 
 But for rounding the error falls with every turn. Most of what can be had comes with the first.
+
+With a vector in the place of H, its diagonal, the same is done for inputs that are taken one by one.
 """
 
 from __future__ import annotations
@@ -24,8 +26,21 @@ from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.methods.solver.annealed import by_column
 
-__all__ = ["fitted", "output_error"]
+__all__ = [
+    "between",
+    "damped",
+    "diagonal_of",
+    "fitted",
+    "fitted_core",
+    "fitted_left",
+    "fitted_right",
+    "output_error",
+    "times",
+    "times_left",
+    "times_right",
+]
 
+DAMPING = 0.01  # as in SparseGPT
 ROUNDS = 6
 STEPS = 10  # of conjugate gradients, of S and of B in every round
 RIDGE = 1e-6  # of a diagonal of ones, in curvatures that are inverted
@@ -49,10 +64,22 @@ def fitted(
     h, mask = gram.float(), factors.mask.float()
     wanted = weight.double().div(scale).float() @ h
     for _ in range(rounds):
-        s = _fitted_core(wanted, h, (a, s, b), mask, steps)
-        a = _fitted_left(wanted, h, a, _right(s, b))
-        b = _fitted_right(wanted, h, _left(a, s), b, steps)
+        s = fitted_core(wanted, h, (a, s, b), mask, steps)
+        a, _ = fitted_left(wanted, h, a, times_right(s, b))
+        b, _ = fitted_right(wanted, h, times_left(a, s), b, steps)
     return a.double() * scale, s, b
+
+
+def damped(gram: Tensor) -> Tensor:
+    """H (in, in) float64 of a Gram matrix (in, in): its live diagonal is 1 in the mean, with `DAMPING` added.
+
+    An input that never fires has the damping alone.
+    """
+    diagonal = gram.diagonal().double()
+    live = diagonal[diagonal > 0]
+    h = gram.double() / (live.mean() if len(live) else 1.0)
+    h.diagonal().add_(DAMPING)
+    return h
 
 
 def output_error(weight: Tensor, gram: Tensor, factors: Factorization) -> float:
@@ -65,58 +92,86 @@ def output_error(weight: Tensor, gram: Tensor, factors: Factorization) -> float:
     return float((error @ gram.float()).mul_(error).sum(dtype=torch.float64))
 
 
-def _left(blocks: Tensor, x: Tensor) -> Tensor:
+def times(x: Tensor, curvature: Tensor) -> Tensor:
+    """x (rows, in) times a matrix (in, in), given whole, as blocks on its diagonal (in/d, d, d), or as that (in,)."""
+    if curvature.dim() == 1:
+        return x * curvature
+    return x @ curvature if curvature.dim() == 2 else times_right(x, curvature)
+
+
+def between(b: Tensor, h: Tensor) -> Tensor:
+    """B H Bᵀ (in, in), or its blocks (in/d, d, d) where h is a diagonal (in,); b (in/d, d, d)."""
+    through = b.transpose(1, 2)
+    if h.dim() == 1:
+        return (b * h.view(len(b), 1, -1)) @ through
+    return times_right(times_right(h, through).T.contiguous(), through)
+
+
+def diagonal_of(curvature: Tensor) -> Tensor:
+    """The diagonal (in,) of a matrix as `times` has it."""
+    return curvature if curvature.dim() == 1 else curvature.diagonal(dim1=-2, dim2=-1).reshape(-1)
+
+
+def times_left(blocks: Tensor, x: Tensor) -> Tensor:
     """diag(blocks) x"""
     return torch.bmm(blocks, x.view(*blocks.shape[:2], -1)).view(x.shape)
 
 
-def _right(x: Tensor, blocks: Tensor) -> Tensor:
+def times_right(x: Tensor, blocks: Tensor) -> Tensor:
     """x diag(blocks)"""
     return blockdiag.multiply(blocks.transpose(1, 2), x)
 
 
-def _fitted_core(wanted: Tensor, h: Tensor, factors: tuple[Tensor, Tensor, Tensor], mask: Tensor, steps: int) -> Tensor:
+def fitted_core(wanted: Tensor, h: Tensor, factors: tuple[Tensor, Tensor, Tensor], mask: Tensor, steps: int) -> Tensor:
     """S (out, in); wanted is W H (out, in). The block rows of A are problems of their own."""
     a, s, b = factors
     through, rows = b.transpose(1, 2), a.shape[:2]
-    curvature = _right(_right(h, through).T.contiguous(), through)  # B H Bᵀ
+    curvature = between(b, h)
     of_rows = a.transpose(1, 2) @ a
-    diagonal = of_rows.diagonal(dim1=1, dim2=2)[:, :, None] * curvature.diagonal()
+    diagonal = of_rows.diagonal(dim1=1, dim2=2)[:, :, None] * diagonal_of(curvature)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
     kept = mask.view(*rows, -1)
     return _conjugate_gradients(
         s.view(*rows, -1),
-        _left(a.transpose(1, 2), _right(wanted, through)).view(*rows, -1) * kept,
-        lambda x: torch.bmm(of_rows, x @ curvature) * kept,
+        times_left(a.transpose(1, 2), times_right(wanted, through)).view(*rows, -1) * kept,
+        lambda x: torch.bmm(of_rows, times(x.reshape(s.shape), curvature).view(x.shape)) * kept,
         lambda x: x * inverse,
         steps,
         dims=(1, 2),
     ).view(s.shape)
 
 
-def _fitted_left(wanted: Tensor, h: Tensor, a: Tensor, product: Tensor) -> Tensor:
-    """A (out/d, d, d); product is S B (out, in)."""
+def fitted_left(wanted: Tensor, h: Tensor, a: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """A (out/d, d, d), and the curvature of each row of a block (out/d, d, d); product is S B (out, in)."""
     rows = a.shape[:2]
-    z, image = product.view(*rows, -1), (product @ h).view(*rows, -1)
+    z, image = product.view(*rows, -1), times(product, h).view(*rows, -1)
     curvature = image @ z.transpose(1, 2)
     gradient = wanted.view(*rows, -1) @ z.transpose(1, 2) - a @ curvature
-    return a + _divider(curvature)(gradient.transpose(1, 2)).transpose(1, 2)
+    return a + _divider(curvature)(gradient.transpose(1, 2)).transpose(1, 2), curvature
 
 
-def _fitted_right(wanted: Tensor, h: Tensor, product: Tensor, b: Tensor, steps: int) -> Tensor:
-    """B (in/d, d, d); product is A S (out, in)."""
+def fitted_right(wanted: Tensor, h: Tensor, product: Tensor, b: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """B (in/d, d, d), and the curvature of each column of a block (in/d, d, d) but for what its input weighs.
+
+    product is A S (out, in).
+    """
     size = b.shape[1]
     y = by_column(product, size).transpose(1, 2).contiguous()  # (in/d, d, out)
-    by_block = torch.stack([h[start : start + size, start : start + size] for start in range(0, len(h), size)])
-    of_left, of_right = _divider(y @ y.transpose(1, 2)), _divider(by_block)
-    return _conjugate_gradients(
+    if h.dim() == 1:
+        by_block = torch.diag_embed(h.view(-1, size))
+    else:
+        by_block = torch.stack([h[start : start + size, start : start + size] for start in range(0, len(h), size)])
+    curvature = y @ y.transpose(1, 2)
+    of_left, of_right = _divider(curvature), _divider(by_block)
+    found = _conjugate_gradients(
         b,
         torch.bmm(y, by_column(wanted, size)),
-        lambda x: torch.bmm(y, by_column(_right(product, x) @ h, size)),
+        lambda x: torch.bmm(y, by_column(times(times_right(product, x), h), size)),
         lambda x: of_right(of_left(x).transpose(1, 2)).transpose(1, 2),
         steps,
         dims=(0, 1, 2),
     )
+    return found, curvature
 
 
 def _divider(curvature: Tensor) -> Divide:

@@ -1,13 +1,12 @@
-"""From floats to integers: the factors of one linear, rounded so that the proxy loss stays small.
+"""From floats to integers: the factors of one linear, rounded so that little of what they do is lost.
 
-With √d absorbed and rows and columns normalised, the loss is a plain squared error of A·S·B. To first order an error in
-one number counts by what it meets: in S by the norm of its column of A and of its row of B, in A by S·B, in B by A·S.
-Scales are searched under these weights, and every number goes to the nearest.
+With √d absorbed and rows and columns normalised, the proxy loss is a plain squared error of A·S·B. To first order an
+error in one number counts by what it meets: in S by the norm of its column of A and of its row of B, in A by S·B, in B
+by A·S. Scales are searched under these weights, and every number goes to the nearest. From there
+`armor.methods.solver.integers` searches, and the best of all results stays.
 
-That leaves errors that others could make up for. So S is rounded once more entry by entry, and the kept entries to come
-in its row of a block take up what is missing, as in GPTQ (Frantar et al. 2023, arXiv 2210.17323) with the block's own
-Hessian B D Bᵀ, cut down to what the row keeps. Then A is fitted to the rounded core by least squares and rounded in the
-same way, then B. The better of the two results stays.
+What is best depends on what the factors are for. Those of the proxy loss are judged by it. Where a Gram matrix of the
+inputs is known, those that were made by it or trained are judged by the error of the output.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
-from armor.core.integers import expand_scales, rounded
+from armor.core.integers import rounded
 from armor.core.pattern import top_n_mask
-from armor.core.quantization import LIMITS, IntegerType, Quantization
-from armor.methods.solver.feedback import swept
+from armor.core.quantization import IntegerType, Quantization
+from armor.methods.solver.integers import searched
 from armor.methods.solver.objective import Objective, relative_loss
+from armor.methods.solver.output import damped, output_error
 
 __all__ = ["held_against", "quantize"]
 
-DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
 SLACK = 1.01  # NoWag-P's own weights lose a little more than its loss once they are stored in bfloat16
 
 
@@ -40,15 +39,19 @@ def quantize(
     core: IntegerType,
     blocks: str = "int8",
     group: int = 64,
+    gram: Tensor | None = None,
     trained: bool = False,
     to_output: bool = False,
 ) -> Factorization:
     """`factors` of weight (out, in) under importance (in,) with integers in the place of floats.
 
     `core` is the type of S's numbers, of which `group` in a row share a scale; `blocks` that of A and B, int8 or
-    bfloat16. U and V become bfloat16. The loss of what is returned is never above that of NoWag-P's core rounded alike,
-    which is its start_loss. Not held to that are `trained` factors, and those that lose more than NoWag-P's before they
-    are rounded, like SparseGPT's. These, and those that were fitted `to_output`, are rounded as they are: toward W the
+    bfloat16. U and V become bfloat16. gram (in, in), the mean of x xᵀ, serves factors that were fitted `to_output` and
+    `trained` ones.
+
+    The loss of what is returned is never above that of NoWag-P's core rounded alike, which is its start_loss. Not held
+    to that are `trained` factors, and those that lose more than NoWag-P's before they are rounded, like SparseGPT's.
+    These are brought close to what they are in floats. So are those `to_output` without a Gram matrix, for toward W the
     proxy loss would undo what they gained.
     """
     dtypes = dict.fromkeys(("core", "left", "right"), torch.float32) | dict.fromkeys(("up", "down"), torch.bfloat16)
@@ -59,17 +62,21 @@ def quantize(
     free = trained or _is_for_another_loss(weight, objective, given)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
     d = _importance(objective)
-    target = given.reconstruct() if free or to_output else weight
-    candidates = [_rounded(given, kind, d)]
-    if _has_feedback(given):
-        candidates.append(_fitted(target, objective, given, candidates[0]))
-    best = min(candidates, key=lambda each: relative_loss(target, objective, each))
+    h = damped(gram.to(weight.device)).float() if gram is not None and (trained or to_output) else None
+    target = given.reconstruct() if trained or (h is None and (free or to_output)) else weight.float()
+    start = _rounded(given, kind, d)
+    if h is None:
+        found = [start, *searched(target, objective.row.float(), d, given, start)]
+        losses = [relative_loss(target, objective, each) for each in found]
+    else:
+        found = [start, *searched(target, torch.ones_like(objective.row.float()), h, given, start)]
+        losses = [output_error(target, h, each) for each in found]
+    best = found[losses.index(min(losses))]
     plain = _plain(weight, objective, given, kind, d)
-    losses = [relative_loss(weight, objective, each) for each in (best, plain)]
-    if not (free or losses[0] < losses[1]):
-        best = plain
-    loss = losses[0] if best is not plain else losses[1]
-    return replace(best, loss=loss, start_loss=losses[1])
+    loss, start_loss = (relative_loss(weight, objective, each) for each in (best, plain))
+    if not free and start_loss < loss:
+        best, loss = plain, start_loss
+    return replace(best, loss=loss, start_loss=start_loss)
 
 
 def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> Factorization:
@@ -115,98 +122,6 @@ def _rounded(factors: Factorization, kind: Quantization, d: Tensor) -> Factoriza
         right_scales=sides[1][1],
         quantization=kind,
     )
-
-
-def _has_feedback(factors: Factorization) -> bool:
-    """Whether every row of a block of S keeps as many entries as any other, between blocks of A and B."""
-    if factors.left is None or factors.right is None or factors.pattern.m == 0:
-        return False
-    return factors.right.shape[1] % factors.pattern.m == 0
-
-
-def _fitted(target: Tensor, objective: Objective, factors: Factorization, start: Factorization) -> Factorization:
-    """S rounded with feedback on the scales of `start`, then A, then B, each fitted to what is rounded already."""
-    kind, row, column = start.quantization, objective.row.float(), objective.column.float()
-    assert kind is not None and factors.left is not None and factors.right is not None
-    assert start.core_scales is not None
-    root = objective.importance.clamp_min(1e-8).sqrt().float()
-    w = objective.normal(target) * root
-    size_a, size_b = factors.left.shape[1], factors.right.shape[1]
-    by_column = (root / column).view(-1, 1, size_b)
-    b = factors.right * by_column
-    scales = expand_scales(start.core_scales.float(), kind.group, w.shape[1])
-    core = _core_with_feedback(factors, torch.bmm(b, b.transpose(1, 2)), scales, *LIMITS[kind.core])
-    s = core * scales
-
-    t = blockdiag.multiply(b.transpose(1, 2), s).view(-1, size_a, w.shape[1])  # S B by rows of blocks
-    gram = torch.bmm(t, t.transpose(1, 2))
-    a = _solved(gram, torch.bmm(t, w.view(t.shape).transpose(1, 2))).transpose(1, 2) * row.view(-1, size_a, 1)
-    left, left_scales = _blocks_with_feedback(a, gram, gram.diagonal(dim1=1, dim2=2)[:, None], kind)
-    a = (left if left_scales is None else left * left_scales.float().view(-1, size_a, 1)).float() / row.view(
-        -1, size_a, 1
-    )
-
-    p = torch.bmm(a, s.view(t.shape)).view(w.shape).view(len(w), -1, size_b).transpose(0, 1)  # A S by columns of blocks
-    gram = torch.bmm(p.transpose(1, 2), p)
-    b = _solved(gram, torch.bmm(p.transpose(1, 2), w.view(len(w), -1, size_b).transpose(0, 1))) / by_column
-    right, right_scales = _blocks_with_feedback(b, gram, by_column.square(), kind, across_rows=True)
-    tensors = {"left": left, "left_scales": left_scales, "right": right, "right_scales": right_scales}
-    return replace(start, core=core.to(torch.int8), **tensors)
-
-
-def _damped(gram: Tensor) -> Tensor:
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    return gram + torch.diag_embed(DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal) + 1e-30)
-
-
-def _solved(gram: Tensor, right_side: Tensor) -> Tensor:
-    """The least squares of (count, d, d) problems, hardly damped: what is lost here nothing brings back."""
-    return torch.linalg.solve_ex((gram + 1e-4 * (_damped(gram) - gram)).double(), right_side.double())[0].float()
-
-
-def _upper(gram: Tensor) -> Tensor:
-    """U (..., d, d) upper triangular, Uᵀ U the inverse of the damped gram. Row t says how the entries behind t make up
-    for an error in it."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(_damped(gram).double())[0])
-    return torch.linalg.cholesky_ex(inverse, upper=True)[0].float()
-
-
-def _core_with_feedback(factors: Factorization, gram: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
-    """The integers of S (out, in), on `scales` (out, in); gram (in/d, d, d) is B D Bᵀ."""
-    count, size, _ = gram.shape
-    n, m = factors.pattern.group(size)
-    kept, found = size // m * n, torch.zeros_like(factors.core)
-    step = max(1, (1 << 23) // (count * kept * kept))
-    for start in range(0, len(found), step):
-        rows = slice(start, start + step)
-        mask, core, own, out = (x[rows].view(-1, count, size) for x in (factors.mask, factors.core, scales, found))
-        places = mask.int().argsort(dim=-1, descending=True, stable=True)[..., :kept]
-        blocks = torch.arange(count, device=gram.device).view(1, -1, 1, 1)
-        small = gram[blocks, places[..., :, None], places[..., None, :]]
-        values, _ = swept(core.gather(2, places), _upper(small), own.gather(2, places), least, most)
-        out.scatter_(2, places, values)
-    return found
-
-
-def _blocks_with_feedback(
-    blocks: Tensor, gram: Tensor, importance: Tensor, kind: Quantization, across_rows: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`blocks` (count, d, d) as they are stored, and their scales (count · d,); importance broadcasts to them.
-
-    gram (count, d, d) is the Hessian of each row of a block, or `across_rows` of each of its columns.
-    """
-    if kind.blocks is None:
-        return blocks.to(torch.bfloat16), None
-    size = blocks.shape[1]
-    _, scales = rounded(blocks.reshape(-1, size), kind.blocks, size, importance.expand_as(blocks).reshape(-1, size))
-    own = scales.float().view(-1, size, 1).expand_as(blocks)
-    upper = _upper(gram)[:, None]
-    if across_rows:
-        numbers, _ = swept(blocks.transpose(1, 2), upper, own.transpose(1, 2), *LIMITS[kind.blocks])
-        numbers = numbers.transpose(1, 2)
-    else:
-        numbers, _ = swept(blocks, upper, own, *LIMITS[kind.blocks])
-    return numbers.contiguous().to(torch.int8), scales.view(-1)
 
 
 def _side(blocks: Tensor | None, importance: Tensor | None, kind: Quantization) -> tuple[Tensor | None, Tensor | None]:

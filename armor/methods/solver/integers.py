@@ -1,0 +1,151 @@
+"""Integers in the place of A, S and B, found in rounds so that they make up for each other's errors.
+
+As in `armor.methods.solver.output` E = W − A·S·B, and the error is the trace of E H Eᵀ. A round fits S in floats to A
+and B as they are rounded already. Then S is rounded by coordinate descent: one column after the other takes the
+integers that are best while all others stay, as in QuantEase (Behdin et al. 2023, arXiv 2309.01885). A is fitted to
+that and rounded with feedback, and so is B after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from armor.core.factorization import Factorization
+from armor.core.integers import expand_scales, rounded
+from armor.core.quantization import LIMITS, Quantization
+from armor.methods.solver.feedback import swept
+from armor.methods.solver.output import (
+    between,
+    diagonal_of,
+    fitted_core,
+    fitted_left,
+    fitted_right,
+    times,
+    times_left,
+    times_right,
+)
+
+__all__ = ["searched"]
+
+DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
+ROUNDS = 4
+STEPS = 10  # of conjugate gradients, of S and of B in every round
+SWEEPS = 4  # of coordinate descent over all columns
+WIDTH = 64  # columns of a sweep between two products with the whole of H
+
+
+def searched(
+    target: Tensor, row: Tensor, h: Tensor, factors: Factorization, start: Factorization
+) -> Iterator[Factorization]:
+    """`start`, the integers of `factors`, as each round leaves them.
+
+    target (out, in) float32 is W. Errors of a row are divided by its entry of row (out,). h is H (in, in), or its
+    diagonal (in,).
+    """
+    kind = start.quantization
+    assert kind is not None
+    if factors.up is not None and factors.down is not None:
+        target = target - factors.up.float() @ factors.down.float()
+    if factors.left is None or factors.right is None:
+        if h.dim() == 2:  # without correlations the nearest integers are the best
+            yield _core(target, h, factors.core, factors, start)[0]
+        return
+    row = row.view(len(factors.left), -1, 1)
+    a, s, b = factors.left / row, factors.core, factors.right
+    wanted, mask, found = times(target / row.view(-1, 1), h), factors.mask.float(), start
+    for number in range(ROUNDS):
+        if number:
+            s = fitted_core(wanted, h, (a, s, b), mask, STEPS)
+        found, core = _core(s, between(b, h), s, factors, found)
+        a, curvature = fitted_left(wanted, h, a, times_right(core, b))
+        weights = curvature.diagonal(dim1=1, dim2=2)[:, None].expand_as(a)
+        left, left_scales, a = _side(a * row, curvature, weights, kind)
+        a = a / row
+        b, curvature = fitted_right(wanted, h, times_left(a, core), b, STEPS)
+        weights = diagonal_of(h).view(len(b), 1, -1).expand_as(b)
+        right, right_scales, b = _side(b, curvature, weights, kind, across_rows=True)
+        sides = {"left": left, "left_scales": left_scales, "right": right, "right_scales": right_scales}
+        yield (found := replace(found, **sides))
+
+
+def _core(
+    wanted: Tensor, curvature: Tensor, near: Tensor, factors: Factorization, start: Factorization
+) -> tuple[Factorization, Tensor]:
+    """`start` with the integers on its mask that come close to wanted (out, in), and their numbers (out, in).
+
+    The search begins at the integers that are nearest to near (out, in).
+    """
+    kind = start.quantization
+    assert kind is not None
+    numbers, scales = rounded(near, kind.core, kind.group, diagonal_of(curvature))
+    own = expand_scales(scales.float(), kind.group, near.shape[1]) * factors.mask
+    numbers = descended(numbers.float(), own, wanted, curvature, *LIMITS[kind.core])
+    return replace(start, core=numbers.to(torch.int8), core_scales=scales), numbers * own
+
+
+def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor, least: int, most: int) -> Tensor:
+    """`numbers` (out, in), integers of `scales` (out, in), after sweeps of coordinate descent.
+
+    With E = numbers · scales − wanted the trace of E C Eᵀ never rises. curvature is C (in, in), or the blocks on its
+    diagonal (in/d, d, d). Where a scale is zero the number becomes zero.
+    """
+    numbers, error = numbers.clone(), numbers * scales - wanted
+    columns = numbers.shape[1]
+    width = WIDTH if curvature.dim() == 2 else curvature.shape[1]
+    safe = torch.where(scales == 0, 1.0, scales)
+    for _ in range(SWEEPS):
+        for start in range(0, columns, width):
+            part = slice(start, start + width)
+            if curvature.dim() == 2:
+                own, slope = curvature[part, part], error @ curvature[:, part]
+            else:
+                own = curvature[start // width]
+                slope = error[:, part] @ own
+            changed = error[:, part].T.contiguous()  # (width, out), so that a column lies in one piece
+            slope, kept = slope.T.contiguous(), scales[:, part].T.contiguous()
+            by, aim = safe[:, part].T.contiguous(), wanted[:, part].T.contiguous()
+            found = torch.empty_like(changed)
+            for t in range(len(changed)):
+                curved = own[t, t]
+                step = torch.where(curved > 0, slope[t] / curved, 0)
+                found[t] = ((aim[t] + changed[t] - step) / by[t]).round_().clamp_(least, most)
+                after = found[t] * kept[t] - aim[t]
+                slope += own[t][:, None] * (after - changed[t])
+                changed[t] = after
+            numbers[:, part], error[:, part] = found.T, changed.T
+    return torch.where(scales == 0, 0.0, numbers)
+
+
+def _side(
+    blocks: Tensor, curvature: Tensor, importance: Tensor, kind: Quantization, across_rows: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`blocks` (count, d, d) as they are stored, their scales (count · d,), and their numbers.
+
+    importance (count, d, d). curvature (count, d, d) is the Hessian of each row of a block, or `across_rows` of each
+    of its columns.
+    """
+    if kind.blocks is None:
+        stored = blocks.to(torch.bfloat16)
+        return stored, None, stored.float()
+    size = blocks.shape[1]
+    _, scales = rounded(blocks.reshape(-1, size), kind.blocks, size, importance.reshape(-1, size))
+    own = scales.float().view(-1, size, 1)
+    each, upper = own.expand_as(blocks), _upper(curvature)[:, None]
+    if across_rows:
+        numbers, _ = swept(blocks.transpose(1, 2), upper, each.transpose(1, 2), *LIMITS[kind.blocks])
+        numbers = numbers.transpose(1, 2)
+    else:
+        numbers, _ = swept(blocks, upper, each, *LIMITS[kind.blocks])
+    return numbers.contiguous().to(torch.int8), scales.view(-1), numbers * own
+
+
+def _upper(gram: Tensor) -> Tensor:
+    """U (count, d, d) upper triangular, Uᵀ U the inverse of the damped gram."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    damped = gram + torch.diag_embed(DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal) + 1e-30)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped.double())[0])
+    return torch.linalg.cholesky_ex(inverse, upper=True)[0].float()
