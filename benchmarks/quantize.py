@@ -4,9 +4,10 @@
     python -m benchmarks.quantize armor/layers calibration/wikipedia source.json --layer 12 --linear q_proj
 
 The steps come one on top of the other: every number to the nearest, on the scale that holds the largest of its group;
-searched scales; S with feedback; A and B fitted to it. "Not balanced" is all of them from other factors of the same
-product: columns of A and rows of B are multiplied by 2 to the power of a normal number, and S makes up for it. "Plain"
-is NoWag-P's weights rounded alike. A and B are int8, S is int8 in groups of 64 and int4 of 32. Adds to
+searched scales; each round of the search. "Not balanced" is the last round from other factors of the same product:
+columns of A and rows of B are multiplied by 2 to the power of a normal number, and S makes up for it. "Plain" is
+NoWag-P's weights rounded alike. A and B are int8, S is int8 in groups of 64 and int4 of 32. Where the statistics have
+Gram matrices the error of the output, relative to that of zeros, is told too, with the search for it. Adds to
 benchmarks/quantize.json.
 """
 
@@ -28,9 +29,11 @@ from armor.execution.machine import current_machine, set_threads
 from armor.format.factors import read_factors
 from armor.format.names import layer_file
 from armor.format.shards import Shards
-from armor.format.statistics import read_statistics
+from armor.format.statistics import Statistics, read_statistics
 from armor.methods.solver import rounding
+from armor.methods.solver.integers import searched
 from armor.methods.solver.objective import Objective, relative_loss
+from armor.methods.solver.output import damped, output_error
 from armor.model.source import open_source
 
 OUTPUT = Path(__file__).with_suffix(".json")
@@ -67,24 +70,32 @@ def unbalanced(given: Factorization) -> Factorization:
     return replace(given, core=core, left=given.left * columns[:, None], right=given.right * rows[:, :, None])
 
 
-def losses(weight: Tensor, importance: Tensor, given: Factorization, core: IntegerType) -> dict[str, float]:
-    """The proxy loss of one linear in floats and after each step of rounding."""
+def losses(weight: Tensor, inputs: Statistics, given: Factorization, core: IntegerType) -> dict[str, dict[str, float]]:
+    """The proxy loss of one linear, and with a Gram matrix the output's error, in floats and after each step."""
     kind = Quantization(core, "int8", given.pattern.columns_of(GROUPS[core]))
-    objective = Objective.of(weight, importance)
-    d = rounding._importance(objective)
+    objective = Objective.of(weight, inputs.importance)
+    d, row, other = rounding._importance(objective), objective.row.float(), unbalanced(given)
     scaled = rounding._rounded(given, kind, d)
-    fitted = rounding._fitted(weight, objective, given, scaled)
-    other = unbalanced(given)
     found = {
         "plain": rounding._plain(weight, objective, given, kind, d),
         "floats": given,
         "nearest": rounded_plainly(given, kind),
         "+ scales": scaled,
-        "+ feedback": replace(scaled, core=fitted.core),
-        "+ refit": fitted,
-        "not balanced": rounding._fitted(weight, objective, other, rounding._rounded(other, kind, d)),
     }
-    return {name: relative_loss(weight, objective, factors) for name, factors in found.items()}
+
+    def rounds(row: Tensor, h: Tensor) -> dict[str, Factorization]:
+        results = [*searched(weight, row, h, given, scaled)]
+        *_, last = searched(weight, row, h, other, rounding._rounded(other, kind, d))
+        return {f"round {number}": each for number, each in enumerate(results, 1)} | {"not balanced": last}
+
+    by_loss = found | rounds(row, d)
+    told = {"proxy loss": {name: relative_loss(weight, objective, each) for name, each in by_loss.items()}}
+    if inputs.gram is not None:
+        h = damped(inputs.gram).float()
+        zeros = output_error(weight, h, replace(given, core=torch.zeros_like(given.core)))
+        by_gram = found | {"by the loss": by_loss["round 4"]} | rounds(torch.ones_like(row), h)
+        told["error"] = {name: output_error(weight, h, each) / zeros for name, each in by_gram.items()}
+    return told
 
 
 @torch.no_grad()
@@ -98,15 +109,17 @@ def main(
     """Print a row for each linear and each type of the core."""
     set_threads(1)
     weights, inputs = Shards(open_source(model).path), read_statistics(layer_file(calibration, layer))
-    record = read_json(OUTPUT) if OUTPUT.is_file() else {"machine": current_machine().model_dump(), "proxy losses": {}}
+    record = read_json(OUTPUT) if OUTPUT.is_file() else {"machine": current_machine().model_dump(), "errors": {}}
     for name, stored in read_factors(layer_file(layers, layer))[0].items():
         if stored.left is None or stored.right is None or (linear and name.rpartition(".")[2] not in linear):
             continue
         given = replace(stored, core=stored.core.float(), left=stored.left.float(), right=stored.right.float())
         for core in GROUPS:
-            found = losses(weights.read(f"{name}.weight"), inputs[name].importance, given, core)
-            record["proxy losses"][f"{name}, {core}"] = {step: round(loss, 6) for step, loss in found.items()}
-            print(f"| {name}, {core} | " + " | ".join(f"{step} {loss:.5f}" for step, loss in found.items()), flush=True)
+            told = losses(weights.read(f"{name}.weight").float(), inputs[name], given, core)
+            for kind, found in told.items():
+                record["errors"][f"{name}, {core}, {kind}"] = {step: round(loss, 6) for step, loss in found.items()}
+                row = " | ".join(f"{step} {loss:.5f}" for step, loss in found.items())
+                print(f"| {name}, {core}, {kind} | {row}", flush=True)
             write_json(OUTPUT, record)
 
 

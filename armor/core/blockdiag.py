@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["condition", "expand", "identity", "multiply"]
+__all__ = ["by_column", "condition", "expand", "identity", "multiply"]
 
 
 def identity(dimension: int, block_size: int, **options) -> Tensor:
@@ -22,6 +22,11 @@ def multiply(blocks: Tensor, x: Tensor) -> Tensor:
     count, size, _ = blocks.shape
     y = torch.matmul(x.reshape(-1, count, size).transpose(0, 1), blocks.transpose(1, 2))  # (count, rows, size)
     return y.transpose(0, 1).reshape(x.shape)
+
+
+def by_column(x: Tensor, size: int) -> Tensor:
+    """x (rows, columns) as the blocks of a matrix on its right meet it: (columns / d, rows, d)."""
+    return x.view(x.shape[0], -1, size).transpose(0, 1)
 
 
 def expand(blocks: Tensor) -> Tensor:

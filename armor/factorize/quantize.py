@@ -34,7 +34,7 @@ from armor.methods.solver.rounding import held_against, quantize
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 
-__all__ = ["asked_for", "quantize_layer", "quantize_weights", "sharing_right"]
+__all__ = ["asked_for", "peak_bytes", "quantize_layer", "quantize_weights", "sharing_right"]
 
 
 def quantize_layer(
@@ -155,6 +155,15 @@ def quantize_weights(
         parts = whole.split(names, [len(weight) for weight in weights])
         done = [held_against(part, own, importance) for part, own in zip(parts, weights, strict=True)]
     return {name: own.to("cpu") for name, own in zip(names, done, strict=True)}
+
+
+def peak_bytes(shape: tuple[int, int], gram: bool) -> int:
+    """The most memory that `quantize_weights` holds at once for a weight of `shape` (out, in), beside what it is given.
+
+    Measured, with a Gram matrix and without.
+    """
+    rows, columns = shape
+    return 72 * rows * columns + (8 * columns**2 if gram else 0)
 
 
 def _described(before: LinearRecord, done: Factorization) -> LinearRecord:

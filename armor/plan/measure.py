@@ -20,15 +20,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from armor.config.layers import ModuleSettings
+from armor.config.quantization import QuantizeSettings
+from armor.core import blockdiag
+from armor.core.blocksizes import sizes
+from armor.core.factorization import Factorization
 from armor.core.packing import pack_mask
-from armor.core.pattern import top_n_mask
+from armor.core.pattern import Pattern, top_n_mask
 from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
+from armor.factorize.quantize import quantize_weights
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import Linear
 from armor.format.statistics import Statistics
 from armor.plan.subject import Subject
-from armor.plan.work import Forward, Gram, Head, Kind, Read, Solve, Start, Step, Train
+from armor.plan.work import Forward, Gram, Head, Kind, Read, Round, Solve, Start, Step, Train
 from armor.runtime.calls import Call, State, observe
 from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.skeleton import load_outside, open_skeleton, read_layer, tensors_of, unload_outside
@@ -99,6 +104,8 @@ class _Timer:
                 return self._solve(kind)
             case Gram():
                 return self._gram(kind)
+            case Round():
+                return self._round(kind)
 
     def _opened(self, model: str, dtype: str, length: int, recipe: str | None) -> tuple[nn.Module, State, Call]:
         """The last decoder layer, packed by `recipe` if there is one, and what it is called with."""
@@ -163,20 +170,44 @@ class _Timer:
         rows = min(most, max(entries // kind.columns // 128 * 128, 128))
         return min(_compressed(kind.settings, rows, kind.columns) for _ in range(2)) / (rows * kind.columns)
 
+    def _round(self, kind: Round) -> float:
+        """Of one weight: a random one, with a Gram matrix of this size or without."""
+        rows = max(ENTRIES // 4 // kind.columns // 128 * 128, 128)
+        shape, pattern = (rows, kind.columns), Pattern(2, 4)
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        mask = top_n_mask(weight.abs(), pattern)
+        left, right = (
+            blockdiag.identity(size, own)
+            for size, own in zip(shape, sizes(shape, pattern, kind.block_size), strict=True)
+        )
+        factors = Factorization(weight * mask, mask, pattern, left, right)
+        of_input = Statistics(torch.ones(kind.columns), torch.eye(kind.columns) if kind.gram else None, 1)
+        asked = QuantizeSettings(core=kind.core)
+
+        def work() -> None:
+            quantize_weights([weight], of_input, {"": factors}, asked, trained=False, to_output=kind.gram)
+
+        return _in_one_thread(work) / weight.numel()
+
     def _linears(self) -> list[Linear]:
         """Those of each model's last decoder layer."""
         return [linear for subject in self.subjects.values() for linear in subject.topology.layers[-1].linears]
 
 
 def _compressed(settings: ModuleSettings, rows: int, columns: int) -> float:
-    """Seconds of one thread to compress a random weight (rows, columns): what else the machine does is not in them."""
+    """Seconds of one thread to compress a random weight (rows, columns)."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     of_input = Statistics(torch.ones(columns), torch.eye(columns) if settings.takes("gram") else None, 1)
+    return _in_one_thread(lambda: settings.how.run(weight, of_input, settings, 0))
+
+
+def _in_one_thread(work: Callable[[], object]) -> float:
+    """Seconds of the processor: what else the machine does is not in them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = time.process_time()
     try:
-        settings.how.run(weight, of_input, settings, 0)
+        work()
         return time.process_time() - start
     finally:
         torch.set_num_threads(threads)

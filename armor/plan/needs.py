@@ -16,6 +16,7 @@ from armor.assemble.folder import MAX_SHARD_BYTES
 from armor.calibrate.capture import peak_bytes as calibration_bytes
 from armor.config.training import TrainingSettings
 from armor.factorize.asked import groups_asked, linear_bytes, possible
+from armor.factorize.quantize import peak_bytes as rounding_bytes
 from armor.factorize.sharing import one_linear
 from armor.format.records.topology import DecoderLayer
 from armor.plan.measured import benchmark, evaluate, predict, serving, tasks
@@ -33,7 +34,7 @@ from armor.plan.need import (
     products,
 )
 from armor.plan.subject import Packed, Subject
-from armor.plan.work import Read, Train, Work, solving
+from armor.plan.work import Read, Train, Work, rounding, solving
 from armor.run.groups import expert_groups
 from armor.run.jobs import Job
 from armor.runtime.skeleton import compute_dtype
@@ -46,8 +47,6 @@ LIGHT = 55 * 10**6
 """Bytes of a process that needs no torch."""
 PAGE = 390 * 10**6
 """Bytes of the job that draws the report's figures."""
-ROUNDING = 64
-"""Bytes for each entry of a weight while its factors are rounded. Assumed."""
 
 
 def _fetch(plan: Plan, model: str) -> Need:
@@ -232,9 +231,16 @@ def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
     layer = subject.topology.layers[int(index)]
     written = subject.packed[owner].layer_bytes(layer)
     plan.note(f"recipes.{recipe}: planned with its factors in floats; quantize makes its checkpoint smaller")
-    # The weight, its factors, their integers and what the search for scales takes, each about as large as the weight.
-    computing = max(ROUNDING * linear.out_features * linear.in_features for linear in layer.linears)
-    return Need(memory_of(2 * written, computing), kept=written, work=(START, Work(Read(), 3.0 * written)))
+    gram = plan.config.calibrations[plan.config.calibration_of(recipe)].gram
+    settings, block = plan.config.quantize_settings(recipe, layer.index), plan.config.factorized(recipe).block_size
+    held = sum(4 * group[0].in_features ** (2 if gram else 1) for group in layer.groups())  # statistics
+    computing, work = 0, [START, Work(Read(), 3.0 * written)]
+    for linear in layer.linears:
+        asked, shape = settings.for_module(linear.name), (linear.out_features, linear.in_features)
+        if asked is not None:
+            computing = max(computing, rounding_bytes(shape, gram))
+            work.append(rounding(asked.core, block, shape, gram))
+    return Need(memory_of(held + 2 * written, computing), kept=written, work=tuple(work))
 
 
 def _assemble(plan: Plan, model: str, recipe: str) -> Need:

@@ -13,14 +13,31 @@ from typing import NamedTuple
 from armor.config.layers import ModuleSettings
 from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
+from armor.core.quantization import IntegerType
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 
-__all__ = ["Forward", "Gram", "Head", "Kind", "Read", "Solve", "Start", "Step", "Train", "Work", "solving"]
+__all__ = [
+    "Forward",
+    "Gram",
+    "Head",
+    "Kind",
+    "Read",
+    "Round",
+    "Solve",
+    "Start",
+    "Step",
+    "Train",
+    "Work",
+    "rounding",
+    "solving",
+]
 
 SECONDS_TO_START = 15.0
 """Of a job on a card: Python, its libraries, CUDA. Assumed."""
 FIT = 141
 """Products of an (out, in) matrix with the Gram matrix, by armor.methods.solver.output."""
+SEARCH = 104
+"""Products of an (out, in) matrix with the Gram matrix, by armor.methods.solver.integers."""
 WIDEST = 2048
 """Columns at most of a Gram matrix that is timed; a wider one takes as much more."""
 
@@ -91,7 +108,20 @@ class Gram:
     columns: int
 
 
-Kind = Start | Read | Forward | Step | Head | Train | Solve | Gram
+@dataclass(frozen=True)
+class Round:
+    """Weights whose factors, with blocks of this size, become integers of type `core`; with a Gram matrix or without.
+
+    With one, what they take grows with its columns.
+    """
+
+    core: IntegerType
+    block_size: int
+    columns: int
+    gram: bool
+
+
+Kind = Start | Read | Forward | Step | Head | Train | Solve | Gram | Round
 
 
 class Work(NamedTuple):
@@ -133,3 +163,12 @@ def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Iterator[Work]:
     iterations = settings.solver.iterations
     operations = products * (left + right) * entries * iterations
     yield Work(Solve(settings), entries, operations, True, 250 * entries * iterations)
+
+
+def rounding(core: IntegerType, block_size: int, shape: tuple[int, int], gram: bool) -> Work:
+    """The rounding of a weight of `shape` (out, in). Without a Gram matrix its products are by block."""
+    entries, columns = float(shape[0] * shape[1]), shape[1]
+    timed = min(columns, WIDEST)
+    kind = Round(core, block_size, timed, gram)
+    operations = 2 * entries * SEARCH * (columns if gram else 4 * block_size)
+    return Work(kind, entries * (columns / timed if gram else 1), operations, True, 1000 * entries)

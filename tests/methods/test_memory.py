@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from armor.config.layers import LayerSettings, ModuleSettings
+from armor.config.quantization import QuantizeSettings
+from armor.core import blockdiag
 from armor.core.errors import ArmorError
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
 from armor.execution.machine import peak_memory_bytes
 from armor.factorize.layer import factorize_layer
+from armor.factorize.quantize import peak_bytes as rounding_bytes
+from armor.factorize.quantize import quantize_weights
 from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
@@ -66,3 +72,22 @@ def test_a_device_too_small_is_refused_before_work_starts(tmp_path, monkeypatch)
     with pytest.raises(ArmorError, match=r"gate_proj: 128 x 64 needs about .* GB, cuda:0 has .* choose a larger GPU"):
         factorize_layer(*opened(root), 1, root / "calibration/layer_1.safetensors", layer, output, "cuda:0")
     assert not output.parent.exists()
+
+
+@TOLD
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("shape", [(512, 512), (256, 1024)])
+def test_what_rounding_takes_is_within_a_fifth_too(shape, gram):
+    def measure():
+        for rows, columns in ((256, 256), shape):
+            mask = torch.tensor([True, False]).repeat(rows, columns // 2)
+            sides = blockdiag.identity(rows, 64), blockdiag.identity(columns, 64)
+            weight = torch.randn(rows, columns)
+            factors = Factorization(weight * mask, mask, Pattern(2, 4), *sides)
+            of_input = Statistics(torch.ones(columns), torch.eye(columns) if gram else None, 1)
+            before = held_bytes()
+            forget_peak()
+            quantize_weights([weight], of_input, {"": factors}, QuantizeSettings(), trained=False, to_output=True)
+            print(peak_memory_bytes() - before)
+
+    assert rounding_bytes(shape, gram) == pytest.approx(printed_last(measure), rel=0.2)

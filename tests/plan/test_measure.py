@@ -7,18 +7,18 @@ import dataclasses
 from armor.config.layers import ModuleSettings
 from armor.plan.measure import rates
 from armor.plan.table import kinds, planned
-from armor.plan.work import WIDEST, Forward, Gram, Head, Read, Solve, Start, Step, Train, solving
+from armor.plan.work import WIDEST, Forward, Gram, Head, Read, Round, Solve, Start, Step, Train, rounding, solving
 from tests.plan.test_plan import CONFIG, made
 from tests.tiny import tiny_model
 
 
 def test_every_kind_is_timed_and_the_seconds_are_amounts_by_rates(tmp_path):
-    recipes = CONFIG["recipes"] | {"gram": {"method": "sparsegpt"}}
+    recipes = CONFIG["recipes"] | {"gram": {"method": "sparsegpt"}, "integers": {"base": "armor", "quantize": {}}}
     of_grams = {"words": CONFIG["calibrations"]["words"] | {"gram": True}}
     model = tiny_model(tmp_path / "model", layers=2)
     plan, without, place = made(model, tmp_path / "plan", recipes, calibrations=of_grams)
     wanted = kinds(plan, place)
-    assert {type(kind) for kind in wanted} == {Start, Read, Forward, Step, Head, Train, Solve, Gram}
+    assert {type(kind) for kind in wanted} == {Start, Read, Forward, Step, Head, Train, Solve, Gram, Round}
     packed = {kind.recipe for kind in wanted if isinstance(kind, Forward | Step)}
     assert packed == {None, "armor", "bits", "gram"} and sum(isinstance(kind, Solve) for kind in wanted) >= 2
     started = {kind: 1.0 for kind in wanted if isinstance(kind, Start)}  # each is an import of all libraries
@@ -43,3 +43,8 @@ def test_a_gram_matrix_is_timed_by_its_columns_and_the_search_beside_it_by_itsel
     (alone,) = solving(ModuleSettings.model_validate({"method": "sparsegpt"}), (64, 512))
     (without,) = solving(ModuleSettings(method="wanda"), (64, 512))
     assert isinstance(alone.kind, Gram) and isinstance(without.kind, Solve)
+
+
+def test_rounding_is_timed_by_the_columns_of_a_gram_matrix_too():
+    by_gram, alone = (rounding("int4", 64, (64, 4 * WIDEST), gram) for gram in (True, False))
+    assert by_gram.amount == 4 * alone.amount == 4 * 64 * 4 * WIDEST and by_gram.operations > 10 * alone.operations

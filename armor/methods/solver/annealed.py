@@ -95,11 +95,6 @@ def by_row(x: Tensor, size: int) -> Tensor:
     return x.view(-1, size, x.shape[1])
 
 
-def by_column(x: Tensor, size: int) -> Tensor:
-    """x (rows, columns) as blocks of B meet it: (columns/size, rows, size)."""
-    return x.view(x.shape[0], -1, size).transpose(0, 1)
-
-
 def by_block(x: Tensor, sizes: tuple[int, int]) -> Tensor:
     """x (rows, columns) as (rows/d, d, columns/d, d)."""
     return x.view(x.shape[0] // sizes[0], sizes[0], x.shape[1] // sizes[1], sizes[1])
@@ -120,7 +115,7 @@ def left(blocks: Tensor, x: Tensor, out: Tensor) -> Tensor:
 def right(x: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
     """out = x diag(blocks)"""
     size = blocks.shape[1]
-    torch.bmm(by_column(x, size), blocks, out=by_column(out, size))
+    torch.bmm(blockdiag.by_column(x, size), blocks, out=blockdiag.by_column(out, size))
     return out
 
 
@@ -205,7 +200,9 @@ class Search:
             momentum = min(settings.momentum, (iteration + 1) / (iteration + 4))
             step = min(step * 1.01, ceiling)
             eta = step * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * time_left)))
-            gradient_b = torch.bmm(by_column(self.p, size_b).transpose(1, 2), by_column(self.r, size_b))
+            gradient_b = torch.bmm(
+                blockdiag.by_column(self.p, size_b).transpose(1, 2), blockdiag.by_column(self.r, size_b)
+            )
             right(self.r, self.b.transpose(1, 2), self.q)
             gradient_a = torch.bmm(by_row(self.q, size_a), by_row(self.s, size_a).transpose(1, 2))
             gradient = left(self.a.transpose(1, 2), self.q, self.p).mul_(self.mask)
@@ -220,7 +217,7 @@ class Search:
         """Inverses of the damped curvatures: A's, B's, and S's on the left and on the right. P is up to date."""
         size_a, size_b = self.sizes
         t = by_row(right(self.s, self.b, self.q), size_a)
-        p = by_column(self.p, size_b)
+        p = blockdiag.by_column(self.p, size_b)
         return (
             inverse(torch.bmm(t, t.transpose(1, 2)), settings.damping),
             inverse(torch.bmm(p.transpose(1, 2), p), settings.damping),

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
-from armor.methods.solver.annealed import by_column
 
 __all__ = [
     "between",
@@ -156,7 +155,7 @@ def fitted_right(wanted: Tensor, h: Tensor, product: Tensor, b: Tensor, steps: i
     product is A S (out, in).
     """
     size = b.shape[1]
-    y = by_column(product, size).transpose(1, 2).contiguous()  # (in/d, d, out)
+    y = blockdiag.by_column(product, size).transpose(1, 2).contiguous()  # (in/d, d, out)
     if h.dim() == 1:
         by_block = torch.diag_embed(h.view(-1, size))
     else:
@@ -165,8 +164,8 @@ def fitted_right(wanted: Tensor, h: Tensor, product: Tensor, b: Tensor, steps: i
     of_left, of_right = _divider(curvature), _divider(by_block)
     found = _conjugate_gradients(
         b,
-        torch.bmm(y, by_column(wanted, size)),
-        lambda x: torch.bmm(y, by_column(times(times_right(product, x), h), size)),
+        torch.bmm(y, blockdiag.by_column(wanted, size)),
+        lambda x: torch.bmm(y, blockdiag.by_column(times(times_right(product, x), h), size)),
         lambda x: of_right(of_left(x).transpose(1, 2)).transpose(1, 2),
         steps,
         dims=(0, 1, 2),
