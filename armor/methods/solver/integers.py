@@ -29,7 +29,7 @@ from armor.methods.solver.output import (
     times_right,
 )
 
-__all__ = ["searched"]
+__all__ = ["descended", "searched"]
 
 DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
 ROUNDS = 4
