@@ -1,7 +1,7 @@
 """Quantize the linears of one decoder layer: its factors, as they were found or trained, become integers with scales.
 
-A stage of its own, behind all that makes factors. So one recipe in floats serves several quantized ones, refine and
-tune work on floats, and to try another type costs a minute. What was trained beside the factors is passed on.
+A stage of its own, behind all that makes factors. So one recipe in floats serves several quantized ones, and refine and
+tune work on floats. What was trained beside the factors is passed on.
 """
 
 from __future__ import annotations
