@@ -56,7 +56,8 @@ def quantize_layer(
     factors, output = Path(factors), Path(output)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     start = read_start(factors, topology.fingerprint)
-    inputs = read_statistics(statistics, topology.fingerprint)
+    how = {"trained": bool(start.training), "to_output": any(map(_is_to_output, start.modules.values()))}
+    inputs = read_statistics(statistics, topology.fingerprint, gram=any(how.values()))
     used = {
         Input.MODEL: topology.fingerprint,
         Input.LAYER.format(layer): start.sha256,
@@ -78,7 +79,7 @@ def quantize_layer(
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
                 weights, own = [shards.read(f"{n}.weight").to(device) for n in names], {n: given[n] for n in names}
-                how = {"trained": bool(start.training), "to_output": _is_to_output(start.modules[names[0]])}
+                how |= {"to_output": _is_to_output(start.modules[names[0]])}
                 done = quantize_weights(weights, inputs[names[0]], own, asked, **how)
                 write_factors(file, done, {})
                 for name, one in done.items():
@@ -163,7 +164,8 @@ def peak_bytes(shape: tuple[int, int], gram: bool) -> int:
     Measured, with a Gram matrix and without.
     """
     rows, columns = shape
-    return 72 * rows * columns + (8 * columns**2 if gram else 0)
+    without = 72 * rows * columns
+    return max(without + 8 * columns**2, 24 * rows * columns + 18 * columns**2) if gram else without
 
 
 def _described(before: LinearRecord, done: Factorization) -> LinearRecord:

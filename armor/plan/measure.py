@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from armor.config.layers import ModuleSettings
 from armor.config.quantization import QuantizeSettings
 from armor.core import blockdiag
-from armor.core.blocksizes import sizes
 from armor.core.factorization import Factorization
 from armor.core.packing import pack_mask
-from armor.core.pattern import Pattern, top_n_mask
+from armor.core.pattern import top_n_mask
 from armor.evaluate.logits import comparison, token_losses
 from armor.execution.files import sha256
 from armor.factorize.quantize import quantize_weights
@@ -173,14 +172,13 @@ class _Timer:
     def _round(self, kind: Round) -> float:
         """Of one weight: a random one, with a Gram matrix of this size or without."""
         rows = max(ENTRIES // 4 // kind.columns // 128 * 128, 128)
-        shape, pattern = (rows, kind.columns), Pattern(2, 4)
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        mask = top_n_mask(weight.abs(), pattern)
-        left, right = (
-            blockdiag.identity(size, own)
-            for size, own in zip(shape, sizes(shape, pattern, kind.block_size), strict=True)
-        )
-        factors = Factorization(weight * mask, mask, pattern, left, right)
+        left = right = None
+        if kind.blocks:
+            rows = -(-rows // kind.blocks[0]) * kind.blocks[0]
+            left, right = map(blockdiag.identity, (rows, kind.columns), kind.blocks)
+        weight = torch.randn((rows, kind.columns), generator=torch.Generator().manual_seed(0))
+        mask = top_n_mask(weight.abs(), kind.pattern)
+        factors = Factorization(weight * mask, mask, kind.pattern, left, right)
         of_input = Statistics(torch.ones(kind.columns), torch.eye(kind.columns) if kind.gram else None, 1)
         asked = QuantizeSettings(core=kind.core)
 

@@ -8,6 +8,7 @@ the process takes before any work, and what lies on the host whatever computes.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from armor.assemble.folder import MAX_SHARD_BYTES
 from armor.calibrate.capture import peak_bytes as calibration_bytes
 from armor.config.training import TrainingSettings
+from armor.core.factorization import owner as owner_of
 from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.quantize import peak_bytes as rounding_bytes
 from armor.factorize.sharing import one_linear
@@ -231,15 +233,22 @@ def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:
     layer = subject.topology.layers[int(index)]
     written = subject.packed[owner].layer_bytes(layer)
     plan.note(f"recipes.{recipe}: planned with its factors in floats; quantize makes its checkpoint smaller")
-    gram = plan.config.calibrations[plan.config.calibration_of(recipe)].gram
-    settings, block = plan.config.quantize_settings(recipe, layer.index), plan.config.factorized(recipe).block_size
-    held = sum(4 * group[0].in_features ** (2 if gram else 1) for group in layer.groups())  # statistics
+    config, settings = plan.config, plan.config.quantize_settings(recipe, layer.index)
+    made, methods = config.chain(recipe), config.layer_settings(recipe, layer.index)
+    trained = any(stage in ("refine", "tune") for stage, _ in made[: made.index(("quantize", recipe))])
+    has_gram = config.calibrations[config.calibration_of(recipe)].gram
     computing, work = 0, [START, Work(Read(), 3.0 * written)]
+    by_gram = {n.name: has_gram and (trained or methods.for_module(n.name).takes("gram")) for n in layer.linears}
+    held = sum(4 * group[0].in_features ** (2 if any(by_gram.values()) else 1) for group in layer.groups())
+    rows: Counter[str] = Counter()  # linears that share B are rounded as one
     for linear in layer.linears:
-        asked, shape = settings.for_module(linear.name), (linear.out_features, linear.in_features)
-        if asked is not None:
-            computing = max(computing, rounding_bytes(shape, gram))
-            work.append(rounding(asked.core, block, shape, gram))
+        name, layout = linear.name, subject.packed[owner].modules.get(linear.name)
+        asked = layout and settings.for_module(name)
+        if layout is not None and asked is not None:
+            first = owner_of(name, "right", layout.right_of)
+            rows[first] += layout.out_features
+            computing = max(computing, rounding_bytes((rows[first], layout.in_features), by_gram[name]))
+            work.append(rounding(asked.core, layout, by_gram[name]))
     return Need(memory_of(held + 2 * written, computing), kept=written, work=tuple(work))
 
 

@@ -14,6 +14,7 @@ from armor.config.layers import ModuleSettings
 from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
 from armor.core.quantization import IntegerType
+from armor.format.checkpoint import PackedLinear
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 
 __all__ = [
@@ -110,13 +111,14 @@ class Gram:
 
 @dataclass(frozen=True)
 class Round:
-    """Weights whose factors, with blocks of this size, become integers of type `core`; with a Gram matrix or without.
+    """Weights whose factors become integers of type `core`, with so many columns and such blocks, if any.
 
-    With one, what they take grows with its columns.
+    With a Gram matrix what they take grows with the columns.
     """
 
     core: IntegerType
-    block_size: int
+    pattern: Pattern
+    blocks: tuple[int, int] | None
     columns: int
     gram: bool
 
@@ -165,10 +167,16 @@ def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Iterator[Work]:
     yield Work(Solve(settings), entries, operations, True, 250 * entries * iterations)
 
 
-def rounding(core: IntegerType, block_size: int, shape: tuple[int, int], gram: bool) -> Work:
-    """The rounding of a weight of `shape` (out, in). Without a Gram matrix its products are by block."""
-    entries, columns = float(shape[0] * shape[1]), shape[1]
-    timed = min(columns, WIDEST)
-    kind = Round(core, block_size, timed, gram)
-    operations = 2 * entries * SEARCH * (columns if gram else 4 * block_size)
+def rounding(core: IntegerType, layout: PackedLinear, gram: bool) -> Work:
+    """The rounding of a linear's factors in floats. Without a Gram matrix its products are by block.
+
+    A card's time to start the steps of the search, some hundreds for each column, is not in the operations.
+    """
+    entries, columns = float(layout.out_features * layout.in_features), layout.in_features
+    left, right = layout.left_block_size, layout.right_block_size
+    blocks = (left, right) if left is not None and right is not None else None
+    unit = right or layout.pattern.m or 1
+    timed = columns if columns <= WIDEST else WIDEST // unit * unit
+    kind = Round(core, layout.pattern, blocks, timed, gram)
+    operations = 2 * entries * SEARCH * (columns if gram else 2 * sum(blocks or ()))
     return Work(kind, entries * (columns / timed if gram else 1), operations, True, 1000 * entries)

@@ -76,7 +76,7 @@ def test_a_device_too_small_is_refused_before_work_starts(tmp_path, monkeypatch)
 
 @TOLD
 @pytest.mark.parametrize("gram", [True, False])
-@pytest.mark.parametrize("shape", [(256, 1024)])
+@pytest.mark.parametrize("shape", [(256, 1024), (128, 2048)])
 def test_what_rounding_takes_is_within_a_fifth_too(shape, gram):
     def measure():
         for rows, columns in ((256, 256), shape):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from armor.config.layers import ModuleSettings
+from armor.core.pattern import Pattern
+from armor.format.checkpoint import PackedLinear
 from armor.plan.measure import rates
+from armor.plan.needs import need
 from armor.plan.table import kinds, planned
 from armor.plan.work import WIDEST, Forward, Gram, Head, Read, Round, Solve, Start, Step, Train, rounding, solving
+from armor.run.jobs import jobs
 from tests.plan.test_plan import CONFIG, made
 from tests.tiny import tiny_model
 
@@ -46,5 +52,44 @@ def test_a_gram_matrix_is_timed_by_its_columns_and_the_search_beside_it_by_itsel
 
 
 def test_rounding_is_timed_by_the_columns_of_a_gram_matrix_too():
-    by_gram, alone = (rounding("int4", 64, (64, 4 * WIDEST), gram) for gram in (True, False))
+    layout = PackedLinear(64, 4 * WIDEST, Pattern(2, 4), 64, 64)
+    by_gram, alone = (rounding("int4", layout, gram) for gram in (True, False))
     assert by_gram.amount == 4 * alone.amount == 4 * 64 * 4 * WIDEST and by_gram.operations > 10 * alone.operations
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PackedLinear(96, 90, Pattern.parse("50%")),
+        PackedLinear(90, 96, Pattern(2, 4), 90, 48),
+        PackedLinear(8, 2 * WIDEST + 96, Pattern(2, 4), 8, 96),
+    ],
+    ids=["pruned", "blocks", "wide"],
+)
+@pytest.mark.parametrize("gram", [True, False])
+def test_rounding_is_timed_with_the_pattern_and_the_blocks_of_the_linear(layout, gram):
+    (kind,) = {rounding("int8", layout, gram).kind}
+    assert rates({}, [kind])[kind] > 0
+
+
+def test_what_rounding_needs_follows_what_it_does(tmp_path):
+    """A Gram matrix counts where it is used, linears that stay dense do not, and those that share B are one."""
+    recipes = {
+        "armor": {"method": "armor", "block_size": 16, "solver": {"iterations": 2}},
+        "plain": {"base": "armor", "quantize": {}},
+        "trained": {"base": "armor", "refine": {"sequences": 2, "held_out": 1, "batch": 1, "steps": 1}, "quantize": {}},
+        "dense": {"method": "armor", "overrides": [{"modules": "*.mlp.*", "method": "dense"}], "quantize": {}},
+    }
+    of_grams = {"words": CONFIG["calibrations"]["words"] | {"gram": True}}
+    plan, _, place = made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", recipes, calibrations=of_grams)
+    found = {
+        job.names[1]: [work.kind for work in need(plan, job).work if isinstance(work.kind, Round)]
+        for job in jobs(plan.config, place)
+        if job.stage == "quantize"
+    }
+    assert {name: {kind.gram for kind in kinds} for name, kinds in found.items()} == {
+        "plain": {False},
+        "trained": {True},
+        "dense": {False},
+    }
+    assert {name: len(kinds) for name, kinds in found.items()} == {"plain": 7, "trained": 7, "dense": 4}

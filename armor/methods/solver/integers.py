@@ -1,9 +1,9 @@
 """Integers in the place of A, S and B, found in rounds so that they make up for each other's errors.
 
-As in `armor.methods.solver.output` E = W − A·S·B, and the error is the trace of E H Eᵀ. A round fits S in floats to A
-and B as they are rounded already. Then S is rounded by coordinate descent: one column after the other takes the
-integers that are best while all others stay, as in QuantEase (Behdin et al. 2023, arXiv 2309.01885). A is fitted to
-that and rounded with feedback, and so is B after it.
+As in `armor.methods.solver.output` E = W − A·S·B, and the error is the trace of E H Eᵀ. A round rounds S by coordinate
+descent: one column after the other takes the integers that are best while all others stay, as in QuantEase (Behdin et
+al. 2023, arXiv 2309.01885). A is fitted to that and rounded with feedback, and so is B after it. The next round begins
+with S in floats, fitted to A and B as they are now.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from armor.methods.solver.output import (
 
 __all__ = ["descended", "searched"]
 
-DAMPING = 0.01  # of the mean diagonal of a Hessian, as in SparseGPT
+DAMPING = 0.01  # of the mean diagonal of a block's Hessian, as in SparseGPT
 ROUNDS = 4
 STEPS = 10  # of conjugate gradients, of S and of B in every round
 SWEEPS = 4  # of coordinate descent over all columns
@@ -43,14 +43,16 @@ def searched(
 ) -> Iterator[Factorization]:
     """`start`, the integers of `factors`, as each round leaves them.
 
-    target (out, in) float32 is W. Errors of a row are divided by its entry of row (out,). h is H (in, in), or its
-    diagonal (in,).
+    target (out, in) is W. h is H (in, in), or its diagonal (in,). Errors of a row are divided by its entry of row
+    (out,): the norms of the proxy loss, or ones for the output.
     """
     kind = start.quantization
     assert kind is not None
+    target = target.float()
     if factors.up is not None and factors.down is not None:
         target = target - factors.up.float() @ factors.down.float()
     if factors.left is None or factors.right is None:
+        assert factors.left is factors.right
         if h.dim() == 2:  # without correlations the nearest integers are the best
             yield _core(target, h, factors.core, factors, start)[0]
         return
@@ -63,11 +65,11 @@ def searched(
         found, core = _core(s, between(b, h), s, factors, found)
         a, curvature = fitted_left(wanted, h, a, times_right(core, b))
         weights = curvature.diagonal(dim1=1, dim2=2)[:, None].expand_as(a)
-        left, left_scales, a = _side(a * row, curvature, weights, kind)
+        left, left_scales, a = _side_with_feedback(a * row, curvature, weights, kind)
         a = a / row
         b, curvature = fitted_right(wanted, h, times_left(a, core), b, STEPS)
         weights = diagonal_of(h).view(len(b), 1, -1).expand_as(b)
-        right, right_scales, b = _side(b, curvature, weights, kind, across_rows=True)
+        right, right_scales, b = _side_with_feedback(b, curvature, weights, kind, across_rows=True)
         sides = {"left": left, "left_scales": left_scales, "right": right, "right_scales": right_scales}
         yield (found := replace(found, **sides))
 
@@ -120,7 +122,7 @@ def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor
     return torch.where(scales == 0, 0.0, numbers)
 
 
-def _side(
+def _side_with_feedback(
     blocks: Tensor, curvature: Tensor, importance: Tensor, kind: Quantization, across_rows: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`blocks` (count, d, d) as they are stored, their scales (count · d,), and their numbers.
@@ -146,6 +148,6 @@ def _side(
 def _upper(gram: Tensor) -> Tensor:
     """U (count, d, d) upper triangular, Uᵀ U the inverse of the damped gram."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    damped = gram + torch.diag_embed(DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal) + 1e-30)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped.double())[0])
+    ridge = DAMPING * diagonal.mean(-1, keepdim=True).expand_as(diagonal) + 1e-30
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex((gram + torch.diag_embed(ridge)).double())[0])
     return torch.linalg.cholesky_ex(inverse, upper=True)[0].float()

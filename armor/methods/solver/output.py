@@ -76,7 +76,7 @@ def damped(gram: Tensor) -> Tensor:
     """
     diagonal = gram.diagonal().double()
     live = diagonal[diagonal > 0]
-    h = gram.double() / (live.mean() if len(live) else 1.0)
+    h = gram.to(torch.float64, copy=True).div_(live.mean() if len(live) else 1.0)
     h.diagonal().add_(DAMPING)
     return h
 

@@ -11,7 +11,9 @@ inputs is known, those that were made by it or trained are judged by the error o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +53,10 @@ def quantize(
 
     The loss of what is returned is never above that of NoWag-P's core rounded alike, which is its start_loss. Not held
     to that are `trained` factors, and those that lose more than NoWag-P's before they are rounded, like SparseGPT's.
-    These are brought close to what they are in floats. So are those `to_output` without a Gram matrix, for toward W the
-    proxy loss would undo what they gained.
+
+    With a Gram matrix factors `to_output` are brought close to W, and trained ones to what they are in floats. Without
+    one, those that minimise the proxy loss are brought close to W. All others are brought close to their floats, for
+    toward W the proxy loss would undo what they gained.
     """
     dtypes = dict.fromkeys(("core", "left", "right"), torch.float32) | dict.fromkeys(("up", "down"), torch.bfloat16)
     given = replace(
@@ -61,22 +65,25 @@ def quantize(
     objective = Objective.of(weight, importance)
     free = trained or _is_for_another_loss(weight, objective, given)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
-    d = _importance(objective)
-    h = damped(gram.to(weight.device)).float() if gram is not None and (trained or to_output) else None
-    target = given.reconstruct() if trained or (h is None and (free or to_output)) else weight.float()
-    start = _rounded(given, kind, d)
-    if h is None:
-        found = [start, *searched(target, objective.row.float(), d, given, start)]
-        losses = [relative_loss(target, objective, each) for each in found]
+    d, row = _importance(objective), objective.row.float()
+    start, plain = _rounded(given, kind, d), _plain(weight, objective, given, kind, d)
+    start_loss = relative_loss(weight, objective, plain)
+
+    def kept(candidates: Iterable[Factorization]) -> list[Factorization]:
+        return [each for each in candidates if free or relative_loss(weight, objective, each) <= start_loss]
+
+    if gram is not None and (trained or to_output):
+        h = damped(gram.to(weight.device)).float()
+        target = given.reconstruct() if trained else weight.float()
+        found = kept(searched(target, torch.ones_like(row), h, given, start))
+        if not found:  # then the proxy loss, by which nothing is as far off
+            found = kept([start, *searched(given.reconstruct(), row, d, given, start)])
+        best = min(found, key=partial(output_error, target, h), default=plain)
     else:
-        found = [start, *searched(target, torch.ones_like(objective.row.float()), h, given, start)]
-        losses = [output_error(target, h, each) for each in found]
-    best = found[losses.index(min(losses))]
-    plain = _plain(weight, objective, given, kind, d)
-    loss, start_loss = (relative_loss(weight, objective, each) for each in (best, plain))
-    if not free and start_loss < loss:
-        best, loss = plain, start_loss
-    return replace(best, loss=loss, start_loss=start_loss)
+        target = given.reconstruct() if free or to_output else weight
+        found = kept([start, *searched(target, row, d, given, start)])
+        best = min(found, key=partial(relative_loss, target, objective), default=plain)
+    return replace(best, loss=relative_loss(weight, objective, best), start_loss=start_loss)
 
 
 def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> Factorization:

@@ -24,6 +24,14 @@ def error(numbers, scales, wanted, curvature):
     return float(((e @ curvature.double()) * e).sum())
 
 
+def as_stored(values, kind, group):
+    """The nearest of what `kind` holds."""
+    if kind == "bfloat16":
+        return values.bfloat16().float()
+    numbers, scales = rounded(rows := values.reshape(-1, values.shape[-1]), kind, group)
+    return (numbers * expand_scales(scales.float(), group, rows.shape[1])).view(values.shape)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([(8, 16), (5, 72), (16, 130)]), st.sampled_from([*LIMITS]), st.booleans(), st.integers(0, 2**31))
 def test_no_sweep_makes_the_error_larger(shape, kind, dead, seed):
@@ -72,8 +80,10 @@ def test_what_was_trained_stays_what_it_was_at_the_output(core, blocks):
     found = METHODS["armor"].function(weight, importance, **ARMOR)
     trained = replace(found, core=found.core + 0.1 * torch.randn(32, 32) * found.mask)
     h, floats = damped(gram).float(), trained.reconstruct()
-    errors = [
-        output_error(floats, h, quantize(weight, importance, trained, core=core, blocks=blocks, gram=own, trained=True))
-        for own in (gram, None)
-    ]
-    assert errors[0] < errors[1] < output_error(floats, h, replace(trained, core=torch.zeros(32, 32)))
+    known, unknown = (
+        quantize(weight, importance, trained, core=core, blocks=blocks, gram=own, trained=True) for own in (gram, None)
+    )
+    parts = {"core": (core, 32), "left": (blocks, 8), "right": (blocks, 8)}
+    nearest = replace(trained, **{name: as_stored(getattr(trained, name), *kind) for name, kind in parts.items()})
+    errors = [output_error(floats, h, each) for each in (known, unknown, nearest)]
+    assert errors[0] < errors[1] < errors[2]

@@ -9,7 +9,7 @@ from armor.core.pattern import Pattern, is_nm
 from armor.core.quantization import LIMITS
 from armor.methods import METHODS
 from armor.methods.solver.objective import Objective, relative_loss
-from armor.methods.solver.output import output_error
+from armor.methods.solver.output import damped, output_error
 from armor.methods.solver.rounding import quantize
 from armor.methods.solver.settings import SolverSettings
 from tests.methods.test_low_rank import problem as correlated
@@ -83,3 +83,18 @@ def test_what_was_trained_is_rounded_as_it_is(core):
     assert torch.equal(done.mask, found.mask) and done.loss > done.start_loss
     trained, root = found.reconstruct(), importance.sqrt()  # a channel without importance may be rounded as it will
     assert ((done.reconstruct() - trained) * root).norm() < (0.02 if core == "int8" else 0.15) * (trained * root).norm()
+
+
+@pytest.mark.parametrize("core", LIMITS)
+@pytest.mark.parametrize("small", [1.0, 1e-3])
+def test_the_promise_holds_by_a_gram_matrix_too_and_costs_nothing(core, small):
+    """Of an input with small weights the error hardly counts at the output, but as much as any in the proxy loss."""
+    weight, importance, gram = correlated(24, 32)
+    weight[:, 3] *= small
+    found = METHODS["armor_gram"].function(weight, importance, gram, **ARMOR)
+    known, unknown = (
+        quantize(weight, importance, found, core=core, group=16, to_output=True, gram=own) for own in (gram, None)
+    )
+    assert torch.equal(known.mask, found.mask) and known.loss <= known.start_loss
+    h = damped(gram).float()
+    assert output_error(weight, h, known) <= output_error(weight, h, unknown)
