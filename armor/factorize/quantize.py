@@ -56,8 +56,8 @@ def quantize_layer(
     factors, output = Path(factors), Path(output)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     start = read_start(factors, topology.fingerprint)
-    how = {"trained": bool(start.training), "to_output": any(map(_is_to_output, start.modules.values()))}
-    inputs = read_statistics(statistics, topology.fingerprint, gram=any(how.values()))
+    trained, to_output = bool(start.training), {n for n, linear in start.modules.items() if _is_to_output(linear)}
+    inputs = read_statistics(statistics, topology.fingerprint, gram=trained or bool(to_output))
     used = {
         Input.MODEL: topology.fingerprint,
         Input.LAYER.format(layer): start.sha256,
@@ -79,8 +79,7 @@ def quantize_layer(
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
                 weights, own = [shards.read(f"{n}.weight").to(device) for n in names], {n: given[n] for n in names}
-                how |= {"to_output": _is_to_output(start.modules[names[0]])}
-                done = quantize_weights(weights, inputs[names[0]], own, asked, **how)
+                done = quantize_weights(weights, inputs[names[0]], own, asked, trained, names[0] in to_output)
                 write_factors(file, done, {})
                 for name, one in done.items():
                     entries[name] = entry = _described(start.modules[name], one)

@@ -95,31 +95,26 @@ def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor
     With E = numbers · scales − wanted the trace of E C Eᵀ never rises. curvature is C (in, in), or the blocks on its
     diagonal (in/d, d, d). Where a scale is zero the number becomes zero.
     """
-    numbers, error = numbers.clone(), numbers * scales - wanted
-    columns = numbers.shape[1]
+    numbers = numbers.T.clone(memory_format=torch.contiguous_format)  # so that a column lies in one piece
+    scales, wanted = scales.T.contiguous(), wanted.T.contiguous()
+    error, divisors = numbers * scales - wanted, torch.where(scales == 0, 1.0, scales)
     width = WIDTH if curvature.dim() == 2 else curvature.shape[1]
-    safe = torch.where(scales == 0, 1.0, scales)
     for _ in range(SWEEPS):
-        for start in range(0, columns, width):
+        for start in range(0, len(numbers), width):
             part = slice(start, start + width)
             if curvature.dim() == 2:
-                own, slope = curvature[part, part], error @ curvature[:, part]
+                own, slope = curvature[part, part], curvature[part] @ error
             else:
                 own = curvature[start // width]
-                slope = error[:, part] @ own
-            changed = error[:, part].T.contiguous()  # (width, out), so that a column lies in one piece
-            slope, kept = slope.T.contiguous(), scales[:, part].T.contiguous()
-            by, aim = safe[:, part].T.contiguous(), wanted[:, part].T.contiguous()
-            found = torch.empty_like(changed)
-            for t in range(len(changed)):
-                curved = own[t, t]
-                step = torch.where(curved > 0, slope[t] / curved, 0)
-                found[t] = ((aim[t] + changed[t] - step) / by[t]).round_().clamp_(least, most)
-                after = found[t] * kept[t] - aim[t]
-                slope += own[t][:, None] * (after - changed[t])
-                changed[t] = after
-            numbers[:, part], error[:, part] = found.T, changed.T
-    return torch.where(scales == 0, 0.0, numbers)
+                slope = own @ error[part]
+            for t, column in enumerate(range(start, start + len(own))):
+                step = torch.where(own[t, t] > 0, slope[t] / own[t, t], 0)
+                best = (wanted[column] + error[column] - step) / divisors[column]
+                numbers[column] = best.round_().clamp_(least, most)
+                after = numbers[column] * scales[column] - wanted[column]
+                slope += own[t][:, None] * (after - error[column])
+                error[column] = after
+    return torch.where(scales == 0, 0.0, numbers).T.contiguous()
 
 
 def _side_with_feedback(

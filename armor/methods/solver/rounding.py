@@ -11,9 +11,10 @@ inputs is known, those that were made by it or trained are judged by the error o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,20 +71,25 @@ def quantize(
     start_loss = relative_loss(weight, objective, plain)
 
     def kept(candidates: Iterable[Factorization]) -> list[Factorization]:
-        return [each for each in candidates if free or relative_loss(weight, objective, each) <= start_loss]
+        known = [replace(each, loss=relative_loss(weight, objective, each)) for each in candidates]
+        return [each for each in known if free or each.loss <= start_loss]
 
+    error: Callable[[Factorization], float] = attrgetter("loss")
     if gram is not None and (trained or to_output):
         h = damped(gram.to(weight.device)).float()
         target = given.reconstruct() if trained else weight.float()
+        error = partial(output_error, target, h)
         found = kept(searched(target, torch.ones_like(row), h, given, start))
         if not found:  # then the proxy loss, by which nothing is as far off
             found = kept([start, *searched(given.reconstruct(), row, d, given, start)])
-        best = min(found, key=partial(output_error, target, h), default=plain)
-    else:
-        target = given.reconstruct() if free or to_output else weight
+    elif free or to_output:
+        target = given.reconstruct()
+        error = partial(relative_loss, target, objective)
         found = kept([start, *searched(target, row, d, given, start)])
-        best = min(found, key=partial(relative_loss, target, objective), default=plain)
-    return replace(best, loss=relative_loss(weight, objective, best), start_loss=start_loss)
+    else:
+        found = kept([start, *searched(weight, row, d, given, start)])
+    best = min(found, key=error, default=replace(plain, loss=start_loss))
+    return replace(best, start_loss=start_loss)
 
 
 def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> Factorization:
