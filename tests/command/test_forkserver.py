@@ -1,5 +1,6 @@
 """The fork server: a command that it runs is the command, in what it says, how it ends, and when it is killed."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -19,16 +20,38 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 3600  # only if it hangs
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """The environment of commands while a server runs, which ends with the process that started it."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+@contextlib.contextmanager
+def started():
+    """A server, which ends with the process that started it: that process, and the variable that it set."""
     code = (
         "import os, sys; from armor.command import forkserver; forkserver.start(); "
         "print(os.environ[forkserver.VARIABLE], flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        monkeypatch.setenv(forkserver.VARIABLE, parent.stdout.readline().decode().strip())
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) as parent:
+        yield parent, parent.stdout.readline().decode().strip()
+
+
+@pytest.fixture(scope="module")
+def one():
+    with started() as server:
+        yield server
+
+
+@pytest.fixture
+def server(one, monkeypatch):
+    """The environment of commands while a server runs, the same for all tests that leave it as it is."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(forkserver.VARIABLE, one[1])
+    return one[0]
+
+
+@pytest.fixture
+def own_server(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with started() as (parent, variable):
+        monkeypatch.setenv(forkserver.VARIABLE, variable)
         yield parent
 
 
@@ -109,8 +132,8 @@ def test_a_command_whose_job_is_lost_fails_with_one_line(blocked):
     assert command.communicate() == ("", "armor: error: the process that watched this job was killed; run it again\n")
 
 
-def test_without_the_server_the_command_works_by_itself(server):
-    process_of(server).kill()
+def test_without_the_server_the_command_works_by_itself(own_server):
+    process_of(own_server).kill()
     assert armor("factorize", "--help").wait(timeout=SECONDS) == 0
 
 
@@ -121,9 +144,9 @@ def test_a_command_of_another_environment_works_by_itself(server, monkeypatch):
     process_of(server).resume()
 
 
-def test_the_server_ends_with_the_process_that_started_it(server):
-    process = process_of(server)
-    server.kill()
+def test_the_server_ends_with_the_process_that_started_it(own_server):
+    process = process_of(own_server)
+    own_server.kill()
     process.wait(timeout=SECONDS)
 
 

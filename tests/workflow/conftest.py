@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -20,11 +20,19 @@ from armor.command import forkserver
 from armor.execution.fingerprint import code_hash
 from armor.run import explain  # noqa: F401
 from armor.run.stages import STAGES
-from tests.forks import fork
+from tests.forks import fork, popen
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAYERS = 3
+
+
+def all_forked() -> None:
+    """Let the server do `inspect` and `report` too, which import for two seconds each."""
+    from armor.run.stages import STAGES  # those of a copy of the code, where it was imported anew
+
+    for stage in ("inspect", "report"):
+        STAGES[stage] = replace(STAGES[stage], forked=True)
 
 
 @cache
@@ -32,6 +40,9 @@ def server() -> str | None:
     """The name of this process's server of forks: one for all runs on this code, instead of one for each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))  # a part of the server's address
+        patch.setattr(subprocess, "Popen", popen)
+        for stage in ("inspect", "report"):
+            patch.setitem(STAGES, stage, replace(STAGES[stage], forked=True))
         forkserver.start()
     return os.environ.pop(forkserver.VARIABLE, None)
 
@@ -100,6 +111,7 @@ class Run:
                 sys.path.insert(0, str(self.repository))
                 for name in [name for name in sys.modules if name.partition(".")[0] == "armor"]:
                     del sys.modules[name]
+            all_forked()
             work()
 
         return fork(anew, folder or self.repository, self._environment())

@@ -12,22 +12,16 @@ import time
 
 import psutil
 import pytest
-import yaml
+import snakemake.cli
 
 from armor.config.run import Config
 from armor.run.status import start_run
 from tests.forks import armor
-from tests.killed import POINTS, left_over, results_of, sitecustomize
+from tests.killed import POINTS, die_at, left_over, results_of, sitecustomize
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 from tests.workflow.test_rerun import AFTER_FACTORS
 
 KILLS = int(os.environ.get("ARMOR_KILLS", "3"))  # `make test-faults`: 50
-
-
-def command(run):
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "2"]
-    return [*command, "--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
 
 
 def killed(run, point, number, where="", targets=()):
@@ -39,16 +33,20 @@ def killed(run, point, number, where="", targets=()):
     patch = run.folder / "patch"
     shutil.rmtree(patch, ignore_errors=True)
     sitecustomize(patch, point, number, where)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (patch, REPOSITORY)))}
-    with open(run.folder / "run.log", "ab") as log:
-        process = subprocess.Popen(
-            [*command(run), "--", *targets], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    status = process.wait()
-    while any(is_alive(other, process.pid) for other in psutil.process_iter()):
+    patched = Run(run.folder, run.config, python=patch)
+    arguments = patched.command("--", *targets)["args"][2:]
+
+    def dying():
+        os.setsid()
+        die_at(point, number, patch / "counter", where)
+        sys.argv = arguments
+        snakemake.cli.main(arguments[1:])
+
+    done = patched.forked(dying)
+    while any(is_alive(other, done.args) for other in psutil.process_iter()):
         time.sleep(0.05)
-    assert status in (0, -signal.SIGKILL), (run.folder / "run.log").read_text()[-3000:]
-    return status != 0
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode != 0
 
 
 def is_alive(process, group):
