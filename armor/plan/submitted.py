@@ -15,18 +15,35 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from armor.core.errors import ArmorError
-from armor.plan.table import StagePlan, Submitted
+from armor.core.typed import Typed
 from armor.run.stages import CLUSTER_CORES, STAGES
 
-__all__ = ["submitted", "table", "too_small"]
+if TYPE_CHECKING:  # it needs torch
+    from armor.plan.table import StagePlan
+
+__all__ = ["Submitted", "submitted", "table", "too_small"]
 
 PROFILE = "config.yaml"
 ANY_CORES = 9999
 """A cluster has no limit; without a number a dry run would say what this machine allows."""
+
+
+class Submitted(Typed):
+    """Jobs of one stage that ask a cluster for the same."""
+
+    stage: str
+    jobs: int
+    cores: int
+    memory_bytes: int
+    """On the host; 0 where nothing is asked."""
+    minutes: int
+    """The time limit; 0 where none is set."""
+    gpus: int
 
 
 def submitted(files: Sequence[Path], profile: str, folder: Path) -> tuple[Submitted, ...]:

@@ -10,12 +10,13 @@ from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 from armor.plan.need import Need, Plan
 from armor.plan.needs import need
 from armor.plan.subject import Subject
+from armor.plan.submitted import Submitted
 from armor.plan.work import Kind
 from armor.run.jobs import Job, jobs
 from armor.run.stages import STAGES
 from armor.runtime.load import read_config
 
-__all__ = ["Planned", "RecipePlan", "StagePlan", "Submitted", "kinds", "planned", "text"]
+__all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text"]
 
 
 class StagePlan(Typed):
@@ -54,19 +55,6 @@ class RecipePlan(Typed):
     """Of the decoder layers' linears."""
     bytes_per_token: int
     """Weights that are read for a token."""
-
-
-class Submitted(Typed):
-    """Jobs of one stage that ask a cluster for the same."""
-
-    stage: str
-    jobs: int
-    cores: int
-    memory_bytes: int
-    """On the host; 0 where nothing is asked."""
-    minutes: int
-    """The time limit; 0 where none is set."""
-    gpus: int
 
 
 class Planned(Typed):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,16 @@ def test_a_command_says_and_returns_what_it_does_without_the_server(server, tmp_
     monkeypatch.delenv(forkserver.VARIABLE)
     here = armor(*arguments, cwd=tmp_path)
     assert here.communicate(timeout=SECONDS) == said and there.returncode == here.returncode
+
+
+def test_a_job_s_log_holds_no_progress_bars(server, root, tmp_path):
+    """Of libraries that read what they are told when they are imported."""
+    (tmp_path / "words.txt").write_text("a fox and a hound " * 200)
+    settings = {"text": {"files": [str(tmp_path / "words.txt")]}, "sequences": 1, "sequence_length": 16}
+    files = ["--model", str(root / "checkpoint.json"), "--output", str(tmp_path / "words.json")]
+    command = armor("evaluate", *files, "--settings", json.dumps(settings))
+    _, said = command.communicate(timeout=SECONDS)
+    assert command.returncode == 0 and said and "it/s" not in said and "%|" not in said, said
 
 
 def test_it_is_the_server_that_runs_it(blocked, tmp_path):

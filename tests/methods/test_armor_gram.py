@@ -38,7 +38,7 @@ def gradients(weight, gram, factors, mask):
 def test_a_round_ends_where_b_has_no_gradient_and_many_where_none_has(pattern):
     weight, gram, start = started(pattern=pattern)
     before, one, many = (
-        gradients(weight, gram, fitted(weight, gram, start, rounds, 200), start.mask) for rounds in (0, 1, 100)
+        gradients(weight, gram, fitted(weight, gram, start, rounds, 100), start.mask) for rounds in (0, 1, 40)
     )
     assert one[2] < 1e-3 * before[2]
     assert all(after < 0.05 * old for after, old in zip(many, before, strict=True))

@@ -58,15 +58,16 @@ def test_rounding_is_timed_by_the_columns_of_a_gram_matrix_too():
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "gram"),
     [
-        PackedLinear(96, 90, Pattern.parse("50%")),
-        PackedLinear(90, 96, Pattern(2, 4), 90, 48),
-        PackedLinear(8, 2 * WIDEST + 96, Pattern(2, 4), 8, 96),
+        (PackedLinear(96, 90, Pattern.parse("50%")), True),
+        (PackedLinear(96, 90, Pattern.parse("50%")), False),
+        (PackedLinear(90, 96, Pattern(2, 4), 90, 48), True),
+        (PackedLinear(90, 96, Pattern(2, 4), 90, 48), False),
+        (PackedLinear(8, 2 * WIDEST + 96, Pattern(2, 4), 8, 96), True),
     ],
-    ids=["pruned", "blocks", "wide"],
+    ids=["pruned by gram", "pruned", "blocks by gram", "blocks", "wide by gram"],
 )
-@pytest.mark.parametrize("gram", [True, False])
 def test_rounding_is_timed_with_the_pattern_and_the_blocks_of_the_linear(layout, gram):
     (kind,) = {rounding("int8", layout, gram).kind}
     assert rates({}, [kind])[kind] > 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 
 import pytest
+import snakemake.cli
 
 from armor.config.layers import LayerSettings
 from armor.config.run import Config
@@ -67,7 +70,7 @@ def begin():
 name = os.path.basename(sys.argv[0]) if sys.argv else ""
 if name == "armor":
     begin()
-elif name == "-m":  # the server that forks the jobs of most commands
+elif name == "sitecustomize.py":  # run by the test, in what becomes Snakemake and forks the server of jobs
     os.register_at_fork(after_in_child=begin)
 """
 AROUND = (
@@ -122,7 +125,15 @@ def mixture(tmp_path_factory, config, patch):
     served = {"recipes": ["dense"], "evaluations": [], "benchmarks": ["serve"]}
     short["runs"] = [{"recipes": ["tuned"], "benchmarks": ["decode"]}, served]
     patch.setenv("STAND_IN", stand_in(folder / "python")["STAND_IN"])
-    done = Run(folder / "run", short, python=folder / "python").snakemake()
+    run = Run(folder / "run", short, python=folder / "python")
+    arguments = run.command()["args"][2:]
+
+    def told_on():
+        runpy.run_path(str(folder / "python/sitecustomize.py"))
+        sys.argv = arguments
+        snakemake.cli.main(arguments[1:])
+
+    done = run.forked(told_on)
     assert done.returncode == 0, done.stderr + done.stdout
     return Run(folder / "run", short)
 

@@ -45,11 +45,6 @@ def test_every_job_kept_to_its_threads(run):
     assert {json.loads(file.read_text())["machine"]["threads"] for file in records} == {1}
 
 
-def test_logs_hold_no_progress_bars(run):
-    logs = [file for file in run.folder.glob("results/logs/**/*.log") if "it/s]" in file.read_text()]
-    assert logs == [] and len(list(run.folder.glob("results/logs/evaluate/**/*.log"))) == 3
-
-
 def test_the_status_knows_every_job_of_the_workflow(run):
     found = read_status(run.folder / "results")
     assert set(found.states.values()) == {"done"} and found.details() == []

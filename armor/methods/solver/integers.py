@@ -98,7 +98,7 @@ def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor
     numbers = numbers.T.clone(memory_format=torch.contiguous_format)  # so that a column lies in one piece
     scales, wanted = scales.T.contiguous(), wanted.T.contiguous()
     error, divisors = numbers * scales - wanted, torch.where(scales == 0, 1.0, scales)
-    width = WIDTH if curvature.dim() == 2 else curvature.shape[1]
+    width, curves = WIDTH if curvature.dim() == 2 else curvature.shape[1], diagonal_of(curvature).tolist()
     for _ in range(SWEEPS):
         for start in range(0, len(numbers), width):
             part = slice(start, start + width)
@@ -107,13 +107,15 @@ def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor
             else:
                 own = curvature[start // width]
                 slope = own @ error[part]
-            for t, column in enumerate(range(start, start + len(own))):
-                step = torch.where(own[t, t] > 0, slope[t] / own[t, t], 0)
-                best = (wanted[column] + error[column] - step) / divisors[column]
-                numbers[column] = best.round_().clamp_(least, most)
-                after = numbers[column] * scales[column] - wanted[column]
-                slope += own[t][:, None] * (after - error[column])
-                error[column] = after
+            columns = zip(*(x[part] for x in (numbers, scales, divisors, wanted, error)), strict=True)
+            for t, (number, scale, divisor, goal, off) in enumerate(columns):
+                best = goal + off
+                if (curve := curves[start + t]) > 0:
+                    best -= slope[t] / curve
+                torch.div(best, divisor, out=number).round_().clamp_(least, most)
+                after = (number * scale).sub_(goal)
+                slope[t + 1 :].addr_(own[t, t + 1 :], after - off)
+                off.copy_(after)
     return torch.where(scales == 0, 0.0, numbers).T.contiguous()
 
 
