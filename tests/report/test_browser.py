@@ -195,9 +195,7 @@ def test_on_a_phone_the_names_that_stay_leave_room_for_values_and_nothing_shines
     assert tables
     for table in tables:
         room = table.bounding_box()["width"]
-        names = table.locator("th:first-child").evaluate_all(
-            "all => all.map(one => one.getBoundingClientRect().width)"
-        )
+        names = table.locator("th:first-child").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
         assert max(names) <= room / 2
         table.evaluate("box => box.scrollLeft = 80")
         first = table.locator("thead th:first-child")

@@ -241,13 +241,14 @@ int main(int count, char **arguments) {
     static const int64_t INTEGERS[][5] = {
         {100, 36, 32, 4, 20}, {1156, 7, 512, 0, 0}, {96, 40, 96, 0, 16}, {260, 66, 64, 33, 0}, {20, 4, 20, 4, 4},
     };
+    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 37};
     int best = armor_initialize(), failures = 0;
     (void)arguments;
     for (int level = 0; level <= best && count == 1; level++)
         for (int type = 0; type < 2; type++)
             for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
-                for (int64_t rows = 1; rows <= 37; rows += rows < 9 ? 1 : rows < 17 ? 4 : 10) {
-                    const int64_t *shape = SHAPES[s];
+                for (size_t r = 0; r < sizeof ROWS / sizeof *ROWS; r++) {
+                    const int64_t *shape = SHAPES[s], rows = ROWS[r];
                     failures += check(level, type, rows, shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
                                       (int)rows % 2, 1);
                 }

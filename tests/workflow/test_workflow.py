@@ -5,8 +5,7 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from urllib.parse import unquote
 
 import pytest
@@ -17,6 +16,7 @@ from armor.config.loading import load_config
 from armor.config.reference import json_schema
 from armor.config.run import Config
 from armor.run.status import read_status
+from tests.forks import fork
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
 
 EXAMPLES = sorted((REPOSITORY / "config/examples").glob("*.yaml"))
@@ -93,9 +93,9 @@ def test_a_dry_run_and_a_run_with_nothing_to_do_import_nothing_heavy(run, tmp_pa
 
 
 def test_unlock_needs_no_number_of_cores(run):
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--unlock"]
+    command = ["--snakefile", str(REPOSITORY / "Snakefile"), "--unlock"]
     command += ["--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run.forked(lambda: snakemake.cli.main(command))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -103,8 +103,8 @@ def test_the_catalogs_snakefile_plans_the_same_jobs(tmp_path):
     """The workflow catalog and Snakedeploy ask for workflow/Snakefile."""
     plans = []
     for name in ("Snakefile", "workflow/Snakefile"):
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / name), "--dry-run"]
-        done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True)
+        command = ["--snakefile", str(REPOSITORY / name), "--dry-run", "--directory", str(tmp_path)]
+        done = fork(partial(snakemake.cli.main, command), REPOSITORY)
         assert done.returncode == 0, done.stdout + done.stderr
         plans.append(re.findall(r"^Job \d+: (.*)$", done.stdout + done.stderr, re.MULTILINE))
     assert plans[0] == plans[1] and plans[0][-1] == "all results"
