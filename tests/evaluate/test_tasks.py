@@ -227,9 +227,8 @@ def test_an_unknown_task_is_named_with_the_nearest():
         check_names(["hellaswag", "arc_chalenge"])
     with pytest.raises(ArmorError, match="task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"):
         check_names(["ai2_arc"])
-    for name in ("last_word", "continuation", "paper"):  # of our own
-        with pytest.raises(ArmorError, match=f"did you mean {name}"):
-            check_names([name.replace("a", "e")])
+    with pytest.raises(ArmorError, match="did you mean last_word"):  # of our own
+        check_names(["lest_word"])
     with pytest.raises(ArmorError, match="task zzzzqqq: lm-eval has none of this name; see `lm_eval ls tasks`"):
         check_names(["zzzzqqq"])
     with pytest.raises(ArmorError, match="none.yaml: no such file"):

@@ -184,6 +184,7 @@ for folder in sys.argv[1:]:
             assert "ignore_mismatched_sizes" in str(error), error
         else:
             sys.exit(f"{folder}: loaded")
+assert "armor" not in sys.modules
 """
 
 
