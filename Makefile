@@ -13,8 +13,7 @@ demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost
 	@$(BIN)/armor summary
 
 test: .venv/installed  ## the whole test suite, the workflow on a tiny random model included
-	@# One process more than there are cores, for each waits a third of its time: for Snakemake, for a server, for a kill.
-	$(BIN)/pytest -n $$(($(CORES) + 1)) --dist loadgroup --no-loadscope-reorder --ignore tests/cluster --ignore tests/vllm
+	$(BIN)/pytest -n $(CORES) --dist loadgroup --no-loadscope-reorder --ignore tests/cluster --ignore tests/vllm
 
 test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
 	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \
