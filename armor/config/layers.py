@@ -98,6 +98,11 @@ class ModuleSettings(create_model("ModuleSettings", __base__=Typed, **_OWN)):
         """Whether the weight stays as it is."""
         return self.method == UNCHANGED
 
+    @property
+    def priced(self) -> ModuleSettings:
+        """What a budget tries in its place, to learn what it costs."""
+        return self.replace(method=self.how.priced_by or self.method)
+
     def takes(self, name: str) -> bool:
         """Whether its method takes this statistic of the input, or this setting."""
         return name in (*self.how.statistics, *self.how.settings)

@@ -101,7 +101,7 @@ def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice
     seen = []
     for choice in settings.choices(linear.name):
         shape = linear.out_features, linear.in_features
-        asked, _ = possible(choice.apply(settings.for_module(linear.name)), *shape)
+        asked, _ = possible(choice.apply(settings.for_module(linear.name)).priced, *shape)
         pattern = Pattern.parse(asked.pattern)
         blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else None
         rank = asked.rank if asked.takes("rank") else None

@@ -52,9 +52,9 @@ class Method:
     `statistics` are those of the input that it takes, `settings` the keys of a recipe. `idea` is its first paragraph.
     `memory(shape, itemsize, **settings)` is the peak in bytes of its run on a weight of `shape` (out, in) and
     `itemsize` bytes an entry, the weight included. `obstacle(shape, **settings)` says why a weight cannot be done as
-    asked, None where it can; the method named `instead` then takes its place. `stored(shape, **settings)` is how it
-    holds a weight of `shape` in integers, every one of them; None for a method that holds the entries of a pattern, in
-    floats.
+    asked, None where it can; the method named `instead` then takes its place. The one named `priced_by` takes it where
+    a budget tries what a choice costs. `stored(shape, **settings)` is how it holds a weight of `shape` in integers,
+    every one of them; None for a method that holds the entries of a pattern, in floats.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Method:
     memory: Callable[..., int] = lambda shape, itemsize: 0
     obstacle: Callable[..., str | None] = lambda shape, **settings: None
     instead: str = ""
+    priced_by: str = ""
     stored: Callable[..., Quantization] | None = None
     statistics: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
@@ -119,6 +120,7 @@ def method(
     memory: Callable[..., int],
     obstacle: Callable[..., str | None] = lambda shape, **settings: None,
     instead: str = "",
+    priced_by: str = "",
     stored: Callable[..., Quantization] | None = None,
 ) -> Callable[[Callable[..., Factorization]], Callable[..., Factorization]]:
     """Register the function below under its own name, which is that of its file.
@@ -144,6 +146,7 @@ def method(
             memory=memory,
             obstacle=obstacle,
             instead=instead,
+            priced_by=priced_by,
             stored=stored,
             statistics=tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY),
             settings=settings,

@@ -7,6 +7,9 @@ it found. As in SparseGPT, 1% of the mean of H's diagonal is added to it.
 
 The promise of `armor` stays. Of the fit and the search the one with the lower output error is returned, as stored. One
 whose proxy loss is above NoWag-P's does not count. NoWag-P's factors take its place.
+
+A budget of bits tries `armor` in its place. What the fit cancels is not seen in errors of single weights, and the
+choices for `armor` were found to serve as well (docs/log/budget.md).
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def _peak_bytes(
     memory=_peak_bytes,
     obstacle=obstacle,
     instead="nowag",
+    priced_by="armor",
 )
 def armor_gram(
     weight: Tensor,

@@ -136,7 +136,7 @@ def _price(plan: Plan, model: str, recipe: str, index: str) -> Need:
     settings = plan.config.price_settings(recipe, layer.index)
     peak, work = 0, [START]
     for linear, several in plan.asked(recipe, layer).items():
-        shape = (linear.out_features, linear.in_features)
+        shape, several = (linear.out_features, linear.in_features), [asked.priced for asked in several]
         peak = max(peak, max(linear_bytes(linear, several), 16 * shape[0] * shape[1]))
         for asked in several:
             chosen, _ = possible(asked, *shape)

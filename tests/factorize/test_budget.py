@@ -93,6 +93,14 @@ def test_prices_rise_with_bits_and_fall_with_cost(root):
     assert priced(root, 1, root / "again").content() == record.content()
 
 
+def test_armor_gram_is_priced_as_armor_and_without_a_gram_matrix(root):
+    own = SETTINGS.replace(method="armor_gram", over=[Choice(method="armor_gram", block_size=4), *SETTINGS.over[1:]])
+    found, armor = priced(root, 1, root / "gram", own), PricesRecord.read(root / "prices/layer_1.json")
+    assert found.modules[Q].prices[0].choice == {"method": "armor_gram", "block_size": 4}
+    same = {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in armor.modules.items()}
+    assert {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in found.modules.items()} == same
+
+
 def test_costs_fall_as_a_power_of_the_iterations():
     assert extrapolated({10: 8.0, 30: 4.0}, 90) == pytest.approx(2.0)
     assert extrapolated({30: 4.0}, 30) == extrapolated({10: 3.0, 30: 4.0}, 90) == 4.0
