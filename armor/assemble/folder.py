@@ -20,7 +20,7 @@ from torch import Tensor
 
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
-from armor.execution.files import save_safetensors, write_json
+from armor.execution.files import part_of, save_safetensors, write_json
 from armor.execution.log import progress
 from armor.execution.resume import Steps
 from armor.format.checksums import CHECKSUMS, sealed, tensor_sha256
@@ -48,7 +48,7 @@ def growing(target: Path, steps: Steps | None = None) -> Iterator[Path]:
     With `steps` it is kept among them until it is complete. Raises ArmorError where the disk, or a file that is read,
     does not let it.
     """
-    part = target.with_name(f".{target.name}.part") if steps is None else steps.folder / target.name
+    part = part_of(target) if steps is None else steps.folder / target.name
     if steps is None:
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:

@@ -161,7 +161,7 @@ def table(found: Verified) -> str:
         facts["source"] = f"{distance.against}: the other {distance.equal_tensors} tensors are equal"
         if trained := distance.trained_tensors:
             facts["source"] += f", {trained} norms and biases were trained"
-    lines = [f"{found.folder}: sound", text_table(facts.items(), left=2)]
+    lines = [f"{found.folder}: sound", text_table(facts.items(), align="ll")]
     if errors := distance and distance.relative_errors:
         lines += ["", "relative error ‖W − Ŵ‖ / ‖W‖, Ŵ the factors multiplied out", _grid(errors)]
         worst = max(errors, key=errors.__getitem__)

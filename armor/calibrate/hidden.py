@@ -107,7 +107,7 @@ class HiddenStates:
         try:
             file.seek(start)
             for tensor in state:
-                view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+                view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  numpy has a buffer
                 while view:
                     view = view[getattr(file, what)(view) :]
         except OSError as error:

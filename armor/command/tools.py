@@ -262,7 +262,7 @@ def list_devices() -> None:
             memory = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB used"
         rows.append((device.name, device.model or "unknown card", memory, device.holder or "free"))
     if rows:
-        print(text_table(rows, left=4))
+        print(text_table(rows, align="llll"))
 
 
 @app.command()

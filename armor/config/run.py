@@ -79,7 +79,7 @@ class Config(Typed):
     """Which of the above go together; left out: everything with everything."""
 
     @model_validator(mode="after")
-    def _check(self) -> Config:  # noqa: C901  one check after another, each of a line or two
+    def _check(self) -> Config:
         for index, run in enumerate(self.runs):
             for kind in Run.model_fields:
                 for name in getattr(run, kind) or []:

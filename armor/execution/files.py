@@ -21,9 +21,24 @@ from pathlib import Path
 
 from armor.core.errors import ArmorError
 
-__all__ = ["atomic_path", "open_safetensors", "read_json", "save_safetensors", "sha256", "try_lock", "write_json"]
+__all__ = [
+    "atomic_path",
+    "open_safetensors",
+    "part_of",
+    "read_json",
+    "save_safetensors",
+    "sha256",
+    "try_lock",
+    "write_json",
+]
 
 LOCK = "lock"
+
+
+def part_of(output: Path | str) -> Path:
+    """The folder that keeps what is finished toward `output`, a file or a folder."""
+    output = Path(output)
+    return output.with_name(f".{output.name}.part")
 
 
 @contextlib.contextmanager

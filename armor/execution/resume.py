@@ -25,20 +25,14 @@ from pydantic import ValidationError
 
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
-from armor.execution.files import LOCK, read_json, try_lock, write_json
+from armor.execution.files import LOCK, part_of, read_json, try_lock, write_json
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import current_machine
 
-__all__ = ["Steps", "identity", "part_of", "resumable"]
+__all__ = ["Steps", "identity", "resumable"]
 
 WORK = "work"
-
-
-def part_of(output: Path | str) -> Path:
-    """The folder that keeps the finished steps toward `output`."""
-    output = Path(output)
-    return output.with_name(f".{output.name}.part")
 
 
 def identity(folder: Path) -> list:

@@ -9,12 +9,14 @@ from tabulate import tabulate
 __all__ = ["text_table"]
 
 
-def text_table(rows: Iterable[Sequence[str]], heads: Sequence[str] = (), left: int = 1) -> str:
-    """Lines with a column for each cell of `rows`, two spaces apart; the first `left` columns begin at one place.
+def text_table(rows: Iterable[Sequence[str]], heads: Sequence[str] = (), align: str = "l") -> str:
+    """Lines with a column for each cell of `rows`, two spaces apart. `heads` stand above.
 
-    The cells of the others end at one place, as numbers do. `heads` stand above.
+    `align` has a letter for each of the first columns: l where its cells begin at one place, r where they end at one.
+    All others end at one place, as numbers do.
     """
     lines = [list(row) for row in ([heads] if heads else [])] + [list(row) for row in rows]
-    align = ["left" if column < left else "right" for column in range(len(lines[0]))] if lines else None
-    text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
+    letters = align.ljust(len(lines[0]), "r") if lines else ""
+    sides = ["left" if letter == "l" else "right" for letter in letters]
+    text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=sides or None)
     return "\n".join(line.rstrip() for line in text.splitlines())

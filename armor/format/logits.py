@@ -105,7 +105,7 @@ def read_logits(path: Path, hashes: Sequence[str], wanted: Iterable[int]) -> Ite
             version = (file.metadata() or {}).get("format_version")
             if version != str(LOGITS_VERSION):
                 raise ArmorError(f"{path}: format {version!r}, expected {LOGITS_VERSION}; run armor predict again")
-            if f"logits.{index}" not in file.keys():  # noqa: SIM118  no dictionary
+            if f"logits.{index}" not in file.keys():
                 raise ArmorError(f"{path}: holds no block {index}; run armor predict again")
             logits = file.get_tensor(f"logits.{index}")
         if tensor_sha256(logits) != hashes[index]:

@@ -102,6 +102,6 @@ def open_states(path: Path) -> Iterator[StatesReader]:
         version = (file.metadata() or {}).get("format_version")
         if version != str(STATES_VERSION):
             raise ArmorError(f"{path}: format {version!r}, expected {STATES_VERSION}; run armor states again")
-        if NAME not in file.keys():  # noqa: SIM118  not a dictionary
+        if NAME not in file.keys():
             raise ArmorError(f"{path}: holds no hidden states; run armor states again")
         yield StatesReader(file)

@@ -7,11 +7,12 @@ largest of the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from armor.execution.table import text_table
 
 __all__ = ["Contents"]
 
@@ -61,21 +62,18 @@ class Contents:
         """The number of the decoder layers' weights."""
         return sum(kind.numbers for kind in self._kinds.values())
 
-    def table(self) -> Iterator[str]:
-        """A line for each kind: name, count, shape, share of the decoder layers' weights, compressed or why not."""
+    def table(self) -> list[str]:
+        """A line for each kind: name, count and shape, share of the decoder layers' weights, compressed or why not."""
         rows = [
             (
                 kind.name,
-                f"{kind.count} x",
-                " x ".join(map(str, kind.shape)) or "–",
+                " x ".join(map(str, (kind.count, *(kind.shape or ("–",))))),
                 f"{kind.numbers / self.total():.1%}",
                 f"dense: {kind.why_not}" if kind.why_not else "compressed",
             )
             for kind in sorted(self._kinds.values(), key=lambda kind: -kind.numbers)
         ]
-        name, count, shape, share, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-        for row in rows:
-            yield f"{row[0]:<{name}}  {row[1]:>{count}} {row[2]:<{shape}}  {row[3]:>{share}}  {row[4]}"
+        return text_table(rows, align="llrl").splitlines()
 
     def warning(self) -> str | None:
         """One line if little can be compressed: how much, and the largest kind of what cannot."""

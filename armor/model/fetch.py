@@ -16,7 +16,7 @@ from typing import Any
 
 from armor.config.sources import ModelSettings, as_list
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json
+from armor.execution.files import part_of, read_json
 from armor.execution.log import log
 from armor.execution.packages import package_file
 from armor.format.records.source import SourceRecord
@@ -37,7 +37,7 @@ def fetch(settings: ModelSettings, output: Path | str) -> SourceRecord:
     Raises ArmorError if the model is not there, incomplete, quantized or corrupt.
     """
     output = Path(output)
-    made = output.with_suffix("")
+    made = output.with_suffix("")  # as names.beside: an edit there shall fetch nothing again
     if settings.hub is not None or settings.folder is not None:
         folder = download(settings.hub, settings.revision) if settings.hub else Path(settings.folder or "")
         shards = check_folder(folder)
@@ -110,7 +110,7 @@ def _making(target: Path, output: Path) -> Iterator[Path]:
 
     `output`, which speaks of the old `target`, goes before that does.
     """
-    part = target.with_name(f".{target.name}.part")
+    part = part_of(target)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:

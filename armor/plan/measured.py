@@ -14,6 +14,7 @@ from armor.plan.need import (
     Memory,
     Need,
     Plan,
+    compiled,
     forward,
     head,
     memory_of,
@@ -42,12 +43,13 @@ def _measured(
     layers. A host that `streams` does so in any case.
     """
     folder = subject.folder if recipe is None else subject.packed[recipe].folder
-    itemsize = loaded_dtype(folder, dtype).itemsize
+    given = loaded_dtype(folder, dtype)
+    itemsize = given.itemsize
     loaded = subject.loaded_bytes(recipe, dtype) + block_bytes(folder, dtype, length) + more
     largest = max(subject.inside(layer, itemsize) for layer in subject.topology.layers)
     logits = length * subject.vocabulary * itemsize + TOKENS_AT_A_TIME * 12 * subject.vocabulary
     streamed = subject.outside(itemsize, head=True) + largest + logits + more
-    states = min(group, int(HIDDEN_STATES * plan.host.memory))
+    states = min(group, int(HIDDEN_STATES * plan.host.memory)) + (compiled(subject, given) if recipe is None else 0)
     fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card.memory))
     host, beside = loaded if fits and not streams else streamed + states, 0 if on_card else states
     return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else streamed)

@@ -30,6 +30,7 @@ __all__ = [
     "Memory",
     "Need",
     "Plan",
+    "compiled",
     "forward",
     "head",
     "memory_of",
@@ -55,6 +56,10 @@ class Memory(NamedTuple):
     host: int
     beside: int
     card: int = 0
+
+
+PRODUCTS = 120 * 10**6
+"""Bytes of the products that oneDNN keeps, at most 1,024 of them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Plan:
         own = {linear: settings.for_module(linear.name) for linear in layer.linears}
         choices = {linear: settings.choices(linear.name) for linear in layer.linears}
         return {linear: [choice.apply(own[linear]) for choice in choices[linear]] for linear in layer.linears}
+
+
+def compiled(subject: Subject, dtype: torch.dtype) -> int:
+    """What oneDNN keeps of the products that it compiles: one for each number of tokens that an expert is sent."""
+    mixture = any(layer.experts() for layer in subject.topology.layers)
+    return PRODUCTS if mixture and dtype == torch.bfloat16 else 0
 
 
 def memory_of(on_host: int, computing: int, before: int = 0) -> Memory:

@@ -31,6 +31,7 @@ from armor.plan.need import (
     Memory,
     Need,
     Plan,
+    compiled,
     forward,
     memory_of,
     products,
@@ -78,7 +79,7 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     states = _states_bytes(subject, sequences, length)
     kept = sum(4 * (width + (width**2 if settings.gram else 0)) for width in widths)
     memory = memory_of(
-        on_host=min(max(states), int(settings.hidden_states_memory_gb * 1e9)),
+        on_host=min(max(states), int(settings.hidden_states_memory_gb * 1e9)) + compiled(subject, dtype),
         computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
         before=subject.outside(dtype.itemsize),
     )
@@ -152,7 +153,7 @@ def _states(plan: Plan, model: str, states: str) -> Need:
     sequences, length = plan.tokens(subject, plan.config.states()[states], f"states {states}")
     dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     computing = calibration_bytes(subject.topology, length, dtype, gram=False)
-    memory = memory_of(max(sizes), computing, subject.outside(dtype.itemsize))
+    memory = memory_of(max(sizes) + compiled(subject, dtype), computing, subject.outside(dtype.itemsize))
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), 2.0 * sum(sizes)))
     return Need(memory, scratch=sum(sizes), work=work)
 

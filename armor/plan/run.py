@@ -13,8 +13,8 @@ from armor.format.layout import RESULTS
 from armor.plan.machine import Host, card_named
 from armor.plan.need import Plan
 from armor.plan.subject import subject
-from armor.plan.submitted import submitted, table, too_small
-from armor.plan.table import Planned, kinds, planned, text
+from armor.plan.submitted import submitted, table
+from armor.plan.table import Planned, kinds, planned, text, too_small
 
 __all__ = ["make_plan", "opened"]
 

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
+from armor.execution.table import text_table
 from armor.run.stages import CLUSTER_CORES, STAGES
 
-if TYPE_CHECKING:  # it needs torch
-    from armor.plan.table import StagePlan
-
-__all__ = ["Submitted", "submitted", "table", "too_small"]
+__all__ = ["Submitted", "submitted", "table"]
 
 PROFILE = "config.yaml"
 ANY_CORES = 9999
@@ -88,25 +84,21 @@ def _at_home(profile: str, folder: Path) -> str:
     return str(here.parent)
 
 
-def too_small(found: Sequence[Submitted], stages: Sequence[StagePlan]) -> Iterator[str]:
-    """The stages whose jobs ask for less memory than the plan says that they take, with what to ask for."""
-    for asked in found:
-        same = (stage for stage in stages if stage.stage == asked.stage)
-        need = max((s.beside_bytes if asked.gpus and s.card_bytes else s.host_bytes for s in same), default=0)
-        if 0 < asked.memory_bytes < need:
-            enough = f"--set-resources {asked.stage}:mem_mb={math.ceil(need / 1e9) * 1000}"
-            found_bytes, needed = asked.memory_bytes / 1e9, need / 1e9
-            yield f"{asked.stage}: a job asks for {found_bytes:,.3g} GB and takes {needed:,.3g} GB; use {enough}"
-
-
 def table(found: Sequence[Submitted], profile: str) -> Iterator[str]:
     """The table that a person reads."""
+    rows = [
+        [
+            one.stage,
+            str(one.jobs),
+            str(one.cores),
+            f"{one.memory_bytes / 1e9:,.3g} GB" if one.memory_bytes else "–",
+            f"{one.minutes // 60}:{one.minutes % 60:02} h" if one.minutes else "–",
+            str(one.gpus or "–"),
+        ]
+        for one in found
+    ]
     yield f"with {profile}:"
-    yield f"{'stage':<12}{'jobs':>6}{'cores':>7}{'memory':>9}{'time':>9}{'GPUs':>6}"
-    for one in found:
-        memory = f"{one.memory_bytes / 1e9:,.3g} GB" if one.memory_bytes else "–"
-        time = f"{one.minutes // 60}:{one.minutes % 60:02} h" if one.minutes else "–"
-        yield f"{one.stage:<12}{one.jobs:>6}{one.cores:>7}{memory:>9}{time:>9}{one.gpus or '–':>6}"
+    yield from text_table(rows, ["stage", "jobs", "cores", "memory", "time", "GPUs"]).splitlines()
 
 
 def _tell(record: logging.LogRecord) -> bool:

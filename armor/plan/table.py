@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from armor.core.typed import Typed
+from armor.execution.table import text_table
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 from armor.plan.need import Need, Plan
 from armor.plan.needs import need
@@ -16,7 +18,7 @@ from armor.run.jobs import Job, jobs
 from armor.run.stages import STAGES
 from armor.runtime.load import read_config
 
-__all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text"]
+__all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text", "too_small"]
 
 
 class StagePlan(Typed):
@@ -221,30 +223,54 @@ def describe(subject: Subject) -> str:
 
 
 def _table(found: Planned, plan: Plan) -> Iterator[str]:
-    width, measured = max(len(stage.of) for stage in found.stages), found.elapsed_seconds is not None
-    seconds = "     seconds" if measured else ""
-    yield f"{'stage':<12}{'of':<{width}}{'jobs':>6}{'host':>9}{'beside':>9}{plan.card.name:>11}{seconds}{'GPU s':>9}"
-    for stage in found.stages:
-        line = f"{stage.stage:<12}{stage.of:<{width}}{stage.jobs:>6}{_size(stage.host_bytes):>9}"
-        line += f"{_size(stage.beside_bytes) if stage.card_bytes else '–':>9}"
-        line += f"{_size(stage.card_bytes) if stage.card_bytes else '–':>11}"
-        if measured:
-            line += f"{stage.seconds or 0.0:>12,.1f}"
-        yield line + (f"{stage.gpu_seconds:>9,.0f}" if stage.card_bytes else f"{'–':>9}")
+    heads = ["stage", "of", "jobs", "host", "beside", plan.card.name, "seconds", "GPU s"]
+    rows = [
+        [
+            stage.stage,
+            stage.of,
+            str(stage.jobs),
+            _size(stage.host_bytes),
+            _size(stage.beside_bytes) if stage.card_bytes else "–",
+            _size(stage.card_bytes) if stage.card_bytes else "–",
+            f"{stage.seconds or 0.0:,.1f}",
+            f"{stage.gpu_seconds:,.0f}" if stage.card_bytes else "–",
+        ]
+        for stage in found.stages
+    ]
+    if found.elapsed_seconds is None:
+        for row in (heads, *rows):
+            del row[-2]
+    yield from text_table(rows, heads, align="ll").splitlines()
     yield "host: memory of a job without a GPU; beside: on the host while a GPU computes"
 
 
 def _results(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[str]:
-    width = max(len(f"{one.model} {one.recipe}") for one in found.recipes)
-    here = f"{'tokens/s here':>15}" if bandwidth else ""
-    yield f"{'checkpoint':<{width}}{'size':>10}{'of dense':>10}{'bits/weight':>13}{here}{'on ' + plan.card.name:>14}"
-    for one in found.recipes:
-        line = f"{one.model + ' ' + one.recipe:<{width}}{_size(one.weights_bytes):>10}"
-        line += f"{one.weights_bytes / one.dense_bytes:>10.1%}{one.bits_per_weight:>13.2f}"
-        if bandwidth:
-            line += f"{bandwidth / one.bytes_per_token:>15,.1f}"
-        yield line + f"{plan.card.bandwidth / one.bytes_per_token:>14,.0f}"
+    here = ["tokens/s here"] if bandwidth else []
+    heads = ["checkpoint", "size", "of dense", "bits/weight", *here, f"on {plan.card.name}"]
+    rows = [
+        [
+            f"{one.model} {one.recipe}",
+            _size(one.weights_bytes),
+            f"{one.weights_bytes / one.dense_bytes:.1%}",
+            f"{one.bits_per_weight:.2f}",
+            *([f"{bandwidth / one.bytes_per_token:,.1f}"] if bandwidth else []),
+            f"{plan.card.bandwidth / one.bytes_per_token:,.0f}",
+        ]
+        for one in found.recipes
+    ]
+    yield from text_table(rows, heads).splitlines()
     yield "tokens/s: at most, one sequence, the weights read once for a token at the full bandwidth"
+
+
+def too_small(found: Sequence[Submitted], stages: Sequence[StagePlan]) -> Iterator[str]:
+    """The stages whose jobs ask for less memory than the plan says that they take, with what to ask for."""
+    for asked in found:
+        same = (stage for stage in stages if stage.stage == asked.stage)
+        need = max((s.beside_bytes if asked.gpus and s.card_bytes else s.host_bytes for s in same), default=0)
+        if 0 < asked.memory_bytes < need:
+            enough = f"--set-resources {asked.stage}:mem_mb={math.ceil(need / 1e9) * 1000}"
+            found_bytes, needed = asked.memory_bytes / 1e9, need / 1e9
+            yield f"{asked.stage}: a job asks for {found_bytes:,.3g} GB and takes {needed:,.3g} GB; use {enough}"
 
 
 def _size(size: float) -> str:

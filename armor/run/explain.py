@@ -143,7 +143,7 @@ def describe(record: Path) -> list[str]:
         rows.append(("versions", _text(machine.versions)))
     if cost := Made.within(record):
         rows += [("seconds", f"{cost.seconds:,.1f}"), ("peak memory", f"{cost.peak_memory_bytes / 1e6:,.0f} MB")]
-    return text_table([(name, str(said)) for name, said in rows], left=2).splitlines()
+    return text_table([(name, str(said)) for name, said in rows], align="ll").splitlines()
 
 
 def _machine(record: Path) -> Machine | None:

@@ -100,7 +100,7 @@ class Status:
         for job, state in self.states.items():
             groups.setdefault((job.stage, " ".join(job.names[:2])), Counter())[state] += 1
         rows = [(*group, *(str(counts[state] or "") for state in STATES)) for group, counts in groups.items()]
-        return text_table(rows, ("stage", "of", *STATES), left=2)
+        return text_table(rows, ("stage", "of", *STATES), align="ll")
 
     def details(self) -> list[str]:
         """Of every job that runs, where it is; of every one that failed or was stopped, the cause, and how to go on."""

@@ -28,7 +28,7 @@ def factor_shapes(file: Path) -> Shapes:
     """Those of the factors file `file`, from its header."""
     found = {}
     with open_safetensors(file) as opened:
-        for name in opened.keys():  # noqa: SIM118  no dictionary
+        for name in opened.keys():
             part = opened.get_slice(name)
             rows, *others = part.get_shape()
             two_in_a_byte = name.endswith(".core_values") and part.get_dtype() == "U8"

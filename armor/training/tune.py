@@ -47,7 +47,7 @@ from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside, tensors_of
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streamed import USABLE, StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, tune_bytes
 from armor.training.record import described, write_trained
@@ -62,7 +62,6 @@ KEPT = 256
 TOKENS_AT_A_TIME = 128
 PREDICTED = "predictions"
 """The step that is done when the dense model's predictions are on disk."""
-USABLE = 0.95
 ROOMY = 0.5  # of the memory: what may be taken to save time
 
 

@@ -18,8 +18,8 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.logits import Blocks, comparison, peak_bytes, token_losses
 from armor.evaluate.perplexity import evaluate, mean, measure, perplexity
+from armor.execution.files import part_of
 from armor.execution.machine import peak_memory_bytes
-from armor.execution.resume import part_of
 from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
 from armor.runtime.streamed import USABLE

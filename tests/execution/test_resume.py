@@ -13,8 +13,8 @@ from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.evaluate.perplexity import evaluate
-from armor.execution.files import read_json, write_json
-from armor.execution.resume import part_of, resumable
+from armor.execution.files import part_of, read_json, write_json
+from armor.execution.resume import resumable
 from armor.factorize.layer import factorize_layer
 from armor.factorize.quantize import quantize_layer
 from armor.methods.solver.settings import SolverSettings

@@ -19,6 +19,7 @@ from armor.core.integers import expand_scales, rounded
 from armor.core.quantization import LIMITS, Quantization
 from armor.methods.solver.feedback import swept
 from armor.methods.solver.output import (
+    DAMPING,
     between,
     diagonal_of,
     fitted_core,
@@ -31,7 +32,6 @@ from armor.methods.solver.output import (
 
 __all__ = ["descended", "searched"]
 
-DAMPING = 0.01  # of the mean diagonal of a block's Hessian, as in SparseGPT
 ROUNDS = 4
 STEPS = 10  # of conjugate gradients, of S and of B in every round
 SWEEPS = 4  # of coordinate descent over all columns
