@@ -310,10 +310,10 @@ not the same (`{images}`), as a tiny random model of float32, through `inspect`,
 of 16), `assemble`, and loading. Written by `make families` (`benchmarks/families.py`).
 
 "Share compressed" is the share of the decoder layers' weights that is compressed. Tiny models have large norms and
-convolutions for their size: of a real model the share is higher. "Packed against dense" is the relative difference of
-the logits of the packed model and of the dense one of the same factors; ok is at most {close:g}. So close must the
-dense one's be too when it is run as calibration runs it, one decoder layer at a time. "No model" says that the script
-made no tiny model that runs as it is, which tells nothing about the family.
+convolutions for their size, so the share of a real model is higher. "Packed against dense" is the relative difference
+between the logits of the packed model and those of the dense model with the same factors. The limit for "ok" is
+{close:g}. The dense model's logits must stay within it too when its decoder layers are run one at a time, as in
+calibration. "No model" means that the script could not make a tiny model that runs. This says nothing about the family.
 
 {counts}.
 
