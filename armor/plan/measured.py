@@ -11,6 +11,7 @@ from armor.plan.need import (
     IN_WHOLE,
     PROCESS,
     START,
+    ByLength,
     Memory,
     Need,
     Plan,
@@ -65,16 +66,20 @@ def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared:
     room = min(settings.predictions_gb * 1e9, SHARE_OF_DISK * plan.host.disk)
     stored = blocks * block if blocks * block <= room else 0
     owner = recipe and plan.config.owner(recipe)
-    group = blocks * max(subject.state_bytes(length, dtype))
     streams = owner is None and stacks_experts(subject.folder)
-    beside = (block if stored else 0) + 2 * TOKENS_AT_A_TIME * 4 * subject.vocabulary if compared else 0
-    memory = _measured(plan, subject, owner, settings.dtype, length, beside, group, streams)
+
+    def memory(length: int) -> Memory:
+        group = blocks * max(subject.state_bytes(length, dtype))
+        read = length * subject.vocabulary * dtype.itemsize if stored else 0
+        beside = read + 2 * TOKENS_AT_A_TIME * 4 * subject.vocabulary if compared else 0
+        return _measured(plan, subject, owner, settings.dtype, length, beside, group, streams)
+
     work = [START, forward(subject, dtype, blocks, length, owner), head(subject, dtype, blocks * length, compared)]
     if not stored and compared:
         work.append(forward(subject, dtype, blocks, length))
     work.append(Work(Read(), float(stored + subject.weights_bytes)))
-    remedy = f"lower {where}.sequence_length"
-    return Need(memory, scratch=0 if compared else stored, work=tuple(work), remedy=remedy)
+    shorter = ByLength(f"{where}.sequence_length", length, memory)
+    return Need(memory(length), scratch=0 if compared else stored, work=tuple(work), by_length=shorter)
 
 
 def predict(plan: Plan, model: str, evaluation: str) -> Need:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from armor.plan.work import Forward, Head, Start, Work
 
 __all__ = [
     "BESIDE_CUDA",
+    "ByLength",
     "FORKED",
     "IN_WHOLE",
     "PROCESS",
@@ -58,8 +60,28 @@ class Memory(NamedTuple):
     card: int = 0
 
 
+SHORTEST = 16
+"""Tokens of a sequence; below it nothing is proposed."""
 PRODUCTS = 120 * 10**6
 """Bytes of the products that oneDNN keeps, at most 1,024 of them."""
+
+
+@dataclass(frozen=True)
+class ByLength:
+    """Memory that a shorter sequence makes smaller: the setting of its length, that length, what any length takes."""
+
+    key: str
+    length: int
+    memory: Callable[[int], Memory]
+
+    def remedy(self, fits: Callable[[Memory], bool]) -> str:
+        """The longest half, quarter and so on that `fits`, or that none does."""
+        shorter = self.length // 2
+        while shorter > SHORTEST and not fits(self.memory(shorter)):
+            shorter //= 2
+        if shorter and fits(self.memory(shorter)):
+            return f"lower {self.key} to {shorter}"
+        return f"take a larger machine, for with {self.key} of {shorter} it is still too small"
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,8 @@ class Need:
     scratch: int = 0
     work: tuple[Work, ...] = ()
     remedy: str = ""
-    """What to set where the memory is too small."""
+    """What to set where the memory is too small, if it is not the length of a sequence."""
+    by_length: ByLength | None = None
 
 
 @dataclass(frozen=True)

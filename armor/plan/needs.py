@@ -28,6 +28,7 @@ from armor.plan.need import (
     IN_WHOLE,
     PROCESS,
     START,
+    ByLength,
     Memory,
     Need,
     Plan,
@@ -78,14 +79,18 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     widths = [g[0].in_features for layer in subject.topology.layers for g in layer.groups()]
     states = _states_bytes(subject, sequences, length)
     kept = sum(4 * (width + (width**2 if settings.gram else 0)) for width in widths)
-    memory = memory_of(
-        on_host=min(max(states), int(settings.hidden_states_memory_gb * 1e9)) + compiled(subject, dtype),
-        computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
-        before=subject.outside(dtype.itemsize),
-    )
+
+    def memory(length: int) -> Memory:
+        held = max(_states_bytes(subject, sequences, length))
+        return memory_of(
+            on_host=min(held, int(settings.hidden_states_memory_gb * 1e9)) + compiled(subject, dtype),
+            computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
+            before=subject.outside(dtype.itemsize),
+        )
+
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), float(subject.weights_bytes + sum(states))))
-    remedy = f"lower {where}.sequence_length or {where}.hidden_states_memory_gb"
-    return Need(memory, kept=kept, scratch=2 * max(states), work=work, remedy=remedy)
+    shorter = ByLength(f"{where}.sequence_length", length, memory)
+    return Need(memory(length), kept=kept, scratch=2 * max(states), work=work, by_length=shorter)
 
 
 def _experts(plan: Plan, model: str, recipe: str, index: str, group: str) -> Need:
@@ -202,14 +207,17 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     sequences, length = plan.tokens(subject, job.sample, f"recipes.{recipe}.refine")
     layer, packed = subject.topology.layers[int(index)], subject.packed[plan.config.owner(recipe)]
     shapes = _shapes(plan, packed, "refine", recipe)[layer.index]
-    computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
+
+    def memory(length: int) -> Memory:
+        computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
+        return memory_of(0, computing, subject.outside(4))
+
     block = plan.config.factorized(recipe).block_size
     # With compressed inputs all sequences go through the refined layer before.
     passed = sequences if job.refine.inputs == "compressed" and layer.index else 0
     work = (START, _training(subject, job.refine, length, block, 1, passed))
-    remedy = f"lower recipes.{recipe}.refine.sequence_length"
-    written = packed.layer_bytes(layer)
-    return Need(memory_of(0, computing, subject.outside(4)), kept=written, work=work, remedy=remedy)
+    shorter = ByLength(f"recipes.{recipe}.refine.sequence_length", length, memory)
+    return Need(memory(length), kept=packed.layer_bytes(layer), work=work, by_length=shorter)
 
 
 def _tune(plan: Plan, model: str, recipe: str) -> Need:

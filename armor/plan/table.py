@@ -9,7 +9,7 @@ from pathlib import Path
 from armor.core.typed import Typed
 from armor.execution.table import text_table
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
-from armor.plan.need import Need, Plan
+from armor.plan.need import Memory, Need, Plan
 from armor.plan.needs import need
 from armor.plan.subject import Subject
 from armor.plan.submitted import Submitted
@@ -160,10 +160,21 @@ def _decode_bytes(subject: Subject, owner: str | None) -> int:
     shards, more = (subject.shards, 0) if packed is None else (packed.shards, packed.more_bytes)
     table = 0 if subject.topology.tied_embeddings else subject.table_bytes
     settings = read_config(subject.folder).get_text_config()
-    numbers = (getattr(settings, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    count, asked = next(filter(None, numbers), 1), getattr(settings, "num_experts_per_tok", None) or 1
+    count, asked = (
+        _most(settings, *keys)
+        for keys in (
+            ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+            ("num_experts_per_tok", "moe_topk"),
+        )
+    )
     experts = sum(shards.bytes_of(name) for name in shards.names() if ".experts." in name) + (more if count > 1 else 0)
     return subject.loaded_bytes(owner) + more - table - round(experts * (1 - asked / count))
+
+
+def _most(settings: object, *keys: str) -> int:
+    """The largest number under any of `keys`; some families have one for each layer. 1 where there is none."""
+    given = (getattr(settings, key, None) or 1 for key in keys)
+    return max(max(each) if isinstance(each, list) else each for each in given)
 
 
 def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: int) -> Iterator[str]:
@@ -176,16 +187,28 @@ def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: in
     gpu, room = plan.host.gpu, plan.host.memory
     for group in groups:
         job, need = max(group, key=lambda pair: max(pair[1].memory.card, pair[1].memory.host))
-        memory, remedy = need.memory, need.remedy or "take a larger machine"
+        memory = need.memory
         on_card = gpu is not None and memory.card > 0
         host = memory.beside if on_card else memory.host
         if gpu is not None and memory.card > gpu:
-            yield f"{job}: {_size(memory.card)} needed on the GPU, it has {_size(gpu)}; {remedy}"
+            yield f"{job}: {_size(memory.card)} needed on the GPU, it has {_size(gpu)}; {_remedy(plan, need)}"
         if host > room:
-            yield f"{job}: {_size(host)} needed on the host, it has {_size(room)}; {remedy}"
+            yield f"{job}: {_size(host)} needed on the host, it has {_size(room)}; {_remedy(plan, need)}"
         elif STAGES[job.stage].by_layer and not on_card and host * plan.host.cores > room:
             at_once = f"{plan.host.cores} such jobs at once need {_size(host * plan.host.cores)}"
             yield f"{job}: {at_once}, the host has {_size(room)}; use --cores {room // host}"
+
+
+def _remedy(plan: Plan, need: Need) -> str:
+    """What would make a job fit that does not."""
+    if need.by_length is None:
+        return need.remedy or "take a larger machine"
+    gpu, room = plan.host.gpu, plan.host.memory
+
+    def fits(memory: Memory) -> bool:
+        return memory.host <= room if gpu is None or not memory.card else memory.card <= gpu and memory.beside <= room
+
+    return need.by_length.remedy(fits)
 
 
 def text(found: Planned, plan: Plan, bandwidth: float | None) -> Iterator[str]:

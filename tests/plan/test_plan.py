@@ -21,7 +21,7 @@ from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.plan.machine import CARDS, Host, card_named
 from armor.plan.need import FORKED, Plan
-from armor.plan.needs import NEEDS
+from armor.plan.needs import NEEDS, need
 from armor.plan.subject import subject
 from armor.plan.submitted import submitted
 from armor.plan.table import planned, text
@@ -162,8 +162,25 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     tight = problems(memory=700 * 10**6, cores=4)
     assert any(line.startswith("factorize tiny armor layer") and line.endswith("; use --cores 1") for line in tight)
     card = problems(gpu=1000)
-    assert any(line.startswith("calibrate tiny words: ") and "lower calibrations.words." in line for line in card)
+    key = "calibrations.words.sequence_length"
+    enough = f"take a larger machine, for with {key} of 16 it is still too small"
+    assert any(line.startswith("calibrate tiny words: ") and line.endswith(enough) for line in card)
     assert all("\n" not in line for line in (*small, *tight, *card))
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "predict", "refine"])
+def test_the_length_that_is_proposed_fits_and_twice_of_it_does_not(tmp_path, stage):
+    longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 128}}
+    texts = {"words": CONFIG["evaluations"]["words"] | {"sequence_length": 128}}
+    model = tiny_model(tmp_path / "model", layers=1)
+    plan, _, place = made(model, tmp_path / "plan", calibrations=longer, evaluations=texts)
+    job = next(job for job in jobs(plan.config, place) if job.stage == stage)
+    own = need(plan, job)
+    assert own.by_length.length == 128 and own.by_length.memory(128) == own.memory
+    between = [own.by_length.memory(length).card for length in (32, 64)]
+    card = dataclasses.replace(plan, host=dataclasses.replace(ROOMY, gpu=sum(between) // 2))
+    (said,) = (line for line in planned(card, place, None).problems if line.startswith(f"{job}: "))
+    assert said.endswith(f"; lower {own.by_length.key} to 32")
 
 
 def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_path):
