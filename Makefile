@@ -17,7 +17,7 @@ test: .venv/installed  ## the whole test suite, the workflow on a tiny random mo
 
 test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
 	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \
-	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest tests/cluster; fi
+	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest -rs tests/cluster; fi
 
 test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
 	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py

@@ -355,7 +355,7 @@ def main(
         "build/families"
     ),
 ) -> None:
-    """Try the families that have no line yet, or those that are named, and write docs/FAMILIES.md."""
+    """Try the families that have no line yet, or those that are named. Once all have one, write docs/FAMILIES.md."""
     torch.set_num_threads(1)  # processes are forked: no other thread may run
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -370,7 +370,8 @@ def main(
         print(*(f"{key}={value}" for key, value in lines[family].items()), flush=True)
         with file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(lines[family]) + "\n")
-    PAGE.write_text(page(lines), encoding="utf-8")
+    if lines.keys() >= {*FAMILIES}:  # else the page would lose the others
+        PAGE.write_text(page(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from armor.execution.table import text_table
+from armor.runtime.experts import mixtures
 
 __all__ = ["Contents"]
 
@@ -31,6 +32,14 @@ class _Kind:
     numbers: int = 0
 
 
+def _other(name: str, parameter: torch.Tensor, experts: dict[str, int]) -> str:
+    """What a weight is that is not a linear's: `experts` has the mixtures of its layer."""
+    for path, count in experts.items():
+        if name.startswith(f"{path.rpartition('.')[0]}.") and not name.startswith(path) and len(parameter) == count:
+            return "a router"
+    return "not the weight of a linear"
+
+
 @dataclass
 class Contents:
     """The parameters of decoder layers, added layer by layer."""
@@ -39,13 +48,14 @@ class Contents:
 
     def add(self, layer: nn.Module, why_not: dict[str, str]) -> None:
         """Add a decoder layer. `why_not` has the reason, by name in it, for each linear that is not compressed."""
+        experts = mixtures(layer)
         linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, parameter in layer.named_parameters():
             if parameter.dim() < 2:
                 self._count(SMALL, (), "small", parameter)
                 continue
             module = name.removesuffix(".weight")
-            reason = why_not.get(module) if module in linears else "not the weight of a linear"
+            reason = why_not.get(module) if module in linears else _other(module, parameter, experts)
             self._count(re.sub(r"\.\d+(?=\.|$)", ".*", module), tuple(parameter.shape), reason, parameter)
 
     def _count(self, name: str, shape: tuple[int, ...], why_not: str | None, parameter: torch.Tensor) -> None:

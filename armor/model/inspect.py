@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from armor.core.errors import ArmorError
+from armor.execution.files import read_json
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
+from armor.format.scaled import check_quantization
 from armor.format.shards import Shards
 from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
@@ -58,6 +60,8 @@ def _culprit(error: Exception) -> str:
 
 def _topology(source: Source) -> Topology:
     """The topology of `source`."""
+    config = source.path / "config.json"
+    check_quantization(read_json(config).get("quantization_config"), config)
     skeleton = open_skeleton(source.path, getattr(torch, source.dtype))
     tensors, here = stored_tensors(skeleton, source.path), skeleton.names.here
     shards, stored = named_here(skeleton, tensors), {here(name): name for name in tensors.names()}

@@ -66,9 +66,10 @@ def submitted(files: Sequence[Path], profile: str, folder: Path) -> tuple[Submit
 def _at_home(profile: str, folder: Path) -> str:
     """The profile without what says where jobs run and where results lie, in `folder`.
 
-    As it is where it is no folder here, for Snakemake looks in others too.
+    A name alone is one of the folder profiles. As it is where it is no folder here, for Snakemake looks in others too.
     """
-    file = Path(profile) / PROFILE
+    own = Path("profiles") / profile / PROFILE
+    file = own if own.is_file() and not Path(profile).is_dir() else Path(profile) / PROFILE
     if not file.is_file():
         return profile
     try:

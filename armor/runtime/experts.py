@@ -28,7 +28,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 from armor.format.shards import Part
 from armor.runtime.names import Names
 
-__all__ = ["Expert", "Experts", "alike", "fused_experts", "parts_of", "routers", "unfuse"]
+__all__ = ["Expert", "Experts", "alike", "fused_experts", "mixtures", "parts_of", "routers", "unfuse"]
 
 TOGETHER = 1024  # rows at most, of all experts, that go through them in one call: more would take memory for nothing
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -225,6 +225,12 @@ def alike(layer: nn.Module) -> dict[str, tuple[str, str]]:
     }
 
 
+def mixtures(layer: nn.Module) -> dict[str, int]:
+    """The names, within `layer`, of modules that hold experts, and how many each holds."""
+    found = {path: module.count for path, module in layer.named_modules() if isinstance(module, Experts)}
+    return found | {path: len(module.get_parameter("down_proj")) for path, module in fused_experts(layer).items()}
+
+
 def routers(layer: nn.Module) -> list[str]:
     """The names, within `layer`, of linears that choose or weigh experts: beside them, with one output for each or one.
 
@@ -234,9 +240,7 @@ def routers(layer: nn.Module) -> list[str]:
     found = [
         name for name, module in layer.named_modules() if isinstance(module, nn.Linear) and "router" in name.split(".")
     ]
-    mixtures = {path: module.count for path, module in layer.named_modules() if isinstance(module, Experts)}
-    mixtures |= {path: len(module.get_parameter("down_proj")) for path, module in fused_experts(layer).items()}
-    for path, count in mixtures.items():
+    for path, count in mixtures(layer).items():
         above = path.rpartition(".")[0]
         for name, beside in layer.get_submodule(above).named_modules(prefix=above):
             inside = f"{name}.".startswith(f"{path}.")

@@ -72,6 +72,9 @@ def test_models_that_cannot_be_compressed_are_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(ArmorError, match=r"has shape \(128, 64\), expected \(96, 64\)"):
         inspect(open_source(folder), tmp_path / "d.json")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ArmorError, match=r"config.json: the model is quantized \(gptq\); expected a dense model"):
+        inspect(open_source(folder), tmp_path / "e.json")
     assert not list(tmp_path.glob("*.json"))
 
 

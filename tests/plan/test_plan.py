@@ -23,7 +23,7 @@ from armor.plan.machine import CARDS, Host, card_named
 from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS, need
 from armor.plan.subject import subject
-from armor.plan.submitted import submitted
+from armor.plan.submitted import _at_home, submitted
 from armor.plan.table import planned, text
 from armor.run import groups
 from armor.run.jobs import jobs
@@ -228,6 +228,9 @@ def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     assert "price: a job asks for 0.5 GB and takes 1.99 GB; use --set-resources price:mem_mb=2000" in done.stderr
     with pytest.raises(ArmorError, match="--profile nowhere: snakemake --dry-run fails here: .*nowhere"):
         submitted([tmp_path / "my.yaml"], "nowhere", tmp_path)
+    (tmp_path / "named").mkdir()
+    kept = yaml.safe_load(Path(_at_home("slurm", tmp_path / "named"), "config.yaml").read_text())
+    assert "executor" not in kept and kept["jobs"] > 1  # a name alone is one of profiles/
     (tmp_path / "config.yaml").write_text("- jobs")
     with pytest.raises(ArmorError, match=r"config.yaml: .*; expected the YAML of a profile"):
         submitted([tmp_path / "my.yaml"], str(tmp_path), tmp_path)
