@@ -321,6 +321,9 @@ Refused are models whose layers cannot be run one by one: Dory and HRM run their
 reversible and pass two streams, XLM has lists of attentions and of MLPs instead of layers. ShieldGemma 2 is refused for
 transformers itself does not load it as it saved it. Inkling's wrapper stores its experts in a form that is not read.
 
+DBRX and JetMoe stack their experts in forms that are not read either. They stay dense, as `armor inspect` says, and the
+small rest is compressed.
+
 | family | share compressed | packed against dense | notes |
 |---|--:|--:|---|
 {rows}

@@ -32,11 +32,13 @@ class _Kind:
     numbers: int = 0
 
 
-def _other(name: str, parameter: torch.Tensor, experts: dict[str, int]) -> str:
-    """What a weight is that is not a linear's: `experts` has the mixtures of its layer."""
+def _other(name: str, parameter: torch.Tensor, owner: nn.Module | None, experts: dict[str, int]) -> str:
+    """What a weight of `owner` is that is not a linear's; `experts` has how many each mixture of its layer holds."""
     for path, count in experts.items():
         if name.startswith(f"{path.rpartition('.')[0]}.") and not name.startswith(path) and len(parameter) == count:
             return "a router"
+    if "experts" in name.split(".") or "Experts" in type(owner).__name__:
+        return "experts in a form that is not read"
     return "not the weight of a linear"
 
 
@@ -49,13 +51,16 @@ class Contents:
     def add(self, layer: nn.Module, why_not: dict[str, str]) -> None:
         """Add a decoder layer. `why_not` has the reason, by name in it, for each linear that is not compressed."""
         experts = mixtures(layer)
-        linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        modules = dict(layer.named_modules())
         for name, parameter in layer.named_parameters():
             if parameter.dim() < 2:
                 self._count(SMALL, (), "small", parameter)
                 continue
             module = name.removesuffix(".weight")
-            reason = why_not.get(module) if module in linears else _other(module, parameter, experts)
+            if isinstance(owner := modules.get(module), nn.Linear):
+                reason = why_not.get(module)
+            else:
+                reason = _other(module, parameter, owner, experts)
             self._count(re.sub(r"\.\d+(?=\.|$)", ".*", module), tuple(parameter.shape), reason, parameter)
 
     def _count(self, name: str, shape: tuple[int, ...], why_not: str | None, parameter: torch.Tensor) -> None:

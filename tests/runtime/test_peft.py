@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import armor.hf  # noqa: F401
 from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
-from tests.packed import factors_of, quantized
+from tests.packed import factors_of, packed, quantized
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -47,6 +47,17 @@ def trained(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return folder, logits(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_an_adapter_of_a_mixture_s_attention_is_trained_and_saved(tmp_path, family):
+    root = packed(tmp_path, family)
+    model = get_peft_model(load(root), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM"))
+    losses = steps(model)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_close(logits(again), logits(model))
 
 
 def test_the_adapter_alone_is_trained(root):
