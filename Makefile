@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster test-faults test-vllm lint bench families docs reference clean
+.PHONY: demo test test-cluster test-storage test-faults test-vllm lint bench families docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	@$(BIN)/armor progress -- $(BIN)/snakemake --cores $(CORES)
@@ -17,7 +17,14 @@ test: .venv/installed  ## the whole test suite, the workflow on a tiny random mo
 
 test-cluster: .venv/installed  ## the workflow on a real SLURM of one node, started for it; as root, on Linux
 	@why=$$($(BIN)/python -c 'from tests.cluster.slurm import missing; print(missing() or "")') || exit 1; \
-	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest -rs tests/cluster; fi
+	if [ -n "$$why" ]; then echo "make test-cluster: NOT RUN: $$why"; else $(BIN)/pytest --ignore tests/cluster/test_storage.py tests/cluster; fi
+
+test-storage: .venv/storage  ## results in a bucket of an S3 server that is started for it, jobs as pods
+	$(BIN)/pytest -rs tests/cluster/test_storage.py
+
+.venv/storage: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[storage]"
+	touch $@
 
 test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
 	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py

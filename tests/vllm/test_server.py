@@ -54,7 +54,7 @@ def server(log, program, folder, *options):
         yield f"{url}/v1"
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(SECONDS)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
