@@ -80,17 +80,21 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     states = _states_bytes(subject, sequences, length)
     kept = sum(4 * (width + (width**2 if settings.gram else 0)) for width in widths)
 
-    def memory(length: int) -> Memory:
-        held = max(_states_bytes(subject, sequences, length))
+    most = int(settings.hidden_states_memory_gb * 1e9)
+
+    def memory(length: int, held: int = most) -> Memory:
         return memory_of(
-            on_host=min(held, int(settings.hidden_states_memory_gb * 1e9)) + compiled(subject, dtype),
+            on_host=min(max(_states_bytes(subject, sequences, length)), held) + compiled(subject, dtype),
             computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
             before=subject.outside(dtype.itemsize),
         )
 
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), float(subject.weights_bytes + sum(states))))
-    shorter = ByLength(f"{where}.sequence_length", length, memory)
-    return Need(memory(length), kept=kept, scratch=2 * max(states), work=work, by_length=shorter)
+    # Fewer states in memory cost time alone, shorter sequences the statistics.
+    enough = memory(length, 0).host <= plan.host.memory < memory(length).host
+    remedy = f"lower {where}.hidden_states_memory_gb" if enough and plan.host.gpu is None else ""
+    shorter = None if remedy else ByLength(f"{where}.sequence_length", length, memory)
+    return Need(memory(length), kept=kept, scratch=2 * max(states), work=work, remedy=remedy, by_length=shorter)
 
 
 def _experts(plan: Plan, model: str, recipe: str, index: str, group: str) -> Need:

@@ -183,6 +183,16 @@ def test_the_length_that_is_proposed_fits_and_twice_of_it_does_not(tmp_path, sta
     assert said.endswith(f"; lower {own.by_length.key} to 32")
 
 
+def test_states_that_need_not_be_in_memory_go_before_shorter_sequences(tmp_path):
+    many = {"words": CONFIG["calibrations"]["words"] | {"sequences": 100_000, "hidden_states_memory_gb": 1.0}}
+    plan, _, place = made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", calibrations=many)
+    job = next(job for job in jobs(plan.config, place) if job.stage == "calibrate")
+    room = need(plan, job).memory.host - 10**8
+    tight = dataclasses.replace(plan, host=dataclasses.replace(ROOMY, memory=room))
+    said = [line for line in planned(tight, place, None).problems if line.startswith(f"{job}: ")]
+    assert said and said[0].endswith("; lower calibrations.words.hidden_states_memory_gb")
+
+
 def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_path):
     model = tiny_model(tmp_path / "model", layers=1)
     longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 4096}}
