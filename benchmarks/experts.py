@@ -29,7 +29,7 @@ from armor.execution.files import write_json
 from armor.execution.machine import current_machine, set_threads
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu
-from armor.runtime.experts import unfuse
+from armor.runtime.fused import unfuse
 from armor.runtime.linear import ArmorLinear
 
 DENSE = ("eager", "batched_mm", "grouped_mm")

@@ -39,7 +39,7 @@ from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json
 from armor.execution.log import log, progress
-from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.format.checkpoint import modules_of
 from armor.format.names import record_of_folder
 from armor.format.provenance import made_by
@@ -49,7 +49,6 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards, dtype_name
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
-from armor.runtime.streamed import USABLE
 
 __all__ = ["DENSE", "benchmark", "bytes_on_disk", "bytes_per_token", "core_on_disk", "greedy_text"]
 

@@ -25,7 +25,7 @@ from armor.benchmark.timing import mark, seconds_between
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.base import BlockSizes
 from armor.format.records.benchmark import LinearSpeed
-from armor.runtime.experts import fused_experts, unfuse
+from armor.runtime.fused import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 
 __all__ = ["core_alone", "expands", "linear_speeds", "wrapped"]

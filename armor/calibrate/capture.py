@@ -16,30 +16,33 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from armor.calibrate.hidden import HiddenStates, states_file
-from armor.calibrate.routed import Routed, run_on_all
+from armor.calibrate.routed import Routed, on_sample, run_on_all
 from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.log import log, progress
-from armor.execution.machine import current_machine, device_memory_bytes, peak_memory_bytes
+from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file, layer_files
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import File, Input
 from armor.format.records.calibration import CalibrationRecord
-from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import dtype_name
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
-from armor.runtime.calls import Call, moved, observe, observe_each, states_of
+from armor.runtime.apart import Apart, calls_at_once
+from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
     Skeleton,
@@ -55,21 +58,22 @@ from armor.runtime.skeleton import (
 from armor.text.blocks import token_blocks
 from armor.text.sources import describe
 
-__all__ = ["calibrate", "peak_bytes"]
+__all__ = ["calibrate", "is_apart", "peak_bytes"]
 
 SMALLER = "lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
 
 
-def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool) -> int:
+def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool, apart: bool = False) -> int:
     """The memory that calibration takes on its device at the peak, with one sequence of `length` tokens, from shapes.
 
-    It is made of one decoder layer and its sums. Of the tokens it has the residual stream, its copy before the layer
-    and the MLP's input. To these comes the largest moment inside. That is both factors of the MLP and their product, or
-    this product in float32 with its squares, twice, or with the products of a Gram matrix.
+    It is made of one decoder layer and its sums; the layer has a single expert if they are read `apart`. Of the tokens
+    it has the residual stream, its copy before the layer and the MLP's input. To these comes the largest moment inside.
+    That is both factors of the MLP and their product, or this product in float32 with its squares, twice, or with the
+    products of a Gram matrix.
     """
     peaks, size = [0], dtype.itemsize
     for layer in topology.layers:
-        weights = sum(linear.out_features * linear.in_features for linear in layer.linears) * size
+        weights = (_weights(layer.linears) - (_weights_apart(layer) if apart else 0)) * size
         widths = [group[0].in_features for group in layer.groups()]
         sums = 8 * sum(width**2 for width in widths) if gram else 0
         factors = max(sum(linear.out_features for linear in group) for group in layer.groups())
@@ -94,11 +98,16 @@ def calibrate(
     source.check(topology.fingerprint)
     length, dtype = _length(source, topology, settings), compute_dtype(source.dtype, device)
     available = device_memory_bytes(device)
-    if available is not None and (needed := peak_bytes(topology, length, dtype, settings.gram)) > available:
+    room = USABLE * host_memory_bytes() - settings.hidden_states_memory_gb * 1e9 if available is None else available
+    apart = is_apart(topology, length, dtype, settings.gram, room)
+    needed = peak_bytes(topology, length, dtype, settings.gram, apart)
+    if available is not None and needed > available:
         raise ArmorError(
             f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
             f"{device} has {available / 1e9:.1f} GB; {SMALLER}"
         )
+    if apart:
+        log.info("%s: a decoder layer does not fit into memory, so its experts are read one by one", source.path)
     tokens = _tokens(source, settings, length)
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     work = {
@@ -126,9 +135,10 @@ def calibrate(
             for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
                 own = [of_layers[layer.index] for of_layers in calls]
                 try:
-                    module = load_layer(skeleton, layer.index, shards, device)
+                    module = load_layer(skeleton, layer.index, shards, device, experts=not apart)
                     inside = partial(skeleton.inside, layer.index)
-                    inputs = _run_layer(module, layer, inside, own, hidden, settings.gram, device)
+                    by_expert = Apart(module, layer.prefix, shards, device, on_sample) if apart else None
+                    inputs = _run_layer(module, layer, inside, own, hidden, settings.gram, device, by_expert)
                 except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
                     raise ArmorError(
                         f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
@@ -145,6 +155,24 @@ def calibrate(
         record = _record(source, settings, tokens, text_fingerprint, hidden, done, steps.seconds(), device)
         record.write(output)
     return record
+
+
+def is_apart(topology: Topology, length: int, dtype: torch.dtype, gram: bool, room: float) -> bool:
+    """Whether experts are read one by one (`armor.runtime.apart`), for a layer with all does not fit into `room` bytes.
+
+    That is a card's memory, or the host's less what hidden states take of it.
+    """
+    return topology.has_experts() and peak_bytes(topology, length, dtype, gram) > room
+
+
+def _weights(linears: Iterable[Linear]) -> int:
+    return sum(linear.out_features * linear.in_features for linear in linears)
+
+
+def _weights_apart(layer: DecoderLayer) -> int:
+    """How many weights of a decoder layer are not in memory: those of its experts but for the largest."""
+    sizes = [_weights(linears) for linears in layer.experts().values()]
+    return sum(sizes) - max(sizes, default=0)
 
 
 def _record(
@@ -253,41 +281,64 @@ def _run_layer(
     hidden: HiddenStates,
     gram: bool,
     device: str,
+    apart: Apart | None = None,
 ) -> dict[str, Accumulator | Routed]:
     """Run a decoder layer on all sequences, replacing their hidden states by its output; the sums by input's name.
 
-    `inside` gives a linear's name within the layer.
+    `inside` gives a linear's name within the layer. `apart` runs the layer if its experts are read one by one.
     """
     inputs: dict[str, Accumulator | Routed] = {}
-    hooks = run_on_all(module)
+    of_layer: list[tuple[nn.Module, Callable[..., None]]] = []
+    hooks = [] if apart else run_on_all(module)
     for first, *_ in layer.groups():
         path = inside(first.name)
-        above = module.get_submodule(path.rpartition(".")[0])
+        linear, above = module.get_submodule(path), module.get_submodule(path.rpartition(".")[0])
         new = partial(Accumulator, first.in_features, gram, device)
-        sums = Routed(above, new) if isinstance(above, Expert) else new()
-        hook = sums.add if isinstance(sums, Routed) else partial(_add, sums)
-        hooks.append(module.get_submodule(path).register_forward_pre_hook(hook))
+        if isinstance(above, Expert):
+            sums = Routed(above, new)
+            hooks.append(linear.register_forward_pre_hook(sums.add))
+        else:
+            sums = new()
+            of_layer.append((linear, partial(_add, sums)))
         inputs[first.name] = sums
     on_device: dict[int, Call] = {}
-    try:
-        with torch.no_grad():
-            for index, call in enumerate(calls):
-                if id(call) not in on_device:
-                    on_device = {id(call): call.map(lambda tensor: tensor.to(device))}
-                call = on_device[id(call)]
-                state = call.run(module, moved(hidden.read(index), device))
-                if not finite(state[0]):
-                    raise ArmorError(_not_finite(layer, inputs, index))
-                hidden.write(index, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def run(index: int, module: nn.Module) -> State:
+        call = calls[index]
+        if id(call) not in on_device:
+            on_device.clear()
+            on_device[id(call)] = call.map(lambda tensor: tensor.to(device))
+        return on_device[id(call)].run(module, moved(hidden.read(index), device))
+
+    runs, watched = [partial(run, index) for index in range(len(calls))], partial(_hooked, of_layer)
+    with torch.no_grad(), _removed(hooks), contextlib.nullcontext() if apart else watched():
+        at_once = calls_at_once(hidden.bytes // len(calls))
+        states = apart.run(runs, at_once, watched) if apart else (run(module) for run in runs)
+        for index, state in enumerate(states):
+            if not finite(state[0]):
+                raise ArmorError(_not_finite(layer, inputs, index))
+            hidden.write(index, state)
     for name, sums in inputs.items():
         if isinstance(sums, Accumulator) and sums.tokens == 0:
             raise ArmorError(f"{name}: no token came by; the model does not use this linear and cannot be calibrated")
         if not sums.finite():
             raise ArmorError(_not_finite(layer, inputs, None))
     return inputs
+
+
+@contextlib.contextmanager
+def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Remove the `hooks` in the end."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hooked(modules: list[tuple[nn.Module, Callable[..., None]]]) -> AbstractContextManager[None]:
+    """Before each of the `modules` is called, its function is."""
+    return _removed([module.register_forward_pre_hook(function) for module, function in modules])
 
 
 def _add(sums: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:

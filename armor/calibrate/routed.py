@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from armor.format.statistics import Accumulator, Statistics
 from armor.runtime.experts import Expert, Experts
 
-__all__ = ["PRIOR", "SAMPLE", "Routed", "blended", "run_on_all"]
+__all__ = ["PRIOR", "SAMPLE", "Routed", "blended", "on_sample", "run_on_all"]
 
 PRIOR = 64  # tokens
 SAMPLE = 16  # tokens of a sequence, evenly spaced
@@ -70,6 +70,11 @@ def run_on_all(layer: nn.Module) -> list[Any]:
 def _run_on_all(mixture: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert isinstance(mixture, Experts)
     x = mixture.arguments(args, kwargs)[0]
-    sample = x[torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).long()]
     for _, expert in mixture.experts():
-        expert(sample, None, mixture.between)
+        on_sample(mixture, expert, x)
+
+
+def on_sample(mixture: Experts, expert: Expert, x: Tensor) -> None:
+    """Run an expert on a sample of all tokens, x (tokens, in) of a call of its mixture."""
+    sample = x[torch.linspace(0, len(x) - 1, min(SAMPLE, len(x)), device=x.device).long()]
+    expert(sample.to(next(expert.parameters()).device), None, mixture.between)

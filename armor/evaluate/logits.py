@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.execution.log import log
-from armor.execution.machine import device_memory_bytes, host_memory_bytes
+from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
 from armor.runtime.load import (
     context_length,
     load_model,
@@ -36,7 +36,7 @@ from armor.runtime.load import (
     read_config,
     weights_bytes,
 )
-from armor.runtime.streamed import USABLE, StreamedModel, stacks_experts
+from armor.runtime.streamed import StreamedModel, stacks_experts
 from armor.text.blocks import token_blocks
 
 __all__ = [

@@ -45,14 +45,14 @@ from armor.core.errors import ArmorError
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
-from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import identity, resumable
 from armor.format.names import beside, samples_beside, task_beside
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import load_model, load_tokenizer, weights_bytes
-from armor.runtime.streamed import USABLE, StreamedModel
+from armor.runtime.streamed import StreamedModel
 from armor.text.sources import describe as describe_text
 from armor.text.sources import documents
 

@@ -40,6 +40,10 @@ class Machine(Typed):
     """Versions of Python, of this package and of those that it computes with."""
 
 
+USABLE = 0.95
+"""Of the memory that a model may be loaded into: the rest is for what no header tells."""
+
+
 def set_threads(count: int) -> None:
     """Let this process compute with `count` threads and no more. Call it before torch is imported."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

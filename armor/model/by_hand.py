@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.execution.log import log
-from armor.runtime.experts import alike, routers
+from armor.runtime.experts import alike
+from armor.runtime.fused import routers
 from armor.runtime.no_weight import NoWeight, NoWeightError
 
 __all__ = ["BY_HAND", "by_hand", "check_linears", "left_dense", "tell"]

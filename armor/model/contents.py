@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from armor.execution.table import text_table
-from armor.runtime.experts import mixtures
+from armor.runtime.fused import mixtures
 
 __all__ = ["Contents"]
 

@@ -45,7 +45,7 @@ def fused_parts(folder: Path | str) -> dict[str, Part]:
     """
     import torch
 
-    from armor.runtime.experts import parts_of
+    from armor.runtime.fused import parts_of
     from armor.runtime.skeleton import open_skeleton
 
     skeleton = open_skeleton(Path(folder), torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from armor.evaluate.logits import TOKENS_AT_A_TIME, block_bytes
 from armor.evaluate.predictions import SHARE_OF_DISK
+from armor.execution.machine import USABLE
 from armor.format.shards import dtype_name
 from armor.plan.need import (
     BESIDE_CUDA,
@@ -22,8 +23,9 @@ from armor.plan.need import (
 )
 from armor.plan.subject import Subject
 from armor.plan.work import Read, Step, Work
+from armor.runtime.apart import HELD, HIDDEN_STATES
 from armor.runtime.load import loaded_dtype
-from armor.runtime.streamed import HIDDEN_STATES, USABLE, stacks_experts
+from armor.runtime.streamed import stacks_experts
 
 __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 
@@ -47,13 +49,22 @@ def _measured(
     given = loaded_dtype(folder, dtype)
     itemsize = given.itemsize
     loaded = subject.loaded_bytes(recipe, dtype) + block_bytes(folder, dtype, length) + more
-    largest = max(subject.inside(layer, itemsize) for layer in subject.topology.layers)
     logits = length * subject.vocabulary * itemsize + TOKENS_AT_A_TIME * 12 * subject.vocabulary
-    streamed = subject.outside(itemsize, head=True) + largest + logits + more
-    states = min(group, int(HIDDEN_STATES * plan.host.memory)) + (compiled(subject, given) if recipe is None else 0)
+
+    def streamed(room: float) -> tuple[int, int]:
+        """With one decoder layer, and the states beside it; without most of its experts if those have no room."""
+        outside = subject.outside(itemsize, head=True)
+        largest = max(subject.inside(layer, given, recipe) for layer in subject.topology.layers)
+        apart = subject.topology.has_experts() and outside + largest > USABLE * room
+        if apart:
+            largest = max(subject.inside(layer, given, recipe, apart) for layer in subject.topology.layers)
+        states = min(group * (1 + HELD if apart else 1), int(HIDDEN_STATES * plan.host.memory))
+        return outside + largest + logits + more, states + (compiled(subject, given) if recipe is None else 0)
+
     fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card.memory))
-    host, beside = loaded if fits and not streams else streamed + states, 0 if on_card else states
-    return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else streamed)
+    here, there = streamed((1 - HIDDEN_STATES) * plan.host.memory), streamed(plan.card.memory)
+    host, beside = loaded if fits and not streams else sum(here), 0 if on_card else there[1]
+    return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else there[0])
 
 
 def _text(plan: Plan, model: str, recipe: str | None, evaluation: str, compared: bool) -> Need:

@@ -137,8 +137,7 @@ class Plan:
 
 def compiled(subject: Subject, dtype: torch.dtype) -> int:
     """What oneDNN keeps of the products that it compiles: one for each number of tokens that an expert is sent."""
-    mixture = any(layer.experts() for layer in subject.topology.layers)
-    return PRODUCTS if mixture and dtype == torch.bfloat16 else 0
+    return PRODUCTS if subject.topology.has_experts() and dtype == torch.bfloat16 else 0
 
 
 def memory_of(on_host: int, computing: int, before: int = 0) -> Memory:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from armor.assemble.folder import MAX_SHARD_BYTES
+from armor.calibrate.capture import is_apart
 from armor.calibrate.capture import peak_bytes as calibration_bytes
 from armor.config.training import TrainingSettings
 from armor.core.factorization import owner as owner_of
+from armor.execution.machine import USABLE
 from armor.factorize.asked import groups_asked, linear_bytes, possible
 from armor.factorize.quantize import peak_bytes as rounding_bytes
 from armor.factorize.sharing import one_linear
@@ -41,6 +43,7 @@ from armor.plan.subject import Packed, Subject
 from armor.plan.work import Read, Train, Work, rounding, solving
 from armor.run.groups import expert_groups
 from armor.run.jobs import Job
+from armor.runtime.apart import HELD, HIDDEN_STATES
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
 from armor.training.memory import Shapes, refine_bytes, sensitivity_bytes, tune_bytes
@@ -83,11 +86,19 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     most = int(settings.hidden_states_memory_gb * 1e9)
 
     def memory(length: int, held: int = most) -> Memory:
-        return memory_of(
-            on_host=min(max(_states_bytes(subject, sequences, length)), held) + compiled(subject, dtype),
-            computing=calibration_bytes(subject.topology, length, dtype, settings.gram),
-            before=subject.outside(dtype.itemsize),
-        )
+        hidden = max(_states_bytes(subject, sequences, length))
+
+        def computed(room: float) -> Memory:
+            apart = is_apart(subject.topology, length, dtype, settings.gram, room)
+            waiting = min(HELD * hidden, int(HIDDEN_STATES * plan.host.memory)) if apart else 0
+            return memory_of(
+                on_host=min(hidden, held) + waiting + compiled(subject, dtype),
+                computing=calibration_bytes(subject.topology, length, dtype, settings.gram, apart),
+                before=subject.outside(dtype.itemsize),
+            )
+
+        on_card = computed(plan.card.memory)
+        return Memory(computed(USABLE * plan.host.memory - held).host, on_card.beside, on_card.card)
 
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), float(subject.weights_bytes + sum(states))))
     # Fewer states in memory cost time alone, shorter sequences the statistics.

@@ -7,6 +7,7 @@ answers for it as it will for the real one: the bytes on disk, the memory of an 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,9 +98,20 @@ class Subject:
         of_followed = [sum(t.nbytes for t in moved(state, "meta", dtype)) for state in self._states[followed]]
         return [size * length // followed for size in of_followed]
 
-    def inside(self, layer: DecoderLayer, itemsize: int) -> int:
-        """The bytes of a decoder layer's tensors, each number of `itemsize`."""
-        return self._bytes((n for n in self.shards.names() if n.startswith(f"{layer.prefix}.")), itemsize)
+    def inside(self, layer: DecoderLayer, dtype: torch.dtype, owner: str | None, apart: bool = False) -> int:
+        """The bytes of a decoder layer's tensors, floats in `dtype`, dense or as recipe `owner` packs them.
+
+        If experts are read `apart` (`armor.runtime.apart`), the largest of them counts alone.
+        """
+        shards, sizes = (self if owner is None else self.packed[owner]).shards, Counter[int | None]()
+        expert_of = {linear.name: number for number, own in layer.experts().items() for linear in own}
+        for name in shards.names():
+            if name.startswith(f"{layer.prefix}."):
+                stored = getattr(torch, shards.dtype(name))
+                size = math.prod(shards.shape(name)) * (dtype if stored.is_floating_point else stored).itemsize
+                sizes[expert_of.get(name.rpartition(".")[0])] += size
+        experts = [size for number, size in sizes.items() if number is not None]
+        return sizes[None] + (max(experts, default=0) if apart else sum(experts))
 
     def outside_names(self, head: bool = False) -> list[str]:
         """The tensors of the base model outside of its decoder layers; with `head`, those beside it too."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import stdev
 
+from armor.format.provenance import ranges
 from armor.format.records.evaluation import EvaluationRecord
 from armor.report.numbers import number, percent, plus_minus, size, span
 from armor.report.results import ModelResults, RecipeResults, decode_speed
@@ -32,10 +34,18 @@ def unrouted(model: ModelResults) -> list[str]:
     found = {name: record.unrouted_experts for name, record in model.calibrations.items()}
     return [
         f"{len(experts)} experts saw no token of the calibration {name} and have the statistics of all tokens: "
-        f"{', '.join(experts[:3])}{' and more' if len(experts) > 3 else ''}."
+        f"{'; '.join(_numbered(experts))}."
         for name, experts in found.items()
         if experts
     ]
+
+
+def _numbered(experts: Sequence[str]) -> list[str]:
+    """Names of experts, like model.layers.1.mlp.experts.2, in short: for each mixture its name and their numbers."""
+    numbers: dict[str, list[int]] = {}
+    for mixture, _, own in (name.rpartition(".") for name in experts):
+        numbers.setdefault(mixture, []).append(int(own))
+    return [f"{mixture} {ranges(own)}" for mixture, own in numbers.items()]
 
 
 def missing(model: ModelResults) -> list[str]:

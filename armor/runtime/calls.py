@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
+from armor.runtime.apart import Apart
 from armor.runtime.skeleton import Made, Skeleton, State, filled
 
 __all__ = ["Call", "State", "finish", "moved", "observe", "observe_each", "readers", "states_of"]
@@ -204,14 +205,18 @@ class _Watch(TorchFunctionMode):
 
 
 class _Reader(_StandIn):
-    """Reads the layer when it is called, and drops it after."""
+    """Reads the layer when it is called, and drops it after; its experts one by one, if it is to take it `apart`."""
 
-    def __init__(self, layer: nn.Module, name: str, shards: Shards, device: str) -> None:
+    def __init__(self, layer: nn.Module, name: str, shards: Shards, device: str, apart: bool) -> None:
         super().__init__(layer)
-        self._source = name, shards, device
+        self._source, self._apart = (name, shards, device), apart
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return filled(self._layer[0], *self._source)(*args, **kwargs)
+        layer = filled(self._layer[0], *self._source, experts=not self._apart)
+        if not self._apart:
+            return layer(*args, **kwargs)
+        (output,) = Apart(layer, *self._source).run([lambda layer: layer(*args, **kwargs)])
+        return output
 
 
 @contextlib.contextmanager
@@ -236,13 +241,15 @@ def _recorders(skeleton: Skeleton, learn: bool = False) -> Iterator[list[_Record
 
 
 @contextlib.contextmanager
-def readers(skeleton: Skeleton, shards: Shards, device: str = "cpu") -> Iterator[PreTrainedModel]:
+def readers(skeleton: Skeleton, shards: Shards, device: str = "cpu", apart: bool = False) -> Iterator[PreTrainedModel]:
     """The model as one that runs whole, on `device`: its decoder layers are read when they are called, dropped after.
+
+    `apart`: experts are read one at a time, those that a token is sent to.
 
     What is outside of the layers must be loaded and placed. A forward pass raises ArmorError where `load_layer` does.
     """
     named = [(layer, f"{skeleton.prefix}.{index}") for index, layer in enumerate(skeleton.layers)]
-    with _replaced(skeleton, [_Reader(layer, name, shards, device) for layer, name in named]):
+    with _replaced(skeleton, [_Reader(layer, name, shards, device, apart) for layer, name in named]):
         yield skeleton.model
 
 

@@ -41,7 +41,8 @@ from armor.format.checksums import check_contents, loaded_files, read_checksums,
 from armor.format.scaled import is_scaled
 from armor.format.shards import INDEX, SINGLE, Shards
 from armor.runtime.conv1d import Turned, conv1d
-from armor.runtime.experts import Experts, fused_experts, unfuse
+from armor.runtime.experts import Experts
+from armor.runtime.fused import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear, share_right
 from armor.runtime.names import Names
 

@@ -29,7 +29,8 @@ from armor.execution.files import read_json
 from armor.format.shards import Part, Shards
 from armor.runtime.auto import from_config
 from armor.runtime.conv1d import Turned, turn
-from armor.runtime.experts import parts_of, unfuse
+from armor.runtime.experts import Expert
+from armor.runtime.fused import parts_of, unfuse
 from armor.runtime.names import Names
 
 __all__ = [
@@ -39,8 +40,10 @@ __all__ = [
     "compute_dtype",
     "decoder_layers",
     "drop_layer",
+    "fill",
     "filled",
     "finite",
+    "layer_bytes",
     "load_layer",
     "load_outside",
     "named_here",
@@ -313,17 +316,23 @@ def unload_outside(skeleton: Skeleton) -> None:
         place_tensor(owner, name, tensor.to("meta"))
 
 
-def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
+def load_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu", experts: bool = True) -> nn.Module:
     """Fill decoder layer `index` from its shards and return it; `drop_layer` empties it again.
 
-    Raises ArmorError, naming tensor and file, if one is missing, has another shape, or holds NaN or infinity.
+    Without `experts` those of mixtures stay empty (`armor.runtime.apart`). Raises ArmorError, naming tensor and file,
+    if one is missing, has another shape, or holds NaN or infinity.
     """
-    return _fill(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+    return fill(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device, experts)
 
 
-def read_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu") -> nn.Module:
+def read_layer(skeleton: Skeleton, index: int, shards: Shards, device: str = "cpu", experts: bool = True) -> nn.Module:
     """As `load_layer`, but a copy: the skeleton's own layer, with the buffers that are computed, stays as it is."""
-    return filled(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device)
+    return filled(skeleton.layers[index], f"{skeleton.prefix}.{index}", shards, device, experts)
+
+
+def layer_bytes(layer: nn.Module) -> int:
+    """The memory that a decoder layer of a skeleton takes when it is filled."""
+    return sum(tensor.nbytes for tensor in layer.state_dict().values())
 
 
 def drop_layer(layer: nn.Module) -> None:
@@ -338,19 +347,28 @@ def drop_layer(layer: nn.Module) -> None:
         trim(0)
 
 
-def filled(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
+def filled(layer: nn.Module, prefix: str, shards: Shards, device: str, experts: bool = True) -> nn.Module:
     """A copy of a decoder layer, filled with its tensors, whose names begin with `prefix`. Errors as `load_layer`."""
-    return _fill(copy.deepcopy(layer), prefix, shards, device)
+    return fill(copy.deepcopy(layer), prefix, shards, device, experts)
 
 
-def _fill(layer: nn.Module, prefix: str, shards: Shards, device: str) -> nn.Module:
-    for name, tensor in layer.state_dict(keep_vars=True).items():
+def fill(module: nn.Module, prefix: str, shards: Shards, device: str, experts: bool = True) -> nn.Module:
+    """Fill a module, a decoder layer or a part of it, with its tensors, whose names begin with `prefix`.
+
+    Without `experts` those of mixtures stay empty. Errors as `load_layer`.
+    """
+    left = () if experts else tuple(f"{path}." for path, inner in module.named_modules() if isinstance(inner, Expert))
+    for name, tensor in module.state_dict(keep_vars=True).items():
         full = f"{prefix}.{name}"
-        if full not in shards and not tensor.is_meta:
+        if name.startswith(left) or (full not in shards and not tensor.is_meta):
             continue  # a buffer that is computed
         owner, _, last = name.rpartition(".")
-        _place(layer.get_submodule(owner), last, shards.read(full, _target(tensor)).to(device), full, shards)
-    return layer.to(device)
+        _place(module.get_submodule(owner), last, shards.read(full, _target(tensor)).to(device), full, shards)
+    for inner in module.modules():
+        for name, buffer in inner.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                inner._buffers[name] = buffer.to(device)
+    return module
 
 
 def _target(tensor: Tensor) -> torch.dtype | None:

@@ -7,33 +7,41 @@ read every weight once for each such group. Text can be generated too, by transf
 token of a batch reads all weights.
 
 Mixtures of experts are another case. While transformers stacks the experts that a checkpoint has one by one, it holds
-them twice. Nothing is stacked here.
+them twice. Nothing is stacked here. Where a layer with all its experts is too large, they are read one by one too
+(`armor.runtime.apart`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from armor.execution.log import progress
-from armor.execution.machine import host_memory_bytes
+from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
+from armor.runtime.apart import HELD, HIDDEN_STATES, Apart
 from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
 from armor.runtime.load import loaded_dtype, read_config
 from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import drop_layer, load_outside, open_skeleton, place_outside, read_layer, tensors_of
+from armor.runtime.skeleton import (
+    drop_layer,
+    layer_bytes,
+    load_outside,
+    open_skeleton,
+    place_outside,
+    read_layer,
+    tensors_of,
+)
 
-__all__ = ["USABLE", "StreamedModel", "stacks_experts"]
-
-HIDDEN_STATES = 0.25  # of the host's memory
-USABLE = 0.95  # of the memory that a model may be loaded into: the rest is for what no header tells
+__all__ = ["StreamedModel", "stacks_experts"]
 
 
 class StreamedModel:
@@ -50,6 +58,7 @@ class StreamedModel:
         self._shards = tensors_of(self.skeleton, folder)
         load_outside(self.skeleton, self._shards, head=True)
         place_outside(self.skeleton, device)
+        self._is_apart = self._has_no_room_for_a_layer()
         if (Path(folder) / "generation_config.json").is_file():
             self.skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -60,23 +69,41 @@ class StreamedModel:
             states: list[State] = [(observe(self.skeleton, tokens)[0].to("cpu"),) for tokens in group]
             layers = range(len(self.skeleton.layers))
             for index in progress(layers, f"{len(group)} batches", unit="layers"):
-                layer = read_layer(self.skeleton, index, self._shards, self.device)
-                for number, tokens in enumerate(group):
-                    # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
-                    call = observe(self.skeleton, tokens)[1][index]
-                    states[number] = moved(call.run(layer, moved(states[number], self.device)), "cpu")
-                drop_layer(layer)  # before the next one is read
+                for number, state in enumerate(self._through(index, group, states)):
+                    states[number] = state
             for number, tokens in enumerate(group):
                 yield finish(self.skeleton, tokens, states[number][0].to(self.device))
 
+    def _through(self, index: int, group: Sequence[Tensor], states: Sequence[State]) -> Iterator[State]:
+        """What decoder layer `index` makes of each of the `states`, which are of the batches of the `group`."""
+        layer = read_layer(self.skeleton, index, self._shards, self.device, experts=not self._is_apart)
+
+        def run(number: int, layer: nn.Module) -> State:
+            # Recorded again rather than kept: masks of many batches take as much room as their hidden states.
+            call = observe(self.skeleton, group[number])[1][index]
+            return moved(call.run(layer, moved(states[number], self.device)), "cpu")
+
+        runs = [partial(run, number) for number in range(len(group))]
+        apart = Apart(layer, f"{self.skeleton.prefix}.{index}", self._shards, self.device)
+        yield from apart.run(runs, len(runs)) if self._is_apart else (call(layer) for call in runs)
+        drop_layer(layer)  # before the next one is read
+
     def whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The model as transformers' `generate` takes it; every forward pass reads all decoder layers, one by one."""
-        return readers(self.skeleton, self._shards, self.device)
+        return readers(self.skeleton, self._shards, self.device, self._is_apart)
+
+    def _has_no_room_for_a_layer(self) -> bool:
+        """Whether a decoder layer with all its experts is too large."""
+        if not any(isinstance(module, Experts) for module in self.skeleton.model.modules()):
+            return False
+        outside = sum(tensor.nbytes for *_, tensor in self.skeleton.outside(head=True))
+        room = device_memory_bytes(self.device) or (1 - HIDDEN_STATES) * host_memory_bytes()
+        return outside + max(map(layer_bytes, self.skeleton.layers)) > USABLE * room
 
     def _groups(self, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """As many batches at a time as there is room for the hidden states of, at least one."""
         each = self.skeleton.model.config.get_text_config().hidden_size * self.dtype.itemsize
-        room = host_memory_bytes() * HIDDEN_STATES / each
+        room = host_memory_bytes() * HIDDEN_STATES / each / (1 + HELD if self._is_apart else 1)
         group: list[Tensor] = []
         held = 0
         for tokens in batches:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from armor.config.training import TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
-from armor.execution.machine import current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import beside, layer_file
@@ -47,7 +47,7 @@ from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside, tensors_of
-from armor.runtime.streamed import USABLE, StreamedModel
+from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, tune_bytes
 from armor.training.record import described, write_trained

@@ -19,10 +19,9 @@ from armor.core.errors import ArmorError
 from armor.evaluate.logits import Blocks, comparison, peak_bytes, token_losses
 from armor.evaluate.perplexity import evaluate, mean, measure, perplexity
 from armor.execution.files import part_of
-from armor.execution.machine import peak_memory_bytes
+from armor.execution.machine import USABLE, peak_memory_bytes
 from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
-from armor.runtime.streamed import USABLE
 from tests.killed import SAVED, forked
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, host_of, printed_last
 from tests.packed import packed

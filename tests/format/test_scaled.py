@@ -20,7 +20,7 @@ from armor.format.scaled import GROUP, VALUES, fp8
 from armor.format.shards import Shards
 from armor.model.fetch import check_folder
 from armor.model.source import open_source
-from armor.runtime.experts import unfuse
+from armor.runtime.fused import unfuse
 from armor.runtime.load import load_model
 from armor.runtime.skeleton import open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel

@@ -140,6 +140,19 @@ def test_offloading_to_disk(root, tmp_path):
     assert not far.is_unpacked and far.core_values.is_meta
 
 
+def test_a_mixture_is_offloaded_to_disk_and_to_the_hosts_memory(tmp_path):
+    checkpoint = packed(tmp_path, "qwen3_moe") / "checkpoint"
+    expected = logits(load(checkpoint))
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(checkpoint, device_map=device_map, offload_folder=tmp_path / "offloaded", offload_buffers=True)
+    assert model.get_submodule("model.layers.1.mlp.experts.3.up_proj").core_values.is_meta
+    assert close(logits(model), expected)
+    offloaded = cpu_offload(load(checkpoint), execution_device="cpu", offload_buffers=True)
+    assert all(tensor.is_meta for tensor in (*offloaded.parameters(), *offloaded.buffers()) if tensor.numel() > 64)
+    assert close(logits(offloaded), expected)
+
+
 def test_offloading_to_the_hosts_memory(root):
     model = load(root / "checkpoint")
     expected = logits(model)

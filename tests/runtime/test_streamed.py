@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from armor.core.errors import ArmorError
+from armor.runtime.apart import HIDDEN_STATES
 from armor.runtime.load import load_model, loaded_dtype
-from armor.runtime.streamed import HIDDEN_STATES, StreamedModel
+from armor.runtime.streamed import StreamedModel
 from tests.memory import host_of
 from tests.packed import DEFECTS, packed
 from tests.tiny import FAMILIES, SHARING, tiny_model

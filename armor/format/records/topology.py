@@ -109,6 +109,10 @@ class Topology(Record):
         """All linears of all decoder layers, in order."""
         return [linear for layer in self.layers for linear in layer.linears]
 
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(layer.experts() for layer in self.layers)
+
     def compressed_share(self, kept_dense: Collection[str] = ()) -> float:
         """The share of the decoder layers' weights that is compressed where the linears `kept_dense` are not."""
         kept = set(kept_dense)

@@ -1,0 +1,125 @@
+"""Layers whose experts are read one after the other: what the whole layers make, with one expert in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from armor.calibrate.capture import calibrate, peak_bytes
+from armor.config.sources import CalibrationSettings
+from armor.execution.machine import USABLE
+from armor.model.inspect import inspect
+from armor.model.source import open_source
+from armor.runtime import apart
+from armor.runtime.apart import HELD, HIDDEN_STATES
+from armor.runtime.experts import Expert
+from armor.runtime.skeleton import layer_bytes
+from armor.runtime.streamed import StreamedModel
+from benchmarks.families import small_config
+from tests.memory import host_of
+from tests.packed import packed
+from tests.tiny import MIXTURES, tiny_model, tiny_text
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each expert was given its tensors, of which no other of its layer has any then."""
+    counts: Counter[str] = Counter()
+
+    def fill(expert, prefix, *args, original=apart.fill):
+        path, _, number = prefix.rpartition(".")
+        assert isinstance(expert, Expert) and all(parameter.is_meta for parameter in expert.parameters())
+        counts[prefix] += 1
+        return original(expert, prefix, *args)
+
+    monkeypatch.setattr(apart, "fill", fill)
+    return counts
+
+
+def too_small(folder) -> int:
+    """The bytes of a host that has no room for a decoder layer with all its experts, beside what is outside of them."""
+    skeleton = StreamedModel(folder).skeleton
+    outside = sum(tensor.nbytes for *_, tensor in skeleton.outside(head=True))
+    return int((outside + max(map(layer_bytes, skeleton.layers))) / USABLE / (1 - HIDDEN_STATES)) - 1
+
+
+def check(monkeypatch, folder, read, exact: bool = True) -> None:
+    """The logits with experts read one by one are those with whole layers; each is read once for a group of batches."""
+    host = too_small(folder)
+    rows = int(host * HIDDEN_STATES / (1 + HELD) / (64 * 4) * 0.4 / 20)  # two batches of these wait together
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(250, shape, generator=generator) for shape in [(rows, 20)] * 3 + [(1, 1)]]
+    whole = list(StreamedModel(folder).logits(batches))
+    assert not read
+    host_of(monkeypatch, host)
+    model = StreamedModel(folder)
+    found = list(model.logits(batches))
+    assert read and set(read.values()) <= {1, 2}
+    assert all(parameter.is_meta for layer in model.skeleton.layers for parameter in layer.parameters())
+    for logits, expected in zip(found, whole, strict=True):
+        if exact:
+            assert torch.equal(logits, expected)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_model_has_the_logits_of_whole_layers(tmp_path, read, monkeypatch, family):
+    check(monkeypatch, tiny_model(tmp_path / "model", family), read)
+
+
+def test_what_is_no_experts_is_added(tmp_path, read, monkeypatch):
+    config = small_config("longcat_flash")
+    config.zero_expert_num = 12  # they hand a token on as it is
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    check(monkeypatch, tmp_path, read)
+
+
+def test_packed_experts_are_read_one_by_one(tmp_path, read, monkeypatch):
+    check(monkeypatch, packed(tmp_path, "qwen3_moe") / "checkpoint", read, exact=False)
+
+
+def test_generation_reads_the_experts_of_each_token(tmp_path, read, monkeypatch):
+    folder, tokens = tiny_model(tmp_path / "model", "mixtral"), torch.arange(6)[None]
+
+    def generated() -> torch.Tensor:
+        with StreamedModel(folder).whole() as model, torch.no_grad():
+            return model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+    expected = generated()
+    host_of(monkeypatch, too_small(folder))
+    assert torch.equal(generated(), expected)
+    assert 2 * 3 * 5 <= read.total() < 4 * 3 * 6  # two of four for each new token but the first, in three layers
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text"])
+def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monkeypatch, family, gram):
+    folder = tiny_model(tmp_path / "model", family)
+    (tmp_path / "text.txt").write_text(tiny_text())
+    source = open_source(folder)
+    topology = inspect(source, tmp_path / "model.json")
+    host = int(peak_bytes(topology, 64, torch.float32, gram) / USABLE) - 1
+    together = int(HIDDEN_STATES * host / (HELD * 64 * 64 * 4))
+    settings = CalibrationSettings(
+        text={"files": [str(tmp_path / "text.txt")]},
+        sequences=2 * together + 1,
+        sequence_length=64,
+        gram=gram,
+        hidden_states_memory_gb=1e-9,
+    )
+    whole = calibrate(source, topology, settings, tmp_path / "whole/calibration.json")
+    assert not read
+    host_of(monkeypatch, host)
+    by_expert = calibrate(source, topology, settings, tmp_path / "apart/calibration.json")
+    assert by_expert.statistics_fingerprint == whole.statistics_fingerprint
+    experts = {linear.name.rpartition(".")[0] for linear in topology.linears() if ".experts." in linear.name}
+    assert together > 1 and len(read) == len(experts) and set(read.values()) == {3}
+
+
+def test_the_estimate_counts_one_expert(tmp_path):
+    topology = inspect(open_source(tiny_model(tmp_path / "model", "mixtral")), tmp_path / "model.json")
+    whole, by_expert = (peak_bytes(topology, 48, torch.float32, False, apart) for apart in (False, True))
+    assert whole - by_expert == 3 * 3 * 64 * 128 * 4  # three of four experts, of three matrices each
