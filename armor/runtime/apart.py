@@ -160,8 +160,8 @@ class _Mixture(nn.Module):
             return getattr(self._own[2], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        apart, path, _ = self._own
-        device = (*args, *kwargs.values())[0].device
+        apart, path, mixture = self._own
+        device = mixture.in_order(args, kwargs)[0].device
         if self.made is not None:
             return self.made.to(device)
         asked = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))

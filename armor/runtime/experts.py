@@ -101,11 +101,15 @@ class Experts(nn.Module):
         joined = torch.cat(parts, -1) if fused.is_concatenated else torch.stack(parts, -1).flatten(-2)
         return fused._apply_gate(joined)
 
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (tokens, in), the numbers of their experts and the weights of these (tokens, k), as it is called."""
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call in the order that transformers' module has them."""
         if kwargs:
             args = inspect.signature(type(self.fused).forward).bind(self.fused, *args, **kwargs).args[1:]
-        x, index, weights = args
+        return args
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (tokens, in), the numbers of their experts and the weights of these (tokens, k), as it is called."""
+        x, index, weights = self.in_order(args, kwargs)
         return x, index, weights
 
     def routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
@@ -120,7 +124,7 @@ class Experts(nn.Module):
         return output
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # (tokens, in) -> (tokens, in)
-        x = (*args, *kwargs.values())[0]
+        x = self.in_order(args, kwargs)[0]
         if x.is_meta:  # no token goes to any expert; one shows the shapes, for they are alike
             self._expert(0)(x.clone(), None, self.between)
             return torch.zeros_like(x)

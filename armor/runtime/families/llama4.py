@@ -23,14 +23,14 @@ class Llama4Experts(Experts):
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As of other experts, but that a token's weight is in it, so that the weights are ones."""
-        x = (*args, *kwargs.values())[0]
+        x = self.in_order(args, kwargs)[0]
         x = x.view(self.count, -1, x.shape[-1])  # (expert, token, in)
         index = x.any(-1).int().argmax(0)[:, None]
         return x.sum(0), index, torch.ones_like(index, dtype=x.dtype)
 
     def routes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
         """As of other experts, but of rows of all experts, as the call has them."""
-        x = (*args, *kwargs.values())[0]
+        x = self.in_order(args, kwargs)[0]
         given = x.view(self.count, -1, x.shape[-1]).any(-1)  # (expert, token)
         rows = given.flatten().nonzero()[:, 0]
         return Routes(x, rows, x.new_ones(len(rows), 1), given.sum(1).tolist())
