@@ -112,16 +112,22 @@ SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_att
           "num_kv_shared_layers": 2}  # the last two have keys and values of the first two
 QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
          "indexer_compress_ratio": 4}
+INKLING2 = {"unpadded_vocab_size": VOCABULARY, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16, "sliding_window_size": 16, "d_rel": 8, "rel_extent": 16}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glm_ocr", "glmga",
                      "paddleocr_vl"), {"text_config": {"rope_parameters": TURNS}}),
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 8}},
     "codegen": {"rotary_dim": 16},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters":
+                            dict.fromkeys(("sliding_attention", "full_attention"), {"rope_theta": 10000.0})},
     "cosmos3_edge": {"text_config": {"rope_parameters": TURNS}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
              "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "dots3_note_text": {"per_layer_config": {}, "num_key_value_heads": 4, "index_head_dim": 16, "index_n_heads": 2,
+                        "index_topk": 8, "shared_experts_intermediate_size": 32},
     "exaone4_5": {"text_config": {"model_type": "exaone4"}},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
     "granite_docling": {"vision_config": {"out_hidden_size": 64}},
@@ -134,6 +140,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 16},
     "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "hy_v4_vl": {"text_config": {"rope_parameters": TURNS}},
+    **dict.fromkeys(("inkling2_text", "inkling2_loop_text"), INKLING2),
     "llama4_text": LLAMA4,
     "llama4": {"text_config": LLAMA4,
                "vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}},
@@ -149,6 +156,9 @@ OWN: dict[str, dict[str, Any]] = {
                  "feed_forward_size": 128, "attn_layers": ["local", "local"], "local_attn_chunk_length": 16},
     "xlnet": {"d_head": 16, "d_inner": 128},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "num_heads": 4},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "layers_block_type": None},
+    "zamba2": {"num_hidden_layers": 6, "num_mem_blocks": 1, "layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs beside; a value of None takes a key out."""

@@ -57,7 +57,7 @@ def compressed(layer: nn.Module, block: int) -> list[TrainableLinear]:
             core, mask = linear.weight.detach(), top_n_mask(linear.weight.detach().abs(), pattern)
             sides = [torch.eye(block).repeat(size // block, 1, 1) for size in core.shape]
             factors[f"layer.{name}"] = Factorization(core * mask, mask, pattern, *sides)
-    linears = put_linears(layer, "layer", factors)
+    linears = put_linears(layer, lambda name: name.removeprefix("layer."), factors)
     dtypes = {f"layer.{name}": torch.float32 for name, _ in layer.named_parameters()}
     return list(make_trainable(layer, "layer", linears, dtypes, {}).linears.values())
 

@@ -41,7 +41,7 @@ from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import dtype_name
 from armor.format.statistics import Accumulator, write_statistics
 from armor.model.source import Source
-from armor.runtime.apart import Apart, calls_at_once
+from armor.runtime.apart import Apart, Whole
 from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.experts import Expert
 from armor.runtime.skeleton import (
@@ -97,18 +97,19 @@ def calibrate(
     output = Path(output)
     source.check(topology.fingerprint)
     length, dtype = _length(source, topology, settings), compute_dtype(source.dtype, device)
-    available = device_memory_bytes(device)
-    room = USABLE * host_memory_bytes() - settings.hidden_states_memory_gb * 1e9 if available is None else available
-    apart = is_apart(topology, length, dtype, settings.gram, room)
-    needed = peak_bytes(topology, length, dtype, settings.gram, apart)
-    if available is not None and needed > available:
-        raise ArmorError(
-            f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
-            f"{device} has {available / 1e9:.1f} GB; {SMALLER}"
-        )
-    if apart:
-        log.info("%s: a decoder layer does not fit into memory, so its experts are read one by one", source.path)
+    available, limit = device_memory_bytes(device), settings.hidden_states_memory_gb * 1e9
+    if available is not None:
+        apart = is_apart(topology, length, dtype, settings.gram, USABLE * available)
+        if (needed := peak_bytes(topology, length, dtype, settings.gram, apart)) > available:
+            raise ArmorError(
+                f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
+                f"{device} has {available / 1e9:.1f} GB; {SMALLER}"
+            )
     tokens = _tokens(source, settings, length)
+    held = min(limit, tokens.numel() * topology.hidden_size * dtype.itemsize)
+    room = USABLE * host_memory_bytes() - held if available is None else USABLE * available
+    if apart := is_apart(topology, length, dtype, settings.gram, room):
+        log.info("%s: a decoder layer does not fit into memory, so its experts are read one by one", source.path)
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     work = {
         "fingerprint": source.fingerprint,
@@ -125,7 +126,6 @@ def calibrate(
         skeleton = open_skeleton(source.path, dtype)
         shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
-        limit = settings.hidden_states_memory_gb * 1e9
         with _embed(skeleton, tokens, limit, steps.folder, len(done)) as (hidden, calls):
             unload_outside(skeleton)
             if hidden.spilled_bytes:
@@ -137,9 +137,10 @@ def calibrate(
                 try:
                     module = load_layer(skeleton, layer.index, shards, device, experts=not apart)
                     inside = partial(skeleton.inside, layer.index)
-                    by_expert = Apart(module, layer.prefix, shards, device, on_sample) if apart else None
-                    inputs = _run_layer(module, layer, inside, own, hidden, settings.gram, device, by_expert)
-                except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
+                    name = f"{skeleton.prefix}.{layer.index}"
+                    runner = Apart(module, name, shards, device, on_sample) if apart else Whole(module)
+                    inputs = _run_layer(runner, layer, inside, own, hidden, settings.gram, device)
+                except torch.OutOfMemoryError as error:  # the estimate was too low
                     raise ArmorError(
                         f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
                         f"{length} tokens; {SMALLER}"
@@ -274,22 +275,22 @@ def _embed(
 
 
 def _run_layer(
-    module: nn.Module,
+    runner: Whole | Apart,
     layer: DecoderLayer,
     inside: Callable[[str], str],
     calls: list[Call],
     hidden: HiddenStates,
     gram: bool,
     device: str,
-    apart: Apart | None = None,
 ) -> dict[str, Accumulator | Routed]:
     """Run a decoder layer on all sequences, replacing their hidden states by its output; the sums by input's name.
 
-    `inside` gives a linear's name within the layer. `apart` runs the layer if its experts are read one by one.
+    `inside` gives a linear's name within the layer.
     """
+    module = runner.layer
     inputs: dict[str, Accumulator | Routed] = {}
     of_layer: list[tuple[nn.Module, Callable[..., None]]] = []
-    hooks = [] if apart else run_on_all(module)
+    hooks = run_on_all(module)  # those of a mixture whose experts are apart are never called
     for first, *_ in layer.groups():
         path = inside(first.name)
         linear, above = module.get_submodule(path), module.get_submodule(path.rpartition(".")[0])
@@ -310,11 +311,9 @@ def _run_layer(
             on_device[id(call)] = call.map(lambda tensor: tensor.to(device))
         return on_device[id(call)].run(module, moved(hidden.read(index), device))
 
-    runs, watched = [partial(run, index) for index in range(len(calls))], partial(_hooked, of_layer)
-    with torch.no_grad(), _removed(hooks), contextlib.nullcontext() if apart else watched():
-        at_once = calls_at_once(hidden.bytes // len(calls))
-        states = apart.run(runs, at_once, watched) if apart else (run(module) for run in runs)
-        for index, state in enumerate(states):
+    runs = [partial(run, index) for index in range(len(calls))]
+    with torch.no_grad(), _removed(hooks):
+        for index, state in enumerate(runner.run(runs, partial(_hooked, of_layer))):
             if not finite(state[0]):
                 raise ArmorError(_not_finite(layer, inputs, index))
             hidden.write(index, state)

@@ -35,7 +35,7 @@ from armor.model.contents import Contents
 from armor.runtime.calls import Call
 from armor.runtime.conv1d import turned
 from armor.runtime.quantizer import pack_linears
-from armor.runtime.skeleton import decoder_layers, finite
+from armor.runtime.skeleton import Skeleton, decoder_layers, finite
 from armor.text.blocks import blocks
 
 __all__ = ["compress"]
@@ -184,9 +184,10 @@ def _compressible(model: PreTrainedModel, prefix: str, layers: nn.ModuleList, wh
     contents = Contents()
     with _undisturbed(model):
         calls = _calls(model, layers)
+        skeleton = Skeleton(model, layers, prefix)
         for index, layer in enumerate(layers):
-            own = left_dense(model, layer, partial(_run, calls.get(index)))
-            contents.add(layer, own)
+            own = left_dense(model, layer, partial(_run, calls.get(index)), skeleton.inside_of(index, skeleton.shared))
+            contents.add(layer, own, skeleton.inside_of(index, skeleton.tied))
             left |= {f"{prefix}.{index}.{name}": reason for name, reason in own.items()}
     tell(left, where, is_all=linears.keys() == left.keys())
     if warning := contents.warning():

@@ -68,7 +68,8 @@ def _trainable(
 ) -> TrainableLayer:
     """`layer`, a copy of decoder layer `index`, with trainable linears and in float32."""
     prefix = f"{skeleton.prefix}.{index}"
-    dtypes = {f"{prefix}.{name}": parameter.dtype for name, parameter in layer.named_parameters()}
+    named = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in named.items() if name not in skeleton.shared}
     device = next(layer.parameters()).device
     own = {n: f for n, f in factors.items() if n.startswith(f"{prefix}.")}
     linears = put_linears(layer, partial(skeleton.inside, index), own)

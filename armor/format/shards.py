@@ -215,6 +215,12 @@ class Shards:
                 del other._entries[part]
         return other
 
+    def also(self, names: Mapping[str, str]) -> Shards:
+        """The same tensors, and some of them under a second name: `names` has the first by the second."""
+        other = copy.copy(self)
+        other._entries = self._entries | {second: self._entry(first) for second, first in names.items()}
+        return other
+
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self._entries)

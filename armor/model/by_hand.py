@@ -3,15 +3,15 @@
 Some are not called: another module takes their weight and multiplies by itself, as Mamba's mixers do. A packed linear
 has no weight to take. Such a one is found in two ways. The decoder layer runs once with stand-ins that have no weight
 either, which finds what happens here. And the source of the module above is searched for uses of the weight, which
-finds what happens on another path, as with kernels on a GPU. The others are routers, and linears with a forward of
-their own.
+finds what happens on another path, as with kernels on a GPU. The others are routers, linears with a forward of their
+own, and those that several layers share: each layer would compress them for inputs of its own.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -61,10 +61,13 @@ def check_linears(layers: nn.ModuleList, model: nn.Module, where: object) -> Non
         raise ArmorError(f"{where}: the decoder layers of {type(model).__name__} hold no linear; nothing to compress")
 
 
-def left_dense(model: PreTrainedModel, layer: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, str]:
+def left_dense(
+    model: PreTrainedModel, layer: nn.Module, run: Callable[[nn.Module], object], shared: Collection[str] = ()
+) -> dict[str, str]:
     """Why linears of a decoder layer of `model` stay dense, by their name in it; others can be compressed.
 
-    `run` calls the layer. Raises ArmorError as `by_hand` does.
+    `run` calls the layer, `shared` are its tensors, by their name in it, that other layers have too. Raises ArmorError
+    as `by_hand` does.
     """
     taken, idle = by_hand(layer, run)
     above = "".join(map(_source, {type(module) for module in (model, model.base_model, model.get_decoder())}))
@@ -75,6 +78,7 @@ def left_dense(model: PreTrainedModel, layer: nn.Module, run: Callable[[nn.Modul
         | dict.fromkeys(idle, "no text passes it")
         | dict.fromkeys(_other_forward(layer), "its class has a forward of its own")
         | dict.fromkeys(routers(layer), "a router")
+        | dict.fromkeys((name for name in names if f"{name}.weight" in shared), "several layers share it")
     )
 
 

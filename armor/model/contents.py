@@ -7,6 +7,7 @@ largest of the rest.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -48,11 +49,16 @@ class Contents:
 
     _kinds: dict[tuple, _Kind] = field(default_factory=dict)
 
-    def add(self, layer: nn.Module, why_not: dict[str, str]) -> None:
-        """Add a decoder layer. `why_not` has the reason, by name in it, for each linear that is not compressed."""
+    def add(self, layer: nn.Module, why_not: dict[str, str], but: Collection[str] = ()) -> None:
+        """Add a decoder layer, without the parameters `but`, which are in an earlier one.
+
+        `why_not` has the reason, by name in it, for each linear that is not compressed.
+        """
         experts = mixtures(layer)
         modules = dict(layer.named_modules())
         for name, parameter in layer.named_parameters():
+            if name in but:
+                continue
             if parameter.dim() < 2:
                 self._count(SMALL, (), "small", parameter)
                 continue

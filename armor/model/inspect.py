@@ -7,6 +7,7 @@ recorders of `armor.runtime.calls` saw. Linears that are handed the same tensor 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -76,16 +77,17 @@ def _topology(source: Source) -> Topology:
     contents = Contents()
     for index, layer in enumerate(skeleton.layers):
         prefix, call = f"{skeleton.prefix}.{index}", _runnable(layer, hidden, calls[index])
-        left = left_dense(skeleton.model, layer, lambda layer, call=call: run_layer(layer, hidden, call))
+        shared = skeleton.inside_of(index, skeleton.shared)
+        left = left_dense(skeleton.model, layer, lambda layer, call=call: run_layer(layer, hidden, call), shared)
         kept |= {f"{prefix}.{name}": reason for name, reason in left.items()}
-        contents.add(layer, left)
+        contents.add(layer, left, skeleton.inside_of(index, skeleton.tied))
         linears = {
             f"{prefix}.{name}": module
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear) and name not in left
         }
         groups = input_groups(layer, hidden, call, prefix, linears)
-        layers.append(_decoder_layer(index, prefix, layer, linears, groups, shards, stored))
+        layers.append(_decoder_layer(index, prefix, layer, linears, groups, shards, stored, skeleton.tied))
     tell(kept, source.path, is_all=not any(layer.linears for layer in layers))
     for line in contents.table():
         log.info("%s", line)
@@ -150,8 +152,9 @@ def _decoder_layer(
     groups: dict[str, int],
     shards: Shards,
     stored: dict[str, str],
+    tied: Collection[str],
 ) -> DecoderLayer:
-    """What the record says of a layer: `stored` has the names of its tensors in the model's files."""
+    """What the record says of a layer: `stored` has the names of its tensors in the model's files, but of `tied`."""
     weights = {f"{name}.weight" for name in linears}
     matrices = [f"{prefix}.{name}" for name, parameter in layer.named_parameters() if parameter.dim() > 1]
     inside = {stored.get(f"{prefix}.{name}", ""): name for name, _ in layer.named_parameters()}
@@ -168,7 +171,7 @@ def _decoder_layer(
         )
         for name, module in linears.items()
     )
-    dense = tuple(stored.get(name, name) for name in matrices if name not in weights)
+    dense = tuple(stored.get(name, name) for name in matrices if name not in weights and name not in tied)
     return DecoderLayer(index=index, prefix=own, linears=described, dense_parameters=dense)
 
 

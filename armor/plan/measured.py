@@ -23,7 +23,7 @@ from armor.plan.need import (
 )
 from armor.plan.subject import Subject
 from armor.plan.work import Read, Step, Work
-from armor.runtime.apart import HELD, HIDDEN_STATES
+from armor.runtime.apart import HOST_SHARE
 from armor.runtime.load import loaded_dtype
 from armor.runtime.streamed import stacks_experts
 
@@ -51,18 +51,18 @@ def _measured(
     loaded = subject.loaded_bytes(recipe, dtype) + block_bytes(folder, dtype, length) + more
     logits = length * subject.vocabulary * itemsize + TOKENS_AT_A_TIME * 12 * subject.vocabulary
 
-    def streamed(room: float) -> tuple[int, int]:
-        """With one decoder layer, and the states beside it; without most of its experts if those have no room."""
-        outside = subject.outside(itemsize, head=True)
-        largest = max(subject.inside(layer, given, recipe) for layer in subject.topology.layers)
-        apart = subject.topology.has_experts() and outside + largest > USABLE * room
-        if apart:
-            largest = max(subject.inside(layer, given, recipe, apart) for layer in subject.topology.layers)
-        states = min(group * (1 + HELD if apart else 1), int(HIDDEN_STATES * plan.host.memory))
-        return outside + largest + logits + more, states + (compiled(subject, given) if recipe is None else 0)
+    outside, (whole, one) = subject.outside(itemsize, head=True), subject.largest_layer(given, recipe)
+    share = int(HOST_SHARE * plan.host.memory)
 
-    fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card.memory))
-    here, there = streamed((1 - HIDDEN_STATES) * plan.host.memory), streamed(plan.card.memory)
+    def streamed(room: float) -> tuple[int, int]:
+        """With one decoder layer, and the states on the host; without most of its experts if those have no room."""
+        apart = subject.topology.has_experts() and outside + whole > USABLE * room
+        states = min(group, share) + (min(2 * group, share) if apart else 0)
+        states += compiled(subject, given) if recipe is None else 0
+        return outside + (one if apart else whole) + logits + more, states
+
+    fits, on_card = (loaded <= USABLE * room for room in (plan.host.memory, plan.card_memory))
+    here, there = streamed((1 - HOST_SHARE) * plan.host.memory), streamed(plan.card_memory)
     host, beside = loaded if fits and not streams else sum(here), 0 if on_card else there[1]
     return Memory(FORKED + host, PROCESS + BESIDE_CUDA + beside, loaded if on_card else there[0])
 

@@ -108,6 +108,11 @@ class Plan:
     notes: dict[str, None] = field(default_factory=dict)
     """What was assumed, each line once."""
 
+    @property
+    def card_memory(self) -> int:
+        """That of this machine's card, else of the card that is planned for."""
+        return self.host.gpu or self.card.memory
+
     def note(self, line: str) -> None:
         """Say once that something was assumed."""
         self.notes[line] = None

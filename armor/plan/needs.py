@@ -8,6 +8,7 @@ the process takes before any work, and what lies on the host whatever computes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -43,7 +44,7 @@ from armor.plan.subject import Packed, Subject
 from armor.plan.work import Read, Train, Work, rounding, solving
 from armor.run.groups import expert_groups
 from armor.run.jobs import Job
-from armor.runtime.apart import HELD, HIDDEN_STATES
+from armor.runtime.apart import HOST_SHARE
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
 from armor.training.memory import Shapes, refine_bytes, sensitivity_bytes, tune_bytes
@@ -89,18 +90,24 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
         hidden = max(_states_bytes(subject, sequences, length))
 
         def computed(room: float) -> Memory:
+            """Where the layer has so much room."""
             apart = is_apart(subject.topology, length, dtype, settings.gram, room)
-            waiting = min(HELD * hidden, int(HIDDEN_STATES * plan.host.memory)) if apart else 0
+            waiting = min(2 * hidden, int(HOST_SHARE * plan.host.memory)) if apart else 0
             return memory_of(
                 on_host=min(hidden, held) + waiting + compiled(subject, dtype),
                 computing=calibration_bytes(subject.topology, length, dtype, settings.gram, apart),
                 before=subject.outside(dtype.itemsize),
             )
 
-        on_card = computed(plan.card.memory)
-        return Memory(computed(USABLE * plan.host.memory - held).host, on_card.beside, on_card.card)
+        on_host, on_card = computed(USABLE * plan.host.memory - min(hidden, held)), computed(USABLE * plan.card_memory)
+        return Memory(on_host.host, on_card.beside, on_card.card)
 
-    work = (START, forward(subject, dtype, sequences, length), Work(Read(), float(subject.weights_bytes + sum(states))))
+    here = plan.host.gpu or plan.host.memory - min(max(states), most)
+    times = 1
+    if is_apart(subject.topology, length, dtype, settings.gram, USABLE * here):  # experts are read for each group
+        times = math.ceil(2 * max(states) / (HOST_SHARE * plan.host.memory))
+    read = Work(Read(), float(times * subject.weights_bytes + sum(states)))
+    work = (START, forward(subject, dtype, sequences, length), read)
     # Fewer states in memory cost time alone, shorter sequences the statistics.
     enough = memory(length, 0).host <= plan.host.memory < memory(length).host
     remedy = f"lower {where}.hidden_states_memory_gb" if enough and plan.host.gpu is None else ""

@@ -82,6 +82,11 @@ class Subject:
         return skeleton
 
     @cached_property
+    def _largest(self) -> dict[tuple[torch.dtype, str | None], tuple[int, int]]:
+        """What `largest_layer` has found."""
+        return {}
+
+    @cached_property
     def _states(self) -> dict[int, list[State]]:
         """By the length of a sequence, what goes into every decoder layer and comes out of the last."""
         return {}
@@ -98,20 +103,40 @@ class Subject:
         of_followed = [sum(t.nbytes for t in moved(state, "meta", dtype)) for state in self._states[followed]]
         return [size * length // followed for size in of_followed]
 
-    def inside(self, layer: DecoderLayer, dtype: torch.dtype, owner: str | None, apart: bool = False) -> int:
-        """The bytes of a decoder layer's tensors, floats in `dtype`, dense or as recipe `owner` packs them.
+    def largest_layer(self, dtype: torch.dtype, owner: str | None) -> tuple[int, int]:
+        """The bytes of the largest decoder layer, floats in `dtype`, dense or as recipe `owner` packs it.
 
-        If experts are read `apart` (`armor.runtime.apart`), the largest of them counts alone.
+        The second are those of the largest with one expert alone, as where they are read apart (`armor.runtime.apart`).
         """
-        shards, sizes = (self if owner is None else self.packed[owner]).shards, Counter[int | None]()
-        expert_of = {linear.name: number for number, own in layer.experts().items() for linear in own}
+        if (known := self._largest.get((dtype, owner))) is not None:
+            return known
+        shards = (self if owner is None else self.packed[owner]).shards
+        place = {
+            linear.name: (layer.prefix, number)
+            for layer in self.topology.layers
+            for number, linears in layer.experts().items()
+            for linear in linears
+        }
+        experts: Counter[tuple[str, int]] = Counter()
+        rest = Counter({layer.prefix: 0 for layer in self.topology.layers})
+        layers = self.topology.layers[0].prefix.rpartition(".")[0]
         for name in shards.names():
-            if name.startswith(f"{layer.prefix}."):
+            if name.startswith(f"{layers}."):
                 stored = getattr(torch, shards.dtype(name))
                 size = math.prod(shards.shape(name)) * (dtype if stored.is_floating_point else stored).itemsize
-                sizes[expert_of.get(name.rpartition(".")[0])] += size
-        experts = [size for number, size in sizes.items() if number is not None]
-        return sizes[None] + (max(experts, default=0) if apart else sum(experts))
+                index = name.removeprefix(f"{layers}.").partition(".")[0]
+                expert = place.get(name.rpartition(".")[0])
+                if expert is None:
+                    rest[f"{layers}.{index}"] += size
+                else:
+                    experts[expert] += size
+        whole, one = rest.copy(), Counter[str]()
+        for (prefix, _), size in experts.items():
+            whole[prefix] += size
+            one[prefix] = max(one[prefix], size)
+        found = max(whole.values()), max(size + one[prefix] for prefix, size in rest.items())
+        self._largest[dtype, owner] = found
+        return found
 
     def outside_names(self, head: bool = False) -> list[str]:
         """The tensors of the base model outside of its decoder layers; with `head`, those beside it too."""

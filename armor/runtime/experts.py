@@ -68,9 +68,9 @@ class Experts(nn.Module):
     """
 
     OF = ""
-    """Of an adapter (`armor.runtime.families`): the name of the class that it stands for,"""
-    FLAGS: ClassVar[dict[str, bool]] = {}
-    """and what that does not say of itself."""
+    """The name of transformers' class that an adapter stands for (`armor.runtime.families`)."""
+    LAYOUT: ClassVar[dict[str, bool]] = {}
+    """How the tensors lie in a class that does not say so: its `FLAGS` (`armor.runtime.fused`)."""
 
     def __init__(self, fused: nn.Module, experts: Sequence[Expert], is_stored_fused: bool) -> None:
         super().__init__()

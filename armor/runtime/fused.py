@@ -37,7 +37,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if adapter := ADAPTERS.get(type(module).__name__):
             for flag in FLAGS:
-                setattr(module, flag, adapter.FLAGS.get(flag, flag == "has_gate"))
+                setattr(module, flag, adapter.LAYOUT.get(flag, flag == "has_gate"))
         flags = [getattr(module, flag, None) for flag in FLAGS]
         if None in flags or flags[-1]:
             continue

@@ -11,7 +11,7 @@ import copy
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +117,25 @@ class Skeleton:
         """What checkpoints and the model call the same tensor."""
         return Names(self.model)
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Tensors of decoder layers that are those of an earlier layer, by name: files have the earlier alone.
+
+        Zamba's layers share one block of attention and MLP.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: first for name, first in tied.items() if first.startswith(f"{self.prefix}.")}
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """All tensors that several decoder layers have."""
+        return {*self.tied, *self.tied.values()}
+
+    def inside_of(self, index: int, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are in decoder layer `index`, as they are called within it."""
+        prefix = f"{self.prefix}.{index}."
+        return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
     def inside(self, index: int, module: str) -> str:
         """The name, within decoder layer `index`, of a module that checkpoints and records call `module`."""
         return self.names.module_here(module).removeprefix(f"{self.prefix}.{index}.")
@@ -206,7 +225,7 @@ def named_here(skeleton: Skeleton, stored: Shards) -> Shards:
     shards = stored.renamed(skeleton.names.here)
     for axis, groups in skeleton.names.joins(set(shards.names())).items():
         shards = shards.joined(groups, axis)
-    return shards
+    return shards.also({n: first for n, first in skeleton.tied.items() if n not in shards and first in shards})
 
 
 def stored_tensors(skeleton: Skeleton, folder: Path | str) -> Shards:

@@ -26,7 +26,7 @@ from armor.execution.log import progress
 from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards
-from armor.runtime.apart import HELD, HIDDEN_STATES, Apart
+from armor.runtime.apart import HOST_SHARE, Apart, Whole
 from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
 from armor.runtime.load import loaded_dtype, read_config
@@ -83,9 +83,9 @@ class StreamedModel:
             call = observe(self.skeleton, group[number])[1][index]
             return moved(call.run(layer, moved(states[number], self.device)), "cpu")
 
-        runs = [partial(run, number) for number in range(len(group))]
-        apart = Apart(layer, f"{self.skeleton.prefix}.{index}", self._shards, self.device)
-        yield from apart.run(runs, len(runs)) if self._is_apart else (call(layer) for call in runs)
+        name = f"{self.skeleton.prefix}.{index}"
+        runner = Apart(layer, name, self._shards, self.device) if self._is_apart else Whole(layer)
+        yield from runner.run([partial(run, number) for number in range(len(group))])
         drop_layer(layer)  # before the next one is read
 
     def whole(self) -> AbstractContextManager[PreTrainedModel]:
@@ -96,14 +96,14 @@ class StreamedModel:
         """Whether a decoder layer with all its experts is too large."""
         if not any(isinstance(module, Experts) for module in self.skeleton.model.modules()):
             return False
-        outside = sum(tensor.nbytes for *_, tensor in self.skeleton.outside(head=True))
-        room = device_memory_bytes(self.device) or (1 - HIDDEN_STATES) * host_memory_bytes()
-        return outside + max(map(layer_bytes, self.skeleton.layers)) > USABLE * room
+        outside = {id(tensor): tensor.nbytes for *_, tensor in self.skeleton.outside(head=True)}  # tied ones once
+        room = device_memory_bytes(self.device) or (1 - HOST_SHARE) * host_memory_bytes()
+        return sum(outside.values()) + max(map(layer_bytes, self.skeleton.layers)) > USABLE * room
 
     def _groups(self, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         """As many batches at a time as there is room for the hidden states of, at least one."""
         each = self.skeleton.model.config.get_text_config().hidden_size * self.dtype.itemsize
-        room = host_memory_bytes() * HIDDEN_STATES / each / (1 + HELD if self._is_apart else 1)
+        room = host_memory_bytes() * HOST_SHARE / each
         group: list[Tensor] = []
         held = 0
         for tokens in batches:

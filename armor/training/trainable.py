@@ -222,14 +222,15 @@ def make_trainable(
 ) -> TrainableLayer:
     """The decoder layer `layer`, whose tensors are loaded and float32, ready to be trained.
 
-    `linears` are those that `put_linears` put into it, `dtypes` what the source stores every tensor in, `others` norms
-    and biases from an earlier training. Without `core` the values of S stay.
+    `linears` are those that `put_linears` put into it, `dtypes` what the source stores every tensor in that is the
+    layer's own, `others` norms and biases from an earlier training. Without `core` the values of S stay.
     """
     layer.requires_grad_(False)
     found: dict[str, nn.Parameter] = {}
     for name, parameter in layer.named_parameters():
         full, last = f"{prefix}.{name}", name.rpartition(".")[2]
-        if last in ("weight", "bias") and parameter.dim() == 1:  # of norms and linears, whatever the family calls them
+        is_own = parameter.dim() == 1 and full in dtypes
+        if is_own and last in ("weight", "bias"):  # of norms and linears, whatever the family calls them
             if full in others:
                 parameter.data.copy_(others[full])
             parameter.requires_grad_(True)
@@ -252,7 +253,8 @@ def load_trainable(
     prefix = f"{skeleton.prefix}.{index}"
     linears = put_linears(skeleton.layers[index], partial(skeleton.inside, index), read_factors(factors)[0])
     layer = load_layer(skeleton, index, shards, device)
-    dtypes = {name: getattr(torch, shards.dtype(name)) for name in shards.names() if name.startswith(f"{prefix}.")}
+    own = [name for name in shards.names() if name.startswith(f"{prefix}.") and name not in skeleton.shared]
+    dtypes = {name: getattr(torch, shards.dtype(name)) for name in own}
     return make_trainable(layer, prefix, linears, dtypes, read_others(factors), core)
 
 

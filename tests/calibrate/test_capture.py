@@ -22,6 +22,7 @@ from armor.format.shards import SINGLE, Shards
 from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
 from armor.model.source import open_source
+from armor.runtime.apart import Whole
 from armor.runtime.skeleton import compute_dtype, load_layer, load_outside, open_skeleton, unload_outside
 from armor.text.blocks import token_blocks
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
@@ -267,8 +268,8 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
                 unload_outside(skeleton)
                 before = held_bytes()
                 forget_peak()
-                module = load_layer(skeleton, 0, shards, "cpu")
-                _run_layer(module, layer, partial(skeleton.inside, 0), [of[0] for of in calls], hidden, gram, "cpu")
+                runner, own = Whole(load_layer(skeleton, 0, shards, "cpu")), [of[0] for of in calls]
+                _run_layer(runner, layer, partial(skeleton.inside, 0), own, hidden, gram, "cpu")
                 print(peak_memory_bytes() - before)
 
     estimate = peak_bytes(inspected(large, large)[1], 2048, dtype, gram)

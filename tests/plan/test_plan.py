@@ -193,6 +193,25 @@ def test_states_that_need_not_be_in_memory_go_before_shorter_sequences(tmp_path)
     assert said and said[0].endswith("; lower calibrations.words.hidden_states_memory_gb")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_experts_are_read_one_by_one_where_a_layer_has_no_room(tmp_path, gpu):
+    big = {"num_local_experts": 32, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+    folder = tiny_model(tmp_path / "model", "mixtral", layers=1, **big)
+    stages = ("calibrate", "predict", "evaluate")
+
+    def memory(room: int, place: Path) -> dict[str, int]:
+        host = Host(10**12, 10**12, 2, room) if gpu else Host(room, 10**12, 2, None)
+        _, found, _ = made(folder, place, {"nowag": {"method": "nowag"}}, host)
+        size = {stage.stage: stage.card_bytes if gpu else stage.host_bytes for stage in found.stages}
+        return {stage: size[stage] for stage in stages}
+
+    experts = 32 * 3 * 256 * 512 * 4
+    whole = memory(10**12, tmp_path / "large")
+    small = memory(experts // 4, tmp_path / "small")
+    assert all(whole[stage] - small[stage] > experts * 0.4 for stage in stages)
+    assert whole["calibrate"] - small["calibrate"] == pytest.approx(experts * 31 / 32, rel=0.1)
+
+
 def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_path):
     model = tiny_model(tmp_path / "model", layers=1)
     longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 4096}}

@@ -6,21 +6,24 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from armor.calibrate.capture import calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings
+from armor.core.errors import ArmorError
 from armor.execution.machine import USABLE
+from armor.format.shards import SINGLE
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime import apart
-from armor.runtime.apart import HELD, HIDDEN_STATES
+from armor.runtime.apart import HOST_SHARE
 from armor.runtime.experts import Expert
 from armor.runtime.skeleton import layer_bytes
 from armor.runtime.streamed import StreamedModel
 from benchmarks.families import small_config
-from tests.memory import host_of
-from tests.packed import packed
+from tests.memory import card_of, host_of
+from tests.packed import edit_tensors, packed
 from tests.tiny import MIXTURES, tiny_model, tiny_text
 
 
@@ -42,16 +45,19 @@ def read(monkeypatch):
 def too_small(folder) -> int:
     """The bytes of a host that has no room for a decoder layer with all its experts, beside what is outside of them."""
     skeleton = StreamedModel(folder).skeleton
-    outside = sum(tensor.nbytes for *_, tensor in skeleton.outside(head=True))
-    return int((outside + max(map(layer_bytes, skeleton.layers))) / USABLE / (1 - HIDDEN_STATES)) - 1
+    outside = {id(tensor): tensor.nbytes for *_, tensor in skeleton.outside(head=True)}
+    return int((sum(outside.values()) + max(map(layer_bytes, skeleton.layers))) / USABLE / (1 - HOST_SHARE)) - 1
 
 
-def check(monkeypatch, folder, read, exact: bool = True) -> None:
-    """The logits with experts read one by one are those with whole layers; each is read once for a group of batches."""
+def check(monkeypatch, folder, read, exact: bool = True, copies: int = 1) -> None:
+    """The logits with experts read one by one are those with whole layers; each is read once for a group of batches.
+
+    `copies` is how often the family hands a token to its mixture.
+    """
     host = too_small(folder)
-    rows = int(host * HIDDEN_STATES / (1 + HELD) / (64 * 4) * 0.4 / 20)  # two batches of these wait together
+    rows = int(host * HOST_SHARE / copies / 2 / (64 * 4) * 0.7 / 20)  # the second of these has no more room to wait
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(250, shape, generator=generator) for shape in [(rows, 20)] * 3 + [(1, 1)]]
+    batches = [torch.randint(250, shape, generator=generator) for shape in [(1, 1), (rows, 20), (rows, 20), (1, 1)]]
     whole = list(StreamedModel(folder).logits(batches))
     assert not read
     host_of(monkeypatch, host)
@@ -67,7 +73,7 @@ def check(monkeypatch, folder, read, exact: bool = True) -> None:
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_model_has_the_logits_of_whole_layers(tmp_path, read, monkeypatch, family):
-    check(monkeypatch, tiny_model(tmp_path / "model", family), read)
+    check(monkeypatch, tiny_model(tmp_path / "model", family), read, copies=4 if family == "llama4_text" else 1)
 
 
 def test_what_is_no_experts_is_added(tmp_path, read, monkeypatch):
@@ -101,14 +107,15 @@ def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monk
     (tmp_path / "text.txt").write_text(tiny_text())
     source = open_source(folder)
     topology = inspect(source, tmp_path / "model.json")
-    host = int(peak_bytes(topology, 64, torch.float32, gram) / USABLE) - 1
-    together = int(HIDDEN_STATES * host / (HELD * 64 * 64 * 4))
+    host = int((peak_bytes(topology, 64, torch.float32, gram) + 4) / USABLE)
+    each = 2 * 64 * 64 * 4 * (4 if family == "llama4_text" else 1)  # what a sequence holds that waits
+    together = int(HOST_SHARE * host / each) + 1
     settings = CalibrationSettings(
         text={"files": [str(tmp_path / "text.txt")]},
         sequences=2 * together + 1,
         sequence_length=64,
         gram=gram,
-        hidden_states_memory_gb=1e-9,
+        hidden_states_memory_gb=1e-8,
     )
     whole = calibrate(source, topology, settings, tmp_path / "whole/calibration.json")
     assert not read
@@ -116,7 +123,44 @@ def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monk
     by_expert = calibrate(source, topology, settings, tmp_path / "apart/calibration.json")
     assert by_expert.statistics_fingerprint == whole.statistics_fingerprint
     experts = {linear.name.rpartition(".")[0] for linear in topology.linears() if ".experts." in linear.name}
-    assert together > 1 and len(read) == len(experts) and set(read.values()) == {3}
+    assert len(read) == len(experts) and set(read.values()) == {3}
+
+
+def test_a_base_models_names_are_read(tmp_path, read, monkeypatch):
+    folder = tiny_model(tmp_path / "model", "mixtral")
+    tensors = load_file(folder / SINGLE)
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"}
+    )
+    (tmp_path / "text.txt").write_text(tiny_text())
+    source = open_source(folder)
+    topology = inspect(source, tmp_path / "model.json")
+    text = {"files": [str(tmp_path / "text.txt")]}
+    settings = CalibrationSettings(text=text, sequences=3, sequence_length=64, hidden_states_memory_gb=1e-8)
+    host_of(monkeypatch, peak_bytes(topology, 64, torch.float32, False) / USABLE)
+    calibrate(source, topology, settings, tmp_path / "calibration/calibration.json")
+    assert read and topology.layers[0].prefix == "layers.0"
+
+
+def test_an_expert_that_is_damaged_is_named(tmp_path, monkeypatch):
+    folder = tiny_model(tmp_path / "model", "mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].fill_(float("nan")))
+    host_of(monkeypatch, too_small(folder))
+    model = StreamedModel(folder)
+    batches = [torch.arange(40)[None], torch.arange(40)[None] + 40]
+    with pytest.raises(ArmorError, match=r"experts\.2\.w3.* holds NaN or infinity"):
+        list(model.logits(batches))
+    assert all(type(module).__name__ != "_Mixture" for module in model.skeleton.model.modules())
+
+
+def test_a_card_that_is_too_small_for_one_expert_is_refused(tmp_path, monkeypatch):
+    source = open_source(tiny_model(tmp_path / "model", "mixtral"))
+    topology = inspect(source, tmp_path / "model.json")
+    settings = CalibrationSettings(text={"files": [str(tmp_path / "absent")]}, sequences=3, sequence_length=64)
+    card_of(monkeypatch, peak_bytes(topology, 64, torch.float32, False, apart=True) - 1)
+    with pytest.raises(ArmorError, match="one decoder layer and a sequence of 64 tokens need"):
+        calibrate(source, topology, settings, tmp_path / "calibration/calibration.json", "cuda:0")
 
 
 def test_the_estimate_counts_one_expert(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from armor.core.errors import ArmorError
-from armor.runtime.apart import HIDDEN_STATES
+from armor.runtime.apart import HOST_SHARE
 from armor.runtime.load import load_model, loaded_dtype
 from armor.runtime.streamed import StreamedModel
 from tests.memory import host_of
@@ -80,7 +80,7 @@ def test_batches_that_have_no_room_wait_until_the_layers_are_read_again(tmp_path
     folder = tiny_model(tmp_path / "model")
     whole = list(StreamedModel(folder).logits(batches))
     room = (3 * 33 + 20) * 64 * 4  # the hidden states of the second and the third batch
-    host_of(monkeypatch, room / HIDDEN_STATES)
+    host_of(monkeypatch, room / HOST_SHARE)
     streamed, read = watched(folder)
     torch.testing.assert_close(list(streamed.logits(batches)), whole)
     assert read == [0, 1, 2] * 3  # the first, the next two, the last

@@ -1,7 +1,7 @@
 """What a family needs beyond transformers' experts interface: a module for each, one class in it.
 
-A class stands for transformers' module of the name `OF`. Its `FLAGS` say what modules that know the interface say of
-themselves: how the tensors of the experts lie.
+A class stands for transformers' module of the name `OF`. Its `LAYOUT` says what modules that know the interface say
+of themselves: how the tensors of the experts lie.
 """
 
 from armor.runtime.experts import Experts

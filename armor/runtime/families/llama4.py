@@ -19,7 +19,7 @@ class Llama4Experts(Experts):
     """The experts of one layer, called with (experts * tokens, in)."""
 
     OF = "Llama4TextExperts"
-    FLAGS: ClassVar[dict[str, bool]] = {"has_bias": False, "is_transposed": True, "is_concatenated": True}
+    LAYOUT: ClassVar[dict[str, bool]] = {"has_bias": False, "is_transposed": True, "is_concatenated": True}
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As of other experts, but that a token's weight is in it, so that the weights are ones."""

@@ -15,7 +15,7 @@ class LongcatFlashExperts(Experts):
     """The experts of one layer; numbers from `count` on are those that hand a token on."""
 
     OF = "LongcatFlashExperts"
-    FLAGS: ClassVar[dict[str, bool]] = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
+    LAYOUT: ClassVar[dict[str, bool]] = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
 
     def with_rest(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """With each token times what the router gives such experts."""
