@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-__all__ = ["hub"]
+import huggingface_hub
+import pytest
+
+__all__ = ["NAME", "hub", "use"]
 
 COMMIT = "c0" * 20
 NAME = "someone/model"
@@ -35,7 +38,7 @@ class Hub(BaseHTTPRequestHandler):
         place, _, name = path.rpartition("/")
         if "-gated" in path:
             self.refuse(403, "GatedRepo")
-        elif path == f"/api/models/{NAME}/revision/{self.revision}":
+        elif path.removeprefix(f"/api/models/{NAME}") in ("", "/revision/main", f"/revision/{self.revision}"):
             files = [{"rfilename": file.name} for file in self.folder.iterdir()]
             self.answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": files}).encode())
         elif path == f"/api/models/{NAME}/tree/{COMMIT}":
@@ -70,6 +73,17 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
+    """Let the hub's client of this process ask the hub at `endpoint`."""
+    read_from_the_environment = {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+    }
+    for name, value in read_from_the_environment.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def with_models(
     log.info("%s: %s, so one decoder layer at a time is read", names, why)
     try:
         return work([StreamedModel(folder, dtype, device) for folder in folders])
-    except torch.OutOfMemoryError as error:  # one block and one layer: there is no smaller way to the same number
+    except torch.OutOfMemoryError as error:  # the estimate was too low, and no smaller way gives the same number
         raise ArmorError(
             f"{names}: out of memory on {device} with one decoder layer and one block of {length} tokens; lower "
             "sequence_length, take a larger GPU, or evaluate with --gpus 0 (gpu=0)"

@@ -6,7 +6,6 @@ import json
 import struct
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 
 from armor.config.sources import ModelSettings
@@ -16,7 +15,7 @@ from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.outline import outline
 from armor.model.source import Source
-from tests.hub import hub
+from tests.hub import hub, use
 from tests.tiny import tiny_gguf, tiny_model
 
 HUB = ModelSettings(hub="someone/model", revision="abc")
@@ -41,13 +40,7 @@ def described(folder: Path) -> dict:
 
 def ask(monkeypatch, tmp_path, endpoint, settings, place):
     """`outline` with the hub at `endpoint`."""
-    read_from_the_environment = {
-        "ENDPOINT": endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }
-    for name, value in read_from_the_environment.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    use(monkeypatch, endpoint, tmp_path / "cache")
     return outline(settings, place)
 
 

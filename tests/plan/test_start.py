@@ -14,6 +14,7 @@ from armor.core.errors import ArmorError
 from armor.plan.machine import Host
 from armor.plan.start import first_configuration
 from tests.forks import armor
+from tests.hub import NAME, hub, use
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,6 +52,18 @@ def test_it_is_cut_down_to_the_machine(tmp_path, monkeypatch):
     machine(monkeypatch, memory=1000, disk=10**12, gpu=None)
     with pytest.raises(ArmorError, match=r"nothing that was tried fits this machine: .* needed on the host"):
         first_configuration(model, tmp_path)
+
+
+def test_a_hub_model_and_one_gpu_need_nothing_else(tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", layers=1, max_position_embeddings=4096)
+    machine(monkeypatch, memory=10**12, disk=10**12, gpu=80 * 10**9)
+    with hub(model) as (asked, endpoint):
+        use(monkeypatch, endpoint, tmp_path / "cache")
+        text = first_configuration(NAME, tmp_path)
+    (tmp_path / "my.yaml").write_text(text)
+    config = load_config(tmp_path / "my.yaml")
+    assert config.models["model"].hub == NAME and config.calibrations["c4"].sequence_length == 4096
+    assert asked.sent["model.safetensors"] < (model / "model.safetensors").stat().st_size
 
 
 def test_the_largest_blocks_that_pay_are_chosen(tmp_path, monkeypatch):
