@@ -329,10 +329,12 @@ calibration. "No model" means that the script could not make a tiny model that r
 
 Refused are models whose layers cannot be run one by one: Dory and HRM run theirs several times, Reformer's are
 reversible and pass two streams, XLM has lists of attentions and of MLPs instead of layers. ShieldGemma 2 is refused for
-transformers itself does not load it as it saved it. Inkling's wrapper stores its experts in a form that is not read.
+transformers itself does not load it as it saved it. Inklings, but for the first one's text model, store their experts
+in a form that is not read.
 
 DBRX and JetMoe stack their experts in forms that are not read either. They stay dense, as `armor inspect` says, and the
-small rest is compressed.
+small rest is compressed. Layers of Zamba share a block of attention and MLP. Each would compress it for inputs of its
+own, so it stays dense.
 
 | family | share compressed | packed against dense | notes |
 |---|--:|--:|---|
