@@ -25,7 +25,7 @@ from armor.runtime.names import Names
 
 __all__ = ["fused_experts", "mixtures", "parts_of", "routers", "unfuse"]
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -39,7 +39,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
             for flag in FLAGS:
                 setattr(module, flag, adapter.LAYOUT.get(flag, flag == "has_gate"))
         flags = [getattr(module, flag, None) for flag in FLAGS]
-        if None in flags or flags[-1]:
+        if None in flags or getattr(module, "has_post_expert_norm", False):  # transformers 5.19 knows no such norm
             continue
         own = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
         expected = {_first(module), "down_proj"}

@@ -12,7 +12,11 @@ from armor.format.checkpoint import PackedLinear
 from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
 from armor.runtime.load import check_names
 
-__all__ = ["check"]
+__all__ = ["Refused", "check"]
+
+
+class Refused(RuntimeError):
+    """What cannot be served, in one line. No ValueError: vLLM's configuration would make several lines of it."""
 
 
 def check(folder: Path | str) -> dict[str, PackedLinear]:

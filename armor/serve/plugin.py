@@ -10,7 +10,6 @@ mapped files where nothing is converted, embeddings too. No dense weight is made
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports]  it has its own environment
 from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]  the same
+from vllm.model_executor.layers.fused_moe.routed_experts import (  # pyright: ignore[reportMissingImports]  the same
+    RoutedExperts,
+)
 from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]  it has its own environment
     LinearBase,
     LinearMethodBase,
@@ -43,22 +45,14 @@ from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime import cpu
 from armor.runtime.linear import multiply, operands_of
-from armor.serve.check import check
+from armor.serve.check import Refused, check
 from armor.serve.cut import Piece, cut
+from armor.serve.experts import ArmorExpertsMethod
+from armor.serve.tensors import LIBRARY, PAIR, SCALES, SUFFIXES, parameter, view
 
 __all__ = ["ArmorConfig", "ArmorLinearMethod", "EmbeddingMethod", "Refused"]
 
-SUFFIXES = ("core_values", "core_mask", "left", "right")
-SCALES = ("core_scales", "left_scales", "right_scales")  # where these are integers
-PAIR = ("down", "up")  # of low rank
 SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the linears in a fused q, k, v; others have numbers
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
-"""In the name of an expert's linear on disk. Shared experts are linears like others."""
-
-
-class Refused(RuntimeError):
-    """What cannot be served, in one line. No ValueError: vLLM's configuration would make several lines of it."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -89,12 +83,6 @@ class ArmorConfig(QuantizationConfig):
             modules = modules_of(config)
         except ArmorError as error:
             raise Refused(str(error)) from None
-        for name in modules:
-            if EXPERT.search(name):
-                raise Refused(
-                    f"{name}: a compressed expert of a mixture, which vLLM takes dense alone; serve the checkpoint "
-                    "with transformers, or multiply it out with armor export"
-                )
         return cls(modules)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -107,11 +95,14 @@ class ArmorConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | ArmorExpertsMethod | None:
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
         if prefix in self.modules:
             names = [prefix]
+        if isinstance(layer, RoutedExperts):
+            of_layer = any(name.startswith(f"{prefix}.") for name in self.modules)
+            return ArmorExpertsMethod(layer, self.modules) if of_layer else None
         if not isinstance(layer, LinearBase):
             if found := next((name for name in self.modules if name == prefix or name.startswith(f"{prefix}.")), None):
                 raise Refused(
@@ -152,11 +143,11 @@ class ArmorLinearMethod(LinearMethodBase):
             whole = part.packed.integers() if part.packed else {}
             for suffix, shape in part.shapes().items():
                 dtype = getattr(torch, whole[suffix]) if suffix in whole else params_dtype
-                layer.register_parameter(f"{suffix}_{index}", _parameter(shape, dtype))
+                layer.register_parameter(f"{suffix}_{index}", parameter(shape, dtype))
                 self.awaited.add((index, suffix))
         # Tensors of a checkpoint find their way by name: to one of these, which has no numbers but a loader.
         for suffix in (*SUFFIXES, *SCALES, *PAIR, "weight"):
-            entrance = _parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
+            entrance = parameter((0,), torch.uint8 if suffix == "core_mask" else params_dtype)
             set_weight_attrs(entrance, {"weight_loader": self._loader(layer, suffix)})
             layer.register_parameter(suffix, entrance)
 
@@ -202,10 +193,10 @@ class ArmorLinearMethod(LinearMethodBase):
             if suffix == "weight" and loaded.dtype == torch.uint8:
                 return  # the tombstone
             index = SHARDS[shard] if isinstance(shard, str) else shard or 0
-            found, parameter = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
-            assert found.shape == parameter.shape, (suffix, found.shape, parameter.shape)
-            if not _view(parameter, found):
-                parameter.data.copy_(found)
+            found, own = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
+            assert found.shape == own.shape, (suffix, found.shape, own.shape)
+            if not view(own, found):
+                own.data.copy_(found)
             self.awaited.discard((index, suffix))
 
         return load
@@ -279,11 +270,10 @@ def _by_name(x: Tensor, bias: Tensor | None, prefix: str, out: int) -> Tensor:
 
 # A linear as torch.compile sees it: one call, with the layer's name for its tensors. torch.library.custom_op, or lists
 # of tensors, would cost more than a small linear takes (docs/log/serving.md).
-_library = torch.library.Library("armor", "FRAGMENT")
-_library.define("vllm_linear(Tensor x, Tensor? bias, str prefix, int out) -> Tensor")
-_library.impl("vllm_linear", _by_name, "CPU")
+LIBRARY.define("vllm_linear(Tensor x, Tensor? bias, str prefix, int out) -> Tensor")
+LIBRARY.impl("vllm_linear", _by_name, "CPU")
 torch.library.register_fake(
-    "armor::vllm_linear", lambda x, bias, prefix, out: x.new_empty(*x.shape[:-1], out), lib=_library
+    "armor::vllm_linear", lambda x, bias, prefix, out: x.new_empty(*x.shape[:-1], out), lib=LIBRARY
 )
 
 
@@ -297,7 +287,7 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
     def create_weights(self, layer: Any, *sizes: Any, weight_loader: Callable[..., None], **others: Any) -> None:
         def load(param: Tensor, loaded: Tensor) -> None:  # vLLM calls the first so when it loads weights anew
             own = layer.shard_indices
-            if not _view(param, loaded[own.org_vocab_start_index : own.org_vocab_end_index]):
+            if not view(param, loaded[own.org_vocab_start_index : own.org_vocab_end_index]):
                 weight_loader(param, loaded)
 
         super().create_weights(layer, *sizes, weight_loader=load, **others)
@@ -311,19 +301,6 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
         if x.device.type == "cpu" and "cpu_linear" not in vars(layer):
             super().process_weights_after_loading(layer)
         return super().apply(layer, x, bias)
-
-
-def _view(parameter: Tensor, found: Tensor) -> bool:
-    """Let `parameter` be a view of the mapped file that `found` is of; False where it must be copied."""
-    alike = all(getattr(found, what) == getattr(parameter, what) for what in ("shape", "dtype", "device"))
-    if alike and found.is_contiguous():
-        parameter.data = found
-        return True
-    return False
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 def _output_sizes(layer: Any) -> list[int]:

@@ -25,6 +25,7 @@ BOUND = 1e-5
 """How far log-probabilities may be from those of transformers, both in float32."""
 HEADS = {"head_dim": 32}  # vLLM's attention on a CPU takes heads of 32 channels and more
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Llama": ("llama", {}),
     "SmolLM2": ("llama", {"tie_word_embeddings": True}),
@@ -38,6 +39,16 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Granite": ("granite", {"embedding_multiplier": 1.5, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "GLM-4": ("glm4", HEADS),
     "OLMo 2": ("olmo2", {}),
+    "Mixtral": ("mixtral", HEADS),
+    "Qwen3 MoE": ("qwen3_moe", {**HEADS, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "OLMoE": ("olmoe", HEADS),
+    "Qwen2 MoE": ("qwen2_moe", EXPERTS | {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 64}),
+    "Granite MoE": ("granitemoe", {}),
+    "GLM-4 MoE": (
+        "glm4_moe",
+        {**HEADS, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
+    ),
+    "ERNIE 4.5": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
 }
 """The families by name: transformers' name, and what their configuration has of its own."""
 RANK = 8  # of an adapter

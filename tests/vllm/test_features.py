@@ -7,7 +7,7 @@ from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
 from tests.packed import SETTINGS, edit_tensors, packed, quantized
-from tests.vllm.served import BOUND, RANK, SHAPE, adapted, checkpoint, difference, expected, served
+from tests.vllm.served import BOUND, FAMILIES, RANK, SHAPE, adapted, checkpoint, difference, expected, served
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,28 @@ def test_shards_of_a_fused_linear_with_blocks_of_their_own_and_a_dense_one(tmp_p
     ]
     settings = LayerSettings(**(SETTINGS.model_dump(exclude={"overrides"}) | {"overrides": overrides}))
     folder = packed(tmp_path, settings=settings, **SHAPE) / "checkpoint"
+    references = expected(folder)
+    with served(folder) as llm:
+        assert difference(llm, references) < BOUND
+
+
+@pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["compiled", "ranks"])
+def test_experts_some_dense_whose_gate_and_up_share_a_matrix(tmp_path, options):
+    kind, config = FAMILIES["Qwen3 MoE"]
+    overrides = [
+        Override(modules="*.experts.1.*", method="dense"),
+        Override(modules="*.layers.1.mlp.experts.2.down_proj", method="int8"),
+    ]
+    settings = SETTINGS.model_copy(update={"share_right": True, "overrides": overrides})
+    folder = packed(tmp_path, kind, settings, **(SHAPE | config)) / "checkpoint"
+    references = expected(folder)
+    with served(folder, **options) as llm:
+        assert difference(llm, references) < BOUND
+
+
+def test_experts_as_integers(tmp_path):
+    kind, config = FAMILIES["Qwen3 MoE"]
+    folder = quantized(packed(tmp_path, kind, **(SHAPE | config)))
     references = expected(folder)
     with served(folder) as llm:
         assert difference(llm, references) < BOUND

@@ -7,9 +7,9 @@ import pytest
 from vllm import LLM
 
 import armor.serve
-from armor.serve.plugin import Refused
+from armor.serve.check import Refused
 from tests.packed import DEFECTS, SETTINGS, edit_config, packed
-from tests.vllm.served import SHAPE
+from tests.vllm.served import HEADS, SHAPE
 
 
 @pytest.mark.parametrize("defect", ["NaN", "truncated", "a version to come", "mask not 2:4"])
@@ -66,21 +66,14 @@ def test_a_server_on_a_broken_checkpoint_ends_with_one_line_and_an_error(checkpo
     apply, named = BROKEN[defect]
     apply(checkpoint)
     code, line = said_by_a_server(checkpoint)
-    assert code == 1 and line.startswith("armor.serve.plugin.Refused: ") and named in line
+    assert code == 1 and line.startswith("armor.serve.check.Refused: ") and named in line
 
 
-def _expert(folder):
-    """As if its linears were those of an expert: this transformers stores tiny mixtures in a form of its own."""
-    (folder / "checksums.json").unlink()
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace(".mlp.", ".mlp.experts.0."))
-
-
-def test_a_server_on_what_the_plugin_does_not_multiply_with(checkpoint):
-    _expert(checkpoint)
-    code, line = said_by_a_server(checkpoint)
-    assert code == 1 and line.startswith("armor.serve.plugin.Refused: model.layers.0.")
-    assert "a compressed expert of a mixture" in line
+def test_a_server_on_experts_that_the_plugin_does_not_multiply_with(tmp_path):
+    folder = packed(tmp_path, "gpt_oss", **(SHAPE | HEADS)) / "checkpoint"
+    code, line = said_by_a_server(folder)
+    assert code == 1 and line.startswith("armor.serve.check.Refused: model.layers.0.mlp.experts.")
+    assert "compressed, but vLLM calls the experts of this model otherwise; serve the checkpoint with" in line
 
 
 def test_ranks_that_would_cut_a_block(tmp_path, capfd):
