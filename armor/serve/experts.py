@@ -114,7 +114,8 @@ class ArmorExpertsMethod(FusedMoEMethodBase):
             raise Refused(str(error)) from None
         self.awaited |= {(*key, suffix) for suffix in piece.shapes()}
         if piece.packed is None:
-            return nn.Linear(len(columns), len(rows), bias=False, dtype=dtype).requires_grad_(False)
+            empty = nn.Linear(len(columns), len(rows), bias=False, device="meta", dtype=dtype)  # draws no numbers
+            return empty.to_empty(device=torch.get_default_device()).requires_grad_(False)
         return ArmorLinear(piece.packed, dtype=dtype)
 
     def _loader(self, layer: Any, suffix: str) -> Callable[..., bool]:
@@ -132,6 +133,10 @@ class ArmorExpertsMethod(FusedMoEMethodBase):
             if not (suffix == "weight" and loaded_weight.dtype == torch.uint8):  # the tombstone
                 linear = layer.packed.get_submodule(f"{expert_id}.{self.leaves[shard_id]}")
                 own, found = getattr(linear, suffix), self.pieces[expert_id, shard_id].take(suffix, loaded_weight)
+                if own.is_meta:  # what is written there now vLLM would drop
+                    raise Refused(
+                        f"{self.names[expert_id, shard_id]}: compressed experts cannot be loaded anew in place"
+                    )
                 assert found.shape == own.shape, (suffix, found.shape, own.shape)
                 if not view(own, found):
                     own.data.copy_(found)
@@ -174,6 +179,10 @@ def _why_not(layer: Any) -> str | None:
     moe = layer.moe_config
     if moe.use_ep:
         return "expert parallelism"
+    if moe.is_lora_enabled:
+        return "adapters (--enable-lora)"
+    if get_current_vllm_config().compilation_config.cudagraph_mode.name != "NONE":
+        return "CUDA graphs, which cannot hold what the host decides (start with --enforce-eager)"
     if moe.has_bias:
         return "experts with a bias"
     if layer.activation not in ACTIVATIONS or any((layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)):

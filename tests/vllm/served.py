@@ -46,7 +46,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Granite MoE": ("granitemoe", {}),
     "GLM-4 MoE": (
         "glm4_moe",
-        {**HEADS, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1},
+        {**HEADS, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1}
+        | {"routed_scaling_factor": 2.5},
     ),
     "ERNIE 4.5": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
 }

@@ -9,7 +9,7 @@ from vllm import LLM
 import armor.serve
 from armor.serve.check import Refused
 from tests.packed import DEFECTS, SETTINGS, edit_config, packed
-from tests.vllm.served import HEADS, SHAPE
+from tests.vllm.served import FAMILIES, HEADS, SHAPE, served
 
 
 @pytest.mark.parametrize("defect", ["NaN", "truncated", "a version to come", "mask not 2:4"])
@@ -74,6 +74,14 @@ def test_a_server_on_experts_that_the_plugin_does_not_multiply_with(tmp_path):
     code, line = said_by_a_server(folder)
     assert code == 1 and line.startswith("armor.serve.check.Refused: model.layers.0.mlp.experts.")
     assert "compressed, but vLLM calls the experts of this model otherwise; serve the checkpoint with" in line
+
+
+def test_adapters_and_new_weights_for_compressed_experts(tmp_path):
+    folder = packed(tmp_path, "qwen3_moe", **(SHAPE | FAMILIES["Qwen3 MoE"][1])) / "checkpoint"
+    with pytest.raises(Refused, match=r"experts\.0\..*: compressed, and vLLM is asked for adapters"):
+        LLM(str(folder), enable_lora=True, max_model_len=128)
+    with served(folder) as llm, pytest.raises(Exception, match="compressed experts cannot be loaded anew in place"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
 
 
 def test_ranks_that_would_cut_a_block(tmp_path, capfd):
