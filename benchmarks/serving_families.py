@@ -42,7 +42,7 @@ the tokens of prompts do not count there, for vLLM cannot tell theirs on a CPU."
 
 
 class Family(NamedTuple):
-    """A checkpoint, an adapter for it, and what transformers says of both."""
+    """A checkpoint and what transformers says of it, and where asked of it with an adapter."""
 
     folder: Path
     adapter: Path
@@ -50,10 +50,11 @@ class Family(NamedTuple):
     adapted: list[tuple[list[int], Tensor]]
 
 
-def made(family: str, root: Path) -> Family:
+def made(family: str, root: Path, way: str) -> Family:
     """The checkpoint of `family` in `root`. To be made before vLLM runs, which changes transformers' classes."""
     folder, adapter = checkpoint(root, family), root / "adapter"
-    return Family(folder, adapter, expected(folder), expected(folder, adapted(folder, adapter)))
+    with_it = expected(folder, adapted(folder, adapter)) if way == LORA else []
+    return Family(folder, adapter, expected(folder), with_it)
 
 
 def measured(own: Family, way: str) -> float | str:
@@ -96,7 +97,7 @@ def main() -> None:
     found = read_json(given.output)["families"] if given.output.exists() else {}
     asked = given.families or [family for family in FAMILIES if way not in found.get(family, {})]
     with tempfile.TemporaryDirectory() as root:
-        for family, own in {family: made(family, Path(root) / family) for family in asked}.items():
+        for family, own in {family: made(family, Path(root) / family, way) for family in asked}.items():
             found.setdefault(family, {})[way] = measured(own, way)
             print(family, way, found[family][way], flush=True)
             write_json(given.output, said | {"families": found})

@@ -21,7 +21,7 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 def view(own: Tensor, found: Tensor) -> bool:
     """Let `own` be a view of the mapped file that `found` is of; False where it must be copied."""
-    alike = all(getattr(found, what) == getattr(own, what) for what in ("shape", "dtype", "device"))
+    alike = (found.shape, found.dtype, found.device) == (own.shape, own.dtype, own.device)
     if alike and found.is_contiguous():
         own.data = found
         return True
