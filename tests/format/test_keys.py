@@ -136,7 +136,6 @@ NOT_OF_RECORDS = {
     "runtime/linear.py": ("a buffer of the module", "core"),
     "runtime/quantizer.py": ("config.json's quantization_config", "format_version"),
     "runtime/skeleton.py": ("config.json, which is transformers'", "model_type"),
-    "serve/plugin.py": ("what is alike of two tensors", "device dtype"),
     "training/trainable.py": ("the tensors of a linear", "core left right"),
 }
 """What else has names that a field of a record has too, by module, and these names."""
