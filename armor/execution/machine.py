@@ -14,6 +14,7 @@ from armor.core.typed import Typed
 from armor.core.version import __version__
 
 __all__ = [
+    "USABLE",
     "Machine",
     "current_machine",
     "device_memory_bytes",
