@@ -241,7 +241,7 @@ int main(int count, char **arguments) {
     static const int64_t INTEGERS[][5] = {
         {100, 36, 32, 4, 20}, {1156, 7, 512, 0, 0}, {96, 40, 96, 0, 16}, {260, 66, 64, 33, 0}, {20, 4, 20, 4, 4},
     };
-    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 37};
+    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 37, 115};
     int best = armor_initialize(), failures = 0;
     (void)arguments;
     for (int level = 0; level <= best && count == 1; level++)
@@ -256,9 +256,9 @@ int main(int count, char **arguments) {
         for (int type = 0; type < 2; type++)
             for (int core = INT8; core <= INT4; core++)
                 for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
-                    for (int64_t rows = 1; rows <= 17; rows += rows < 3 ? 2 : 14) {
-                        const int64_t *shape = INTEGERS[s];
-                        failures += check_integers(level, type, core, rows, shape[0], shape[1], shape[2], shape[3],
+                    for (int r = 0; r < 4; r++) {
+                        const int64_t *shape = INTEGERS[s], rows[] = {1, 3, 17, 85};
+                        failures += check_integers(level, type, core, rows[r], shape[0], shape[1], shape[2], shape[3],
                                                    shape[4]);
                     }
     /* Enough work for threads, and more rows than are multiplied at once. */
@@ -266,6 +266,7 @@ int main(int count, char **arguments) {
         for (int type = 0; type < 2; type++) {
             failures += check(level, type, 1, 1024, 512, 2, 4, 64, 128, 1, 3);
             failures += check(level, type, 300, 132, 140, 2, 4, 28, 12, 1, 4);
+            failures += check(level, type, 517, 20, 36, 2, 4, 4, 4, 1, 3); /* as many waves as threads */
         }
     printf("%d of the linears are off, best level %d\n", failures, best);
     return failures != 0;

@@ -4,12 +4,13 @@
  * LLVM's and Intel's runtimes all have, is handed in: so both share one set of threads, and no second set spins beside
  * it. Every thread goes through the steps in order: pack, right, core, left. It takes tasks of a step until none is
  * left, then waits for what the next step needs. All that is waited for is being done by a thread that runs, so any
- * number of threads gets to the end, one included.
+ * number of threads gets to the end, one included. Where x has waves of rows for all threads, each takes whole ones.
  */
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -38,8 +39,14 @@ static const struct kernel *const KERNELS[LEVELS][2] = {
 #endif
 };
 
+/* Panels whose pairs are multiplied together: four want 36 KB of L1 cache, two 24. */
+static int panels_at_once = 2;
+
 /* Prepare the tables and return the best level of this processor. Call it once, before anything else. */
 int armor_initialize(void) {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    if (sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10) panels_at_once = 4;
+#endif
     for (int bits = 0; bits < 256; bits++)
         for (int column = 0, rank = 0; column < 8; column++)
             armor_spread_index[bits][column] = bits >> column & 1 ? rank++ : 128;
@@ -222,21 +229,11 @@ static size_t take(size_t *total, size_t bytes) {
     return offset;
 }
 
-/* Multiply x with `count` linears, at most PARTS; 0, or an errno. A sum is the same whatever others there are. */
-int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
-                  parallel_function parallel, int threads) {
-    const struct kernel *kernel = kernel_for(level, type, parts[0].right ? parts[0].right_size : 0);
-    for (int i = 1; i < count; i++)
-        if (kernel_for(level, type, parts[i].right ? parts[i].right_size : 0) != kernel) {
-            /* Their panels differ: one after the other. */
-            int error = 0;
-            for (int j = 0; j < count && !error; j++)
-                error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
-            return error;
-        }
+/* Multiply x with `count` linears, all by `kernel`, in the dot way or the panel way; 0, or an errno. */
+static int multiply(const struct kernel *kernel, const void *x, int64_t rows, int64_t in, const struct part *parts,
+                    int count, int dot, parallel_function parallel, int threads) {
     int64_t wave = rows < WAVE ? rows : WAVE, work_items = 0;
     int64_t panels = (wave + kernel->lanes - 1) / kernel->lanes, lane_bytes = panels * kernel->lanes * 4;
-    int dot = wave <= kernel->dot_rows;
     size_t u_bytes = dot ? wave * in * kernel->element : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
     struct work work = {.count = count, .dot = dot};
     size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], packed = take(&total, dot ? 0 : u_bytes);
@@ -245,6 +242,7 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
         const struct part *part = &parts[i];
         struct linear *linear = &work.linears[i];
         *linear = linear_of(part, in, kernel->lanes * kernel->unit);
+        linear->panels_at_once = panels_at_once;
         linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear->core_cut.tasks, kernel->spans, threads) : 1;
         if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
         int same = 0; /* the first linear with this `right` */
@@ -292,6 +290,55 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
     }
     free(scratch);
     return 0;
+}
+
+/* The waves of x, of which a thread takes whole ones. */
+struct waves {
+    const struct kernel *kernel;
+    const char *x;
+    const struct part *parts;
+    int64_t rows, in;
+    int count;
+    atomic_llong next;
+    atomic_int error;
+};
+
+static void take_waves(void *argument) {
+    struct waves *work = argument;
+    const int64_t weight = work->kernel->weight;
+    int64_t start;
+    int error;
+    while ((start = atomic_fetch_add(&work->next, 1) * WAVE) < work->rows) {
+        struct part own[PARTS];
+        for (int i = 0; i < work->count; i++) {
+            own[i] = work->parts[i];
+            own[i].y = (char *)own[i].y + start * own[i].y_stride * weight;
+        }
+        const int64_t rows = work->rows - start < WAVE ? work->rows - start : WAVE;
+        error = multiply(work->kernel, work->x + start * work->in * weight, rows, work->in, own, work->count, 0, NULL, 1);
+        if (error) atomic_store(&work->error, error);
+    }
+}
+
+/* Multiply x with `count` linears, at most PARTS; 0, or an errno. A sum is the same whatever others there are. */
+int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
+                  parallel_function parallel, int threads) {
+    const struct kernel *kernel = kernel_for(level, type, parts[0].right ? parts[0].right_size : 0);
+    for (int i = 1; i < count; i++)
+        if (kernel_for(level, type, parts[i].right ? parts[i].right_size : 0) != kernel) {
+            /* Their panels differ: one after the other. */
+            int error = 0;
+            for (int j = 0; j < count && !error; j++)
+                error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
+            return error;
+        }
+    const int64_t waves = (rows + WAVE - 1) / WAVE;
+    if (!parallel || threads < 2 || (waves < 4 * threads && waves % threads))
+        return multiply(kernel, x, rows, in, parts, count, rows <= kernel->dot_rows, parallel, threads);
+    /* Threads that need not wait for each other are quicker, and each lays its pairs for more rows of the core. */
+    struct waves work = {kernel, x, parts, rows, in, count, 0, 0};
+    parallel(take_waves, &work, threads, 0);
+    return atomic_load(&work.error);
 }
 
 /* Linears, at most PARTS, and the x (rows, in) that they are multiplied with. */

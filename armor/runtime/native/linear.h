@@ -15,7 +15,7 @@ enum {
     WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
     DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
     PACK_COLUMNS = 1024, /* columns of x that one task brings into panels */
-    SPANS = 6,           /* chunks at most of a 2:4 core that one task of the panel way takes */
+    SPANS = 9,           /* chunks at most of a 2:4 core that one task of the panel way takes */
     PARTS = 8            /* linears at most that are multiplied in one pass over x */
 };
 
@@ -54,6 +54,7 @@ struct linear {
     /* Between the steps, in the kernel's own type: B x (rows, in) and S B x (rows, out), or panels of them. */
     void *panels, *u, *z;
     int64_t panel_count;
+    int panels_at_once; /* 2 or 4: those whose pairs lie in the L1 cache together */
 };
 
 struct kernel {

@@ -560,9 +560,9 @@ static void packed_panels(const struct linear *linear, int64_t first, int64_t ro
 }
 
 #ifdef GATHER
-/* Rows of a 2:4 core that are multiplied at once, and groups of columns whose pairs lie in the L1 cache meanwhile: of
- * one panel, or half as many of two. */
-enum { PAIR_ROWS = 4, PAIR_GROUPS = 64, PAIR_WORDS = 6 * LANES };
+/* Rows of a 2:4 core that are multiplied at once, the sums of each, and groups of columns whose pairs lie in the L1 cache
+ * meanwhile: of a panel at most, and of all panels together. */
+enum { PAIR_ROWS = 4, CHAINS = 4, PAIR_GROUPS = 64, ALL_GROUPS = 96, PAIR_WORDS = 6 * LANES };
 _Static_assert(CHUNK % PAIR_ROWS == 0, "rows that are multiplied at once must fit a chunk");
 
 /* Of a row of the core: the values of up to PAIR_GROUPS groups of columns, integers too as units, and where the pairs
@@ -578,6 +578,7 @@ static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, i
                      struct cut_row *to) {
     const int type = linear->integers.core;
     const int64_t columns = linear->integers.group, scales = (linear->in + columns - 1) / columns;
+    const int64_t scale = group * 4 / columns;
     for (int64_t i = 0; i < rows || i % PAIR_ROWS; i++, to++) {
         const int64_t row = first + least(i, rows - 1);
         const void *values = place(linear->values, row * linear->stride + group * 2, type);
@@ -585,7 +586,7 @@ static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, i
         for (int64_t v = 0; copy && v < 2 * n; v += STEP)
             store_vec(to->copied + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
         to->values = copy ? to->copied : values;
-        to->scales = scales_of(linear->integers.core_scales, row * scales + group * 4 / columns);
+        to->scales = scales_of(linear->integers.core_scales, row * scales + scale);
     }
 }
 
@@ -595,14 +596,15 @@ struct wanted {
     int64_t bytes;
 };
 
-/* acc += the groups k .. end of PAIR_ROWS rows times their pairs: of `count` = 2 panels; or of one, whose even groups
- * are summed apart from the odd ones. */
+/* acc += the groups k .. end of PAIR_ROWS rows times their pairs, of `count` <= CHAINS panels: CHAINS sums of a row, so
+ * many that one multiply-add need not wait for another. With fewer panels than sums, those of a panel take its groups in
+ * turn. */
 static inline __attribute__((always_inline)) void add_pairs(const struct cut_row *rows, const int32_t *pairs, int64_t k,
                                                             int64_t end, int count, struct wanted wanted,
-                                                            vec acc[PAIR_ROWS][2]) {
+                                                            vec acc[PAIR_ROWS][CHAINS]) {
     const weight *values[PAIR_ROWS];
 #pragma GCC unroll 4
-    for (int i = 0; i < PAIR_ROWS; i++) values[i] = count == 2 ? rows[i].copied : rows[i].values;
+    for (int i = 0; i < PAIR_ROWS; i++) values[i] = count > 1 ? rows[i].copied : rows[i].values;
     for (; k + 8 <= end; k += 8) {
         __builtin_prefetch(wanted.start + k * wanted.bytes, 0, L2);
         __builtin_prefetch(wanted.start + (k + 4) * wanted.bytes, 0, L2);
@@ -619,12 +621,11 @@ static inline __attribute__((always_inline)) void add_pairs(const struct cut_row
 #pragma GCC unroll 4
                 for (int i = 0; i < PAIR_ROWS; i++) {
                     const vec w = broadcast_one_of(quad[i], m);
-                    const int32_t *pair = at + (uint8_t)next[i];
-                    next[i] >>= 8;
-#pragma GCC unroll 2
+                    const int32_t *pair = at + take_byte(&next[i]);
+#pragma GCC unroll 4
                     for (int p = 0; p < count; p++) {
-                        vec *to = &acc[i][count == 2 ? p : m % 2];
-                        *to = multiply_add(*to, w, load_vec(pair + p * PAIR_WORDS));
+                        vec *to = &acc[i][count * (m % (CHAINS / count)) + p];
+                        *to = multiply_add_at(*to, w, pair + p * PAIR_WORDS);
                     }
                 }
             }
@@ -633,52 +634,62 @@ static inline __attribute__((always_inline)) void add_pairs(const struct cut_row
     for (; k < end; k++)
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR_ROWS; i++)
+#pragma GCC unroll 4
             for (int p = 0; p < count; p++)
                 acc[i][p] = multiply_add(acc[i][p], broadcast(values[i] + k * 2),
                                          load_vec(pairs + (k * count + p) * PAIR_WORDS + rows[i].places[k]));
 }
 
 /* sums (PAIR_ROWS, count * LANES; `stride` from row to row) += `n` groups of the cut rows times the pairs of `count`
- * panels. Integers have a scale for every `scaled` groups; floats 0. */
+ * panels, or begin with them. Integers have a scale for every `scaled` groups; floats 0. */
 static inline __attribute__((always_inline)) void multiply_pairs(const struct cut_row *rows, const int32_t *pairs,
                                                                  int64_t n, int64_t scaled, int count,
-                                                                 struct wanted wanted, float *sums, int64_t stride) {
-    vec total[PAIR_ROWS][2];
+                                                                 struct wanted wanted, float *sums, int64_t stride,
+                                                                 int begin) {
+    for (int64_t k = 0, s = 0, step = scaled ? scaled : n; k < n; k += step, s++) {
+        vec acc[PAIR_ROWS][CHAINS];
 #pragma GCC unroll 4
-    for (int i = 0; i < PAIR_ROWS; i++) {
-        total[i][0] = load_vec(sums + i * stride);
-        total[i][1] = count == 2 ? load_vec(sums + i * stride + LANES) : zero();
-    }
-    if (!scaled) add_pairs(rows, pairs, 0, n, count, wanted, total);
-    for (int64_t k = 0, s = 0; scaled && k < n; k += scaled, s++) {
-        vec acc[PAIR_ROWS][2];
+        for (int i = 0; i < PAIR_ROWS; i++)
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIR_ROWS; i++) acc[i][0] = acc[i][1] = zero();
-        add_pairs(rows, pairs, k, least(n, k + scaled), count, wanted, acc);
+            for (int j = 0; j < CHAINS; j++) acc[i][j] = zero();
+        add_pairs(rows, pairs, k, least(n, k + step), count, wanted, acc);
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR_ROWS; i++) {
-            const float scale = scale_at(rows[i].scales + s);
-            for (int p = 0; p < 2; p++) total[i][p] = fused(total[i][p], broadcast(&scale), acc[i][p]);
-        }
-    }
+            const float scale = scaled ? scale_at(rows[i].scales + s) : 1;
 #pragma GCC unroll 4
-    for (int i = 0; i < PAIR_ROWS; i++) {
-        store_vec(sums + i * stride, count == 2 ? total[i][0] : add(total[i][0], total[i][1]));
-        if (count == 2) store_vec(sums + i * stride + LANES, total[i][1]);
+            for (int p = 0; p < count; p++) {
+                float *to = sums + i * stride + p * LANES;
+                vec more = acc[i][p];
+#pragma GCC unroll 4
+                for (int j = p + count; j < CHAINS; j += count) more = add(more, acc[i][j]);
+                const vec before = begin ? zero() : load_vec(to);
+                store_vec(to, scaled ? fused(before, broadcast(&scale), more) : add(before, more));
+            }
+        }
+        begin = 0;
     }
 }
 
 /* Not inlined: where the compiler sees where `pairs` lies, it computes each address anew. */
-#define MULTIPLY_PAIRS(name, count, scaled)                                                                       \
-    static __attribute__((noinline)) void name(const struct cut_row *rows, const int32_t *pairs, int64_t n,       \
-                                               int64_t groups, struct wanted wanted, float *sums, int64_t stride) {\
-        (void)groups;                                                                                             \
-        multiply_pairs(rows, pairs, n, scaled, count, wanted, sums, stride);                                      \
+typedef void pairs_by(const struct cut_row *, const int32_t *pairs, int64_t n, int64_t groups, struct wanted, float *sums,
+                      int64_t stride, int begin);
+#define PAIRS_BY(name, count, scaled)                                                                                 \
+    static __attribute__((noinline)) void name(const struct cut_row *rows, const int32_t *pairs, int64_t n,           \
+                                               int64_t groups, struct wanted wanted, float *sums, int64_t stride,     \
+                                               int begin) {                                                           \
+        (void)groups;                                                                                                 \
+        multiply_pairs(rows, pairs, n, scaled, count, wanted, sums, stride, begin);                                   \
     }
-MULTIPLY_PAIRS(floats_by_one, 1, 0)
-MULTIPLY_PAIRS(floats_by_two, 2, 0)
-MULTIPLY_PAIRS(integers_by_one, 1, groups)
-MULTIPLY_PAIRS(integers_by_two, 2, groups)
+PAIRS_BY(floats_by_one, 1, 0)
+PAIRS_BY(floats_by_two, 2, 0)
+PAIRS_BY(floats_by_four, 4, 0)
+PAIRS_BY(integers_by_one, 1, groups)
+PAIRS_BY(integers_by_two, 2, groups)
+PAIRS_BY(integers_by_four, 4, groups)
+static pairs_by *const PAIRS[][CHAINS + 1] = {
+    {[1] = floats_by_one, [2] = floats_by_two, [4] = floats_by_four},
+    {[1] = integers_by_one, [2] = integers_by_two, [4] = integers_by_four},
+};
 
 /* The pairs of `n` groups of columns from `group` on, of the `count` panels from `panel` on: (n, count, 6, LANES). */
 static void lay_pairs(const struct linear *linear, int64_t panel, int count, int64_t group, int64_t n, int32_t *pairs) {
@@ -693,29 +704,27 @@ static void lay_pairs(const struct linear *linear, int64_t panel, int count, int
  * six pairs lie ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. What
  * the next task reads is fetched meanwhile, in the order of memory, which it serves faster than the order of use. */
 static void packed_pairs(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
-    _Alignas(64) int32_t pairs[PAIR_GROUPS * PAIR_WORDS];
+    _Alignas(64) int32_t pairs[ALL_GROUPS * PAIR_WORDS];
     struct cut_row cut[SPANS * CHUNK];
     const int type = linear->integers.core;
     const int64_t groups = linear->in / 4, panels = linear->panel_count, stride = panels * LANES;
     const int64_t scaled = type == FLOATS ? groups : linear->integers.group / 4; /* groups of columns for a scale */
-    const int64_t most = panels == 1 ? PAIR_GROUPS : PAIR_GROUPS / 2;
+    const int64_t at_once = panels >= 4 ? linear->panels_at_once : least(panels, 2);
+    const int64_t most = at_once == 4 ? ALL_GROUPS / 4 : PAIR_GROUPS / at_once;
+    const int64_t parts = (scaled + most - 1) / most, part = ((scaled + parts - 1) / parts + 7) / 8 * 8;
     const int64_t bytes = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
     const char *ahead = place(linear->values, (first + rows) * linear->stride, type);
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
-    memset(sums, 0, (rows + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS * stride * sizeof *sums);
     for (int64_t g = 0, n; g < groups; g += n) {
-        n = least(groups - g, scaled > most ? least(most, scaled - g % scaled) : most / scaled * scaled);
+        n = least(groups - g, scaled > most ? least(part, scaled - g % scaled) : most / scaled * scaled);
         cut_rows(linear, first, rows, g, n, panels > 1 || type != FLOATS, cut);
-        for (int64_t p = 0; p < panels; p += 2) {
-            const int count = p + 1 < panels ? 2 : 1;
+        for (int64_t p = 0, count; p < panels; p += count) {
+            count = panels - p >= at_once ? at_once : panels - p >= 2 ? 2 : 1;
             lay_pairs(linear, p, count, g, n, pairs);
             for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
                 float *to = sums + i * stride + p * LANES;
                 struct wanted wanted = {p ? (const char *)cut : ahead, p ? 0 : bytes};
-                if (type == FLOATS)
-                    (count == 2 ? floats_by_two : floats_by_one)(cut + i, pairs, n, 0, wanted, to, stride);
-                else
-                    (count == 2 ? integers_by_two : integers_by_one)(cut + i, pairs, n, scaled, wanted, to, stride);
+                PAIRS[type != FLOATS][count](cut + i, pairs, n, scaled, wanted, to, stride, g == 0);
                 if (p) continue;
                 for (int64_t at = 0; at < PAIR_ROWS * n / 2; at += 64) __builtin_prefetch(mask_ahead + at, 0, L2);
                 ahead += n * bytes;
