@@ -81,10 +81,12 @@ def check_names(folder: Path | str) -> None:
     transformers cannot make a model of, and for a tensor that is missing, of another shape, or one too many.
     """
     folder = _checked(folder)
-    names = read_config(folder).architectures or ["no class"]
-    kind = getattr(transformers, str(names[0]), None)
+    config = read_config(folder)
+    if not config.architectures:
+        raise ArmorError(f"{folder / 'config.json'}: architectures: names no class; was it edited?")
+    kind = getattr(transformers, str(config.architectures[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ArmorError(f"{folder / 'config.json'}: architectures: transformers has no {names[0]}; was it edited?")
+        kind = auto_class(config)  # some were published under a name that transformers does not have
     _, loading = _load(kind, folder, device_map="meta")
     for what in ("missing", "unexpected", "mismatched"):
         for name in sorted(map(str, loading[f"{what}_keys"]))[:1]:

@@ -10,6 +10,7 @@ from armor.assemble.verify import Distance, Verified, table, verify
 from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
+from armor.serve.check import check
 from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed
 from tests.tiny import tiny_model
 
@@ -196,3 +197,15 @@ def test_a_tensor_that_is_not_the_sources(checkpoint, root):
     (checkpoint / "checksums.json").unlink()
     edit_tensors(checkpoint, lambda tensors: tensors["model.norm.weight"].mul_(1.0001))
     refused(checkpoint, "model.safetensors: model.norm.weight", against=root / "source")
+
+
+def test_a_model_whose_class_has_another_name_in_transformers_passes(tmp_path):
+    """Phi MoE was published as PhiMoEForCausalLM, which vLLM calls it too."""
+
+    def rename(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PhiMoEForCausalLM"]}))
+
+    folder = packed(tmp_path, "phimoe", change=rename) / "checkpoint"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["PhiMoEForCausalLM"]
+    assert any(".experts." in name for name in check(folder))

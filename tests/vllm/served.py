@@ -19,7 +19,19 @@ import armor.hf  # noqa: F401  teaches transformers the format
 from armor.format.checkpoint import modules_of
 from tests.packed import packed
 
-__all__ = ["BOUND", "FAMILIES", "RANK", "SHAPE", "adapted", "checkpoint", "difference", "expected", "served"]
+__all__ = [
+    "APART",
+    "BOUND",
+    "FAMILIES",
+    "RANK",
+    "SHAPE",
+    "adapted",
+    "answers",
+    "checkpoint",
+    "difference",
+    "expected",
+    "served",
+]
 
 BOUND = 1e-5
 """How far log-probabilities may be from those of transformers, both in float32."""
@@ -52,13 +64,33 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "ERNIE 4.5": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
 }
 """The families by name: transformers' name, and what their configuration has of its own."""
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}  # as vLLM wants
+LATENT |= EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LATENT["num_key_value_heads"] = 4
+
+
+def publish(folder: Path) -> None:
+    """Give a Phi MoE the name that published ones have: vLLM knows that one only, transformers another."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PhiMoEForCausalLM"]}))
+
+
+APART: dict[str, tuple[str, dict]] = {
+    "DeepSeek-V2": ("deepseek_v2", LATENT | {"q_lora_rank": None}),
+    "DeepSeek-V3": ("deepseek_v3", LATENT | {"q_lora_rank": 64, "topk_method": "noaux_tc"}),
+    "Phi MoE": (
+        "phimoe",
+        HEADS | {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True, "change": publish},
+    ),
+}
+"""Those of which vLLM says something else than transformers of a dense model too."""
 RANK = 8  # of an adapter
 PROMPTS = [list(range(1, 60)), list(range(100, 107)), list(range(60, 1, -1))]
 
 
 def checkpoint(root: Path, family: str) -> Path:
     """A packed checkpoint of a tiny random model of `family`, made in `root` if it is not there."""
-    kind, config = FAMILIES[family]
+    kind, config = (FAMILIES | APART)[family]
     if not (root / "checkpoint").exists():
         packed(root, kind, **(SHAPE | config))
     return root / "checkpoint"
@@ -108,6 +140,18 @@ def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
     for prompt in PROMPTS:
         tokens = model.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=8, max_new_tokens=8)
         found.append((tokens[0].tolist(), torch.log_softmax(model(tokens).logits[0].double(), dim=-1)))
+    return found
+
+
+def answers(llm: LLM) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """What vLLM says: for every prompt eight more tokens, greedily, and the log-probabilities of each token of the
+    prompt and of the five likeliest after it."""
+    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=0)
+    found = []
+    for request in llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False):
+        answer = request.outputs[0]
+        scores = [*request.prompt_logprobs, *answer.logprobs]
+        found.append((list(answer.token_ids), [{t: s.logprob for t, s in (one or {}).items()} for one in scores]))
     return found
 
 
