@@ -211,9 +211,15 @@ static struct linear linear_of(const struct part *part, int64_t in, int step) {
     return linear;
 }
 
-/* How many of `tasks` chunks of a 2:4 core one task takes, so that `threads` are done soonest. For each task pairs are
- * laid out, which takes as long as a third of a chunk; no sum depends on it. */
-static int64_t spans_of(int64_t tasks, int64_t most, int64_t threads) {
+/* How many chunks of a 2:4 core one task of the panel way takes, so that `threads` are done soonest. For each task pairs
+ * are laid out, which takes as long as a third of a chunk; no sum depends on it. With few panels memory sets the speed,
+ * and what the next task reads, which is fetched meanwhile, shall still be in the L2 cache then. */
+static int64_t spans_of(const struct linear *linear, const struct kernel *kernel, int64_t panels, int64_t threads) {
+    const int type = linear->integers.core;
+    const int64_t row = linear->mask_stride + (type == FLOATS ? linear->stride * kernel->weight
+                                                              : linear->stride / (type == INT8 ? 1 : 2));
+    const int64_t fit = (1 << 20) / (CHUNK * row), most = panels < 4 && fit < kernel->spans ? fit : kernel->spans;
+    const int64_t tasks = linear->core_cut.tasks;
     int64_t best = 1, least_time = INT64_MAX;
     for (int64_t spans = 1; spans <= most; spans++) {
         const int64_t rounds = ((tasks + spans - 1) / spans + threads - 1) / threads;
@@ -243,7 +249,7 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
         struct linear *linear = &work.linears[i];
         *linear = linear_of(part, in, kernel->lanes * kernel->unit);
         linear->panels_at_once = panels_at_once;
-        linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear->core_cut.tasks, kernel->spans, threads) : 1;
+        linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear, kernel, panels, threads) : 1;
         if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
         int same = 0; /* the first linear with this `right` */
         while (parts[same].right != part->right) same++;

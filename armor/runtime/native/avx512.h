@@ -111,7 +111,9 @@ static inline vec bytes_to_half(__m128i bytes) {
     return words(_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sixteen(bytes))));
 }
 static inline vec load_int8(const void *p, int64_t n) {
-    return bytes_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
+    if (n >= 32) /* the halves apart, which widen on the way in */
+        return (vec)_mm512_cvtne2ps_pbh(sixteen(_mm_loadu_si128((const __m128i *)p + 1)), sixteen(_mm_loadu_si128(p)));
+    return bytes_to_units(_mm256_maskz_loadu_epi8(first32(n), p));
 }
 static inline vec load_half_int8(const void *p) { return bytes_to_half(_mm_loadu_si128(p)); }
 /* 32 int4 as units: 16 in each of the lowest four and the highest four quadwords, the first in the lowest four bits. One

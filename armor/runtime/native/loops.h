@@ -138,36 +138,39 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
     }
 }
 
-/* The values 3 KB further on, and the mask if `with_mask`: into L1 while x leaves room there, else into L2. */
-static inline __attribute__((always_inline)) void fetch_ahead(const void *values, const uint8_t *mask, int with_mask,
-                                                              int into_l1) {
-    const char *next = (const char *)values + 3072;
-    if (into_l1) {
-        __builtin_prefetch(next, 0, L1);
-        if (with_mask) __builtin_prefetch(mask + 640, 0, L1);
-    } else {
-        __builtin_prefetch(next, 0, L2);
-        if (with_mask) __builtin_prefetch(mask + 640, 0, L2);
-    }
-}
-
 enum { MOST = 4, WIDE = 2 * STEP };
 
 #ifdef GATHER
-/* sums += a step of WIDE columns, from `c` on, of `rows` packed 2:4 rows times `x_rows` rows of x. */
+/* What is 3 KB of values further on: into L1 while x leaves room there, else into L2. */
+static inline __attribute__((always_inline)) void fetch_ahead(const void *next, int into_l1) {
+    if (into_l1)
+        __builtin_prefetch(next, 0, L1);
+    else
+        __builtin_prefetch(next, 0, L2);
+}
+
+/* sums += a step of WIDE columns of `rows` packed 2:4 rows times `x_rows` rows of x; `at` is where its mask begins in a
+ * row. All other places are multiples of it, which an instruction can add up itself. */
 static inline __attribute__((always_inline)) void packed_step(const struct linear *linear, int type, int rows,
                                                               int x_rows, const void *const values[],
-                                                              const uint8_t *const mask[], int64_t c, vec sums[][8]) {
+                                                              const uint8_t *const mask[], int64_t at,
+                                                              vec sums[][8]) {
+    const int64_t bytes = type == FLOATS ? 4 * sizeof(weight) : type == INT8 ? 4 : 2; /* of values, by one of mask */
     vec w[MOST], index[MOST];
+    if (type != FLOATS) __asm__("" : "+r"(at)); /* lest the compiler count up a pointer for each row */
 #pragma GCC unroll 4
     for (int j = 0; j < rows; j++) {
-        fetch_ahead(place(values[j], c / 2, type), mask[j] + c / 8, c % 512 == 0, x_rows == 1);
-        w[j] = load_as(place(values[j], c / 2, type), STEP, type);
-        index[j] = gather_index(mask[j] + c / 8);
+        const char *here = (const char *)values[j] + at * bytes;
+        fetch_ahead(here + 3072, x_rows == 1);
+        w[j] = load_as(here, STEP, type);
+        index[j] = gather_index(mask[j] + at);
     }
+    if (at % 64 == 0)
+#pragma GCC unroll 4
+        for (int j = 0; j < rows; j++) fetch_ahead(mask[j] + at + 640, x_rows == 1);
 #pragma GCC unroll 8
     for (int r = 0; r < x_rows; r++) {
-        const element *x = (const element *)linear->u + least(r, linear->rows - 1) * linear->in + c;
+        const element *x = (const element *)linear->u + least(r, linear->rows - 1) * linear->in + at * 8;
 #pragma GCC unroll 4
         for (int j = 0; j < rows; j++)
             sums[j][r] =
@@ -183,8 +186,9 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
                                                                    const void *const values[],
                                                                    const uint8_t *const mask[],
                                                                    const weight *const scales[], vec totals[][8]) {
-    int64_t c = 0;
-    for (int64_t g = 0; c + steps * WIDE <= linear->in; g += halved ? 2 : 1, c += steps * WIDE) {
+    const int64_t bytes = steps * (WIDE / 8); /* of the mask */
+    int64_t at = 0;
+    for (int64_t g = 0; at + bytes <= linear->in / 8; g += halved ? 2 : 1, at += bytes) {
 #pragma GCC unroll 4
         for (int j = 0; j < rows; j += at_once) {
             vec sums[MOST][8];
@@ -192,8 +196,8 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
             for (int i = 0; i < at_once; i++)
 #pragma GCC unroll 8
                 for (int r = 0; r < x_rows; r++) sums[i][r] = zero();
-            for (int64_t at = c, to = c + steps * WIDE; at < to; at += WIDE)
-                packed_step(linear, type, at_once, x_rows, values + j, mask + j, at, sums);
+            for (int64_t step = at; step < at + bytes; step += WIDE / 8)
+                packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, sums);
 #pragma GCC unroll 4
             for (int i = 0; i < at_once; i++) {
                 const vec scale = gather_scales(scales[j + i] + g, halved);
@@ -202,7 +206,7 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
             }
         }
     }
-    return c;
+    return at * 8;
 }
 #endif
 
@@ -256,10 +260,10 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
             }
 #ifdef GATHER
             if (gathers)
-                for (; c + WIDE <= end; c += WIDE)
+                for (int64_t step = c / 8; c + WIDE <= end; c += WIDE, step += WIDE / 8)
 #pragma GCC unroll 4
                     for (int j = 0; j < rows; j += at_once)
-                        packed_step(linear, type, at_once, x_rows, values + j, mask + j, c, sums + j);
+                        packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, sums + j);
             if (gathers)
                 for (int j = 0; j < rows; j++) at[j] = c / 2;
 #else
