@@ -44,17 +44,8 @@ from armor.model.source import Source
 from armor.runtime.apart import Apart, Whole
 from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.experts import Expert
-from armor.runtime.skeleton import (
-    Skeleton,
-    compute_dtype,
-    drop_layer,
-    finite,
-    load_layer,
-    load_outside,
-    open_skeleton,
-    tensors_of,
-    unload_outside,
-)
+from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
+from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
 from armor.text.blocks import token_blocks
 from armor.text.sources import describe
 

@@ -34,8 +34,9 @@ from armor.model.by_hand import check_linears, left_dense, tell
 from armor.model.contents import Contents
 from armor.runtime.calls import Call
 from armor.runtime.conv1d import turned
+from armor.runtime.filling import finite
 from armor.runtime.quantizer import pack_linears
-from armor.runtime.skeleton import Skeleton, decoder_layers, finite
+from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.text.blocks import blocks
 
 __all__ = ["compress"]

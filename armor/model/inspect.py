@@ -25,7 +25,8 @@ from armor.model.contents import Contents
 from armor.model.source import Source
 from armor.runtime.calls import Call, observe
 from armor.runtime.experts import alike
-from armor.runtime.skeleton import Skeleton, load_outside, named_here, open_skeleton, place_tensor, stored_tensors
+from armor.runtime.filling import load_outside, place_tensor
+from armor.runtime.skeleton import Skeleton, named_here, open_skeleton, stored_tensors
 
 __all__ = ["inspect", "input_groups"]
 

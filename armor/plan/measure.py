@@ -34,8 +34,9 @@ from armor.format.statistics import Statistics
 from armor.plan.subject import Subject
 from armor.plan.work import Forward, Gram, Head, Kind, Read, Round, Solve, Start, Step, Train
 from armor.runtime.calls import Call, State, observe
+from armor.runtime.filling import load_outside, read_layer, unload_outside
 from armor.runtime.linear import ArmorLinear, share_right
-from armor.runtime.skeleton import load_outside, open_skeleton, read_layer, tensors_of, unload_outside
+from armor.runtime.skeleton import open_skeleton, tensors_of
 from armor.training.trainable import training_arithmetic
 
 __all__ = ["bandwidth", "rates"]

@@ -30,7 +30,8 @@ from armor.model.outline import outline
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.calls import State, moved, observe, states_of
-from armor.runtime.skeleton import Skeleton, compute_dtype, load_outside, open_skeleton, tensors_of
+from armor.runtime.filling import load_outside
+from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
 from armor.training.memory import Shapes
 
 __all__ = ["Packed", "Subject", "subject"]

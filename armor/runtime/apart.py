@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from armor.execution.machine import host_memory_bytes
 from armor.format.shards import Shards
 from armor.runtime.experts import Expert, Experts
-from armor.runtime.skeleton import fill
+from armor.runtime.filling import fill
 
 __all__ = ["HOST_SHARE", "Apart", "Whole"]
 

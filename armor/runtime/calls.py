@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 from armor.core.errors import ArmorError
 from armor.format.shards import Shards
 from armor.runtime.apart import Apart
-from armor.runtime.skeleton import Made, Skeleton, State, filled
+from armor.runtime.filling import filled
+from armor.runtime.skeleton import Made, Skeleton, State
 
 __all__ = ["Call", "State", "finish", "moved", "observe", "observe_each", "readers", "states_of"]
 

@@ -29,17 +29,10 @@ from armor.format.shards import Shards
 from armor.runtime.apart import HOST_SHARE, Apart, Whole
 from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
+from armor.runtime.filling import drop_layer, layer_bytes, load_outside, place_outside, read_layer
 from armor.runtime.load import loaded_dtype, read_config
 from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import (
-    drop_layer,
-    layer_bytes,
-    load_outside,
-    open_skeleton,
-    place_outside,
-    read_layer,
-    tensors_of,
-)
+from armor.runtime.skeleton import open_skeleton, tensors_of
 
 __all__ = ["StreamedModel", "stacks_experts"]
 

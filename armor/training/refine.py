@@ -40,7 +40,8 @@ from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.calls import Call, State, moved, observe_each, states_of
-from armor.runtime.skeleton import Skeleton, drop_layer, load_outside, open_skeleton, tensors_of, unload_outside
+from armor.runtime.filling import drop_layer, load_outside, unload_outside
+from armor.runtime.skeleton import Skeleton, open_skeleton, tensors_of
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, refine_bytes
 from armor.training.record import described, write_trained

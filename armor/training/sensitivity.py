@@ -34,17 +34,8 @@ from armor.format.sensitivity import Sensitivity, write_sensitivities
 from armor.format.states import open_states, states_file, write_states
 from armor.model.source import Source
 from armor.runtime.calls import Call, State, finish, moved, observe_each
-from armor.runtime.skeleton import (
-    Skeleton,
-    drop_layer,
-    finite,
-    load_layer,
-    load_outside,
-    open_skeleton,
-    place_outside,
-    tensors_of,
-    unload_outside,
-)
+from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, place_outside, unload_outside
+from armor.runtime.skeleton import Skeleton, open_skeleton, tensors_of
 from armor.training.states import TOKENS, make_states
 
 __all__ = ["drawn", "measure_sensitivity"]

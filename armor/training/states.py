@@ -28,17 +28,8 @@ from armor.format.shards import Shards, dtype_name
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.model.source import Source
 from armor.runtime.calls import Call, State, moved, observe_each, states_of
-from armor.runtime.skeleton import (
-    Skeleton,
-    compute_dtype,
-    drop_layer,
-    finite,
-    load_layer,
-    load_outside,
-    open_skeleton,
-    tensors_of,
-    unload_outside,
-)
+from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
+from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
 from armor.training.sample import fingerprint_of, sample_tokens
 
 __all__ = ["TOKENS", "make_states", "pass_on"]

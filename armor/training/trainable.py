@@ -35,7 +35,8 @@ from armor.core.packing import pack, pack_mask, unpack
 from armor.core.quantization import LIMITS
 from armor.format.factors import read_factors, read_others
 from armor.format.shards import Shards
-from armor.runtime.skeleton import Skeleton, compute_dtype, load_layer
+from armor.runtime.filling import load_layer
+from armor.runtime.skeleton import Skeleton, compute_dtype
 
 __all__ = [
     "TrainableLayer",

@@ -46,7 +46,8 @@ from armor.format.shards import Shards, dtype_name
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
-from armor.runtime.skeleton import compute_dtype, load_outside, open_skeleton, place_outside, tensors_of
+from armor.runtime.filling import load_outside, place_outside
+from armor.runtime.skeleton import compute_dtype, open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
 from armor.training.memory import factor_shapes, tune_bytes

@@ -23,7 +23,8 @@ from armor.format.statistics import read_statistics
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.apart import Whole
-from armor.runtime.skeleton import compute_dtype, load_layer, load_outside, open_skeleton, unload_outside
+from armor.runtime.filling import load_layer, load_outside, unload_outside
+from armor.runtime.skeleton import compute_dtype, open_skeleton
 from armor.text.blocks import token_blocks
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
 from tests.tiny import FAMILIES, tiny_model, tiny_text

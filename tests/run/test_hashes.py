@@ -94,7 +94,7 @@ HELD_BY = {
     "text*": READ_TEXT,
     "runtime/streamed": "tune predict evaluate tasks",
     "runtime runtime/auto runtime/conv1d runtime/experts runtime/fused runtime/names runtime/skeleton": MODELS,
-    "runtime/families*": MODELS,
+    "runtime/filling runtime/families*": MODELS,
     "runtime/apart runtime/calls": f"inspect {READ_TEXT}",
     "runtime*": f"inspect {TRAIN} {MEASURE}",
     "model*": f"fetch inspect calibrate {TRAIN} price experts factorize quantize assemble",

@@ -19,7 +19,7 @@ from armor.model.source import open_source
 from armor.runtime import apart
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.experts import Expert
-from armor.runtime.skeleton import layer_bytes
+from armor.runtime.filling import layer_bytes
 from armor.runtime.streamed import StreamedModel
 from benchmarks.families import small_config
 from tests.memory import card_of, host_of
