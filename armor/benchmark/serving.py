@@ -77,7 +77,7 @@ def _turn(folder: Path, tokenizer: Path, settings: BenchmarkSettings) -> Turn:
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
     ):
         done = subprocess.run(
-            [python_of_engine(), "-m", "armor.benchmark.client"],
+            [python_of_engine(), "-P", "-m", "armor.benchmark.client"],
             input=json.dumps([_load(running.url, tokenizer, settings, count) for count in counts]),
             stdout=subprocess.PIPE,
             stderr=said,

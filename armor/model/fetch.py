@@ -19,6 +19,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import part_of, read_json
 from armor.execution.log import log
 from armor.execution.packages import package_file
+from armor.execution.quiet import quiet_transformers
 from armor.format.records.source import SourceRecord
 from armor.format.scaled import check_quantization
 from armor.format.shards import Shards
@@ -75,7 +76,7 @@ def fill(settings: ModelSettings, folder: Path, convert: Callable[[Path, Path, s
         file = origins[0] if len(origins) == 1 else _join(origins, Path(place))
         _check_gguf(file)
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 convert(file, folder, settings.dtype)
         except ArmorError:
             raise
@@ -121,22 +122,6 @@ def _making(target: Path, output: Path) -> Iterator[Path]:
         os.replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No notices and bars of transformers: what it says about GGUF is about running packed weights, not converting."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> Shards:

@@ -22,6 +22,7 @@ from transformers import (
 
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
 from armor.core.errors import ArmorError
+from armor.execution.quiet import quiet_transformers
 from armor.format.shards import Shards
 from armor.runtime.auto import auto_class
 
@@ -87,7 +88,8 @@ def check_names(folder: Path | str) -> None:
     kind = getattr(transformers, str(config.architectures[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         kind = auto_class(config)  # some were published under a name that transformers does not have
-    _, loading = _load(kind, folder, device_map="meta")
+    with quiet_transformers():
+        _, loading = _load(kind, folder, device_map="meta")
     for what in ("missing", "unexpected", "mismatched"):
         for name in sorted(map(str, loading[f"{what}_keys"]))[:1]:
             raise ArmorError(f"{folder}: {name}: {what}, by the model of config.json; assemble or copy it again")

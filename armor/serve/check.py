@@ -22,14 +22,14 @@ class Refused(RuntimeError):
 def check(folder: Path | str) -> dict[str, PackedLinear]:
     """The compressed linears of the checkpoint in `folder`, by name, after a look at all that is loaded of it.
 
-    Every shard is hashed, or its numbers are looked at where there are no hashes; every tensor is held against the
-    model. Raises ArmorError for the first thing that is wrong.
+    Every file is hashed, or the numbers of shards are looked at where there are no hashes; every tensor is held against
+    the model. Raises ArmorError for the first thing that is wrong.
     """
     if not Path(folder).is_dir():
         raise ArmorError(f"{folder}: not a folder on this machine; download the checkpoint, then give its folder")
     _, shards, modules = open_checkpoint(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, shards.files)()
+    start_hashing(shards, sums, sums.files if sums else ())()
     if sums is None:
         check_contents(shards, modules)
     check_names(folder)

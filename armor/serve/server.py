@@ -24,13 +24,16 @@ CACHE = "VLLM_CPU_KVCACHE_SPACE"
 """The environment's variable with the GiB of vLLM's cache of keys and values on a CPU."""
 CACHE_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # which the variable would overrule
 
+NOT_OF_EXPERTS = ("--enable-lora", "--enable-expert-parallel")
+"""What vLLM does with experts, but not with compressed ones."""
+
 TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
 
 
 def vllm_command(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
     """The command by which vLLM serves `folder` as model `name` on `host` and `port`; `options` are its own."""
     # Not `vllm serve`, which asks for a distribution of that name; builds for CPUs have another.
-    start = [python_of_engine(), "-m", "vllm.entrypoints.openai.api_server"]
+    start = [python_of_engine(), "-P", "-m", "vllm.entrypoints.openai.api_server"]  # not an armor/ in this folder
     named = ["--model", str(folder), "--served-model-name", name]
     return [*start, *named, "--host", host, "--port", str(port), *options]
 
@@ -72,10 +75,15 @@ def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str])
     words = command(folder, name, host, port, options)
     from armor.serve.check import check
 
-    linears, engine = len(check(folder)), "vLLM" if "-m" in words else "transformers"
+    linears, engine = check(folder), "vLLM" if "-m" in words else "transformers"
+    experts = sorted(name for name in linears if ".experts." in name)
+    if experts and (asked := next((option for option in options if option in NOT_OF_EXPERTS), None)):
+        raise ArmorError(
+            f"{asked}: {folder}: {experts[0]} is compressed, and packed experts cannot do that; leave it out"
+        )
     body = json.dumps({"model": name, "prompt": "The city of Paris", "max_tokens": 30})
     url = f"http://{host}:{port}/v1"
-    print(f"{folder}: sound, {linears} compressed linears; {engine} serves it")
+    print(f"{folder}: sound, {len(linears)} compressed linears; {engine} serves it")
     print(f"{url} answers once the log says that startup is complete:")
     print(f"  curl {url}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}", flush=True)
     os.execve(words[0], words, environment(options))

@@ -12,9 +12,9 @@ from transformers.utils.import_utils import is_serve_available
 
 from armor.serve import VERSIONS
 from armor.serve.engine import PYTHON
-from armor.serve.server import CACHE, environment
+from armor.serve.server import CACHE, NOT_OF_EXPERTS, environment
 from tests.forks import fork
-from tests.packed import DEFECTS, edit_config
+from tests.packed import DEFECTS, edit_config, packed
 
 SERVER = f"import json, os, sys; print(json.dumps([*sys.argv, os.environ.get('{CACHE}')])); sys.exit(7)"
 
@@ -85,6 +85,30 @@ def test_a_broken_checkpoint_is_one_line_and_starts_nothing(checkpoint, vllm, de
     done = serve(checkpoint.parent, checkpoint, engine=vllm)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("armor: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.unlink()])
+def test_half_a_tokenizer_and_none_are_one_line(checkpoint, vllm, damage):
+    damage(checkpoint / "tokenizer.json")
+    done = serve(checkpoint.parent, "checkpoint", engine=vllm)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "tokenizer.json" in done.stderr
+
+
+@pytest.mark.parametrize("option", NOT_OF_EXPERTS)
+def test_what_packed_experts_cannot_do_is_one_line_and_starts_nothing(option, vllm, tmp_path):
+    packed(tmp_path, "qwen3_moe")
+    done = serve(tmp_path, "checkpoint", option, engine=vllm)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"{option}: checkpoint: model.layers." in done.stderr and "experts.0." in done.stderr
+
+
+def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, tmp_path):
+    shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise SystemExit('the one in the folder')")
+    done = serve(tmp_path, "checkpoint", engine=vllm)
+    assert done.returncode == 7, done.stderr
 
 
 def test_a_later_version_and_half_a_copy_and_a_hub_name_are_one_line(checkpoint, vllm):

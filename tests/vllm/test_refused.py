@@ -34,6 +34,11 @@ def _halve(folder):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def _halve_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 def _another_model(folder):
     (folder / "checksums.json").unlink()
     config = folder / "config.json"
@@ -49,6 +54,7 @@ BROKEN = {
     "corrupted": (_flip, "differs from its hash in checksums.json"),
     "half copied": (_halve, "model.safetensors"),
     "without its weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    "half a tokenizer": (_halve_tokenizer, "tokenizer.json"),
     "a later version": (_later_version, "format_version 9, expected 1 or 2"),
     "another model's config": (_another_model, "128"),
 }
