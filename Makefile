@@ -32,7 +32,7 @@ test-faults: .venv/installed  ## kill the workflow 50 times; every output as und
 test-vllm: .venv-vllm/installed  ## the vLLM plugin in an environment of its own, with a build of vLLM for CPUs
 	.venv-vllm/bin/python -m pytest tests/vllm
 
-.venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml
+.venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml setup.py $(wildcard armor/runtime/native/*.[ch])
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -e .

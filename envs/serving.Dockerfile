@@ -12,4 +12,4 @@ COPY --from=wheel /wheels /wheels
 RUN python3 -m pip install --no-cache-dir /wheels/*.whl
 EXPOSE 8000
 ENTRYPOINT ["armor", "serve"]
-CMD ["/model", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["/model", "--host", "0.0.0.0", "--port", "8000", "--served-model-name", "armor"]

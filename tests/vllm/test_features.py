@@ -7,7 +7,7 @@ from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
 from tests.packed import SETTINGS, edit_tensors, packed, quantized
-from tests.vllm.served import BOUND, FAMILIES, RANK, SHAPE, adapted, checkpoint, difference, expected, served
+from tests.vllm.served import BOUND, FAMILIES, RANK, SHAPE, adapted, answers, checkpoint, difference, expected, served
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,16 @@ def references(llama):
 def test_compiled(llama, references):
     with served(llama, enforce_eager=False) as llm:
         assert difference(llm, references) < BOUND
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.2), ("float16", 0.05)])
+def test_in_half_precision_the_prompt_is_as_likely_up_to_rounding(llama, references, dtype, bound):
+    with served(llama, dtype=dtype) as llm:
+        found = answers(llm)
+    for (tokens, log_p), (_, scores) in zip(references, found, strict=True):
+        for place, said in enumerate(scores[: len(tokens) - 8]):
+            for token, score in said.items():
+                assert abs(score - log_p[place - 1, token].item()) < bound, (place, token)
 
 
 def test_chunks_of_a_prompt_and_a_cached_prefix(llama, references):

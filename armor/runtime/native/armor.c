@@ -212,18 +212,18 @@ static struct linear linear_of(const struct part *part, int64_t in, int step) {
 }
 
 /* How many chunks of a 2:4 core one task of the panel way takes, so that `threads` are done soonest. For each task pairs
- * are laid out, which takes as long as a third of a chunk; no sum depends on it. With few panels memory sets the speed,
- * and what the next task reads, which is fetched meanwhile, shall still be in the L2 cache then. */
+ * are laid out, which takes as long as a third of a chunk; no sum depends on it. What the next task reads is fetched
+ * meanwhile, and where panels are few shall still be in the L2 cache then; a thread's first task waits for memory. */
 static int64_t spans_of(const struct linear *linear, const struct kernel *kernel, int64_t panels, int64_t threads) {
     const int type = linear->integers.core;
     const int64_t row = linear->mask_stride + (type == FLOATS ? linear->stride * kernel->weight
                                                               : linear->stride / (type == INT8 ? 1 : 2));
-    const int64_t fit = (1 << 20) / (CHUNK * row), most = panels < 4 && fit < kernel->spans ? fit : kernel->spans;
+    const int64_t fit = (1 << 20) / (CHUNK * row), most = panels < 16 && fit < kernel->spans ? fit : kernel->spans;
     const int64_t tasks = linear->core_cut.tasks;
     int64_t best = 1, least_time = INT64_MAX;
     for (int64_t spans = 1; spans <= most; spans++) {
         const int64_t rounds = ((tasks + spans - 1) / spans + threads - 1) / threads;
-        const int64_t time = rounds * (3 * spans + 1);
+        const int64_t time = panels * rounds * (3 * spans + 1) + (panels < 4 ? panels : 4) * 3 * spans;
         if (time < least_time) best = spans, least_time = time;
     }
     return best;

@@ -570,15 +570,15 @@ enum { PAIR_ROWS = 4, CHAINS = 4, PAIR_GROUPS = 64, ALL_GROUPS = 96, PAIR_WORDS 
 _Static_assert(CHUNK % PAIR_ROWS == 0, "rows that are multiplied at once must fit a chunk");
 
 /* Of a row of the core: the values of up to PAIR_GROUPS groups of columns, integers too as units, and where the pairs
- * stand that they meet. */
+ * stand that they meet. Floats are copied too: memory gives more to copies than to the products, which wait. */
 struct cut_row {
     _Alignas(64) uint8_t places[PAIR_GROUPS];
-    _Alignas(64) weight copied[2 * PAIR_GROUPS];
-    const weight *values, *scales; /* from these groups on; values: `copied`, or where they are stored */
+    _Alignas(64) weight values[2 * PAIR_GROUPS];
+    const weight *scales; /* from these groups on */
 };
 
 /* `n` groups from `group` on of the rows from `first` on; up to a multiple of PAIR_ROWS the last row again. */
-static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n, int copy,
+static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n,
                      struct cut_row *to) {
     const int type = linear->integers.core;
     const int64_t columns = linear->integers.group, scales = (linear->in + columns - 1) / columns;
@@ -587,9 +587,8 @@ static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, i
         const int64_t row = first + least(i, rows - 1);
         const void *values = place(linear->values, row * linear->stride + group * 2, type);
         pair_places(to->places, linear->mask + row * linear->mask_stride + group / 2, n);
-        for (int64_t v = 0; copy && v < 2 * n; v += STEP)
-            store_vec(to->copied + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
-        to->values = copy ? to->copied : values;
+        for (int64_t v = 0; v < 2 * n; v += STEP)
+            store_vec(to->values + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
         to->scales = scales_of(linear->integers.core_scales, row * scales + scale);
     }
 }
@@ -608,7 +607,7 @@ static inline __attribute__((always_inline)) void add_pairs(const struct cut_row
                                                             vec acc[PAIR_ROWS][CHAINS]) {
     const weight *values[PAIR_ROWS];
 #pragma GCC unroll 4
-    for (int i = 0; i < PAIR_ROWS; i++) values[i] = count > 1 ? rows[i].copied : rows[i].values;
+    for (int i = 0; i < PAIR_ROWS; i++) values[i] = rows[i].values;
     for (; k + 8 <= end; k += 8) {
         __builtin_prefetch(wanted.start + k * wanted.bytes, 0, L2);
         __builtin_prefetch(wanted.start + (k + 4) * wanted.bytes, 0, L2);
@@ -713,7 +712,9 @@ static void packed_pairs(const struct linear *linear, int64_t first, int64_t row
     const int type = linear->integers.core;
     const int64_t groups = linear->in / 4, panels = linear->panel_count, stride = panels * LANES;
     const int64_t scaled = type == FLOATS ? groups : linear->integers.group / 4; /* groups of columns for a scale */
-    const int64_t at_once = panels >= 4 ? linear->panels_at_once : least(panels, 2);
+    /* Not four panels where the columns of a scale, which then need two goes, fit into one with two. */
+    const int four = panels >= 4 && (type == FLOATS || scaled <= ALL_GROUPS / 4);
+    const int64_t at_once = four ? linear->panels_at_once : least(panels, 2);
     const int64_t most = at_once == 4 ? ALL_GROUPS / 4 : PAIR_GROUPS / at_once;
     const int64_t parts = (scaled + most - 1) / most, part = ((scaled + parts - 1) / parts + 7) / 8 * 8;
     const int64_t bytes = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
@@ -721,7 +722,7 @@ static void packed_pairs(const struct linear *linear, int64_t first, int64_t row
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
     for (int64_t g = 0, n; g < groups; g += n) {
         n = least(groups - g, scaled > most ? least(part, scaled - g % scaled) : most / scaled * scaled);
-        cut_rows(linear, first, rows, g, n, panels > 1 || type != FLOATS, cut);
+        cut_rows(linear, first, rows, g, n, cut);
         for (int64_t p = 0, count; p < panels; p += count) {
             count = panels - p >= at_once ? at_once : panels - p >= 2 ? 2 : 1;
             lay_pairs(linear, p, count, g, n, pairs);
