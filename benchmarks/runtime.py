@@ -157,9 +157,7 @@ def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> 
         return partial(torch.ops.aten._weight_int8pack_mm, own, *tensors)
     if kind == "torch int4":
         return partial(torch.ops.aten._weight_int4pack_mm_for_cpu, own, tensors[0], 64, tensors[1])
-    if len(tensors) == 4:
-        return partial(cpu.linear, own, *tensors, group=4)
-    return partial(cpu.multiply, own, operands(tensors))
+    return partial(cpu.Joined([operands(tensors)], own.shape[-1]), own)
 
 
 def size_of(tensors: list[Tensor]) -> int:
@@ -225,21 +223,22 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     """One record for each number of rows: microseconds of the group in each way, and the ratios."""
     outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
 
-    def dense(x: Tensor, weights: list[list[Tensor]]) -> None:
-        for (weight,) in weights:
-            F.linear(x, weight)
+    def dense(x: Tensor, weights: list[list[Tensor]]) -> Callable[[], object]:
+        return lambda: [F.linear(x, weight) for (weight,) in weights]
 
-    def separate(x: Tensor, linears: list[list[Tensor]]) -> None:
-        for own in map(operands, linears):
-            cpu.multiply(x, own) if own.core_scales is not None else cpu.linear(x, *own[:5], group=own.group)
+    def separate(x: Tensor, linears: list[list[Tensor]]) -> Callable[[], object]:
+        made = [cpu.Joined([operands(own)], columns) for own in linears]
+        return lambda: [joined(x) for joined in made]
 
-    def one_call(x: Tensor, linears: list[list[Tensor]]) -> None:
-        cpu.linears(x, [*map(operands, linears)])
+    def one_call(x: Tensor, linears: list[list[Tensor]]) -> Callable[[], object]:
+        return partial(cpu.Joined([*map(operands, linears)], columns), x)
 
-    def one_right(x: Tensor, linears: list[list[Tensor]]) -> None:
-        cpu.linears(x, [operands(own)._replace(right=linears[0][3]) for own in linears])
+    def one_right(x: Tensor, linears: list[list[Tensor]]) -> Callable[[], object]:
+        return partial(cpu.Joined([operands(own)._replace(right=linears[0][3]) for own in linears], columns), x)
 
-    ways: dict[str, tuple[str, Callable[[Tensor, list[list[Tensor]]], None]]] = {"dense": ("dense", dense)}
+    ways: dict[str, tuple[str, Callable[[Tensor, list[list[Tensor]]], Callable[[], object]]]] = {
+        "dense": ("dense", dense)
+    }
     for name in ("bfloat16", "int8", "int4"):
         ways |= {f"{name}, separate": (name, separate), f"{name}, one call": (name, one_call)}
     ways["bfloat16, one call, one B"] = "bfloat16", one_right
@@ -247,12 +246,12 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     records = []
     for rows in rows_list:
         x = torch.randn(rows, columns).bfloat16()
-        names = [name for name in ways if "one" not in name or cpu.is_one_call(x, len(outs))]
+        names = [name for name in ways if "one" not in name or cpu.runs_in_c(x)]
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(-1, REPEATS.get(rows, 9)):
             for place, name in enumerate(random.sample(names, len(names))):
                 kind, way = ways[name]
-                taken = seconds(way, x, weights[kind][(turn * len(names) + place) % len(weights[kind])])
+                taken = seconds(way(x, weights[kind][(turn * len(names) + place) % len(weights[kind])]))
                 if turn >= 0:
                     times[name].append(taken)
         record: dict = {"group": group, "rows": rows}

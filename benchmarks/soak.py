@@ -48,16 +48,22 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def greedy_answers(folder: Path, dtype: str) -> dict[str, str]:
-    """What transformers writes after each prompt."""
+def greedy_answers(folder: Path, dtype: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What transformers writes after each prompt, and in a talk that begins with it, if the model has a template."""
     model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
-    found = {}
-    for prompt in PROMPTS:
-        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+
+    def answer(tokens: torch.Tensor) -> str:
         how = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(tokens)}
         written = model.generate(tokens, pad_token_id=0, **how)[0, tokens.shape[1] :]
-        found[prompt] = str(tokenizer.decode(written, skip_special_tokens=True))
-    return found
+        return str(tokenizer.decode(written, skip_special_tokens=True))
+
+    def talk(prompt: str) -> torch.Tensor:
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        found: Any = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+        return found["input_ids"]
+
+    texts = {prompt: answer(tokenizer(prompt, return_tensors="pt").input_ids) for prompt in PROMPTS}
+    return texts, {prompt: answer(talk(prompt)) for prompt in PROMPTS if tokenizer.chat_template}
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Soak:
 
     url: str
     answers: dict[str, str]
+    talks: dict[str, str]
     context: int
     vocabulary: int
     http: httpx.AsyncClient
@@ -74,9 +81,9 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
 
-    async def ask(self, expected: int = 200, **body: Any) -> Any:
+    async def ask(self, expected: int = 200, path: str = "completions", **body: Any) -> Any:
         """The answer to a completion; a status that is not `expected` is wrong."""
-        answer = await self.http.post(f"{self.url}/v1/completions", json={"model": NAME} | body)
+        answer = await self.http.post(f"{self.url}/v1/{path}", json={"model": NAME} | body)
         if answer.status_code != expected:
             raise AssertionError(f"status {answer.status_code}, expected {expected}: {answer.text[:200]}")
         found = answer.json()
@@ -88,6 +95,7 @@ class Soak:
         text, parts = "", 0
         body = {"model": NAME, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
         async with self.http.stream("POST", f"{self.url}/v1/completions", json=body) as lines:
+            assert lines.status_code == 200, lines.status_code
             async for line in lines.aiter_lines():
                 if line.startswith("data: {"):
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
@@ -96,19 +104,24 @@ class Soak:
                         break
         return text
 
-    def same(self, prompt: str, text: str) -> None:
+    def same(self, prompt: str, text: str, expected: str) -> None:
         """A stream holds back the bytes of a last character that is not complete."""
-        expected = self.answers[prompt]
         assert text.rstrip("\ufffd") == expected.rstrip("\ufffd"), f"{prompt!r}: {text!r}, expected {expected!r}"
 
     async def greedy(self) -> None:
         prompt = self.rng.choice(PROMPTS)
         found = await self.ask(prompt=prompt, max_tokens=NEW_TOKENS, temperature=0)
-        self.same(prompt, found["choices"][0]["text"])
+        self.same(prompt, found["choices"][0]["text"], self.answers[prompt])
+
+    async def chat(self) -> None:
+        prompt = self.rng.choice(PROMPTS)
+        said = [{"role": "user", "content": prompt}]
+        found = await self.ask(path="chat/completions", messages=said, max_tokens=NEW_TOKENS, temperature=0)
+        self.same(prompt, found["choices"][0]["message"]["content"], self.talks[prompt])
 
     async def streamed(self) -> None:
         prompt = self.rng.choice(PROMPTS)
-        self.same(prompt, await self.stream(prompt))
+        self.same(prompt, await self.stream(prompt), self.answers[prompt])
 
     async def hang_up(self) -> None:
         await self.stream(self.rng.choice(PROMPTS), stop_after=self.rng.randint(1, 4))
@@ -147,6 +160,7 @@ class Soak:
         refused = [self.over_context, self.unknown_model, self.bad_json]
         return [
             self.greedy,
+            *([self.chat] if self.talks else []),
             self.streamed,
             self.hang_up,
             self.length,
@@ -211,11 +225,13 @@ def flatness(memory: list[int]) -> dict[str, float]:
     return {"first third": first, "last third": last, "ratio": last / first, "most": max(memory)}
 
 
-async def whole(given: argparse.Namespace, running: Server, answers: dict[str, str]) -> dict[str, Any]:
+async def whole(
+    given: argparse.Namespace, running: Server, answers: dict[str, str], talks: dict[str, str]
+) -> dict[str, Any]:
     vocabulary = json.loads((given.folder / "config.json").read_text())["vocab_size"]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:
-        own = Soak(running.url, answers, given.context, vocabulary, http)
+        own = Soak(running.url, answers, talks, given.context, vocabulary, http)
         begin = time.monotonic()
         memory = await soak(given, running, own)
         seconds = time.monotonic() - begin
@@ -244,15 +260,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--garbage", type=int, default=1000, help="Requests of garbage in all.")
     parser.add_argument("--dtype", default="float32", help="Of the server and of transformers.")
+    parser.add_argument("--eager", action="store_true", help="Without torch.compile, which is vLLM's default.")
     parser.add_argument("--context", type=int, default=512, help="The longest sequence that the server takes.")
     parser.add_argument("--output", type=Path, help="A JSON file to write.")
     given = parser.parse_args()
     versions = check_engine()
-    answers = greedy_answers(given.folder, given.dtype)
-    options = ["--dtype", given.dtype, "--max-model-len", str(given.context), "--enforce-eager"]
+    answers, talks = greedy_answers(given.folder, given.dtype)
+    options = ["--dtype", given.dtype, "--max-model-len", str(given.context)]
+    options += ["--enforce-eager"] if given.eager else []
     with server(given.folder, NAME, [*options, "--max-num-seqs", str(given.clients)]) as running:
-        found = asyncio.run(whole(given, running, answers))
-    asked = {"clients": given.clients, "minutes": given.minutes, "dtype": given.dtype, "context": given.context}
+        found = asyncio.run(whole(given, running, answers, talks))
+    asked = {"clients": given.clients, "minutes": given.minutes, "dtype": given.dtype}
+    asked |= {"eager": given.eager, "context": given.context}
     found = asked | found | {"engine": versions, "machine": current_machine().model_dump()}
     print(json.dumps(found, indent=1))
     if given.output:

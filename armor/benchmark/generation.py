@@ -62,7 +62,6 @@ Turn = tuple[str, bool]
 """Whose turn it is: a model by its name, whole or (True) its core alone."""
 
 
-@torch.inference_mode()
 def greedy_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
     """What the model writes after `prompt`, greedily: up to `new_tokens` tokens, or to the end of the text."""
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -33,7 +33,6 @@ def written_after(model: PreTrainedModel, prompt: Tensor, how: GenerationConfig,
     return generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how, streamer=clock)
 
 
-@torch.inference_mode()
 def generation_speed(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> dict[str, float]:
     """Tokens per second of `prefill` and of greedy `decode` after a prompt (batch, T), all sequences together.
 

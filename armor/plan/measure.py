@@ -35,7 +35,7 @@ from armor.plan.subject import Subject
 from armor.plan.work import Forward, Gram, Head, Kind, Read, Round, Solve, Start, Step, Train
 from armor.runtime.calls import Call, State, observe
 from armor.runtime.filling import load_outside, read_layer, unload_outside
-from armor.runtime.linear import ArmorLinear, share_right
+from armor.runtime.linear import ArmorLinear, know_each_other
 from armor.runtime.skeleton import open_skeleton, tensors_of
 from armor.training.trainable import training_arithmetic
 
@@ -123,7 +123,7 @@ class _Timer:
                 own = skeleton.inside(chosen.index, linear.name)
                 dense: Any = layer.get_submodule(own)
                 layer.set_submodule(own, _packed(layout, wanted, dense.bias is not None))
-        share_right(layer)
+        know_each_other(layer)
         call = calls[chosen.index]
         return layer, call.empty(torch.randn_like(hidden)), call
 

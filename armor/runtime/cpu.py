@@ -10,6 +10,7 @@ docs/KERNELS.md tells how it works, docs/log/kernels.md what was measured.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -31,13 +32,12 @@ __all__ = [
     "LEVELS",
     "TYPES",
     "Joined",
+    "Table",
     "available",
     "grouped",
     "is_grouped",
-    "is_one_call",
     "level",
     "linear",
-    "linears",
     "multiply",
     "runs_in_c",
     "supports",
@@ -197,31 +197,6 @@ def _call(x: Tensor, parts: Any, count: int, level: int) -> None:
         raise MemoryError(os.strerror(error))
 
 
-def is_one_call(x: Tensor, count: int) -> bool:
-    """Whether `linears` can multiply x with `count` linears, each of which `supports` it, in one call into C."""
-    return _built and 1 < count <= _PARTS and runs_in_c(x) and x.numel() > 0
-
-
-def linears(
-    x: Tensor, operands: Sequence[Operands], level: int = _best, out: Sequence[Tensor] | None = None
-) -> Sequence[Tensor]:
-    """x (..., in) times several linears in one pass: of each (..., out), bit for bit that of `linear`.
-
-    Some may hold floats and others integers. Linears with the same tensor B, and so its scales, share B x. `out` is
-    where the results go, views side by side of one tensor. Ask `supports` of each linear and `is_one_call` first.
-    Raises ValueError if shapes do not fit each other.
-    """
-    for own in operands:
-        operator.check_shapes(x, own)
-    x = x.contiguous()
-    *lead, columns = x.shape
-    outputs = [x.new_empty(*lead, len(own.values)) for own in operands] if out is None else out
-    held = [operator.contiguous(own) for own in operands]  # must live until C returns
-    parts = [_part(own, columns, y, y.stride(-2) if lead else 0) for own, y in zip(held, outputs, strict=True)]
-    _call(x, (_Part * len(parts))(*parts), len(parts), level)
-    return outputs
-
-
 def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
     """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next.
 
@@ -247,30 +222,100 @@ def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
     return _built and runs_in_c(x[: max(counts, default=0)])
 
 
-def grouped(
-    x: Tensor, counts: Sequence[int], operands: Sequence[Sequence[Operands]], level: int = _best
-) -> list[Tensor]:
+class Table:
+    """What C reads of linears with one input, made ready once: a call takes little more than the kernel's time.
+
+    Some may hold floats and others integers. Linears with the same tensor B, and so its scales, share B x. Outputs are
+    bit for bit those of `linear`. Whoever holds a table keeps the tensors, contiguous ones, where they are. No gradient
+    goes through.
+    """
+
+    def __init__(self, operands: Sequence[Operands], columns: int) -> None:
+        """`columns` are the input channels of each. Ask `supports` of each first.
+
+        Raises ValueError if shapes do not fit each other.
+        """
+        for own in operands:
+            operator.check_shapes(own.values.new_empty(0, columns), own)
+        self.columns, self.sizes = columns, [len(own.values) for own in operands]
+        self._type = _Part * len(operands)
+        self._parts = self._type(*(_part(own, columns, None, 0) for own in operands))
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x (..., in) goes through C. Raises ValueError for another `in`."""
+        if x.shape[-1] != self.columns:
+            raise ValueError(f"x of {x.shape[-1]} columns, expected {self.columns}")
+        return runs_in_c(x) and len(self.sizes) <= _PARTS and x.numel() > 0
+
+    def side_by_side(self, x: Tensor, level: int = _best) -> Tensor:
+        """The outputs in one tensor (..., all their channels). Ask `takes` first."""
+        width, starts = sum(self.sizes), itertools.accumulate(self.sizes, initial=0)
+        y = x.new_empty(*x.shape[:-1], width)
+        address, size = y.data_ptr(), y.element_size()
+        self._multiply(x, [(address + start * size, width) for start in starts], level)
+        return y
+
+    def apart(self, x: Tensor, level: int = _best) -> list[Tensor]:
+        """Each output (..., out) in a tensor of its own. Ask `takes` first."""
+        lead = x.shape[:-1]
+        outputs = [x.new_empty(*lead, size) for size in self.sizes]
+        self._multiply(x, [(y.data_ptr(), size) for y, size in zip(outputs, self.sizes, strict=True)], level)
+        return outputs
+
+    def part(self, y: Tensor) -> _Part:
+        """The first linear's, with its output in y (rows, out), rows one behind the other."""
+        part = _Part.from_buffer_copy(self._parts)
+        part.y, part.y_stride = y.data_ptr(), self.sizes[0]
+        return part
+
+    def _multiply(self, x: Tensor, places: Sequence[tuple[int, int]], level: int) -> None:
+        """`places` are the address of each output, and the numbers from a row of it to the next."""
+        parts = self._type.from_buffer_copy(self._parts)
+        for part, (address, stride) in zip(parts, places, strict=False):
+            part.y, part.y_stride = address, stride
+        _call(x.contiguous(), parts, len(parts), level)
+
+
+class Joined:
+    """Linears with one input whose tensors stay as they are: their outputs are side by side in one tensor."""
+
+    def __init__(self, operands: Sequence[Operands], columns: int) -> None:
+        """`columns` are the input channels of each. Ask `supports` of each first.
+
+        Raises ValueError if shapes do not fit each other.
+        """
+        self._operands = [operator.contiguous(own) for own in operands]
+        self._table = Table(self._operands, columns)
+        self.out_features = sum(self._table.sizes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), bit for bit what `linear` gives of each. Raises ValueError for another `in`."""
+        if not self._table.takes(x):
+            return torch.cat([_run(x, *own) for own in self._operands], dim=-1)
+        return self._table.side_by_side(x)
+
+
+def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]], level: int = _best) -> list[Tensor]:
     """x (rows, in) times other linears for each group of its rows, in one call into C.
 
-    The first counts[0] rows are multiplied with each of operands[0], the next counts[1] with each of operands[1], and
-    so on. All groups have as many linears, at most 8, of the same shapes; those of a group with the same tensor B share
-    B x. Returns an output (rows, out) for the first linears of all groups, one for the second, and so on: bit for bit
-    those of `linear`. Ask `supports` of each linear and `is_grouped` first. Raises ValueError if shapes do not fit.
+    The first counts[0] rows are multiplied with each of tables[0], the next counts[1] with each of tables[1], and so
+    on. A table is of one linear. All groups have as many, at most 8, of the same shapes; those of a group with the same
+    tensor B share B x. Returns an output (rows, out) for the first linears of all groups, one for the second, and so
+    on: bit for bit those of `linear`. Ask `is_grouped` first. Raises ValueError if shapes do not fit.
     """
     x = x.contiguous()
-    if sum(counts) != len(x) or len(counts) != len(operands):
-        raise ValueError(f"{len(x)} rows do not fit {len(operands)} groups of {list(counts)} rows")
-    held = [[operator.contiguous(own) for own in group] for group in operands]  # must live until C returns
-    outputs = [x.new_empty(len(x), len(own[0])) for own in (held[0] if held else ())]
+    if sum(counts) != len(x) or len(counts) != len(tables):
+        raise ValueError(f"{len(x)} rows do not fit {len(tables)} groups of {list(counts)} rows")
+    outputs = [x.new_empty(len(x), table.sizes[0]) for table in (tables[0] if tables else ())]
     parts, cuts, start = [], [], 0
-    for count, group in zip(counts, held, strict=True):
-        for own, y in zip(group, outputs, strict=True):
-            operator.check_shapes(x, own)
-            if len(own[0]) != y.shape[1]:
-                raise ValueError(f"a linear of {len(own[0])} rows beside one of {y.shape[1]}")
-        for first, last in _sharing(group):
-            cuts.append((start, count, len(parts), last - first))
-            parts += [_part(group[i], x.shape[1], outputs[i][start:], outputs[i].shape[1]) for i in range(first, last)]
+    for count, group in zip(counts, tables, strict=True):
+        for table, y in zip(group, outputs, strict=True):
+            table.takes(x)
+            if table.sizes[0] != y.shape[1]:
+                raise ValueError(f"a linear of {table.sizes[0]} rows beside one of {y.shape[1]}")
+        own = [table.part(y[start:]) for table, y in zip(group, outputs, strict=True)]
+        cuts += [(start, count, len(parts) + first, last - first) for first, last in _sharing(own)]
+        parts += own
         start += count
     table = (_Part * len(parts))(*parts)
     place, columns = ctypes.addressof(table), x.shape[1]
@@ -278,7 +323,7 @@ def grouped(
         _Product(x[start:].data_ptr(), place + first * ctypes.sizeof(_Part), rows, columns, number)
         for start, rows, first, number in cuts
     ]
-    assert _library is not None  # `supports` said so
+    assert _library is not None  # there are tables
     error = _library.armor_products(
         level,
         TYPES[x.dtype],
@@ -292,47 +337,11 @@ def grouped(
     return outputs
 
 
-def _sharing(group: Sequence[Operands]) -> list[tuple[int, int]]:
+def _sharing(parts: Sequence[_Part]) -> list[tuple[int, int]]:
     """The linears that go together, first and end of each: those that share B, if all do; else each by itself."""
-    right = group[0].right
-    shared = right is not None and all(own.right is right for own in group)
-    return [(0, len(group))] if shared and len(group) <= _PARTS else [(i, i + 1) for i in range(len(group))]
-
-
-class Joined:
-    """Linears with one input, made ready once: a call takes little more than the kernel's time.
-
-    Their outputs are side by side in one tensor. Tensors that later take the place of these are not seen. No gradient
-    goes through.
-    """
-
-    def __init__(self, operands: Sequence[Operands], columns: int) -> None:
-        """`columns` are the input channels of each. Ask `supports` of each first.
-
-        Raises ValueError if shapes do not fit each other.
-        """
-        for own in operands:
-            operator.check_shapes(own.values.new_empty(0, columns), own)
-        self._operands, self._columns = [operator.contiguous(own) for own in operands], columns
-        sizes = [len(own.values) for own in self._operands]
-        self.out_features = sum(sizes)
-        self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        self._table = _Part * len(sizes)
-        self._parts = self._table(*(_part(own, columns, None, self.out_features) for own in self._operands))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), bit for bit what `linear` gives of each. Raises ValueError for another `in`."""
-        if x.shape[-1] != self._columns:
-            raise ValueError(f"x of {x.shape[-1]} columns, expected {self._columns}")
-        if not runs_in_c(x) or len(self._operands) > _PARTS or not x.numel():
-            return torch.cat([_run(x, *own) for own in self._operands], dim=-1)
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        parts, address, size = self._table.from_buffer_copy(self._parts), y.data_ptr(), y.element_size()
-        for part, start in zip(parts, self._starts, strict=True):
-            part.y = address + start * size
-        _call(x, parts, len(parts), _best)
-        return y
+    right = parts[0].right
+    shared = right is not None and all(part.right == right for part in parts)
+    return [(0, len(parts))] if shared and len(parts) <= _PARTS else [(i, i + 1) for i in range(len(parts))]
 
 
 def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:

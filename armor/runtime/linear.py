@@ -28,91 +28,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from armor.core import blockdiag
 from armor.core.factorization import SUFFIXES, Factorization, owner
 from armor.core.integers import pack_int4
-from armor.core.packing import unpack, unpack_mask
+from armor.core.packing import unpack_mask
 from armor.format.checkpoint import PackedLinear
-from armor.runtime import cpu, cuda, integers, operator
+from armor.runtime import cpu, integers, operator
 from armor.runtime.no_weight import NoWeight, NoWeightError
 from armor.runtime.operator import Operands
+from armor.runtime.product import gathered, multiply, operands_of, supports, through
+from armor.runtime.ready import Ready
 
-__all__ = ["ArmorLinear", "multiply", "operands_of", "share_right"]
-
-
-def _operands(
-    layout: PackedLinear,
-    values: Tensor | None,
-    bits: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    *scales: Tensor | None,
-) -> Operands | None:
-    """The tensors of a linear of `layout` as kernels take them; None where they are not packed. `scales` are
-    core_scales, left_scales and right_scales."""
-    if values is None or bits is None:
-        return None
-    own, group = layout.quantization, layout.pattern.group(layout.in_features)[1]
-    if own is None:
-        return Operands(values, bits, left, right, bias, group)
-    return Operands(values, bits, left, right, bias, group, *scales, columns=own.group)
+__all__ = ["ArmorLinear", "know_each_other"]
 
 
-def _supports(layout: PackedLinear, x: Tensor, own: Operands) -> bool:
-    """Whether a kernel of x's device takes a linear of `layout`."""
-    if layout.quantization is not None:
-        return integers.supports(layout, x, own)
-    if x.device.type == "cuda":
-        return cuda.supports(x, *own[:5], group=own.group)
-    return cpu.supports(x, *own[:5])
+class _Beside:
+    """What a linear knows of those beside it, and keeps from one call to the next.
 
-
-def operands_of(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Operands | None:
-    """What the CPU's kernel multiplies x with for a linear of `layout`; None where it cannot.
-
-    The tensors are those that `multiply` takes.
+    No part of nn.Module, which would take them for parts of the linear, and takes microseconds to set an attribute.
     """
-    own = _operands(layout, *tensors)
-    return own if own is not None and x.device.type == "cpu" and _supports(layout, x, own) else None
 
+    def __init__(self) -> None:
+        self.holder: ArmorLinear | None = None  # of its B
+        self.followers: tuple[ArmorLinear, ...] = ()  # handed the same input after it, as far as is known
+        self.ready: Ready | None = None
+        self.ahead: tuple[Tensor, int, Tensor] | None = None  # an input, its version, and the output for it
+        self.goes_apart = False  # was handed something else
 
-def multiply(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Tensor:
-    """y = A (S (B x)) + bias for x (..., in): (..., out).
-
-    `tensors` are those of a linear of `layout`: values, bits, left, right, bias, core_scales, left_scales,
-    right_scales. By the kernel for x's device and dtype, or else through a core that is made dense and dropped.
-    Integers are then multiplied out in float32 and rounded once to the scales' dtype.
-    """
-    own = _operands(layout, *tensors)
-    if own is not None and _supports(layout, x, own):
-        if layout.quantization is not None:
-            return integers.linear(layout, x, own)
-        return (cuda if x.device.type == "cuda" else cpu).linear(x, *own[:5], group=own.group)
-    values, bits, left, right, bias, *scales = tensors
-    assert values is not None
-    if layout.quantization is None:
-        assert bits is not None
-        return _through(x, unpack(values, bits, x.shape[-1], layout.pattern)[0], left, right, bias)
-    if (y := integers.whole(layout, x, values, scales[0], bias)) is not None:
-        return y
-    given = {"core_values": values, "core_mask": bits, "left": left, "right": right}
-    given |= dict(zip(("core_scales", "left_scales", "right_scales"), scales, strict=True))
-    present = {name: tensor for name, tensor in given.items() if tensor is not None}
-    factors = Factorization.of_tensors(present, x.shape[-1], layout.pattern, layout.quantization).in_floats()
-    own_type = present["core_scales"].dtype
-    left, right = (t if t is None else t.to(own_type) for t in (factors.left, factors.right))
-    return _through(x, factors.core.to(own_type), left, right, bias)
-
-
-def _through(x: Tensor, core: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The same with S dense, `core` (out, in)."""
-    if right is not None:
-        x = blockdiag.multiply(right, x)
-    y = F.linear(x, core)
-    if left is not None:
-        y = blockdiag.multiply(left, y)
-    return y if bias is None else y + bias
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles have their tensors elsewhere
+        return self.__dict__ | {"ready": None, "ahead": None}
 
 
 class ArmorLinear(nn.Linear):
@@ -123,7 +66,8 @@ class ArmorLinear(nn.Linear):
     (out, groups), left_scales (out,) and right_scales (in,). With a pair of low rank also up (out, rank) and down
     (rank, in). After `unpack`, core (out, in) stands in for core_values; it is integers where these were. With
     `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A linear that shares the B
-    of another (`share_right`) has no `right` of its own. `of_conv1d`: a Conv1D was in its place.
+    of another has no `right` of its own, but must know the other (`know_each_other`). `of_conv1d`: a Conv1D was in its
+    place.
     """
 
     hide_packed = of_conv1d = False
@@ -150,10 +94,7 @@ class ArmorLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self._is_hf_initialized = True  # for transformers, which would draw a weight at random
         self.layout = layout
-        # Tuples hide modules from nn.Module, whose parts they would become.
-        self._holder: tuple[ArmorLinear, ...] = ()
-        self._sharers: tuple[ArmorLinear, ...] = ()  # of its B
-        self._ahead: tuple[Tensor, int, Tensor] | None = None  # an input, its version, and the output for it
+        self.beside = _Beside()
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self.group = layout.pattern.group(layout.in_features)[1]
         shapes, integers = layout.shapes(), layout.integers()
@@ -178,41 +119,62 @@ class ArmorLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y = self._without_pair(input)
-        return y if self.up is None or self.down is None else y + F.linear(F.linear(input, self.down), self.up)
+        if not self.layout.rank:
+            return y
+        assert self.up is not None and self.down is not None
+        return y + F.linear(F.linear(input, self.down), self.up)
 
     def _without_pair(self, input: Tensor) -> Tensor:
         """A S B x + b."""
-        if self._ahead is not None:
-            (x, version, output), self._ahead = self._ahead, None
-            if x is input and x._version == version:
-                return output
-        if self._sharers and (output := self._with_sharers(input)) is not None:
+        own = self.beside
+        if (ahead := own.ahead) is not None:
+            own.ahead = None
+            if ahead[0] is input and ahead[1] == input._version:
+                return ahead[2]
+            own.goes_apart = True
+        if (output := self._at_once(input)) is not None:
             return output
         if self.core_values is not None:
             return multiply(self.layout, input, *self._tensors())
         factors, own = self._factors().in_floats(), self.weight.dtype
         core, left, right = (None if t is None else t.to(own) for t in (factors.core, factors.left, factors.right))
         assert core is not None
-        return _through(input, core, left, right, self.bias)
+        return through(input, core, left, right, self.bias)
 
-    def _with_sharers(self, x: Tensor) -> Tensor | None:
-        """The output for x, with those of the linears that share its B in one call, which they return when x comes to
-        them. None where that cannot be: where a gradient, a compiler or another device needs each call, or where x
-        could change unseen. If they were not handed the input before this one too, they go apart for good."""
-        if operator.is_needed(x, self.bias) or x.is_inference():
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The output for x by one call into C, which multiplies for the followers too. They return theirs when x comes
+        to them; one that was not handed it follows no more. None where C cannot, or a gradient or a compiler must see
+        how."""
+        if not _is_plain(x):
             return None
-        group = (self, *self._sharers)
-        if any(linear._ahead is not None for linear in self._sharers):
-            for linear in group:
-                linear._ahead, linear._sharers = None, ()
+        own = self.beside
+        if any([f.beside.goes_apart or f.beside.ahead is not None for f in own.followers]):
+            self._part()
+        followers = () if x.is_inference() else own.followers  # such a tensor can change unseen
+        table = self._table((self, *followers), x)
+        if table is None:
+            own.followers = ()
+        if table is None or not table.takes(x):
             return None
-        operands = [own for linear in group if (own := linear._operands(x)) is not None]
-        if len(operands) < len(group) or not cpu.is_one_call(x, len(group)):
-            return None
-        first, *others = cpu.linears(x, operands)
-        for linear, output in zip(self._sharers, others, strict=True):
-            linear._ahead = x, x._version, output
+        first, *others = table.apart(x)
+        for linear, output in zip(followers, others, strict=True):
+            linear.beside.ahead = x, x._version, output
         return first
+
+    def _part(self) -> None:
+        """Keep the followers that took what was computed for them."""
+        for linear in (followers := self.beside.followers):
+            if linear.beside.ahead is not None:
+                linear.beside.ahead, linear.beside.goes_apart = None, True
+        self.beside.followers = tuple(linear for linear in followers if not linear.beside.goes_apart)
+
+    def _table(self, group: Sequence[ArmorLinear], x: Tensor) -> cpu.Table | None:
+        """What multiplies x with `group`, of which this is the first; None where C cannot."""
+        ready = self.beside.ready
+        if ready is None or not ready.is_current(group, x):
+            holders = [linear.beside.holder for linear in group if linear.beside.holder is not None]
+            ready = self.beside.ready = Ready(group, holders, [linear._operands(x) for linear in group], x)
+        return ready.table
 
     def _operands(self, x: Tensor) -> Operands | None:
         """What the CPU's kernel multiplies x with, but for the pair of low rank; None where it cannot."""
@@ -225,19 +187,19 @@ class ArmorLinear(nn.Linear):
         None where each linear must be called by itself: one that is not packed for the CPU or has a pair of low rank,
         and where a gradient or a compiler needs each call.
         """
-        if not cpu.is_grouped(x, counts):
+        if not _is_plain(x) or not cpu.is_grouped(x, counts):
             return None
-        operands: list[list[Operands]] = []
+        tables: list[list[cpu.Table]] = []
         for group in linears:
-            operands.append([])
+            tables.append([])
             for linear in group:
-                if type(linear) is not ArmorLinear or linear.up is not None or operator.is_needed(x, linear.bias):
+                if type(linear) is not ArmorLinear or linear.layout.rank:
                     return None
-                own = linear._operands(x)
-                if own is None:
+                table = linear._table((linear,), x)
+                if table is None:
                     return None
-                operands[-1].append(own)
-        return cpu.grouped(x, counts, operands)
+                tables[-1].append(table)
+        return cpu.grouped(x, counts, tables)
 
     @property
     def weight(self) -> NoWeight:
@@ -270,9 +232,9 @@ class ArmorLinear(nn.Linear):
         """B (`right`) or its scales (`right_scales`), which another linear may hold."""
         if self.layout.right_of is None:
             return getattr(self, name)
-        if not self._holder:
-            raise RuntimeError(f"shares the B of {self.layout.right_of}, which is not there; call share_right")
-        holder = self._holder[0]
+        holder = self.beside.holder
+        if holder is None:
+            raise RuntimeError(f"shares the B of {self.layout.right_of}, which is not there; call know_each_other")
         tensor = getattr(holder, name)
         if tensor is not None and tensor.is_meta and (hook := getattr(holder, "_hf_hook", None)) is not None:
             return hook.weights_map[name].to(self.weight.device)  # accelerate has offloaded it
@@ -301,11 +263,11 @@ class ArmorLinear(nn.Linear):
     @property
     def runs_packed(self) -> bool:
         """Whether a kernel multiplies with the packed values, where and as they are now."""
-        own = _operands(self.layout, *self._tensors())
+        own = gathered(self.layout, *self._tensors())
         if own is None:
             values = self.core_values
             return values is not None and values.device.type == "cpu" and integers.is_whole(self.layout)
-        return _supports(self.layout, own.values if own.core_scales is None else own.core_scales, own)
+        return supports(self.layout, own.values if own.core_scales is None else own.core_scales, own)
 
     @torch.no_grad()
     def unpack(self) -> ArmorLinear:
@@ -356,11 +318,24 @@ class ArmorLinear(nn.Linear):
         ) + "".join(f", {key}={value}" for key, value in more.items() if value)
 
 
-def share_right(model: nn.Module) -> None:
-    """Let every packed linear below `model` that has no B of its own find the one beside it that holds it."""
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing but numbers is asked of a product with x on a CPU: no gradient, no compiler, no subclass."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not operator.is_needed(x, None)
+
+
+def know_each_other(model: nn.Module) -> None:
+    """Let the packed linears below `model` find the ones beside them: who holds their B, and who may have their input.
+
+    Of those of one module with as many inputs the first multiplies for the others too, until they turn out to be handed
+    something else: o_proj may be as wide as q_proj, but comes after the attention.
+    """
     for name, module in model.named_modules():
         if isinstance(module, ArmorLinear) and module.layout.right_of:
             holder: Any = model.get_submodule(owner(name, "right", module.layout.right_of))
-            module._holder = (holder,)
-            if all(module is not sharer for sharer in holder._sharers):
-                holder._sharers = (*holder._sharers, module)
+            module.beside.holder = holder
+        by_width: dict[int, list[ArmorLinear]] = {}
+        for child in module.children():
+            if isinstance(child, ArmorLinear):
+                by_width.setdefault(child.in_features, []).append(child)
+        for first, *others in by_width.values():
+            first.beside.followers = tuple(others)

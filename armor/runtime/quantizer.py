@@ -43,7 +43,7 @@ from armor.format.shards import INDEX, SINGLE, Shards
 from armor.runtime.conv1d import Turned, conv1d
 from armor.runtime.experts import Experts
 from armor.runtime.fused import fused_experts, unfuse
-from armor.runtime.linear import ArmorLinear, share_right
+from armor.runtime.linear import ArmorLinear, know_each_other
 from armor.runtime.names import Names
 
 __all__ = ["ArmorConfig", "ArmorQuantizer", "pack_linears", "swap_linears", "swap_skeleton"]
@@ -255,7 +255,7 @@ def swap_linears(model: PreTrainedModel, modules: Mapping[str, PackedLinear]) ->
         packed.of_conv1d = isinstance(linear, Turned)
         model.set_submodule(here, packed)
         renamed[here] = layout
-    share_right(model)
+    know_each_other(model)
     return renamed
 
 
@@ -311,7 +311,7 @@ def pack_linears(model: PreTrainedModel, factors: Mapping[str, Factorization]) -
         packed.of_conv1d = isinstance(linear, Turned)
         model.set_submodule(name, packed)
         modules[saved(name)] = _renamed(packed.layout, name, saved)
-    share_right(model)
+    know_each_other(model)
     quantizer = ArmorQuantizer(ArmorConfig(**quantization_config(modules)), pre_quantized=True)
     told = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": QUANT_METHOD}
     for name, value in told.items():  # nn.Module's type knows of tensors and modules alone

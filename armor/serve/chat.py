@@ -43,7 +43,6 @@ class Speaker:
         text = "\n".join(turn["content"] for turn in self.said)
         return self.tokenizer(text, return_tensors="pt").input_ids
 
-    @torch.inference_mode()
     def answer(self, question: str, new_tokens: int) -> float:
         """Print the answer to `question` as it comes, at most `new_tokens` tokens; returns tokens per second."""
         self.said.append({"role": "user", "content": question})

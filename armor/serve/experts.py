@@ -25,7 +25,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (  # pyri
 from armor.core.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
 from armor.runtime.experts import Expert, Experts
-from armor.runtime.linear import ArmorLinear, share_right
+from armor.runtime.linear import ArmorLinear, know_each_other
 from armor.serve.check import Refused
 from armor.serve.cut import Piece, cut
 from armor.serve.tensors import LIBRARY, PAIR, SCALES, SUFFIXES, parameter, view
@@ -90,7 +90,7 @@ class ArmorExpertsMethod(FusedMoEMethodBase):
                 linears[self.leaves[shard]] = self._linear((expert, shard), rows, columns, whole, params_dtype)
             experts.append(Expert(linears))
         layer.packed = Experts(_Between(layer.activation), experts, is_stored_fused=False)
-        share_right(layer.packed)
+        know_each_other(layer.packed)
         get_current_vllm_config().compilation_config.static_forward_context[self._place(layer)] = layer
         for part in ("w13", "w2"):
             for suffix in (*SUFFIXES, *SCALES, *PAIR, "weight"):

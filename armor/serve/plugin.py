@@ -44,7 +44,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
 from armor.runtime import cpu
-from armor.runtime.linear import multiply, operands_of
+from armor.runtime.product import multiply, operands_of
 from armor.serve.check import Refused, check
 from armor.serve.cut import Piece, cut
 from armor.serve.experts import ArmorExpertsMethod

@@ -28,7 +28,6 @@ from armor.methods import METHODS
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
 from tests.training.trained import ready, refined
@@ -167,37 +166,6 @@ def test_the_checkpoint_counts_b_once_and_computes_the_product(root, tmp_path):
     assert close(logits(cpu_offload(model, execution_device="cpu", offload_buffers=True)), expected)
     export(folder, tmp_path / "dense")
     assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), expected)
-
-
-def test_one_call_for_linears_with_one_b_gives_the_same_bits_and_no_stale_ones(root, monkeypatch):
-    calls = []
-    one = cpu.linears
-    monkeypatch.setattr(cpu, "linears", lambda x, group, *others: calls.append(len(group)) or one(x, group, *others))
-    model = AutoModelForCausalLM.from_pretrained(root / "checkpoint")
-    together = logits(model)
-    if cpu.is_one_call(torch.ones(1, 8), 2):
-        assert [count for count in calls if count > 1] == [3, 2] * 2
-    assert all(module._ahead is None for module in model.modules() if isinstance(module, ArmorLinear))
-    q, k, v = (model.get_submodule(name) for name in (Q, K, V))
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        expected = [cpu.linear(x, *linear_operands(linear), group=4) for linear in (q, k, v)] if calls else []
-        assert all(map(torch.equal, (q(x), k(x), v(x)), expected or (q(x), k(x), v(x))))
-        q(x)
-        x += 1  # k and v must see it
-        assert torch.equal(k(x), k(x.clone())) and torch.equal(v(x), v(x.clone()))
-        q(x), k(x), q(x)  # v was not called: they go apart
-        assert not q._sharers or not calls
-    assert q(x.requires_grad_()).requires_grad
-    separate = AutoModelForCausalLM.from_pretrained(root / "checkpoint")
-    for module in separate.modules():
-        if isinstance(module, ArmorLinear):
-            module._sharers = ()
-    assert torch.equal(logits(separate), together)
-
-
-def linear_operands(linear):
-    return linear.core_values, linear.core_mask, linear.left, linear.held("right"), linear.bias
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_the_linear_is_its_twin_within_rounding(shape, dtype, level):
         assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
 
 
-@pytest.mark.skipif(not cpu.is_one_call(torch.ones(1, 8), 2), reason="the CPU kernel was not built, or is older")
+@needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
@@ -71,10 +71,9 @@ def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
             expected = [cpu.multiply(x, own, level) for own in group]
             for count in (1, 3):
                 torch.set_num_threads(count)
-                y = torch.empty(rows, sum(len(own.values) for own in group), dtype=dtype)
-                cpu.linears(x, group, level, y.split([len(own.values) for own in group], dim=-1))
-                assert all(map(torch.equal, cpu.linears(x, group, level), expected)), (rows, count)
-                assert torch.equal(y, torch.cat(expected, dim=-1)), (rows, count)
+                table = cpu.Table(group, 300)
+                assert all(map(torch.equal, table.apart(x, level), expected)), (rows, count)
+                assert torch.equal(table.side_by_side(x, level), torch.cat(expected, dim=-1)), (rows, count)
     finally:
         torch.set_num_threads(threads)
 
@@ -94,12 +93,13 @@ def test_groups_of_rows_with_linears_of_their_own_give_the_bits_of_separate_call
         x, own = torch.randn(sum(counts), 300).to(dtype), groups[: len(counts)]
         rows = x.split(counts)
         expected = [torch.cat([cpu.multiply(r, g[i], level) for r, g in zip(rows, own, strict=True)]) for i in (0, 1)]
-        for found in with_threads(lambda x=x, counts=counts, own=own: cpu.grouped(x, counts, own, level)):
+        tables = [[cpu.Table([linear], 300) for linear in group] for group in own]
+        for found in with_threads(lambda x=x, counts=counts, tables=tables: cpu.grouped(x, counts, tables, level)):
             assert all(map(torch.equal, found, expected)), counts
     with pytest.raises(ValueError, match=r"4 rows do not fit 2 groups of \[1, 2\] rows"):
-        cpu.grouped(torch.ones(4, 300, dtype=dtype), [1, 2], groups[:2])
+        cpu.grouped(torch.ones(4, 300, dtype=dtype), [1, 2], tables * 2)
     with pytest.raises(ValueError, match="a linear of 40 rows beside one of 64"):
-        cpu.grouped(torch.ones(2, 300, dtype=dtype), [1, 1], [[one], [two]])
+        cpu.grouped(torch.ones(2, 300, dtype=dtype), [1, 1], [[cpu.Table([one], 300)], [cpu.Table([two], 300)]])
 
 
 @needs_library

@@ -106,12 +106,13 @@ def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, 
     for rows in (1, 3, 17, 300):
         x = torch.randn(rows, 256).to(dtype)
         expected = [cpu.multiply(x, own, level) for own in group]
-        assert all(map(torch.equal, cpu.linears(x, group, level), expected)), rows
+        assert all(map(torch.equal, cpu.Table(group, 256).apart(x, level), expected)), rows
     pairs = [made[:2], [Operands(*random_linear(out, 256, 4, 16, "2:4", dtype)) for out in (64, 40)], made[:2]]
     for counts in ([1, 2, 3], [9, 0, 40]):
         rows = x[: sum(counts)].split(counts)
         expected = [torch.cat([cpu.multiply(r, p[i], level) for r, p in zip(rows, pairs, strict=True)]) for i in (0, 1)]
-        assert all(map(torch.equal, cpu.grouped(x[: sum(counts)], counts, pairs, level), expected)), counts
+        tables = [[cpu.Table([linear], 256) for linear in pair] for pair in pairs]
+        assert all(map(torch.equal, cpu.grouped(x[: sum(counts)], counts, tables, level), expected)), counts
 
 
 @needs_library

@@ -58,7 +58,10 @@ def test_it_computes_what_the_dense_linear_does(layout, shape, unpacked):
         layer.unpack()
     x = torch.randn(*shape, layout[2])
     expected = F.linear(x, dense(factors), bias)
-    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    y = layer(x)
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y), "made ready once, it is the same"
     assert torch.allclose(layer.dense_weight(), dense(factors), rtol=1e-5, atol=1e-5)
 
 

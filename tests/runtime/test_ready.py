@@ -1,0 +1,207 @@
+"""Linears made ready once: those that are handed the same input in one call, the bits of separate ones, none stale."""
+
+import copy
+import io
+import weakref
+
+import pytest
+import torch
+
+from armor.core.pattern import Pattern
+from armor.format.checkpoint import PackedLinear
+from armor.runtime import cpu
+from armor.runtime.linear import ArmorLinear, know_each_other
+from armor.runtime.load import load_model
+from tests.packed import SETTINGS, packed
+
+TOKENS = torch.arange(40).view(2, 20)
+LAYOUT = PackedLinear(16, 64, Pattern(2, 4), 16, 16)
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TOKENS).logits
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of linears of each call into C for several."""
+    counts, apart = [], cpu.Table.apart
+
+    def counted(own, x):
+        counts.extend([len(own.sizes)] if len(own.sizes) > 1 else [])
+        return apart(own, x)
+
+    monkeypatch.setattr(cpu.Table, "apart", counted)
+    return counts
+
+
+@pytest.fixture
+def beside():
+    """Three linears of one module that have as many inputs, the last with a bias."""
+    torch.manual_seed(0)
+    linears = torch.nn.ModuleDict({name: ArmorLinear(LAYOUT, bias=name == "v") for name in "qkv"})
+    state = {
+        name: torch.full_like(tensor, 0b00110011) if name.endswith("mask") else torch.randn_like(tensor)
+        for name, tensor in linears.state_dict().items()
+    }
+    linears.load_state_dict(state)
+    know_each_other(linears)
+    return [linears[name] for name in "qkv"]
+
+
+def alone(linear, x):
+    followers, linear.beside.followers = linear.beside.followers, ()
+    y = linear(x)
+    linear.beside.followers = followers
+    return y
+
+
+@pytest.mark.parametrize("share_right", [False, True])
+def test_one_call_from_the_second_pass_on_gives_the_bits_of_separate_calls(tmp_path, calls, share_right):
+    root = packed(tmp_path, settings=SETTINGS.model_copy(update={"share_right": share_right}))
+    model = load_model(root / "checkpoint", "float32")
+    first, once = logits(model), calls.copy()
+    calls.clear()
+    second = logits(model)
+    linears = [module for module in model.modules() if isinstance(module, ArmorLinear)]
+    assert all(linear.beside.ahead is None for linear in linears[:-1])
+    if cpu.runs_in_c(torch.ones(40, 8)):
+        assert once == [4, 2] * 2  # o_proj is as wide as q_proj
+        assert calls == [3, 2] * 2
+    for linear in linears:
+        linear.beside.followers = ()
+    assert torch.equal(first, second) and torch.equal(logits(model), second)
+
+
+@torch.no_grad()
+def test_no_output_is_stale(beside, calls):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    expected = [alone(linear, x) for linear in beside]
+    assert all(map(torch.equal, (q(x), k(x), v(x)), expected)) and calls == [3]
+    q(x)
+    x += 1  # k and v must see it
+    assert torch.equal(k(x), alone(k, x)) and torch.equal(v(x), alone(v, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k_gets", ["nothing", "something else"])
+def test_a_linear_that_is_not_handed_the_same_follows_no_more(beside, k_gets):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    q(x), v(x)
+    if k_gets == "something else":
+        k(x + 1)
+    q(x)
+    assert q.beside.followers == (v,) and k.beside.ahead is None
+    assert torch.equal(k(x), alone(k, x)) and torch.equal(v(x), alone(v, x))
+
+
+def test_gradients_reach_the_input_and_the_biases_of_followers(beside, calls):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    (q(x).sum() + k(x).sum() + v(x).sum()).backward()
+    assert torch.equal(v.bias.grad, torch.full((16,), 3.0))
+    with torch.no_grad():
+        expected = [linear(x) for linear in beside]
+    v.bias.requires_grad_(False)
+    found = [linear(x.requires_grad_()) for linear in beside]
+    assert all(y.requires_grad for y in found) and all(map(torch.equal, found, expected)) and calls == [3]
+
+
+@torch.inference_mode()
+def test_tensors_that_count_no_changes_are_never_kept(beside, calls):
+    x = torch.randn(3, 64)
+    assert all(torch.equal(linear(x), alone(linear, x)) for linear in beside) and not calls
+
+
+def drawn(linear):
+    return {
+        name: tensor if name == "core_mask" else torch.randn_like(tensor)
+        for name, tensor in linear.state_dict().items()
+    }
+
+
+def swap_data(linear):
+    for name, tensor in drawn(linear).items():
+        getattr(linear, name).data = tensor
+
+
+def change_in_place(linear):
+    for name, tensor in drawn(linear).items():
+        getattr(linear, name).data.copy_(tensor)
+
+
+def replace_parameters(linear):
+    linear.load_state_dict(drawn(linear), assign=True)
+
+
+def take_a_bias(linear):
+    linear.bias = torch.nn.Parameter(torch.randn(16))
+
+
+CHANGES = {
+    "data swapped": swap_data,
+    "changed in place": change_in_place,
+    "loaded": lambda linear: linear.load_state_dict(drawn(linear)),
+    "replaced": replace_parameters,
+    "a bias": take_a_bias,
+    "unpacked": lambda linear: linear.unpack(),
+    "unpacked and packed": lambda linear: linear.unpack().pack(),
+    "in float64": lambda linear: linear.to(torch.float64),
+    "in bfloat16 and back": lambda linear: linear.to(torch.bfloat16).to(torch.float32),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("leads", [True, False])
+def test_what_a_linear_holds_now_is_what_it_multiplies_with(beside, change, leads):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    q(x), k(x), v(x)
+    changed = q if leads else k
+    CHANGES[change](changed)
+    expected = ArmorLinear(LAYOUT, changed.bias is not None)
+    expected.load_state_dict(changed.state_dict())
+    if change == "in float64":
+        x = x.double()
+        expected.double()
+    for linear in beside if change != "in float64" else [changed]:
+        y = linear(x)
+        if linear is changed:
+            assert (y - expected(x)).abs().max() <= 1e-5 * y.abs().max()
+
+
+@torch.no_grad()
+def test_copies_pickles_and_replicas_multiply_with_their_own(beside):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    before = [linear(x) for linear in beside]
+    model = torch.nn.ModuleList(beside)
+    file = io.BytesIO()
+    torch.save(model, file)
+    copies = [copy.deepcopy(model), torch.load(io.BytesIO(file.getvalue()), weights_only=False)]
+    replica = q._replicate_for_data_parallel()
+    for name, tensor in (dict.fromkeys(q._parameters) | drawn(q)).items():
+        setattr(replica, name, tensor)
+    assert not torch.equal(replica(x), before[0])
+    for other in copies:
+        assert all(torch.equal(linear(x), y) for linear, y in zip(other, before, strict=True))
+        change_in_place(other[0])
+        assert not torch.equal(other[0](x), before[0])
+    assert all(map(torch.equal, [linear(x) for linear in beside], before))
+
+
+@torch.no_grad()
+def test_tensors_are_not_kept_alive(beside):
+    q, k, v = beside
+    x = torch.randn(3, 64)
+    q(x), k(x), v(x)
+    held = [weakref.ref(linear.core_values) for linear in beside]
+    for linear in beside:
+        linear.core_values = None
+    assert all(reference() is None for reference in held)
