@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from armor.core.errors import ArmorError
-from armor.execution.files import read_json
 from armor.serve.engine import PYTHON, check_engine, python_of_engine
 
 __all__ = ["CACHE", "command", "environment", "serve", "vllm_command"]
@@ -27,9 +26,6 @@ CACHE_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # which
 
 NOT_OF_EXPERTS = ("--enable-lora", "--enable-expert-parallel")
 """What vLLM does with experts, but not with compressed ones."""
-
-OF_ANOTHER_FORM = ("gpt_oss",)
-"""Types of models whose experts vLLM reads under names that are not those of compressed ones."""
 
 TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
 
@@ -84,11 +80,6 @@ def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str])
     if experts and (asked := next((option for option in options if option in NOT_OF_EXPERTS), None)):
         raise ArmorError(
             f"{asked}: {folder}: {experts[0]} is compressed, and packed experts cannot do that; leave it out"
-        )
-    if experts and engine == "vLLM" and read_json(folder / "config.json").get("model_type") in OF_ANOTHER_FORM:
-        raise ArmorError(
-            f"{folder}: {experts[0]} is compressed, but vLLM calls the experts of this model otherwise; serve what "
-            "armor export makes of it"
         )
     body = json.dumps({"model": name, "prompt": "The city of Paris", "max_tokens": 30})
     url = f"http://{host}:{port}/v1"

@@ -103,14 +103,6 @@ def test_what_packed_experts_cannot_do_is_one_line_and_starts_nothing(option, vl
     assert f"{option}: checkpoint: model.layers." in done.stderr and "experts.0." in done.stderr
 
 
-def test_experts_that_vllm_reads_in_another_form_are_one_line_and_start_nothing(vllm, tmp_path):
-    packed(tmp_path, "gpt_oss")
-    done = serve(tmp_path, "checkpoint", engine=vllm)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    said = "experts.0.down_proj is compressed, but vLLM calls the experts of this model otherwise; serve what"
-    assert done.stderr.startswith("armor: error: checkpoint: model.layers.0.") and said in done.stderr
-
-
 def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, tmp_path):
     shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "vllm").mkdir()
