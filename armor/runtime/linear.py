@@ -126,12 +126,12 @@ class ArmorLinear(nn.Linear):
 
     def _without_pair(self, input: Tensor) -> Tensor:
         """A S B x + b."""
-        own = self.beside
-        if (ahead := own.ahead) is not None:
-            own.ahead = None
+        beside = self.beside
+        if (ahead := beside.ahead) is not None:
+            beside.ahead = None
             if ahead[0] is input and ahead[1] == input._version:
                 return ahead[2]
-            own.goes_apart = True
+            beside.goes_apart = True
         if (output := self._at_once(input)) is not None:
             return output
         if self.core_values is not None:
@@ -149,7 +149,7 @@ class ArmorLinear(nn.Linear):
             return None
         own = self.beside
         if any([f.beside.goes_apart or f.beside.ahead is not None for f in own.followers]):
-            self._part()
+            self._let_others_go()
         followers = () if x.is_inference() else own.followers  # such a tensor can change unseen
         table = self._table((self, *followers), x)
         if table is None:
@@ -161,7 +161,7 @@ class ArmorLinear(nn.Linear):
             linear.beside.ahead = x, x._version, output
         return first
 
-    def _part(self) -> None:
+    def _let_others_go(self) -> None:
         """Keep the followers that took what was computed for them."""
         for linear in (followers := self.beside.followers):
             if linear.beside.ahead is not None:
