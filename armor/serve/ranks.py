@@ -22,7 +22,8 @@ __all__ = ["check_ranks", "ranks_asked"]
 
 BY_OUTPUT, BY_INPUT = "colwise", "rowwise"
 """How styles of a plan begin."""
-EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), BY_OUTPUT) | dict.fromkeys(("down_proj", "w2"), BY_INPUT)
+EXPERTS: dict[str, str] = {leaf: BY_OUTPUT for leaf in ("gate_proj", "up_proj", "w1", "w3")}
+EXPERTS |= {leaf: BY_INPUT for leaf in ("down_proj", "w2")}
 """How the linears of an expert are divided, where a plan divides experts."""
 OF_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 FUSED = ("phi3", "glm4")
