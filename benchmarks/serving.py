@@ -43,9 +43,9 @@ def random_models(folder: Path) -> list[Path]:
 
 
 def resident() -> dict[str, int]:
-    """Bytes that this process holds: its own, and those of mapped files."""
+    """Bytes that this process holds: its own, and those of mapped files, on a disk or in memory (/dev/shm)."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {words[0][3:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "RssFile:")}
+    return {words[0][3:-1]: int(words[1]) * 1024 for words in lines if words[0][:3] == "Rss"}
 
 
 class Peak(threading.Thread):

@@ -64,5 +64,5 @@ def test_the_peak_while_loading_is_at_most_1_3_times_what_is_on_disk(tmp_path):
     command = [sys.executable, "-m", "benchmarks.serving", "--here", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 100e6 < found["bytes on disk"]
-    assert found["peak, every page of a weight read"]["with files"] <= 1.3 * found["bytes on disk"]
+    on_disk, peak = found["bytes on disk"], found["peak, every page of a weight read"]["with files"]
+    assert on_disk > 100e6 and 0.95 * on_disk < peak <= 1.3 * on_disk
