@@ -2,7 +2,7 @@
 
 In the environment of `make test-vllm`, from the repository's root, each model in a process of its own:
 
-    .venv-vllm/bin/python -m benchmarks.serving FOLDER...
+    .venv-vllm/bin/python -m benchmarks.serving FOLDER... [--output FILE]
     .venv-vllm/bin/python -m benchmarks.serving --random FOLDER      # writes FOLDER/dense and FOLDER/packed, 4 GB
     .venv-vllm/bin/python -m benchmarks.serving --speed FILE DENSE PACKED    # behind a server, in turn, 1 to 16 clients
 
@@ -11,7 +11,9 @@ The random models are a Llama of 1.1 billion parameters in bfloat16, dense and a
 
 Memory is what the process holds beyond what it held before the weights: its own (anonymous) pages, and with them the
 pages of mapped files, which the system may take back. It is looked at every 5 ms. Pages of weights that vLLM does not
-copy come into memory with the first answer. So all are read after loading, for the last peak.
+copy come into memory with the first answer. So all are read after loading, for the last peak. "Bytes in memory" are the
+model's parameters. vLLM keeps the weights of a dense model in a form of its own on a CPU, in no parameter: "own pages
+after loading" tell what those take. `--output` writes what was found, with the machine, as JSON.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def random_models(folder: Path) -> list[Path]:
 
 
 def resident() -> dict[str, int]:
-    """Bytes that this process holds: its own, and those of mapped files."""
+    """Bytes that this process holds: its own, and those of mapped files, on a disk or in memory (/dev/shm)."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-    return {words[0][3:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "RssFile:")}
+    return {words[0][3:-1]: int(words[1]) * 1024 for words in lines if words[0][:3] == "Rss"}
 
 
 class Peak(threading.Thread):
@@ -81,6 +83,7 @@ def memory(folder: Path) -> dict:
         found["seconds to load"] = round(time.perf_counter() - begin, 2)
         peak.look()
         found["peak"] = dict(peak.most)
+        found["own pages after loading"] = resident()["Anon"] - peak.first["Anon"]
         for parameter in model.parameters():
             parameter.detach().flatten().view(torch.uint8)[::PAGE].sum()
         peak.stopped.set()
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="Models, dense or packed.")
     parser.add_argument("--random", type=Path, metavar="FOLDER", help="The random models too, which are written there.")
     parser.add_argument("--speed", type=Path, metavar="FILE", help="Serve two models instead; the record goes there.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Where the memory goes, as JSON.")
     parser.add_argument("--new-tokens", type=int, default=64, help="Of each request to a server.")
     parser.add_argument("--rounds", type=int, default=3, help="How often both models are served.")
     parser.add_argument("--here", action="store_true", help="Load the only one in this very process.")
@@ -125,10 +129,19 @@ def main() -> None:
 
         print(json.dumps(memory(given.folders[0])))
         return
+    models = []
     for folder in [*given.folders, *(random_models(given.random) if given.random else ())]:
         command = [sys.executable, "-m", "benchmarks.serving", "--here", str(folder)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        print(done.stdout.splitlines()[-1], flush=True)
+        models.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(models[-1]), flush=True)
+    if given.output:
+        from armor.execution.files import write_json
+        from armor.execution.machine import current_machine
+        from armor.serve.engine import check_engine
+
+        machine = current_machine().model_dump()
+        write_json(given.output, {"engine": check_engine(), "machine": machine, "models": models})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from armor.core.errors import ArmorError
 from armor.serve.engine import PYTHON, check_engine, python_of_engine
+
+if TYPE_CHECKING:
+    from armor.format.checkpoint import PackedLinear
 
 __all__ = ["CACHE", "command", "environment", "serve", "vllm_command"]
 
@@ -24,7 +28,7 @@ CACHE = "VLLM_CPU_KVCACHE_SPACE"
 """The environment's variable with the GiB of vLLM's cache of keys and values on a CPU."""
 CACHE_OPTIONS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # which the variable would overrule
 
-NOT_OF_EXPERTS = ("--enable-lora", "--enable-expert-parallel")
+NOT_OF_EXPERTS = ("--enable-lora", "--enable-expert-parallel", "-ep")
 """What vLLM does with experts, but not with compressed ones."""
 
 TRANSFORMERS = "import armor.hf; from transformers.cli.transformers import main; main()"
@@ -58,29 +62,49 @@ def command(folder: Path, name: str, host: str, port: int, options: Sequence[str
     return [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), "--host", host, "--port", str(port), *options]
 
 
+def _spelled(option: str) -> str:
+    """The name of an option as vLLM reads it: without its value, and `_` as `-`."""
+    return option.partition("=")[0].replace("_", "-")
+
+
 def environment(options: Sequence[str]) -> dict[str, str]:
     """The environment of vLLM's server: a cache of 4 GiB on a CPU, where neither the user's nor `options` say another.
 
     vLLM itself would take nine tenths of the memory, and does not start where so much is not free.
     """
-    asked = any(option.partition("=")[0] in CACHE_OPTIONS for option in options)
+    asked = any(_spelled(option) in CACHE_OPTIONS for option in options)
     return dict(os.environ) if asked else {CACHE: "4"} | os.environ
+
+
+def _check_options(folder: Path, linears: Mapping[str, PackedLinear], options: Sequence[str]) -> None:
+    """Raises ArmorError where `options` ask vLLM for what it cannot do with these compressed linears."""
+    from armor.runtime.load import read_config
+    from armor.serve.ranks import check_ranks, ranks_asked
+
+    experts = sorted(name for name in linears if ".experts." in name)
+    if experts and (asked := next((option for option in options if _spelled(option) in NOT_OF_EXPERTS), None)):
+        raise ArmorError(
+            f"{asked}: {folder}: {experts[0]} is compressed, and packed experts cannot do that; leave it out"
+        )
+    if (ranks := ranks_asked(options)) > 1:
+        try:
+            check_ranks(read_config(folder), linears, ranks)
+        except ArmorError as error:
+            raise ArmorError(f"--tensor-parallel-size {ranks}: {folder}: {error}") from None
 
 
 def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> None:
     """Check the checkpoint in `folder`, say how to ask it, and become its server; does not return.
 
-    Raises ArmorError for a checkpoint that is broken, or where no server is installed.
+    Raises ArmorError for a checkpoint that is broken, for options of vLLM that it cannot do, or where no server is
+    installed.
     """
     words = command(folder, name, host, port, options)
     from armor.serve.check import check
 
     linears, engine = check(folder), "vLLM" if "-m" in words else "transformers"
-    experts = sorted(name for name in linears if ".experts." in name)
-    if experts and (asked := next((option for option in options if option in NOT_OF_EXPERTS), None)):
-        raise ArmorError(
-            f"{asked}: {folder}: {experts[0]} is compressed, and packed experts cannot do that; leave it out"
-        )
+    if engine == "vLLM":
+        _check_options(folder, linears, options)
     body = json.dumps({"model": name, "prompt": "The city of Paris", "max_tokens": 30})
     url = f"http://{host}:{port}/v1"
     print(f"{folder}: sound, {len(linears)} compressed linears; {engine} serves it")

@@ -14,7 +14,7 @@ from armor.serve import VERSIONS
 from armor.serve.engine import PYTHON
 from armor.serve.server import CACHE, NOT_OF_EXPERTS, environment
 from tests.forks import fork
-from tests.packed import DEFECTS, edit_config, packed
+from tests.packed import DEFECTS, SETTINGS, edit_config, packed
 
 SERVER = f"import json, os, sys; print(json.dumps([*sys.argv, os.environ.get('{CACHE}')])); sys.exit(7)"
 
@@ -65,7 +65,7 @@ def test_the_server_gets_the_folder_and_all_options_that_are_its_own(root, vllm)
 
 
 def test_the_cache_is_what_the_user_says(monkeypatch):
-    for options in (["--gpu-memory-utilization=0.5"], ["--kv-cache-memory-bytes", "1G"]):
+    for options in (["--gpu_memory_utilization=0.5"], ["--kv-cache-memory-bytes", "1G"]):
         assert CACHE not in environment(options)
     monkeypatch.setenv(CACHE, "40")
     assert environment([])[CACHE] == "40"
@@ -95,12 +95,26 @@ def test_half_a_tokenizer_and_none_are_one_line(checkpoint, vllm, damage):
     assert "tokenizer.json" in done.stderr
 
 
-@pytest.mark.parametrize("option", NOT_OF_EXPERTS)
-def test_what_packed_experts_cannot_do_is_one_line_and_starts_nothing(option, vllm, tmp_path):
-    packed(tmp_path, "qwen3_moe")
-    done = serve(tmp_path, "checkpoint", option, engine=vllm)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The folder of the checkpoint of a mixture with packed experts."""
+    return packed(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+
+
+@pytest.mark.parametrize("option", [*NOT_OF_EXPERTS, "--enable_lora=true"])
+def test_what_packed_experts_cannot_do_is_one_line_and_starts_nothing(option, vllm, mixture):
+    done = serve(mixture, "checkpoint", option, engine=vllm)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"{option}: checkpoint: model.layers." in done.stderr and "experts.0." in done.stderr
+
+
+def test_ranks_that_would_cut_a_block_are_one_line_and_start_nothing(vllm, tmp_path):
+    """Keys of two heads of 16 channels, in one block."""
+    packed(tmp_path, settings=SETTINGS.model_copy(update={"block_size": 32}))
+    done = serve(tmp_path, "checkpoint", "-tp", "2", engine=vllm)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    said = "--tensor-parallel-size 2: checkpoint: model.layers.0.self_attn.k_proj: 2 ranks would cut a block of A of 32"
+    assert f"{said} output channels; expected a tensor parallel size of 1 " in done.stderr
 
 
 def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, tmp_path):

@@ -1,11 +1,23 @@
 """The weights take in memory what they take on disk; on a CPU all but norms and biases are views of the mapped file."""
 
-import pytest
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-from armor.format.checkpoint import SUFFIXES
+import pytest
+import torch
+
+from armor.core.pattern import Pattern
+from armor.format.checkpoint import SUFFIXES, PackedLinear
 from armor.format.shards import Shards
+from benchmarks.decoding import random_checkpoint
 from tests.packed import packed
+from tests.tiny import tiny_model
 from tests.vllm.served import FAMILIES, SHAPE, served
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
 
 
 def tensors(model):
@@ -42,3 +54,15 @@ def test_packed_linears_take_their_bytes_on_disk_and_no_matrix_is_copied(family,
         mapped = mappings(folder / "model.safetensors")
         matrices = [*linears.values(), *(own for own in held.values() if own.ndim > 1)]
         assert all(any(own.data_ptr() in where for where in mapped) for own in matrices)
+
+
+def test_the_peak_while_loading_is_at_most_1_3_times_what_is_on_disk(tmp_path):
+    """Every page of a weight read, in a process of its own, of a model beside which pages of libraries are few."""
+    config = LARGE | {"vocab_size": 320, "max_position_embeddings": 512, "dtype": torch.bfloat16}
+    dense = tiny_model(tmp_path / "dense", layers=6, **config)
+    folder = random_checkpoint(dense, tmp_path / "packed", lambda *shape: PackedLinear(*shape, Pattern(2, 4), 64, 64))
+    command = [sys.executable, "-m", "benchmarks.serving", "--here", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    on_disk, peak = found["bytes on disk"], found["peak, every page of a weight read"]["with files"]
+    assert on_disk > 100e6 and 0.95 * on_disk < peak <= 1.3 * on_disk

@@ -5,9 +5,14 @@ import sys
 
 import pytest
 from vllm import LLM
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 import armor.serve
-from armor.serve.check import Refused
+from armor.core.errors import ArmorError
+from armor.format.checkpoint import QUANT_METHOD
+from armor.runtime.load import read_config
+from armor.serve.check import Refused, check
+from armor.serve.ranks import check_ranks
 from tests.packed import DEFECTS, SETTINGS, edit_config, packed
 from tests.vllm.served import FAMILIES, HEADS, SHAPE, served
 
@@ -93,10 +98,11 @@ def test_adapters_and_new_weights_for_compressed_experts(tmp_path):
 def test_ranks_that_would_cut_a_block(tmp_path, capfd):
     settings = SETTINGS.model_copy(update={"block_size": 64})
     folder = packed(tmp_path, settings=settings, **SHAPE) / "checkpoint"
+    with pytest.raises(ArmorError, match=r"k_proj: 2 ranks would cut a block of A of 64 output channels") as before:
+        check_ranks(read_config(folder), check(folder), 2)
     with pytest.raises(Exception, match="."):
         LLM(str(folder), tensor_parallel_size=2, max_model_len=128, distributed_executor_backend="mp")
-    said = "".join(capfd.readouterr())
-    assert "k_proj: 2 ranks would cut a block of A of 64 output channels; expected a tensor parallel size of 1 " in said
+    assert str(before.value) in "".join(capfd.readouterr())
 
 
 def test_another_version_of_vllm_is_one_line_and_nothing_is_registered(caplog, monkeypatch):
@@ -104,3 +110,9 @@ def test_another_version_of_vllm_is_one_line_and_nothing_is_registered(caplog, m
     armor.serve.register()
     said = "armor: error: vLLM 0.99.1 is installed, expected 0.32.*; packed checkpoints are not served"
     assert caplog.messages == [said]
+
+
+def test_the_plugin_registers_once_however_often_it_is_asked(caplog):
+    armor.serve.register()
+    armor.serve.register()
+    assert QUANTIZATION_METHODS.count(QUANT_METHOD) == 1 and caplog.messages == []
