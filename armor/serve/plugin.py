@@ -88,7 +88,7 @@ class ArmorConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls this once, before any other process starts: the time to look at the checkpoint's files."""
         try:
-            check(model_name)
+            check(model_name, "vLLM")
         except ArmorError as error:
             raise Refused(str(error)) from None
 

@@ -75,7 +75,8 @@ def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str])
     words = command(folder, name, host, port, options)
     from armor.serve.check import check
 
-    linears, engine = check(folder), "vLLM" if "-m" in words else "transformers"
+    engine = "vLLM" if "-m" in words else "transformers"
+    linears = check(folder, engine)
     experts = sorted(name for name in linears if ".experts." in name)
     if experts and (asked := next((option for option in options if option in NOT_OF_EXPERTS), None)):
         raise ArmorError(
