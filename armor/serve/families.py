@@ -15,20 +15,29 @@ from armor.runtime.load import read_config
 __all__ = ["SERVED", "check_family"]
 
 SERVED = (
+    "cohere",
     "deepseek_v2",
     "deepseek_v3",
     "ernie4_5_moe",
+    "exaone4",
+    "falcon",
+    "gemma",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "glm4",
     "glm4_moe",
+    "gpt2",
     "granite",
     "granitemoe",
     "llama",
     "mistral",
     "mixtral",
     "olmo2",
+    "olmo3",
     "olmoe",
+    "opt",
+    "phi",
     "phi3",
     "phimoe",
     "qwen2",
@@ -36,6 +45,7 @@ SERVED = (
     "qwen3",
     "qwen3_moe",
     "smollm3",
+    "starcoder2",
 )
 """Their `model_type` in config.json. tests/vllm/served.py has a model of each, docs/SERVING.md the list for users."""
 INSTEAD = "serve the dense model that armor export makes, or leave vLLM out: transformers' server takes every type"
