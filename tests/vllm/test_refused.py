@@ -14,6 +14,7 @@ import armor.serve
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.serve.check import Refused
+from armor.serve.experts import ArmorExpertsMethod
 from armor.serve.plugin import ArmorConfig, ArmorLinearMethod
 from tests.packed import DEFECTS, SETTINGS, edit_config, packed
 from tests.vllm.served import FAMILIES, HEADS, SHAPE, served
@@ -82,13 +83,9 @@ def test_a_server_on_a_broken_checkpoint_ends_with_one_line_and_an_error(checkpo
     assert code == 1 and line.startswith("armor.serve.check.Refused: ") and named in line
 
 
-def test_a_family_that_was_not_tested_and_experts_that_vllm_calls_otherwise(tmp_path, monkeypatch):
+def test_a_family_that_was_not_tested(tmp_path):
     folder = packed(tmp_path, "gpt_oss", **(SHAPE | HEADS)) / "checkpoint"
     with pytest.raises(Refused, match=r"config\.json: model_type gpt_oss: not tested packed in vLLM, expected a type"):
-        LLM(str(folder), max_model_len=128)
-    monkeypatch.setattr("armor.serve.families.SERVED", ("gpt_oss",))
-    said = r"model\.layers\.0\.mlp\.experts\..*: compressed, but vLLM calls the experts of this model otherwise; serve"
-    with pytest.raises(Refused, match=said):
         LLM(str(folder), max_model_len=128)
 
 
@@ -125,6 +122,14 @@ def test_what_is_no_linear_in_vllm_but_compressed():
     with pytest.raises(Refused, match=r"mlp\.fc1: compressed, but in vLLM part of a Identity, .* armor export"):
         config.get_quant_method(nn.Identity(), LINEAR.format("fc1").rpartition(".")[0])
     assert config.get_quant_method(nn.Identity(), "model.layers.1.mlp") is None
+
+
+def test_experts_that_vllm_calls_otherwise():
+    leaves = {f"ckpt_{own}_name": own for own in ("gate_proj", "up_proj", "down_proj")}
+    layer = SimpleNamespace(layer_name=LINEAR.format("experts"), moe_config=SimpleNamespace(num_experts=2), **leaves)
+    said = r"experts\.1\.gate_up_proj: compressed, but vLLM calls the experts of this model otherwise; serve the"
+    with pytest.raises(Refused, match=said):
+        ArmorExpertsMethod(layer, {LINEAR.format("experts.1.gate_up_proj"): LAYOUT})
 
 
 MISFITS = {
