@@ -88,7 +88,7 @@ class ArmorConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls this once, before any other process starts: the time to look at the checkpoint's files."""
         try:
-            check(model_name)
+            check(model_name, "vLLM")
         except ArmorError as error:
             raise Refused(str(error)) from None
 
@@ -96,10 +96,6 @@ class ArmorConfig(QuantizationConfig):
         self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | ArmorExpertsMethod | None:
-        parent, _, leaf = prefix.rpartition(".")
-        names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        if prefix in self.modules:
-            names = [prefix]
         if isinstance(layer, RoutedExperts):
             of_layer = any(name.startswith(f"{prefix}.") for name in self.modules)
             return ArmorExpertsMethod(layer, self.modules) if of_layer else None
@@ -110,9 +106,20 @@ class ArmorConfig(QuantizationConfig):
                     "alone; multiply the checkpoint out with armor export and serve that"
                 )
             return EmbeddingMethod() if isinstance(layer, VocabParallelEmbedding) else None
-        if any(name in self.modules for name in names):
+        if names := self._names(prefix):
             return ArmorLinearMethod({name: self.modules.get(name) for name in names})
         return UnquantizedLinearMethod()
+
+    def _names(self, prefix: str) -> list[str]:
+        """The linears on disk that `prefix` is made of, if any of them is compressed."""
+        *parents, leaf = prefix.split(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        for path in (parents, parents[1:]):  # without the base model's own name, as GPT-2 was published
+            for leaves in ([leaf], parts):
+                names = [".".join((*path, part)) for part in leaves]
+                if any(name in self.modules for name in names):
+                    return names
+        return []
 
 
 class ArmorLinearMethod(LinearMethodBase):

@@ -102,7 +102,8 @@ def serve(folder: Path, name: str, host: str, port: int, options: Sequence[str])
     words = command(folder, name, host, port, options)
     from armor.serve.check import check
 
-    linears, engine = check(folder), "vLLM" if "-m" in words else "transformers"
+    engine = "vLLM" if "-m" in words else "transformers"
+    linears = check(folder, engine)
     if engine == "vLLM":
         _check_options(folder, linears, options)
     body = json.dumps({"model": name, "prompt": "The city of Paris", "max_tokens": 30})

@@ -117,6 +117,13 @@ def test_ranks_that_would_cut_a_block_are_one_line_and_start_nothing(vllm, tmp_p
     assert f"{said} output channels; expected a tensor parallel size of 1 " in done.stderr
 
 
+def test_a_family_that_vllm_was_not_tested_with_is_one_line_and_starts_nothing(vllm, tmp_path):
+    packed(tmp_path, "gpt_oss")
+    done = serve(tmp_path, "checkpoint", engine=vllm)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "armor: error: checkpoint/config.json: model_type gpt_oss: not tested packed in vLLM" in done.stderr
+
+
 def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, tmp_path):
     shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
     (tmp_path / "vllm").mkdir()

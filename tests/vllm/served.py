@@ -17,7 +17,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 import armor.hf  # noqa: F401  teaches transformers the format
 from armor.format.checkpoint import modules_of
-from tests.packed import packed
+from tests.packed import SETTINGS, edit_tensors, packed
+from tests.tiny import VOCABULARY
 
 __all__ = [
     "APART",
@@ -38,6 +39,16 @@ BOUND = 1e-5
 HEADS = {"head_dim": 32}  # vLLM's attention on a CPU takes heads of 32 channels and more
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+WRAPPED = SHAPE | HEADS | {"num_hidden_layers": 2, "max_position_embeddings": 128, "vocab_size": VOCABULARY}
+IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+IMAGES |= {"image_size": 28, "patch_size": 14}
+
+
+def bare(folder: Path) -> None:
+    """Give a GPT-2 the names that the published ones have, without that of the base model."""
+    edit_tensors(folder, lambda own: [own.update({n.removeprefix("transformer."): own.pop(n)}) for n in [*own]])
+
+
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Llama": ("llama", {}),
     "SmolLM2": ("llama", {"tie_word_embeddings": True}),
@@ -62,6 +73,20 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         | {"routed_scaling_factor": 2.5},
     ),
     "ERNIE 4.5": ("ernie4_5_moe", EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
+    "Gemma": ("gemma", HEADS),
+    "Gemma 3 with images": (
+        "gemma3",
+        {"text_config": WRAPPED | {"query_pre_attn_scalar": 32, "initializer_range": 0.1}, "vision_config": IMAGES}
+        | {"mm_tokens_per_image": 1, "image_token_index": 260, "boi_token_index": 258, "eoi_token_index": 259},
+    ),
+    "Command R": ("cohere", {"logit_scale": 1.0}),
+    "EXAONE 4": ("exaone4", HEADS),
+    "Falcon": ("falcon", {"multi_query": True, "ffn_hidden_size": 512}),
+    "GPT-2": ("gpt2", {"n_inner": 256, "change": bare}),
+    "OLMo 3": ("olmo3", {"settings": SETTINGS.model_copy(update={"share_right": True})}),
+    "OPT": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "Phi-2": ("phi", {}),
+    "StarCoder2": ("starcoder2", {}),
 }
 """The families by name: transformers' name, and what their configuration has of its own."""
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}  # as vLLM wants
@@ -99,7 +124,9 @@ def checkpoint(root: Path, family: str) -> Path:
 @contextlib.contextmanager
 def served(folder: Path, **options) -> Iterator[LLM]:
     """vLLM on the checkpoint in `folder`, in float32; `options` are its own."""
-    eager = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
+    eager: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
+    if "vision_config" in (folder / "config.json").read_text():
+        eager["limit_mm_per_prompt"] = {"image": 0}  # text alone, for there is no processor of images
     llm = LLM(str(folder), **(eager | options))
     try:
         yield llm

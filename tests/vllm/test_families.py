@@ -6,7 +6,12 @@ import pytest
 
 from armor.assemble.export import export
 from armor.serve.check import check
+from armor.serve.families import SERVED
 from tests.vllm.served import APART, BOUND, FAMILIES, answers, checkpoint, difference, expected, served
+
+
+def test_every_family_that_is_served_has_a_model_here():
+    assert {kind for kind, _ in (FAMILIES | APART).values()} == set(SERVED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

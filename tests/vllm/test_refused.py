@@ -2,16 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from vllm import LLM
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
 import armor.serve
 from armor.core.errors import ArmorError
-from armor.format.checkpoint import QUANT_METHOD
+from armor.core.pattern import Pattern
+from armor.format.checkpoint import QUANT_METHOD, PackedLinear
 from armor.runtime.load import read_config
 from armor.serve.check import Refused, check
+from armor.serve.experts import ArmorExpertsMethod
+from armor.serve.plugin import ArmorConfig, ArmorLinearMethod
 from armor.serve.ranks import check_ranks
 from tests.packed import DEFECTS, SETTINGS, edit_config, packed
 from tests.vllm.served import FAMILIES, HEADS, SHAPE, served
@@ -80,10 +87,9 @@ def test_a_server_on_a_broken_checkpoint_ends_with_one_line_and_an_error(checkpo
     assert code == 1 and line.startswith("armor.serve.check.Refused: ") and named in line
 
 
-def test_experts_that_the_plugin_does_not_multiply_with(tmp_path):
+def test_a_family_that_was_not_tested(tmp_path):
     folder = packed(tmp_path, "gpt_oss", **(SHAPE | HEADS)) / "checkpoint"
-    said = r"model\.layers\.0\.mlp\.experts\..*: compressed, but vLLM calls the experts of this model otherwise; serve"
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(Refused, match=r"config\.json: model_type gpt_oss: not tested packed in vLLM, expected a type"):
         LLM(str(folder), max_model_len=128)
 
 
@@ -103,6 +109,57 @@ def test_ranks_that_would_cut_a_block(tmp_path, capfd):
     with pytest.raises(Exception, match="."):
         LLM(str(folder), tensor_parallel_size=2, max_model_len=128, distributed_executor_backend="mp")
     assert str(before.value) in "".join(capfd.readouterr())
+
+
+OUT, IN = 64, 32
+LAYOUT = PackedLinear(OUT, IN, Pattern(2, 4))
+LINEAR = "model.layers.0.mlp.{}"
+
+
+def fused(**sizes):
+    """A linear as vLLM makes it of two on disk, as far as the plugin looks at it."""
+    about = {"prefix": LINEAR.format("gate_up_proj"), "tp_rank": 0, "tp_size": 1, "input_size": IN}
+    return SimpleNamespace(**(about | {"output_size": 2 * OUT, "output_sizes": [OUT, OUT]} | sizes))
+
+
+def test_what_is_no_linear_in_vllm_but_compressed():
+    config = ArmorConfig({LINEAR.format("fc1"): LAYOUT})
+    with pytest.raises(Refused, match=r"mlp\.fc1: compressed, but in vLLM part of a Identity, .* armor export"):
+        config.get_quant_method(nn.Identity(), LINEAR.format("fc1").rpartition(".")[0])
+    assert config.get_quant_method(nn.Identity(), "model.layers.1.mlp") is None
+
+
+def test_experts_that_vllm_calls_otherwise():
+    leaves = {f"ckpt_{own}_name": own for own in ("gate_proj", "up_proj", "down_proj")}
+    layer = SimpleNamespace(layer_name=LINEAR.format("experts"), moe_config=SimpleNamespace(num_experts=2), **leaves)
+    said = r"experts\.1\.gate_up_proj: compressed, but vLLM calls the experts of this model otherwise; serve the"
+    with pytest.raises(Refused, match=said):
+        ArmorExpertsMethod(layer, {LINEAR.format("experts.1.gate_up_proj"): LAYOUT})
+
+
+MISFITS = {
+    "two linears of three": (fused(), ("gate_proj", "up_proj", "mid_proj"), LAYOUT, "2 linears in vLLM, 3 in config"),
+    "a shape": (
+        fused(),
+        ("gate_proj", "up_proj"),
+        replace(LAYOUT, in_features=2 * IN),
+        rf"gate_proj: shape \({OUT}, {2 * IN}\), \({OUT}, {IN}\) in vLLM; was config\.json edited\?",
+    ),
+    "B of a linear elsewhere": (
+        fused(output_sizes=[OUT], output_size=OUT),
+        ("up_proj",),
+        replace(LAYOUT, right_block_size=16, right_of="gate_proj"),
+        r"up_proj: shares the B of model\.layers\.0\.mlp\.gate_proj, which is another linear in vLLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_linears_that_are_not_those_of_vllm(misfit):
+    layer, names, layout, said = MISFITS[misfit]
+    method = ArmorLinearMethod({LINEAR.format(name): layout for name in names})
+    with pytest.raises(Refused, match=said):
+        method.create_weights(layer, IN, layer.output_sizes, IN, layer.output_size, torch.float32)
 
 
 def test_another_version_of_vllm_is_one_line_and_nothing_is_registered(caplog, monkeypatch):
