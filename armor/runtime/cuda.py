@@ -123,7 +123,7 @@ def _form(own: Operands) -> tuple[Any, ...]:
     return own.group, own.columns, *(None if t is None else (t.dtype, t.shape[1:]) for t in tensors)
 
 
-def _side_by_side(outputs: Sequence[Tensor]) -> Tensor:
+def _side_by_side(outputs: list[Tensor]) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
