@@ -17,7 +17,8 @@ card's time without the host's, of which a decoding loop outside a graph has mor
 those of CPUs, and stay away.
 
 Groups: packed linears with one input, like q, k and v, or gate and up (block 64; bfloat16, int8, int4), in separate
-calls, in one, and in one with a B for all; in turn, on copies that exceed the cache as above, and dense.
+calls, in one, and in one with a B for all; in turn, on copies that exceed the cache as above, and dense. On a CUDA
+device by graphs, as above.
 
 Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.1 billion parameters, their checkpoints
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
@@ -205,16 +206,16 @@ def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -
     return records
 
 
-def weights_of_group(outs: list[int], columns: int) -> dict[str, list[list[list[Tensor]]]]:
-    """Of each kind the weights of a group of linears, as often as exceeds four times the last-level cache."""
+def weights_of_group(outs: list[int], columns: int, total: int, device: str) -> dict[str, list[list[list[Tensor]]]]:
+    """Of each kind the weights of a group of linears, as often as exceeds `total` bytes."""
     made = {"dense": [[torch.randn(out, columns).bfloat16()] for out in outs]}
     made["bfloat16"] = [packed(out, columns, 64) for out in outs]
     integers = [kinds_of_integers(out, columns) for out in outs]
     made |= {name: [own[f"armor {name}"] for own in integers] for name in ("int8", "int4")}
-    total, weights = 4 * last_level_cache_bytes(), {}
+    weights = {}
     for name, group_weights in made.items():
         count = max(2, math.ceil(total / sum(map(size_of, group_weights))))
-        weights[name] = [[[t.clone() for t in own] for own in group_weights] for _ in range(count)]
+        weights[name] = [[[t.to(device, copy=True) for t in own] for own in group_weights] for _ in range(count)]
     return weights
 
 
@@ -242,7 +243,7 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
     for name in ("bfloat16", "int8", "int4"):
         ways |= {f"{name}, separate": (name, separate), f"{name}, one call": (name, one_call)}
     ways["bfloat16, one call, one B"] = "bfloat16", one_right
-    weights = weights_of_group(outs, columns)
+    weights = weights_of_group(outs, columns, 4 * last_level_cache_bytes(), "cpu")
     records = []
     for rows in rows_list:
         x = torch.randn(rows, columns).bfloat16()
@@ -254,16 +255,53 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
                 taken = seconds(way(x, weights[kind][(turn * len(names) + place) % len(weights[kind])]))
                 if turn >= 0:
                     times[name].append(taken)
-        record: dict = {"group": group, "rows": rows}
-        record["microseconds"] = {name: round(median(own) * 1e6, 1) for name, own in times.items()}
-        record["speedup_over_dense"] = {name: ratio(times["dense"], own) for name, own in times.items()}
-        record["speedup_over_separate"] = {
-            name: ratio(times[f"{ways[name][0]}, separate"], own) for name, own in times.items() if "one" in name
+        records.append(summarize_group(group, rows, times))
+    return records
+
+
+def summarize_group(group: str, rows: int, times: dict[str, list[float]]) -> dict:
+    """The record of one group and number of rows, printed too. Of each way its kind comes first, then a comma."""
+    record: dict = {"group": group, "rows": rows}
+    record["microseconds"] = {name: round(median(own) * 1e6, 1) for name, own in times.items()}
+    record["speedup_over_dense"] = {name: ratio(times["dense"], own) for name, own in times.items()}
+    record["speedup_over_separate"] = {
+        name: ratio(times[f"{name.split(',')[0]}, separate"], own) for name, own in times.items() if "one" in name
+    }
+    print(f"{group}, {rows} rows: us {record['microseconds']}")
+    print(f"  over dense {record['speedup_over_dense']}")
+    print(f"  over separate calls {record['speedup_over_separate']}", flush=True)
+    return record
+
+
+@torch.inference_mode()
+def measure_group_on_card(group: str, rows_list: list[int]) -> list[dict]:
+    """As `measure_group`, on the current CUDA device."""
+    outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
+    total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
+    weights = weights_of_group(outs, columns, total, "cuda")
+    # Of each way, for each copy of the group, what multiplies with x.
+    ways = {"dense": [[partial(F.linear, weight=weight) for (weight,) in linears] for linears in weights.pop("dense")]}
+    for name, copied in weights.items():
+        groups = [[*map(operands, linears)] for linears in copied]
+        ways[f"{name}, separate"] = [[cuda.Joined([own], columns) for own in linears] for linears in groups]
+        ways[f"{name}, one call"] = [[cuda.Joined(linears, columns)] for linears in groups]
+        if name == "bfloat16":
+            shared = [[own._replace(right=linears[0].right) for own in linears] for linears in groups]
+            ways[f"{name}, one call, one B"] = [[cuda.Joined(linears, columns)] for linears in shared]
+    records = []
+    for rows in rows_list:
+        x = torch.randn(rows, columns, device="cuda").bfloat16()
+        graphs = {
+            name: captured(lambda copied=copied: [call(x) for calls in copied for call in calls])  # noqa: B023
+            for name, copied in ways.items()
         }
-        records.append(record)
-        print(f"{group}, {rows} rows: us {record['microseconds']}")
-        print(f"  over dense {record['speedup_over_dense']}")
-        print(f"  over separate calls {record['speedup_over_separate']}", flush=True)
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for turn in range(-1, 21):
+            for name, graph in random.sample(list(graphs.items()), len(graphs)):
+                taken = seconds_on_card(graph) / len(ways[name])
+                if turn >= 0:
+                    times[name].append(taken)
+        records.append(summarize_group(group, rows, times))
     return records
 
 
@@ -422,8 +460,8 @@ def main() -> None:
     one = partial(measure if device == "cpu" else measure_on_card, chosen=arguments.kinds)
     records = [record for shape in arguments.linears for record in one(shape, arguments.rows)]
     kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
-    groups = arguments.groups if device == "cpu" else []
-    together = [record for group in groups for record in measure_group(group, arguments.rows)]
+    of_group = measure_group if device == "cpu" else measure_group_on_card
+    together = [record for group in arguments.groups for record in of_group(group, arguments.rows)]
     result = {
         "machine": current_machine(device).model_dump() | kernel | {"own_time": arguments.own_time},
         "records": records,

@@ -5,14 +5,17 @@ packed values as they are. With more rows the products decide, and torch has the
 batched. A 2:4 core in 16 bits goes to sparse tensor cores, if the card and the shape allow. Else the core is made dense
 for the moment. Integers would have to be made floats for that, so a Triton kernel multiplies with them, in tiles.
 Nothing is kept beside the packed values: CUTLASS takes them as they are, with the mask in its own order. What
-cuSPARSELt compresses for itself is dropped after use. Only very many rows pay for that. Where Triton is not installed
-linears run through torch. docs/KERNELS.md tells more.
+cuSPARSELt compresses for itself is dropped after use. Only very many rows pay for that. Linears with one input are
+multiplied together (`Joined`). Where Triton is not installed linears run through torch. docs/KERNELS.md tells more.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate, groupby
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +29,7 @@ from armor.execution.log import log
 from armor.runtime import operator
 from armor.runtime.operator import Operands
 
-__all__ = ["GROUP", "TYPES", "available", "linear", "multiply", "supports", "unpack"]
+__all__ = ["GROUP", "TYPES", "Joined", "available", "linear", "multiply", "supports", "unpack"]
 
 GROUP = 16
 """Columns that the kernels multiply with one scale at least: a group of integers is a multiple, or the whole row."""
@@ -78,11 +81,57 @@ def multiply(x: Tensor, operands: Operands) -> Tensor:
     each other.
     """
     operator.check_shapes(x, operands)
-    vectors, own = x.reshape(-1, x.shape[-1]).contiguous(), operator.contiguous(operands)
-    many = _through_torch if own.core_scales is None else _in_tiles
+    return _together(x, [operator.contiguous(operands)])
+
+
+def _together(x: Tensor, parts: Sequence[Operands]) -> Tensor:
+    """x (..., in) times contiguous linears of one form: their outputs (..., out), side by side."""
+    vectors = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        y = (_packed if 0 < len(vectors) <= _FEW_ROWS else many)(vectors, own)
-    return y.view(*x.shape[:-1], len(own.values))
+        y = (_packed if 0 < len(vectors) <= _FEW_ROWS else _one_by_one)(vectors, parts)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+class Joined:
+    """Linears with one input, made ready once. Their outputs are side by side in one tensor.
+
+    Those beside each other that are of one form (types, pattern, block sizes) are multiplied together: a few rows of x
+    in two launches. Linears with the same tensor B, and so its scales, share B x. Tensors that later take the place of
+    these are not seen. No gradient goes through.
+    """
+
+    def __init__(self, operands: Sequence[Operands], columns: int) -> None:
+        """`columns` are the input channels of each. Ask what `multiply` says of each first.
+
+        Raises ValueError if shapes do not fit each other.
+        """
+        for own in operands:
+            operator.check_shapes(own.values.new_empty(0, columns), own)
+        self._columns, self.out_features = columns, sum(len(own.values) for own in operands)
+        self._runs = [list(run) for _, run in groupby(map(operator.contiguous, operands), _form)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out). Raises ValueError for another `in`."""
+        if x.shape[-1] != self._columns:
+            raise ValueError(f"x of {x.shape[-1]} columns, expected {self._columns}")
+        return _side_by_side([_together(x, run) for run in self._runs])
+
+
+def _form(own: Operands) -> tuple[Any, ...]:
+    """What linears multiplied together have in common: all but their output channels and their numbers."""
+    tensors = (*own[:5], *own[6:9])
+    return own.group, own.columns, *(None if t is None else (t.dtype, t.shape[1:]) for t in tensors)
+
+
+def _side_by_side(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _holders(parts: Sequence[Operands]) -> tuple[list[Operands], list[int]]:
+    """A linear for each distinct B (or for none), and for each of `parts` the index of the one that has its B."""
+    holders = list({id(own.right): own for own in parts}.values())
+    places = {id(own.right): place for place, own in enumerate(holders)}
+    return holders, [places[id(own.right)] for own in parts]
 
 
 def _run(x: Tensor, *operands: Any) -> Tensor:
@@ -92,25 +141,36 @@ def _run(x: Tensor, *operands: Any) -> Tensor:
 linear = operator.register("cuda", _run)
 
 
-def _packed(x: Tensor, own: Operands) -> Tensor:
+def _packed(x: Tensor, parts: Sequence[Operands]) -> Tensor:
     """The Triton kernels, for a few rows: x (rows, in) -> (rows, out)."""
     kernels = _kernels()
     assert kernels is not None  # `available` said so
-    (rows, columns), out, kept = x.shape, len(own.values), _kept(own, x.shape[1])
-    padded = 1 << (rows - 1).bit_length()
+    (rows, columns), sizes, own = x.shape, [len(own.values) for own in parts], parts[0]
+    kept, padded = _kept(own, columns), 1 << (rows - 1).bit_length()
+    holders, inputs = _holders(parts)
     if own.right is not None:
-        size, transformed = own.right.shape[-1], torch.empty_like(x)
-        kernels.blocks[_grid(columns, size)](
-            x, own.right, own.right_scales, transformed, rows, columns, size, ROWS=padded
+        transformed, size = x.new_empty(len(holders), rows, columns), own.right.shape[-1]
+        rights, scales = _each(holders, "right"), _each(holders, "right_scales")
+        kernels.blocks[_grid(len(holders) * columns, size)](
+            x, rights, scales, transformed, rows, columns, size, FORM=f"{len(holders)} {own.right.dtype}", ROWS=padded
         )
         x = transformed
-    size = out if own.left is None else own.left.shape[-1]
+    out, size = sum(sizes), math.gcd(*sizes) if own.left is None else own.left.shape[-1]
     y, finished = x.new_empty(rows, out), torch.zeros(out // size, dtype=torch.int32, device=x.device)
     z = y if own.left is None else torch.empty_like(y)
-    packed = own.values, own.bits, _places(x.device), own.core_scales, own.left, own.left_scales, own.bias
-    sizes = rows, columns, out, kept, size, own.columns or columns
-    kernels.core[_grid(out, size)](x, *packed, z, y, finished, *sizes, KEPT=kept * 8 // columns, ROWS=padded)
+    kernels.core[_grid(out, size)](
+        x, tuple(inputs), tuple(accumulate(sizes[:-1], initial=0)),
+        _each(parts, "values"), _each(parts, "bits"), _places(x.device), _each(parts, "core_scales"),
+        _each(parts, "left"), _each(parts, "left_scales"), _each(parts, "bias"), z, y, finished,
+        rows, columns, out, kept, size, own.columns or columns,
+        FORM=f"{len(parts)} {own.values.dtype} {None if own.left is None else own.left.dtype}",
+        KEPT=kept * 8 // columns, ROWS=padded,
+    )  # fmt: skip
     return y
+
+
+def _each(parts: Sequence[Operands], name: str) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(own, name) for own in parts)
 
 
 def _grid(dimension: int, size: int, row_tiles: int = 1):
@@ -123,14 +183,28 @@ def _kept(own: Operands, columns: int) -> int:
     return columns // 2 if own.values.dtype == torch.uint8 else own.values.shape[1]
 
 
-def _in_tiles(x: Tensor, own: Operands) -> Tensor:
-    """Integers and many rows, a launch for each factor: x (rows, in) -> (rows, out)."""
-    columns, bias = x.shape[1], None if own.left is not None else own.bias
-    if own.right is not None:
-        x = _block_product(x, own.right, own.right_scales, None)
-    sizes = len(own.values), columns, _kept(own, columns), own.columns
-    y = _product(x, own.values, own.bits, own.core_scales, bias, *sizes)
-    return y if own.left is None else _block_product(y, own.left, own.left_scales, own.bias)
+def _one_by_one(x: Tensor, parts: Sequence[Operands]) -> Tensor:
+    """Many rows, (rows, in) -> (rows, out): B x once for all that share B, the rest of each part by itself."""
+    rest = _through_torch if parts[0].core_scales is None else _in_tiles
+    holders, places = _holders(parts)
+    inputs = [_times_right(x, own) for own in holders]
+    return _side_by_side([rest(inputs[place], own) for own, place in zip(parts, places, strict=True)])
+
+
+def _times_right(x: Tensor, own: Operands) -> Tensor:
+    """B x, (rows, in)."""
+    if own.right is None:
+        return x
+    if own.core_scales is None:
+        return blockdiag.multiply(own.right, x)
+    return _block_product(x, own.right, own.right_scales, None)
+
+
+def _in_tiles(u: Tensor, own: Operands) -> Tensor:
+    """Integers, a launch for each factor: u = B x (rows, in) -> (rows, out)."""
+    sizes, bias = (len(own.values), u.shape[1], _kept(own, u.shape[1]), own.columns), own.bias
+    z = _product(u, own.values, own.bits, own.core_scales, bias if own.left is None else None, *sizes)
+    return z if own.left is None else _block_product(z, own.left, own.left_scales, bias)
 
 
 def _block_product(x: Tensor, blocks: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -181,11 +255,10 @@ def unpack(values: Tensor, bits: Tensor, columns: int) -> Tensor:
     return dense
 
 
-def _through_torch(x: Tensor, own: Operands) -> Tensor:
-    """torch's products, for many rows of floats: x (rows, in) -> (rows, out)."""
-    u = x if own.right is None else blockdiag.multiply(own.right, x)
+def _through_torch(u: Tensor, own: Operands) -> Tensor:
+    """Floats, by torch's products: u = B x (rows, in) -> (rows, out)."""
     core = _semi_structured(u, own.values, own.bits, own.group)
-    z = F.linear(u, unpack(own.values, own.bits, x.shape[1]) if core is None else core)
+    z = F.linear(u, unpack(own.values, own.bits, u.shape[1]) if core is None else core)
     y = z if own.left is None else blockdiag.multiply(own.left, z)
     return y if own.bias is None else y + own.bias
 

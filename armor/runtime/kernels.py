@@ -18,6 +18,10 @@ Waiting for it inside one launch hangs where not all programs fit on the card at
 block of A would leave most of the card idle (4096 rows in blocks of 128 are 32 programs). So programs take a few rows
 each, and the one that is last to finish in its block of A multiplies by it: nobody waits. The first launch needs no
 such care; both are tuned for each shape when it first comes.
+
+Linears with one input, such as q, k and v, are parts of one: their outputs lie side by side, and the programs of all
+are those of one launch. Tensors that each part has of its own come as tuples. A program picks those of its part by
+comparing numbers, which no memory is read for.
 """
 
 from __future__ import annotations
@@ -64,6 +68,16 @@ def _weights(values, bits, row, column, columns, kept, inside, KEPT: tl.constexp
 
 
 @triton.jit
+def _of(part, parts):
+    """Of a tuple with an entry for each part that of `part`; None where they are None."""
+    found = parts[0]
+    if found is not None:
+        for i in tl.static_range(1, len(parts)):  # pyright: ignore[reportGeneralTypeIssues]  Triton's own loop
+            found = tl.where(part == i, parts[i], found)
+    return found
+
+
+@triton.jit
 def _block_rows(
     x, matrices, scales, block, first, rows, dimension, size,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
@@ -94,36 +108,56 @@ def _block_rows(
     return product
 
 
-@triton.autotune(_BLOCK_CONFIGS, key=["dimension", "size", "ROWS"])
+@triton.autotune(_BLOCK_CONFIGS, key=["dimension", "size", "FORM", "ROWS"])
 @triton.jit
-def blocks(x, matrices, scales, y, rows, dimension, size, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
-    """y = D x for x (rows, dimension), D block diagonal, of `matrices` and `scales` (dimension,) or None.
+def blocks(
+    x, matrices, scales, y, rows, dimension, size,
+    FORM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """y (parts, rows, dimension) = D x of each part, for x (rows, dimension) and D block diagonal.
 
-    Grid: dimension/size · ceil(size/TILE).
+    Of each part: `matrices` (dimension/size, size, size), `scales` (dimension,) or None. FORM is for the tuner, which
+    does not look into tuples. Grid: parts · dimension/size · ceil(size/TILE).
     """
     tiles = tl.cdiv(size, TILE)
     block, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
-    total = _block_rows(x, matrices, scales, block, first, rows, dimension, size, ROWS, TILE, STEP)
+    part, block = block // (dimension // size), block % (dimension // size)
+    own, own_scales = _of(part, matrices), _of(part, scales)
+    total = _block_rows(x, own, own_scales, block, first, rows, dimension, size, ROWS, TILE, STEP)
     row, o = tl.arange(0, ROWS)[:, None], (first + tl.arange(0, TILE))[None, :]
-    tl.store(y + row * dimension + block * size + o, total.to(y.dtype.element_ty), mask=(row < rows) & (o < size))
+    where = (part * rows + row) * dimension + block * size + o
+    tl.store(y + where, total.to(y.dtype.element_ty), mask=(row < rows) & (o < size))
 
 
-@triton.autotune(_CORE_CONFIGS, key=["columns", "out", "size", "ROWS"], reset_to_zero=["finished"])
+@triton.autotune(_CORE_CONFIGS, key=["columns", "out", "size", "FORM", "ROWS"], reset_to_zero=["finished"])
 @triton.jit
 def core(
-    x, values, bits, places, scales, left, left_scales, bias, z, y, finished,
+    x, inputs, starts, values, bits, places, scales, left, left_scales, bias, z, y, finished,
     rows, columns, out, kept, size, group,
-    KEPT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    FORM: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """y = A (S x) + bias for x (rows, columns). Grid: out/size · ceil(size/TILE).
+    """y (rows, out) = A (S u) + bias of each part, side by side. Grid: out/size · ceil(size/TILE).
 
-    S is `values` (out, kept) and `bits` (out, ceil(columns/8)), KEPT values to a full byte; `places` (256,) int32 has
-    three bits for each of them, its column. `scales` (out, ceil(columns/group)) or None; a byte's columns share one.
-    `left` (out/size, size, size) or None, and size is then any divisor of out; `left_scales` (out,) or None.
-    `z` (rows, out) is scratch, `finished` (out/size,) int32 zero.
+    Of each part, of o outputs: which of x (·, rows, columns) its u is (`inputs`), and the first column of y that is its
+    own (`starts`, ascending multiples of `size`). S is `values` (o, kept) and `bits` (o, ceil(columns/8)), KEPT values
+    to a full byte; `places` (256,) int32 has three bits for each of them, its column. `scales` (o, ceil(columns/group))
+    or None; a byte's columns share one. `left` (o/size, size, size) or None, and size is then any divisor of o;
+    `left_scales` (o,) or None; `bias` (o,) or None. `z` (rows, out) is scratch, `finished` (out/size,) int32 zero.
+    FORM is for the tuner, which does not look into tuples.
     """
     tiles = tl.cdiv(size, TILE)
     block, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * TILE
+    finished += block
+    part = 0
+    for i in tl.static_range(1, len(starts)):  # pyright: ignore[reportGeneralTypeIssues]  Triton's own loop
+        part += (block * size >= starts[i]).to(tl.int32)
+    start = _of(part, starts)
+    block -= start // size
+    x += _of(part, inputs) * rows * columns
+    y += start
+    z += start
+    values, bits, scales, bias = _of(part, values), _of(part, bits), _of(part, scales), _of(part, bias)
+    left, left_scales = _of(part, left), _of(part, left_scales)
     row, local = tl.arange(0, ROWS), first + tl.arange(0, TILE)
     o = block * size + local
     per_row = tl.cdiv(columns, 8)
@@ -159,7 +193,7 @@ def core(
     else:
         tl.store(z + where, product.to(z.dtype.element_ty), mask=inside)
         tl.debug_barrier()  # all threads have stored; the counter's release and acquire carry that to the last program
-        if tl.atomic_add(finished + block, 1, sem="acq_rel") == tiles - 1:
+        if tl.atomic_add(finished, 1, sem="acq_rel") == tiles - 1:
             for first_row in range(0, size, TILE):
                 y_local = first_row + tl.arange(0, TILE)
                 y_column = block * size + y_local

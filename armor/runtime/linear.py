@@ -35,7 +35,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, integers, operator
 from armor.runtime.no_weight import NoWeight, NoWeightError
 from armor.runtime.operator import Operands
-from armor.runtime.product import gathered, multiply, operands_of, supports, through
+from armor.runtime.product import gathered, multiply, supports, through
 from armor.runtime.ready import Ready
 
 __all__ = ["ArmorLinear", "know_each_other"]
@@ -178,7 +178,8 @@ class ArmorLinear(nn.Linear):
 
     def _operands(self, x: Tensor) -> Operands | None:
         """What the CPU's kernel multiplies x with, but for the pair of low rank; None where it cannot."""
-        return operands_of(self.layout, x, *self._tensors())
+        own = gathered(self.layout, *self._tensors())
+        return own if own is not None and x.device.type == "cpu" and supports(self.layout, x, own) else None
 
     @staticmethod
     def grouped(x: Tensor, counts: Sequence[int], linears: Sequence[Sequence[nn.Module]]) -> list[Tensor] | None:

@@ -15,7 +15,7 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, integers
 from armor.runtime.operator import Operands
 
-__all__ = ["gathered", "multiply", "operands_of", "supports", "through"]
+__all__ = ["gathered", "multiply", "supports", "through"]
 
 
 def gathered(
@@ -44,15 +44,6 @@ def supports(layout: PackedLinear, x: Tensor, own: Operands) -> bool:
     if x.device.type == "cuda":
         return cuda.supports(x, *own[:5], group=own.group)
     return cpu.supports(x, *own[:5])
-
-
-def operands_of(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Operands | None:
-    """What the CPU's kernel multiplies x with for a linear of `layout`; None where it cannot.
-
-    The tensors are those that `multiply` takes.
-    """
-    own = gathered(layout, *tensors)
-    return own if own is not None and x.device.type == "cpu" and supports(layout, x, own) else None
 
 
 def multiply(layout: PackedLinear, x: Tensor, *tensors: Tensor | None) -> Tensor:

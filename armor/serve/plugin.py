@@ -43,8 +43,8 @@ from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[report
 from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
-from armor.runtime import cpu
-from armor.runtime.product import multiply, operands_of
+from armor.runtime import cpu, cuda
+from armor.runtime.product import gathered, multiply, supports
 from armor.serve.check import Refused, check
 from armor.serve.cut import Piece, cut
 from armor.serve.experts import ArmorExpertsMethod
@@ -129,7 +129,8 @@ class ArmorLinearMethod(LinearMethodBase):
         self.layouts = layouts
         self.parts: list[Piece] = []
         self.awaited: set[tuple[int, str]] = set()
-        self.joined: dict[tuple[torch.dtype, bool], cpu.Joined | None] = {}  # by x's dtype, and with a bias or not
+        # By x's dtype, and with a bias or not.
+        self.joined: dict[tuple[torch.dtype, bool], cpu.Joined | cuda.Joined | None] = {}
 
     def create_weights(
         self,
@@ -216,8 +217,8 @@ class ArmorLinearMethod(LinearMethodBase):
         self.joined.clear()  # of the weights before, where they are loaded anew
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) -> (..., out), the outputs of the parts side by side; on a CPU by one call of the kernel."""
-        if x.device.type == "cpu" and torch.compiler.is_compiling():
+        """x (..., in) -> (..., out), the outputs of the parts side by side; by one call where the kernels take all."""
+        if x.device.type in ("cpu", "cuda") and torch.compiler.is_compiling():
             return torch.ops.armor.vllm_linear(x, bias, layer.prefix, sum(part.out_features for part in self.parts))
         return self.multiply(layer, x, bias)
 
@@ -241,16 +242,16 @@ class ArmorLinearMethod(LinearMethodBase):
                 outputs.append(y)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _join(self, layer: Any, x: Tensor, bias: Tensor | None) -> cpu.Joined | None:
-        """All parts as one call of the CPU's kernel on what is like x; None where it does not take each of them."""
+    def _join(self, layer: Any, x: Tensor, bias: Tensor | None) -> cpu.Joined | cuda.Joined | None:
+        """All parts as one call on what is like x; None where the kernels of its device do not take each of them."""
         operands = []
         for part, own in zip(self.parts, self._tensors(layer, bias), strict=True):
             layout = part.packed
-            found = None if layout is None or layout.rank else operands_of(layout, x, *own)
-            if found is None:
+            found = None if layout is None or layout.rank else gathered(layout, *own)
+            if layout is None or found is None or not supports(layout, x, found):
                 return None
             operands.append(found)
-        return cpu.Joined(operands, x.shape[-1])
+        return (cuda if x.device.type == "cuda" else cpu).Joined(operands, x.shape[-1])
 
     def _tensors(self, layer: Any, bias: Tensor | None) -> list[list[Any]]:
         """What `armor.runtime.linear.multiply` takes of each part, behind x."""
@@ -278,7 +279,8 @@ def _by_name(x: Tensor, bias: Tensor | None, prefix: str, out: int) -> Tensor:
 # A linear as torch.compile sees it: one call, with the layer's name for its tensors. torch.library.custom_op, or lists
 # of tensors, would cost more than a small linear takes (docs/log/serving.md).
 LIBRARY.define("vllm_linear(Tensor x, Tensor? bias, str prefix, int out) -> Tensor")
-LIBRARY.impl("vllm_linear", _by_name, "CPU")
+for key in ("CPU", "CUDA"):
+    LIBRARY.impl("vllm_linear", _by_name, key)
 torch.library.register_fake(
     "armor::vllm_linear", lambda x, bias, prefix, out: x.new_empty(*x.shape[:-1], out), lib=LIBRARY
 )

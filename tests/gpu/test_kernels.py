@@ -45,6 +45,14 @@ INTEGERS = [  # and the type of the core, that of the blocks, and the columns th
     (18, 24, 9, 6, "3:4", "int8", "int8", 96),
     (7, 140, None, None, "2:4", "int8", None, 64),
 ]
+JOINED = [  # outs of linears with one input, and the rest as above, for floats and for integers
+    ((24, 8, 16), 36, 8, 18, "2:4"),
+    ((12, 20), 20, None, 4, "2:4"),
+    ((22, 11), 50, 11, None, "1:2"),
+    ((24, 12), 40, 12, 20, "2:4", "int8", "int8", 16),
+    ((18, 9), 24, 9, 12, "2:4", "int4", "int8", 24),
+    ((14, 21), 44, None, 22, "2:4", "int4", None, 16),
+]
 
 
 def one_config(monkeypatch, number):
@@ -88,6 +96,22 @@ def of_integers(shape, dtype):
     return Operands(values, bits, left, right, bias, group, *scales, columns=shape[-1]), factors.to(DEVICE).in_floats()
 
 
+def joined(shape, dtype, shares_right):
+    """The operands of linears of `JOINED`, and of each the dense core and blocks in floats."""
+    outs, *rest = shape
+    if len(rest) > 4:
+        operands, held = zip(*(of_integers((out, *rest), dtype) for out in outs), strict=True)
+        factors = [(own.core, own.left, own.right) for own in held]
+    else:
+        operands = [Operands(*on_device(*random_linear(out, *rest, dtype, bias=True))) for out in outs]
+        factors = [(unpack(own.values, own.bits, rest[0])[0], own.left, own.right) for own in operands]
+    if shares_right:
+        first, right = operands[0], factors[0][2]
+        operands = [own._replace(right=first.right, right_scales=first.right_scales) for own in operands]
+        factors = [(core, left, right) for core, left, _ in factors]
+    return operands, factors
+
+
 def some(rows, number, dtype):
     """All on a card. The interpreter is slow: for each shape, by its number, and dtype one of them, in turn."""
     return [rows[(len(DTYPES) * number + DTYPES.index(dtype)) % len(rows)]] if INTERPRETED else rows
@@ -121,6 +145,60 @@ def test_a_linear_of_integers_is_its_twin_within_rounding(shape, dtype, whole_pr
             one_config(monkeypatch, rows)
             y = cuda.multiply(x, operands)
         assert y.dtype == dtype and ((y.double() - expected).abs() <= bound).all(), f"{rows} rows"
+
+
+@pytest.mark.parametrize("number", range(len(JOINED)))
+def test_joined_linears_are_their_twins_side_by_side(number, whole_products):
+    shape, dtype = JOINED[number], DTYPES[number % len(DTYPES)]
+    for rows, shares_right in (([1, 3, 5, 2, 4, 8][number], number % 2 == 1), (9, number % 2 == 0)):
+        operands, factors = joined(shape, dtype, shares_right)
+        x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            one_config(monkeypatch, rows)
+            y = cuda.Joined(operands, shape[1])(x)
+            apart = torch.cat([cuda.multiply(x, own) for own in operands], dim=1)
+        assert y.dtype == dtype and y.shape == apart.shape
+        if INTERPRETED:  # a compiler may sum in another order
+            assert torch.equal(y, apart), f"{rows} rows"
+        for own, parts, found in zip(operands, factors, y.split(shape[0], dim=1), strict=True):
+            expected, bound = product_within(x, *parts, own.bias, ulps(dtype))
+            slack = bound + (2.0**-12 * expected.abs().amax() if rows > 8 else 0)  # torch's products round inside
+            assert ((found.double() - expected).abs() <= slack).all(), f"{rows} rows"
+
+
+@pytest.mark.parametrize(("shares_right", "programs"), [(False, [18, 6]), (True, [6, 6])])
+def test_joined_linears_are_two_launches_the_first_with_each_b_once(shares_right, programs, monkeypatch):
+    one_config(monkeypatch, 0)
+    launched = []
+    for kernel in (kernels.blocks, kernels.core):
+
+        def run(*tensors, grid, run=kernel.run, **options):
+            launched.append(grid({"TILE": 8})[0])
+            return run(*tensors, grid=grid, **options)
+
+        monkeypatch.setattr(kernel, "run", run)
+    operands, _ = joined(JOINED[0], torch.float32, shares_right)
+    cuda.Joined(operands, 36)(torch.randn(1, 36, device=DEVICE))
+    assert launched == programs
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 0)], ids=str)
+def test_linears_of_other_forms_are_joined_too(lead, monkeypatch, whole_products):
+    one_config(monkeypatch, 1)
+    shapes = [(16, 64, 16, 32, "2:4"), (8, 64, 8, 32, "2:4"), (7, 64, None, None, "3:4"), (8, 64, 8, 32, "2:4")]
+    operands = [Operands(*on_device(*random_linear(*shape, torch.float32))) for shape in shapes]
+    operands += [of_integers((16, 64, 16, 64, "2:4", core, "int8", 32), torch.float32)[0] for core in ("int8", "int4")]
+    x = torch.randn(*lead, 64, device=DEVICE)
+    y = cuda.Joined(operands, 64)(x)
+    torch.testing.assert_close(y, torch.cat([cuda.multiply(x, own) for own in operands], dim=-1))
+
+
+def test_joined_linears_refuse_what_does_not_fit():
+    operands, _ = joined(JOINED[0], torch.float32, True)
+    with pytest.raises(ValueError, match="32 columns, expected 36"):
+        cuda.Joined(operands, 36)(torch.randn(1, 32, device=DEVICE))
+    with pytest.raises(ValueError, match="right"):
+        cuda.Joined(operands, 40)
 
 
 @pytest.mark.parametrize("number", range(len(kernels._CORE_CONFIGS)))

@@ -26,6 +26,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 FLOATS = ("x", "bias", "y", "z", "dense")
 NUMBERS = ("values", "left", "matrices")
 SCALES = ("scales", "left_scales")
+OF_PARTS = {  # what comes as tuples
+    "blocks": ("matrices", "scales"),
+    "core": ("inputs", "starts", "values", "bits", "scales", "left", "left_scales", "bias"),
+}
 
 
 @needs_triton
@@ -40,19 +44,19 @@ def test_the_kernels_compute_the_linear_in_tritons_interpreter():
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets, it does not compile")
 @pytest.mark.parametrize(
-    ("name", "numbers", "capabilities"),
+    ("name", "numbers", "parts", "capabilities"),
     [
-        ("blocks", "bf16", (80, 90, 120)),
-        ("core", "bf16", (80, 90, 120)),
-        ("unpack", "bf16", (80, 90, 120)),
-        ("blocks", "i8", (120,)),
-        ("core", "i8", (90,)),
-        ("core", "u8", (80,)),
-        ("product", "i8", (80, 120)),
-        ("product", "u8", (90,)),
+        ("blocks", "bf16", 1, (80, 90, 120)),
+        ("core", "bf16", 3, (80, 90, 120)),
+        ("unpack", "bf16", 1, (80, 90, 120)),
+        ("blocks", "i8", 3, (120,)),
+        ("core", "i8", 1, (90,)),
+        ("core", "u8", 2, (80,)),
+        ("product", "i8", 1, (80, 120)),
+        ("product", "u8", 1, (90,)),
     ],
 )
-def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, capabilities, tmp_path, monkeypatch):
+def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, parts, capabilities, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -63,10 +67,17 @@ def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, capabili
     pointers = dict.fromkeys(FLOATS, "*bf16") | {"bits": "*u8", "places": "*i32", "finished": "*i32"}
     pointers |= dict.fromkeys(NUMBERS, f"*{numbers}") | ({} if numbers == "bf16" else dict.fromkeys(SCALES, "*bf16"))
     constants = {"KEPT": 4, "ROWS": 16 if name == "product" else 2, "TILE": 32 if name == "product" else 8, "STEP": 32}
+    constants["FORM"] = ""
     constants |= {key: None for key in SCALES if key not in pointers}
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {key: "constexpr" if key in constants else pointers.get(key, "i32") for key in function.arg_names}
-    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()})
+    values = {(function.arg_names.index(key),): value for key, value in constants.items()}
+    for key in OF_PARTS.get(name, ()):
+        place, signature[key] = function.arg_names.index(key), (signature[key],) * parts
+        if key in constants:
+            values |= {(place, part): values[place,] for part in range(parts)}
+            del values[place,]
+    source = ASTSource(function, signature, values)
     for capability in capabilities:
         assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
