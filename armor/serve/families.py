@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.core.errors import ArmorError
-from armor.runtime.load import read_config
 
-__all__ = ["SERVED", "check_family"]
+__all__ = ["SERVED", "check_family", "check_type"]
 
 SERVED = (
     "cohere",
@@ -51,14 +50,23 @@ SERVED = (
 INSTEAD = "serve the dense model that armor export makes, or leave vLLM out: transformers' server takes every type"
 
 
+def check_type(model_type: str, place: str) -> None:
+    """Raises ArmorError, which names `place`, where vLLM was not tested with packed models of this type."""
+    if model_type not in SERVED:
+        raise ArmorError(
+            f"{place}: model_type {model_type}: not tested packed in vLLM, expected a type of docs/SERVING.md; "
+            f"{INSTEAD}"
+        )
+
+
 def check_family(folder: Path | str) -> None:
-    """Raises ArmorError where vLLM was not tested with packed models of the type that `folder`'s config.json names."""
-    config = read_config(folder)
-    place = f"{Path(folder) / 'config.json'}: model_type {config.model_type}"
-    if config.model_type not in SERVED:
-        raise ArmorError(f"{place}: not tested packed in vLLM, expected a type of docs/SERVING.md; {INSTEAD}")
+    """Raises ArmorError where vLLM was not tested with packed models of the kind that `folder`'s config.json names."""
+    from armor.runtime.load import read_config  # not where a workflow is only planned
+
+    config, file = read_config(folder), Path(folder) / "config.json"
+    check_type(config.model_type, str(file))
     if config.model_type == "falcon" and (config.new_decoder_architecture or not config.multi_query):
         raise ArmorError(
-            f"{place}: found q, k and v of several heads in turn in query_key_value, which vLLM takes apart only if "
-            f"dense; expected multi_query without new_decoder_architecture; {INSTEAD}"
+            f"{file}: model_type falcon: found q, k and v of several heads in turn in query_key_value, which vLLM "
+            f"takes apart only if dense; expected multi_query without new_decoder_architecture; {INSTEAD}"
         )

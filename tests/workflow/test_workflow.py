@@ -62,6 +62,17 @@ def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, 
     assert "benchmarks.serve.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
 
 
+def test_a_model_that_vllm_was_not_tested_with_is_refused_once_it_is_inspected(run, tmp_path):
+    folder = tmp_path / "results/tiny"
+    folder.mkdir(parents=True)
+    shutil.copy(run.folder / "results/tiny/source.json", folder)
+    told = json.loads((run.folder / "results/tiny/model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(told | {"model_type": "stablelm"}))
+    done = Run(tmp_path, run.edited(benchmarks__serve__engine="vllm")).snakemake("--dry-run")
+    said = "benchmarks.serve.engine, model tiny: model_type stablelm: not tested packed in vLLM, expected a type of"
+    assert done.returncode == 1 and said in done.stdout + done.stderr
+
+
 def test_snakemake_announces_a_job_by_the_name_that_the_status_gives_it(run):
     """And by nothing else: its inputs may be hundreds of files. The stages before a checkpoint hide those behind it."""
     behind = "calibrate factorize assemble evaluate benchmark report".split()

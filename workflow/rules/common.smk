@@ -24,6 +24,7 @@ from armor.run.progress import typed
 from armor.run.stages import CLUSTER_CORES, STAGES
 from armor.run.status import read_status, start_run, summary
 from armor.serve.engine import check_asked
+from armor.serve.families import check_type
 
 # The `armor` of this Python, also in jobs whose shell has another one.
 os.environ.update(
@@ -136,6 +137,7 @@ def jobs_known(stage, names=()):
             checkpoints.inspect.get(model=model)
             brought(R.topology(model))
             check_modules(model, recipe)
+            check_served(model)
     found = list(jobs_of(SETTINGS, stage, HERE, names))
     again_if_interrupted(found)
     again_if_unknown(found)
@@ -180,6 +182,17 @@ def check_modules(model, recipe):
         check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
+
+
+@cache
+def check_served(model):
+    """Refuse to serve packed what vLLM was not tested with, before it is made."""
+    for job in jobs_of(SETTINGS, "serving", HERE):
+        if job.names[0] == model and any(maker == "assemble" for _, maker, _ in job.inputs(SETTINGS)):
+            try:
+                check_type(read_topology(HERE, model).model_type, f"benchmarks.{job.names[1]}.engine, model {model}")
+            except ArmorError as error:
+                raise WorkflowError(str(error)) from None
 
 
 def needed(stage, name=None, by=None):
