@@ -23,8 +23,8 @@ from armor.serve.server import environment, vllm_command
 
 __all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"]
 
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-"""What vLLM is told where the user does not say it; on a CPU as many threads as the job has."""
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
+"""What vLLM is told where the user does not say it."""
 CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+(?:\n  .+)?)$", re.MULTILINE)
 """The first error of a traceback, in a line of vLLM's log or alone: those after it come from it. What pydantic found
 stands in the line below."""
