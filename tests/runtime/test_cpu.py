@@ -66,7 +66,7 @@ def test_linears_in_one_call_give_the_bits_of_separate_calls(dtype, level):
     ]
     threads = torch.get_num_threads()
     try:
-        for group, rows in ((group, rows) for group in groups for rows in (1, 3, 8, 17, 70, 300)):
+        for group, rows in ((group, rows) for group in groups for rows in (1, 3, 8, 12, 17, 70, 300)):
             x = torch.randn(rows, 300).to(dtype)
             expected = [cpu.multiply(x, own, level) for own in group]
             for count in (1, 3):
@@ -152,7 +152,7 @@ def with_threads(multiply):
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 31, 32, 300, 773])
+@pytest.mark.parametrize("rows", [1, 6, 8, 9, 16, 31, 32, 300, 773])
 def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
     operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)

@@ -173,6 +173,67 @@ static inline vec gather(vec low, vec high, vec index) {
     return words(
         _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_castps_si512(index), _mm512_castps_si512(high)));
 }
+/* The values of four rows of a 2:4 core in 64 columns: w[2 p + h] has in its quarter q those of the rows, one after the
+ * other, for group 8 p + 2 q + h. */
+static inline void load_quads(vec w[4], const char *const rows[4], int64_t at) {
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i a = _mm512_loadu_si512(rows[0] + at), b = _mm512_loadu_si512(rows[1] + at);
+    const __m512i c = _mm512_loadu_si512(rows[2] + at), d = _mm512_loadu_si512(rows[3] + at);
+    const vec ab = words(_mm512_permutex2var_epi64(a, low, b)), cd = words(_mm512_permutex2var_epi64(c, low, d));
+    const vec ab_high = words(_mm512_permutex2var_epi64(a, high, b)), cd_high = words(_mm512_permutex2var_epi64(c, high, d));
+    w[0] = _mm512_shuffle_ps(ab, cd, 0x88);
+    w[1] = _mm512_shuffle_ps(ab, cd, 0xdd);
+    w[2] = _mm512_shuffle_ps(ab_high, cd_high, 0x88);
+    w[3] = _mm512_shuffle_ps(ab_high, cd_high, 0xdd);
+}
+/* Which bytes of a quarter of x, which has two groups of columns, the values of load_quads meet. A lane of `bits` has
+ * the mask of its row: in the lowest byte of groups 2 q and 2 q + 1, in the next of 8 + 2 q and 8 + 2 q + 1. */
+static inline void quad_index(vec index[4], const uint8_t *const rows[4], int64_t at) {
+    const __m512i first = /* the bytes of the two kept columns for bits 0 .. 15 of the mask of the first group */
+        _mm512_setr_epi32(0, 0, 0, 0x03020100, 0, 0x05040100, 0x05040302, 0, 0, 0x07060100, 0x07060302, 0, 0x07060504, 0, 0, 0);
+    const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(0x08080808));
+    const __m512i turns =
+        _mm512_setr_epi32(0x0400, 0x0c08, 0x1410, 0x1c18, 0x0501, 0x0d09, 0x1511, 0x1d19, 0x0602, 0x0e0a, 0x1612, 0x1e1a,
+                          0x0703, 0x0f0b, 0x1713, 0x1f1b);
+    int64_t m[4];
+    for (int i = 0; i < 4; i++) memcpy(&m[i], rows[i] + at, sizeof *m);
+    const __m512i bits = _mm512_permutexvar_epi8(turns, _mm512_castsi256_si512(_mm256_setr_epi64x(m[0], m[1], m[2], m[3])));
+    index[0] = words(_mm512_permutexvar_epi32(bits, first)); /* which reads four bits */
+    index[1] = words(_mm512_permutexvar_epi32(_mm512_srli_epi32(bits, 4), second));
+    index[2] = words(_mm512_permutexvar_epi32(_mm512_srli_epi32(bits, 8), first));
+    index[3] = words(_mm512_permutexvar_epi32(_mm512_srli_epi32(bits, 12), second));
+}
+/* s + the values of load_quads times the 64 columns of a row of x that they meet. In assembly: of sixteen such sums, which
+ * just fit the registers, a compiler keeps some in memory. */
+static inline vec multiply_add_quads(vec s, const vec w[4], const vec index[4], const element *x) {
+    vec a, b, c;
+    __asm__("vmovdqu64 %[low],%[a]\n\t"
+            "vmovdqu64 %[high],%[b]\n\t"
+            "vpshufb %[i0],%[a],%[c]\n\t"
+            "vdpbf16ps %[c],%[w0],%[s]\n\t"
+            "vpshufb %[i1],%[a],%[a]\n\t"
+            "vdpbf16ps %[a],%[w1],%[s]\n\t"
+            "vpshufb %[i2],%[b],%[c]\n\t"
+            "vdpbf16ps %[c],%[w2],%[s]\n\t"
+            "vpshufb %[i3],%[b],%[b]\n\t"
+            "vdpbf16ps %[b],%[w3],%[s]"
+            : [s] "+v"(s), [a] "=&v"(a), [b] "=&v"(b), [c] "=&v"(c)
+            : [w0] "v"(w[0]), [w1] "v"(w[1]), [w2] "v"(w[2]), [w3] "v"(w[3]), [i0] "v"(index[0]), [i1] "v"(index[1]),
+              [i2] "v"(index[2]), [i3] "v"(index[3]), [low] "m"(*(const char(*)[64])x),
+              [high] "m"(*(const char(*)[64])(x + 32)));
+    return s;
+}
+/* In each quarter the sums of a, b, c and d there. */
+static inline vec sum_quarters(vec a, vec b, vec c, vec d) {
+    const vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+/* The sum of the quarters: four floats. */
+static inline void store_four(float *to, vec v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 /* The scales of 64 columns, one for all or `two` for 32 each, to the lanes of their groups of 4. */
 static inline vec gather_scales(const weight *scales, int two) {
     if (!two) return words(_mm512_slli_epi32(_mm512_set1_epi16((int16_t)*scales), 16));

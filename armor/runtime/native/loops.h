@@ -23,11 +23,12 @@
  *   load_half_int8(const void *), load_half_int4(const void *)   STEP / 2 of them, packed, rest anything
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
- * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, store_pairs,
- * pair_places, repeat_four and broadcast_one_of.
+ * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, load_quads,
+ * quad_index, multiply_add_quads, sum_quarters, store_four, store_pairs, pair_places, repeat_four and broadcast_one_of.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
- * by every row of x, and a sum over lanes ends the row. The panel way (more rows): the lanes run along LANES rows of x;
+ * by every row of x, and a sum over lanes ends the row; or, by quads, the lanes are four rows by a quarter of the columns,
+ * and four sums over quarters end four rows. The panel way (more rows): the lanes run along LANES rows of x;
  * weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
  * that no sum over lanes is needed and the output of a step is laid out as the input of the next.
  */
@@ -138,7 +139,7 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
     }
 }
 
-enum { MOST = 4, WIDE = 2 * STEP };
+enum { MOST = 4, WIDE = 2 * STEP, QUAD_ROWS = 16 };
 
 #ifdef GATHER
 /* What is 3 KB of values further on: into L1 while x leaves room there, else into L2. */
@@ -218,7 +219,7 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
 static inline __attribute__((always_inline)) void packed_dot(const struct linear *linear, int type,
                                                              const int64_t first[2], const int64_t count[2],
                                                              int gathers, int half, int x_rows,
-                                                             float out[2][8][CHUNK]) {
+                                                             float out[2][QUAD_ROWS][CHUNK]) {
     const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
     /* Rows that meet x together: so many that their sums stay in registers; those of int8 are needed only at the end of
      * a group of columns. */
@@ -304,6 +305,93 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
     }
 }
 
+#ifdef GATHER
+/* What packed_dot does, of a 2:4 core in floats by quads, for `x_rows` rows of x (a constant, at least as many as there
+ * are): a quarter of a vector has the values of four rows of the core for one group of columns, and picks what they meet
+ * from a quarter of x, which is read as it lies. So a multiply-add needs one shuffle and half a load. */
+static inline __attribute__((always_inline)) void quad_dot(const struct linear *linear, const int64_t first[2],
+                                                           const int64_t count[2], int x_rows,
+                                                           float out[2][QUAD_ROWS][CHUNK]) {
+    const int64_t in = linear->in, whole = in / WIDE * WIDE;
+    const element *x[QUAD_ROWS];
+    for (int r = 0; r < x_rows; r++) x[r] = (const element *)linear->u + least(r, linear->rows - 1) * in;
+    for (int64_t i = 0; i < count[0] || i < count[1]; i += 2) {
+        const char *values[4];
+        const uint8_t *mask[4];
+        for (int j = 0; j < 4; j++) {
+            const int side = count[1] ? j / 2 : 0;
+            const int64_t row = first[side] + least(i + j % 2, count[side] - 1);
+            values[j] = place(linear->values, row * linear->stride, FLOATS);
+            mask[j] = linear->mask + row * linear->mask_stride;
+        }
+        vec sums[QUAD_ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < x_rows; r++) sums[r] = zero();
+        for (int64_t at = 0; at < whole / 8; at += WIDE / 8) {
+            vec w[4], index[4];
+            load_quads(w, values, at * 8);
+            quad_index(index, mask, at);
+            for (int j = 0; j < 4; j++) {
+                fetch_ahead(values[j] + at * 8 + 3072, 0);
+                if (at % 64 == 0) fetch_ahead(mask[j] + at + 640, 0);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < x_rows; r++) sums[r] = multiply_add_quads(sums[r], w, index, x[r] + at * 8);
+        }
+        float four[QUAD_ROWS][4];
+#pragma GCC unroll 16
+        for (int r = 0; r < x_rows; r++) store_four(four[r], sums[r]);
+        for (int j = 0; j < 4; j++) {
+            int64_t at = whole / 2;
+            for (int64_t c = whole; c < in; c += STEP) {
+                const int64_t n = least(STEP, in - c);
+                const vec w = next_columns(values[j], linear->kept, &at, mask[j] + c / 8, n, 1, FLOATS);
+                for (int r = 0; r < x_rows; r++)
+                    four[r][j] += sum(multiply_add(zero(), w, load_element(x[r] + c, n)));
+            }
+            for (int r = 0; r < x_rows; r++) out[j / 2][r][i + j % 2] = four[r][j];
+        }
+    }
+}
+#define QUAD_DOT(rows)                                                                                          \
+    static __attribute__((noinline)) void quad_dot_##rows(const struct linear *linear, const int64_t first[2], \
+                                                          const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) { \
+        quad_dot(linear, first, count, rows, out);                                                              \
+    }
+QUAD_DOT(8)
+QUAD_DOT(12)
+QUAD_DOT(16)
+typedef void quad_dot_of(const struct linear *, const int64_t first[2], const int64_t count[2],
+                         float out[2][QUAD_ROWS][CHUNK]);
+static quad_dot_of *const QUADS[] = {quad_dot_8, quad_dot_12, quad_dot_16};
+
+/* dense_dot of floats by quads: four rows of weights meet four of x at once. */
+static void dense_quads(const weight *weights, int64_t rows, int64_t n, const weight *x, int64_t stride, int64_t x_rows,
+                        float out[][CHUNK]) {
+    for (int64_t i = 0; i < rows; i += 4)
+        for (int64_t r = 0; r < x_rows; r += 4) {
+            vec sums[4][4];
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; j++) sums[j / 4][j % 4] = zero();
+            for (int64_t c = 0; c < n; c += STEP) {
+                const int64_t m = least(STEP, n - c);
+                vec w[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) w[j] = load(weights + least(i + j, rows - 1) * n + c, m);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) {
+                    const vec v = load(x + least(r + k, x_rows - 1) * stride + c, m);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) sums[j][k] = multiply_add(sums[j][k], w[j], v);
+                }
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++)
+                store_four(out[r + k] + i, sum_quarters(sums[0][k], sums[1][k], sums[2][k], sums[3][k]));
+        }
+}
+#endif
+
 #define BY_COUNT(rows, call)                              \
     switch ((rows) <= 2 ? (rows) : (rows) <= 4 ? 4 : 8) { \
     case 1: {                                             \
@@ -329,10 +417,10 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
 
 /* packed_dot for each kind of linear and number of rows; a function for each kind, so that registers suffice. */
 typedef void packed_dot_of(const struct linear *, const int64_t first[2], const int64_t count[2],
-                           float out[2][8][CHUNK]);
+                           float out[2][QUAD_ROWS][CHUNK]);
 #define PACKED_DOT(name, type, gathers, half)                                                                 \
     static __attribute__((noinline)) void name(const struct linear *linear, const int64_t first[2],           \
-                                               const int64_t count[2], float out[2][8][CHUNK]) {              \
+                                               const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) {              \
         BY_COUNT(linear->rows, packed_dot(linear, type, first, count, gathers, half, COUNT, out))             \
     }
 #define PACKED_DOTS(name, type)                                                                               \
@@ -379,7 +467,7 @@ static void NAME(convert)(struct linear *linear, int64_t task) {
 }
 
 static void NAME(right_dot)(struct linear *linear, int64_t task) {
-    float out[8][CHUNK];
+    float out[QUAD_ROWS][CHUNK];
     struct span span = span_of(&linear->right_cut, task);
     int64_t d = linear->right_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
@@ -387,6 +475,11 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
         const void *weights = place(linear->right, (b * d + span.row) * d, type);
         const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
         const weight *x = (const weight *)linear->x + b * d;
+#ifdef GATHER
+        if (linear->quads)
+            dense_quads(weights, span.rows, d, x, linear->in, linear->rows, out);
+        else
+#endif
         if (type == FLOATS)
             BY_COUNT(linear->rows,
                      dense_dot(weights, FLOATS, 0, span.rows, d, x, linear->in, 1, COUNT, linear->rows, out))
@@ -399,7 +492,7 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
 
 /* Two of the cut's spans: `task`, and the one half of the linear further. */
 static void NAME(core_dot)(struct linear *linear, int64_t task) {
-    float out[2][8][CHUNK];
+    float out[2][QUAD_ROWS][CHUNK];
     int64_t tasks = (linear->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
     for (int side = 0; side < 2 && task + side * tasks < linear->core_cut.tasks; side++) {
         struct span span = span_of(&linear->core_cut, task + side * tasks);
@@ -407,7 +500,12 @@ static void NAME(core_dot)(struct linear *linear, int64_t task) {
         count[side] = span.rows * span.blocks;
     }
     const int kind = CAN_GATHER && linear->two_of_four ? 2 : linear->half;
-    DOTS[linear->integers.core][kind](linear, first, count, out);
+#ifdef GATHER
+    if (linear->quads)
+        QUADS[(linear->rows - 5) / 4](linear, first, count, out);
+    else
+#endif
+        DOTS[linear->integers.core][kind](linear, first, count, out);
     for (int side = 0; side < 2 && count[side]; side++)
         if (linear->left)
             emit_elements((element *)linear->z + first[side], linear->out, linear->rows, out[side], count[side]);
@@ -416,7 +514,7 @@ static void NAME(core_dot)(struct linear *linear, int64_t task) {
 }
 
 static void NAME(left_dot)(struct linear *linear, int64_t task) {
-    float out[8][CHUNK];
+    float out[QUAD_ROWS][CHUNK];
     struct span span = span_of(&linear->left_cut, task);
     int64_t d = linear->left_cut.size;
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
@@ -424,6 +522,11 @@ static void NAME(left_dot)(struct linear *linear, int64_t task) {
         const void *weights = place(linear->left, (b * d + span.row) * d, type);
         const weight *scales = scales_of(linear->integers.left_scales, b * d + span.row);
         const element *z = (const element *)linear->z + b * d;
+#ifdef GATHER
+        if (linear->quads)
+            dense_quads(weights, span.rows, d, z, linear->out, linear->rows, out);
+        else
+#endif
         if (type == FLOATS)
             BY_COUNT(linear->rows,
                      dense_dot(weights, FLOATS, 0, span.rows, d, z, linear->out, 0, COUNT, linear->rows, out))
@@ -838,6 +941,7 @@ const struct kernel NAME(armor) = {
     .element = sizeof(element),
     .weight = sizeof(weight),
     .dot_rows = DOT_ROWS,
+    .quad_rows = CAN_GATHER ? QUAD_ROWS : 0,
     .spans = CAN_GATHER ? SPANS : 1,
     .convert = NAME(convert),
     .pack = NAME(pack),
