@@ -237,8 +237,9 @@ static int by_quads(const struct kernel *kernel, const struct part *part, int64_
     return rows > 4 && rows <= kernel->quad_rows && !part->integers && is_two_of_four(part, in);
 }
 
-/* Beyond dot_rows only by quads, and only on processors with 48 KB of L1 cache: Zen 5 shuffles two vectors a cycle, as
- * many as it multiplies. On Zen 4, which shuffles one, pairs that lie ready in that cache were not beaten on paper. */
+/* Whether a linear takes the dot way. Beyond dot_rows only by quads, and only on processors with 48 KB of L1 cache: Zen 5
+ * shuffles two vectors a cycle, as many as it multiplies. Zen 4 has 32 KB and shuffles one, which by count is no faster
+ * than pairs that lie ready in the cache. */
 static int by_dot(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
     return rows <= kernel->dot_rows || (panels_at_once == 4 && by_quads(kernel, part, rows, in));
 }
