@@ -243,26 +243,23 @@ static inline vec gather_scales(const weight *scales, int two) {
     pair = _mm512_mask_slli_epi32(pair, 0x00ff, pair, 16);
     return words(_mm512_and_si512(pair, _mm512_set1_epi32((int32_t)0xffff0000)));
 }
-/* The six pairs of a group's four columns, from the units of columns 0 and 1 and of columns 2 and 3. */
+/* The six pairs of a group's four columns, from the units of columns 0 and 1 and of columns 2 and 3. The vector of each
+ * has the number of the mask that keeps it, less the least such number, 3. */
 static inline void store_pairs(int32_t *to, vec low, vec high) {
     __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
     const __m512i upper = _mm512_set1_epi32((int32_t)0xffff0000);
-    _mm512_store_si512(to, a);
-    _mm512_store_si512(to + 16, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_slli_epi32(b, 16)));
-    _mm512_store_si512(to + 32, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_slli_epi32(b, 16)));
-    _mm512_store_si512(to + 48, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_and_si512(upper, b)));
-    _mm512_store_si512(to + 64, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(upper, b)));
-    _mm512_store_si512(to + 80, b);
+    _mm512_store_si512(to + (3 - 3) * 16, a);
+    _mm512_store_si512(to + (5 - 3) * 16, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_slli_epi32(b, 16)));
+    _mm512_store_si512(to + (6 - 3) * 16, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_slli_epi32(b, 16)));
+    _mm512_store_si512(to + (9 - 3) * 16, _mm512_or_si512(_mm512_andnot_si512(upper, a), _mm512_and_si512(upper, b)));
+    _mm512_store_si512(to + (10 - 3) * 16, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(upper, b)));
+    _mm512_store_si512(to + (12 - 3) * 16, b);
 }
-/* For each of `n` <= 64 groups of a 2:4 mask, where among its pairs the kept one stands, in 32-bit words. */
-static inline void pair_places(uint8_t *to, const uint8_t *mask, int64_t n) {
-    const __m512i table = /* 16 times the place of the pair for bits 0 .. 15; 0 for those that no 2:4 mask has */
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 16, 32, 0, 0, 48, 64, 0, 80, 0, 0, 0));
-    __m256i bytes = _mm256_maskz_loadu_epi8((__mmask32)_bzhi_u64(0xffffffff, (uint64_t)(n + 1) / 2), mask);
-    __m512i bits = _mm512_cvtepu8_epi16(bytes);
-    bits = _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi16(0x0f)),
-                           _mm512_and_si512(_mm512_slli_epi16(bits, 4), _mm512_set1_epi16(0x0f00)));
-    _mm512_store_si512(to, _mm512_shuffle_epi8(table, bits));
+/* The bits of eight groups of a mask, each times 16 in a byte: where its pair stands, in 32-bit words. */
+static inline uint64_t eight_places(const uint8_t *mask) {
+    uint32_t bits;
+    memcpy(&bits, mask, sizeof bits);
+    return _pdep_u64(bits, 0xf0f0f0f0f0f0f0f0);
 }
 /* The four units at `p`, four times over. */
 static inline vec repeat_four(const weight *p) {

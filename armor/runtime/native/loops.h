@@ -24,7 +24,8 @@
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
  * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, load_quads,
- * quad_index, multiply_add_quads, sum_quarters, store_four, store_pairs, pair_places, repeat_four and broadcast_one_of.
+ * quad_index, multiply_add_quads, sum_quarters, store_four, store_pairs, eight_places, repeat_four, broadcast_one_of,
+ * take_byte and multiply_add_at.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, and a sum over lanes ends the row; or, by quads, the lanes are four rows by a quarter of the columns,
@@ -667,60 +668,41 @@ static void packed_panels(const struct linear *linear, int64_t first, int64_t ro
 }
 
 #ifdef GATHER
-/* Rows of a 2:4 core that are multiplied at once, the sums of each, and groups of columns whose pairs lie in the L1 cache
- * meanwhile: of a panel at most, and of all panels together. */
-enum { PAIR_ROWS = 4, CHAINS = 4, PAIR_GROUPS = 64, ALL_GROUPS = 96, PAIR_WORDS = 6 * LANES };
+/* Rows of a 2:4 core that are multiplied at once, and the sums of each: as many as panels at most. Groups of columns, of
+ * one panel and of all, whose pairs lie in the L1 cache meanwhile. The room of a group's pairs: ten vectors, so that the
+ * bits of a mask, less LEAST_MASK, say where its pair stands; four stay empty. */
+enum { PAIR_ROWS = 4, CHAINS = 4, PAIR_GROUPS = 64, ALL_GROUPS = 96, PAIR_WORDS = 10 * LANES, LEAST_MASK = 3 };
 _Static_assert(CHUNK % PAIR_ROWS == 0, "rows that are multiplied at once must fit a chunk");
 
-/* Of a row of the core: the values of up to PAIR_GROUPS groups of columns, integers too as units, and where the pairs
- * stand that they meet. Floats are copied too: memory gives more to copies than to the products, which wait. */
-struct cut_row {
-    _Alignas(64) uint8_t places[PAIR_GROUPS];
-    _Alignas(64) weight values[2 * PAIR_GROUPS];
-    const weight *scales; /* from these groups on */
-};
-
-/* `n` groups from `group` on of the rows from `first` on; up to a multiple of PAIR_ROWS the last row again. */
-static void cut_rows(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n,
-                     struct cut_row *to) {
-    const int type = linear->integers.core;
-    const int64_t columns = linear->integers.group, scales = (linear->in + columns - 1) / columns;
-    const int64_t scale = group * 4 / columns;
-    for (int64_t i = 0; i < rows || i % PAIR_ROWS; i++, to++) {
-        const int64_t row = first + least(i, rows - 1);
-        const void *values = place(linear->values, row * linear->stride + group * 2, type);
-        pair_places(to->places, linear->mask + row * linear->mask_stride + group / 2, n);
-        for (int64_t v = 0; v < 2 * n; v += STEP)
-            store_vec(to->values + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
-        to->scales = scales_of(linear->integers.core_scales, row * scales + scale);
-    }
-}
-
-/* Memory that is wanted soon: so many bytes for each group that is multiplied. */
-struct wanted {
-    const char *start;
-    int64_t bytes;
+/* Rows of a core from some group of columns on, their values as units, and memory that is wanted soon, where `wanted` is
+ * not 0: so many bytes of values for each group of PAIR_ROWS rows, and their mask. */
+struct core_rows {
+    const char *values, *wanted_values;
+    const uint8_t *mask, *wanted_mask;
+    const weight *scales;                       /* null for floats */
+    int64_t stride, mask_stride, scales_stride; /* from row to row; that of the values in bytes */
+    int64_t wanted;
 };
 
 /* acc += the groups k .. end of PAIR_ROWS rows times their pairs, of `count` <= CHAINS panels: CHAINS sums of a row, so
- * many that one multiply-add need not wait for another. With fewer panels than sums, those of a panel take its groups in
- * turn. */
-static inline __attribute__((always_inline)) void add_pairs(const struct cut_row *rows, const int32_t *pairs, int64_t k,
-                                                            int64_t end, int count, struct wanted wanted,
+ * many that one multiply-add need not wait for another. With one or two panels, those of a panel take its groups in
+ * turn. A mask that is not 2:4 meets what else is in the room of the pairs. */
+static inline __attribute__((always_inline)) void add_pairs(const struct core_rows *core, const int32_t *pairs,
+                                                            int64_t k, int64_t end, int count,
                                                             vec acc[PAIR_ROWS][CHAINS]) {
-    const weight *values[PAIR_ROWS];
-#pragma GCC unroll 4
-    for (int i = 0; i < PAIR_ROWS; i++) values[i] = rows[i].values;
+    pairs -= LEAST_MASK * LANES;
     for (; k + 8 <= end; k += 8) {
-        __builtin_prefetch(wanted.start + k * wanted.bytes, 0, L2);
-        __builtin_prefetch(wanted.start + (k + 4) * wanted.bytes, 0, L2);
+        __builtin_prefetch(core->wanted_values + k * core->wanted, 0, L2);
+        __builtin_prefetch(core->wanted_values + (k + 4) * core->wanted, 0, L2);
         uint64_t next[PAIR_ROWS]; /* the places of eight pairs of a row, the first one lowest */
-        for (int i = 0; i < PAIR_ROWS; i++) memcpy(&next[i], rows[i].places + k, 8);
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIR_ROWS; i++) next[i] = eight_places(core->mask + i * core->mask_stride + k / 2);
 #pragma GCC unroll 2
         for (int half = 0; half < 8; half += 4) {
             vec quad[PAIR_ROWS];
 #pragma GCC unroll 4
-            for (int i = 0; i < PAIR_ROWS; i++) quad[i] = repeat_four(values[i] + (k + half) * 2);
+            for (int i = 0; i < PAIR_ROWS; i++)
+                quad[i] = repeat_four((const weight *)(core->values + i * core->stride) + (k + half) * 2);
 #pragma GCC unroll 4
             for (int m = 0; m < 4; m++) {
                 const int32_t *at = pairs + (k + half + m) * count * PAIR_WORDS;
@@ -739,65 +721,80 @@ static inline __attribute__((always_inline)) void add_pairs(const struct cut_row
     }
     for (; k < end; k++)
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIR_ROWS; i++)
+        for (int i = 0; i < PAIR_ROWS; i++) {
+            const vec w = broadcast((const weight *)(core->values + i * core->stride) + k * 2);
+            const int bits = core->mask[i * core->mask_stride + k / 2] >> (k % 2 * 4) & 15;
 #pragma GCC unroll 4
             for (int p = 0; p < count; p++)
-                acc[i][p] = multiply_add(acc[i][p], broadcast(values[i] + k * 2),
-                                         load_vec(pairs + (k * count + p) * PAIR_WORDS + rows[i].places[k]));
+                acc[i][p] = multiply_add(acc[i][p], w, load_vec(pairs + (k * count + p) * PAIR_WORDS + bits * LANES));
+        }
 }
 
-/* sums (PAIR_ROWS, count * LANES; `stride` from row to row) += `n` groups of the cut rows times the pairs of `count`
- * panels, or begin with them. Integers have a scale for every `scaled` groups; floats 0. */
-static inline __attribute__((always_inline)) void multiply_pairs(const struct cut_row *rows, const int32_t *pairs,
-                                                                 int64_t n, int64_t scaled, int count,
-                                                                 struct wanted wanted, float *sums, int64_t stride,
-                                                                 int begin) {
-    for (int64_t k = 0, s = 0, step = scaled ? scaled : n; k < n; k += step, s++) {
-        vec acc[PAIR_ROWS][CHAINS];
+/* sums (rows, count * LANES; `stride` from row to row) += `n` groups of rows of the core times the pairs of `count`
+ * panels, or begin with them. Integers have a scale for every `scaled` groups; floats 0. PAIR_ROWS rows at a time. */
+static inline __attribute__((always_inline)) void multiply_pairs(struct core_rows core, int64_t rows,
+                                                                 const int32_t *pairs, int64_t n, int64_t scaled,
+                                                                 int count, float *sums, int64_t stride, int begin) {
+    const int64_t mask_bytes = core.wanted ? PAIR_ROWS * n / 2 : 0;
+    for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
+        for (int64_t at = 0; at < mask_bytes; at += 64) __builtin_prefetch(core.wanted_mask + at, 0, L2);
+        for (int64_t k = 0, s = 0, step = scaled ? scaled : n; k < n; k += step, s++) {
+            const int first = begin && !k;
+            vec acc[PAIR_ROWS][CHAINS];
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIR_ROWS; i++)
+            for (int i = 0; i < PAIR_ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < CHAINS; j++) acc[i][j] = zero();
-        add_pairs(rows, pairs, k, least(n, k + step), count, wanted, acc);
+                for (int j = 0; j < CHAINS; j++)
+                    acc[i][j] = scaled || first || j >= count ? zero() : load_vec(sums + i * stride + j * LANES);
+            add_pairs(&core, pairs, k, least(n, k + step), count, acc);
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIR_ROWS; i++) {
-            const float scale = scaled ? scale_at(rows[i].scales + s) : 1;
+            for (int i = 0; i < PAIR_ROWS; i++) {
+                const float scale = scaled ? scale_at(core.scales + i * core.scales_stride + s) : 1;
 #pragma GCC unroll 4
-            for (int p = 0; p < count; p++) {
-                float *to = sums + i * stride + p * LANES;
-                vec more = acc[i][p];
+                for (int p = 0; p < count; p++) {
 #pragma GCC unroll 4
-                for (int j = p + count; j < CHAINS; j += count) more = add(more, acc[i][j]);
-                const vec before = begin ? zero() : load_vec(to);
-                store_vec(to, scaled ? fused(before, broadcast(&scale), more) : add(before, more));
+                    for (int j = p + count; j < CHAINS; j += count) acc[i][p] = add(acc[i][p], acc[i][j]);
+                    const vec before = first || !scaled ? zero() : load_vec(sums + i * stride + p * LANES);
+                    if (scaled) acc[i][p] = fused(before, broadcast(&scale), acc[i][p]);
+                }
             }
+#pragma GCC unroll 4
+            for (int i = 0; i < PAIR_ROWS; i++) /* only now, for all may be one row */
+#pragma GCC unroll 4
+                for (int p = 0; p < count; p++) store_vec(sums + i * stride + p * LANES, acc[i][p]);
         }
-        begin = 0;
+        core.values += PAIR_ROWS * core.stride;
+        core.mask += PAIR_ROWS * core.mask_stride;
+        core.scales += PAIR_ROWS * core.scales_stride;
+        core.wanted_values += n * core.wanted;
+        core.wanted_mask += mask_bytes;
+        sums += PAIR_ROWS * stride;
     }
 }
 
 /* Not inlined: where the compiler sees where `pairs` lies, it computes each address anew. */
-typedef void pairs_by(const struct cut_row *, const int32_t *pairs, int64_t n, int64_t groups, struct wanted, float *sums,
+typedef void pairs_by(struct core_rows, int64_t rows, const int32_t *pairs, int64_t n, int64_t groups, float *sums,
                       int64_t stride, int begin);
-#define PAIRS_BY(name, count, scaled)                                                                                 \
-    static __attribute__((noinline)) void name(const struct cut_row *rows, const int32_t *pairs, int64_t n,           \
-                                               int64_t groups, struct wanted wanted, float *sums, int64_t stride,     \
-                                               int begin) {                                                           \
-        (void)groups;                                                                                                 \
-        multiply_pairs(rows, pairs, n, scaled, count, wanted, sums, stride, begin);                                   \
+#define PAIRS_BY(name, count, scaled)                                                                               \
+    static __attribute__((noinline)) void name(struct core_rows core, int64_t rows, const int32_t *pairs, int64_t n, \
+                                               int64_t groups, float *sums, int64_t stride, int begin) {            \
+        (void)groups;                                                                                               \
+        multiply_pairs(core, rows, pairs, n, scaled, count, sums, stride, begin);                                   \
     }
 PAIRS_BY(floats_by_one, 1, 0)
 PAIRS_BY(floats_by_two, 2, 0)
+PAIRS_BY(floats_by_three, 3, 0)
 PAIRS_BY(floats_by_four, 4, 0)
 PAIRS_BY(integers_by_one, 1, groups)
 PAIRS_BY(integers_by_two, 2, groups)
+PAIRS_BY(integers_by_three, 3, groups)
 PAIRS_BY(integers_by_four, 4, groups)
-static pairs_by *const PAIRS[][CHAINS + 1] = {
-    {[1] = floats_by_one, [2] = floats_by_two, [4] = floats_by_four},
-    {[1] = integers_by_one, [2] = integers_by_two, [4] = integers_by_four},
+static pairs_by *const PAIRS[][CHAINS] = {
+    {floats_by_one, floats_by_two, floats_by_three, floats_by_four},
+    {integers_by_one, integers_by_two, integers_by_three, integers_by_four},
 };
 
-/* The pairs of `n` groups of columns from `group` on, of the `count` panels from `panel` on: (n, count, 6, LANES). */
+/* The pairs of `n` groups of columns from `group` on, of the `count` panels from `panel` on: (n, count, PAIR_WORDS). */
 static void lay_pairs(const struct linear *linear, int64_t panel, int count, int64_t group, int64_t n, int32_t *pairs) {
     for (int64_t k = 0; k < n; k++)
         for (int p = 0; p < count; p++, pairs += PAIR_WORDS) {
@@ -806,39 +803,66 @@ static void lay_pairs(const struct linear *linear, int64_t panel, int count, int
         }
 }
 
+/* `n` groups from `group` on of `rows` rows of integers from `first` on, as units: (rows, 2 * PAIR_GROUPS). */
+static void widen_integers(const struct linear *linear, int64_t first, int64_t rows, int64_t group, int64_t n,
+                           weight *to) {
+    const int type = linear->integers.core;
+    for (int64_t i = 0; i < rows; i++, to += 2 * PAIR_GROUPS) {
+        const void *values = place(linear->values, (first + i) * linear->stride + group * 2, type);
+        for (int64_t v = 0; v < 2 * n; v += STEP)
+            store_vec(to + v, load_as(place(values, v, type), least(STEP, 2 * n - v), type));
+    }
+}
+
 /* sums (rows, panels) = packed rows of a 2:4 core, which stay packed, times the panels: of every group of columns the
  * six pairs lie ready, and each pair of values meets the one that its mask asks for. Half of the multiply-adds. What
  * the next task reads is fetched meanwhile, in the order of memory, which it serves faster than the order of use. */
 static void packed_pairs(const struct linear *linear, int64_t first, int64_t rows, float *sums) {
-    _Alignas(64) int32_t pairs[ALL_GROUPS * PAIR_WORDS];
-    struct cut_row cut[SPANS * CHUNK];
+    _Alignas(64) int32_t room[ALL_GROUPS * PAIR_WORDS + 2 * LEAST_MASK * LANES];
+    _Alignas(64) weight widened[SPANS * CHUNK * 2 * PAIR_GROUPS];
+    int32_t *const pairs = room + LEAST_MASK * LANES;
     const int type = linear->integers.core;
     const int64_t groups = linear->in / 4, panels = linear->panel_count, stride = panels * LANES;
     const int64_t scaled = type == FLOATS ? groups : linear->integers.group / 4; /* groups of columns for a scale */
+    const int64_t scales = (groups + scaled - 1) / scaled;                       /* of a row */
+    const int64_t all = linear->panels_at_once == CHAINS ? ALL_GROUPS : PAIR_GROUPS;
     /* Not four panels where the columns of a scale, which then need two goes, fit into one with two. */
-    const int four = panels >= 4 && (type == FLOATS || scaled <= ALL_GROUPS / 4);
-    const int64_t at_once = four ? linear->panels_at_once : least(panels, 2);
-    const int64_t most = at_once == 4 ? ALL_GROUPS / 4 : PAIR_GROUPS / at_once;
+    const int64_t at_once = least(panels, type == FLOATS || scaled <= all / CHAINS ? linear->panels_at_once : 2);
+    const int64_t most = least(PAIR_GROUPS, all / at_once / 8 * 8);
     const int64_t parts = (scaled + most - 1) / most, part = ((scaled + parts - 1) / parts + 7) / 8 * 8;
-    const int64_t bytes = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
+    const int64_t wanted = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
+    const int64_t whole = rows / PAIR_ROWS * PAIR_ROWS;
     const char *ahead = place(linear->values, (first + rows) * linear->stride, type);
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
     for (int64_t g = 0, n; g < groups; g += n) {
         n = least(groups - g, scaled > most ? least(part, scaled - g % scaled) : most / scaled * scaled);
-        cut_rows(linear, first, rows, g, n, cut);
+        if (type != FLOATS) widen_integers(linear, first, rows, g, n, widened);
         for (int64_t p = 0, count; p < panels; p += count) {
-            count = panels - p >= at_once ? at_once : panels - p >= 2 ? 2 : 1;
+            count = panels - p == at_once + 1 && at_once > 2 ? at_once - 1 : least(at_once, panels - p);
             lay_pairs(linear, p, count, g, n, pairs);
-            for (int64_t i = 0; i < rows; i += PAIR_ROWS) {
-                float *to = sums + i * stride + p * LANES;
-                struct wanted wanted = {p ? (const char *)cut : ahead, p ? 0 : bytes};
-                PAIRS[type != FLOATS][count](cut + i, pairs, n, scaled, wanted, to, stride, g == 0);
-                if (p) continue;
-                for (int64_t at = 0; at < PAIR_ROWS * n / 2; at += 64) __builtin_prefetch(mask_ahead + at, 0, L2);
-                ahead += n * bytes;
-                mask_ahead += PAIR_ROWS * n / 2;
+            struct core_rows core = {
+                .values = type == FLOATS ? place(linear->values, first * linear->stride + g * 2, FLOATS) : widened,
+                .mask = linear->mask + first * linear->mask_stride + g / 2,
+                .scales = scales_of(linear->integers.core_scales, first * scales + g / scaled),
+                .stride = (type == FLOATS ? linear->stride : 2 * PAIR_GROUPS) * sizeof(weight),
+                .mask_stride = linear->mask_stride,
+                .scales_stride = type == FLOATS ? 0 : scales,
+                .wanted_values = p ? (const char *)pairs : ahead,
+                .wanted_mask = p ? (const uint8_t *)pairs : mask_ahead,
+                .wanted = p ? 0 : wanted,
+            };
+            pairs_by *const multiply = PAIRS[type != FLOATS][count - 1];
+            float *to = sums + p * LANES;
+            multiply(core, whole, pairs, n, scaled, to, stride, g == 0);
+            for (int64_t i = whole; i < rows; i++) { /* one row as all of PAIR_ROWS */
+                struct core_rows one = core;
+                one.values += i * one.stride, one.mask += i * one.mask_stride, one.scales += i * one.scales_stride;
+                one.stride = one.mask_stride = one.scales_stride = one.wanted = 0;
+                multiply(one, 1, pairs, n, scaled, to + i * stride, 0, g == 0);
             }
         }
+        ahead += rows / PAIR_ROWS * n * wanted;
+        mask_ahead += rows * n / 2;
     }
 }
 #endif
@@ -857,19 +881,26 @@ static void emit_panels(const struct linear *linear, const float *sums, int64_t 
 
 /* `rows` rows of sums become columns first .. first + rows of y, with the bias. */
 static void emit_transposed(const struct linear *linear, const float *sums, int64_t rows, int64_t first) {
-    int64_t stride = linear->panel_count * LANES;
-    for (int64_t i = 0; i < rows; i += LANES) {
-        int64_t n = least(LANES, rows - i);
-        vec bias = linear->bias ? load_floats((const weight *)linear->bias + first + i, n) : zero();
+    const int64_t stride = linear->panel_count * LANES;
+    const weight *bias = linear->bias ? (const weight *)linear->bias + first : 0;
+    for (int64_t i = 0; i < rows; i += STEP)
         for (int64_t p = 0; p < linear->panel_count; p++) {
             vec v[LANES];
-            for (int64_t l = 0; l < LANES; l++) v[l] = l < n ? load_vec(sums + (i + l) * stride + p * LANES) : zero();
+            for (int64_t l = 0; l < LANES; l++) {
+                vec unit[2] = {zero(), zero()};
+                for (int64_t j = 0; j < UNIT; j++) {
+                    const int64_t row = i + l * UNIT + j;
+                    if (row >= rows) continue;
+                    const float f = bias ? scale_at(bias + row) : 0;
+                    unit[j] = add(load_vec(sums + row * stride + p * LANES), broadcast(&f));
+                }
+                v[l] = to_units(unit[0], unit[1]);
+            }
             transpose(v);
             weight *y = (weight *)linear->y + p * LANES * linear->y_stride + first + i;
             for (int64_t r = 0; r < least(LANES, linear->rows - p * LANES); r++)
-                store_floats(y + r * linear->y_stride, add(v[r], bias), n);
+                store_weights(y + r * linear->y_stride, v[r], least(STEP, rows - i));
         }
-    }
 }
 
 static void NAME(right_panel)(struct linear *linear, int64_t task) {
