@@ -115,8 +115,31 @@ static void wait_for(atomic_llong *counter, int64_t value) {
 
 static void finish(atomic_llong *counter) { atomic_fetch_add_explicit(counter, 1, memory_order_release); }
 
+/* Before task `task` of the step `right`: its share of the first core task of its thread, which nothing has fetched. The
+ * others are fetched by the core task before them. */
+static void fetch_core(const struct work *work, int64_t task) {
+    const int64_t tasks = tasks_of(work, RIGHT), all = tasks_of(work, CORE), threads = work->threads;
+    const int64_t thread = ((task + 1) * threads - 1) / tasks; /* in whose range it is */
+    const int64_t start = tasks * thread / threads, end = tasks * (thread + 1) / threads;
+    int64_t core = all * thread / threads;
+    if (core == all * (thread + 1) / threads) return;
+    int part = 0;
+    while (core >= work->steps[CORE].first[part + 1]) part++;
+    core -= work->steps[CORE].first[part];
+    const struct linear *linear = &work->linears[part];
+    const struct cut *cut = &linear->core_cut;
+    const int64_t row = first_row(cut, core * linear->spans);
+    const int64_t rows = first_row(cut, least(cut->tasks, (core + 1) * linear->spans)) - row;
+    const int64_t from = row + rows * (task - start) / (end - start), to = row + rows * (task + 1 - start) / (end - start);
+    const char *values = linear->values, *mask = (const char *)linear->mask;
+    for (int64_t at = from * linear->row_bytes; at < to * linear->row_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
+    for (int64_t at = from * linear->mask_stride; at < to * linear->mask_stride; at += 64)
+        __builtin_prefetch(mask + at, 0, 2);
+}
+
 static void do_task(struct work *work, int s, int64_t task) {
     struct step *step = &work->steps[s];
+    if (s == RIGHT && !work->dot) fetch_core(work, task);
     int part = 0;
     while (task >= step->first[part + 1]) part++;
     struct linear *linear = &work->linears[part];
@@ -189,7 +212,7 @@ struct part {
 
 static int is_two_of_four(const struct part *part, int64_t in) { return part->kept * 2 == in && part->group == 4; }
 
-static struct linear linear_of(const struct part *part, int64_t in, int step) {
+static struct linear linear_of(const struct part *part, int64_t in, const struct kernel *kernel) {
     struct linear linear = {
         .values = part->values,
         .left = part->left,
@@ -201,13 +224,15 @@ static struct linear linear_of(const struct part *part, int64_t in, int step) {
         .kept = part->kept,
         .mask_stride = (in + 7) / 8,
         .y_stride = part->y_stride,
-        .half = part->kept * 2 == in && step % part->group == 0,
+        .half = part->kept * 2 == in && kernel->lanes * kernel->unit % part->group == 0,
         .two_of_four = is_two_of_four(part, in),
         .stride = part->kept,
         .integers.group = in,
     };
     if (part->integers) linear.integers = *part->integers;
-    if (linear.integers.core == INT4) linear.stride = (part->kept + 1) / 2 * 2;
+    const int type = linear.integers.core;
+    if (type == INT4) linear.stride = (part->kept + 1) / 2 * 2;
+    linear.row_bytes = type == FLOATS ? linear.stride * kernel->weight : type == INT8 ? linear.stride : linear.stride / 2;
     linear.left_cut = linear.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
     linear.right_cut = cut_of(in, part->right ? part->right_size : in);
     return linear;
@@ -217,9 +242,7 @@ static struct linear linear_of(const struct part *part, int64_t in, int step) {
  * are laid out, which takes as long as a third of a chunk; no sum depends on it. What the next task reads is fetched
  * meanwhile, and where panels are few shall still be in the L2 cache then; a thread's first task waits for memory. */
 static int64_t spans_of(const struct linear *linear, const struct kernel *kernel, int64_t panels, int64_t threads) {
-    const int type = linear->integers.core;
-    const int64_t row = linear->mask_stride + (type == FLOATS ? linear->stride * kernel->weight
-                                                              : linear->stride / (type == INT8 ? 1 : 2));
+    const int64_t row = linear->mask_stride + linear->row_bytes;
     const int64_t fit = (1 << 20) / (CHUNK * row), most = panels < 16 && fit < kernel->spans ? fit : kernel->spans;
     const int64_t tasks = linear->core_cut.tasks;
     int64_t best = 1, least_time = INT64_MAX;
@@ -262,7 +285,7 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
     for (int i = 0; i < count; i++) {
         const struct part *part = &parts[i];
         struct linear *linear = &work.linears[i];
-        *linear = linear_of(part, in, kernel->lanes * kernel->unit);
+        *linear = linear_of(part, in, kernel);
         linear->panels_at_once = panels_at_once;
         linear->quads = dot && by_quads(kernel, part, rows, in);
         linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear, kernel, panels, threads) : 1;

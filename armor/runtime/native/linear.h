@@ -27,6 +27,28 @@ struct cut {
     int64_t tasks;
 };
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct span {
+    int64_t block, row, rows, blocks; /* rows row .. row + rows of each of `blocks` blocks from `block` on */
+};
+
+static inline struct span span_of(const struct cut *cut, int64_t task) {
+    if (cut->blocks > 1) {
+        int64_t block = task * cut->blocks;
+        return (struct span){block, 0, cut->size, least(cut->blocks, cut->count - block)};
+    }
+    int64_t row = task % cut->per_block * CHUNK;
+    return (struct span){task / cut->per_block, row, least(CHUNK, cut->size - row), 1};
+}
+
+/* The row of the linear that a task starts with; of the task after the last one: the number of rows. */
+static inline int64_t first_row(const struct cut *cut, int64_t task) {
+    if (task == cut->tasks) return cut->count * cut->size;
+    const struct span span = span_of(cut, task);
+    return span.block * cut->size + span.row;
+}
+
 /* What the numbers of a matrix are stored as. */
 enum numbers { FLOATS, INT8, INT4 };
 
@@ -44,7 +66,7 @@ struct linear {
     const uint8_t *mask;                          /* (out, mask_stride) bytes, least significant bit first */
     void *y;                                      /* (rows, out), `y_stride` numbers from a row to the next */
     int64_t rows, in, out, kept, mask_stride;     /* kept: values in a row of the core */
-    int64_t stride;                               /* values from a row of the core to the next */
+    int64_t stride, row_bytes;                    /* from a row of the core to the next: values, and their bytes */
     int64_t y_stride;
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;

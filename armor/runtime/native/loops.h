@@ -45,8 +45,6 @@ enum { CAN_GATHER = 0 };
 enum { STEP = LANES * UNIT, TILE_STRIDE = DEPTH + 16, L2 = 2, L1 = 3 /* the cache __builtin_prefetch fills */ };
 _Static_assert(CHUNK % TILE == 0 && DEPTH % LANES == 0 && STEP % 8 == 0, "tiles, steps and chunks must fit each other");
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* The bits of `n` <= STEP columns from byte `mask` on. */
 static inline uint32_t bits_of(const uint8_t *mask, int64_t n) {
     uint32_t bits = 0;
@@ -92,28 +90,6 @@ static inline vec next_columns(const void *values, int64_t kept, int64_t *at, co
     vec packed = type == FLOATS ? load_packed(next, kept - *at) : load_as(next, least(STEP, kept - *at), type);
     *at = least(kept, *at + __builtin_popcount(bits));
     return spread(packed, bits);
-}
-
-/* ---- tasks of a cut ---- */
-
-struct span {
-    int64_t block, row, rows, blocks; /* rows row .. row + rows of each of `blocks` blocks from `block` on */
-};
-
-static inline struct span span_of(const struct cut *cut, int64_t task) {
-    if (cut->blocks > 1) {
-        int64_t block = task * cut->blocks;
-        return (struct span){block, 0, cut->size, least(cut->blocks, cut->count - block)};
-    }
-    int64_t row = task % cut->per_block * CHUNK;
-    return (struct span){task / cut->per_block, row, least(CHUNK, cut->size - row), 1};
-}
-
-/* The row of the linear that a task starts with; of the task after the last one: the number of rows. */
-static inline int64_t first_row(const struct cut *cut, int64_t task) {
-    if (task == cut->tasks) return cut->count * cut->size;
-    const struct span span = span_of(cut, task);
-    return span.block * cut->size + span.row;
 }
 
 /* ---- the dot way ---- */
@@ -659,11 +635,10 @@ static void packed_panels(const struct linear *linear, int64_t first, int64_t ro
                                                       linear->half, type));
         }
         int64_t done = linear->kept * (start + n) / linear->in;
-        int64_t row_bytes = (const char *)place(linear->values, linear->stride, type) - (const char *)linear->values;
-        const char *next = place((const char *)linear->values + first * row_bytes, done, type);
-        if (start + n >= linear->in) next += (rows - 1) * row_bytes;
+        const char *next = place((const char *)linear->values + first * linear->row_bytes, done, type);
+        if (start + n >= linear->in) next += (rows - 1) * linear->row_bytes;
         multiply_panels(linear, tile, type == FLOATS ? 0 : scales, rows, u + k * LANES, units * LANES, units_of(n), sums,
-                        k == 0, (struct ahead){next, row_bytes});
+                        k == 0, (struct ahead){next, linear->row_bytes});
     }
 }
 
