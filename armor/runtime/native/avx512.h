@@ -203,8 +203,8 @@ static inline void quad_index(vec index[4], const uint8_t *const rows[4], int64_
     index[2] = words(_mm512_permutexvar_epi32(_mm512_srli_epi32(bits, 8), first));
     index[3] = words(_mm512_permutexvar_epi32(_mm512_srli_epi32(bits, 12), second));
 }
-/* s + the values of load_quads times the 64 columns of a row of x that they meet. In assembly: of sixteen such sums, which
- * just fit the registers, a compiler keeps some in memory. */
+/* s + the values of load_quads times the 64 columns of a row of x that they meet. In assembly: of many such sums a
+ * compiler keeps some in memory, though the registers would do. */
 static inline vec multiply_add_quads(vec s, const vec w[4], const vec index[4], const element *x) {
     vec a, b, c;
     __asm__("vmovdqu64 %[low],%[a]\n\t"

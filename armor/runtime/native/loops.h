@@ -116,7 +116,7 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
     }
 }
 
-enum { MOST = 4, WIDE = 2 * STEP, QUAD_ROWS = 16 };
+enum { MOST = 4, WIDE = 2 * STEP, QUAD_ROWS = 12 };
 
 #ifdef GATHER
 /* What is 3 KB of values further on: into L1 while x leaves room there, else into L2. */
@@ -337,10 +337,9 @@ static inline __attribute__((always_inline)) void quad_dot(const struct linear *
     }
 QUAD_DOT(8)
 QUAD_DOT(12)
-QUAD_DOT(16)
 typedef void quad_dot_of(const struct linear *, const int64_t first[2], const int64_t count[2],
                          float out[2][QUAD_ROWS][CHUNK]);
-static quad_dot_of *const QUADS[] = {quad_dot_8, quad_dot_12, quad_dot_16};
+static quad_dot_of *const QUADS[] = {quad_dot_8, quad_dot_12};
 
 /* dense_dot of floats by quads: four rows of weights meet four of x at once. */
 static void dense_quads(const weight *weights, int64_t rows, int64_t n, const weight *x, int64_t stride, int64_t x_rows,
@@ -548,25 +547,31 @@ static inline __attribute__((always_inline)) void multiply_tile(const int32_t *t
                                                                 struct ahead ahead) {
     vec acc[TILE][2];
     for (int i = 0; i < TILE; i++)
-        for (int p = 0; p < count; p++) acc[i][p] = begin || scales ? zero() : load_vec(sums + i * stride + p * LANES);
-    for (int64_t k = 0; k < n; k++) {
+        for (int p = 0; p < 2; p++)
+            acc[i][p] = begin || scales || p >= count ? zero() : load_vec(sums + i * stride + p * LANES);
+    const int both = 2 / count; /* units at once: of one panel two, each with sums of its own, lest one wait for another */
+    for (int64_t k = 0; k < n; k += both) {
         if (k % AHEAD_STEP == 0) {
             int64_t at = k / AHEAD_STEP * 64;
             __builtin_prefetch(ahead.start + at / AHEAD_BYTES * ahead.stride + at % AHEAD_BYTES, 0, L2);
         }
-        vec x[2];
-        for (int p = 0; p < count; p++) x[p] = load_vec(panel + p * panel_stride + k * LANES);
-        for (int i = 0; i < TILE; i++) {
-            vec w = broadcast(tile + i * TILE_STRIDE + k);
-            for (int p = 0; p < count; p++) acc[i][p] = multiply_add(acc[i][p], w, x[p]);
+        for (int j = 0; j < both && k + j < n; j++) {
+            vec x[2];
+            for (int p = 0; p < count; p++) x[p] = load_vec(panel + p * panel_stride + (k + j) * LANES);
+            for (int i = 0; i < TILE; i++) {
+                vec w = broadcast(tile + i * TILE_STRIDE + k + j);
+                for (int p = 0; p < count; p++) acc[i][p + j] = multiply_add(acc[i][p + j], w, x[p]);
+            }
         }
     }
-    for (int i = 0; i < TILE; i++)
+    for (int i = 0; i < TILE; i++) {
+        if (count == 1) acc[i][0] = add(acc[i][0], acc[i][1]);
         for (int p = 0; p < count; p++) {
             float *to = sums + i * stride + p * LANES;
             if (scales) acc[i][p] = fused(begin ? zero() : load_vec(to), broadcast(scales + i), acc[i][p]);
             store_vec(to, acc[i][p]);
         }
+    }
 }
 
 /* All panels times a tile of `rows` <= CHUNK unpacked weight rows; `panel` points at the tile's first column. `scales`
@@ -669,6 +674,8 @@ static inline __attribute__((always_inline)) void add_pairs(const struct core_ro
     for (; k + 8 <= end; k += 8) {
         __builtin_prefetch(core->wanted_values + k * core->wanted, 0, L2);
         __builtin_prefetch(core->wanted_values + (k + 4) * core->wanted, 0, L2);
+        const int32_t *here = pairs + k * count * PAIR_WORDS;
+        __asm__("" : "+r"(here)); /* lest the compiler compute each address anew */
         uint64_t next[PAIR_ROWS]; /* the places of eight pairs of a row, the first one lowest */
 #pragma GCC unroll 4
         for (int i = 0; i < PAIR_ROWS; i++) next[i] = eight_places(core->mask + i * core->mask_stride + k / 2);
@@ -680,7 +687,7 @@ static inline __attribute__((always_inline)) void add_pairs(const struct core_ro
                 quad[i] = repeat_four((const weight *)(core->values + i * core->stride) + (k + half) * 2);
 #pragma GCC unroll 4
             for (int m = 0; m < 4; m++) {
-                const int32_t *at = pairs + (k + half + m) * count * PAIR_WORDS;
+                const int32_t *at = here + (half + m) * count * PAIR_WORDS;
 #pragma GCC unroll 4
                 for (int i = 0; i < PAIR_ROWS; i++) {
                     const vec w = broadcast_one_of(quad[i], m);
