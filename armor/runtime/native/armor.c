@@ -104,6 +104,11 @@ struct work {
 
 static int64_t tasks_of(const struct work *work, int step) { return work->steps[step].first[work->count]; }
 
+/* The first task of a thread's range in a step; of the thread after the last one: the number of tasks. */
+static int64_t first_task(const struct work *work, int step, int64_t thread) {
+    return tasks_of(work, step) * thread / work->threads;
+}
+
 static void wait_for(atomic_llong *counter, int64_t value) {
     int spins = 1000; /* a few microseconds; a thread that waits longer lets others run */
     while (atomic_load_explicit(counter, memory_order_acquire) < value)
@@ -118,11 +123,10 @@ static void finish(atomic_llong *counter) { atomic_fetch_add_explicit(counter, 1
 /* Before task `task` of the step `right`: its share of the first core task of its thread, which nothing has fetched. The
  * others are fetched by the core task before them. */
 static void fetch_core(const struct work *work, int64_t task) {
-    const int64_t tasks = tasks_of(work, RIGHT), all = tasks_of(work, CORE), threads = work->threads;
-    const int64_t thread = ((task + 1) * threads - 1) / tasks; /* in whose range it is */
-    const int64_t start = tasks * thread / threads, end = tasks * (thread + 1) / threads;
-    int64_t core = all * thread / threads;
-    if (core == all * (thread + 1) / threads) return;
+    const int64_t thread = ((task + 1) * work->threads - 1) / tasks_of(work, RIGHT); /* in whose range it is */
+    const int64_t start = first_task(work, RIGHT, thread), end = first_task(work, RIGHT, thread + 1);
+    int64_t core = first_task(work, CORE, thread);
+    if (core == first_task(work, CORE, thread + 1)) return;
     int part = 0;
     while (core >= work->steps[CORE].first[part + 1]) part++;
     core -= work->steps[CORE].first[part];
@@ -177,11 +181,10 @@ static void run(struct work *work, parallel_function parallel) {
     }
     for (int s = PACK; s < STEPS; s++) {
         struct step *step = &work->steps[s];
-        int64_t tasks = tasks_of(work, s);
         atomic_init(&step->finished, 0);
         for (int r = 0; r < work->threads; r++) {
-            atomic_init(&step->ranges[r].next, tasks * r / work->threads);
-            step->ranges[r].end = tasks * (r + 1) / work->threads;
+            atomic_init(&step->ranges[r].next, first_task(work, s, r));
+            step->ranges[r].end = first_task(work, s, r + 1);
         }
     }
     atomic_init(&work->workers, 0);

@@ -814,7 +814,7 @@ static void packed_pairs(const struct linear *linear, int64_t first, int64_t row
     const int64_t parts = (scaled + most - 1) / most, part = ((scaled + parts - 1) / parts + 7) / 8 * 8;
     const int64_t wanted = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
     const int64_t whole = rows / PAIR_ROWS * PAIR_ROWS;
-    const char *ahead = place(linear->values, (first + rows) * linear->stride, type);
+    const char *ahead = (const char *)linear->values + (first + rows) * linear->row_bytes;
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;
     for (int64_t g = 0, n; g < groups; g += n) {
         n = least(groups - g, scaled > most ? least(part, scaled - g % scaled) : most / scaled * scaled);
@@ -826,7 +826,7 @@ static void packed_pairs(const struct linear *linear, int64_t first, int64_t row
                 .values = type == FLOATS ? place(linear->values, first * linear->stride + g * 2, FLOATS) : widened,
                 .mask = linear->mask + first * linear->mask_stride + g / 2,
                 .scales = scales_of(linear->integers.core_scales, first * scales + g / scaled),
-                .stride = (type == FLOATS ? linear->stride : 2 * PAIR_GROUPS) * sizeof(weight),
+                .stride = type == FLOATS ? linear->row_bytes : (int64_t)sizeof(weight) * 2 * PAIR_GROUPS,
                 .mask_stride = linear->mask_stride,
                 .scales_stride = type == FLOATS ? 0 : scales,
                 .wanted_values = p ? (const char *)pairs : ahead,
