@@ -2,9 +2,8 @@
 
 Decoding reads every weight once for each token. So its time is bytes over bandwidth. A 2:4 core has 0.5625 of the bytes
 of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory. With few rows of x
-it meets the packed values in registers. With more it does so too, or unpacks tiles of them into cache. It is built when
-the package is installed and knows nothing of torch. Where it could not be built, linears run through torch.
-docs/KERNELS.md tells how it works, docs/log/kernels.md what was measured.
+it meets the packed values in registers. With more it does so too, or unpacks tiles of them into cache. Where it could
+not be built, linears run through torch. docs/KERNELS.md tells how it works, docs/log/kernels.md what was measured.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import itertools
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,8 @@ from torch import Tensor
 
 from armor.core import blockdiag
 from armor.execution.log import log
-from armor.runtime import native, operator  # noqa: F401  the sources, for the hash of the code
+from armor.runtime import operator
+from armor.runtime.library import BEST, LEVELS, LIBRARY, PARALLEL, PARTS, TYPES, Integers, Part, Product
 from armor.runtime.operator import Operands
 
 __all__ = [
@@ -46,75 +44,11 @@ __all__ = [
 
 ASSUME_AMX = "ARMOR_ASSUME_AMX"
 """The environment's variable that, set to 1, sends products where they go on a processor with AMX."""
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it stays in the last-level cache
-_INTERFACE = 1  # what is called in C, and how: INTERFACE of native/armor.c
-_PARTS = 8  # linears that one call multiplies with at most, PARTS of native/linear.h
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
 
 
-class _Integers(ctypes.Structure):
-    """`struct integers` of native/linear.h."""
-
-    _fields_ = (
-        ("core", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("core_scales", "left_scales", "right_scales")),
-        ("group", ctypes.c_int64),
-    )
-
-
-class _Part(ctypes.Structure):
-    """`struct part` of native/armor.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "mask", "left", "right", "bias", "y")),
-        ("integers", ctypes.POINTER(_Integers)),
-        *((name, ctypes.c_int64) for name in ("out", "kept", "group", "left_size", "right_size", "y_stride")),
-    )
-
-
-class _Product(ctypes.Structure):
-    """`struct product` of native/armor.c."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "count")),
-    )
-
-
-def _load() -> ctypes.CDLL | None:
-    path = next((p for s in EXTENSION_SUFFIXES if (p := Path(__file__).with_name(f"_native{s}")).exists()), None)
-    try:
-        library = None if path is None else ctypes.CDLL(str(path))
-    except OSError:  # built for another machine
-        library = None
-    if library is not None and not (hasattr(library, "armor_interface") and library.armor_interface() == _INTERFACE):
-        library = None  # of another release
-    if library is not None:
-        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        library.armor_linears.argtypes = [number] * 2 + [pointer] + [size] * 2 + [pointer, number, pointer, number]
-        library.armor_products.argtypes = [number] * 2 + [pointer, number, pointer, number]
-        library.armor_unpack.argtypes = [number] * 2 + [pointer] * 3 + [size] * 3 + [pointer, number]
-        library.armor_unpack.restype = None
-    return library
-
-
-def _find_parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded; without it there is one thread."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):
-        return None
-
-
-_library = _load()
-_parallel = _find_parallel()
-_built = _library is not None
-_best = 0 if _library is None else _library.armor_initialize()
-_has_tiles = _library is not None and (os.environ.get(ASSUME_AMX) == "1" or bool(_library.armor_has_tiles()))
+_has_tiles = LIBRARY is not None and (os.environ.get(ASSUME_AMX) == "1" or bool(LIBRARY.armor_has_tiles()))
 
 
 @cache
@@ -127,14 +61,19 @@ def _tell_once() -> None:
 
 def available() -> bool:
     """Whether the C library was built and loads. The first time that it was not, says so in the log."""
-    if not _built:
+    if LIBRARY is None:
         _tell_once()
-    return _built
+    return LIBRARY is not None
 
 
 def level() -> str:
     """The best instruction set that this processor has and the library uses: one of LEVELS."""
-    return LEVELS[_best]
+    return LEVELS[BEST]
+
+
+def has_tiles() -> bool:
+    """Whether torch multiplies many rows of bfloat16 faster here, by tiles (AMX)."""
+    return _has_tiles
 
 
 def supports(x: Tensor, values: Tensor | None, bits: Tensor, *others: Tensor | None) -> bool:
@@ -165,7 +104,7 @@ def _run(x: Tensor, *operands: Any) -> Tensor:
 linear = operator.register("cpu", _run)
 
 
-def multiply(x: Tensor, operands: Operands, level: int = _best) -> Tensor:
+def multiply(x: Tensor, operands: Operands, level: int = BEST) -> Tensor:
     """x (..., in) times a linear: (..., out), by the C loops at `level`, an index into LEVELS.
 
     Ask `supports` first. Raises ValueError if the shapes do not fit each other.
@@ -180,9 +119,9 @@ def multiply(x: Tensor, operands: Operands, level: int = _best) -> Tensor:
 
 def _call(x: Tensor, parts: Any, count: int, level: int) -> None:
     """The C loops on contiguous x and `count` parts, an array or one by reference."""
-    assert _library is not None  # `supports` said so
+    assert LIBRARY is not None  # `supports` said so
     columns = x.shape[-1]
-    error = _library.armor_linears(
+    error = LIBRARY.armor_linears(
         level,
         TYPES[x.dtype],
         x.data_ptr(),
@@ -190,14 +129,14 @@ def _call(x: Tensor, parts: Any, count: int, level: int) -> None:
         columns,
         parts,
         count,
-        _parallel,
+        PARALLEL,
         torch.get_num_threads(),
     )
     if error:
         raise MemoryError(os.strerror(error))
 
 
-def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
+def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> Part:
     """Of contiguous operands for `columns` inputs, and the output, `stride` numbers from a row to the next.
 
     Without `y` its address is left for later.
@@ -206,11 +145,11 @@ def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> _Part:
     if own.core_scales is not None:
         is_int4 = own.values.dtype == torch.uint8
         blocks = own.left_scales is not None or own.right_scales is not None
-        integers = ctypes.pointer(_Integers(2 if is_int4 else 1, blocks, *map(_address, own[6:9]), own.columns))
+        integers = ctypes.pointer(Integers(2 if is_int4 else 1, blocks, *map(_address, own[6:9]), own.columns))
         kept = columns // 2 if is_int4 else kept
     addresses = [None if t is None else t.data_ptr() for t in (*own[:5], y)]
     left_size, right_size = [0 if t is None else t.shape[-1] for t in own[2:4]]
-    return _Part(*addresses, integers, out, kept, own.group, left_size, right_size, stride)
+    return Part(*addresses, integers, out, kept, own.group, left_size, right_size, stride)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -219,7 +158,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
     """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with linears that `supports` them."""
-    return _built and runs_in_c(x[: max(counts, default=0)])
+    return LIBRARY is not None and runs_in_c(x[: max(counts, default=0)])
 
 
 class Table:
@@ -238,16 +177,16 @@ class Table:
         for own in operands:
             operator.check_shapes(own.values.new_empty(0, columns), own)
         self.columns, self.sizes = columns, [len(own.values) for own in operands]
-        self._type = _Part * len(operands)
-        self._parts = self._type(*(_part(own, columns, None, 0) for own in operands))
+        self._type = Part * len(operands)
+        self.parts = self._type(*(_part(own, columns, None, 0) for own in operands))
 
     def takes(self, x: Tensor) -> bool:
         """Whether x (..., in) goes through C. Raises ValueError for another `in`."""
         if x.shape[-1] != self.columns:
             raise ValueError(f"x of {x.shape[-1]} columns, expected {self.columns}")
-        return runs_in_c(x) and len(self.sizes) <= _PARTS and x.numel() > 0
+        return runs_in_c(x) and len(self.sizes) <= PARTS and x.numel() > 0
 
-    def side_by_side(self, x: Tensor, level: int = _best) -> Tensor:
+    def side_by_side(self, x: Tensor, level: int = BEST) -> Tensor:
         """The outputs in one tensor (..., all their channels). Ask `takes` first."""
         width, starts = sum(self.sizes), itertools.accumulate(self.sizes, initial=0)
         y = x.new_empty(*x.shape[:-1], width)
@@ -255,22 +194,22 @@ class Table:
         self._multiply(x, [(address + start * size, width) for start in starts], level)
         return y
 
-    def apart(self, x: Tensor, level: int = _best) -> list[Tensor]:
+    def apart(self, x: Tensor, level: int = BEST) -> list[Tensor]:
         """Each output (..., out) in a tensor of its own. Ask `takes` first."""
         lead = x.shape[:-1]
         outputs = [x.new_empty(*lead, size) for size in self.sizes]
         self._multiply(x, [(y.data_ptr(), size) for y, size in zip(outputs, self.sizes, strict=True)], level)
         return outputs
 
-    def part(self, y: Tensor) -> _Part:
+    def part(self, y: Tensor) -> Part:
         """The first linear's, with its output in y (rows, out), rows one behind the other."""
-        part = _Part.from_buffer_copy(self._parts)
+        part = Part.from_buffer_copy(self.parts)
         part.y, part.y_stride = y.data_ptr(), self.sizes[0]
         return part
 
     def _multiply(self, x: Tensor, places: Sequence[tuple[int, int]], level: int) -> None:
         """`places` are the address of each output, and the numbers from a row of it to the next."""
-        parts = self._type.from_buffer_copy(self._parts)
+        parts = self._type.from_buffer_copy(self.parts)
         for part, (address, stride) in zip(parts, places, strict=False):
             part.y, part.y_stride = address, stride
         _call(x.contiguous(), parts, len(parts), level)
@@ -295,7 +234,7 @@ class Joined:
         return self._table.side_by_side(x)
 
 
-def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]], level: int = _best) -> list[Tensor]:
+def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]], level: int = BEST) -> list[Tensor]:
     """x (rows, in) times other linears for each group of its rows, in one call into C.
 
     The first counts[0] rows are multiplied with each of tables[0], the next counts[1] with each of tables[1], and so
@@ -317,19 +256,19 @@ def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]],
         cuts += [(start, count, len(parts) + first, last - first) for first, last in _sharing(own)]
         parts += own
         start += count
-    table = (_Part * len(parts))(*parts)
+    table = (Part * len(parts))(*parts)
     place, columns = ctypes.addressof(table), x.shape[1]
     products = [
-        _Product(x[start:].data_ptr(), place + first * ctypes.sizeof(_Part), rows, columns, number)
+        Product(x[start:].data_ptr(), place + first * ctypes.sizeof(Part), rows, columns, number)
         for start, rows, first, number in cuts
     ]
-    assert _library is not None  # there are tables
-    error = _library.armor_products(
+    assert LIBRARY is not None  # there are tables
+    error = LIBRARY.armor_products(
         level,
         TYPES[x.dtype],
-        (_Product * len(products))(*products),
+        (Product * len(products))(*products),
         len(products),
-        _parallel,
+        PARALLEL,
         torch.get_num_threads(),
     )
     if error:
@@ -337,27 +276,27 @@ def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]],
     return outputs
 
 
-def _sharing(parts: Sequence[_Part]) -> list[tuple[int, int]]:
+def _sharing(parts: Sequence[Part]) -> list[tuple[int, int]]:
     """The linears that go together, first and end of each: those that share B, if all do; else each by itself."""
     right = parts[0].right
     shared = right is not None and all(part.right == right for part in parts)
-    return [(0, len(parts))] if shared and len(parts) <= _PARTS else [(i, i + 1) for i in range(len(parts))]
+    return [(0, len(parts))] if shared and len(parts) <= PARTS else [(i, i + 1) for i in range(len(parts))]
 
 
-def unpack(values: Tensor, bits: Tensor, columns: int, level: int = _best) -> Tensor:
+def unpack(values: Tensor, bits: Tensor, columns: int, level: int = BEST) -> Tensor:
     """The dense core (out, columns) of `values` (out, kept) and `bits` (out, ceil(columns/8))."""
     values, bits = values.contiguous(), bits.contiguous()
     out, kept = values.shape
     dense = values.new_empty(out, columns)
-    assert _library is not None
-    _library.armor_unpack(
+    assert LIBRARY is not None
+    LIBRARY.armor_unpack(
         level,
         TYPES[values.dtype],
         *(t.data_ptr() for t in (values, bits, dense)),
         out,
         columns,
         kept,
-        _parallel,
+        PARALLEL,
         torch.get_num_threads(),
     )
     return dense

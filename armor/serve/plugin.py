@@ -43,7 +43,9 @@ from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[report
 from armor.core.errors import ArmorError
 from armor.core.factorization import owner
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear, modules_of
-from armor.runtime import cpu, cuda
+from armor.runtime import boxed, cpu, cuda
+from armor.runtime.library import PARTS
+from armor.runtime.operator import Operands
 from armor.runtime.product import gathered, multiply, supports
 from armor.serve.check import Refused, check
 from armor.serve.cut import Piece, cut
@@ -131,6 +133,7 @@ class ArmorLinearMethod(LinearMethodBase):
         self.awaited: set[tuple[int, str]] = set()
         # By x's dtype, and with a bias or not.
         self.joined: dict[tuple[torch.dtype, bool], cpu.Joined | cuda.Joined | None] = {}
+        self.held: list[Operands] | None = None  # those of which `layer.ready` has the addresses
 
     def create_weights(
         self,
@@ -146,6 +149,7 @@ class ArmorLinearMethod(LinearMethodBase):
             self.parts = self._parts(layer, input_size_per_partition, output_partition_sizes)
         except ArmorError as error:
             raise Refused(str(error)) from None
+        layer.ready = None  # or what `boxed.ready` takes
         get_current_vllm_config().compilation_config.static_forward_context[layer.prefix] = layer
         for index, part in enumerate(self.parts):
             whole = part.packed.integers() if part.packed else {}
@@ -203,7 +207,7 @@ class ArmorLinearMethod(LinearMethodBase):
             index = SHARDS[shard] if isinstance(shard, str) else shard or 0
             found, own = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
             assert found.shape == own.shape, (suffix, found.shape, own.shape)
-            if not view(own, found):
+            if layer.ready is not None or not view(own, found):
                 own.data.copy_(found)
             self.awaited.discard((index, suffix))
 
@@ -215,11 +219,27 @@ class ArmorLinearMethod(LinearMethodBase):
             name = list(self.layouts)[index]
             raise Refused(f"{name}.{suffix}: not loaded; assemble or copy the checkpoint again")
         self.joined.clear()  # of the weights before, where they are loaded anew
+        if layer.ready is None and boxed.available():
+            self._make_ready(layer)
+
+    def _make_ready(self, layer: Any) -> None:
+        """Let a compiled model multiply without Python, where the CPU's kernel takes all parts.
+
+        Weights loaded anew are copied to where these are, by the loader or by vLLM. So the table is made once, and is
+        no buffer, which vLLM would copy too.
+        """
+        columns = len(self.parts[0].columns)
+        own = self._operands(layer, torch.empty(1, columns, dtype=layer.params_dtype), layer.bias)
+        if own is not None and len(own) <= PARTS:
+            self.held, layer.ready = own, boxed.table(own, columns, layer.params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the outputs of the parts side by side; by one call where the kernels take all."""
         if x.device.type in ("cpu", "cuda") and torch.compiler.is_compiling():
-            return torch.ops.armor.vllm_linear(x, bias, layer.prefix, sum(part.out_features for part in self.parts))
+            out = sum(part.out_features for part in self.parts)
+            if layer.ready is not None and x.dtype == layer.params_dtype and not cpu.has_tiles():
+                return boxed.ready(x.contiguous(), layer.ready, bias is not None, out)
+            return torch.ops.armor.vllm_linear(x, bias, layer.prefix, out)
         return self.multiply(layer, x, bias)
 
     def multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -244,6 +264,12 @@ class ArmorLinearMethod(LinearMethodBase):
 
     def _join(self, layer: Any, x: Tensor, bias: Tensor | None) -> cpu.Joined | cuda.Joined | None:
         """All parts as one call on what is like x; None where the kernels of its device do not take each of them."""
+        if (operands := self._operands(layer, x, bias)) is None:
+            return None
+        return (cuda if x.device.type == "cuda" else cpu).Joined(operands, x.shape[-1])
+
+    def _operands(self, layer: Any, x: Tensor, bias: Tensor | None) -> list[Operands] | None:
+        """Those of all parts; None where the kernels of x's device do not take each of them."""
         operands = []
         for part, own in zip(self.parts, self._tensors(layer, bias), strict=True):
             layout = part.packed
@@ -251,7 +277,7 @@ class ArmorLinearMethod(LinearMethodBase):
             if layout is None or found is None or not supports(layout, x, found):
                 return None
             operands.append(found)
-        return (cuda if x.device.type == "cuda" else cpu).Joined(operands, x.shape[-1])
+        return operands
 
     def _tensors(self, layer: Any, bias: Tensor | None) -> list[list[Any]]:
         """What `armor.runtime.linear.multiply` takes of each part, behind x."""

@@ -6,6 +6,8 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
+from armor.runtime import boxed, cpu
+from armor.serve.plugin import ArmorLinearMethod
 from tests.packed import SETTINGS, edit_tensors, packed, quantized
 from tests.vllm.served import BOUND, FAMILIES, RANK, SHAPE, adapted, answers, checkpoint, difference, expected, served
 
@@ -22,7 +24,9 @@ def references(llama):
     return expected(llama)
 
 
-def test_compiled(llama, references):
+def test_compiled_the_linears_run_without_python(llama, references, monkeypatch):
+    if boxed.available() and not cpu.has_tiles():
+        monkeypatch.delattr(ArmorLinearMethod, "multiply")
     with served(llama, enforce_eager=False) as llm:
         assert difference(llm, references) < BOUND
 
@@ -43,14 +47,15 @@ def test_chunks_of_a_prompt_and_a_cached_prefix(llama, references):
         assert difference(llm, references, prompts=False) < BOUND  # with what was kept of the prompts
 
 
-def test_weights_loaded_anew_in_place(llama, references, tmp_path):
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_weights_loaded_anew_in_place(llama, references, tmp_path, eager):
     other = shutil.copytree(llama, tmp_path / "other")
     (other / "checksums.json").unlink()
     edit_tensors(
         other, lambda tensors: tensors.update({n: 0.9 * t for n, t in tensors.items() if t.is_floating_point()})
     )
     others = expected(other)
-    with served(llama) as llm:
+    with served(llama, enforce_eager=eager) as llm:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         assert difference(llm, others) < BOUND
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(llama)})

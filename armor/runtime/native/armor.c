@@ -18,17 +18,14 @@
 
 #include "linear.h"
 
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned threads, unsigned flags);
-
 uint8_t armor_spread_index[256][8];
 
 /* Raise it with every change of what Python calls here, so that it takes no library of another release. */
-enum { INTERFACE = 1 };
+enum { INTERFACE = 2 };
 
 int armor_interface(void) { return INTERFACE; }
 
 enum level { PORTABLE, AVX2, AVX512, AVX512_BF16, LEVELS };
-enum type { F32, BF16 };
 
 static const struct kernel *const KERNELS[LEVELS][2] = {
     [PORTABLE] = {&armor_portable_f32, &armor_portable_bf16},
@@ -199,19 +196,6 @@ static const struct kernel *kernel_for(int level, int type, int64_t right_size) 
     /* A block of an odd size would end in the middle of a pair of columns. */
     return kernel->unit == 2 && right_size % 2 ? KERNELS[level - 1][type] : kernel;
 }
-
-/* Of all linears y (rows, out) = left (core (right x)) + bias, in one pass over x (rows, in); x, y and bias of `type`.
- * values (out, kept), mask (out, ceil(in / 8)), left (out / left_size, left_size, left_size) or null, right likewise,
- * bias (out) or null. y has `y_stride` numbers from a row to the next. `group`: in every `group` consecutive columns of
- * a row the core keeps kept * group / in. Linears with the same `right` share right x.
- * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
- * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
-struct part {
-    const void *values, *mask, *left, *right, *bias;
-    void *y;
-    const struct integers *integers;
-    int64_t out, kept, group, left_size, right_size, y_stride;
-};
 
 static int is_two_of_four(const struct part *part, int64_t in) { return part->kept * 2 == in && part->group == 4; }
 

@@ -49,6 +49,8 @@ static inline int64_t first_row(const struct cut *cut, int64_t task) {
     return span.block * cut->size + span.row;
 }
 
+enum type { F32, BF16 }; /* of x and y, and of what is not stored as integers */
+
 /* What the numbers of a matrix are stored as. */
 enum numbers { FLOATS, INT8, INT4 };
 
@@ -59,6 +61,24 @@ struct integers {
     const void *core_scales, *left_scales, *right_scales;
     int64_t group;
 };
+
+/* A linear as it is handed in: y (rows, out) = left (core (right x)) + bias for x (rows, in), x, y and bias of `type`.
+ * values (out, kept), mask (out, ceil(in / 8)), left (out / left_size, left_size, left_size) or null, right likewise,
+ * bias (out) or null. y has `y_stride` numbers from a row to the next. `group`: in every `group` consecutive columns of
+ * a row the core keeps kept * group / in. Linears with the same `right` share right x.
+ * `integers` says which of values, left and right are not of `type`; null: none. Its group is a multiple of 32, and one
+ * of 512 if it is larger; int4 values are for cores that keep half of every 8 columns. */
+struct part {
+    const void *values, *mask, *left, *right, *bias;
+    void *y;
+    const struct integers *integers;
+    int64_t out, kept, group, left_size, right_size, y_stride;
+};
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
+                  parallel_function parallel, int threads);
 
 struct linear {
     struct integers integers;
