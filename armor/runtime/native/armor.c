@@ -324,6 +324,14 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
     return 0;
 }
 
+/* `own` is `parts` for the rows of x from `row` on. */
+static void from_row(const struct part *parts, int count, int64_t row, const struct kernel *kernel, struct part *own) {
+    for (int i = 0; i < count; i++) {
+        own[i] = parts[i];
+        own[i].y = (char *)own[i].y + row * own[i].y_stride * kernel->weight;
+    }
+}
+
 /* The waves of x, of which a thread takes whole ones. */
 struct waves {
     const struct kernel *kernel;
@@ -337,17 +345,14 @@ struct waves {
 
 static void take_waves(void *argument) {
     struct waves *work = argument;
-    const int64_t weight = work->kernel->weight;
     int64_t start;
     int error;
     while ((start = atomic_fetch_add(&work->next, 1) * WAVE) < work->rows) {
         struct part own[PARTS];
-        for (int i = 0; i < work->count; i++) {
-            own[i] = work->parts[i];
-            own[i].y = (char *)own[i].y + start * own[i].y_stride * weight;
-        }
+        from_row(work->parts, work->count, start, work->kernel, own);
         const int64_t rows = work->rows - start < WAVE ? work->rows - start : WAVE;
-        error = multiply(work->kernel, work->x + start * work->in * weight, rows, work->in, own, work->count, 0, NULL, 1);
+        const char *x = work->x + start * work->in * work->kernel->weight;
+        error = multiply(work->kernel, x, rows, work->in, own, work->count, 0, NULL, 1);
         if (error) atomic_store(&work->error, error);
     }
 }
@@ -366,6 +371,14 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
                 error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
             return error;
         }
+    const int64_t rest = rows % kernel->lanes;
+    if (rows > kernel->lanes && rest && rest <= REST) {
+        struct part own[PARTS];
+        from_row(parts, count, rows - rest, kernel, own);
+        const int error = armor_linears(level, type, x, rows - rest, in, parts, count, parallel, threads);
+        x = (const char *)x + (rows - rest) * in * kernel->weight;
+        return error ? error : armor_linears(level, type, x, rest, in, own, count, parallel, threads);
+    }
     const int64_t waves = (rows + WAVE - 1) / WAVE;
     if (!parallel || threads < 2 || (waves < 4 * threads && waves % threads))
         return multiply(kernel, x, rows, in, parts, count, dot, parallel, threads);
