@@ -372,7 +372,7 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
             return error;
         }
     const int64_t rest = rows % kernel->lanes;
-    if (rows > kernel->lanes && rest && rest <= REST) {
+    if (rows > kernel->lanes && rest && rest <= kernel->dot_rows / 2) { /* one more panel would take longer */
         struct part own[PARTS];
         from_row(parts, count, rows - rest, kernel, own);
         const int error = armor_linears(level, type, x, rows - rest, in, parts, count, parallel, threads);

@@ -12,7 +12,16 @@ typedef __m512 vec;
 
 static inline vec zero(void) { return _mm512_setzero_ps(); }
 static inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
-static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
+/* The sum of the quarters: four floats. */
+static inline void store_four(float *to, vec v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline void sum_four(float to[4], vec a, vec b, vec c, vec d) {
+    const vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    store_four(to, add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)));
+}
 static inline vec load_vec(const void *p) { return _mm512_loadu_ps(p); }
 static inline void store_vec(void *p, vec v) { _mm512_storeu_ps(p, v); }
 static inline __mmask16 first16(int64_t n) { return (__mmask16)_bzhi_u32(0xffff, (uint32_t)n); }
@@ -222,17 +231,6 @@ static inline vec multiply_add_quads(vec s, const vec w[4], const vec index[4], 
               [i2] "v"(index[2]), [i3] "v"(index[3]), [low] "m"(*(const char(*)[64])x),
               [high] "m"(*(const char(*)[64])(x + 32)));
     return s;
-}
-/* In each quarter the sums of a, b, c and d there. */
-static inline vec sum_quarters(vec a, vec b, vec c, vec d) {
-    const vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    return add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-}
-/* The sum of the quarters: four floats. */
-static inline void store_four(float *to, vec v) {
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 /* The scales of 64 columns, one for all or `two` for 32 each, to the lanes of their groups of 4. */
 static inline vec gather_scales(const weight *scales, int two) {

@@ -13,7 +13,6 @@
 enum {
     CHUNK = 32,         /* weight rows in a task: enough to hide taking it, few enough to balance the threads */
     WAVE = 256,         /* rows of x that are multiplied at once; more are taken in waves, to bound the scratch */
-    REST = 4,           /* rows of x at most that go the dot way behind full panels: one more panel takes longer */
     DEPTH = 256,        /* 32-bit units of a weight row that are unpacked at once: 32 of them fit the L2 cache */
     PACK_COLUMNS = 1024, /* columns of x that one task brings into panels */
     SPANS = 9,           /* chunks at most of a 2:4 core that one task of the panel way takes */
@@ -107,7 +106,7 @@ struct kernel {
     int element;  /* bytes of a number in u and z */
     int weight;   /* bytes of a weight */
     int spans;    /* chunks of a 2:4 core that a task of the panel way may take */
-    int dot_rows;  /* up to this many rows of x take the dot way; more take the panel way */
+    int dot_rows;  /* up to this many rows of x take the dot way, and half as many behind full panels */
     int quad_rows; /* up to this many can be taken by quads; 0: none */
     void (*convert)(struct linear *, int64_t task);
     void (*pack)(struct linear *, int64_t task);

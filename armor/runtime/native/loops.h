@@ -13,7 +13,8 @@
  *   load_half(const weight *)          STEP / 2 weights, packed, rest anything
  *   load_packed(const weight *, n)     min(n, STEP) weights, packed, rest anything
  *   spread(vec packed, uint32_t bits)  the packed weights to the columns whose bit is set, as units, zeros elsewhere
- *   multiply_add(vec sum, vec w, vec x), add(vec, vec), zero(), broadcast(const void *unit), sum(vec)
+ *   multiply_add(vec sum, vec w, vec x), add(vec, vec), zero(), broadcast(const void *unit)
+ *   sum_four(float to[4], vec a, vec b, vec c, vec d)        of the lanes of each
  *   load_vec(const void *), store_vec(void *, vec)           LANES 32-bit words, any alignment
  *   to_units(vec even, vec odd)        rows of floats to a row of units (UNIT 1: even)
  *   load_floats(const weight *, n), store_floats(weight *, vec, n), store_elements(element *, vec, n)  n <= LANES
@@ -24,7 +25,7 @@
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
  * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, load_quads,
- * quad_index, multiply_add_quads, sum_quarters, store_four, store_pairs, eight_places, repeat_four, broadcast_one_of,
+ * quad_index, multiply_add_quads, store_four, store_pairs, eight_places, repeat_four, broadcast_one_of,
  * take_byte and multiply_add_at.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
@@ -94,29 +95,44 @@ static inline vec next_columns(const void *values, int64_t kept, int64_t *at, co
 
 /* ---- the dot way ---- */
 
+static inline float sum(vec v) {
+    float four[4];
+    sum_four(four, v, zero(), zero(), zero());
+    return four[0];
+}
+
 /* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant).
- * `scales` has one for each row of integers. */
+ * `scales` has one for each row of integers. Sums over lanes take long beside a short row, so four end together. */
 static inline __attribute__((always_inline)) void dense_dot(const void *weights, int type, const weight *scales,
                                                             int64_t rows, int64_t n, const void *x, int64_t stride,
                                                             int is_weight, int count, int64_t valid,
                                                             float out[][CHUNK]) {
-    for (int64_t i = 0; i < rows; i++) {
+    const int at_once = count < 4 ? 4 / count : 1; /* rows of weights */
+    for (int64_t i = 0; i < rows; i += at_once) {
         vec sums[8];
-        for (int r = 0; r < count; r++) sums[r] = zero();
+        for (int s = 0; s < at_once * count; s++) sums[s] = zero();
         for (int64_t c = 0; c < n; c += STEP) {
             int64_t m = least(STEP, n - c);
-            vec w = load_as(place(weights, i * n + c, type), m, type);
+            vec w[4];
+            for (int j = 0; j < at_once; j++) w[j] = load_as(place(weights, least(i + j, rows - 1) * n + c, type), m, type);
             for (int r = 0; r < count; r++) {
                 int64_t at = least(r, valid - 1) * stride + c;
                 vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
-                sums[r] = multiply_add(sums[r], w, v);
+                for (int j = 0; j < at_once; j++) sums[j * count + r] = multiply_add(sums[j * count + r], w[j], v);
             }
         }
-        for (int r = 0; r < count; r++) out[r][i] = type == FLOATS ? sum(sums[r]) : scale_at(scales + i) * sum(sums[r]);
+        for (int s = 0; s < at_once * count; s += 4) {
+            float four[4];
+            sum_four(four, sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
+            for (int k = 0; k < 4; k++) {
+                const int64_t row = i + (s + k) / count;
+                if (row < rows) out[(s + k) % count][row] = type == FLOATS ? four[k] : scale_at(scales + row) * four[k];
+            }
+        }
     }
 }
 
-enum { MOST = 4, WIDE = 2 * STEP, QUAD_ROWS = 12 };
+enum { ROWS = 2 /* of the core that packed_dot takes at once */, WIDE = 2 * STEP, QUAD_ROWS = 12 };
 
 #ifdef GATHER
 /* What is 3 KB of values further on: into L1 while x leaves room there, else into L2. */
@@ -134,18 +150,19 @@ static inline __attribute__((always_inline)) void packed_step(const struct linea
                                                               const uint8_t *const mask[], int64_t at,
                                                               vec sums[][8]) {
     const int64_t bytes = type == FLOATS ? 4 * sizeof(weight) : type == INT8 ? 4 : 2; /* of values, by one of mask */
-    vec w[MOST], index[MOST];
+    const int into_l1 = x_rows == 1 || (x_rows <= 4 && linear->panels_at_once == 4);
+    vec w[ROWS], index[ROWS];
     if (type != FLOATS) __asm__("" : "+r"(at)); /* lest the compiler count up a pointer for each row */
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int j = 0; j < rows; j++) {
         const char *here = (const char *)values[j] + at * bytes;
-        fetch_ahead(here + 3072, x_rows == 1);
+        fetch_ahead(here + 3072, into_l1);
         w[j] = load_as(here, STEP, type);
         index[j] = gather_index(mask[j] + at);
     }
     if (at % 64 == 0)
 #pragma GCC unroll 4
-        for (int j = 0; j < rows; j++) fetch_ahead(mask[j] + at + 640, x_rows == 1);
+        for (int j = 0; j < rows; j++) fetch_ahead(mask[j] + at + 640, into_l1);
 #pragma GCC unroll 8
     for (int r = 0; r < x_rows; r++) {
         const element *x = (const element *)linear->u + least(r, linear->rows - 1) * linear->in + at * 8;
@@ -160,7 +177,7 @@ static inline __attribute__((always_inline)) void packed_step(const struct linea
  * many columns those are. A scale counts for `steps` (constant if 1) of WIDE columns, or, if `halved` (constant), two
  * for one step. `at_once` rows meet x together. */
 static inline __attribute__((always_inline)) int64_t integer_steps(const struct linear *linear, int type, int halved,
-                                                                   int64_t steps, int rows, int at_once, int x_rows,
+                                                                   int64_t steps, int at_once, int x_rows,
                                                                    const void *const values[],
                                                                    const uint8_t *const mask[],
                                                                    const weight *const scales[], vec totals[][8]) {
@@ -168,8 +185,8 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
     int64_t at = 0;
     for (int64_t g = 0; at + bytes <= linear->in / 8; g += halved ? 2 : 1, at += bytes) {
 #pragma GCC unroll 4
-        for (int j = 0; j < rows; j += at_once) {
-            vec sums[MOST][8];
+        for (int j = 0; j < ROWS; j += at_once) {
+            vec sums[ROWS][8];
 #pragma GCC unroll 4
             for (int i = 0; i < at_once; i++)
 #pragma GCC unroll 8
@@ -197,22 +214,22 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                                                              const int64_t first[2], const int64_t count[2],
                                                              int gathers, int half, int x_rows,
                                                              float out[2][QUAD_ROWS][CHUNK]) {
-    const int each = DOT_ROWS == 8 && x_rows == 4 ? 2 : 1, rows = 2 * each, ahead = x_rows == 1 ? 2 : 1;
+    const int ahead = x_rows == 1 ? 2 : 1;
     /* Rows that meet x together: so many that their sums stay in registers; those of int8 are needed only at the end of
      * a group of columns. */
-    const int at_once = x_rows == 8 && type != INT8 ? 1 : x_rows == 4 && type == FLOATS ? 4 : 2;
+    const int at_once = x_rows == 8 && type != INT8 ? 1 : ROWS;
     const element *u = linear->u;
     const int64_t in = linear->in, kept = linear->kept, last = linear->rows - 1;
     const int64_t group = type == FLOATS ? in : linear->integers.group, groups = (in + group - 1) / group;
-    for (int64_t i = 0; i < count[0] || i < count[1]; i += each) {
-        const void *values[MOST];
-        const uint8_t *mask[MOST];
-        const weight *scales[MOST];
-        int64_t at[MOST], c = 0;
-        vec sums[MOST][8], more[MOST], totals[MOST][8];
-        for (int j = 0; j < rows; j++) {
-            int side = count[1] ? j / each : 0;
-            int64_t row = first[side] + least(i + j % each, count[side] - 1);
+    for (int64_t i = 0; i < count[0] || i < count[1]; i++) {
+        const void *values[ROWS];
+        const uint8_t *mask[ROWS];
+        const weight *scales[ROWS];
+        int64_t at[ROWS], c = 0;
+        vec sums[ROWS][8], more[ROWS], totals[ROWS][8];
+        for (int j = 0; j < ROWS; j++) {
+            int side = count[1] ? j : 0;
+            int64_t row = first[side] + least(i, count[side] - 1);
             values[j] = place(linear->values, row * linear->stride, type);
             mask[j] = linear->mask + row * linear->mask_stride;
             scales[j] = type == FLOATS ? 0 : (const weight *)linear->integers.core_scales + row * groups;
@@ -222,17 +239,17 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
 #ifdef GATHER
         if (gathers && type != FLOATS) {
             if (group == WIDE)
-                c = integer_steps(linear, type, 0, 1, rows, at_once, x_rows, values, mask, scales, totals);
+                c = integer_steps(linear, type, 0, 1, at_once, x_rows, values, mask, scales, totals);
             else if (group % WIDE == 0)
-                c = integer_steps(linear, type, 0, group / WIDE, rows, at_once, x_rows, values, mask, scales, totals);
+                c = integer_steps(linear, type, 0, group / WIDE, at_once, x_rows, values, mask, scales, totals);
             else if (group == WIDE / 2)
-                c = integer_steps(linear, type, 1, 1, rows, at_once, x_rows, values, mask, scales, totals);
-            for (int j = 0; j < rows; j++) at[j] = c / 2;
+                c = integer_steps(linear, type, 1, 1, at_once, x_rows, values, mask, scales, totals);
+            for (int j = 0; j < ROWS; j++) at[j] = c / 2;
         }
 #endif
         for (int64_t g = c / group; g < groups; g++) {
             const int64_t end = least(in, (g + 1) * group);
-            for (int j = 0; j < rows; j++) {
+            for (int j = 0; j < ROWS; j++) {
                 more[j] = zero();
                 for (int r = 0; r < x_rows; r++) sums[j][r] = zero();
             }
@@ -240,22 +257,22 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
             if (gathers)
                 for (int64_t step = c / 8; c + WIDE <= end; c += WIDE, step += WIDE / 8)
 #pragma GCC unroll 4
-                    for (int j = 0; j < rows; j += at_once)
+                    for (int j = 0; j < ROWS; j += at_once)
                         packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, sums + j);
             if (gathers)
-                for (int j = 0; j < rows; j++) at[j] = c / 2;
+                for (int j = 0; j < ROWS; j++) at[j] = c / 2;
 #else
             (void)gathers, (void)at_once;
 #endif
             for (; c + ahead * STEP <= end; c += ahead * STEP)
                 for (int a = 0; a < ahead; a++) {
-                    vec w[MOST];
+                    vec w[ROWS];
                     int64_t now = c + a * STEP;
-                    for (int j = 0; j < rows; j++)
+                    for (int j = 0; j < ROWS; j++)
                         w[j] = next_columns(values[j], kept, &at[j], mask[j] + now / 8, STEP, half, type);
                     for (int r = 0; r < x_rows; r++) {
                         vec x = load_element(u + least(r, last) * in + now, STEP);
-                        for (int j = 0; j < rows; j++) {
+                        for (int j = 0; j < ROWS; j++) {
                             vec *to = a ? &more[j] : &sums[j][r];
                             *to = multiply_add(*to, w[j], x);
                         }
@@ -263,22 +280,26 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                 }
             for (; c < end; c += STEP) {
                 int64_t n = least(STEP, end - c);
-                for (int j = 0; j < rows; j++) {
+                for (int j = 0; j < ROWS; j++) {
                     vec w = next_columns(values[j], kept, &at[j], mask[j] + c / 8, n, half, type);
                     for (int r = 0; r < x_rows; r++)
                         sums[j][r] = multiply_add(sums[j][r], w, load_element(u + least(r, last) * in + c, n));
                 }
             }
-            for (int j = 0; j < rows; j++) {
+            for (int j = 0; j < ROWS; j++) {
                 float f = type == FLOATS ? 1 : scale_at(scales[j] + g);
                 sums[j][0] = add(sums[j][0], more[j]);
                 for (int r = 0; r < x_rows; r++)
                     totals[j][r] = type == FLOATS ? sums[j][r] : fused(totals[j][r], broadcast(&f), sums[j][r]);
             }
         }
-        for (int j = 0; j < rows; j++)
-            for (int r = 0; r < x_rows; r++)
-                if (i + j % each < CHUNK) out[j / each][r][i + j % each] = sum(totals[j][r]);
+        for (int s = 0; s < ROWS * x_rows; s += 4) {
+            float four[4];
+            vec end[4];
+            for (int k = 0; k < 4; k++) end[k] = s + k < ROWS * x_rows ? totals[(s + k) % ROWS][(s + k) / ROWS] : zero();
+            sum_four(four, end[0], end[1], end[2], end[3]);
+            for (int k = 0; k < 4 && s + k < ROWS * x_rows; k++) out[(s + k) % ROWS][(s + k) / ROWS][i] = four[k];
+        }
     }
 }
 
@@ -363,7 +384,7 @@ static void dense_quads(const weight *weights, int64_t rows, int64_t n, const we
             }
 #pragma GCC unroll 4
             for (int k = 0; k < 4; k++)
-                store_four(out[r + k] + i, sum_quarters(sums[0][k], sums[1][k], sums[2][k], sums[3][k]));
+                sum_four(out[r + k] + i, sums[0][k], sums[1][k], sums[2][k], sums[3][k]);
         }
 }
 #endif
@@ -452,7 +473,7 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
         const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
         const weight *x = (const weight *)linear->x + b * d;
 #ifdef GATHER
-        if (linear->quads)
+        if (type == FLOATS && linear->rows > 2)
             dense_quads(weights, span.rows, d, x, linear->in, linear->rows, out);
         else
 #endif
@@ -499,7 +520,7 @@ static void NAME(left_dot)(struct linear *linear, int64_t task) {
         const weight *scales = scales_of(linear->integers.left_scales, b * d + span.row);
         const element *z = (const element *)linear->z + b * d;
 #ifdef GATHER
-        if (linear->quads)
+        if (type == FLOATS && linear->rows > 2)
             dense_quads(weights, span.rows, d, z, linear->out, linear->rows, out);
         else
 #endif
