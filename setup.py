@@ -13,8 +13,9 @@ setup(
             "armor.runtime._native",
             sources=sorted(glob("armor/runtime/native/*.c")),
             depends=sorted(glob("armor/runtime/native/*.h")),
-            # Python's own flags have -fwrapv, with which GCC keeps fewer numbers in registers.
-            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-Wno-psabi", "-fno-wrapv"],
+            # Python's own flags have -fwrapv, with which GCC keeps fewer numbers in registers. Exceptions of torch go
+            # through native/torch.c.
+            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-Wno-psabi", "-fno-wrapv", "-fexceptions"],
             optional=True,
         )
     ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import operator
-from armor.runtime.library import BEST, LEVELS, LIBRARY, PARALLEL, PARTS, TYPES, Integers, Part, Product
+from armor.runtime.library import BEST, C_LIBRARY, LEVELS, PARALLEL, PARTS, TYPES, Integers, Part, Product
 from armor.runtime.operator import Operands
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "available",
     "grouped",
+    "has_tiles",
     "is_grouped",
     "level",
     "linear",
@@ -48,7 +49,7 @@ _SCRATCH_BYTES = 8 << 20  # of dense core at a time, where torch multiplies: it 
 _TILE_ROWS = 32  # rows of x from which torch's products, on processors that multiply bf16 tiles, beat the C loops
 
 
-_has_tiles = LIBRARY is not None and (os.environ.get(ASSUME_AMX) == "1" or bool(LIBRARY.armor_has_tiles()))
+_has_tiles = C_LIBRARY is not None and (os.environ.get(ASSUME_AMX) == "1" or bool(C_LIBRARY.armor_has_tiles()))
 
 
 @cache
@@ -61,9 +62,9 @@ def _tell_once() -> None:
 
 def available() -> bool:
     """Whether the C library was built and loads. The first time that it was not, says so in the log."""
-    if LIBRARY is None:
+    if C_LIBRARY is None:
         _tell_once()
-    return LIBRARY is not None
+    return C_LIBRARY is not None
 
 
 def level() -> str:
@@ -119,9 +120,9 @@ def multiply(x: Tensor, operands: Operands, level: int = BEST) -> Tensor:
 
 def _call(x: Tensor, parts: Any, count: int, level: int) -> None:
     """The C loops on contiguous x and `count` parts, an array or one by reference."""
-    assert LIBRARY is not None  # `supports` said so
+    assert C_LIBRARY is not None  # `supports` said so
     columns = x.shape[-1]
-    error = LIBRARY.armor_linears(
+    error = C_LIBRARY.armor_linears(
         level,
         TYPES[x.dtype],
         x.data_ptr(),
@@ -158,7 +159,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def is_grouped(x: Tensor, counts: Sequence[int]) -> bool:
     """Whether `grouped` can multiply the rows of x, `counts` of them at a time, with linears that `supports` them."""
-    return LIBRARY is not None and runs_in_c(x[: max(counts, default=0)])
+    return C_LIBRARY is not None and runs_in_c(x[: max(counts, default=0)])
 
 
 class Table:
@@ -262,8 +263,8 @@ def grouped(x: Tensor, counts: Sequence[int], tables: Sequence[Sequence[Table]],
         Product(x[start:].data_ptr(), place + first * ctypes.sizeof(Part), rows, columns, number)
         for start, rows, first, number in cuts
     ]
-    assert LIBRARY is not None  # there are tables
-    error = LIBRARY.armor_products(
+    assert C_LIBRARY is not None  # there are tables
+    error = C_LIBRARY.armor_products(
         level,
         TYPES[x.dtype],
         (Product * len(products))(*products),
@@ -288,8 +289,8 @@ def unpack(values: Tensor, bits: Tensor, columns: int, level: int = BEST) -> Ten
     values, bits = values.contiguous(), bits.contiguous()
     out, kept = values.shape
     dense = values.new_empty(out, columns)
-    assert LIBRARY is not None
-    LIBRARY.armor_unpack(
+    assert C_LIBRARY is not None
+    C_LIBRARY.armor_unpack(
         level,
         TYPES[values.dtype],
         *(t.data_ptr() for t in (values, bits, dense)),

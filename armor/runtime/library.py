@@ -1,6 +1,6 @@
 """The C library of the CPU kernel: loaded, asked for its level; the structures that it reads.
 
-It is built when the package is installed and knows nothing of torch.
+It is built when the package is installed, without torch: what it calls of torch it is handed as addresses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from armor.runtime import native  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["BEST", "LEVELS", "LIBRARY", "PARALLEL", "PARTS", "TYPES", "Integers", "Part", "Product", "address"]
+__all__ = ["BEST", "C_LIBRARY", "LEVELS", "PARALLEL", "PARTS", "TYPES", "Integers", "Part", "Product", "address"]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -84,8 +84,8 @@ def _find_parallel() -> int | None:
         return None
 
 
-LIBRARY = _load()
+C_LIBRARY = _load()
 """None where it was not built, or by another release."""
 PARALLEL = _find_parallel()
-BEST = 0 if LIBRARY is None else LIBRARY.armor_initialize()
+BEST = 0 if C_LIBRARY is None else C_LIBRARY.armor_initialize()
 """The best instruction set that this processor has and the library uses: an index into LEVELS."""

@@ -133,7 +133,6 @@ class ArmorLinearMethod(LinearMethodBase):
         self.awaited: set[tuple[int, str]] = set()
         # By x's dtype, and with a bias or not.
         self.joined: dict[tuple[torch.dtype, bool], cpu.Joined | cuda.Joined | None] = {}
-        self.held: list[Operands] | None = None  # those of which `layer.ready` has the addresses
 
     def create_weights(
         self,
@@ -149,8 +148,12 @@ class ArmorLinearMethod(LinearMethodBase):
             self.parts = self._parts(layer, input_size_per_partition, output_partition_sizes)
         except ArmorError as error:
             raise Refused(str(error)) from None
-        layer.ready = None  # or what `boxed.ready` takes
-        get_current_vllm_config().compilation_config.static_forward_context[layer.prefix] = layer
+        layer.armor_table = None
+        config = get_current_vllm_config()
+        config.compilation_config.static_forward_context[layer.prefix] = layer
+        if isinstance(config.additional_config, dict):
+            # What `apply` compiles depends on these, so vLLM's cache of compiled models must tell them apart.
+            config.additional_config["armor"] = {"boxed": boxed.available(), "tiles": cpu.has_tiles()}
         for index, part in enumerate(self.parts):
             whole = part.packed.integers() if part.packed else {}
             for suffix, shape in part.shapes().items():
@@ -207,7 +210,8 @@ class ArmorLinearMethod(LinearMethodBase):
             index = SHARDS[shard] if isinstance(shard, str) else shard or 0
             found, own = self.parts[index].take(suffix, loaded), getattr(layer, f"{suffix}_{index}")
             assert found.shape == own.shape, (suffix, found.shape, own.shape)
-            if layer.ready is not None or not view(own, found):
+            # Copied where the table of a compiled model has the address already.
+            if layer.armor_table is not None or not view(own, found):
                 own.data.copy_(found)
             self.awaited.discard((index, suffix))
 
@@ -219,26 +223,26 @@ class ArmorLinearMethod(LinearMethodBase):
             name = list(self.layouts)[index]
             raise Refused(f"{name}.{suffix}: not loaded; assemble or copy the checkpoint again")
         self.joined.clear()  # of the weights before, where they are loaded anew
-        if layer.ready is None and boxed.available():
-            self._make_ready(layer)
+        if layer.armor_table is None and boxed.available():
+            layer.armor_table = self._table(layer)
 
-    def _make_ready(self, layer: Any) -> None:
-        """Let a compiled model multiply without Python, where the CPU's kernel takes all parts.
+    def _table(self, layer: Any) -> Tensor | None:
+        """What `boxed.linears` takes, by which a compiled model multiplies without Python.
 
-        Weights loaded anew are copied to where these are, by the loader or by vLLM. So the table is made once, and is
-        no buffer, which vLLM would copy too.
+        None where the CPU's kernel does not take every part. Weights loaded anew are copied to where these are, by the
+        loader or by vLLM. So the table is made once, and is no buffer, which vLLM would copy too.
         """
         columns = len(self.parts[0].columns)
-        own = self._operands(layer, torch.empty(1, columns, dtype=layer.params_dtype), layer.bias)
-        if own is not None and len(own) <= PARTS:
-            self.held, layer.ready = own, boxed.table(own, columns, layer.params_dtype)
+        x = torch.empty(1, columns, dtype=layer.params_dtype, device="cpu")
+        own = self._operands(layer, x, layer.bias)
+        return None if own is None or len(own) > PARTS else boxed.table(own, columns, x.dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> (..., out), the outputs of the parts side by side; by one call where the kernels take all."""
         if x.device.type in ("cpu", "cuda") and torch.compiler.is_compiling():
             out = sum(part.out_features for part in self.parts)
-            if layer.ready is not None and x.dtype == layer.params_dtype and not cpu.has_tiles():
-                return boxed.ready(x.contiguous(), layer.ready, bias is not None, out)
+            if layer.armor_table is not None and x.dtype == layer.params_dtype and not cpu.has_tiles():
+                return boxed.linears(x.contiguous(), layer.armor_table, bias is not None, out)
             return torch.ops.armor.vllm_linear(x, bias, layer.prefix, out)
         return self.multiply(layer, x, bias)
 

@@ -2,6 +2,7 @@
  * sanitizers. Exit code 1: a result is off. */
 #include <math.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -229,6 +230,91 @@ static int check_integers(int level, int type, int core, int64_t rows, int64_t i
     return 1;
 }
 
+/* A tensor as torch might have it, and what armor_cpu_linears calls of torch. */
+struct tensor {
+    void *data;
+    int64_t dim, sizes[3], strides[3];
+    int32_t dtype;
+};
+static int held; /* handles that are not given back */
+static const char *refused;
+static int data_ptr(struct tensor *t, void **to) { return *to = t->data, 0; }
+static int dim(struct tensor *t, int64_t *to) { return *to = t->dim, 0; }
+static int sizes(struct tensor *t, int64_t **to) { return *to = t->sizes, 0; }
+static int strides(struct tensor *t, int64_t **to) { return *to = t->strides, 0; }
+static int dtype_of(struct tensor *t, int32_t *to) { return *to = t->dtype, 0; }
+static int give_back(struct tensor *t) { return (void)t, held--, 0; }
+static int num_threads(uint32_t *to) { return *to = 1, 0; }
+static void say(bool holds, const char *function, const char *file, uint32_t line, const char *message) {
+    (void)function, (void)file, (void)line;
+    refused = holds ? NULL : message;
+}
+static struct tensor made;
+static int empty_strided(int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type,
+                         int32_t device, struct tensor **to) {
+    (void)device_type, (void)device;
+    made = (struct tensor){.dim = dim, .dtype = dtype};
+    memcpy(made.sizes, sizes, (size_t)dim * sizeof *sizes);
+    memcpy(made.strides, strides, (size_t)dim * sizeof *strides);
+    made.data = malloc((size_t)(sizes[0] * strides[0]) * 4);
+    return *to = &made, held++, 0;
+}
+struct torch {
+    int (*get_data_ptr)(struct tensor *, void **);
+    int (*get_dim)(struct tensor *, int64_t *);
+    int (*get_sizes)(struct tensor *, int64_t **);
+    int (*get_strides)(struct tensor *, int64_t **);
+    int (*get_dtype)(struct tensor *, int32_t *);
+    int (*empty_strided)(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, struct tensor **);
+    int (*delete_tensor_object)(struct tensor *);
+    int (*get_num_threads)(uint32_t *);
+    void (*check)(bool, const char *, const char *, uint32_t, const char *);
+    parallel_function parallel;
+    int level, device;
+};
+void armor_use_torch(const struct torch *);
+void armor_cpu_linears(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/* Two linears for x (2, 3, 8) in fp32 give what armor_linears gives; another x is refused. All handles are given back. */
+static int check_torch(int level) {
+    const struct torch torch = {data_ptr,  dim,         sizes, strides,  dtype_of, empty_strided,
+                                give_back, num_threads, say,   parallel, level,    0};
+    enum { ROWS = 6, IN = 8, OUT = 5 };
+    void *values = random_array(0, OUT * IN / 2), *bias = random_array(0, OUT), *x = random_array(0, ROWS * IN);
+    float expected[ROWS][2 * OUT];
+    uint8_t mask[OUT] = {0x33, 0x65, 0xa9, 0xcc, 0x3c};
+    struct {
+        int64_t type, dtype, columns, count;
+        struct part parts[8];
+    } *table = calloc(1, sizeof *table);
+    table->dtype = 6, table->columns = IN, table->count = 2;
+    for (int i = 0; i < 2; i++)
+        table->parts[i] = (struct part){values, mask, NULL, NULL, bias, NULL, NULL, OUT, IN / 2, 4, 0, 0, 0};
+    struct part parts[] = {table->parts[0], table->parts[1]};
+    for (int i = 0; i < 2; i++) parts[i].y = &expected[0][i * OUT], parts[i].y_stride = 2 * OUT;
+    armor_linears(level, 0, x, ROWS, IN, parts, 2, NULL, 1);
+    struct tensor given = {x, 3, {2, 3, IN}, {3 * IN, IN, 1}, 6}, of_table = {table, 1, {sizeof *table}, {1}, 0};
+    int failures = 0;
+    armor_use_torch(&torch);
+    for (int wrong = 0; wrong < 4; wrong++) {
+        uint64_t stack[] = {(uint64_t)&given, (uint64_t)&of_table, 1, 2 * OUT - (wrong == 3)};
+        given.dtype = wrong == 1 ? 5 : 6;
+        given.strides[0] = wrong == 2 ? 1 : 3 * IN;
+        held = 2;
+        armor_cpu_linears(stack, 4, 1);
+        if (wrong)
+            failures += !refused || held != 0;
+        else {
+            failures += refused || held != 1 || memcmp(((struct tensor *)stack[0])->data, expected, sizeof expected);
+            free(made.data);
+        }
+    }
+    void *all[] = {values, bias, x, table};
+    for (int i = 0; i < 4; i++) free(all[i]);
+    if (failures) printf("level %d: %d calls as torch's are off\n", level, failures);
+    return failures;
+}
+
 /* With an argument only what runs in several threads: what one thread does cannot race. */
 int main(int count, char **arguments) {
     /* in, out, n, m, left block, right block */
@@ -261,6 +347,7 @@ int main(int count, char **arguments) {
                         failures += check_integers(level, type, core, rows[r], shape[0], shape[1], shape[2], shape[3],
                                                    shape[4]);
                     }
+    for (int level = 0; level <= best && count == 1; level++) failures += check_torch(level);
     /* Enough work for threads, and more rows than are multiplied at once. */
     for (int level = 0; level <= best; level++)
         for (int type = 0; type < 2; type++) {

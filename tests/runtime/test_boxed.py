@@ -1,6 +1,7 @@
 """The kernel as torch's dispatcher calls it: the bits that the other ways give, and one line for what does not fit."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -28,15 +29,15 @@ def linears(dtype):
 def test_it_gives_the_bits_of_each_linear_alone(dtype, threads):
     group = linears(dtype)
     table = boxed.table(group, COLUMNS, dtype)
-    gc.collect()  # the table keeps what its addresses mean, but for the operands
+    gc.collect()
     bare = [own._replace(bias=None) for own in group]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for shape in ((COLUMNS,), (1, COLUMNS), (2, 3, COLUMNS), (0, COLUMNS), (1, 300, 1, COLUMNS)):
+        for shape in ((COLUMNS,), (1, COLUMNS), (2, 3, COLUMNS), (0, COLUMNS), (3, 0, COLUMNS), (1, 300, 1, COLUMNS)):
             x = torch.randn(shape).to(dtype)
             for with_bias, own in ((True, group), (False, bare)):
-                y = boxed.ready(x, table, with_bias, OUT)
+                y = boxed.linears(x, table, with_bias, OUT)
                 expected = torch.cat([cpu.multiply(x, one) for one in own], dim=-1)
                 assert y.is_contiguous() and torch.equal(y, expected), shape
     finally:
@@ -49,19 +50,19 @@ def test_a_compiled_model_calls_it_with_any_number_of_rows():
 
     @torch.compile(backend="aot_eager", dynamic=True, fullgraph=True)
     def compiled(x):
-        return boxed.ready(2 * x, table, True, OUT).relu()
+        return boxed.linears(2 * x, table, True, OUT).relu()
 
     for rows in (3, 5, 40):
         x = torch.randn(rows, COLUMNS).bfloat16()
-        assert torch.equal(compiled(x), boxed.ready(2 * x, table, True, OUT).relu())
+        assert torch.equal(compiled(x), boxed.linears(2 * x, table, True, OUT).relu())
 
 
 @pytest.mark.parametrize(
     ("x", "line"),
     [
-        (torch.ones(2, COLUMNS - 1).bfloat16(), "x is not what the linears were made ready for"),
-        (torch.ones(2, COLUMNS), "x is not what the linears were made ready for"),
-        (torch.tensor(1.0).bfloat16(), "x is not what the linears were made ready for"),
+        (torch.ones(2, COLUMNS - 1).bfloat16(), "x is not what the linears were made for"),
+        (torch.ones(2, COLUMNS), "x is not what the linears were made for"),
+        (torch.tensor(1.0).bfloat16(), "x is not what the linears were made for"),
         (torch.ones(2, 2 * COLUMNS).bfloat16()[:, ::2], "x is not contiguous"),
         (torch.ones(COLUMNS, 2).bfloat16().t(), "x is not contiguous"),
     ],
@@ -69,8 +70,8 @@ def test_a_compiled_model_calls_it_with_any_number_of_rows():
 )
 def test_what_does_not_fit_is_refused_in_one_line(x, line):
     table = boxed.table(linears(torch.bfloat16), COLUMNS, torch.bfloat16)
-    with pytest.raises(RuntimeError, match=f"armor::ready: {line}"):
-        boxed.ready(x, table, True, OUT)
+    with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
+        boxed.linears(x, table, True, OUT)
 
 
 def test_another_table_and_another_width_are_refused():
@@ -80,18 +81,42 @@ def test_another_table_and_another_width_are_refused():
         (table[8:], OUT, "this is no table of linears"),
         (table[None], OUT, "this is no table of linears"),
     ):
-        with pytest.raises(RuntimeError, match=f"armor::ready: {line}"):
-            boxed.ready(x, given, True, out)
+        with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
+            boxed.linears(x, given, True, out)
 
 
-def test_no_reference_is_left_behind():
-    """Neither by a call nor by one that is refused: memory is given back."""
-    table = boxed.table(linears(torch.bfloat16), COLUMNS, torch.bfloat16)
-    x = torch.ones(4, COLUMNS).bfloat16()
+def test_a_table_keeps_the_memory_of_its_linears_but_no_reference_is_left_behind():
+    group = linears(torch.bfloat16)
+    x = torch.randn(4, COLUMNS).bfloat16()
+    expected = torch.cat([cpu.multiply(x, one) for one in group], dim=-1)
+    table = boxed.table(group, COLUMNS, torch.bfloat16)
+    held = weakref.ref(group[1].values.untyped_storage())
+    del group
+    gc.collect()
+    filled = [torch.full((n,), torch.nan) for n in range(1, 20000, 100)]  # what was given back would be among these
     for given in (x, x.float()):
         try:
-            y = boxed.ready(given, table, True, OUT)
-            assert y._use_count() == 1
+            y = boxed.linears(given, table, True, OUT)
+            assert y._use_count() == 1 and torch.equal(y, expected) and filled
         except RuntimeError:
-            pass
+            assert given is not x
     assert x._use_count() == 1 and table._use_count() == 1
+    del table
+    gc.collect()
+    assert held() is None
+
+
+def test_a_table_is_of_contiguous_linears_and_at_most_eight():
+    values, bits, left, right, bias, group = random_linear(40, COLUMNS, 8, 64, "2:4", torch.bfloat16)
+    turned = Operands(values.t().contiguous().t(), bits, left, right, bias, group)
+    x = torch.randn(3, COLUMNS).bfloat16()
+    y = boxed.linears(x, boxed.table([turned], COLUMNS, torch.bfloat16), True, 40)
+    assert torch.equal(y, cpu.multiply(x, turned))
+    with pytest.raises(ValueError, match="9 linears with one input, expected at most 8"):
+        boxed.table([turned] * 9, COLUMNS, torch.bfloat16)
+    with pytest.raises(ValueError, match="mask"):
+        boxed.table([turned], COLUMNS + 8, torch.bfloat16)
+
+
+def test_torch_tells_where_the_operator_is_from():
+    assert "boxed.py" in torch._C._dispatch_dump("armor::cpu_linears")

@@ -152,7 +152,7 @@ def with_threads(multiply):
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 6, 8, 9, 16, 31, 32, 300, 773])
+@pytest.mark.parametrize("rows", [1, 6, 8, 9, 16, 18, 31, 32, 257, 300, 773])
 def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
     operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)

@@ -90,7 +90,7 @@ struct linear {
     int64_t y_stride;
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;
-    int quads; /* the dot way takes four rows of the core and of the blocks at once */
+    int quads; /* the dot way takes four rows of the core at once */
     struct cut right_cut, core_cut, left_cut;
     int64_t spans; /* tasks of core_cut that one takes: of the panel way in a row; of the dot way 2, from either half */
 

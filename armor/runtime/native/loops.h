@@ -29,8 +29,8 @@
  * take_byte and multiply_add_at.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
- * by every row of x, and a sum over lanes ends the row; or, by quads, the lanes are four rows by a quarter of the columns,
- * and four sums over quarters end four rows. The panel way (more rows): the lanes run along LANES rows of x;
+ * by every row of x, and a sum over lanes ends the row, four of them together; or, by quads, the lanes are four rows by
+ * a quarter of the columns, and a sum over quarters ends four rows. The panel way (more rows): the lanes run along LANES rows of x;
  * weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
  * that no sum over lanes is needed and the output of a step is laid out as the input of the next.
  */
@@ -135,7 +135,7 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
 enum { ROWS = 2 /* of the core that packed_dot takes at once */, WIDE = 2 * STEP, QUAD_ROWS = 12 };
 
 #ifdef GATHER
-/* What is 3 KB of values further on: into L1 while x leaves room there, else into L2. */
+/* What is 3 KB of values further on: into L1 where few rows of x leave room there, else into L2. */
 static inline __attribute__((always_inline)) void fetch_ahead(const void *next, int into_l1) {
     if (into_l1)
         __builtin_prefetch(next, 0, L1);
@@ -362,6 +362,9 @@ typedef void quad_dot_of(const struct linear *, const int64_t first[2], const in
                          float out[2][QUAD_ROWS][CHUNK]);
 static quad_dot_of *const QUADS[] = {quad_dot_8, quad_dot_12};
 
+/* Whether blocks go by dense_quads, which counts up to four rows of x as four. */
+static inline int quads_of_blocks(int type, int64_t rows) { return type == FLOATS && rows > 2; }
+
 /* dense_dot of floats by quads: four rows of weights meet four of x at once. */
 static void dense_quads(const weight *weights, int64_t rows, int64_t n, const weight *x, int64_t stride, int64_t x_rows,
                         float out[][CHUNK]) {
@@ -473,7 +476,7 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
         const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
         const weight *x = (const weight *)linear->x + b * d;
 #ifdef GATHER
-        if (type == FLOATS && linear->rows > 2)
+        if (quads_of_blocks(type, linear->rows))
             dense_quads(weights, span.rows, d, x, linear->in, linear->rows, out);
         else
 #endif
@@ -520,7 +523,7 @@ static void NAME(left_dot)(struct linear *linear, int64_t task) {
         const weight *scales = scales_of(linear->integers.left_scales, b * d + span.row);
         const element *z = (const element *)linear->z + b * d;
 #ifdef GATHER
-        if (type == FLOATS && linear->rows > 2)
+        if (quads_of_blocks(type, linear->rows))
             dense_quads(weights, span.rows, d, z, linear->out, linear->rows, out);
         else
 #endif

@@ -14,9 +14,9 @@ typedef float element;
 
 static inline vec zero(void) { return (vec){0}; }
 static inline vec add(vec a, vec b) { return a + b; }
-static inline float lanes(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+static inline float sum_lanes(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 static inline void sum_four(float to[4], vec a, vec b, vec c, vec d) {
-    to[0] = lanes(a), to[1] = lanes(b), to[2] = lanes(c), to[3] = lanes(d);
+    to[0] = sum_lanes(a), to[1] = sum_lanes(b), to[2] = sum_lanes(c), to[3] = sum_lanes(d);
 }
 static inline vec load_vec(const void *p) {
     vec v;

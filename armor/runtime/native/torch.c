@@ -1,4 +1,4 @@
-/* The operator armor::ready, as torch's dispatcher calls it: without Python, and without a header of torch.
+/* The operator armor::cpu_linears, as torch's dispatcher calls it: without Python, and without a header of torch.
  *
  * torch has an interface in C for operators of other libraries that stays the same from release to release
  * (torch/csrc/stable/library.h): an operator finds its arguments as 64-bit words, tensors as handles that it must give
@@ -24,21 +24,21 @@ struct torch {
     int (*get_num_threads)(uint32_t *);
     void (*check)(bool holds, const char *function, const char *file, uint32_t line, const char *message);
     parallel_function parallel;
-    int level;
+    int level, device; /* torch's number of the CPU */
 };
 
 static struct torch torch;
 
 void armor_use_torch(const struct torch *given) { torch = *given; }
 
-/* The bytes of the tensor `table`: linears made ready for x of `columns` columns, of our `type`, which is torch's `dtype`.
+/* The bytes of the tensor `table`: linears for x of `columns` columns, of our `type`, which is torch's `dtype`.
  * The `y` of parts is not set. */
 struct table {
     int64_t type, dtype, columns, count;
     struct part parts[PARTS];
 };
 
-enum { DIMENSIONS = 16, CPU = 0 };
+enum { DIMENSIONS = 16 };
 
 /* y is x times the linears of `held`, side by side; null, or what is wrong. */
 static const char *multiply(struct tensor *x, struct tensor *held, int with_bias, int64_t out, struct tensor **y) {
@@ -49,28 +49,28 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
     if (torch.get_data_ptr(x, &numbers) || torch.get_dim(x, &dim) || torch.get_sizes(x, &sizes) ||
         torch.get_strides(x, &strides) || torch.get_dtype(x, &dtype) || torch.get_data_ptr(held, &bytes) ||
         torch.get_dim(held, &held_dim) || torch.get_sizes(held, &held_sizes) || torch.get_num_threads(&threads))
-        return "armor::ready: torch does not tell what x and the table are";
-    if (held_dim != 1 || held_sizes[0] != sizeof(struct table)) return "armor::ready: this is no table of linears";
+        return "armor::cpu_linears: torch does not tell what x and the table are";
+    if (held_dim != 1 || held_sizes[0] != sizeof(struct table)) return "armor::cpu_linears: this is no table of linears";
     const struct table *table = bytes;
     if (dim < 1 || dim > DIMENSIONS || sizes[dim - 1] != table->columns || dtype != table->dtype)
-        return "armor::ready: x is not what the linears were made ready for";
+        return "armor::cpu_linears: x is not what the linears were made for";
 
     int64_t y_sizes[DIMENSIONS], y_strides[DIMENSIONS], step = 1, y_step = 1, rows = 1;
     for (int64_t d = dim - 1; d >= 0; d--) {
-        if (strides[d] != step && sizes[d] > 1) return "armor::ready: x is not contiguous";
+        if (strides[d] != step && sizes[d] != 1) return "armor::cpu_linears: x is not contiguous";
         y_sizes[d] = d == dim - 1 ? out : sizes[d];
         y_strides[d] = y_step;
-        step *= sizes[d];
-        y_step *= y_sizes[d];
+        step *= sizes[d] ? sizes[d] : 1; /* as torch counts them */
+        y_step *= y_sizes[d] ? y_sizes[d] : 1;
         if (d < dim - 1) rows *= sizes[d];
     }
     struct part parts[PARTS];
     int64_t start = 0;
     for (int64_t i = 0; i < table->count; start += parts[i++].out) parts[i] = table->parts[i];
-    if (start != out) return "armor::ready: the linears do not have so many outputs together";
+    if (start != out) return "armor::cpu_linears: the linears do not have so many outputs together";
 
-    if (torch.empty_strided(dim, y_sizes, y_strides, dtype, CPU, 0, y) || torch.get_data_ptr(*y, &address))
-        return "armor::ready: no memory for the output";
+    if (torch.empty_strided(dim, y_sizes, y_strides, dtype, torch.device, 0, y) || torch.get_data_ptr(*y, &address))
+        return "armor::cpu_linears: no memory for the output";
     if (!rows) return NULL;
     char *place = address;
     const int64_t weight = table->type == BF16 ? 2 : 4;
@@ -82,11 +82,11 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
     }
     const int error = armor_linears(torch.level, (int)table->type, numbers, rows, table->columns, parts,
                                     (int)table->count, torch.parallel, (int)threads);
-    return error ? "armor::ready: no memory to multiply in" : NULL;
+    return error ? "armor::cpu_linears: no memory to multiply in" : NULL;
 }
 
-/* armor::ready(Tensor x, Tensor table, bool with_bias, int out) -> Tensor */
-void armor_ready(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+/* armor::cpu_linears(Tensor x, Tensor table, bool with_bias, int out) -> Tensor */
+void armor_cpu_linears(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs; /* 4 and 1, by the schema */
     struct tensor *x = (struct tensor *)stack[0], *table = (struct tensor *)stack[1], *y = NULL;
     const char *error = multiply(x, table, stack[2] & 1, (int64_t)stack[3], &y);
