@@ -40,14 +40,14 @@ class _Torch(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (*_FUNCTIONS, "parallel")),
-        *((name, ctypes.c_int) for name in ("level", "device")),
+        *((name, ctypes.c_int) for name in ("level", "cpu")),
     )
 
 
 class _Table(ctypes.Structure):
     """`struct table` of native/torch.c."""
 
-    _fields_ = (*((name, ctypes.c_int64) for name in ("type", "dtype", "columns", "count")), ("parts", Part * PARTS))
+    _fields_ = (*((name, ctypes.c_int64) for name in ("type", "number", "columns", "linears")), ("parts", Part * PARTS))
 
 
 def _register() -> dict[torch.dtype, int]:

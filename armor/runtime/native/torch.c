@@ -24,17 +24,17 @@ struct torch {
     int (*get_num_threads)(uint32_t *);
     void (*check)(bool holds, const char *function, const char *file, uint32_t line, const char *message);
     parallel_function parallel;
-    int level, device; /* torch's number of the CPU */
+    int level, cpu; /* the number of that device */
 };
 
 static struct torch torch;
 
 void armor_use_torch(const struct torch *given) { torch = *given; }
 
-/* The bytes of the tensor `table`: linears for x of `columns` columns, of our `type`, which is torch's `dtype`.
+/* The bytes of the tensor `table`: linears for x of `columns` columns, of our `type`, which is number `number` to torch.
  * The `y` of parts is not set. */
 struct table {
-    int64_t type, dtype, columns, count;
+    int64_t type, number, columns, linears;
     struct part parts[PARTS];
 };
 
@@ -52,7 +52,7 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
         return "armor::cpu_linears: torch does not tell what x and the table are";
     if (held_dim != 1 || held_sizes[0] != sizeof(struct table)) return "armor::cpu_linears: this is no table of linears";
     const struct table *table = bytes;
-    if (dim < 1 || dim > DIMENSIONS || sizes[dim - 1] != table->columns || dtype != table->dtype)
+    if (dim < 1 || dim > DIMENSIONS || sizes[dim - 1] != table->columns || dtype != table->number)
         return "armor::cpu_linears: x is not what the linears were made for";
 
     int64_t y_sizes[DIMENSIONS], y_strides[DIMENSIONS], step = 1, y_step = 1, rows = 1;
@@ -66,22 +66,22 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
     }
     struct part parts[PARTS];
     int64_t start = 0;
-    for (int64_t i = 0; i < table->count; start += parts[i++].out) parts[i] = table->parts[i];
+    for (int64_t i = 0; i < table->linears; start += parts[i++].out) parts[i] = table->parts[i];
     if (start != out) return "armor::cpu_linears: the linears do not have so many outputs together";
 
-    if (torch.empty_strided(dim, y_sizes, y_strides, dtype, torch.device, 0, y) || torch.get_data_ptr(*y, &address))
+    if (torch.empty_strided(dim, y_sizes, y_strides, dtype, torch.cpu, 0, y) || torch.get_data_ptr(*y, &address))
         return "armor::cpu_linears: no memory for the output";
     if (!rows) return NULL;
     char *place = address;
     const int64_t weight = table->type == BF16 ? 2 : 4;
-    for (int64_t i = 0; i < table->count; i++) {
+    for (int64_t i = 0; i < table->linears; i++) {
         parts[i].y = place;
         parts[i].y_stride = out;
         if (!with_bias) parts[i].bias = NULL;
         place += parts[i].out * weight;
     }
     const int error = armor_linears(torch.level, (int)table->type, numbers, rows, table->columns, parts,
-                                    (int)table->count, torch.parallel, (int)threads);
+                                    (int)table->linears, torch.parallel, (int)threads);
     return error ? "armor::cpu_linears: no memory to multiply in" : NULL;
 }
 
