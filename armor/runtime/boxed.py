@@ -47,7 +47,7 @@ class _Torch(ctypes.Structure):
 class _Table(ctypes.Structure):
     """`struct table` of native/torch.c."""
 
-    _fields_ = (*((name, ctypes.c_int64) for name in ("type", "number", "columns", "linears")), ("parts", Part * PARTS))
+    _fields_ = (*((name, ctypes.c_int64) for name in ("type", "number", "columns", "filled")), ("parts", Part * PARTS))
 
 
 def _register() -> dict[torch.dtype, int]:

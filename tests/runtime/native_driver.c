@@ -284,10 +284,10 @@ static int check_torch(int level) {
     float expected[ROWS][2 * OUT];
     uint8_t mask[OUT] = {0x33, 0x65, 0xa9, 0xcc, 0x3c};
     struct {
-        int64_t type, number, columns, linears;
+        int64_t type, number, columns, filled;
         struct part parts[8];
     } *table = calloc(1, sizeof *table);
-    table->number = 6, table->columns = IN, table->linears = 2;
+    table->number = 6, table->columns = IN, table->filled = 2;
     for (int i = 0; i < 2; i++)
         table->parts[i] = (struct part){values, mask, NULL, NULL, bias, NULL, NULL, OUT, IN / 2, 4, 0, 0, 0};
     struct part parts[] = {table->parts[0], table->parts[1]};

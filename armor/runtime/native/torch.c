@@ -32,9 +32,9 @@ static struct torch torch;
 void armor_use_torch(const struct torch *given) { torch = *given; }
 
 /* The bytes of the tensor `table`: linears for x of `columns` columns, of our `type`, which is number `number` to torch.
- * The `y` of parts is not set. */
+ * The first `filled` parts are set, but for their `y`. */
 struct table {
-    int64_t type, number, columns, linears;
+    int64_t type, number, columns, filled;
     struct part parts[PARTS];
 };
 
@@ -66,7 +66,7 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
     }
     struct part parts[PARTS];
     int64_t start = 0;
-    for (int64_t i = 0; i < table->linears; start += parts[i++].out) parts[i] = table->parts[i];
+    for (int64_t i = 0; i < table->filled; start += parts[i++].out) parts[i] = table->parts[i];
     if (start != out) return "armor::cpu_linears: the linears do not have so many outputs together";
 
     if (torch.empty_strided(dim, y_sizes, y_strides, dtype, torch.cpu, 0, y) || torch.get_data_ptr(*y, &address))
@@ -74,14 +74,14 @@ static const char *multiply(struct tensor *x, struct tensor *held, int with_bias
     if (!rows) return NULL;
     char *place = address;
     const int64_t weight = table->type == BF16 ? 2 : 4;
-    for (int64_t i = 0; i < table->linears; i++) {
+    for (int64_t i = 0; i < table->filled; i++) {
         parts[i].y = place;
         parts[i].y_stride = out;
         if (!with_bias) parts[i].bias = NULL;
         place += parts[i].out * weight;
     }
     const int error = armor_linears(torch.level, (int)table->type, numbers, rows, table->columns, parts,
-                                    (int)table->linears, torch.parallel, (int)threads);
+                                    (int)table->filled, torch.parallel, (int)threads);
     return error ? "armor::cpu_linears: no memory to multiply in" : NULL;
 }
 
