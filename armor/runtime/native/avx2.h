@@ -14,6 +14,11 @@ typedef float element;
 
 static inline vec zero(void) { return _mm256_setzero_ps(); }
 static inline vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+static inline float sum(vec v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
 static inline void sum_four(float to[4], vec a, vec b, vec c, vec d) {
     const vec v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));

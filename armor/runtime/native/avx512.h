@@ -12,6 +12,7 @@ typedef __m512 vec;
 
 static inline vec zero(void) { return _mm512_setzero_ps(); }
 static inline vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+static inline float sum(vec v) { return _mm512_reduce_add_ps(v); }
 /* The sum of the quarters: four floats. */
 static inline void store_four(float *to, vec v) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

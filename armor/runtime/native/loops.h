@@ -13,8 +13,8 @@
  *   load_half(const weight *)          STEP / 2 weights, packed, rest anything
  *   load_packed(const weight *, n)     min(n, STEP) weights, packed, rest anything
  *   spread(vec packed, uint32_t bits)  the packed weights to the columns whose bit is set, as units, zeros elsewhere
- *   multiply_add(vec sum, vec w, vec x), add(vec, vec), zero(), broadcast(const void *unit)
- *   sum_four(float to[4], vec a, vec b, vec c, vec d)        of the lanes of each
+ *   multiply_add(vec sum, vec w, vec x), add(vec, vec), zero(), broadcast(const void *unit), sum(vec)
+ *   sum_four(float to[4], vec a, vec b, vec c, vec d)        of the lanes of each, in less time than four sums
  *   load_vec(const void *), store_vec(void *, vec)           LANES 32-bit words, any alignment
  *   to_units(vec even, vec odd)        rows of floats to a row of units (UNIT 1: even)
  *   load_floats(const weight *, n), store_floats(weight *, vec, n), store_elements(element *, vec, n)  n <= LANES
@@ -95,12 +95,6 @@ static inline vec next_columns(const void *values, int64_t kept, int64_t *at, co
 
 /* ---- the dot way ---- */
 
-static inline float sum(vec v) {
-    float four[4];
-    sum_four(four, v, zero(), zero(), zero());
-    return four[0];
-}
-
 /* out[r][i] = weights[i] . x[r] for `rows` dense weight rows of `n` columns; x has `count` rows (a constant).
  * `scales` has one for each row of integers. Sums over lanes take long beside a short row, so four end together. */
 static inline __attribute__((always_inline)) void dense_dot(const void *weights, int type, const weight *scales,
@@ -111,16 +105,16 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
     for (int64_t i = 0; i < rows; i += at_once) {
         vec sums[8];
         for (int s = 0; s < at_once * count; s++) sums[s] = zero();
-        for (int64_t c = 0; c < n; c += STEP) {
-            int64_t m = least(STEP, n - c);
-            vec w[4];
-            for (int j = 0; j < at_once; j++) w[j] = load_as(place(weights, least(i + j, rows - 1) * n + c, type), m, type);
-            for (int r = 0; r < count; r++) {
-                int64_t at = least(r, valid - 1) * stride + c;
-                vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
-                for (int j = 0; j < at_once; j++) sums[j * count + r] = multiply_add(sums[j * count + r], w[j], v);
+        for (int j = 0; j < at_once; j++)
+            for (int64_t c = 0; c < n; c += STEP) {
+                const int64_t m = least(STEP, n - c);
+                const vec w = load_as(place(weights, least(i + j, rows - 1) * n + c, type), m, type);
+                for (int r = 0; r < count; r++) {
+                    const int64_t at = least(r, valid - 1) * stride + c;
+                    const vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
+                    sums[j * count + r] = multiply_add(sums[j * count + r], w, v);
+                }
             }
-        }
         for (int s = 0; s < at_once * count; s += 4) {
             float four[4];
             sum_four(four, sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
@@ -293,12 +287,11 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                     totals[j][r] = type == FLOATS ? sums[j][r] : fused(totals[j][r], broadcast(&f), sums[j][r]);
             }
         }
-        for (int s = 0; s < ROWS * x_rows; s += 4) {
+        for (int j = 0; j < ROWS && x_rows == 1; j++) out[j][0][i] = sum(totals[j][0]);
+        for (int r = 0; r < x_rows && x_rows > 1; r += 2) {
             float four[4];
-            vec end[4];
-            for (int k = 0; k < 4; k++) end[k] = s + k < ROWS * x_rows ? totals[(s + k) % ROWS][(s + k) / ROWS] : zero();
-            sum_four(four, end[0], end[1], end[2], end[3]);
-            for (int k = 0; k < 4 && s + k < ROWS * x_rows; k++) out[(s + k) % ROWS][(s + k) / ROWS][i] = four[k];
+            sum_four(four, totals[0][r], totals[1][r], totals[0][r + 1], totals[1][r + 1]);
+            for (int k = 0; k < 4; k++) out[k % ROWS][r + k / ROWS][i] = four[k];
         }
     }
 }

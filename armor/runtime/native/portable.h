@@ -14,9 +14,9 @@ typedef float element;
 
 static inline vec zero(void) { return (vec){0}; }
 static inline vec add(vec a, vec b) { return a + b; }
-static inline float sum_lanes(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 static inline void sum_four(float to[4], vec a, vec b, vec c, vec d) {
-    to[0] = sum_lanes(a), to[1] = sum_lanes(b), to[2] = sum_lanes(c), to[3] = sum_lanes(d);
+    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
 }
 static inline vec load_vec(const void *p) {
     vec v;
