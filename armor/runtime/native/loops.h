@@ -104,11 +104,14 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
     const int at_once = count < 4 ? 4 / count : 1; /* rows of weights */
     for (int64_t i = 0; i < rows; i += at_once) {
         vec sums[8];
+#pragma GCC unroll 8
         for (int s = 0; s < at_once * count; s++) sums[s] = zero();
+#pragma GCC unroll 4
         for (int j = 0; j < at_once; j++)
             for (int64_t c = 0; c < n; c += STEP) {
                 const int64_t m = least(STEP, n - c);
                 const vec w = load_as(place(weights, least(i + j, rows - 1) * n + c, type), m, type);
+#pragma GCC unroll 8
                 for (int r = 0; r < count; r++) {
                     const int64_t at = least(r, valid - 1) * stride + c;
                     const vec v = is_weight ? load((const weight *)x + at, m) : load_element((const element *)x + at, m);
