@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False},
     "two ranks": {"tensor_parallel_size": 2},
+    "two stages": {"pipeline_parallel_size": 2, "enforce_eager": False},  # eagerly vLLM fails on a CPU
     LORA: {"enable_lora": True},
 }
 """The ways by name: vLLM's options. With LoRA there are an adapter on all compressed linears and requests without it;

@@ -144,3 +144,9 @@ def test_two_ranks_side_by_side(family, tmp_path):
     references = expected(folder)
     with served(folder, tensor_parallel_size=2, enforce_eager=family != "Llama") as llm:
         assert difference(llm, references) < BOUND
+
+
+def test_two_stages_one_after_the_other(llama, references):
+    """Compiled: eagerly vLLM itself fails at the first request on a CPU, for its second stage was not warmed up."""
+    with served(llama, pipeline_parallel_size=2, enforce_eager=False) as llm:
+        assert difference(llm, references) < BOUND

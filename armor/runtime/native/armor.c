@@ -38,6 +38,7 @@ static const struct kernel *const KERNELS[LEVELS][2] = {
 
 /* Panels whose pairs are multiplied together: four want 36 KB of L1 cache, two 24. */
 static int panels_at_once = 2;
+enum { LARGEST_X = 20 << 10 /* numbers of bf16, 40 KB, that stay in 48 KB of L1 cache while weights pass through it */ };
 
 /* Prepare the tables and return the best level of this processor. Call it once, before anything else. */
 int armor_initialize(void) {
@@ -247,6 +248,12 @@ static int by_quads(const struct kernel *kernel, const struct part *part, int64_
     return rows > 4 && rows <= kernel->quad_rows && !part->integers && is_two_of_four(part, in);
 }
 
+/* Whether the dot way takes x in pieces: two to four rows for 2:4 in floats, which 48 KB of L1 cache do not hold. */
+static int by_pieces(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
+    return kernel->quad_rows && panels_at_once == 4 && rows > 1 && rows <= 4 && rows * in > LARGEST_X &&
+           !part->integers && is_two_of_four(part, in);
+}
+
 /* Whether a linear takes the dot way. Beyond dot_rows only by quads, and only on processors with 48 KB of L1 cache: Zen 5
  * shuffles two vectors a cycle, as many as it multiplies. Zen 4 has 32 KB and shuffles one, which by count is no faster
  * than pairs that lie ready in the cache. */
@@ -275,6 +282,7 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
         *linear = linear_of(part, in, kernel);
         linear->panels_at_once = panels_at_once;
         linear->quads = dot && by_quads(kernel, part, rows, in);
+        linear->pieces = dot && by_pieces(kernel, part, rows, in);
         linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear, kernel, panels, threads) : 1;
         if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
         int same = 0; /* the first linear with this `right` */

@@ -90,7 +90,8 @@ struct linear {
     int64_t y_stride;
     int half;                                     /* every vector step of a row keeps exactly half of its columns */
     int two_of_four;
-    int quads; /* the dot way takes four rows of the core at once */
+    int quads;  /* the dot way takes four rows of the core at once */
+    int pieces; /* it takes x in pieces that the L1 cache holds */
     struct cut right_cut, core_cut, left_cut;
     int64_t spans; /* tasks of core_cut that one takes: of the panel way in a row; of the dot way 2, from either half */
 
@@ -107,7 +108,7 @@ struct kernel {
     int weight;   /* bytes of a weight */
     int spans;    /* chunks of a 2:4 core that a task of the panel way may take */
     int dot_rows;  /* up to this many rows of x take the dot way, and half as many behind full panels */
-    int quad_rows; /* up to this many can be taken by quads; 0: none */
+    int quad_rows; /* up to this many can be taken by quads; 0: none, and no x in pieces */
     void (*convert)(struct linear *, int64_t task);
     void (*pack)(struct linear *, int64_t task);
     void (*right_dot)(struct linear *, int64_t task);

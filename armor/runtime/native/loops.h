@@ -130,9 +130,10 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
 }
 
 enum { ROWS = 2 /* of the core that packed_dot takes at once */, WIDE = 2 * STEP, QUAD_ROWS = 12 };
+enum { VALUES_AHEAD = 3072, MASK_AHEAD = 640 /* bytes of a row that are fetched ahead */ };
 
 #ifdef GATHER
-/* What is 3 KB of values further on: into L1 where few rows of x leave room there, else into L2. */
+/* Into L1 where few rows of x leave room there, else into L2. */
 static inline __attribute__((always_inline)) void fetch_ahead(const void *next, int into_l1) {
     if (into_l1)
         __builtin_prefetch(next, 0, L1);
@@ -145,6 +146,7 @@ static inline __attribute__((always_inline)) void fetch_ahead(const void *next, 
 static inline __attribute__((always_inline)) void packed_step(const struct linear *linear, int type, int rows,
                                                               int x_rows, const void *const values[],
                                                               const uint8_t *const mask[], int64_t at,
+                                                              int64_t values_ahead, int64_t mask_ahead,
                                                               vec sums[][8]) {
     const int64_t bytes = type == FLOATS ? 4 * sizeof(weight) : type == INT8 ? 4 : 2; /* of values, by one of mask */
     const int into_l1 = x_rows == 1 || (x_rows <= 4 && linear->panels_at_once == 4);
@@ -153,13 +155,13 @@ static inline __attribute__((always_inline)) void packed_step(const struct linea
 #pragma GCC unroll 2
     for (int j = 0; j < rows; j++) {
         const char *here = (const char *)values[j] + at * bytes;
-        fetch_ahead(here + 3072, into_l1);
+        fetch_ahead(here + values_ahead, into_l1);
         w[j] = load_as(here, STEP, type);
         index[j] = gather_index(mask[j] + at);
     }
     if (at % 64 == 0)
 #pragma GCC unroll 4
-        for (int j = 0; j < rows; j++) fetch_ahead(mask[j] + at + 640, into_l1);
+        for (int j = 0; j < rows; j++) fetch_ahead(mask[j] + at + mask_ahead, into_l1);
 #pragma GCC unroll 8
     for (int r = 0; r < x_rows; r++) {
         const element *x = (const element *)linear->u + least(r, linear->rows - 1) * linear->in + at * 8;
@@ -189,7 +191,8 @@ static inline __attribute__((always_inline)) int64_t integer_steps(const struct 
 #pragma GCC unroll 8
                 for (int r = 0; r < x_rows; r++) sums[i][r] = zero();
             for (int64_t step = at; step < at + bytes; step += WIDE / 8)
-                packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, sums);
+                packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, VALUES_AHEAD, MASK_AHEAD,
+                            sums);
 #pragma GCC unroll 4
             for (int i = 0; i < at_once; i++) {
                 const vec scale = gather_scales(scales[j + i] + g, halved);
@@ -255,7 +258,8 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                 for (int64_t step = c / 8; c + WIDE <= end; c += WIDE, step += WIDE / 8)
 #pragma GCC unroll 4
                     for (int j = 0; j < ROWS; j += at_once)
-                        packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, sums + j);
+                        packed_step(linear, type, at_once, x_rows, values + j, mask + j, step, VALUES_AHEAD, MASK_AHEAD,
+                                    sums + j);
             if (gathers)
                 for (int j = 0; j < ROWS; j++) at[j] = c / 2;
 #else
@@ -300,6 +304,66 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
 }
 
 #ifdef GATHER
+/* What packed_dot does, to the bit, of a 2:4 core in floats and an x that the L1 cache does not hold: some rows of the
+ * core meet a piece of x, one after the other, before the next piece is read. */
+static inline __attribute__((always_inline)) void pieces_dot(const struct linear *linear, const int64_t first[2],
+                                                             const int64_t count[2], int x_rows,
+                                                             float out[2][QUAD_ROWS][CHUNK]) {
+    enum { TURNS = 8, PIECE = 3072 };
+    const int64_t in = linear->in, whole = in / WIDE * WIDE, turns = count[0] > count[1] ? count[0] : count[1];
+    for (int64_t i = 0; i < turns; i += TURNS) {
+        const int64_t n = least(TURNS, turns - i);
+        const void *values[TURNS][ROWS];
+        const uint8_t *mask[TURNS][ROWS];
+        vec totals[TURNS][ROWS][4];
+        for (int64_t t = 0; t < n; t++)
+            for (int j = 0; j < ROWS; j++) {
+                const int side = count[1] ? j : 0;
+                const int64_t row = first[side] + least(i + t, count[side] - 1);
+                values[t][j] = place(linear->values, row * linear->stride, FLOATS);
+                mask[t][j] = linear->mask + row * linear->mask_stride;
+                for (int r = 0; r < x_rows; r++) totals[t][j][r] = zero();
+            }
+        for (int64_t c = 0; c < whole; c += PIECE)
+            for (int64_t t = 0; t < n; t++) {
+                /* The same piece of the next row, or of the first row the next piece. */
+                const int64_t on = t + 1 < n ? 1 : 1 - n, piece = on == 1 ? 0 : PIECE / 8;
+                const int64_t values_ahead = on * linear->row_bytes + piece * 4 * (int64_t)sizeof(weight);
+                const int64_t mask_ahead = on * linear->mask_stride + piece;
+                vec sums[ROWS][8];
+#pragma GCC unroll 8
+                for (int s = 0; s < ROWS * x_rows; s++) sums[s % ROWS][s / ROWS] = totals[t][s % ROWS][s / ROWS];
+                for (int64_t at = c / 8; at < least(c + PIECE, whole) / 8; at += WIDE / 8)
+                    packed_step(linear, FLOATS, ROWS, x_rows, values[t], mask[t], at, values_ahead, mask_ahead, sums);
+#pragma GCC unroll 8
+                for (int s = 0; s < ROWS * x_rows; s++) totals[t][s % ROWS][s / ROWS] = sums[s % ROWS][s / ROWS];
+            }
+        for (int64_t t = 0; t < n; t++) {
+            for (int j = 0; j < ROWS; j++)
+                for (int64_t c = whole, at = whole / 2; c < in; c += STEP) {
+                    const int64_t m = least(STEP, in - c);
+                    const vec w = next_columns(values[t][j], linear->kept, &at, mask[t][j] + c / 8, m, 1, FLOATS);
+                    for (int r = 0; r < x_rows; r++) {
+                        const element *x = (const element *)linear->u + least(r, linear->rows - 1) * in;
+                        totals[t][j][r] = multiply_add(totals[t][j][r], w, load_element(x + c, m));
+                    }
+                }
+            for (int r = 0; r < x_rows; r += 2) {
+                float four[4];
+                sum_four(four, totals[t][0][r], totals[t][1][r], totals[t][0][r + 1], totals[t][1][r + 1]);
+                for (int k = 0; k < 4; k++) out[k % ROWS][r + k / ROWS][i + t] = four[k];
+            }
+        }
+    }
+}
+#define PIECES_DOT(rows)                                                                                          \
+    static __attribute__((noinline)) void pieces_dot_##rows(const struct linear *linear, const int64_t first[2],  \
+                                                            const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) { \
+        pieces_dot(linear, first, count, rows, out);                                                              \
+    }
+PIECES_DOT(2)
+PIECES_DOT(4)
+
 /* What packed_dot does, of a 2:4 core in floats by quads, for `x_rows` rows of x (a constant, at least as many as there
  * are): a quarter of a vector has the values of four rows of the core for one group of columns, and picks what they meet
  * from a quarter of x, which is read as it lies. So a multiply-add needs one shuffle and half a load. */
@@ -326,8 +390,8 @@ static inline __attribute__((always_inline)) void quad_dot(const struct linear *
             load_quads(w, values, at * 8);
             quad_index(index, mask, at);
             for (int j = 0; j < 4; j++) {
-                fetch_ahead(values[j] + at * 8 + 3072, 0);
-                if (at % 64 == 0) fetch_ahead(mask[j] + at + 640, 0);
+                fetch_ahead(values[j] + at * 8 + VALUES_AHEAD, 0);
+                if (at % 64 == 0) fetch_ahead(mask[j] + at + MASK_AHEAD, 0);
             }
 #pragma GCC unroll 16
             for (int r = 0; r < x_rows; r++) sums[r] = multiply_add_quads(sums[r], w, index, x[r] + at * 8);
@@ -499,6 +563,8 @@ static void NAME(core_dot)(struct linear *linear, int64_t task) {
 #ifdef GATHER
     if (linear->quads)
         QUADS[(linear->rows - 5) / 4](linear, first, count, out);
+    else if (linear->pieces)
+        (linear->rows == 2 ? pieces_dot_2 : pieces_dot_4)(linear, first, count, out);
     else
 #endif
         DOTS[linear->integers.core][kind](linear, first, count, out);
