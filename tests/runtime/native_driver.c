@@ -347,6 +347,10 @@ int main(int count, char **arguments) {
                         failures += check_integers(level, type, core, rows[r], shape[0], shape[1], shape[2], shape[3],
                                                    shape[4]);
                     }
+    /* An x that the L1 cache does not hold: its ends, and tasks without a second half. */
+    for (int level = 0; level <= best && count == 1; level++)
+        for (int type = 0; type < 2; type++)
+            for (int rows = 2; rows <= 4; rows++) failures += check(level, type, rows, 10284, 15, 2, 4, 0, 0, 0, 1);
     for (int level = 0; level <= best && count == 1; level++) failures += check_torch(level);
     /* Enough work for threads, and more rows than are multiplied at once. */
     for (int level = 0; level <= best; level++)

@@ -26,7 +26,8 @@ SHAPES = [  # out, in, left block, right block, pattern
     (7, 332, None, None, "2:4"),
     (50, 44, None, 22, "2:4"),
     (40, 1156, 40, None, "2:4"),
-    (34, 7180, 17, 20, "2:4"),  # three rows of x do not fit into the L1 cache
+    (15, 10284, None, None, "2:4"),  # two rows of x do not fit into the L1 cache; no second half of the core
+    (45, 10284, None, None, "2:4"),  # the same, in halves of 32 and 13 rows
     (40, 48, 8, 16, "4:8"),
     (30, 36, 5, 9, "1:3"),
     (33, 100, 11, 20, "50%"),

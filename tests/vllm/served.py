@@ -40,7 +40,7 @@ HEADS = {"head_dim": 32}  # vLLM's attention on a CPU takes heads of 32 channels
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 WRAPPED = SHAPE | HEADS | {"num_hidden_layers": 2, "max_position_embeddings": 128, "vocab_size": VOCABULARY}
-IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+IMAGES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGES |= {"image_size": 28, "patch_size": 14}
 
 

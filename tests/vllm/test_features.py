@@ -146,7 +146,7 @@ def test_two_ranks_side_by_side(family, tmp_path):
         assert difference(llm, references) < BOUND
 
 
-def test_two_stages_one_after_the_other(llama, references):
+def test_two_stages(llama, references):
     """Compiled: eagerly vLLM itself fails at the first request on a CPU, for its second stage was not warmed up."""
     with served(llama, pipeline_parallel_size=2, enforce_eager=False) as llm:
         assert difference(llm, references) < BOUND

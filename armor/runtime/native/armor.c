@@ -38,7 +38,6 @@ static const struct kernel *const KERNELS[LEVELS][2] = {
 
 /* Panels whose pairs are multiplied together: four want 36 KB of L1 cache, two 24. */
 static int panels_at_once = 2;
-enum { LARGEST_X = 20 << 10 /* numbers of bf16, 40 KB, that stay in 48 KB of L1 cache while weights pass through it */ };
 
 /* Prepare the tables and return the best level of this processor. Call it once, before anything else. */
 int armor_initialize(void) {
@@ -248,9 +247,10 @@ static int by_quads(const struct kernel *kernel, const struct part *part, int64_
     return rows > 4 && rows <= kernel->quad_rows && !part->integers && is_two_of_four(part, in);
 }
 
-/* Whether the dot way takes x in pieces: two to four rows for 2:4 in floats, which 48 KB of L1 cache do not hold. */
+/* Whether the dot way takes x in pieces: two to four rows, of 2:4 in floats, that do not stay in 48 KB of L1 cache while
+ * weights pass through it. */
 static int by_pieces(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
-    return kernel->quad_rows && panels_at_once == 4 && rows > 1 && rows <= 4 && rows * in > LARGEST_X &&
+    return kernel->quad_rows && panels_at_once == 4 && rows > 1 && rows <= 4 && rows * in * kernel->element > 40 << 10 &&
            !part->integers && is_two_of_four(part, in);
 }
 

@@ -29,9 +29,9 @@
  * take_byte and multiply_add_at.
  *
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
- * by every row of x, and a sum over lanes ends the row, four of them together; or, by quads, the lanes are four rows by
- * a quarter of the columns, and a sum over quarters ends four rows. The panel way (more rows): the lanes run along LANES rows of x;
- * weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
+ * by every row of x, which may go in pieces, and a sum over lanes ends the row, four of them together; or, by quads, the
+ * lanes are four rows by a quarter of the columns, and a sum over quarters ends four rows. The panel way (more rows):
+ * the lanes run along LANES rows of x; weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
  * that no sum over lanes is needed and the output of a step is laid out as the input of the next.
  */
 #include <string.h>
@@ -130,10 +130,11 @@ static inline __attribute__((always_inline)) void dense_dot(const void *weights,
 }
 
 enum { ROWS = 2 /* of the core that packed_dot takes at once */, WIDE = 2 * STEP, QUAD_ROWS = 12 };
-enum { VALUES_AHEAD = 3072, MASK_AHEAD = 640 /* bytes of a row that are fetched ahead */ };
 
 #ifdef GATHER
-/* Into L1 where few rows of x leave room there, else into L2. */
+enum { VALUES_AHEAD = 3072, MASK_AHEAD = 640 /* how many bytes further on in a row is fetched */ };
+
+/* Fetch what `next` points to: into L1 where few rows of x leave room there, else into L2. */
 static inline __attribute__((always_inline)) void fetch_ahead(const void *next, int into_l1) {
     if (into_l1)
         __builtin_prefetch(next, 0, L1);
@@ -142,7 +143,8 @@ static inline __attribute__((always_inline)) void fetch_ahead(const void *next, 
 }
 
 /* sums += a step of WIDE columns of `rows` packed 2:4 rows times `x_rows` rows of x; `at` is where its mask begins in a
- * row. All other places are multiples of it, which an instruction can add up itself. */
+ * row. All other places are multiples of it, which an instruction can add up itself. What lies `values_ahead` and
+ * `mask_ahead` bytes further on is fetched. */
 static inline __attribute__((always_inline)) void packed_step(const struct linear *linear, int type, int rows,
                                                               int x_rows, const void *const values[],
                                                               const uint8_t *const mask[], int64_t at,
@@ -304,18 +306,18 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
 }
 
 #ifdef GATHER
-/* What packed_dot does, to the bit, of a 2:4 core in floats and an x that the L1 cache does not hold: some rows of the
- * core meet a piece of x, one after the other, before the next piece is read. */
+/* What packed_dot does, to the bit, of a 2:4 core in floats and an x that the L1 cache does not hold: PAIRS times ROWS
+ * rows of the core meet a piece of x, before the next piece is read. */
 static inline __attribute__((always_inline)) void pieces_dot(const struct linear *linear, const int64_t first[2],
                                                              const int64_t count[2], int x_rows,
                                                              float out[2][QUAD_ROWS][CHUNK]) {
-    enum { TURNS = 8, PIECE = 3072 };
-    const int64_t in = linear->in, whole = in / WIDE * WIDE, turns = count[0] > count[1] ? count[0] : count[1];
-    for (int64_t i = 0; i < turns; i += TURNS) {
-        const int64_t n = least(TURNS, turns - i);
-        const void *values[TURNS][ROWS];
-        const uint8_t *mask[TURNS][ROWS];
-        vec totals[TURNS][ROWS][4];
+    enum { PAIRS = 8, PIECE = 3072 /* columns: of four rows of x 24 KB, half of L1 */ };
+    const int64_t in = linear->in, whole = in / WIDE * WIDE, pairs = count[0] > count[1] ? count[0] : count[1];
+    for (int64_t i = 0; i < pairs; i += PAIRS) {
+        const int64_t n = least(PAIRS, pairs - i);
+        const void *values[PAIRS][ROWS];
+        const uint8_t *mask[PAIRS][ROWS];
+        vec totals[PAIRS][ROWS][4];
         for (int64_t t = 0; t < n; t++)
             for (int j = 0; j < ROWS; j++) {
                 const int side = count[1] ? j : 0;
@@ -326,10 +328,12 @@ static inline __attribute__((always_inline)) void pieces_dot(const struct linear
             }
         for (int64_t c = 0; c < whole; c += PIECE)
             for (int64_t t = 0; t < n; t++) {
-                /* The same piece of the next row, or of the first row the next piece. */
-                const int64_t on = t + 1 < n ? 1 : 1 - n, piece = on == 1 ? 0 : PIECE / 8;
-                const int64_t values_ahead = on * linear->row_bytes + piece * 4 * (int64_t)sizeof(weight);
-                const int64_t mask_ahead = on * linear->mask_stride + piece;
+                /* The same piece of the next row; after the last row the next piece of the first; at the end of those
+                 * the beginning of the next row. */
+                const int ends = c + PIECE >= whole;
+                const int64_t on = t + 1 < n || ends ? 1 : 1 - n, further = t + 1 < n ? 0 : ends ? -c / 8 : PIECE / 8;
+                const int64_t values_ahead = on * linear->row_bytes + further * 4 * (int64_t)sizeof(weight);
+                const int64_t mask_ahead = on * linear->mask_stride + further;
                 vec sums[ROWS][8];
 #pragma GCC unroll 8
                 for (int s = 0; s < ROWS * x_rows; s++) sums[s % ROWS][s / ROWS] = totals[t][s % ROWS][s / ROWS];
