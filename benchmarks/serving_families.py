@@ -69,7 +69,8 @@ def measured(own: Family, way: str) -> float | str:
             with_it = difference(llm, own.adapted, prompts=False, lora_request=request)
             return max(with_it, difference(llm, own.plain, prompts=False))
     except Exception as error:  # whatever an engine fails with is what is to be seen
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        line = next(iter(str(error).splitlines()), "")
+        return f"{type(error).__name__}: {line.replace(f'{own.folder.parent}/', '')}"
 
 
 def table(families: dict[str, dict[str, float | str]]) -> str:

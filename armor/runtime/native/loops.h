@@ -360,13 +360,14 @@ static inline __attribute__((always_inline)) void pieces_dot(const struct linear
         }
     }
 }
-#define PIECES_DOT(rows)                                                                                          \
-    static __attribute__((noinline)) void pieces_dot_##rows(const struct linear *linear, const int64_t first[2],  \
-                                                            const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) { \
-        pieces_dot(linear, first, count, rows, out);                                                              \
+/* A function of its own for a number of rows of x, so that registers suffice. */
+#define FOR_ROWS(dot, rows)                                                                                   \
+    static __attribute__((noinline)) void dot##_##rows(const struct linear *linear, const int64_t first[2],   \
+                                                       const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) { \
+        dot(linear, first, count, rows, out);                                                                 \
     }
-PIECES_DOT(2)
-PIECES_DOT(4)
+FOR_ROWS(pieces_dot, 2)
+FOR_ROWS(pieces_dot, 4)
 
 /* What packed_dot does, of a 2:4 core in floats by quads, for `x_rows` rows of x (a constant, at least as many as there
  * are): a quarter of a vector has the values of four rows of the core for one group of columns, and picks what they meet
@@ -415,13 +416,8 @@ static inline __attribute__((always_inline)) void quad_dot(const struct linear *
         }
     }
 }
-#define QUAD_DOT(rows)                                                                                          \
-    static __attribute__((noinline)) void quad_dot_##rows(const struct linear *linear, const int64_t first[2], \
-                                                          const int64_t count[2], float out[2][QUAD_ROWS][CHUNK]) { \
-        quad_dot(linear, first, count, rows, out);                                                              \
-    }
-QUAD_DOT(8)
-QUAD_DOT(12)
+FOR_ROWS(quad_dot, 8)
+FOR_ROWS(quad_dot, 12)
 typedef void quad_dot_of(const struct linear *, const int64_t first[2], const int64_t count[2],
                          float out[2][QUAD_ROWS][CHUNK]);
 static quad_dot_of *const QUADS[] = {quad_dot_8, quad_dot_12};
