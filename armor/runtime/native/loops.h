@@ -31,8 +31,9 @@
  * The dot way (few rows): the lanes run along the columns; a vector of weights is unpacked in registers and multiplied
  * by every row of x, which may go in pieces, and a sum over lanes ends the row, four of them together; or, by quads, the
  * lanes are four rows by a quarter of the columns, and a sum over quarters ends four rows. The panel way (more rows):
- * the lanes run along LANES rows of x; weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may stay packed: packed_pairs), so
- * that no sum over lanes is needed and the output of a step is laid out as the input of the next.
+ * the lanes run along LANES rows of x; weights are unpacked into a tile in cache and broadcast (those of a 2:4 core may
+ * stay packed: packed_pairs), so that no sum over lanes is needed and the output of a step is laid out as the input of
+ * the next.
  */
 #include <string.h>
 
