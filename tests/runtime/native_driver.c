@@ -327,7 +327,7 @@ int main(int count, char **arguments) {
     static const int64_t INTEGERS[][5] = {
         {100, 36, 32, 4, 20}, {1156, 7, 512, 0, 0}, {96, 40, 96, 0, 16}, {260, 66, 64, 33, 0}, {20, 4, 20, 4, 4},
     };
-    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 37, 115};
+    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 28, 37, 115};
     int best = armor_initialize(), failures = 0;
     (void)arguments;
     for (int level = 0; level <= best && count == 1; level++)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ SHAPES = [  # out, in, left block, right block, pattern
     (33, 100, 11, 20, "50%"),
     (70, 64, 35, 64, "1:4"),
 ]
-ROWS = [*range(1, 18), 33, 70]
+ROWS = [*range(1, 18), 20, 24, 28, 33, 70]  # 20 to 33: few rows behind full panels
 
 
 def packed(*shape, **bias):
@@ -160,6 +161,20 @@ def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
     x = torch.randn(rows, 1024).to(dtype)
     first, *others = with_threads(lambda: cpu.multiply(x, Operands(*operands), level))
     assert all(torch.equal(first, y) for y in others)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("behind", [1, 3, 4])
+def test_few_rows_behind_full_panels_have_the_bits_that_they_have_alone(behind, dtype, level):
+    for shape in [(512, 1024, 64, 128, "2:4"), (180, 100, None, 20, "2:4"), (64, 96, 8, None, "4:8")]:
+        operands = Operands(*random_linear(*shape, dtype))
+        for panels in (16, 272):
+            x = torch.randn(panels + behind, shape[1]).to(dtype)
+            alone = cpu.multiply(x[panels:], operands, level)
+            results = with_threads(partial(cpu.multiply, x, operands, level))
+            assert all(torch.equal(y[panels:], alone) for y in results)
 
 
 @needs_library

@@ -92,7 +92,7 @@ struct step {
 enum { PACK, RIGHT, CORE, LEFT, STEPS };
 
 struct work {
-    struct linear linears[PARTS];
+    struct linear linears[PARTS], behind[PARTS];
     atomic_llong *finished_in_block[PARTS]; /* of the core, for `left`: by block, or by task if a task holds several */
     struct step steps[STEPS];
     atomic_int workers;
@@ -267,15 +267,20 @@ static size_t take(size_t *total, size_t bytes) {
     return offset;
 }
 
-/* Multiply x with `count` linears, all by `kernel`, in the dot way or the panel way; 0, or an errno. */
-static int multiply(const struct kernel *kernel, const void *x, int64_t rows, int64_t in, const struct part *parts,
-                    int count, int dot, parallel_function parallel, int threads) {
+/* Multiply x with `count` linears, all by `kernel`: `rows` rows in the dot way or the panel way, and `behind` more, of the
+ * dot way, in the tasks of the panel way's last wave. 0, or an errno. */
+static int multiply(const struct kernel *kernel, const char *x, int64_t rows, int64_t behind, int64_t in,
+                    const struct part *parts, int count, int dot, parallel_function parallel, int threads) {
     int64_t wave = rows < WAVE ? rows : WAVE, work_items = 0;
     int64_t panels = (wave + kernel->lanes - 1) / kernel->lanes, lane_bytes = panels * kernel->lanes * 4;
-    size_t u_bytes = dot ? wave * in * kernel->element : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
+    int bare = 0; /* whether a linear meets x itself */
+    for (int i = 0; i < count; i++) bare |= !parts[i].right;
+    const int packs = !dot || (bare && kernel->element != kernel->weight); /* else x is as the loops want it */
+    const int64_t row_bytes = in * kernel->element, behind_bytes = behind * row_bytes;
+    const int64_t u_bytes = dot ? wave * row_bytes : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
     struct work work = {.count = count, .dot = dot};
-    size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], packed = take(&total, dot ? 0 : u_bytes);
-    int packing = dot ? -1 : 0; /* which linear brings x into its form for all; none where x is as the loops want it */
+    size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], u_behind[PARTS], z_behind[PARTS];
+    const size_t packed = take(&total, packs ? u_bytes : 0), packed_behind = take(&total, bare ? behind_bytes : 0);
     for (int i = 0; i < count; i++) {
         const struct part *part = &parts[i];
         struct linear *linear = &work.linears[i];
@@ -284,14 +289,14 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
         linear->quads = dot && by_quads(kernel, part, rows, in);
         linear->pieces = dot && by_pieces(kernel, part, rows, in);
         linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear, kernel, panels, threads) : 1;
-        if (dot && !part->right && kernel->element != kernel->weight && packing < 0) packing = i;
         int same = 0; /* the first linear with this `right` */
         while (parts[same].right != part->right) same++;
-        int own = same == i && (part->right || (packing == i && dot));
-        u[i] = own ? take(&total, u_bytes) : same == i ? packed : u[same];
+        u[i] = !part->right ? packed : same == i ? take(&total, u_bytes) : u[same];
+        u_behind[i] = !part->right ? packed_behind : same == i ? take(&total, behind_bytes) : u_behind[same];
         int64_t block_units = (linear->left_cut.size + kernel->unit - 1) / kernel->unit;
         size_t z_bytes = dot ? wave * part->out * kernel->element : linear->left_cut.count * block_units * lane_bytes;
         z[i] = take(&total, part->left ? z_bytes : 0);
+        z_behind[i] = take(&total, part->left ? behind * part->out * kernel->element : 0);
         counters[i] = take(&total, linear->core_cut.tasks * sizeof(atomic_llong));
         int64_t tasks[STEPS] = {
             [RIGHT] = part->right && same == i ? linear->right_cut.tasks : 0,
@@ -299,7 +304,7 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
             [LEFT] = part->left ? linear->left_cut.tasks : 0,
         };
         for (int s = RIGHT; s < STEPS; s++) work.steps[s].first[i + 1] = work.steps[s].first[i] + tasks[s];
-        work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * rows;
+        work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * (rows + behind);
     }
     /* Starting the threads costs as much as this many multiply-adds. */
     work.threads = work_items < 1 << 18 ? 1 : threads;
@@ -314,17 +319,29 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
 
     for (int64_t start = 0; start < rows; start += wave) {
         for (int i = 0; i < count; i++) {
-            struct linear *linear = &work.linears[i];
+            struct linear *linear = &work.linears[i], *few = &work.behind[i];
             linear->rows = rows - start < wave ? rows - start : wave;
-            linear->x = (const char *)x + start * in * kernel->weight;
+            linear->x = x + start * in * kernel->weight;
             linear->y = (char *)parts[i].y + start * parts[i].y_stride * kernel->weight;
             linear->panel_count = (linear->rows + kernel->lanes - 1) / kernel->lanes;
             linear->panels = scratch + packed;
-            linear->u = dot && !linear->right && packing < 0 ? (void *)linear->x : scratch + u[i];
+            linear->u = dot && !linear->right && !packs ? (void *)linear->x : scratch + u[i];
             linear->z = scratch + z[i];
+            if (behind && start + wave >= rows) {
+                *few = *linear;
+                few->rows = behind;
+                few->quads = by_quads(kernel, parts + i, behind, in);
+                few->pieces = by_pieces(kernel, parts + i, behind, in);
+                few->x = x + rows * in * kernel->weight;
+                few->y = (char *)parts[i].y + rows * parts[i].y_stride * kernel->weight;
+                few->panels = bare ? scratch + packed_behind : NULL;
+                few->u = scratch + u_behind[i];
+                few->z = scratch + z_behind[i];
+                linear->behind = few;
+            }
             work.finished_in_block[i] = (atomic_llong *)(scratch + counters[i]);
-            int64_t packs = dot ? 1 : linear->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
-            work.steps[PACK].first[i + 1] = work.steps[PACK].first[i] + (i == packing ? packs : 0);
+            const int64_t tasks = dot ? 1 : linear->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
+            work.steps[PACK].first[i + 1] = packs ? tasks : 0; /* by the first linear, for all */
         }
         run(&work, parallel);
     }
@@ -332,20 +349,12 @@ static int multiply(const struct kernel *kernel, const void *x, int64_t rows, in
     return 0;
 }
 
-/* `own` is `parts` for the rows of x from `row` on. */
-static void from_row(const struct part *parts, int count, int64_t row, const struct kernel *kernel, struct part *own) {
-    for (int i = 0; i < count; i++) {
-        own[i] = parts[i];
-        own[i].y = (char *)own[i].y + row * own[i].y_stride * kernel->weight;
-    }
-}
-
 /* The waves of x, of which a thread takes whole ones. */
 struct waves {
     const struct kernel *kernel;
     const char *x;
     const struct part *parts;
-    int64_t rows, in;
+    int64_t rows, behind, in;
     int count;
     atomic_llong next;
     atomic_int error;
@@ -353,14 +362,18 @@ struct waves {
 
 static void take_waves(void *argument) {
     struct waves *work = argument;
+    const int64_t weight = work->kernel->weight;
     int64_t start;
     int error;
     while ((start = atomic_fetch_add(&work->next, 1) * WAVE) < work->rows) {
-        struct part own[PARTS];
-        from_row(work->parts, work->count, start, work->kernel, own);
-        const int64_t rows = work->rows - start < WAVE ? work->rows - start : WAVE;
-        const char *x = work->x + start * work->in * work->kernel->weight;
-        error = multiply(work->kernel, x, rows, work->in, own, work->count, 0, NULL, 1);
+        struct part own[PARTS]; /* for the rows of x from `start` on */
+        for (int i = 0; i < work->count; i++) {
+            own[i] = work->parts[i];
+            own[i].y = (char *)own[i].y + start * own[i].y_stride * weight;
+        }
+        const int last = start + WAVE >= work->rows;
+        error = multiply(work->kernel, work->x + start * work->in * weight, last ? work->rows - start : WAVE,
+                         last ? work->behind : 0, work->in, own, work->count, 0, NULL, 1);
         if (error) atomic_store(&work->error, error);
     }
 }
@@ -379,19 +392,15 @@ int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, 
                 error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
             return error;
         }
-    const int64_t rest = rows % kernel->lanes;
-    if (rows > kernel->lanes && rest && rest <= kernel->dot_rows / 2) { /* one more panel would take longer */
-        struct part own[PARTS];
-        from_row(parts, count, rows - rest, kernel, own);
-        const int error = armor_linears(level, type, x, rows - rest, in, parts, count, parallel, threads);
-        x = (const char *)x + (rows - rest) * in * kernel->weight;
-        return error ? error : armor_linears(level, type, x, rest, in, own, count, parallel, threads);
-    }
+    int64_t behind = !dot && rows > kernel->lanes ? rows % kernel->lanes : 0; /* one more panel would take longer */
+    for (int i = 0; i < count; i++)
+        if (!by_dot(kernel, parts + i, behind, in)) behind = 0;
+    rows -= behind;
     const int64_t waves = (rows + WAVE - 1) / WAVE;
     if (!parallel || threads < 2 || (waves < 4 * threads && waves % threads))
-        return multiply(kernel, x, rows, in, parts, count, dot, parallel, threads);
+        return multiply(kernel, x, rows, behind, in, parts, count, dot, parallel, threads);
     /* Threads that need not wait for each other are quicker, and each lays its pairs for more rows of the core. */
-    struct waves work = {kernel, x, parts, rows, in, count, 0, 0};
+    struct waves work = {kernel, x, parts, rows, behind, in, count, 0, 0};
     parallel(take_waves, &work, threads, 0);
     return atomic_load(&work.error);
 }

@@ -95,9 +95,10 @@ struct linear {
     struct cut right_cut, core_cut, left_cut;
     int64_t spans; /* tasks of core_cut that one takes: of the panel way in a row; of the dot way 2, from either half */
 
-    /* Between the steps, in the kernel's own type: B x (rows, in) and S B x (rows, out), or panels of them. */
+    /* In the kernel's own type: x (rows, in), B x (rows, in) and S B x (rows, out), or panels of them. */
     void *panels, *u, *z;
     int64_t panel_count;
+    struct linear *behind; /* the same with the few rows of x behind full panels, which take the dot way; or null */
     int panels_at_once; /* 2 or 4: those whose pairs lie in the L1 cache together */
 };
 
@@ -107,7 +108,7 @@ struct kernel {
     int element;  /* bytes of a number in u and z */
     int weight;   /* bytes of a weight */
     int spans;    /* chunks of a 2:4 core that a task of the panel way may take */
-    int dot_rows;  /* up to this many rows of x take the dot way, and half as many behind full panels */
+    int dot_rows;  /* up to this many rows of x take the dot way */
     int quad_rows; /* up to this many can be taken by quads; 0: none, and no x in pieces */
     void (*convert)(struct linear *, int64_t task);
     void (*pack)(struct linear *, int64_t task);

@@ -523,7 +523,7 @@ static void NAME(convert)(struct linear *linear, int64_t task) {
     (void)task;
     int64_t n = linear->rows * linear->in;
     for (int64_t i = 0; i < n; i += LANES)
-        store_elements((element *)linear->u + i, load_floats((const weight *)linear->x + i, least(LANES, n - i)),
+        store_elements((element *)linear->panels + i, load_floats((const weight *)linear->x + i, least(LANES, n - i)),
                        least(LANES, n - i));
 }
 
@@ -551,15 +551,9 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
     }
 }
 
-/* Two of the cut's spans: `task`, and the one half of the linear further. */
-static void NAME(core_dot)(struct linear *linear, int64_t task) {
+/* Rows of the core, count[0] <= CHUNK from first[0] on and count[1] from first[1] on. */
+static void core_rows_dot(struct linear *linear, const int64_t first[2], const int64_t count[2]) {
     float out[2][QUAD_ROWS][CHUNK];
-    int64_t tasks = (linear->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
-    for (int side = 0; side < 2 && task + side * tasks < linear->core_cut.tasks; side++) {
-        struct span span = span_of(&linear->core_cut, task + side * tasks);
-        first[side] = span.block * linear->core_cut.size + span.row;
-        count[side] = span.rows * span.blocks;
-    }
     const int kind = CAN_GATHER && linear->two_of_four ? 2 : linear->half;
 #ifdef GATHER
     if (linear->quads)
@@ -574,6 +568,17 @@ static void NAME(core_dot)(struct linear *linear, int64_t task) {
             emit_elements((element *)linear->z + first[side], linear->out, linear->rows, out[side], count[side]);
         else
             emit_outputs(linear, first[side], out[side], count[side]);
+}
+
+/* Two of the cut's spans: `task`, and the one half of the linear further. */
+static void NAME(core_dot)(struct linear *linear, int64_t task) {
+    int64_t tasks = (linear->core_cut.tasks + 1) / 2, first[2] = {0}, count[2] = {0};
+    for (int side = 0; side < 2 && task + side * tasks < linear->core_cut.tasks; side++) {
+        struct span span = span_of(&linear->core_cut, task + side * tasks);
+        first[side] = span.block * linear->core_cut.size + span.row;
+        count[side] = span.rows * span.blocks;
+    }
+    core_rows_dot(linear, first, count);
 }
 
 static void NAME(left_dot)(struct linear *linear, int64_t task) {
@@ -604,6 +609,7 @@ static void NAME(left_dot)(struct linear *linear, int64_t task) {
 
 /* Bring LANES rows of x into a panel: (in / UNIT) vectors of units, a lane for each row. Without `right` it is u. */
 static void NAME(pack)(struct linear *linear, int64_t task) {
+    if (linear->behind && linear->behind->panels && !task) NAME(convert)(linear->behind, 0);
     int64_t units = (linear->in + UNIT - 1) / UNIT;
     int64_t panel = task % linear->panel_count, start = task / linear->panel_count * PACK_COLUMNS;
     int64_t end = least(linear->in, start + PACK_COLUMNS), rows = least(LANES, linear->rows - panel * LANES);
@@ -983,6 +989,7 @@ static void NAME(right_panel)(struct linear *linear, int64_t task) {
         dense_panels(linear, weights, scales, span.rows, d, panel, stride, sums);
         emit_panels(linear, sums, span.rows, (int32_t *)linear->u + (b * d + span.row) / UNIT * LANES, stride);
     }
+    if (linear->behind) NAME(right_dot)(linear->behind, task);
 }
 
 static void NAME(core_panel)(struct linear *linear, int64_t task) {
@@ -990,6 +997,10 @@ static void NAME(core_panel)(struct linear *linear, int64_t task) {
     const int64_t d = linear->core_cut.size, units = units_of(d), start = task * linear->spans;
     const int64_t end = least(start + linear->spans, linear->core_cut.tasks);
     const int64_t first = first_row(&linear->core_cut, start), rows = first_row(&linear->core_cut, end) - first;
+    for (int64_t row = 0; linear->behind && row < rows; row += 2 * CHUNK) { /* now, for the L2 cache has these weights */
+        const int64_t both = least(2 * CHUNK, rows - row), from[2] = {first + row, first + row + (both + 1) / 2};
+        core_rows_dot(linear->behind, from, (const int64_t[2]){(both + 1) / 2, both / 2});
+    }
 #ifdef GATHER
     if (linear->two_of_four)
         packed_pairs(linear, first, rows, sums);
@@ -1019,6 +1030,7 @@ static void NAME(left_panel)(struct linear *linear, int64_t task) {
         dense_panels(linear, weights, scales, span.rows, d, (int32_t *)linear->z + b * units * LANES, stride, sums);
         emit_transposed(linear, sums, span.rows, b * d + span.row);
     }
+    if (linear->behind) NAME(left_dot)(linear->behind, task);
 }
 
 /* ---- the core as a dense matrix, for a matrix product that is faster than these loops ---- */
