@@ -357,7 +357,9 @@ int main(int count, char **arguments) {
         for (int type = 0; type < 2; type++) {
             failures += check(level, type, 1, 1024, 512, 2, 4, 64, 128, 1, 3);
             failures += check(level, type, 300, 132, 140, 2, 4, 28, 12, 1, 4);
-            failures += check(level, type, 517, 20, 36, 2, 4, 4, 4, 1, 3); /* as many waves as threads */
+            failures += check(level, type, 300, 132, 140, 2, 4, 28, 0, 1, 4);
+            failures += check(level, type, 300, 132, 140, 2, 4, 0, 12, 1, 4);
+            failures += check(level, type, 772, 20, 36, 2, 4, 4, 4, 1, 3); /* as many waves as threads, and 4 rows more */
         }
     printf("%d of the linears are off, best level %d\n", failures, best);
     return failures != 0;

@@ -267,20 +267,21 @@ static size_t take(size_t *total, size_t bytes) {
     return offset;
 }
 
-/* Multiply x with `count` linears, all by `kernel`: `rows` rows in the dot way or the panel way, and `behind` more, of the
- * dot way, in the tasks of the panel way's last wave. 0, or an errno. */
-static int multiply(const struct kernel *kernel, const char *x, int64_t rows, int64_t behind, int64_t in,
+/* Multiply x with `count` linears, all by `kernel`: `rows` rows in the dot way or the panel way, and the `rest` behind
+ * them in the dot way, within the tasks of the last wave of panels. 0, or an errno. */
+static int multiply(const struct kernel *kernel, const char *x, int64_t rows, int64_t rest, int64_t in,
                     const struct part *parts, int count, int dot, parallel_function parallel, int threads) {
     int64_t wave = rows < WAVE ? rows : WAVE, work_items = 0;
     int64_t panels = (wave + kernel->lanes - 1) / kernel->lanes, lane_bytes = panels * kernel->lanes * 4;
     int bare = 0; /* whether a linear meets x itself */
     for (int i = 0; i < count; i++) bare |= !parts[i].right;
-    const int packs = !dot || (bare && kernel->element != kernel->weight); /* else x is as the loops want it */
-    const int64_t row_bytes = in * kernel->element, behind_bytes = behind * row_bytes;
+    const int converts = bare && kernel->element != kernel->weight, packs = !dot || converts;
+    const int64_t row_bytes = in * kernel->element;
     const int64_t u_bytes = dot ? wave * row_bytes : (in + kernel->unit - 1) / kernel->unit * lane_bytes;
+    const size_t all_bytes = u_bytes + rest * row_bytes;
     struct work work = {.count = count, .dot = dot};
-    size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], u_behind[PARTS], z_behind[PARTS];
-    const size_t packed = take(&total, packs ? u_bytes : 0), packed_behind = take(&total, bare ? behind_bytes : 0);
+    size_t total = 0, counters[PARTS], u[PARTS], z[PARTS], z_behind[PARTS];
+    const size_t packed = take(&total, packs ? all_bytes : 0);
     for (int i = 0; i < count; i++) {
         const struct part *part = &parts[i];
         struct linear *linear = &work.linears[i];
@@ -291,12 +292,11 @@ static int multiply(const struct kernel *kernel, const char *x, int64_t rows, in
         linear->spans = dot ? 2 : linear->two_of_four ? spans_of(linear, kernel, panels, threads) : 1;
         int same = 0; /* the first linear with this `right` */
         while (parts[same].right != part->right) same++;
-        u[i] = !part->right ? packed : same == i ? take(&total, u_bytes) : u[same];
-        u_behind[i] = !part->right ? packed_behind : same == i ? take(&total, behind_bytes) : u_behind[same];
+        u[i] = !part->right ? packed : same == i ? take(&total, all_bytes) : u[same];
         int64_t block_units = (linear->left_cut.size + kernel->unit - 1) / kernel->unit;
         size_t z_bytes = dot ? wave * part->out * kernel->element : linear->left_cut.count * block_units * lane_bytes;
         z[i] = take(&total, part->left ? z_bytes : 0);
-        z_behind[i] = take(&total, part->left ? behind * part->out * kernel->element : 0);
+        z_behind[i] = take(&total, part->left ? rest * part->out * kernel->element : 0);
         counters[i] = take(&total, linear->core_cut.tasks * sizeof(atomic_llong));
         int64_t tasks[STEPS] = {
             [RIGHT] = part->right && same == i ? linear->right_cut.tasks : 0,
@@ -304,7 +304,7 @@ static int multiply(const struct kernel *kernel, const char *x, int64_t rows, in
             [LEFT] = part->left ? linear->left_cut.tasks : 0,
         };
         for (int s = RIGHT; s < STEPS; s++) work.steps[s].first[i + 1] = work.steps[s].first[i] + tasks[s];
-        work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * (rows + behind);
+        work_items += (part->kept * part->out + part->left_size * part->out + part->right_size * in) * (rows + rest);
     }
     /* Starting the threads costs as much as this many multiply-adds. */
     work.threads = work_items < 1 << 18 ? 1 : threads;
@@ -319,25 +319,25 @@ static int multiply(const struct kernel *kernel, const char *x, int64_t rows, in
 
     for (int64_t start = 0; start < rows; start += wave) {
         for (int i = 0; i < count; i++) {
-            struct linear *linear = &work.linears[i], *few = &work.behind[i];
-            linear->rows = rows - start < wave ? rows - start : wave;
+            struct linear *linear = &work.linears[i], *behind = &work.behind[i];
+            linear->rows = least(wave, rows - start);
             linear->x = x + start * in * kernel->weight;
             linear->y = (char *)parts[i].y + start * parts[i].y_stride * kernel->weight;
             linear->panel_count = (linear->rows + kernel->lanes - 1) / kernel->lanes;
-            linear->panels = scratch + packed;
+            linear->packed = scratch + packed;
             linear->u = dot && !linear->right && !packs ? (void *)linear->x : scratch + u[i];
             linear->z = scratch + z[i];
-            if (behind && start + wave >= rows) {
-                *few = *linear;
-                few->rows = behind;
-                few->quads = by_quads(kernel, parts + i, behind, in);
-                few->pieces = by_pieces(kernel, parts + i, behind, in);
-                few->x = x + rows * in * kernel->weight;
-                few->y = (char *)parts[i].y + rows * parts[i].y_stride * kernel->weight;
-                few->panels = bare ? scratch + packed_behind : NULL;
-                few->u = scratch + u_behind[i];
-                few->z = scratch + z_behind[i];
-                linear->behind = few;
+            if (rest && start + wave >= rows) {
+                *behind = *linear;
+                behind->rows = rest;
+                behind->quads = by_quads(kernel, parts + i, rest, in);
+                behind->pieces = by_pieces(kernel, parts + i, rest, in);
+                behind->x = x + rows * in * kernel->weight;
+                behind->y = (char *)parts[i].y + rows * parts[i].y_stride * kernel->weight;
+                behind->packed = converts ? scratch + packed + u_bytes : NULL;
+                behind->u = !linear->right && !converts ? (void *)behind->x : scratch + u[i] + u_bytes;
+                behind->z = scratch + z_behind[i];
+                linear->behind = behind;
             }
             work.finished_in_block[i] = (atomic_llong *)(scratch + counters[i]);
             const int64_t tasks = dot ? 1 : linear->panel_count * ((in + PACK_COLUMNS - 1) / PACK_COLUMNS);
@@ -354,7 +354,7 @@ struct waves {
     const struct kernel *kernel;
     const char *x;
     const struct part *parts;
-    int64_t rows, behind, in;
+    int64_t rows, rest, in;
     int count;
     atomic_llong next;
     atomic_int error;
@@ -371,9 +371,9 @@ static void take_waves(void *argument) {
             own[i] = work->parts[i];
             own[i].y = (char *)own[i].y + start * own[i].y_stride * weight;
         }
-        const int last = start + WAVE >= work->rows;
-        error = multiply(work->kernel, work->x + start * work->in * weight, last ? work->rows - start : WAVE,
-                         last ? work->behind : 0, work->in, own, work->count, 0, NULL, 1);
+        const int64_t rows = least(WAVE, work->rows - start);
+        error = multiply(work->kernel, work->x + start * work->in * weight, rows,
+                         start + rows < work->rows ? 0 : work->rest, work->in, own, work->count, 0, NULL, 1);
         if (error) atomic_store(&work->error, error);
     }
 }
@@ -382,25 +382,24 @@ static void take_waves(void *argument) {
 int armor_linears(int level, int type, const void *x, int64_t rows, int64_t in, const struct part *parts, int count,
                   parallel_function parallel, int threads) {
     const struct kernel *kernel = kernel_for(level, type, parts[0].right ? parts[0].right_size : 0);
-    const int dot = by_dot(kernel, parts, rows, in);
+    int64_t rest = rows > kernel->lanes ? rows % kernel->lanes : 0; /* rows behind full panels */
+    const int dot = by_dot(kernel, parts, rows, in), rest_dot = by_dot(kernel, parts, rest, in);
     for (int i = 1; i < count; i++)
         if (kernel_for(level, type, parts[i].right ? parts[i].right_size : 0) != kernel ||
-            by_dot(kernel, parts + i, rows, in) != dot) {
+            by_dot(kernel, parts + i, rows, in) != dot || by_dot(kernel, parts + i, rest, in) != rest_dot) {
             /* Their panels differ, or one has none: one after the other. */
             int error = 0;
             for (int j = 0; j < count && !error; j++)
                 error = armor_linears(level, type, x, rows, in, parts + j, 1, parallel, threads);
             return error;
         }
-    int64_t behind = !dot && rows > kernel->lanes ? rows % kernel->lanes : 0; /* one more panel would take longer */
-    for (int i = 0; i < count; i++)
-        if (!by_dot(kernel, parts + i, behind, in)) behind = 0;
-    rows -= behind;
+    if (!rest_dot) rest = 0; /* else one more panel would take longer */
+    rows -= rest;
     const int64_t waves = (rows + WAVE - 1) / WAVE;
     if (!parallel || threads < 2 || (waves < 4 * threads && waves % threads))
-        return multiply(kernel, x, rows, behind, in, parts, count, dot, parallel, threads);
+        return multiply(kernel, x, rows, rest, in, parts, count, dot, parallel, threads);
     /* Threads that need not wait for each other are quicker, and each lays its pairs for more rows of the core. */
-    struct waves work = {kernel, x, parts, rows, behind, in, count, 0, 0};
+    struct waves work = {kernel, x, parts, rows, rest, in, count, 0, 0};
     parallel(take_waves, &work, threads, 0);
     return atomic_load(&work.error);
 }

@@ -95,10 +95,11 @@ struct linear {
     struct cut right_cut, core_cut, left_cut;
     int64_t spans; /* tasks of core_cut that one takes: of the panel way in a row; of the dot way 2, from either half */
 
-    /* In the kernel's own type: x (rows, in), B x (rows, in) and S B x (rows, out), or panels of them. */
-    void *panels, *u, *z;
+    /* In the kernel's own type: x (rows, in; null where it need not be brought into that type), B x (rows, in) and S B x
+     * (rows, out), or panels of them. */
+    void *packed, *u, *z;
     int64_t panel_count;
-    struct linear *behind; /* the same with the few rows of x behind full panels, which take the dot way; or null */
+    struct linear *behind; /* this linear with the rows of x behind full panels, which take the dot way; or null */
     int panels_at_once; /* 2 or 4: those whose pairs lie in the L1 cache together */
 };
 

@@ -523,7 +523,7 @@ static void NAME(convert)(struct linear *linear, int64_t task) {
     (void)task;
     int64_t n = linear->rows * linear->in;
     for (int64_t i = 0; i < n; i += LANES)
-        store_elements((element *)linear->panels + i, load_floats((const weight *)linear->x + i, least(LANES, n - i)),
+        store_elements((element *)linear->packed + i, load_floats((const weight *)linear->x + i, least(LANES, n - i)),
                        least(LANES, n - i));
 }
 
@@ -551,8 +551,8 @@ static void NAME(right_dot)(struct linear *linear, int64_t task) {
     }
 }
 
-/* Rows of the core, count[0] <= CHUNK from first[0] on and count[1] from first[1] on. */
-static void core_rows_dot(struct linear *linear, const int64_t first[2], const int64_t count[2]) {
+/* Rows of the core, count[0] <= CHUNK from first[0] on and count[1] from first[1] on, to z, or without `left` to y. */
+static void core_rows_dot(const struct linear *linear, const int64_t first[2], const int64_t count[2]) {
     float out[2][QUAD_ROWS][CHUNK];
     const int kind = CAN_GATHER && linear->two_of_four ? 2 : linear->half;
 #ifdef GATHER
@@ -607,13 +607,14 @@ static void NAME(left_dot)(struct linear *linear, int64_t task) {
 
 /* ---- the panel way ---- */
 
-/* Bring LANES rows of x into a panel: (in / UNIT) vectors of units, a lane for each row. Without `right` it is u. */
+/* Bring LANES rows of x into a panel: (in / UNIT) vectors of units, a lane for each row. Without `right` it is u. The
+ * first task brings the rows behind the panels into the type between the steps, too. */
 static void NAME(pack)(struct linear *linear, int64_t task) {
-    if (linear->behind && linear->behind->panels && !task) NAME(convert)(linear->behind, 0);
+    if (!task && linear->behind && linear->behind->packed) NAME(convert)(linear->behind, 0);
     int64_t units = (linear->in + UNIT - 1) / UNIT;
     int64_t panel = task % linear->panel_count, start = task / linear->panel_count * PACK_COLUMNS;
     int64_t end = least(linear->in, start + PACK_COLUMNS), rows = least(LANES, linear->rows - panel * LANES);
-    int32_t *to = (int32_t *)linear->panels + (panel * units + start / UNIT) * LANES;
+    int32_t *to = (int32_t *)linear->packed + (panel * units + start / UNIT) * LANES;
     const weight *x = (const weight *)linear->x + panel * LANES * linear->in;
     for (int64_t c = start; c < end; c += STEP) {
         vec v[LANES];
@@ -985,7 +986,7 @@ static void NAME(right_panel)(struct linear *linear, int64_t task) {
     for (int64_t b = span.block; b < span.block + span.blocks; b++) {
         const void *weights = place(linear->right, (b * d + span.row) * d, linear->integers.blocks);
         const weight *scales = scales_of(linear->integers.right_scales, b * d + span.row);
-        const int32_t *panel = (int32_t *)linear->panels + b * d / UNIT * LANES;
+        const int32_t *panel = (int32_t *)linear->packed + b * d / UNIT * LANES;
         dense_panels(linear, weights, scales, span.rows, d, panel, stride, sums);
         emit_panels(linear, sums, span.rows, (int32_t *)linear->u + (b * d + span.row) / UNIT * LANES, stride);
     }
@@ -997,7 +998,8 @@ static void NAME(core_panel)(struct linear *linear, int64_t task) {
     const int64_t d = linear->core_cut.size, units = units_of(d), start = task * linear->spans;
     const int64_t end = least(start + linear->spans, linear->core_cut.tasks);
     const int64_t first = first_row(&linear->core_cut, start), rows = first_row(&linear->core_cut, end) - first;
-    for (int64_t row = 0; linear->behind && row < rows; row += 2 * CHUNK) { /* now, for the L2 cache has these weights */
+    /* First the rows behind the panels: what was fetched ahead is in the L2 cache, and the panels find it there too. */
+    for (int64_t row = 0; linear->behind && row < rows; row += 2 * CHUNK) {
         const int64_t both = least(2 * CHUNK, rows - row), from[2] = {first + row, first + row + (both + 1) / 2};
         core_rows_dot(linear->behind, from, (const int64_t[2]){(both + 1) / 2, both / 2});
     }
