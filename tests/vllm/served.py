@@ -39,6 +39,15 @@ BOUND = 1e-5
 HEADS = {"head_dim": 32}  # vLLM's attention on a CPU takes heads of 32 channels and more
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+LLAMA_3 |= {"original_max_position_embeddings": 64}
 WRAPPED = SHAPE | HEADS | {"num_hidden_layers": 2, "max_position_embeddings": 128, "vocab_size": VOCABULARY}
 IMAGES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGES |= {"image_size": 28, "patch_size": 14}
@@ -51,6 +60,7 @@ def bare(folder: Path) -> None:
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "Llama": ("llama", {}),
+    "Llama 3": ("llama", {"rope_parameters": LLAMA_3}),
     "SmolLM2": ("llama", {"tie_word_embeddings": True}),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "Mistral": ("mistral", HEADS),
@@ -59,6 +69,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "Gemma 2": ("gemma2", {**HEADS, "query_pre_attn_scalar": 32}),
     "Gemma 3": ("gemma3_text", {**HEADS, "query_pre_attn_scalar": 32}),
     "Phi-3": ("phi3", {}),
+    "Phi-4 mini": ("phi3", {"tie_word_embeddings": True, "rope_parameters": ROPE | {"partial_rotary_factor": 0.75}}),
     "Granite": ("granite", {"embedding_multiplier": 1.5, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "GLM-4": ("glm4", HEADS),
     "OLMo 2": ("olmo2", {}),
