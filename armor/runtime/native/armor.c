@@ -227,10 +227,13 @@ static struct linear linear_of(const struct part *part, int64_t in, const struct
 
 /* How many chunks of a 2:4 core one task of the panel way takes, so that `threads` are done soonest. For each task pairs
  * are laid out, which takes as long as a third of a chunk; no sum depends on it. What the next task reads is fetched
- * meanwhile, and where panels are few shall still be in the L2 cache then; a thread's first task waits for memory. */
+ * meanwhile, and where panels are few shall still be in the L2 cache then: 1 MB, which for one panel and a core in floats
+ * holds this task's rows as well. A thread's first task waits for memory. */
 static int64_t spans_of(const struct linear *linear, const struct kernel *kernel, int64_t panels, int64_t threads) {
     const int64_t row = linear->mask_stride + linear->row_bytes;
-    const int64_t fit = (1 << 20) / (CHUNK * row), most = panels < 16 && fit < kernel->spans ? fit : kernel->spans;
+    const int both = panels == 1 && linear->integers.core == FLOATS;
+    const int64_t fit = (1 << 20) / (CHUNK * row * (both ? 2 : 1));
+    const int64_t most = panels < 16 && fit < kernel->spans ? fit : kernel->spans;
     const int64_t tasks = linear->core_cut.tasks;
     int64_t best = 1, least_time = INT64_MAX;
     for (int64_t spans = 1; spans <= most; spans++) {
