@@ -117,8 +117,8 @@ static void wait_for(atomic_llong *counter, int64_t value) {
 
 static void finish(atomic_llong *counter) { atomic_fetch_add_explicit(counter, 1, memory_order_release); }
 
-/* Before task `task` of the step `right`: its share of the first core task of its thread, which nothing has fetched. The
- * others are fetched by the core task before them. */
+/* Before task `task` of the step `right`: its share of the first core task of its thread, which nothing has fetched.
+ * The others are fetched by the core task before them. */
 static void fetch_core(const struct work *work, int64_t task) {
     const int64_t thread = ((task + 1) * work->threads - 1) / tasks_of(work, RIGHT); /* in whose range it is */
     const int64_t start = first_task(work, RIGHT, thread), end = first_task(work, RIGHT, thread + 1);
@@ -131,9 +131,11 @@ static void fetch_core(const struct work *work, int64_t task) {
     const struct cut *cut = &linear->core_cut;
     const int64_t row = first_row(cut, core * linear->spans);
     const int64_t rows = first_row(cut, least(cut->tasks, (core + 1) * linear->spans)) - row;
-    const int64_t from = row + rows * (task - start) / (end - start), to = row + rows * (task + 1 - start) / (end - start);
+    const int64_t from = row + rows * (task - start) / (end - start);
+    const int64_t to = row + rows * (task + 1 - start) / (end - start);
     const char *values = linear->values, *mask = (const char *)linear->mask;
-    for (int64_t at = from * linear->row_bytes; at < to * linear->row_bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
+    for (int64_t at = from * linear->row_bytes; at < to * linear->row_bytes; at += 64)
+        __builtin_prefetch(values + at, 0, 2);
     for (int64_t at = from * linear->mask_stride; at < to * linear->mask_stride; at += 64)
         __builtin_prefetch(mask + at, 0, 2);
 }
@@ -219,20 +221,22 @@ static struct linear linear_of(const struct part *part, int64_t in, const struct
     if (part->integers) linear.integers = *part->integers;
     const int type = linear.integers.core;
     if (type == INT4) linear.stride = (part->kept + 1) / 2 * 2;
-    linear.row_bytes = type == FLOATS ? linear.stride * kernel->weight : type == INT8 ? linear.stride : linear.stride / 2;
+    linear.row_bytes = type == FLOATS ? linear.stride * kernel->weight
+                       : type == INT8 ? linear.stride
+                                      : linear.stride / 2;
     linear.left_cut = linear.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
     linear.right_cut = cut_of(in, part->right ? part->right_size : in);
     return linear;
 }
 
-/* How many chunks of a 2:4 core one task of the panel way takes, so that `threads` are done soonest. For each task pairs
- * are laid out, which takes as long as a third of a chunk; no sum depends on it. What the next task reads is fetched
- * meanwhile, and where panels are few shall still be in the L2 cache then: 1 MB, which for one panel and a core in floats
- * holds this task's rows as well. A thread's first task waits for memory. */
+/* How many chunks of a 2:4 core one task of the panel way takes, so that `threads` are done soonest. For each task
+ * pairs are laid out, which takes as long as a third of a chunk; no sum depends on it. What the next task reads is
+ * fetched meanwhile, and where panels are few it shall still be in the L2 cache then: at most 1 MB, or with one panel
+ * and a core in floats half as much, beside as much of this task. A thread's first task waits for memory. */
 static int64_t spans_of(const struct linear *linear, const struct kernel *kernel, int64_t panels, int64_t threads) {
     const int64_t row = linear->mask_stride + linear->row_bytes;
-    const int both = panels == 1 && linear->integers.core == FLOATS;
-    const int64_t fit = (1 << 20) / (CHUNK * row * (both ? 2 : 1));
+    const int64_t bytes = panels == 1 && linear->integers.core == FLOATS ? 1 << 19 : 1 << 20;
+    const int64_t fit = bytes / (CHUNK * row);
     const int64_t most = panels < 16 && fit < kernel->spans ? fit : kernel->spans;
     const int64_t tasks = linear->core_cut.tasks;
     int64_t best = 1, least_time = INT64_MAX;
@@ -244,22 +248,22 @@ static int64_t spans_of(const struct linear *linear, const struct kernel *kernel
     return best;
 }
 
-/* Whether the dot way takes four rows of a linear at once: of 2:4 in floats, from five rows of x on. With fewer the turns
- * of the weights cost more than they save. */
+/* Whether the dot way takes four rows of a linear at once: of 2:4 in floats, from five rows of x on. With fewer the
+ * turns of the weights cost more than they save. */
 static int by_quads(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
     return rows > 4 && rows <= kernel->quad_rows && !part->integers && is_two_of_four(part, in);
 }
 
-/* Whether the dot way takes x in pieces: two to four rows, of 2:4 in floats, that do not stay in 48 KB of L1 cache while
- * weights pass through it. */
+/* Whether the dot way takes x in pieces: two to four rows, of 2:4 in floats, that do not stay in 48 KB of L1 cache
+ * while weights pass through it. */
 static int by_pieces(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
-    return kernel->quad_rows && panels_at_once == 4 && rows > 1 && rows <= 4 && rows * in * kernel->element > 40 << 10 &&
-           !part->integers && is_two_of_four(part, in);
+    return kernel->quad_rows && panels_at_once == 4 && rows > 1 && rows <= 4 &&
+           rows * in * kernel->element > 40 << 10 && !part->integers && is_two_of_four(part, in);
 }
 
-/* Whether a linear takes the dot way. Beyond dot_rows only by quads, and only on processors with 48 KB of L1 cache: Zen 5
- * shuffles two vectors a cycle, as many as it multiplies. Zen 4 has 32 KB and shuffles one, which by count is no faster
- * than pairs that lie ready in the cache. */
+/* Whether a linear takes the dot way. Beyond dot_rows only by quads, and only on processors with 48 KB of L1 cache: Zen
+ * 5 shuffles two vectors a cycle, as many as it multiplies. Zen 4 has 32 KB and shuffles one, which by count is no
+ * faster than pairs that lie ready in the cache. */
 static int by_dot(const struct kernel *kernel, const struct part *part, int64_t rows, int64_t in) {
     return rows <= kernel->dot_rows || (panels_at_once == 4 && by_quads(kernel, part, rows, in));
 }
