@@ -74,10 +74,10 @@ def losses(weight: Tensor, inputs: Statistics, given: Factorization, core: Integ
     """The proxy loss of one linear, and with a Gram matrix the output's error, in floats and after each step."""
     kind = Quantization(core, "int8", given.pattern.columns_of(GROUPS[core]))
     objective = Objective.of(weight, inputs.importance)
-    d, row, other = rounding._importance(objective), objective.row.float(), unbalanced(given)
-    scaled = rounding._rounded(given, kind, d)
+    d, row, other = rounding.column_weights(objective), objective.row.float(), unbalanced(given)
+    scaled = rounding.to_nearest(given, kind, d)
     found = {
-        "plain": rounding._plain(weight, objective, given, kind, d),
+        "plain": rounding.pruned_plainly(weight, objective, given, kind, d),
         "floats": given,
         "nearest": rounded_plainly(given, kind),
         "+ scales": scaled,
@@ -85,7 +85,7 @@ def losses(weight: Tensor, inputs: Statistics, given: Factorization, core: Integ
 
     def rounds(row: Tensor, h: Tensor) -> dict[str, Factorization]:
         results = [*searched(weight, row, h, given, scaled)]
-        *_, last = searched(weight, row, h, other, rounding._rounded(other, kind, d))
+        *_, last = searched(weight, row, h, other, rounding.to_nearest(other, kind, d))
         return {f"round {number}": each for number, each in enumerate(results, 1)} | {"not balanced": last}
 
     by_loss = found | rounds(row, d)

@@ -7,6 +7,7 @@ nothing is guessed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ def card(
         compressed=f"{sizes.compressed_share:.1%}",
         instead=_instead(sizes.bits_per_weight) if {*patterns} - {str(DENSE)} else "",
         recipe="\n".join(_recipe(part) for part in made.factors),
+        integers=_integers(records),
         training=_trainings(records),
         fingerprint=made.fingerprint,
         calibration=made.statistics_fingerprint,
@@ -157,6 +159,16 @@ def _instead(bits: float) -> str:
         f"Without pruning a weight takes about {told}. int8 as a rule loses next to nothing. {found}. What each "
         "of them loses, and how fast it decodes, is in the report of a run that has these recipes too.\n\n"
     )
+
+
+def _integers(records: list[LayerRecord]) -> str:
+    """What the numbers are that are no floats, a paragraph for each kind."""
+    kinds: Counter[str] = Counter()
+    for linear in (linear for record in records for linear in record.modules.values()):
+        if own := linear.quantization:
+            sides = f"; A and B as {own.blocks}, a scale for each row" if linear.block_sizes and own.blocks else ""
+            kinds[f"S as {own.core}, a scale for {own.group} columns of a row{sides}"] += 1
+    return "".join(f"Stored as integers in {count} linears: {kind}.\n\n" for kind, count in kinds.most_common())
 
 
 def _recipe(part: FactorsMadeBy) -> str:
@@ -223,7 +235,7 @@ The loss is the share of the calibration-weighted norm of W that is lost, {loss}
 the linears of the decoder layers take {bits} bits per weight, {dense_bits} in the source. Of the decoder layers'
 weights, {compressed} are compressed.
 
-{instead}{recipe}
+{instead}{integers}{recipe}
 {training}| made from | |
 |---|---|
 | source, its fingerprint | `{fingerprint}` |

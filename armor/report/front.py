@@ -2,8 +2,8 @@
 
 A recipe costs bits, and time. It loses perplexity, and agreement with the dense model. One that another equals in both
 and beats in one is dominated: nobody need take it. The rest are the front. The words name the best recipe at some
-numbers of bits, whoever's it is. A recipe that keeps every weight as an integer has no place on the front of speed, for
-no kernel of this project multiplies with its integers.
+numbers of bits, whoever's it is. A recipe whose integers became floats before each product has no place on the front of
+speed, for its time says nothing of what a kernel for them would reach.
 """
 
 from __future__ import annotations

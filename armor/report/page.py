@@ -46,7 +46,7 @@ CAPTION = (
 
 FRONT = (
     "The line is the front: no other recipe is as good and costs as little as one on it. What is beaten is pale. "
-    "Diamonds are {ours}. Bits are counted as stored, in the decoder's linears: numbers, scales, masks and blocks. "
+    "{ours}Bits are counted as stored, in the decoder's linears: numbers, scales, masks and blocks. "
     "Speed is that of decoding one sequence, in turn with the dense model; in brackets, of a recipe whose integers are "
     "multiplied out first."
 )
@@ -166,7 +166,7 @@ def _front(model: ModelResults, name: str) -> Front | None:
         drawn,
         in_words(offered, source_file(model)),
         front_table(offered).html(f"{name}-front"),
-        FRONT.format(ours=ours),
+        FRONT.format(ours=f"Diamonds are {ours}. " if ours else ""),
     )
 
 

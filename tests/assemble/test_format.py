@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings, Override
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
 from armor.execution.files import sha256
 from armor.format.factors import read_factors, write_factors
 from armor.format.records.base import BlockSizes
@@ -110,18 +112,21 @@ def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, max_shard_b
         assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
 
 
-@pytest.mark.parametrize("blocks", ["int8", "bfloat16"])
-def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, blocks):
+@pytest.mark.parametrize(("blocks", "max_shard_bytes"), [("int8", 10**9), ("bfloat16", 100_000)])
+def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, blocks, max_shard_bytes):
     root = prepared(tmp_path)
     factorized(root)
     settings = QUANTIZE.model_copy(update={"blocks": blocks})
-    folder = quantized(root, settings)
+    folder = quantized(root, settings, max_shard_bytes=max_shard_bytes)
     found = numpy_weights(folder)
+    export(folder, tmp_path / "dense")
+    exported = load_file(tmp_path / "dense/model.safetensors")
     for file in sorted((root / "quantized/quantized").glob("*.safetensors")):
         for name, factors in read_factors(file)[0].items():
             assert factors.quantization is not None
             expected = factors.reconstruct(torch.float64).numpy()
             assert np.allclose(found[name], expected, rtol=1e-12, atol=1e-12), name
+            assert torch.equal(exported[f"{name}.weight"], factors.reconstruct()), name
 
 
 def test_a_reader_made_from_the_page_gets_the_same_dense_integers(tmp_path):
@@ -169,8 +174,21 @@ def grid(*shape):
     return (torch.arange(torch.Size(shape).numel()).reshape(shape) % 13 - 6) / 4
 
 
-def written(root):
-    """A checkpoint of factors made by hand: 2:4 with both wrappers for q_proj, 50% without for up_proj."""
+def as_integers(factors, kind):
+    """`factors` made of `grid`, times 4, with made-up scales."""
+    out, columns = factors.core.shape
+    parts = {"core": factors.core, "left": factors.left, "right": factors.right}
+    whole = {name: None if part is None else part.mul(4).to(torch.int8) for name, part in parts.items()}
+    counts = {"core": (out, columns // kind.group), "left": (out,), "right": (columns,)}
+    scales = {f"{name}_scales": grid(*counts[name]).bfloat16() for name, part in whole.items() if part is not None}
+    return replace(factors, **whole, **scales, quantization=kind)
+
+
+def written(root, integers=False):
+    """A checkpoint of factors made by hand: 2:4 with both wrappers for q_proj, 50% without for up_proj.
+
+    As `integers` the core of q_proj is int8 and its blocks are, and the core of up_proj is int4.
+    """
     prepared(root, layers=1)
     edit_tensors(root / "source", lambda tensors: tensors.update({n: grid(*t.shape) for n, t in tensors.items()}))
     inspect(open_source(root / "source"), root / "model.json")
@@ -182,6 +200,11 @@ def written(root):
         q: Factorization(grid(64, 64) * mask, mask, Pattern(2, 4), grid(8, 8, 8), grid(4, 16, 16), 0.25, 0.5),
         up: Factorization(grid(128, 64) * half, half, Pattern(50, 0), None, None, 0.5, 0.5),
     }
+    if integers:
+        factors = {
+            q: as_integers(factors[q], Quantization("int8", "int8", 32)),
+            up: as_integers(factors[up], Quantization("int4", None, 64)),
+        }
     file = root / "layers/layer_0.safetensors"
     write_factors(file, factors, {"fingerprint": topology.fingerprint, "layer": 0})
     modules = {linear.name: linear_record(method="dense", pattern=None) for linear in topology.layers[0].linears}
@@ -225,6 +248,40 @@ def test_the_bytes_are_pinned(tmp_path):
     assert np.frombuffer(raw, "<f4", 6, begin).tolist() == [-1.5, -1.25, -0.25, 0.25, 0.5, 0.75]
     begin = 8 + length + header[f"{up}.core_mask"]["data_offsets"][0]
     assert raw[begin : begin + 8] == bytes([255] * 4 + [0] * 4)
+
+
+def test_the_bytes_of_integers_are_pinned(tmp_path):
+    folder = written(tmp_path, integers=True)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    raw = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    expected = {
+        f"{q}.core_values": ("I8", [64, 32]),
+        f"{q}.core_scales": ("BF16", [64, 2]),
+        f"{q}.core_mask": ("U8", [64, 8]),
+        f"{q}.left": ("I8", [8, 8, 8]),
+        f"{q}.left_scales": ("BF16", [64]),
+        f"{q}.right": ("I8", [4, 16, 16]),
+        f"{q}.right_scales": ("BF16", [64]),
+        f"{up}.core_values": ("U8", [128, 16]),
+        f"{up}.core_scales": ("BF16", [128, 1]),
+        f"{up}.core_mask": ("U8", [128, 8]),
+    }
+    own = {name for name in header if name.startswith((f"{q}.", f"{up}.")) and not name.endswith(".weight")}
+    assert own == expected.keys()
+    for name, (dtype, shape) in expected.items():
+        assert (header[name]["dtype"], header[name]["shape"]) == (dtype, shape), name
+
+    def first(name, count):
+        begin = start + header[name]["data_offsets"][0]
+        return raw[begin : begin + count]
+
+    assert np.frombuffer(first(f"{q}.core_values", 6), "i1").tolist() == [-6, -5, -1, 1, 2, 3]
+    assert first(f"{q}.core_scales", 4) == bytes.fromhex("c0bf a0bf")  # -1.5 and -1.25
+    assert first(f"{up}.core_values", 3) == bytes.fromhex("ba dc fe")  # -6, -5; -4, -3; -2, -1: the first one low
+    assert hashlib.sha256(raw).hexdigest()[:16] == "504ee6fa04390037"
 
 
 def test_the_configuration_is_pinned(tmp_path):

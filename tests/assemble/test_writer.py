@@ -21,7 +21,7 @@ from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
 from tests.killed import WRITTEN, forked, passed
-from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared
+from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -87,6 +87,17 @@ def test_the_card_says_what_the_hub_and_people_ask(copy):
     (copy / "source/README.md").write_text("---\n: [\n---\n")  # no YAML: as if it were not there
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
     assert "license" not in ModelCard.load(copy / "checkpoint/README.md").data.to_dict()
+
+
+def test_the_card_says_what_the_integers_are(copy):
+    text = (quantized(copy) / "README.md").read_text()
+    said = re.findall("Stored as integers in .*", text)
+    sides = "; A and B as int8, a scale for each row."
+    assert said == [
+        f"Stored as integers in 12 linears: S as int8, a scale for 128 columns of a row{sides}",
+        f"Stored as integers in 2 linears: S as int4, a scale for 32 columns of a row{sides}",
+    ]
+    assert "Stored as integers" not in (copy / "checkpoint/README.md").read_text()
 
 
 def test_the_card_in_a_run_is_named_by_model_and_recipe(copy, tmp_path):

@@ -1,5 +1,7 @@
 """What one could take instead: the front of hand-made points, and that the words say what the numbers do."""
 
+from dataclasses import replace
+
 import pytest
 
 from armor.report.front import BITS, KL, PERPLEXITY, SPEED, Offer, front, in_words, table
@@ -67,6 +69,9 @@ def test_the_words_name_the_best_whoever_made_it_and_ours_beside_it():
     (speed,) = in_words(ALL)[4:]
     assert "dense (1.0 times as fast as dense, 20.00), armor (1.5 times as fast as dense, 22.00), armor-int8" in speed
     assert "Not compared: gptq, int8." in speed
+    *_, speed = in_words((GPTQ, replace(INT8, speed=1.8, expanded=False), ARMOR8, DENSE))  # a kernel multiplies
+    assert "int8 (1.8 times as fast as dense, 20.10), armor-int8 (2.0" in speed
+    assert "Not compared: gptq." in speed
 
 
 def test_limits_with_one_answer_are_one_sentence_and_an_empty_one_is_said():

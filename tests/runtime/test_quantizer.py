@@ -24,7 +24,7 @@ from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
-from tests.packed import DEFECTS, edit_config, edit_tensors, factors_of, opened, packed
+from tests.packed import DEFECTS, edit_config, edit_tensors, factors_of, opened, packed, quantized
 from tests.tiny import FAMILIES
 
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -130,6 +130,11 @@ def test_dequantize_gives_a_dense_model(root, tmp_path):
     assert close(logits(load(tmp_path)), logits(model))
 
 
+@pytest.fixture(scope="module")
+def integers(root):
+    return quantized(root)
+
+
 def test_offloading_to_disk(root, tmp_path):
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = dict.fromkeys(names, "cpu") | {"model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -158,6 +163,20 @@ def test_offloading_to_the_hosts_memory(root):
     expected = logits(model)
     offloaded = cpu_offload(model, execution_device="cpu", offload_buffers=True)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()) if tensor.numel() > 64)
+    assert close(logits(offloaded), expected)
+
+
+def test_integers_are_offloaded_to_disk_and_to_the_hosts_memory(integers, tmp_path):
+    expected = logits(load(integers))
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(integers, device_map=device_map, offload_folder=tmp_path, offload_buffers=True)
+    for name in ("up_proj", "down_proj"):  # int8 and int4
+        far = model.get_submodule(f"model.layers.1.mlp.{name}")
+        assert far.core_values.is_meta and far.core_values.dtype in (torch.int8, torch.uint8)
+    assert close(logits(model), expected)
+    offloaded = cpu_offload(load(integers), execution_device="cpu", offload_buffers=True)
+    assert all(tensor.is_meta for tensor in (*offloaded.parameters(), *offloaded.buffers()) if tensor.numel() > 64)
     assert close(logits(offloaded), expected)
 
 

@@ -8,7 +8,7 @@ from armor.runtime.apart import HOST_SHARE
 from armor.runtime.load import load_model, loaded_dtype
 from armor.runtime.streamed import StreamedModel
 from tests.memory import host_of
-from tests.packed import DEFECTS, packed
+from tests.packed import DEFECTS, packed, quantized
 from tests.tiny import FAMILIES, SHARING, tiny_model
 
 
@@ -74,6 +74,11 @@ def test_what_layers_take_of_earlier_ones_is_carried(tmp_path, batches, family):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases and with
 def test_a_packed_model_has_the_loaded_ones_logits(tmp_path, batches, family, dtype):
     check(packed(tmp_path, family) / "checkpoint", dtype, batches, [0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_integers_has_the_loaded_ones_logits(tmp_path, batches, dtype):
+    check(quantized(packed(tmp_path), max_shard_bytes=100_000), dtype, batches, [0, 1])
 
 
 def test_batches_that_have_no_room_wait_until_the_layers_are_read_again(tmp_path, batches, monkeypatch):

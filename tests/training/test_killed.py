@@ -22,11 +22,12 @@ def stages(tmp_path_factory):
     statistics, integers = root / "calibration/calibration.json", quantized(root).parent / "quantized"
     return {
         "refine": lambda folder: refined(root, 1, folder),
+        "refine integers": lambda folder: refined(root, 1, folder, "quantized/quantized"),
         "tune": lambda folder: tune(*opened(root), integers, statistics, job, folder / "tuned.json"),
     }
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("stage", ["refine", "tune"])
+@pytest.mark.parametrize("stage", ["refine", "refine integers", "tune"])
 def test_killed_anywhere_it_ends_as_if_undisturbed(stages, tmp_path, stage, point):
     assert killed_everywhere(stages[stage], tmp_path, point, KILLS)

@@ -30,7 +30,7 @@ from armor.methods.solver.output import (
     times_right,
 )
 
-__all__ = ["descended", "searched"]
+__all__ = ["descended", "rounded_core", "searched"]
 
 ROUNDS = 4
 STEPS = 10  # of conjugate gradients, of S and of B in every round
@@ -54,7 +54,7 @@ def searched(
     if factors.left is None or factors.right is None:
         assert factors.left is factors.right
         if h.dim() == 2:  # without correlations the nearest integers are the best
-            yield _core(target, h, factors.core, factors, start)[0]
+            yield rounded_core(target, h, factors.core, factors, start)[0]
         return
     row = row.view(len(factors.left), -1, 1)
     a, s, b = factors.left / row, factors.core, factors.right
@@ -62,7 +62,7 @@ def searched(
     for number in range(ROUNDS):
         if number:
             s = fitted_core(wanted, h, (a, s, b), mask, STEPS)
-        found, core = _core(s, between(b, h), s, factors, found)
+        found, core = rounded_core(s, between(b, h), s, factors, found)
         a, curvature = fitted_left(wanted, h, a, times_right(core, b))
         weights = curvature.diagonal(dim1=1, dim2=2)[:, None].expand_as(a)
         left, left_scales, a = _side_with_feedback(a * row, curvature, weights, kind)
@@ -74,7 +74,7 @@ def searched(
         yield (found := replace(found, **sides))
 
 
-def _core(
+def rounded_core(
     wanted: Tensor, curvature: Tensor, near: Tensor, factors: Factorization, start: Factorization
 ) -> tuple[Factorization, Tensor]:
     """`start` with the integers on its mask that come close to wanted (out, in), and their numbers (out, in).

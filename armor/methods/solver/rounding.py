@@ -1,9 +1,10 @@
 """From floats to integers: the factors of one linear, rounded so that little of what they do is lost.
 
 With √d absorbed and rows and columns normalised, the proxy loss is a plain squared error of A·S·B. To first order an
-error in one number counts by what it meets: in S by the norm of its column of A and of its row of B, in A by S·B, in B
-by A·S. Scales are searched under these weights, and every number goes to the nearest. From there
-`armor.methods.solver.integers` searches, and the best of all results stays.
+error in one number counts by what it meets: in S by its column of A and its row of B, in A by its row of S·B, in B by
+its column of A·S and its input. What all numbers of a group share is left out. Scales are searched under these weights,
+and every number goes to the nearest. From there `armor.methods.solver.integers` searches, and the best of all results
+stays.
 
 What is best depends on what the factors are for. Those of the proxy loss are judged by it. Where a Gram matrix of the
 inputs is known, those that were made by it or trained are judged by the error of the output.
@@ -29,7 +30,7 @@ from armor.methods.solver.integers import searched
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.methods.solver.output import damped, output_error
 
-__all__ = ["held_against", "quantize"]
+__all__ = ["column_weights", "held_against", "pruned_plainly", "quantize", "to_nearest"]
 
 SLACK = 1.01  # NoWag-P's own weights lose a little more than its loss once they are stored in bfloat16
 
@@ -52,8 +53,9 @@ def quantize(
     bfloat16. U and V become bfloat16. gram (in, in), the mean of x xᵀ, serves factors that were fitted `to_output` and
     `trained` ones.
 
-    The loss of what is returned is never above that of NoWag-P's core rounded alike, which is its start_loss. Not held
-    to that are `trained` factors, and those that lose more than NoWag-P's before they are rounded, like SparseGPT's.
+    The loss of what is returned is never above that of NoWag-P's core rounded alike, which is its start_loss; where the
+    search finds nothing below, that core is returned. Not held to it are `trained` factors, and those that lose more
+    than SLACK times NoWag-P's loss before they are rounded, like SparseGPT's.
 
     With a Gram matrix factors `to_output` are brought close to W, and trained ones to what they are in floats. Without
     one, those that minimise the proxy loss are brought close to W. All others are brought close to their floats, for
@@ -66,8 +68,8 @@ def quantize(
     objective = Objective.of(weight, importance)
     free = trained or _is_for_another_loss(weight, objective, given)
     kind = Quantization(core, "int8" if blocks == "int8" else None, factors.pattern.columns_of(group))
-    d, row = _importance(objective), objective.row.float()
-    start, plain = _rounded(given, kind, d), _plain(weight, objective, given, kind, d)
+    d, row = column_weights(objective), objective.row.float()
+    start, plain = to_nearest(given, kind, d), pruned_plainly(weight, objective, given, kind, d)
     start_loss = relative_loss(weight, objective, plain)
 
     def kept(candidates: Iterable[Factorization]) -> list[Factorization]:
@@ -80,8 +82,9 @@ def quantize(
         target = given.reconstruct() if trained else weight.float()
         error = partial(output_error, target, h)
         found = kept(searched(target, torch.ones_like(row), h, given, start))
-        if not found:  # then the proxy loss, by which nothing is as far off
-            found = kept([start, *searched(given.reconstruct(), row, d, given, start)])
+        if not found:  # what is close to the floats by the proxy loss breaks the promise last
+            found = kept(searched(given.reconstruct(), row, d, given, start))
+        found += kept([start])
     elif free or to_output:
         target = given.reconstruct()
         error = partial(relative_loss, target, objective)
@@ -99,7 +102,7 @@ def held_against(factors: Factorization, weight: Tensor, importance: Tensor) -> 
     """
     objective = Objective.of(weight, importance)
     assert factors.quantization is not None
-    plain = _plain(weight, objective, factors, factors.quantization, _importance(objective))
+    plain = pruned_plainly(weight, objective, factors, factors.quantization, column_weights(objective))
     loss, start_loss = (relative_loss(weight, objective, each) for each in (factors, plain))
     return replace(factors, loss=loss, start_loss=start_loss)
 
@@ -111,13 +114,13 @@ def _is_for_another_loss(weight: Tensor, objective: Objective, factors: Factoriz
     return relative_loss(weight, objective, factors) > SLACK * relative_loss(weight, objective, plain)
 
 
-def _importance(objective: Objective) -> Tensor:
+def column_weights(objective: Objective) -> Tensor:
     """The weight of each column's errors (in,), in the weight's own scale, the largest 1."""
     d = objective.importance / objective.column.square()
     return (d / d.amax()).float()
 
 
-def _rounded(factors: Factorization, kind: Quantization, d: Tensor) -> Factorization:
+def to_nearest(factors: Factorization, kind: Quantization, d: Tensor) -> Factorization:
     """Every number to the nearest, on scales that suit d (in,), the weight of each column's errors."""
     left, right = factors.left, factors.right
     of_core = d if right is None else torch.bmm(right.square(), d.view(len(right), -1, 1)).view(-1)
@@ -151,7 +154,7 @@ def _side(blocks: Tensor | None, importance: Tensor | None, kind: Quantization) 
     return numbers.view(blocks.shape), scales.view(-1)
 
 
-def _plain(
+def pruned_plainly(
     weight: Tensor, objective: Objective, factors: Factorization, kind: Quantization, d: Tensor
 ) -> Factorization:
     """NoWag-P at the same bits: its core rounded alike, blocks that are exactly the identity, U and V of zeros."""

@@ -50,6 +50,28 @@ def test_never_above_plain_pruning_at_the_same_bits(shape, pattern, core, blocks
     assert done.quantization.core == core and (done.left.dtype == torch.int8) == (blocks == "int8")
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(16, 16), (24, 32), (8, 48)]),
+    st.sampled_from(["2:4", "4:8"]),
+    st.sampled_from([*LIMITS]),
+    st.sampled_from(["int8", "bfloat16"]),
+    st.sampled_from([4, 16, 64]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_so_it_is_of_factors_for_the_output_whether_the_gram_matrix_is_known_or_not(
+    shape, pattern, core, blocks, group, known, seed
+):
+    weight, importance, gram = correlated(*shape, seed)
+    found = METHODS["armor_gram"].function(weight, importance, gram, pattern=pattern, **ARMOR)
+    how = {"core": core, "blocks": blocks, "group": group, "to_output": True}
+    done = quantize(weight, importance, found, gram=gram if known else None, **how)
+    assert done.loss <= done.start_loss
+    assert done.loss == relative_loss(weight, Objective.of(weight, importance), done)
+    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.core[~done.mask].any()
+
+
 @pytest.mark.parametrize("core", LIMITS)
 def test_a_method_of_another_loss_keeps_its_mask_and_its_weights(core):
     """SparseGPT gives up proxy loss for the error of the output; NoWag-P's weights must not take its place."""
