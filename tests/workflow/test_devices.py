@@ -1,5 +1,6 @@
 """Several GPUs, one layer each: layers of a stand-in that hold their device until told, real leases, fake devices."""
 
+import os
 import re
 import subprocess
 import time
@@ -129,12 +130,14 @@ def test_four_gpus_are_busy_until_the_end(start):
 
 
 def test_with_one_gpu_one_layer_at_a_time(start):
-    run = start(1, 3)
-    for done in range(3):
+    run, threads = start(1, 6), []
+    for done in range(6):
         run.wait_for(lambda done=done: len(run.holding()) == 1 and not released(run, *run.holding().values()))
         assert run.announced() == done + 1
+        threads.append(len(os.listdir(f"/proc/{run.process.pid}/task")))
         run.release(*run.holding().values())
     run.end()
+    assert threads[-1] <= threads[1] + 1, threads  # Snakemake has none for each job that has ended
 
 
 def released(run, layer):

@@ -88,6 +88,11 @@ onstart:
         raise WorkflowError(str(error)) from None
     if workflow.local_exec:
         forkserver.start()
+    limiter = workflow.scheduler.job_rate_limiter
+    # For its default limit of 100 starts a second Snakemake looks for jobs once a second more for each job that has
+    # ended: half a core after some hundreds. It looks whenever a job ends, so without a limit nothing waits.
+    if limiter and (limiter.max_jobs, limiter.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
 
 
 onsuccess:
