@@ -6,10 +6,10 @@
 
 The steps come one on top of the other: every number to the nearest, on the scale that holds the largest of its group;
 searched scales; S by coordinate descent toward the floats, with A and B at the nearest; the first round of the search,
-in which A and B are refitted too; its fourth. "Not balanced" is that of other factors of the same product, as in
-benchmarks.quantize. A and B are int8; S is int8, 128 numbers to a scale, and int4, 32. Perplexity and the KL divergence
-from the dense model in float32, on 16 × 1,024 tokens. One process a core with one thread each. The weights of all steps
-lie in --work, 12 × 4 bytes a weight; what is interrupted goes on where it was.
+in which A and B are refitted too; its fourth. "Not balanced" is the first round from other factors of the same product,
+as in benchmarks.quantize. A and B are int8; S is int8, 128 numbers to a scale, and int4, 32. Perplexity and the KL
+divergence from the dense model in float32, on 16 × 1,024 tokens. One process a core with one thread each. The weights
+of all steps lie in --work, 12 × 4 bytes a weight; what is interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from armor.text.blocks import token_blocks
 from benchmarks.quantize import rounded_plainly, unbalanced
 
 NUMBERS: dict[IntegerType, int] = {"int8": 128, "int4": 32}
-STEPS = ("nearest", "+ scales", "+ feedback", "+ refit", "4 rounds", "not balanced")
+STEPS = ("nearest", "+ scales", "+ feedback", "+ refit", "4 rounds", "not balanced, + refit")
 
 
 def products(weight: Tensor, importance: Tensor, h: Tensor, given: Factorization, core: IntegerType) -> list[Tensor]:
@@ -60,8 +60,8 @@ def products(weight: Tensor, importance: Tensor, h: Tensor, given: Factorization
     scaled = to_nearest(given, kind, d)
     descended, _ = rounded_core(given.core, between(given.right, h), given.core, given, scaled)
     first, *_, last = searched(target, ones, h, given, scaled)
-    *_, last_of_other = searched(target, ones, h, other, to_nearest(other, kind, d))
-    steps = rounded_plainly(given, kind), scaled, descended, first, last, last_of_other
+    first_of_other = next(searched(target, ones, h, other, to_nearest(other, kind, d)))
+    steps = rounded_plainly(given, kind), scaled, descended, first, last, first_of_other
     return [each.reconstruct() for each in steps]
 
 
@@ -89,14 +89,15 @@ def judged(checkpoint: Path, source: Path, text: Path, work: Path) -> dict[str, 
     """Perplexity and KL divergence in nats of the checkpoint, in floats, and of it after each step."""
     tokens = token_blocks(TextSettings(files=[str(text)]), load_tokenizer(source), 16, 1024)
     dense, model = load_model(source, "float32"), load_model(checkpoint, "float32").dequantize()
+    wanted = [dense(input_ids=block[None], use_cache=False).logits[0] for block in tokens]
     result = {}
     for run in ("floats", *(f"{core} {step}" for core in NUMBERS for step in STEPS)):
         for file in layer_files(work / run):
             unknown = model.load_state_dict(load_file(file), strict=False).unexpected_keys
             assert not unknown, unknown
         means, divergences = [], []
-        for block in tokens:
-            own, other = (each(input_ids=block[None], use_cache=False).logits[0] for each in (model, dense))
+        for block, other in zip(tokens, wanted, strict=True):
+            own = model(input_ids=block[None], use_cache=False).logits[0]
             means.append(token_losses(own, block).mean().item())
             divergences.append(comparison(own, other)[0].mean().item())
         value, _ = perplexity(means)
