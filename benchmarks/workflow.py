@@ -31,22 +31,24 @@ import yaml
 from armor.config.run import Config
 from armor.execution.files import read_json, write_json
 from armor.format.layout import Results
-from armor.format.records.base import Made
-from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.records.base import File, Made
 from armor.run.jobs import Job, jobs
 from armor.run.status import cost
+from tests.records import calibration_record, topology_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = 4
 STAND_IN = """
 import os, sys, time, types
 
-def factorize_layer(source, topology, layer, statistics, settings, output, device):
+def factorize_layer(source, topology, layer, statistics, settings, output, device, *others):
     time.sleep(float(os.environ["STAND_IN_SECONDS"]))
     output.write_text("")
     output.with_suffix(".json").write_text("{}")
 
-sys.modules["armor.format.statistics"] = types.SimpleNamespace(statistics_of=lambda calibration, layer: "")
+sys.modules["armor.format.statistics"] = types.SimpleNamespace(
+    listed_statistics=None, statistics_of=lambda calibration, layer: ""
+)
 sys.modules["armor.factorize.layer"] = types.SimpleNamespace(factorize_layer=factorize_layer)
 sys.modules["armor.model.source"] = types.SimpleNamespace(open_source=str)
 """
@@ -106,21 +108,14 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
     calibration.parent.mkdir(parents=True)
     (folder / "python").mkdir()
     (folder / "python/sitecustomize.py").write_text(STAND_IN)
-    decoder = tuple(DecoderLayer(index=index, prefix=f"model.layers.{index}", linears=()) for index in range(layers))
     write_json(results.source("deep"), {})
-    Topology(
-        model_type="llama",
-        fingerprint="0",
-        dtype="float32",
-        context_length=None,
-        hidden_size=64,
-        parameters=0,
-        linear_parameters=0,
-        decoder_parameters=0,
-        tied_embeddings=False,
-        layers=decoder,
-    ).write(results.topology("deep"))
-    write_json(calibration, {})
+    topology_record(layers=layers).write(results.topology("deep"))
+    files = {}
+    for index in range(layers):
+        path = calibration.with_name(f"layer_{index}.safetensors")
+        path.write_text("")
+        files[path.name] = File.of(path)
+    calibration_record(files=files).write(calibration)
     config = {
         "models": {"deep": {"folder": "."}},
         "calibrations": {"words": {"text": {"files": ["words.txt"]}}},
@@ -140,6 +135,7 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
         only += [Results().factors("deep", recipe, index) for index in range(layers)]
     result: dict = {"layers": layers, "recipes": RECIPES, "work_seconds": work, "cores": cores}
     for name, arguments in (("dry_run", ["--dry-run"]), ("run", only), ("no_op", only)):
+        Path(results.run()).unlink(missing_ok=True)  # else what was written above is taken for results of another place
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         done = subprocess.run([*command, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
         wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
