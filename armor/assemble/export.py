@@ -59,7 +59,7 @@ def export(
     def target(name: str) -> torch.dtype:
         own: torch.dtype = getattr(torch, shards.dtype(name))
         module, _, suffix = name.rpartition(".")
-        if module in modules and suffix == "core_values" and not own.is_floating_point:
+        if module in modules and suffix == "core_values" and modules[module].quantization:
             own = getattr(torch, of_integers)
         return getattr(torch, dtype) if dtype and own.is_floating_point else own
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from armor.core.quantization import IntegerType
+from armor.core.quantization import NumberType
 from armor.core.typed import Typed
 
 __all__ = ["QuantizeOverride", "QuantizeSettings"]
@@ -16,7 +16,7 @@ __all__ = ["QuantizeOverride", "QuantizeSettings"]
 class QuantizeOverride(Typed):
     """Another quantization for some decoder layers, some modules, or some modules of some layers."""
 
-    core: IntegerType | None = None
+    core: NumberType | None = None
     """Another type of S's numbers; unset: that of the recipe."""
     blocks: Literal["int8", "bfloat16"] | None = None
     """Another type of the numbers of A and B; unset: that of the recipe."""
@@ -31,13 +31,13 @@ class QuantizeOverride(Typed):
 
 
 class QuantizeSettings(Typed):
-    """Store the factors as integers with scales, after everything else that makes them.
+    """Store the factors as integers or fp8 with scales, after everything else that makes them.
 
     It rounds what the stages before stored, so a change here runs none of them again. Scales are bfloat16.
     """
 
-    core: IntegerType = "int8"
-    """The type of S's numbers."""
+    core: NumberType = "int8"
+    """The type of S's numbers. fp8 is e4m3, and loses more than int8 in as many bits."""
     blocks: Literal["int8", "bfloat16"] = "int8"
     """The type of the numbers of A and B. int8 has a scale for each of their rows."""
     group: int = Field(default=64, ge=1)

@@ -31,7 +31,7 @@ class Recipe(ModuleSettings):
     refine: RefineSettings | None = None
     """Train each decoder layer against the dense one; unset: don't."""
     quantize: QuantizeSettings | None = None
-    """Then store the factors as integers; unset: don't."""
+    """Then store the factors in few bits, as integers or fp8; unset: don't."""
     tune: TuneSettings | None = None
     """Then train the whole model against the dense one's predictions; unset: don't."""
     share_right: Sharing = False

@@ -33,9 +33,9 @@ class Factorization:
     (rank, in) or None. `loss` and `start_loss` are the proxy loss of these factors, as stored, and of plain NoWag-P
     pruning, both relative to that of a zero matrix; `trace` lists (iteration, seconds, best relative loss so far).
 
-    With `quantization` core, and left and right too where it says so, are int8, and their numbers are these times
-    core_scales (out, groups), left_scales (out,) and right_scales (in,), a scale for each row of A and B. up and down
-    are floats always.
+    With `quantization` core is int8 or float8_e4m3fn, and left and right are int8 where it says so; their numbers are
+    these times core_scales (out, groups), left_scales (out,) and right_scales (in,), a scale for each row of A and B.
+    up and down are floats always.
 
     Linears with the same input may share B. One of them holds it. The others have the last part of its name in
     `right_of`, as q_proj, and B and its scales are not among their `tensors()`.
@@ -63,14 +63,14 @@ class Factorization:
         return replace(self, **moved)
 
     def in_floats(self) -> Factorization:
-        """The same with all numbers as floats: those that were integers in float32, exactly."""
+        """The same with all numbers as floats: those that had scales in float32, exactly."""
         if self.quantization is None:
             return self
         assert self.core_scales is not None
         scales = expand_scales(self.core_scales.float(), self.quantization.group, self.core.shape[1])
         sides = (_multiplied_out(self.left, self.left_scales), _multiplied_out(self.right, self.right_scales))
         none: dict[str, Any] = {"quantization": None, "core_scales": None, "left_scales": None, "right_scales": None}
-        return replace(self, core=self.core * scales, left=sides[0], right=sides[1], **none)
+        return replace(self, core=self.core.float() * scales, left=sides[0], right=sides[1], **none)
 
     def reconstruct(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A·S·B + U·V as a dense (out, in) matrix of `dtype`, multiplied in that dtype."""

@@ -37,7 +37,7 @@ def unpack_mask(bits: Tensor, columns: int) -> Tensor:
 
 
 def pack(core: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack `core` (out, in) under `mask` (out, in) bool, the same count in every row: (values, bits)."""
+    """Pack `core` (out, in), any dtype, under `mask` (out, in) bool, the same count in every row: (values, bits)."""
     return core[mask].reshape(core.shape[0], -1), pack_mask(mask)
 
 
@@ -46,6 +46,9 @@ def unpack(values: Tensor, bits: Tensor, columns: int, pattern: Pattern | None =
 
     Faster where `pattern` is given and no group crosses a byte; the mask must then be of that pattern.
     """
+    if values.dtype == torch.float8_e4m3fn:  # which torch cannot scatter: its bytes can be
+        core, mask = unpack(values.view(torch.int8), bits, columns, pattern)
+        return core.view(values.dtype), mask
     mask = unpack_mask(bits, columns)
     core = values.new_zeros(mask.shape)
     if pattern is not None and pattern.m and 8 % pattern.m == 0 and columns % 8 == 0:

@@ -1,15 +1,15 @@
-"""How the factors of a linear are held as integers: the types, without torch. `armor.core.integers` has the numbers."""
+"""How the factors of a linear are held in few bits: the types, without torch. `armor.core.integers` has the numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LIMITS", "IntegerType", "Quantization", "groups_of"]
+__all__ = ["LIMITS", "NumberType", "Quantization", "groups_of"]
 
-IntegerType = Literal["int8", "int4"]
-LIMITS: dict[IntegerType, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
-"""The integers of a type, from the least to the largest."""
+NumberType = Literal["int8", "int4", "fp8"]
+LIMITS: dict[NumberType, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
+"""The least and the largest number of a type. fp8 is a float of four bits of exponent and three of mantissa (e4m3)."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Quantization:
     None: A and B hold floats.
     """
 
-    core: IntegerType
+    core: NumberType
     blocks: Literal["int8"] | None
     group: int
 

@@ -103,10 +103,10 @@ class PackedLinear:
         return shapes
 
     def integers(self) -> dict[str, str]:
-        """The dtype of every tensor that does not hold floats, by suffix."""
+        """The dtype of every tensor that does not hold floats of the linear's own dtype, by suffix."""
         found, own = {"core_mask": "uint8"}, self.quantization
         if own is not None:
-            found["core_values"] = "uint8" if own.core == "int4" else "int8"
+            found["core_values"] = {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}[own.core]
             if own.blocks:
                 found |= {"left": "int8", "right": "int8"}
         return found
@@ -295,7 +295,7 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
 def check_tensor(where: str, name: str, tensor: Tensor, modules: Mapping[str, PackedLinear]) -> None:
     """Check what tensor `name` of file `where` holds: a mask of the pattern, or numbers. Raises ArmorError.
 
-    No tensor may hold NaN; those of compressed linears must be finite, and int8 is never −128.
+    No tensor may hold NaN; those of compressed linears must be finite, and int8 is never −128. fp8 has no infinity.
     """
     module, _, suffix = name.rpartition(".")
     layout = modules.get(module)
@@ -309,10 +309,10 @@ def check_tensor(where: str, name: str, tensor: Tensor, modules: Mapping[str, Pa
         bad = _row_off_pattern(tensor.cpu(), layout.in_features, layout.pattern)
         if bad is not None:
             raise ArmorError(f"{where}: {name}: row {bad} does not keep {layout.pattern} of its positions; {REMEDY}")
-    elif tensor.dtype in FLOATS.values() and tensor.numel():
-        largest, infinity = _magnitude(tensor), _infinity(tensor.dtype)
-        if largest > infinity or largest == infinity and module in modules:
-            count = int((~torch.isfinite(tensor)).sum())
+    elif tensor.dtype in (*FLOATS.values(), torch.float8_e4m3fn) and tensor.numel():
+        may_be_infinite = module not in modules and tensor.dtype != torch.float8_e4m3fn
+        if _magnitude(tensor) > _largest(tensor.dtype) + may_be_infinite:
+            count = int((~torch.isfinite(tensor.float())).sum())
             raise ArmorError(f"{where}: {name}: {count} of {tensor.numel()} numbers are NaN or infinite; {REMEDY}")
 
 
@@ -329,8 +329,9 @@ def _magnitude(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _infinity(dtype: torch.dtype) -> int:
-    return _magnitude(torch.tensor([torch.inf], dtype=dtype, device="cpu"))
+def _largest(dtype: torch.dtype) -> int:
+    """That of the largest number; infinity, where there is one, is the next."""
+    return _magnitude(torch.tensor([torch.finfo(dtype).max], dtype=dtype, device="cpu"))
 
 
 @functools.cache

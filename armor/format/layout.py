@@ -17,7 +17,7 @@ A method without names gives the path with wildcards, as a rule of the workflow 
     results/{model}/{recipe}/layers/                     factors: layer_{layer}.safetensors, layer_{layer}.json
     results/{model}/{recipe}/refined.json, refined/      the same, refined layer by layer
     results/{model}/{recipe}/tuned.json, tuned/          the same, tuned as a whole
-    results/{model}/{recipe}/quantized/                  the same, as integers
+    results/{model}/{recipe}/quantized/                  the same, in few bits
     results/{model}/{recipe}/checkpoint.json             what is known of checkpoint/, which transformers loads
     results/{model}/{recipe}/evaluation/{evaluation}.json
     results/{model}/{recipe}/evaluation/{evaluation}/    of tasks: {task}.json, {task}.samples.jsonl, built tasks

@@ -266,7 +266,7 @@ class Shards:
         """The floating-point dtype that most of the model's bytes have."""
         total: dict[str, int] = {}
         for entry in self._entries.values():
-            if "float" in entry.dtype:
+            if "float" in entry.dtype and WIDTHS[entry.dtype] > 1:  # fp8 has scales, and is no dtype of a model
                 total[entry.dtype] = total.get(entry.dtype, 0) + entry.bytes
         if not total:
             raise ArmorError(f"{self.folder}: its safetensors files hold no floating-point tensor; not a model")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from armor.core.quantization import LIMITS, Quantization
+from armor.core.quantization import Quantization
 from armor.methods import method
 from armor.methods.solver.memory import rounding_bytes
 from armor.methods.solver.settings import GroupSettings
@@ -67,7 +67,7 @@ def gptq(
         for first in range(start, end, WIDTH):
             here = slice(first, min(first + WIDTH, end))
             spread = expand_scales(own.float(), kind.group, here.stop - here.start)
-            found, errors = swept(w[:, here], upper[here, here], spread, *LIMITS[kind.core])
+            found, errors = swept(w[:, here], upper[here, here], spread, kind.core)
             numbers[:, here] = found.to(torch.int8)
             w[:, here.stop :] -= errors @ upper[here, here.stop :]
     return held(weight, importance, kind, numbers, torch.cat(scales, 1), start=nearest.loss)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from armor.config.layers import ModuleSettings
 from armor.core.blocksizes import sizes
 from armor.core.pattern import Pattern
-from armor.core.quantization import IntegerType
+from armor.core.quantization import NumberType
 from armor.format.checkpoint import PackedLinear
 from armor.plan.machine import COMPUTE_SHARE, MEMORY_SHARE, Card
 
@@ -116,7 +116,7 @@ class Round:
     With a Gram matrix what they take grows with the columns.
     """
 
-    core: IntegerType
+    core: NumberType
     pattern: Pattern
     blocks: tuple[int, int] | None
     columns: int
@@ -167,7 +167,7 @@ def solving(settings: ModuleSettings, shape: tuple[int, int]) -> Iterator[Work]:
     yield Work(Solve(settings), entries, operations, True, 250 * entries * iterations)
 
 
-def rounding(core: IntegerType, layout: PackedLinear, gram: bool) -> Work:
+def rounding(core: NumberType, layout: PackedLinear, gram: bool) -> Work:
     """The rounding of a linear's factors in floats. Without a Gram matrix its products are by block.
 
     A card's time to start the steps of the search, some hundreds for each column, is not in the operations.

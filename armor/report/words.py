@@ -138,10 +138,10 @@ def _trained(best: RecipeResults) -> str:
     texts = []
     for layers in best.trainings:
         first = layers[0]
-        integers = ", as integers," if first.rounded else ""
-        what = f"each decoder layer{integers} to give"
+        stored = ", in few bits," if first.rounded else ""
+        what = f"each decoder layer{stored} to give"
         if first.stage == "tune":
-            what = f"the whole model{integers} to predict"
+            what = f"the whole model{stored} to predict"
         texts.append(
             f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
             f"({max(training.steps for training in layers)} steps)"

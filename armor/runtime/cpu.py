@@ -22,7 +22,7 @@ from torch import Tensor
 from armor.core import blockdiag
 from armor.execution.log import log
 from armor.runtime import operator
-from armor.runtime.library import BEST, C_LIBRARY, LEVELS, PARALLEL, PARTS, TYPES, Integers, Part, Product
+from armor.runtime.library import BEST, C_LIBRARY, LEVELS, NUMBERS, PARALLEL, PARTS, TYPES, Integers, Part, Product
 from armor.runtime.operator import Operands
 
 __all__ = [
@@ -144,10 +144,11 @@ def _part(own: Operands, columns: int, y: Tensor | None, stride: int) -> Part:
     """
     (out, kept), integers = own.values.shape, None
     if own.core_scales is not None:
-        is_int4 = own.values.dtype == torch.uint8
+        core = operator.number_type(own.values)
         blocks = own.left_scales is not None or own.right_scales is not None
-        integers = ctypes.pointer(Integers(2 if is_int4 else 1, blocks, *map(_address, own[6:9]), own.columns))
-        kept = columns // 2 if is_int4 else kept
+        scales = map(_address, own[6:9])
+        integers = ctypes.pointer(Integers(NUMBERS.index(core) + 1, blocks, *scales, own.columns))
+        kept = columns // 2 if core == "int4" else kept
     addresses = [None if t is None else t.data_ptr() for t in (*own[:5], y)]
     left_size, right_size = [0 if t is None else t.shape[-1] for t in own[2:4]]
     return Part(*addresses, integers, out, kept, own.group, left_size, right_size, stride)

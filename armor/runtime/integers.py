@@ -29,6 +29,7 @@ _SCHEMA = (
     "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, Tensor core_scales, "
     "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
 )
+_HAS_FP8 = (8, 9)  # the cards for which Triton knows it
 _TILE = 512  # columns that the CPU's kernel unpacks at a time: a larger group is a multiple of them
 _COLUMNS = 32  # of a multiple of them torch's kernel is right; with others in bfloat16 it reads beyond the weight
 _ROWS = 256  # with more rows torch's kernel takes longer than a product with the weight as floats, made for it
@@ -44,6 +45,8 @@ def supports(layout: PackedLinear, x: Tensor, operands: Operands) -> bool:
         return False
     floats = [*operands[6:9], operands.bias, *((operands.left, operands.right) if not own.blocks else ())]
     if any(t is not None and t.dtype != x.dtype for t in floats):
+        return False
+    if own.core == "fp8" and on_card and torch.cuda.get_device_capability(x.device) < _HAS_FP8:
         return False
     n, m = layout.pattern.group(layout.in_features)
     if own.core == "int4" and not (2 * n == m and 8 % m == 0) or on_card and 8 % m:
@@ -81,8 +84,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     names = ("core_values", "core_mask", "left", "right", "core_scales", "left_scales", "right_scales")
     given = zip(names, (values, bits, left, right, *scales), strict=True)
     tensors = {name: tensor for name, tensor in given if tensor is not None}
-    core, blocks = "int4" if values.dtype == torch.uint8 else "int8", scales[1:] != [None, None]
-    kind = Quantization(core, "int8" if blocks else None, columns)
+    blocks = "int8" if scales[1:] != [None, None] else None
+    kind = Quantization(operator.number_type(values), blocks, columns)
     factors = Factorization.of_tensors(tensors, in_features, Pattern(n, m), kind)
     return gradient @ factors.reconstruct().to(gradient.dtype), None, None, None, None, bias, *([None] * 6)
 

@@ -5,8 +5,8 @@ The kept values of a byte of the mask lie side by side. So a lane takes a byte, 
 columns each value belongs. Only kept values are multiplied, and every group that divides a byte goes the same way. Sums
 are in float32, in an order that depends on the tile sizes alone.
 
-Integers go through the same loops. What a kernel reads is seen from its tensors: int8, int4 (two in a byte, uint8), or
-floats, which have no scales. In registers a number is an integer times its scale in float32, which is exact.
+Numbers with scales go through the same loops. What a kernel reads is seen from its tensors: int8, int4 (two in a byte,
+uint8), fp8 (float8_e4m3fn), or floats without scales. In registers a number meets its scale in float32, which is exact.
 
 With many rows (`product`) tensor cores multiply a tile of x by a tile of the weight, which exists in registers alone,
 zeros and all. Its integers are exact in any float type, and a step along the columns stays within a group, so the sums
@@ -47,6 +47,12 @@ def _numbers(values, row, kept, k, there):
     if values.dtype.element_ty == tl.uint8:
         byte = tl.load(values + row * tl.cdiv(kept, 2) + k // 2, mask=there, other=0).to(tl.int32)
         return ((byte >> (k % 2 * 4) & 15) ^ 8) - 8
+    elif values.dtype.element_ty == tl.float8e4nv:  # by its bits, for the interpreter cannot convert it
+        byte = tl.load(values.to(tl.pointer_type(tl.uint8), bitcast=True) + row * kept + k, mask=there, other=0)
+        size = byte.to(tl.int32) & 127
+        normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+        number = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+        return tl.where(byte > 127, -number, number)
     else:
         return tl.load(values + row * kept + k, mask=there, other=0)
 

@@ -14,13 +14,27 @@ import torch
 
 from armor.runtime import native  # noqa: F401  the sources, for the hash of the code
 
-__all__ = ["BEST", "C_LIBRARY", "LEVELS", "PARALLEL", "PARTS", "TYPES", "Integers", "Part", "Product", "address"]
+__all__ = [
+    "BEST",
+    "C_LIBRARY",
+    "LEVELS",
+    "NUMBERS",
+    "PARALLEL",
+    "PARTS",
+    "TYPES",
+    "Integers",
+    "Part",
+    "Product",
+    "address",
+]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+NUMBERS = ("int8", "int4", "fp8")
+"""The `numbers` of native/linear.h behind floats."""
 PARTS = 8
 """Linears that one call multiplies with at most, PARTS of native/linear.h."""
-_INTERFACE = 2  # what is called in C, and how: INTERFACE of native/armor.c
+_INTERFACE = 3  # what is called in C, and how: INTERFACE of native/armor.c
 
 
 class Integers(ctypes.Structure):

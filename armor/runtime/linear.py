@@ -21,7 +21,7 @@ that is asked of it is one clear error instead of numbers that would be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armor.core.factorization import SUFFIXES, Factorization, owner
-from armor.core.integers import pack_int4
+from armor.core.integers import DTYPES, pack_int4
 from armor.core.packing import unpack_mask
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, integers, operator
@@ -39,6 +39,8 @@ from armor.runtime.product import gathered, multiply, supports, through
 from armor.runtime.ready import Ready
 
 __all__ = ["ArmorLinear", "know_each_other"]
+
+_FP8 = DTYPES["fp8"]
 
 
 class _Beside:
@@ -308,6 +310,14 @@ class ArmorLinear(nn.Linear):
         super(ArmorLinear, self.pack())._load_from_state_dict(state_dict, prefix, *args)
         if was_unpacked:
             self.unpack()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArmorLinear:
+        """fp8 moves as bytes: a new dtype is for the floats that compute, not for these."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype) if tensor.dtype == _FP8 else fn(tensor)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         layout = self.layout

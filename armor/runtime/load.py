@@ -71,7 +71,8 @@ def weights_bytes(folder: Path | str, dtype: str = "auto", shards: Shards | None
     for name in shards.names():
         if not (name == "lm_head.weight" and is_tied):
             stored = getattr(torch, shards.dtype(name))
-            total += math.prod(shards.shape(name)) * (own if stored.is_floating_point else stored).itemsize
+            is_float = stored.is_floating_point and stored.itemsize > 1  # fp8 stays what it is
+            total += math.prod(shards.shape(name)) * (own if is_float else stored).itemsize
     return total
 
 

@@ -14,9 +14,15 @@ from torch import Tensor
 from torch.jit._trace import is_tracing
 
 from armor.core import blockdiag, packing
+from armor.core.quantization import NumberType
 
-__all__ = ["Operands", "check_shapes", "contiguous", "fits", "is_needed", "register"]
+__all__ = ["Operands", "check_shapes", "contiguous", "fits", "is_needed", "number_type", "register"]
 
+_NUMBER_TYPES: dict[torch.dtype, NumberType] = {
+    torch.int8: "int8",
+    torch.uint8: "int4",
+    torch.float8_e4m3fn: "fp8",
+}
 _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
 
 
@@ -25,8 +31,8 @@ class Operands(NamedTuple):
 
     Integers have scales, in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a row
     of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are floats.
-    int8 is int8; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns. Without `core_scales` all
-    numbers are floats.
+    int8 is int8, fp8 is float8_e4m3fn; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns.
+    Without `core_scales` all numbers are floats.
     """
 
     values: Tensor
@@ -87,6 +93,11 @@ def is_needed(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, torch.compile or a tensor subclass must see the operator; calling past it is faster."""
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
     return wants_gradient or type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing()
+
+
+def number_type(values: Tensor) -> NumberType:
+    """That of a packed core with scales."""
+    return _NUMBER_TYPES[values.dtype]
 
 
 def check_shapes(x: Tensor, own: Operands) -> None:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from armor.core import blockdiag
 from armor.core.factorization import SUFFIXES, Factorization, owner
-from armor.core.integers import expand_scales
+from armor.core.integers import DTYPES, expand_scales, round_
 from armor.core.packing import pack, pack_mask, unpack
 from armor.core.quantization import LIMITS
 from armor.format.factors import read_factors, read_others
@@ -131,9 +131,9 @@ class TrainableLinear(nn.Module):
         return {suffix: found for suffix in suffixes if (found := getattr(self, suffix)) is not None}
 
     def dtype(self, suffix: str) -> torch.dtype:
-        """What the values of a part are stored in; float32 of integers, for their products round them."""
+        """What the values of a part are stored in; float32 where they have scales, for their products round them."""
         dtype = getattr(self.start, "core" if suffix == "core_values" else suffix).dtype
-        return torch.float32 if dtype == torch.int8 else dtype
+        return torch.float32 if dtype in DTYPES.values() else dtype
 
     @torch.no_grad()
     def factors(self) -> Factorization:
@@ -155,12 +155,13 @@ class TrainableLinear(nn.Module):
         return expand_scales(scales, kind.group, self.in_features) if part == "core" and kind else scales
 
     def _integers(self, part: str, values: Tensor) -> Tensor:
-        """The integers nearest to the `values` of core, left or right, with the gradient of what was rounded."""
+        """The stored numbers nearest to the `values` of core, left or right, with the gradient of what was rounded."""
         scales, kind = self._scales(part), self.start.quantization
         assert kind is not None
         exact = values / torch.where(scales == 0, 1.0, scales)
-        exact = exact.clamp(*LIMITS[kind.core if part == "core" else "int8"])
-        return exact.detach().round() + (exact - exact.detach())  # exact: the second is zero
+        own = kind.core if part == "core" else "int8"
+        exact = exact.clamp(*LIMITS[own])
+        return round_(exact.detach().clone(), own) + (exact - exact.detach())  # exact: the second is zero
 
     def _blocks(self, side: str) -> Tensor | None:
         """A or B, in floats."""

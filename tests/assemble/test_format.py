@@ -16,6 +16,7 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings, Override
 from armor.core.factorization import Factorization
+from armor.core.integers import DTYPES
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import sha256
@@ -31,13 +32,17 @@ def numbers(path):
     """The tensors of a safetensors file; BF16, which numpy has not, in float32."""
     raw = path.read_bytes()
     start, found = 8 + int.from_bytes(raw[:8], "little"), {}
-    dtypes = {"U8": "u1", "I8": "i1", "BF16": "<u2", "F32": "<f4"}
+    dtypes = {"U8": "u1", "I8": "i1", "F8_E4M3": "u1", "BF16": "<u2", "F32": "<f4"}
     for name, entry in json.loads(raw[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             tensor = np.frombuffer(raw[start + begin : start + end], dtypes[entry["dtype"]])
             if entry["dtype"] == "BF16":
                 tensor = (tensor.astype("<u4") << 16).view("<f4")
+            if entry["dtype"] == "F8_E4M3":
+                exponent, fraction = tensor >> 3 & 15, (tensor & 7) / 8
+                size = np.where(exponent, np.ldexp(1 + fraction, exponent.astype(int) - 7), np.ldexp(fraction, -6))
+                tensor = np.where(tensor > 127, -size, size)
             found[name] = tensor.reshape(entry["shape"])
     return found
 
@@ -179,15 +184,16 @@ def as_integers(factors, kind):
     out, columns = factors.core.shape
     parts = {"core": factors.core, "left": factors.left, "right": factors.right}
     whole = {name: None if part is None else part.mul(4).to(torch.int8) for name, part in parts.items()}
+    whole["core"] = whole["core"].to(DTYPES[kind.core])
     counts = {"core": (out, columns // kind.group), "left": (out,), "right": (columns,)}
     scales = {f"{name}_scales": grid(*counts[name]).bfloat16() for name, part in whole.items() if part is not None}
     return replace(factors, **whole, **scales, quantization=kind)
 
 
-def written(root, integers=False):
+def written(root, core=None):
     """A checkpoint of factors made by hand: 2:4 with both wrappers for q_proj, 50% without for up_proj.
 
-    As `integers` the core of q_proj is int8 and its blocks are, and the core of up_proj is int4.
+    With `core` that is the type of q_proj's, whose blocks are int8, and the core of up_proj is int4.
     """
     prepared(root, layers=1)
     edit_tensors(root / "source", lambda tensors: tensors.update({n: grid(*t.shape) for n, t in tensors.items()}))
@@ -200,9 +206,9 @@ def written(root, integers=False):
         q: Factorization(grid(64, 64) * mask, mask, Pattern(2, 4), grid(8, 8, 8), grid(4, 16, 16), 0.25, 0.5),
         up: Factorization(grid(128, 64) * half, half, Pattern(50, 0), None, None, 0.5, 0.5),
     }
-    if integers:
+    if core:
         factors = {
-            q: as_integers(factors[q], Quantization("int8", "int8", 32)),
+            q: as_integers(factors[q], Quantization(core, "int8", 32)),
             up: as_integers(factors[up], Quantization("int4", None, 64)),
         }
     file = root / "layers/layer_0.safetensors"
@@ -250,15 +256,19 @@ def test_the_bytes_are_pinned(tmp_path):
     assert raw[begin : begin + 8] == bytes([255] * 4 + [0] * 4)
 
 
-def test_the_bytes_of_integers_are_pinned(tmp_path):
-    folder = written(tmp_path, integers=True)
+@pytest.mark.parametrize(
+    ("core", "dtype", "first_bytes", "digest"),
+    [("int8", "I8", "fafbff010203", "504ee6fa04390037"), ("fp8", "F8_E4M3", "cccab8384044", "252ebef03ec0deea")],
+)
+def test_the_bytes_of_integers_are_pinned(core, dtype, first_bytes, digest, tmp_path):
+    folder = written(tmp_path, core)
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 2
     raw = (folder / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
     expected = {
-        f"{q}.core_values": ("I8", [64, 32]),
+        f"{q}.core_values": (dtype, [64, 32]),
         f"{q}.core_scales": ("BF16", [64, 2]),
         f"{q}.core_mask": ("U8", [64, 8]),
         f"{q}.left": ("I8", [8, 8, 8]),
@@ -271,17 +281,17 @@ def test_the_bytes_of_integers_are_pinned(tmp_path):
     }
     own = {name for name in header if name.startswith((f"{q}.", f"{up}.")) and not name.endswith(".weight")}
     assert own == expected.keys()
-    for name, (dtype, shape) in expected.items():
-        assert (header[name]["dtype"], header[name]["shape"]) == (dtype, shape), name
+    for name, (kind, shape) in expected.items():
+        assert (header[name]["dtype"], header[name]["shape"]) == (kind, shape), name
 
     def first(name, count):
         begin = start + header[name]["data_offsets"][0]
         return raw[begin : begin + count]
 
-    assert np.frombuffer(first(f"{q}.core_values", 6), "i1").tolist() == [-6, -5, -1, 1, 2, 3]
+    assert first(f"{q}.core_values", 6).hex() == first_bytes  # -6, -5, -1, 1, 2, 3
     assert first(f"{q}.core_scales", 4) == bytes.fromhex("c0bf a0bf")  # -1.5 and -1.25
     assert first(f"{up}.core_values", 3) == bytes.fromhex("ba dc fe")  # -6, -5; -4, -3; -2, -1: the first one low
-    assert hashlib.sha256(raw).hexdigest()[:16] == "504ee6fa04390037"
+    assert hashlib.sha256(raw).hexdigest()[:16] == digest
 
 
 def test_the_configuration_is_pinned(tmp_path):

@@ -50,7 +50,11 @@ def source(request, tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model") / "source", request.param, layers=2)
 
 
-@pytest.mark.parametrize("integers", [None, QuantizeSettings(core="int4", group=16)], ids=["floats", "int4"])
+@pytest.mark.parametrize(
+    "integers",
+    [None, QuantizeSettings(core="int4", group=16), QuantizeSettings(core="fp8")],
+    ids=["floats", "int4", "fp8"],
+)
 def test_the_factors_are_those_of_the_pipeline(source, tmp_path, integers):
     overrides = [
         Override(layers=[1], modules="*.up_proj", method="wanda"),

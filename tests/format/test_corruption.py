@@ -28,6 +28,7 @@ from armor.format.records.base import File
 from tests.packed import edit_config, edit_tensors, opened, packed, quantized
 
 Q = "model.layers.0.self_attn.q_proj"
+GATE = "model.layers.0.mlp.gate_proj"
 K = "model.layers.1.self_attn.k_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 ONE, INDEX, CONFIG, SUMS = "model.safetensors", "model.safetensors.index.json", "config.json", "checksums.json"
@@ -524,6 +525,7 @@ OF_INTEGERS: dict[str, Defect] = {
         f"{key} {value!r}": config(lambda f, k=key, v=value: f["groups"][0]["quantization"].update({k: v}), key)
         for key, value in (
             ("core", "int2"),
+            ("core", "fp4"),
             ("core", None),
             ("core", ["int8"]),
             ("blocks", "int4"),
@@ -542,6 +544,7 @@ OF_INTEGERS: dict[str, Defect] = {
     "NaN in scales": put(f"{Q}.core_scales", NAN, 5),
     "infinity in the scales of a block": put(f"{Q}.left_scales", INF, 5),
     "-128": put(f"{Q}.core_values", -128, 7),
+    "NaN in fp8": put(f"{GATE}.core_values", NAN, 7),
     "-128 in a block": put(f"{Q}.left", -128, 7),
     "values in floats": change(f"{Q}.core_values", torch.Tensor.float),
     "scales in integers": change(f"{Q}.core_scales", torch.Tensor.int),

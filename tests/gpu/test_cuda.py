@@ -11,6 +11,7 @@ from armor.config.measures import BenchmarkSettings
 from armor.config.training import TuneJob, TuneSettings
 from armor.core import blockdiag
 from armor.core.packing import unpack
+from armor.core.quantization import LIMITS
 from armor.runtime import cuda
 from armor.runtime.linear import ArmorLinear
 from armor.training.tune import tune
@@ -40,8 +41,10 @@ def test_a_tuned_linear_is_its_twin_within_rounding(dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("core", ["int8", "int4"])
+@pytest.mark.parametrize("core", LIMITS)
 def test_a_linear_of_integers_stays_packed_and_is_its_twin_within_rounding(core, dtype):
+    if core == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this card")
     factors, bias = stored(1024, 2048, 64, 128, "2:4", core, "int8", 128, dtype)
     factors = factors.to("cuda")
     linear, exact = ArmorLinear.of(factors, bias.cuda()), factors.in_floats()

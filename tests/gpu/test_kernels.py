@@ -44,6 +44,8 @@ INTEGERS = [  # and the type of the core, that of the blocks, and the columns th
     (22, 50, 11, None, "1:2", "int4", "int8", 16),
     (18, 24, 9, 6, "3:4", "int8", "int8", 96),
     (7, 140, None, None, "2:4", "int8", None, 64),
+    (24, 80, 8, 40, "2:4", "fp8", "int8", 32),
+    (22, 50, 11, None, "1:2", "fp8", None, 16),
 ]
 JOINED = [  # outs of linears with one input, and the rest as above, for floats and for integers
     ((24, 8, 16), 36, 8, 18, "2:4"),
@@ -52,6 +54,7 @@ JOINED = [  # outs of linears with one input, and the rest as above, for floats 
     ((24, 12), 40, 12, 20, "2:4", "int8", "int8", 16),
     ((18, 9), 24, 9, 12, "2:4", "int4", "int8", 24),
     ((14, 21), 44, None, 22, "2:4", "int4", None, 16),
+    ((18, 9), 24, 9, 12, "2:4", "fp8", "int8", 24),
 ]
 
 
@@ -88,6 +91,8 @@ def whole_products(monkeypatch):
 
 def of_integers(shape, dtype):
     """The operands of a linear of `INTEGERS`, and its factors in floats."""
+    if shape[5] == "fp8" and not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this card")
     factors, bias = stored(*shape, dtype)
     names = ("core_values", "core_mask", "left", "right", "core_scales", "left_scales", "right_scales")
     tensors, (_, group) = factors.to(DEVICE).tensors(), factors.pattern.group(shape[1])
@@ -150,7 +155,7 @@ def test_a_linear_of_integers_is_its_twin_within_rounding(shape, dtype, whole_pr
 @pytest.mark.parametrize("number", range(len(JOINED)))
 def test_joined_linears_are_their_twins_side_by_side(number, whole_products):
     shape, dtype = JOINED[number], DTYPES[number % len(DTYPES)]
-    for rows, shares_right in (([1, 3, 5, 2, 4, 8][number], number % 2 == 1), (9, number % 2 == 0)):
+    for rows, shares_right in (([1, 3, 5, 2, 4, 8, 7][number], number % 2 == 1), (9, number % 2 == 0)):
         operands, factors = joined(shape, dtype, shares_right)
         x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
         with pytest.MonkeyPatch.context() as monkeypatch:

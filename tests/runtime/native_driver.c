@@ -163,11 +163,16 @@ static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int
     return 1;
 }
 
-enum { INT8 = 1, INT4 };
+enum { INT8 = 1, INT4, FP8 };
 
-/* Integer `i` of row `row` of rows of `n`; two int4 are in a byte, the first in the low half. */
+/* Number `i` of row `row` of rows of `n`; two int4 are in a byte, the first in the low half; fp8 is e4m3. */
 static double integer(const void *array, int kind, int64_t n, int64_t row, int64_t i) {
     if (kind == INT8) return ((const int8_t *)array)[row * n + i];
+    if (kind == FP8) {
+        const int byte = ((const uint8_t *)array)[row * n + i], exponent = byte >> 3 & 15;
+        const double size = ldexp(exponent ? 8 + (byte & 7) : byte & 7, (exponent ? exponent : 1) - 10);
+        return byte > 127 ? -size : size;
+    }
     int four = ((const uint8_t *)array)[row * ((n + 1) / 2) + i / 2] >> i % 2 * 4 & 15;
     return four < 8 ? four : four - 16;
 }
@@ -225,8 +230,8 @@ static int check_integers(int level, int type, int core, int64_t rows, int64_t i
     void *all[] = {x, y, values, left, right, core_scales, left_scales, right_scales, mask, u, z};
     for (int i = 0; i < 11; i++) free(all[i]);
     if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
-    printf("level %d type %d int%d: %ld rows, %ld x %ld, groups of %ld, blocks %ld %ld: off by %g of %g\n", level, type,
-           core == INT4 ? 4 : 8, (long)rows, (long)out, (long)in, (long)group, (long)dl, (long)dr, worst, largest);
+    printf("level %d type %d %s: %ld rows, %ld x %ld, groups of %ld, blocks %ld %ld: off by %g of %g\n", level, type,
+           (const char *[]){"int8", "int4", "fp8"}[core - INT8], (long)rows, (long)out, (long)in, (long)group, (long)dl, (long)dr, worst, largest);
     return 1;
 }
 
@@ -340,7 +345,7 @@ int main(int count, char **arguments) {
                 }
     for (int level = 0; level <= best && count == 1; level++)
         for (int type = 0; type < 2; type++)
-            for (int core = INT8; core <= INT4; core++)
+            for (int core = INT8; core <= FP8; core++)
                 for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
                     for (int r = 0; r < 4; r++) {
                         const int64_t *shape = INTEGERS[s], rows[] = {1, 3, 17, 85};

@@ -151,6 +151,7 @@ def test_supports_says_when_torch_must_run(pretend):
     [
         ("2:4", "int8", 32, True),
         ("2:4", "int4", 16, True),
+        ("2:4", "fp8", 16, True),
         ("3:4", "int8", 96, True),  # the whole row
         ("3:4", "int4", 32, False),
         ("2:4", "int8", 24, False),
@@ -168,6 +169,8 @@ def test_a_linear_of_integers_runs_packed_on_a_card_where_the_kernels_can(patter
         if is_packed:
             y = linear(torch.empty(2, 3, 96, device="cuda:0", dtype=torch.bfloat16))
             assert y.shape == (2, 3, 16) and y.device == torch.device("cuda:0") and y.dtype == torch.bfloat16
+        pretend((8, 0))
+        assert linear.runs_packed == (is_packed and core != "fp8")
         linear.bias = torch.nn.Parameter(torch.empty(16, dtype=torch.bfloat16, device="cpu"))
         assert not linear.runs_packed
 

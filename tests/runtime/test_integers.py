@@ -1,10 +1,14 @@
-"""The CPU kernel on int8 and int4, every level against the product of the stored numbers in float64."""
+"""The CPU kernel on int8, int4 and fp8, every level against the product of the stored numbers in float64."""
 
+import copy
 import re
 
 import pytest
 import torch
 
+from armor.core.factorization import Factorization
+from armor.core.pattern import Pattern
+from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.operator import Operands
@@ -23,6 +27,9 @@ SHAPES = [  # out, in, left block, right block, pattern, core, blocks, group
     (30, 72, 5, 9, "1:3", "int8", "int8", 96),
     (33, 100, 11, 20, "50%", "int8", "int8", 100),
     (64, 384, None, 32, "2:4", "int4", "int8", 160),
+    (64, 256, 32, 64, "2:4", "fp8", "int8", 128),
+    (36, 100, 4, 20, "2:4", "fp8", None, 32),
+    (30, 72, 5, 9, "1:3", "fp8", "int8", 96),
 ]
 
 
@@ -95,7 +102,7 @@ def operands(linear, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, level):
     """Side by side with B shared, of its own and absent; and for groups of rows with linears of their own."""
-    kinds = [("int8", "int8"), ("int8", "int8"), ("int8", None), ("int4", "int8")]
+    kinds = [("int8", "int8"), ("fp8", "int8"), ("int8", None), ("int4", "int8")]
     sizes = [(64, 16, 32), (40, 8, 32), (36, 4, None), (44, None, 64)]
     made = [
         operands(ArmorLinear.of(*stored(out, 256, left, right, "2:4", *kind, 64, dtype)), dtype)
@@ -147,6 +154,33 @@ def test_scales_that_do_not_fit_are_refused(name, change, said):
     own = operands(ArmorLinear.of(factors, bias), torch.bfloat16)
     with pytest.raises(ValueError, match=re.escape(said)):
         cpu.multiply(torch.ones(1, 256).bfloat16(), own._replace(**{name: change(getattr(own, name))}))
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_fp8_is_multiplied_as_what_it_is(dtype, level):
+    bits = torch.tensor([b for b in range(256) if b & 127 != 127] + [0, 0], dtype=torch.uint8)
+    mask = torch.tensor([True, False, False, True]).repeat(128).expand(1, -1)
+    core = torch.zeros(1, 512, dtype=torch.uint8).masked_scatter(mask, bits).view(torch.float8_e4m3fn)
+    scales = torch.ones(1, 1, dtype=dtype)
+    kind = Quantization("fp8", None, 512)
+    linear = ArmorLinear.of(Factorization(core, mask, Pattern(2, 4), quantization=kind, core_scales=scales))
+    for rows in (512, 2):  # which take the two ways of the kernel
+        x = torch.eye(512, dtype=dtype)[:rows]
+        assert torch.equal(multiplied(linear, x, level).float(), core.float().T[:rows])
+
+
+def test_fp8_moves_and_is_never_cast():
+    factors, bias = stored(*SHAPES[8], torch.float32)
+    linear = ArmorLinear.of(factors, bias)
+    before = linear.core_values.view(torch.uint8).clone()
+    for moved in (linear.bfloat16(), copy.deepcopy(linear).to("meta").to_empty(device="cpu"), linear.to(torch.float32)):
+        assert moved.core_values.dtype == torch.float8_e4m3fn and moved.core_values.shape == before.shape
+    assert torch.equal(linear.core_values.view(torch.uint8), before) and linear.core_scales.dtype == torch.float32
+    unpacked = linear.unpack().half()
+    assert unpacked.core.dtype == torch.float8_e4m3fn and unpacked.left_scales.dtype == torch.float16
+    assert torch.equal(unpacked.pack().core_values.view(torch.uint8), before)
 
 
 @needs_library

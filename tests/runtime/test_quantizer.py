@@ -171,9 +171,9 @@ def test_integers_are_offloaded_to_disk_and_to_the_hosts_memory(integers, tmp_pa
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = dict.fromkeys(names, "cpu") | {"model.layers.0": "cpu", "model.layers.1": "disk"}
     model = load(integers, device_map=device_map, offload_folder=tmp_path, offload_buffers=True)
-    for name in ("up_proj", "down_proj"):  # int8 and int4
-        far = model.get_submodule(f"model.layers.1.mlp.{name}")
-        assert far.core_values.is_meta and far.core_values.dtype in (torch.int8, torch.uint8)
+    for name, dtype in (("self_attn.q", torch.int8), ("mlp.down", torch.uint8), ("mlp.up", torch.float8_e4m3fn)):
+        far = model.get_submodule(f"model.layers.1.{name}_proj")
+        assert far.core_values.is_meta and far.core_values.dtype == dtype
     assert close(logits(model), expected)
     offloaded = cpu_offload(load(integers), execution_device="cpu", offload_buffers=True)
     assert all(tensor.is_meta for tensor in (*offloaded.parameters(), *offloaded.buffers()) if tensor.numel() > 64)

@@ -54,7 +54,7 @@ def test_input_channels_divided_over_ranks(left, right, ranks):
     torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("core", "blocks"), [("int8", "int8"), ("int4", "int8"), ("int4", None)])
+@pytest.mark.parametrize(("core", "blocks"), [("int8", "int8"), ("int4", "int8"), ("int4", None), ("fp8", "int8")])
 def test_integers_are_divided_with_their_scales(core, blocks):
     factors, _ = stored(64, 128, 16, 16, "2:4", core, blocks, 32, torch.float32)
     tensors, layout = factors.tensors(), PackedLinear.of(factors)

@@ -139,7 +139,7 @@ def test_integers_are_refined_as_they_are_stored_and_the_fewer_their_bits_the_mo
             assert done.rounded and done.loss < done.start_loss
             assert done.start_loss == pytest.approx(plain[k], rel=1e-4) and done.loss == pytest.approx(own[k], rel=1e-4)
         gained[core] = sum(plain) - sum(own)
-        assert "as integers, through their rounding" in (output / "checkpoint/README.md").read_text()
+        assert "in few bits, through the rounding" in (output / "checkpoint/README.md").read_text()
     assert gained["int4"] > gained["int8"]
 
 

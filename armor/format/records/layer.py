@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import zip_longest
 from typing import ClassVar, Literal
 
-from armor.core.quantization import IntegerType, Quantization
+from armor.core.quantization import NumberType, Quantization
 from armor.core.typed import Typed
 from armor.format.records.base import BlockSizes, Made, MadeBy
 
@@ -17,7 +17,7 @@ __all__ = ["Integers", "LayerRecord", "LinearRecord", "Look", "Training", "train
 class Integers(Typed):
     """What the factors of a linear are stored as, with bfloat16 scales."""
 
-    core: IntegerType
+    core: NumberType
     """The type of S's numbers."""
     blocks: Literal["int8"] | None
     """The type of the numbers of A and B, which have a scale for each row; null: floats."""
@@ -119,7 +119,7 @@ class Training(Typed):
     core: bool = True
     """Whether the values of S were trained."""
     rounded: bool = False
-    """Whether what was trained are integers, through their rounding."""
+    """Whether what was trained are integers or fp8, through their rounding."""
     norms_and_biases: tuple[str, ...]
     """The tensors that were trained beside the factors, by full name."""
     proxy_losses: dict[str, float]

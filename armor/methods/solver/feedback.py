@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from armor.core.integers import round_
+from armor.core.quantization import NumberType
+
 __all__ = ["swept"]
 
 
-def swept(values: Tensor, upper: Tensor, scales: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
-    """`values` (..., k) as integers of `scales` alike, from `least` to `most`, and the errors that they make.
+def swept(values: Tensor, upper: Tensor, scales: Tensor, kind: NumberType) -> tuple[Tensor, Tensor]:
+    """`values` (..., k) as numbers of type `kind`, of `scales` alike, and the errors that they make.
 
     `upper` (..., k, k) is U. An error is what is lost of an entry by the diagonal of U: with the row of U it says what
     the entries behind are to take up, those beyond the k too.
@@ -21,9 +24,7 @@ def swept(values: Tensor, upper: Tensor, scales: Tensor, least: int, most: int) 
     rest, found, errors = values.clone(), torch.empty_like(values), torch.empty_like(values)
     for t in range(values.shape[-1]):
         scale = scales[..., t]
-        q = torch.where(
-            scale == 0, 0.0, (rest[..., t] / torch.where(scale == 0, 1.0, scale)).round().clamp(least, most)
-        )
+        q = torch.where(scale == 0, 0.0, round_(rest[..., t] / torch.where(scale == 0, 1.0, scale), kind))
         found[..., t] = q
         errors[..., t] = error = (rest[..., t] - q * scale) / upper[..., t, t]
         rest[..., t + 1 :] -= error[..., None] * upper[..., t, t + 1 :]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from armor.core.factorization import Factorization
-from armor.core.integers import expand_scales, rounded
-from armor.core.quantization import LIMITS, Quantization
+from armor.core.integers import DTYPES, expand_scales, round_, rounded
+from armor.core.quantization import NumberType, Quantization
 from armor.methods.solver.feedback import swept
 from armor.methods.solver.output import (
     DAMPING,
@@ -85,12 +85,12 @@ def rounded_core(
     assert kind is not None
     numbers, scales = rounded(near, kind.core, kind.group, diagonal_of(curvature))
     own = expand_scales(scales.float(), kind.group, near.shape[1]) * factors.mask
-    numbers = descended(numbers.float(), own, wanted, curvature, *LIMITS[kind.core])
-    return replace(start, core=numbers.to(torch.int8), core_scales=scales), numbers * own
+    numbers = descended(numbers.float(), own, wanted, curvature, kind.core)
+    return replace(start, core=numbers.to(DTYPES[kind.core]), core_scales=scales), numbers * own
 
 
-def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor, least: int, most: int) -> Tensor:
-    """`numbers` (out, in), integers of `scales` (out, in), after sweeps of coordinate descent.
+def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor, kind: NumberType) -> Tensor:
+    """`numbers` (out, in) of type `kind`, of `scales` (out, in), after sweeps of coordinate descent.
 
     With E = numbers · scales − wanted the trace of E C Eᵀ never rises. curvature is C (in, in), or the blocks on its
     diagonal (in/d, d, d). Where a scale is zero the number becomes zero.
@@ -112,7 +112,7 @@ def descended(numbers: Tensor, scales: Tensor, wanted: Tensor, curvature: Tensor
                 best = goal + off
                 if (curve := curves[start + t]) > 0:
                     best -= slope[t] / curve
-                torch.div(best, divisor, out=number).round_().clamp_(least, most)
+                round_(torch.div(best, divisor, out=number), kind)
                 after = (number * scale).sub_(goal)
                 slope[t + 1 :].addr_(own[t, t + 1 :], after - off)
                 off.copy_(after)
@@ -135,10 +135,10 @@ def _side_with_feedback(
     own = scales.float().view(-1, size, 1)
     each, upper = own.expand_as(blocks), _upper(curvature)[:, None]
     if across_rows:
-        numbers, _ = swept(blocks.transpose(1, 2), upper, each.transpose(1, 2), *LIMITS[kind.blocks])
+        numbers, _ = swept(blocks.transpose(1, 2), upper, each.transpose(1, 2), kind.blocks)
         numbers = numbers.transpose(1, 2)
     else:
-        numbers, _ = swept(blocks, upper, each, *LIMITS[kind.blocks])
+        numbers, _ = swept(blocks, upper, each, kind.blocks)
     return numbers.contiguous().to(torch.int8), scales.view(-1), numbers * own
 
 

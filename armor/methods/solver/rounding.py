@@ -25,7 +25,7 @@ from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.integers import rounded
 from armor.core.pattern import top_n_mask
-from armor.core.quantization import IntegerType, Quantization
+from armor.core.quantization import NumberType, Quantization
 from armor.methods.solver.integers import searched
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.methods.solver.output import damped, output_error
@@ -40,7 +40,7 @@ def quantize(
     importance: Tensor,
     factors: Factorization,
     *,
-    core: IntegerType,
+    core: NumberType,
     blocks: str = "int8",
     group: int = 64,
     gram: Tensor | None = None,

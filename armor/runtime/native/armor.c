@@ -21,7 +21,7 @@
 uint8_t armor_spread_index[256][8];
 
 /* Raise it with every change of what Python calls here, so that it takes no library of another release. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 int armor_interface(void) { return INTERFACE; }
 
@@ -222,7 +222,7 @@ static struct linear linear_of(const struct part *part, int64_t in, const struct
     const int type = linear.integers.core;
     if (type == INT4) linear.stride = (part->kept + 1) / 2 * 2;
     linear.row_bytes = type == FLOATS ? linear.stride * kernel->weight
-                       : type == INT8 ? linear.stride
+                       : type != INT4 ? linear.stride
                                       : linear.stride / 2;
     linear.left_cut = linear.core_cut = cut_of(part->out, part->left ? part->left_size : part->out);
     linear.right_cut = cut_of(in, part->right ? part->right_size : in);

@@ -103,6 +103,26 @@ static inline vec load_half_int4(const void *p) {
     memcpy(&packed, p, sizeof packed);
     return bytes_to_floats(nibbles(packed));
 }
+/* Eight floats of e4m3. Where the exponent is 0 the size counts in units of 2^-9. */
+static inline vec fp8_to_floats(uint64_t bytes) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+    const __m256i size = _mm256_and_si256(wide, _mm256_set1_epi32(127));
+    const __m256i bits = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(120 << 23));
+    const vec small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-9f));
+    const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), size);
+    const vec number = _mm256_blendv_ps(_mm256_castsi256_ps(bits), small, _mm256_castsi256_ps(is_small));
+    return _mm256_or_ps(number, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(wide, 7), 31)));
+}
+static inline vec load_fp8(const void *p, int64_t n) {
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, n >= 8 ? 8 : (size_t)n);
+    return fp8_to_floats(bytes);
+}
+static inline vec load_half_fp8(const void *p) {
+    uint32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return fp8_to_floats(bytes);
+}
 
 static inline vec spread(vec packed, uint32_t bits) {
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)armor_spread_index[bits]));

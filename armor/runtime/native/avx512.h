@@ -150,6 +150,20 @@ static inline vec load_int4(const void *p, int64_t n) {
 static inline vec load_half_int4(const void *p) {
     return nibbles_to_units(_mm512_broadcastq_epi64(_mm_loadl_epi64(p))); /* the upper half twice the lower: any */
 }
+/* 32 floats of e4m3 as units. Where the exponent is 0 a table has the eight sizes. */
+static inline vec fp8_to_units(__m256i bytes) {
+    const __m512i small = _mm512_castsi128_si512(
+        _mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60)); /* of size times 2^-9 */
+    const __m512i wide = _mm512_cvtepu8_epi16(bytes), size = _mm512_and_si512(wide, _mm512_set1_epi16(127));
+    const __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+    const __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+    const __m512i number = _mm512_mask_permutexvar_epi16(bits, is_small, size, small), sign = _mm512_slli_epi16(wide, 8);
+    return words(_mm512_ternarylogic_epi32(number, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8)); /* a | (b & c) */
+}
+static inline vec load_fp8(const void *p, int64_t n) {
+    return fp8_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
+}
+static inline vec load_half_fp8(const void *p) { return fp8_to_units(_mm256_castsi128_si256(_mm_loadu_si128(p))); }
 static inline vec spread(vec packed, uint32_t bits) {
     return words(_mm512_maskz_expand_epi16(bits, _mm512_castps_si512(packed)));
 }
@@ -314,6 +328,19 @@ static inline vec load_half_int4(const void *p) {
     memcpy(&packed, p, sizeof packed);
     return sixteen(nibbles(_mm_cvtsi32_si128(packed)));
 }
+/* 16 floats of e4m3. Where the exponent is 0 the size counts in units of 2^-9. */
+static inline vec fp8_to_floats(__m128i bytes) {
+    const __m512i wide = _mm512_cvtepu8_epi32(bytes), size = _mm512_and_si512(wide, _mm512_set1_epi32(127));
+    const __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(size, 20), _mm512_set1_epi32(120 << 23));
+    const __mmask16 is_small = _mm512_cmplt_epu32_mask(size, _mm512_set1_epi32(8));
+    const vec number = _mm512_mask_mul_ps(_mm512_castsi512_ps(bits), is_small, _mm512_cvtepi32_ps(size), _mm512_set1_ps(0x1p-9f));
+    const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(wide, 7), 31);
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(number), sign));
+}
+static inline vec load_fp8(const void *p, int64_t n) {
+    return fp8_to_floats(n >= 16 ? _mm_loadu_si128(p) : _mm_maskz_loadu_epi8(first16(n), p));
+}
+static inline vec load_half_fp8(const void *p) { return fp8_to_floats(_mm_loadl_epi64(p)); }
 static inline vec spread(vec packed, uint32_t bits) { return _mm512_maskz_expand_ps((__mmask16)bits, packed); }
 static inline vec multiply_add(vec s, vec w, vec x) { return _mm512_fmadd_ps(w, x, s); }
 static inline vec broadcast(const void *unit) {

@@ -52,9 +52,9 @@ static inline int64_t first_row(const struct cut *cut, int64_t task) {
 enum type { F32, BF16 }; /* of x and y, and of what is not stored as integers */
 
 /* What the numbers of a matrix are stored as. */
-enum numbers { FLOATS, INT8, INT4 };
+enum numbers { FLOATS, INT8, INT4, FP8 };
 
-/* The integers of a linear: of the core a scale for every `group` columns of a row, of a block one for each row. Scales
+/* The numbers of a linear that have scales: of the core one for every `group` columns of a row, of a block one for each row. Scales
  * are of the type of x. Null stands for a linear in floats. */
 struct integers {
     int core, blocks;

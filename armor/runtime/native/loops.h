@@ -20,8 +20,8 @@
  *   load_floats(const weight *, n), store_floats(weight *, vec, n), store_elements(element *, vec, n)  n <= LANES
  *   store_weights(weight *, vec units, n)                    n <= STEP
  *   transpose(vec[LANES])              of 32-bit words
- *   load_int8(const void *, n), load_int4(const void *, n)   n <= STEP integers as units, zeros after them
- *   load_half_int8(const void *), load_half_int4(const void *)   STEP / 2 of them, packed, rest anything
+ *   load_int8(const void *, n), load_int4, load_fp8          n <= STEP of these as units, zeros after them
+ *   load_half_int8(const void *), load_half_int4, load_half_fp8   STEP / 2 of them, packed, rest anything
  *   fused(vec sum, vec a, vec b)       sum + a * b, of floats
  *
  * With GATHER defined (2:4 in pairs of bf16, see avx512.h) also gather_index, gather, gather_scales, load_quads,
@@ -60,10 +60,13 @@ static inline uint32_t bits_of(const uint8_t *mask, int64_t n) {
 
 /* Where number `index` of a matrix is stored. An int4 has an even index. */
 static inline const void *place(const void *numbers, int64_t index, int type) {
-    return (const char *)numbers + (type == FLOATS ? index * (int64_t)sizeof(weight) : type == INT8 ? index : index / 2);
+    return (const char *)numbers + (type == FLOATS ? index * (int64_t)sizeof(weight) : type == INT4 ? index / 2 : index);
 }
 static inline vec load_as(const void *p, int64_t n, int type) {
-    return type == FLOATS ? load(p, n) : type == INT8 ? load_int8(p, n) : load_int4(p, n);
+    return type == FLOATS ? load(p, n) : type == INT8 ? load_int8(p, n) : type == INT4 ? load_int4(p, n) : load_fp8(p, n);
+}
+static inline vec load_half_as(const void *p, int type) {
+    return type == FLOATS ? load_half(p) : type == INT8 ? load_half_int8(p) : type == INT4 ? load_half_int4(p) : load_half_fp8(p);
 }
 static inline float scale_at(const weight *p) {
     float f;
@@ -85,7 +88,7 @@ static inline vec next_columns(const void *values, int64_t kept, int64_t *at, co
     uint32_t bits = bits_of(mask, n);
     const void *next = place(values, *at, type);
     if (half && n == STEP) {
-        vec packed = type == FLOATS ? load_half(next) : type == INT8 ? load_half_int8(next) : load_half_int4(next);
+        vec packed = load_half_as(next, type);
         *at += STEP / 2;
         return spread(packed, bits);
     }
@@ -151,7 +154,7 @@ static inline __attribute__((always_inline)) void packed_step(const struct linea
                                                               const uint8_t *const mask[], int64_t at,
                                                               int64_t values_ahead, int64_t mask_ahead,
                                                               vec sums[][8]) {
-    const int64_t bytes = type == FLOATS ? 4 * sizeof(weight) : type == INT8 ? 4 : 2; /* of values, by one of mask */
+    const int64_t bytes = type == FLOATS ? 4 * sizeof(weight) : type == INT4 ? 2 : 4; /* of values, by one of mask */
     const int into_l1 = x_rows == 1 || (x_rows <= 4 && linear->panels_at_once == 4);
     vec w[ROWS], index[ROWS];
     if (type != FLOATS) __asm__("" : "+r"(at)); /* lest the compiler count up a pointer for each row */
@@ -491,10 +494,12 @@ typedef void packed_dot_of(const struct linear *, const int64_t first[2], const 
 PACKED_DOTS(floats, FLOATS)
 PACKED_DOTS(int8, INT8)
 PACKED_DOTS(int4, INT4)
+PACKED_DOTS(fp8, FP8)
 static packed_dot_of *const DOTS[][3] = {
     [FLOATS] = {floats_any, floats_half, floats_two_of_four},
     [INT8] = {int8_any, int8_half, int8_two_of_four},
     [INT4] = {int4_any, int4_half, int4_two_of_four},
+    [FP8] = {fp8_any, fp8_half, fp8_two_of_four},
 };
 
 /* The scales from number `index` on; null for a matrix in floats. */
@@ -906,7 +911,7 @@ static void packed_pairs(const struct linear *linear, int64_t first, int64_t row
     const int64_t at_once = least(panels, type == FLOATS || scaled <= all / CHAINS ? linear->panels_at_once : 2);
     const int64_t most = least(PAIR_GROUPS, all / at_once / 8 * 8);
     const int64_t parts = (scaled + most - 1) / most, part = ((scaled + parts - 1) / parts + 7) / 8 * 8;
-    const int64_t wanted = PAIR_ROWS * (type == FLOATS ? 4 : type == INT8 ? 2 : 1);
+    const int64_t wanted = PAIR_ROWS * (type == FLOATS ? 4 : type == INT4 ? 1 : 2);
     const int64_t whole = rows / PAIR_ROWS * PAIR_ROWS;
     const char *ahead = (const char *)linear->values + (first + rows) * linear->row_bytes;
     const uint8_t *mask_ahead = linear->mask + (first + rows) * linear->mask_stride;

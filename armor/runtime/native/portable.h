@@ -76,6 +76,20 @@ static inline vec load_int4(const void *p, int64_t n) {
     return v;
 }
 static inline vec load_half_int4(const void *p) { return load_int4(p, 4); }
+/* A float of e4m3. Where its exponent is 0 its size counts in units of 2^-9. */
+static inline float of_fp8(uint8_t byte) {
+    const uint32_t size = byte & 127, bits = (size << 20) + (120u << 23);
+    float f = (float)size * 0x1p-9f;
+    if (size >= 8) memcpy(&f, &bits, sizeof f);
+    return byte > 127 ? -f : f;
+}
+static inline vec load_fp8(const void *p, int64_t n) {
+    const uint8_t *bytes = p;
+    vec v = {0};
+    for (int i = 0; i < 8 && i < n; i++) v[i] = of_fp8(bytes[i]);
+    return v;
+}
+static inline vec load_half_fp8(const void *p) { return load_fp8(p, 4); }
 
 static inline vec spread(vec packed, uint32_t bits) {
     const uint8_t *index = armor_spread_index[bits];

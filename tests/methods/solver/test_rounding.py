@@ -46,7 +46,7 @@ def test_never_above_plain_pruning_at_the_same_bits(shape, pattern, core, blocks
     assert done.loss <= done.start_loss
     assert done.start_loss == pytest.approx(plain.loss, rel=1e-5)
     assert done.loss == relative_loss(weight, Objective.of(weight, importance), done)
-    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.core[~done.mask].any()
+    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.in_floats().core[~done.mask].any()
     assert done.quantization.core == core and (done.left.dtype == torch.int8) == (blocks == "int8")
 
 
@@ -69,7 +69,7 @@ def test_so_it_is_of_factors_for_the_output_whether_the_gram_matrix_is_known_or_
     done = quantize(weight, importance, found, gram=gram if known else None, **how)
     assert done.loss <= done.start_loss
     assert done.loss == relative_loss(weight, Objective.of(weight, importance), done)
-    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.core[~done.mask].any()
+    assert is_nm(done.mask, Pattern.parse(pattern)) and not done.in_floats().core[~done.mask].any()
 
 
 @pytest.mark.parametrize("core", LIMITS)
