@@ -170,6 +170,10 @@ def of_cpus(kind: str) -> bool:
     return kind == ONEDNN or kind.startswith("torch")
 
 
+def runs_on_card(kind: str) -> bool:
+    return not of_cpus(kind) and (kind != "armor fp8" or torch.cuda.get_device_capability() >= (8, 9))
+
+
 def size_of(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -321,7 +325,7 @@ def measure_on_card(shape: str, rows_list: list[int], chosen: list[str] | None =
     """As `measure`, on the current CUDA device, without the linears of CPUs."""
     columns = int(shape.split("x")[1])
     total = 4 * torch.cuda.get_device_properties("cuda").L2_cache_size
-    kinds = {k: [t.cuda() for t in own] for k, own in kinds_to_time(shape, chosen).items() if not of_cpus(k)}
+    kinds = {k: [t.cuda() for t in own] for k, own in kinds_to_time(shape, chosen).items() if runs_on_card(k)}
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
     to_read = torch.ones(total // 8, dtype=torch.int64, device="cuda")
     records = []

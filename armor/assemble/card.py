@@ -168,7 +168,7 @@ def _integers(records: list[LayerRecord]) -> str:
         if own := linear.quantization:
             sides = f"; A and B as {own.blocks}, a scale for each row" if linear.block_sizes and own.blocks else ""
             kinds[f"S as {own.core}, a scale for {own.group} columns of a row{sides}"] += 1
-    return "".join(f"Stored in few bits in {count} linears: {kind}.\n\n" for kind, count in kinds.most_common())
+    return "".join(f"Quantized in {count} linears: {kind}.\n\n" for kind, count in kinds.most_common())
 
 
 def _recipe(part: FactorsMadeBy) -> str:
@@ -192,7 +192,7 @@ def _training(layers: list[Training], around: list[str]) -> str:
     )
     core = ["the values of S"] if first.core else []
     norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []
-    what = ", ".join([*around, *core, *norms]) + (", in few bits, through the rounding" if first.rounded else "")
+    what = ", ".join([*around, *core, *norms]) + (", through the rounding" if first.rounded else "")
     if first.stage == "tune":
         return (
             f"Tuned: the whole model was trained to predict what the dense one predicts: {what}; {how}. KL divergence "

@@ -35,7 +35,7 @@ ROUNDS = 11  # each takes about the time of two tokens of both models
 
 
 def expands(model: nn.Module) -> bool:
-    """Whether integers of a linear of `model` become floats before each product, for want of a kernel."""
+    """Whether numbers with scales of a linear of `model` become floats before each product, for want of a kernel."""
     packed = (module for module in model.modules() if isinstance(module, ArmorLinear))
     return any(linear.core_scales is not None and not linear.runs_packed for linear in packed)
 

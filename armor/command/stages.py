@@ -257,7 +257,7 @@ def quantize(
     threads: Threads = None,
     gpus: Gpus = 0,
 ) -> None:
-    """Round the factors of one decoder layer to integers -> its factors, and a record beside them."""
+    """Round the factors of one decoder layer to integers or fp8 -> its factors, and a record beside them."""
     device = prepare(threads, gpus)
     from armor.factorize.quantize import quantize_layer
     from armor.format.statistics import statistics_of

@@ -1,4 +1,4 @@
-"""Quantize the linears of one decoder layer: its factors, as they were found or trained, become integers with scales.
+"""Quantize the linears of one decoder layer: its factors, as they were found or trained, get few bits and scales.
 
 A stage of its own, behind all that makes factors. So one recipe in floats serves several quantized ones, and refine and
 tune work on floats. What was trained beside the factors is passed on.
@@ -67,7 +67,7 @@ def quantize_layer(
     shards, modules = recorded_tensors(source.path, start.modules), dict(start.modules)
     given, _ = read_factors(factors)
     if name := next((name for name, own in given.items() if own.quantization), None):
-        raise ArmorError(f"{factors}: {name}: holds integers already; quantize the factors before them, in floats")
+        raise ArmorError(f"{factors}: {name}: is quantized already; quantize the factors before them, in floats")
     found: dict[str, Factorization] = {}
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
         groups = sharing_right(given)

@@ -1,9 +1,9 @@
 """The packed checkpoint: which tensors stand for a compressed linear, and how a sound one is told from a broken one.
 
 A checkpoint is a Hugging Face folder in which `{linear}.weight` has become `{linear}.core_values`, `.core_mask`,
-`.left` and `.right`, scales of those that are integers, and `.up` and `.down`, a pair of low rank. Which linears, with
+`.left` and `.right`, scales of those that are quantized, and `.up` and `.down`, a pair of low rank. Which linears, with
 which shapes and types, stands in config.json under `quantization_config`. Linears that share B have it once. A
-checkpoint without integers, pairs and a shared B is of version 1, as it always was.
+checkpoint without scales, pairs and a shared B is of version 1, as it always was.
 docs/FORMAT.md says the same in words. Readers in the field believe what they read and compute garbage from a broken
 file. So the writer, the loader and `armor verify` all go through the checks of this module and of `checksums`.
 """
@@ -60,7 +60,7 @@ class PackedLinear:
     """A compressed linear: the (out, in) of the weight it replaces, the core's pattern, the wrappers' block sizes.
 
     `left_block_size` d makes `left` (out/d, d, d), `right_block_size` d makes `right` (in/d, d, d); None: no wrapper.
-    `quantization` says which of the tensors hold integers; None: none of them. `right_of` is the last part of the name
+    `quantization` says which of the tensors have scales; None: none of them. `right_of` is the last part of the name
     of the linear beside it that holds its B; None: it holds its own. `rank` r makes `up` (out, r) and `down` (r, in);
     None: no pair of low rank.
     """
@@ -102,8 +102,8 @@ class PackedLinear:
             shapes |= {"up": (self.out_features, self.rank), "down": (self.rank, self.in_features)}
         return shapes
 
-    def integers(self) -> dict[str, str]:
-        """The dtype of every tensor that does not hold floats of the linear's own dtype, by suffix."""
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every tensor that is not of the linear's own, by suffix."""
         found, own = {"core_mask": "uint8"}, self.quantization
         if own is not None:
             found["core_values"] = {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}[own.core]
@@ -114,7 +114,7 @@ class PackedLinear:
     def bits_per_weight(self, bits: int) -> float:
         """What one entry of the weight takes as this pipeline stores it, the floats of what is not quantized in a dtype
         of `bits` bits; the mask takes one bit for each column. A linear with integers has its floats in bfloat16."""
-        widths, floats = self.integers(), bits if self.quantization is None else 16
+        widths, floats = self.dtypes(), bits if self.quantization is None else 16
         total = sum(math.prod(shape) * (8 if suffix in widths else floats) for suffix, shape in self.shapes().items())
         return total / (self.out_features * self.in_features)
 
@@ -248,7 +248,7 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
 ) -> None:
     """Hold names, shapes and dtypes of a checkpoint's tensors against `modules` and the index. Raises ArmorError."""
     for name, layout in modules.items():
-        dtype, integers = None, layout.integers()
+        dtype, others = None, layout.dtypes()
         for suffix, shape in layout.shapes().items():
             tensor = f"{name}.{suffix}"
             if tensor not in shards:
@@ -260,9 +260,9 @@ def check_headers(  # noqa: C901, PLR0912  one defect after another, each with i
             if shards.shape(tensor) != shape:
                 raise ArmorError(f"{where}: shape {shards.shape(tensor)}, expected {shape}; {REMEDY}")
             found = shards.dtype(tensor)
-            if suffix in integers:
-                if found != integers[suffix]:
-                    raise ArmorError(f"{where}: dtype {found}, expected {integers[suffix]}; {REMEDY}")
+            if suffix in others:
+                if found != others[suffix]:
+                    raise ArmorError(f"{where}: dtype {found}, expected {others[suffix]}; {REMEDY}")
             elif found not in FLOATS or found != (dtype or found):
                 raise ArmorError(f"{where}: dtype {found}, expected {dtype or 'a float dtype'}; {REMEDY}")
             else:

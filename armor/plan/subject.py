@@ -232,10 +232,10 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:
     """The tensors of a compressed linear."""
-    integers, floats = layout.integers(), "bfloat16" if layout.quantization else dtype
+    dtypes, floats = layout.dtypes(), "bfloat16" if layout.quantization else dtype
     found = {}
     for suffix, shape in layout.shapes().items():
-        code = CODES[integers.get(suffix, floats)]
+        code = CODES[dtypes.get(suffix, floats)]
         found[f"{name}.{suffix}"] = Hole(code, shape, math.prod(shape) * DTYPES[code][1])
     return found
 

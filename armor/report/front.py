@@ -178,7 +178,7 @@ def _of_speed(offered: Sequence[Offer]) -> str:
         text = f"By speed, each of these is faster than the one before and loses more: {', '.join(told)}"
     if expanded := [offer.name for offer in offered if offer.expanded]:
         text += (
-            f". Not compared: {', '.join(expanded)}. No kernel multiplied with their integers, so their "
+            f". Not compared: {', '.join(expanded)}. No kernel multiplied with their numbers as stored, so their "
             "speed here says nothing of what other programs reach"
         )
     return text + "."

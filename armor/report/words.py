@@ -138,7 +138,7 @@ def _trained(best: RecipeResults) -> str:
     texts = []
     for layers in best.trainings:
         first = layers[0]
-        stored = ", in few bits," if first.rounded else ""
+        stored = ", quantized," if first.rounded else ""
         what = f"each decoder layer{stored} to give"
         if first.stage == "tune":
             what = f"the whole model{stored} to predict"

@@ -1,6 +1,6 @@
-"""A linear on integers, by the CPU's kernel or the card's: y = A (S (B x)) + bias, expanded in registers.
+"""A quantized linear, by the CPU's kernel or the card's: y = A (S (B x)) + bias, expanded in registers.
 
-Decoding takes the time of its bytes, and int8 has half of those of bfloat16. The integers of a byte are exact in any
+Decoding takes the time of its bytes, and int8 and fp8 have half of those of bfloat16. Their numbers are exact in any
 type of x. So they meet x as they are, in float32 sums, and the sum of each group meets its scale; or each of them meets
 it in float32, where their product is exact. Nothing is rounded but B x and S B x, as with floats. Gradients reach x and
 the bias, through a dense product.
@@ -36,12 +36,14 @@ _ROWS = 256  # with more rows torch's kernel takes longer than a product with th
 
 
 def supports(layout: PackedLinear, x: Tensor, operands: Operands) -> bool:
-    """Whether `linear` can run on these operands. The kernel of x's device is there. All are on that device, and what
-    is no integer of one dtype that the kernel takes. The groups and the pattern are such as the kernel cuts."""
+    """Whether `linear` can run on these operands. The kernel of x's device is there. All are on that device and frozen,
+    and what has no scales is of one dtype that the kernel takes, whose groups and pattern are such as it cuts."""
     own, on_card = layout.quantization, x.device.type == "cuda"
     if own is None or x.dtype not in (cuda.TYPES if on_card else cpu.TYPES):
         return False
     if any(t.device != x.device for t in operands if isinstance(t, Tensor)):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*operands[:4], *operands[6:9])):
         return False
     floats = [*operands[6:9], operands.bias, *((operands.left, operands.right) if not own.blocks else ())]
     if any(t is not None and t.dtype != x.dtype for t in floats):

@@ -9,8 +9,8 @@ Numbers with scales go through the same loops. What a kernel reads is seen from 
 uint8), fp8 (float8_e4m3fn), or floats without scales. In registers a number meets its scale in float32, which is exact.
 
 With many rows (`product`) tensor cores multiply a tile of x by a tile of the weight, which exists in registers alone,
-zeros and all. Its integers are exact in any float type, and a step along the columns stays within a group, so the sums
-meet the scales and no weight is rounded.
+zeros and all. Its stored numbers are exact in any float type, and a step along the columns stays within a group, so the
+sums meet the scales and no weight is rounded.
 
 Each value of S needs a whole block of B x, and each block of A the rows of S of that block. B x is small but needed by
 all programs, hence a launch of its own. To compute it again in each would read all of B as often as there are programs.

@@ -7,8 +7,8 @@ in every forward pass and keeps nothing. `unpack` trades the packed values for t
 then as fast as a dense linear but for the blocks. It takes the memory of a dense linear plus one bit a weight and
 the blocks. The packed values are recovered exactly: core[mask].
 
-Where the checkpoint has integers the module holds them, and their scales in its own dtype. Kernels multiply with
-the integers. What runs through dense products multiplies them out first, in float32, and rounds once to that dtype.
+Where the checkpoint is quantized the module holds its numbers, and their scales in its own dtype. Kernels multiply with
+these numbers. What runs through dense products multiplies them out first, in float32, and rounds once to that dtype.
 
 A low-rank pair, U and V, is two plain products beside these.
 
@@ -64,9 +64,9 @@ class ArmorLinear(nn.Linear):
     """A linear of the given `layout`, its tensors empty until a checkpoint or `load` fills them.
 
     Parameters core_values (out, in·n/m), left (out/d, d, d) or None, right (in/d, d, d) or None, bias (out,) or None;
-    buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. For integers also the parameters core_scales
+    buffer core_mask (out, ceil(in/8)) uint8, None where all is kept. If quantized also the parameters core_scales
     (out, groups), left_scales (out,) and right_scales (in,). With a pair of low rank also up (out, rank) and down
-    (rank, in). After `unpack`, core (out, in) stands in for core_values; it is integers where these were. With
+    (rank, in). After `unpack`, core (out, in) stands in for core_values; it is what these were. With
     `hide_packed` the state dict lacks the packed tensors, so that no loader looks for them. A linear that shares the B
     of another has no `right` of its own, but must know the other (`know_each_other`). `of_conv1d`: a Conv1D was in its
     place.
@@ -99,9 +99,9 @@ class ArmorLinear(nn.Linear):
         self.beside = _Beside()
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self.group = layout.pattern.group(layout.in_features)[1]
-        shapes, integers = layout.shapes(), layout.integers()
+        shapes, dtypes = layout.shapes(), layout.dtypes()
         for name in SUFFIXES:
-            kind = getattr(torch, integers[name]) if name in integers else dtype
+            kind = getattr(torch, dtypes[name]) if name in dtypes else dtype
             empty = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
             if name == "core_mask":
                 self.register_buffer(name, empty)
@@ -315,7 +315,10 @@ class ArmorLinear(nn.Linear):
         """fp8 moves as bytes: a new dtype is for the floats that compute, not for these."""
 
         def moved(tensor: Tensor) -> Tensor:
-            return fn(tensor.view(torch.uint8)).view(tensor.dtype) if tensor.dtype == _FP8 else fn(tensor)
+            if tensor.dtype != _FP8:
+                return fn(tensor)
+            found = fn(tensor.view(torch.uint8))
+            return found.view(_FP8) if found.dtype == torch.uint8 else tensor
 
         return super()._apply(moved, recurse)
 

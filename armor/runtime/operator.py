@@ -29,8 +29,9 @@ _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, T
 class Operands(NamedTuple):
     """A packed linear as a kernel takes it: the first six are those of `linear`.
 
-    Integers have scales, in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a row
-    of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are floats.
+    A quantized one has scales in the dtype of x: `core_scales` (out, ceil(in/columns)), each for `columns` columns of a
+    row of the core; `left_scales` (out,) and `right_scales` (in,), each for a row of a block, None where blocks are
+    floats.
     int8 is int8, fp8 is float8_e4m3fn; int4 is uint8, two in a byte, of a core that keeps half of every 8 columns.
     Without `core_scales` all numbers are floats.
     """

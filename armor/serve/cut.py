@@ -63,7 +63,7 @@ class Piece:
         n, m = 1, 1  # of its columns for m input channels
         if layout and suffix == "core_values":
             n, m = layout.pattern.group(layout.in_features)
-            if layout.integers().get(suffix) == "uint8":  # two int4 in a byte
+            if layout.dtypes().get(suffix) == "uint8":  # two int4 in a byte
                 m *= 2
         elif layout and suffix == "core_mask":
             m = 8

@@ -155,7 +155,7 @@ class ArmorLinearMethod(LinearMethodBase):
             # What `apply` compiles depends on these, so vLLM's cache of compiled models must tell them apart.
             config.additional_config["armor"] = {"boxed": boxed.available(), "tiles": cpu.has_tiles()}
         for index, part in enumerate(self.parts):
-            whole = part.packed.integers() if part.packed else {}
+            whole = part.packed.dtypes() if part.packed else {}
             for suffix, shape in part.shapes().items():
                 dtype = getattr(torch, whole[suffix]) if suffix in whole else params_dtype
                 layer.register_parameter(f"{suffix}_{index}", parameter(shape, dtype))

@@ -538,6 +538,10 @@ OF_INTEGERS: dict[str, Defect] = {
     },
     "other groups": (group("quantization", {"core": "int8", "blocks": "int8", "group": 8})[0], (ONE, "core_scales")),
     "another type": (group("quantization", {"core": "int4", "blocks": "int8", "group": 128})[0], (ONE, "core_values")),
+    "a type of as many bytes": (
+        group("quantization", {"core": "fp8", "blocks": "int8", "group": 128})[0],
+        (ONE, "core_values", "int8", "float8_e4m3fn"),
+    ),
     "a dense pattern": (group("pattern", "1:1")[0], (ONE, Q)),
     "missing scales": drop(f"{Q}.core_scales"),
     "missing scales of a block": drop(f"{Q}.right_scales"),

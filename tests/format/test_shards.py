@@ -126,4 +126,5 @@ def test_a_missing_tensor_or_model_is_named(tmp_path):
 
 def test_the_main_dtype_is_that_of_most_bytes(tmp_path):
     tensors = {"w": torch.zeros(64).bfloat16(), "norm": torch.zeros(2), "mask": torch.zeros(999, dtype=torch.uint8)}
+    tensors["layer.core_values"] = torch.zeros(8, 99).to(torch.float8_e4m3fn)  # of a quantized checkpoint
     assert Shards(folder_with(tmp_path, tensors)).main_dtype() == "bfloat16"

@@ -54,6 +54,8 @@ def test_the_kernels_compute_the_linear_in_tritons_interpreter():
         ("core", "u8", 2, (80,)),
         ("product", "i8", 1, (80, 120)),
         ("product", "u8", 1, (90,)),
+        ("core", "fp8e4nv", 1, (90,)),
+        ("product", "fp8e4nv", 1, (89, 120)),
     ],
 )
 def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, parts, capabilities, tmp_path, monkeypatch):
@@ -65,7 +67,9 @@ def test_the_kernels_compile_for_cards_that_are_not_here(name, numbers, parts, c
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = kernels.unpack if name == "unpack" else getattr(kernels, name).fn  # the others are tuned
     pointers = dict.fromkeys(FLOATS, "*bf16") | {"bits": "*u8", "places": "*i32", "finished": "*i32"}
-    pointers |= dict.fromkeys(NUMBERS, f"*{numbers}") | ({} if numbers == "bf16" else dict.fromkeys(SCALES, "*bf16"))
+    blocks = "i8" if numbers == "fp8e4nv" else numbers
+    pointers |= dict.fromkeys(NUMBERS, f"*{blocks}") | ({} if numbers == "bf16" else dict.fromkeys(SCALES, "*bf16"))
+    pointers["values"] = f"*{numbers}"
     constants = {"KEPT": 4, "ROWS": 16 if name == "product" else 2, "TILE": 32 if name == "product" else 8, "STEP": 32}
     constants["FORM"] = ""
     constants |= {key: None for key in SCALES if key not in pointers}

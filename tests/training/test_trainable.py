@@ -106,6 +106,7 @@ INTEGERS = [
     {"core": "int4", "left": 3, "right": 4, "blocks": "bfloat16"},
     {"core": "int4", "left": None, "right": None, "pattern": "50%", "rank": 2},
     {"core": "fp8", "left": 3, "right": 8},
+    {"core": "fp8", "left": 3, "right": 4, "blocks": "bfloat16"},
 ]
 
 

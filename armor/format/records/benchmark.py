@@ -90,7 +90,7 @@ class Side(Typed):
     bytes_per_token: int
     """Bytes of the weights that are read for a token."""
     expanded: bool
-    """Whether integers become floats before each product, for want of a kernel."""
+    """Whether numbers with scales become floats before each product, for want of a kernel."""
     tokens_per_second: dict[str, Phases]
     """All sequences together, by batch size."""
     speedup: dict[str, Phases] | None

@@ -157,8 +157,9 @@ static inline vec fp8_to_units(__m256i bytes) {
     const __m512i wide = _mm512_cvtepu8_epi16(bytes), size = _mm512_and_si512(wide, _mm512_set1_epi16(127));
     const __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
     const __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
-    const __m512i number = _mm512_mask_permutexvar_epi16(bits, is_small, size, small), sign = _mm512_slli_epi16(wide, 8);
-    return words(_mm512_ternarylogic_epi32(number, sign, _mm512_set1_epi16((int16_t)0x8000), 0xf8)); /* a | (b & c) */
+    const __m512i number = _mm512_mask_permutexvar_epi16(bits, is_small, size, small);
+    const __m512i high = _mm512_slli_epi16(wide, 8), sign = _mm512_set1_epi16((int16_t)0x8000);
+    return words(_mm512_ternarylogic_epi32(number, high, sign, 0xf8)); /* number | (high & sign) */
 }
 static inline vec load_fp8(const void *p, int64_t n) {
     return fp8_to_units(n >= 32 ? _mm256_loadu_si256(p) : _mm256_maskz_loadu_epi8(first32(n), p));
@@ -333,7 +334,8 @@ static inline vec fp8_to_floats(__m128i bytes) {
     const __m512i wide = _mm512_cvtepu8_epi32(bytes), size = _mm512_and_si512(wide, _mm512_set1_epi32(127));
     const __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(size, 20), _mm512_set1_epi32(120 << 23));
     const __mmask16 is_small = _mm512_cmplt_epu32_mask(size, _mm512_set1_epi32(8));
-    const vec number = _mm512_mask_mul_ps(_mm512_castsi512_ps(bits), is_small, _mm512_cvtepi32_ps(size), _mm512_set1_ps(0x1p-9f));
+    const vec unit = _mm512_set1_ps(0x1p-9f);
+    const vec number = _mm512_mask_mul_ps(_mm512_castsi512_ps(bits), is_small, _mm512_cvtepi32_ps(size), unit);
     const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(wide, 7), 31);
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(number), sign));
 }

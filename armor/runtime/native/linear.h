@@ -54,8 +54,8 @@ enum type { F32, BF16 }; /* of x and y, and of what is not stored as integers */
 /* What the numbers of a matrix are stored as. */
 enum numbers { FLOATS, INT8, INT4, FP8 };
 
-/* The numbers of a linear that have scales: of the core one for every `group` columns of a row, of a block one for each row. Scales
- * are of the type of x. Null stands for a linear in floats. */
+/* The numbers of a linear that have scales: of the core one for every `group` columns of a row, of a block one for each
+ * row. Scales are of the type of x. Null stands for a linear in floats. */
 struct integers {
     int core, blocks;
     const void *core_scales, *left_scales, *right_scales;

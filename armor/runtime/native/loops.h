@@ -63,10 +63,16 @@ static inline const void *place(const void *numbers, int64_t index, int type) {
     return (const char *)numbers + (type == FLOATS ? index * (int64_t)sizeof(weight) : type == INT4 ? index / 2 : index);
 }
 static inline vec load_as(const void *p, int64_t n, int type) {
-    return type == FLOATS ? load(p, n) : type == INT8 ? load_int8(p, n) : type == INT4 ? load_int4(p, n) : load_fp8(p, n);
+    return type == FLOATS ? load(p, n)
+           : type == INT8 ? load_int8(p, n)
+           : type == INT4 ? load_int4(p, n)
+                          : load_fp8(p, n);
 }
 static inline vec load_half_as(const void *p, int type) {
-    return type == FLOATS ? load_half(p) : type == INT8 ? load_half_int8(p) : type == INT4 ? load_half_int4(p) : load_half_fp8(p);
+    return type == FLOATS ? load_half(p)
+           : type == INT8 ? load_half_int8(p)
+           : type == INT4 ? load_half_int4(p)
+                          : load_half_fp8(p);
 }
 static inline float scale_at(const weight *p) {
     float f;
@@ -221,9 +227,9 @@ static inline __attribute__((always_inline)) void packed_dot(const struct linear
                                                              int gathers, int half, int x_rows,
                                                              float out[2][QUAD_ROWS][CHUNK]) {
     const int ahead = x_rows == 1 ? 2 : 1;
-    /* Rows that meet x together: so many that their sums stay in registers; those of int8 are needed only at the end of
-     * a group of columns. */
-    const int at_once = x_rows == 8 && type != INT8 ? 1 : ROWS;
+    /* Rows that meet x together: so many that their sums stay in registers; those of
+     * bytes are needed only at the end of a group of columns. */
+    const int at_once = x_rows == 8 && (type == FLOATS || type == INT4) ? 1 : ROWS;
     const element *u = linear->u;
     const int64_t in = linear->in, kept = linear->kept, last = linear->rows - 1;
     const int64_t group = type == FLOATS ? in : linear->integers.group, groups = (in + group - 1) / group;
