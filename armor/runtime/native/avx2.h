@@ -78,16 +78,14 @@ static inline vec fused(vec s, vec a, vec b) { return _mm256_fmadd_ps(a, b, s); 
 static inline vec bytes_to_floats(uint64_t bytes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
 }
-static inline vec load_int8(const void *p, int64_t n) {
+/* The first n <= 8 bytes, zeros after them. */
+static inline uint64_t load_bytes(const void *p, int64_t n) {
     uint64_t bytes = 0;
     memcpy(&bytes, p, n >= 8 ? 8 : (size_t)n);
-    return bytes_to_floats(bytes);
+    return bytes;
 }
-static inline vec load_half_int8(const void *p) {
-    uint32_t bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return bytes_to_floats(bytes);
-}
+static inline vec load_int8(const void *p, int64_t n) { return bytes_to_floats(load_bytes(p, n)); }
+static inline vec load_half_int8(const void *p) { return load_int8(p, 4); }
 /* Eight int4, the first in the lowest four bits, as bytes. */
 static inline uint64_t nibbles(uint32_t packed) {
     uint64_t bytes = _pdep_u64(packed, 0x0f0f0f0f0f0f0f0f);
@@ -113,16 +111,8 @@ static inline vec fp8_to_floats(uint64_t bytes) {
     const vec number = _mm256_blendv_ps(_mm256_castsi256_ps(bits), small, _mm256_castsi256_ps(is_small));
     return _mm256_or_ps(number, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(wide, 7), 31)));
 }
-static inline vec load_fp8(const void *p, int64_t n) {
-    uint64_t bytes = 0;
-    memcpy(&bytes, p, n >= 8 ? 8 : (size_t)n);
-    return fp8_to_floats(bytes);
-}
-static inline vec load_half_fp8(const void *p) {
-    uint32_t bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return fp8_to_floats(bytes);
-}
+static inline vec load_fp8(const void *p, int64_t n) { return fp8_to_floats(load_bytes(p, n)); }
+static inline vec load_half_fp8(const void *p) { return load_fp8(p, 4); }
 
 static inline vec spread(vec packed, uint32_t bits) {
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)armor_spread_index[bits]));
