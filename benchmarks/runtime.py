@@ -66,6 +66,7 @@ from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime import cpu, cuda
+from armor.runtime.integers import HAS_FP8
 from armor.runtime.operator import Operands
 from benchmarks.calibrate_memory import build
 
@@ -171,7 +172,7 @@ def of_cpus(kind: str) -> bool:
 
 
 def runs_on_card(kind: str) -> bool:
-    return not of_cpus(kind) and (kind != "armor fp8" or torch.cuda.get_device_capability() >= (8, 9))
+    return not of_cpus(kind) and (kind != "armor fp8" or torch.cuda.get_device_capability() >= HAS_FP8)
 
 
 def size_of(tensors: list[Tensor]) -> int:

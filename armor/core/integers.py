@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armor.core.quantization import LIMITS, NumberType, groups_of
 
-__all__ = ["DTYPES", "expand_scales", "pack_int4", "round_", "rounded", "unpack_int4"]
+__all__ = ["DTYPES", "expand_scales", "nearest", "pack_int4", "round_", "rounded", "unpack_int4"]
 
 DTYPES: dict[NumberType, torch.dtype] = {"int8": torch.int8, "int4": torch.int8, "fp8": torch.float8_e4m3fn}
 """What numbers of a type are held as, one by one."""
@@ -56,17 +56,18 @@ def rounded(values: Tensor, kind: NumberType, group: int, importance: Tensor | N
         scale = top * share
         for _ in range(2):
             scale = scale.to(torch.bfloat16).float()
-            q = _nearest(w, scale[..., None], kind)
+            q = nearest(w, scale[..., None], kind)
             error = (h * (w - q * scale[..., None]).square()).sum(2)
             better = error < best_error
             best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
             size = (h * q.square()).sum(2)
             scale = torch.where(size > 0, (h * w * q).sum(2) / size.clamp_min(1e-38), scale)
-    q = _nearest(w, best_scale[..., None], kind)
+    q = nearest(w, best_scale[..., None], kind)
     return q.view(rows, -1)[:, :columns].to(DTYPES[kind]), best_scale.to(torch.bfloat16)
 
 
-def _nearest(values: Tensor, scale: Tensor, kind: NumberType) -> Tensor:
+def nearest(values: Tensor, scale: Tensor, kind: NumberType) -> Tensor:
+    """The numbers of type `kind` whose product with `scale` is nearest to `values`, in float32; 0 for a scale of 0."""
     return torch.where(scale == 0, 0.0, round_(values / torch.where(scale == 0, 1.0, scale), kind))
 
 

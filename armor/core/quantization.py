@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LIMITS", "NumberType", "Quantization", "groups_of"]
+__all__ = ["LIMITS", "STORED", "NumberType", "Quantization", "groups_of"]
 
 NumberType = Literal["int8", "int4", "fp8"]
 LIMITS: dict[NumberType, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
 """The least and the largest number of a type. fp8 is a float of four bits of exponent and three of mantissa (e4m3)."""
+STORED: dict[NumberType, str] = {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}
+"""The dtype in which a packed core holds numbers of a type; two int4 share a byte."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import SUFFIXES, Factorization, kept_in, owner
 from armor.core.packing import unpack_mask
 from armor.core.pattern import Pattern, is_nm
-from armor.core.quantization import LIMITS, Quantization, groups_of
+from armor.core.quantization import LIMITS, STORED, Quantization, groups_of
 from armor.execution.files import read_json
 from armor.format.shards import INDEX, SINGLE, Shards
 
@@ -106,7 +106,7 @@ class PackedLinear:
         """The dtype of every tensor that is not of the linear's own, by suffix."""
         found, own = {"core_mask": "uint8"}, self.quantization
         if own is not None:
-            found["core_values"] = {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}[own.core]
+            found["core_values"] = STORED[own.core]
             if own.blocks:
                 found |= {"left": "int8", "right": "int8"}
         return found

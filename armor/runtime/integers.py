@@ -23,13 +23,14 @@ from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu, cuda, operator
 from armor.runtime.operator import Operands
 
-__all__ = ["is_whole", "linear", "supports", "whole"]
+__all__ = ["HAS_FP8", "is_whole", "linear", "supports", "whole"]
 
 _SCHEMA = (
     "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, Tensor core_scales, "
     "Tensor? left_scales, Tensor? right_scales, int n, int m, int columns) -> Tensor"
 )
-_HAS_FP8 = (8, 9)  # the cards for which Triton knows it
+HAS_FP8 = (8, 9)
+"""The least capability of a card for which Triton knows fp8."""
 _TILE = 512  # columns that the CPU's kernel unpacks at a time: a larger group is a multiple of them
 _COLUMNS = 32  # of a multiple of them torch's kernel is right; with others in bfloat16 it reads beyond the weight
 _ROWS = 256  # with more rows torch's kernel takes longer than a product with the weight as floats, made for it
@@ -48,7 +49,7 @@ def supports(layout: PackedLinear, x: Tensor, operands: Operands) -> bool:
     floats = [*operands[6:9], operands.bias, *((operands.left, operands.right) if not own.blocks else ())]
     if any(t is not None and t.dtype != x.dtype for t in floats):
         return False
-    if own.core == "fp8" and on_card and torch.cuda.get_device_capability(x.device) < _HAS_FP8:
+    if own.core == "fp8" and on_card and torch.cuda.get_device_capability(x.device) < HAS_FP8:
         return False
     n, m = layout.pattern.group(layout.in_features)
     if own.core == "int4" and not (2 * n == m and 8 % m == 0) or on_card and 8 % m:

@@ -14,15 +14,11 @@ from torch import Tensor
 from torch.jit._trace import is_tracing
 
 from armor.core import blockdiag, packing
-from armor.core.quantization import NumberType
+from armor.core.quantization import STORED, NumberType
 
 __all__ = ["Operands", "check_shapes", "contiguous", "fits", "is_needed", "number_type", "register"]
 
-_NUMBER_TYPES: dict[torch.dtype, NumberType] = {
-    torch.int8: "int8",
-    torch.uint8: "int4",
-    torch.float8_e4m3fn: "fp8",
-}
+_NUMBER_TYPES: dict[torch.dtype, NumberType] = {getattr(torch, dtype): kind for kind, dtype in STORED.items()}
 _SCHEMA = "(Tensor x, Tensor values, Tensor bits, Tensor? left, Tensor? right, Tensor? bias, int group) -> Tensor"
 
 

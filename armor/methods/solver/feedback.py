@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from armor.core.integers import round_
+from armor.core.integers import nearest
 from armor.core.quantization import NumberType
 
 __all__ = ["swept"]
@@ -24,8 +24,7 @@ def swept(values: Tensor, upper: Tensor, scales: Tensor, kind: NumberType) -> tu
     rest, found, errors = values.clone(), torch.empty_like(values), torch.empty_like(values)
     for t in range(values.shape[-1]):
         scale = scales[..., t]
-        q = torch.where(scale == 0, 0.0, round_(rest[..., t] / torch.where(scale == 0, 1.0, scale), kind))
-        found[..., t] = q
+        found[..., t] = q = nearest(rest[..., t], scale, kind)
         errors[..., t] = error = (rest[..., t] - q * scale) / upper[..., t, t]
         rest[..., t + 1 :] -= error[..., None] * upper[..., t, t + 1 :]
     return found, errors
