@@ -47,13 +47,13 @@ LAYOUTS: dict[str, Callable[[int, int], PackedLinear]] = {
 
 def random_tensors(layout: PackedLinear) -> dict[str, Tensor]:
     """What a linear of `layout`, dense or 2:4, holds, by suffix; floats in bfloat16."""
-    integers, made = layout.integers(), {}
+    dtypes, made = layout.dtypes(), {}
     for suffix, shape in layout.shapes().items():
         if suffix == "core_mask":
             made[suffix] = random_mask(*shape)
-        elif suffix in integers:
-            limits = (0, 256) if integers[suffix] == "uint8" else (-127, 128)
-            made[suffix] = torch.randint(*limits, shape, dtype=getattr(torch, integers[suffix]))
+        elif suffix in dtypes:
+            limits = (0, 256) if dtypes[suffix] == "uint8" else (-127, 128)
+            made[suffix] = torch.randint(*limits, shape, dtype=getattr(torch, dtypes[suffix]))
         else:
             made[suffix] = (torch.rand(shape) * 1e-3).bfloat16()
     return made
@@ -82,7 +82,7 @@ def random_checkpoint(dense: Path, output: Path, layout_of: Callable[[int, int],
         if linear.endswith("_proj"):
             modules[linear] = layout = layout_of(*shards.shape(name))
             for suffix, shape in layout.shapes().items():
-                sizes[f"{linear}.{suffix}"] = math.prod(shape) * (1 if suffix in layout.integers() else 2)
+                sizes[f"{linear}.{suffix}"] = math.prod(shape) * (1 if suffix in layout.dtypes() else 2)
         else:
             sizes[name] = shards.bytes_of(name)
     sizes[tombstone(modules)] = 1
