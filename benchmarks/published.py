@@ -148,7 +148,13 @@ def plan(folder: Path, name: str) -> dict:
     config = {
         "models": {name: {"folder": str(folder / name)}},
         "calibrations": {"c4": {"text": text, "sequences": 128, "sequence_length": 4096}},
-        "recipes": {"dense": {"method": "dense"}, "nowag": {"method": "nowag"}, "armor": {"block_size": 128}},
+        "recipes": {
+            "dense": {"method": "dense"},
+            "nowag": {"method": "nowag"},
+            "armor": {"block_size": 128},
+            "refined": {"base": "armor", "refine": {"sequence_length": 2048}},
+            "tuned": {"base": "refined", "tune": {"sequence_length": 2048}},
+        },
         "evaluations": {"c4": {"text": text | {"split": "validation"}, "sequences": 64, "sequence_length": 4096}},
     }
     file = folder / f"{name}.yaml"

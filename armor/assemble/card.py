@@ -188,7 +188,8 @@ def _training(layers: list[Training], around: list[str]) -> str:
     first = layers[0]
     how = (
         f"{first.steps} steps of {first.tokens // max(first.steps, 1) // first.length} sequences of {first.length:,} "
-        f"tokens, out of {first.sequences} (Adam, a rate of {first.rate:g} of each tensor's root mean square)"
+        f"tokens, out of {first.sequences} of {first.text} (Adam, a rate of {first.rate:g} of each tensor's root mean "
+        "square)"
     )
     core = ["the values of S"] if first.core else []
     norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []

@@ -150,12 +150,13 @@ class Config(Typed):
             raise ValueError(f"recipes.{name}.{self.recipes[name].stages()[0]}: a dense recipe has no factors")
 
     def _check_training(self, name: str) -> None:
-        """The texts that a recipe is trained on are there, and none that it is evaluated on."""
+        """The texts that a recipe is trained on are there, and none that it is evaluated on, or what starts from it."""
         for stage, settings in self.recipes[name].training().items():
             if settings.calibration is not None:
                 _known(f"recipes.{name}.{stage}.calibration", settings.calibration, self.calibrations)
             text = self.sample(name, stage).text
-            for evaluation in (e for (_, recipe), asked in self.pairs().items() if recipe == name for e in asked.texts):
+            trained = [asked for (_, recipe), asked in self.pairs().items() if (stage, name) in self.chain(recipe)]
+            for evaluation in (e for asked in trained for e in (*asked.texts, *asked.tasks)):
                 evaluated = self.evaluations[evaluation].text
                 if evaluated is not None and overlap(text, evaluated):
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -73,6 +74,12 @@ class TextSettings(Typed):
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
         return self
+
+    def called(self) -> str:
+        """Its name where it is published: the dataset, the file of the package, or the files, without folders."""
+        if self.dataset is not None:
+            return " ".join(filter(None, (self.dataset, self.subset, self.split)))
+        return ", ".join(Path(file).name for file in self.files or [self.file or ""])
 
 
 def _check_package(settings: Any) -> None:

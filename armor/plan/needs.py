@@ -47,7 +47,7 @@ from armor.run.jobs import Job
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
-from armor.training.memory import Shapes, refine_bytes, sensitivity_bytes, tune_bytes
+from armor.training.memory import Shapes, best_bytes, refine_bytes, sensitivity_bytes, tune_bytes
 
 __all__ = ["NEEDS", "need"]
 
@@ -232,7 +232,7 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
 
     def memory(length: int) -> Memory:
         computing = refine_bytes(subject.shards, layer.prefix, shapes, job.refine.core, length)
-        return memory_of(0, computing, subject.outside(4))
+        return memory_of(best_bytes([shapes], job.refine.core), computing, subject.outside(4))
 
     block = plan.config.factorized(recipe).block_size
     # With compressed inputs all sequences go through the refined layer before.
@@ -247,7 +247,8 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     job = plan.config.tune_settings(recipe)
     sequences, length = plan.tokens(subject, job.sample, f"recipes.{recipe}.tune")
     packed = subject.packed[plan.config.owner(recipe)]
-    _, least = tune_bytes(subject.shards, _shapes(plan, packed, "tune", recipe), job.tune.core, length)
+    shapes, core = _shapes(plan, packed, "tune", recipe), job.tune.core
+    best, (_, least) = best_bytes(shapes, core), tune_bytes(subject.shards, shapes, core, length)
     dtype = compute_dtype(subject.topology.dtype)
     block = plan.config.factorized(recipe).block_size
     work = (
@@ -256,7 +257,7 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
         _training(subject, job.tune, length, block, len(subject.topology.layers)),
     )
     remedy = f"set recipes.{recipe}.tune.core to false, or refine its layers instead of tune"
-    return Need(memory_of(0, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
+    return Need(memory_of(best, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
 
 
 def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:

@@ -144,7 +144,7 @@ def _trained(best: RecipeResults) -> str:
             what = f"the whole model{stored} to predict"
         texts.append(
             f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
-            f"({max(training.steps for training in layers)} steps)"
+            f"of {first.text} ({max(training.steps for training in layers)} steps)"
         )
     return f"Its factors were trained: {'; then '.join(texts)}." if texts else ""
 

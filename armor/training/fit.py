@@ -178,7 +178,7 @@ class _State:
             return
         better = not step or found < self.fit.best
         if better:
-            self.best = {name: p.detach().to(self.dtypes[name], copy=True) for name, p in self.parameters.items()}
+            self.best = {n: p.detach().to("cpu", self.dtypes[n], copy=True) for n, p in self.parameters.items()}
         look = Look(step=step, train_loss=sum(losses) / len(losses) if losses else None, held_out_loss=found)
         kept = step if better else self.fit.kept
         self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
@@ -226,7 +226,7 @@ class _State:
                     "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
                     "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
                 }
-                self.best[name] = opened.get_tensor(f"best {name}").to(parameter.device)
+                self.best[name] = opened.get_tensor(f"best {name}")
         self.fit = found
         return True
 

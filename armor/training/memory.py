@@ -1,8 +1,9 @@
 """What training takes at its peak, in bytes, from shapes alone: a device too small is refused before work starts.
 
-Everything that is trained takes 20 bytes a number: value, gradient, two moments and the best value. All else of the
-model takes 4. The inside of a layer is A·S·B, what its rounding keeps for the gradient where S holds integers, and what
-goes into and comes out of the linears for one sequence.
+Everything that is trained takes 16 bytes a number: value, gradient and two moments. All else of the model takes 4. The
+best values stay on the host, whatever computes: up to 4 bytes a number. The inside of a layer is A·S·B, what its
+rounding keeps for the gradient where S holds integers, and what goes into and comes out of the linears for one
+sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards
 from armor.training.spread import spread
 
-__all__ = ["Shapes", "factor_shapes", "refine_bytes", "sensitivity_bytes", "tune_bytes"]
+__all__ = ["Shapes", "best_bytes", "factor_shapes", "refine_bytes", "sensitivity_bytes", "tune_bytes"]
 
 Shapes = Mapping[str, Sequence[int]]
 """The tensors of a layer's factors file by full name, int4 numbers one by one."""
@@ -75,6 +76,11 @@ class _Layer:
         return (12 if recompute else 20) * self.weights + 20 * self.rounded + 12 * length * self.features
 
 
+def best_bytes(layers: Iterable[Shapes], core: bool) -> int:
+    """What the best values of all `layers` take on the host."""
+    return sum(4 * _Layer.of(shapes, core).trained for shapes in layers)
+
+
 def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length: int) -> int:
     """The memory of a decoder layer (`prefix`) while it is trained on sequences of `length` tokens.
 
@@ -82,7 +88,7 @@ def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length
     """
     layer = _Layer.of(shapes, core)
     others = (name for name in shards.names() if name.startswith(f"{prefix}.") and name not in layer.replaced)
-    return 20 * layer.trained + layer.fixed + 4 * _entries(shards, others) + layer.inside(length)
+    return 16 * layer.trained + layer.fixed + 4 * _entries(shards, others) + layer.inside(length)
 
 
 def tune_bytes(
@@ -95,7 +101,7 @@ def tune_bytes(
     """
     found = [_Layer.of(shapes, core) for shapes in layers]
     inside = [layer.inside(length, recompute) for layer in found]
-    kept = [20 * layer.trained + layer.fixed for layer in found]
+    kept = [16 * layer.trained + layer.fixed for layer in found]
     if not recompute:
         kept = [sum(own) for own in zip(kept, inside, strict=True)]
     replaced = set().union(*(layer.replaced for layer in found))

@@ -32,11 +32,12 @@ def described(
     found: Fit,
     layer: TrainableLayer,
     length: int,
+    text: str,
     proxy_losses: dict[str, float],
     made: MadeBy,
     parameters: int | None = None,
 ) -> Training:
-    """What the record says of a training on sequences of `length` tokens."""
+    """What the record says of a training on sequences of `length` tokens of `text`."""
     return Training(
         stage=stage,
         start_loss=found.looks[0].held_out_loss,
@@ -48,6 +49,7 @@ def described(
         sequences=settings.sequences,
         held_out=settings.held_out,
         length=length,
+        text=text,
         tokens=found.steps * settings.batch * length,
         rate=settings.rate,
         parameters=parameters or sum(p.numel() for p in layer.parameters().values()),

@@ -125,7 +125,8 @@ def refine_layer(
             with open_states(path) as fed, open_states(states_file(folder, layer + 1)) as wanted:
                 found = _fit_or_say(trainable, fed, wanted, own, settings, topology, layer, source.dtype, device, steps)
             losses = {name: start.modules[name].loss for name in trainable.linears}
-            training = described("refine", settings.refine, found, trainable, known.length, losses, made)
+            called = settings.sample.text.called()
+            training = described("refine", settings.refine, found, trainable, known.length, called, losses, made)
         record = write_trained(
             output,
             start,

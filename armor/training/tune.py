@@ -8,8 +8,8 @@ never above that over all tokens, and it is zero where both agree.
 Then the compressed model is trained: values in float32, products in bfloat16 where that is native. Where memory is not
 plenty, each decoder layer is run again when its gradient is due. So the inside of one layer at a time is there. With
 Adam's two moments and the gradient a kept value of S takes 16 bytes, and half of them are kept: 8 bytes a weight, four
-times a dense bfloat16 one. Of several devices each has some of the layers and hands the states on. A model that does
-not fit is refused.
+times a dense bfloat16 one. The best values so far wait on the host. Of several devices each has some of the layers and
+hands the states on. A model that does not fit is refused.
 
 The promise is that of refine, for the whole. The KL divergence on the held-out sequences, of the model as stored, is
 never above that of the start.
@@ -50,7 +50,7 @@ from armor.runtime.filling import load_outside, place_outside
 from armor.runtime.skeleton import compute_dtype, open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
-from armor.training.memory import factor_shapes, tune_bytes
+from armor.training.memory import best_bytes, factor_shapes, tune_bytes
 from armor.training.record import described, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.spread import hand_on, leased
@@ -88,6 +88,8 @@ def tune(
     devices, shapes = leased(device), [factor_shapes(file) for file in files]
     placed = partial(tune_bytes, shards, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
     places, needed = placed(recompute=True)
+    on_host = 0 if device_memory_bytes(device) else best_bytes(shapes, settings.tune.core)
+    needed += on_host
     available = min(device_memory_bytes(one) or host_memory_bytes() for one in devices)
     if needed > USABLE * available:
         where = f"{device} has" if len(devices) == 1 else f"on the fullest of {len(devices)} devices; the smallest has"
@@ -106,7 +108,7 @@ def tune(
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
         predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
         roomy, most = placed(recompute=False)
-        if not (again := most > ROOMY * available):
+        if not (again := most + on_host > ROOMY * available):
             places = roomy
         on = [devices[place] for place in places]
         model, layers = _trainable_model(source, files, settings.tune, on, device)
@@ -123,13 +125,13 @@ def tune(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
-        written = []
+        written, called = [], settings.sample.text.called()
         stored = recorded_tensors(source.path, (name for layer in layers for name in layer.linears))
         for start, layer in zip(starts, layers, strict=True):
             inputs, trained = (layer_file(place, start.layer) for place in (calibration.parent, part))
             statistics = read_statistics(inputs, topology.fingerprint, gram=False)
             losses = {name: start.modules[name].loss for name in layer.linears}
-            training = described("tune", settings.tune, found, layer, tokens.shape[1], losses, made, numbers)
+            training = described("tune", settings.tune, found, layer, tokens.shape[1], called, losses, made, numbers)
             seconds = steps.seconds() / len(layers)  # a layer's share: a report sums them up
             written.append(
                 write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, device)

@@ -75,7 +75,7 @@ def test_a_benchmark_behind_a_server_is_another_stage():
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED"):
+    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED"):
         monkeypatch.setenv(folder, "/data")
     config = load_config(file)
     text = yaml.safe_dump(config.report_settings().config)
@@ -156,6 +156,52 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
     with pytest.raises(ArmorError, match=f"recipes.mine.*{said}"):
         parse_settings(Config, value)
+
+
+BOTH = {"files": ["words.txt", "more.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "evaluated"),
+    [
+        (TEXT["text"], TEXT),
+        (TEXT["text"] | {"documents": [0, 5]}, {"text": TEXT["text"] | {"documents": [4, None]}}),
+        (BOTH, TEXT),  # the numbers count through all files
+        (TEXT["text"], TEXT | {"tasks": ["last_word"]}),
+        ({"dataset": "wikitext", "documents": [0, 5]}, {"text": {"dataset": "wikitext", "documents": [2, 3]}}),
+    ],
+    ids=["the same", "documents", "files", "tasks", "dataset"],
+)
+@pytest.mark.parametrize("runs", [None, ["later"]], ids=["each is evaluated", "what starts from it is"])
+def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated, runs):
+    recipes = {"mine": {"method": "nowag", "refine": {}}, "later": {"base": "mine", "quantize": {}}}
+    value = {"models": MODELS, "calibrations": {"a": {"text": calibrated}}, "recipes": recipes}
+    value |= {"evaluations": {"here": evaluated}} | ({"runs": [{"recipes": runs}]} if runs else {})
+    with pytest.raises(ArmorError, match="recipes.mine.refine: trains on documents of evaluations.here"):
+        parse_settings(Config, value)
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "evaluated"),
+    [
+        (TEXT["text"], BOTH | {"files": ["more.txt"]}),
+        (TEXT["text"] | {"documents": [0, 5]}, TEXT["text"] | {"documents": [5, None]}),
+        (BOTH | {"documents": [0, 5]}, BOTH | {"documents": [5, 9]}),
+        ({"dataset": "wikitext", "split": "train"}, {"dataset": "wikitext", "split": "test"}),
+        (TEXT["text"], {"dataset": "wikitext"}),
+    ],
+    ids=["files", "documents", "documents of two files", "split", "dataset"],
+)
+def test_other_documents_of_a_text_may_be_trained_on(calibrated, evaluated):
+    recipes = {"mine": {"method": "nowag", "refine": {}, "tune": {}}}
+    value = {"models": MODELS, "calibrations": {"a": {"text": calibrated}}, "recipes": recipes}
+    parse_settings(Config, value | {"evaluations": {"here": {"text": evaluated}}})
+
+
+def test_a_dense_recipe_cannot_be_trained():
+    recipes = {"dense": {"method": "dense"}, "mine": {"base": "dense", "refine": {}}}
+    with pytest.raises(ArmorError, match="recipes.mine.refine: a dense recipe has no factors"):
+        parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,14 +21,23 @@ def stages(tmp_path_factory):
     root = ready(tmp_path_factory.mktemp("model"))
     job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
     statistics, integers = root / "calibration/calibration.json", quantized(root).parent / "quantized"
+
+    def chain(folder: Path) -> None:
+        """Both layers, each on what those before make of the text; one that is done is not done again."""
+        for layer in range(2):
+            if not (folder / f"layer_{layer}.json").exists():
+                refined(root, layer, folder, inputs="compressed")
+
     return {
         "refine": lambda folder: refined(root, 1, folder),
         "refine integers": lambda folder: refined(root, 1, folder, "quantized/quantized"),
-        "tune": lambda folder: tune(*opened(root), integers, statistics, job, folder / "tuned.json"),
+        "refine a chain": chain,
+        "tune": lambda folder: tune(*opened(root), root / "layers", statistics, job, folder / "tuned.json"),
+        "tune integers": lambda folder: tune(*opened(root), integers, statistics, job, folder / "tuned.json"),
     }
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("stage", ["refine", "refine integers", "tune"])
+@pytest.mark.parametrize("stage", ["refine", "refine integers", "refine a chain", "tune", "tune integers"])
 def test_killed_anywhere_it_ends_as_if_undisturbed(stages, tmp_path, stage, point):
     assert killed_everywhere(stages[stage], tmp_path, point, KILLS)

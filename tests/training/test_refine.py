@@ -25,6 +25,7 @@ from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.load import load_model
 from armor.training.refine import output_error
 from armor.training.states import make_states
+from tests.memory import NoRoom, card_of
 from tests.packed import opened, quantized
 from tests.tiny import FAMILIES
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
@@ -290,3 +291,24 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
 def test_too_small_a_batch_of_text_is_refused():
     with pytest.raises(ValueError, match="batch: found 7, but there are 6 sequences"):
         refine_job(None, **TRAINING | {"batch": 7})
+
+
+def test_a_device_that_is_too_small_is_one_line(root, tmp_path, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ArmorError, match="model.layers.1: refining it on .* needs about"),
+    ):
+        card_of(patch, 1_000)
+        refined(root, 1, tmp_path, device="cuda")
+    with (
+        NoRoom(lambda name, _: name == "silu_backward"),
+        pytest.raises(ArmorError, match="layers.1: out of memory on cpu"),
+    ):
+        refined(root, 1, tmp_path)
+    assert refined(root, 1, tmp_path).training[0].kept > 0
+
+
+def test_a_text_without_room_for_what_is_held_out_is_one_line(root, tmp_path):
+    long = sample(root, refine_job(root, held_out=8_000).sample.sequences)
+    with pytest.raises(ArmorError, match=r"found .* tokens in 1 documents, needed 8006 x 48"):
+        make_states(*opened(root), long, tmp_path / "states.json")

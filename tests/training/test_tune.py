@@ -19,9 +19,9 @@ from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
-from armor.training.memory import factor_shapes, tune_bytes
+from armor.training.memory import best_bytes, factor_shapes, tune_bytes
 from armor.training.tune import kept_predictions, kl_divergence, tune
-from tests.memory import host_of
+from tests.memory import NoRoom, host_of
 from tests.packed import opened
 from tests.tiny import FAMILIES
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
@@ -113,7 +113,7 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     (_, again), (_, most) = (
         tune_bytes(Shards(root / "source"), shapes, True, LENGTH, recompute=recompute) for recompute in (True, False)
     )
-    host_of(monkeypatch, again / 0.9)
+    host_of(monkeypatch, (again + best_bytes(shapes, True)) / 0.9)
     assert again < most
     found = tuned(root, tmp_path / "b").training
     assert found.kept == expected.kept and found.start_loss == pytest.approx(expected.start_loss, rel=1e-5)
@@ -142,3 +142,8 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size(root, tmp_path, monk
     with pytest.raises(ArmorError, match="tuning the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
         tuned(root, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_out_of_memory_is_one_line(root, tmp_path):
+    with NoRoom(lambda name, _: name == "silu_backward"), pytest.raises(ArmorError, match="out of memory on cpu while"):
+        tuned(root, tmp_path)

@@ -48,7 +48,9 @@ def refine_job(root: Path, **settings) -> RefineJob:
     return RefineJob(refine=asked, sample=sample(root, asked.sequences + asked.held_out))
 
 
-def refined(root: Path, layer: int, output: Path, factors: str = "layers", **settings) -> LayerRecord:
+def refined(
+    root: Path, layer: int, output: Path, factors: str = "layers", device: str = "cpu", **settings
+) -> LayerRecord:
     """Refine one layer of the folder `factors` in `root`, by default what `ready` made, into the folder `output`."""
     file = f"layer_{layer}.safetensors"
     return refine_layer(
@@ -59,4 +61,5 @@ def refined(root: Path, layer: int, output: Path, factors: str = "layers", **set
         root / "calibration" / file,
         refine_job(root, **settings),
         output / file,
+        device,
     )

@@ -1,4 +1,4 @@
-"""Refined, tuned and budgeted recipes in the workflow: who shares what, what runs again, a kill changes no byte."""
+"""Refined, tuned and budgeted recipes in the workflow: who shares what, what runs again."""
 
 import shutil
 from collections import Counter

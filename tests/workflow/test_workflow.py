@@ -185,7 +185,7 @@ def test_bad_input_is_explained_and_leaves_nothing(run, tmp_path, changes, said)
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_examples_dry_run_on_a_stand_in(run, tmp_path, monkeypatch, file):
     """Every example passes the check, and plans its jobs once its model is there; a tiny one stands in."""
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED"):
+    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED"):
         monkeypatch.setenv(folder, "/data")
     config = load_config(file)
     for model in config.models:

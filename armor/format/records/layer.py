@@ -110,6 +110,8 @@ class Training(Typed):
     """Held-out sequences."""
     length: int
     """Tokens in a sequence."""
+    text: str = "an unnamed text"
+    """What the sequences are of: a dataset, or names of files."""
     tokens: int
     """Tokens that were trained on, repetitions counted."""
     rate: float
