@@ -191,6 +191,7 @@ def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord
         sequences=128,
         held_out=8,
         length=1024,
+        text="wiki.valid.raw",
         tokens=48 * 4 * 1024,
         rate=5e-3,
         parameters=2_000_000,
