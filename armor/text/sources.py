@@ -29,8 +29,7 @@ def describe(settings: TextSettings) -> str:
     """The source of a text, for messages."""
     if settings.files:
         return ", ".join(settings.files)
-    name = settings.dataset or f"{settings.package} {settings.file}"
-    return " ".join(filter(None, (name, settings.subset, settings.split if settings.dataset else None)))
+    return settings.called() if settings.dataset else f"{settings.package} {settings.file}"
 
 
 def documents(settings: TextSettings) -> Iterator[str]:
