@@ -28,7 +28,8 @@ def share(recipe: Path) -> float | None:
     """The loss on what a recipe was trained on, by that on held-out sequences; None where nothing was trained."""
     layers = [LayerRecord.read(file) for file in recipe.glob("*/layer_*.json")]
     last = [layer.training[-1].looks[-1] for layer in layers if layer.training]
-    return fmean(look.train_loss / look.held_out_loss for look in last if look.train_loss) if last else None
+    shares = [look.train_loss / look.held_out_loss for look in last if look.train_loss is not None]
+    return fmean(shares) if shares else None
 
 
 def main(
