@@ -84,24 +84,28 @@ def _name(number: int) -> str:
 
 
 class StatesReader:
-    """The states of a file by sequence, and `about` as it was written."""
+    """The states of a file by sequence, and `about` as it was written.
 
-    def __init__(self, file) -> None:
-        self._slices = [file.get_slice(_name(number)) for number in range(len(file.keys()))]
-        self.about: str = (file.metadata() or {}).get("about", "")
+    Each sequence is mapped on its own: the memory of a job does not grow with those that it has read.
+    """
+
+    def __init__(self, path: Path, count: int, about: str) -> None:
+        self._path, self._names = path, [_name(number) for number in range(count)]
+        self.about = about
 
     def row(self, index: int) -> tuple[Tensor, ...]:
         """The states of one sequence: hidden states (1, length, hidden), and what is carried with them."""
-        return tuple(one[index] for one in self._slices)
+        with open_safetensors(self._path) as file:
+            return tuple(file.get_slice(name)[index] for name in self._names)
 
 
-@contextmanager
-def open_states(path: Path) -> Iterator[StatesReader]:
+def open_states(path: Path) -> StatesReader:
     """The states in a file. Raises ArmorError if it is missing, broken or of another version."""
     with open_safetensors(path) as file:
-        version = (file.metadata() or {}).get("format_version")
+        metadata, names = file.metadata() or {}, file.keys()
+        version = metadata.get("format_version")
         if version != str(STATES_VERSION):
             raise ArmorError(f"{path}: format {version!r}, expected {STATES_VERSION}; run armor states again")
-        if NAME not in file.keys():
+        if NAME not in names:
             raise ArmorError(f"{path}: holds no hidden states; run armor states again")
-        yield StatesReader(file)
+    return StatesReader(path, len(names), metadata.get("about", ""))

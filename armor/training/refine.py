@@ -122,8 +122,8 @@ def refine_layer(
         own = [call[layer] for call in calls]
         training = None
         if trainable.linears:
-            with open_states(path) as fed, open_states(states_file(folder, layer + 1)) as wanted:
-                found = _fit_or_say(trainable, fed, wanted, own, settings, topology, layer, source.dtype, device, steps)
+            fed, wanted = open_states(path), open_states(states_file(folder, layer + 1))
+            found = _fit_or_say(trainable, fed, wanted, own, settings, topology, layer, source.dtype, device, steps)
             losses = {name: start.modules[name].loss for name in trainable.linears}
             called = settings.sample.text.called()
             training = described("refine", settings.refine, found, trainable, known.length, called, losses, made)
@@ -244,8 +244,8 @@ class _Run:
         """Run layer `index` with its `factors` on the states in `source`, into `target`."""
         layer = load_trainable(self.skeleton, index, self.shards, factors, self.device)
         like, count = self.likes[index + 1], len(self.calls)
+        states = open_states(source)
         with (
-            open_states(source) as states,
             write_states(target, like, count, about) as writer,
             training_arithmetic(self.device),
             multiplied_once(layer.linears.values()),
@@ -283,7 +283,4 @@ def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRec
 
 
 def _is_about(path: Path, about: str) -> bool:
-    if not path.is_file():
-        return False
-    with open_states(path) as states:
-        return states.about == about
+    return path.is_file() and open_states(path).about == about

@@ -118,7 +118,8 @@ def _through_head(
     skeleton: Skeleton, tokens: Tensor, states: Path, target: Path, generator: torch.Generator, device: str
 ) -> None:
     """Write the gradients of what comes out of the last layer, from `states`, sequence by sequence into `target`."""
-    with open_states(states) as fed, write_states(target, _floats(fed.row(0), torch.float32), len(tokens)) as writer:
+    fed = open_states(states)
+    with write_states(target, _floats(fed.row(0), torch.float32), len(tokens)) as writer:
         for number, row in enumerate(tokens):
             hidden = fed.row(number)[0].to(device).requires_grad_()
             logits = finish(skeleton, row[None].to(device), hidden)[0].float()
@@ -142,11 +143,9 @@ def _through_layer(
     """
     zeros = [[torch.zeros(n, dtype=torch.float64, device=device) for n in weight.shape] for weight in weights]
     found = {linear.name: sums for linear, sums in zip(layer.linears, zeros, strict=True)}
-    with (
-        open_states(states_file(folder, layer.index)) as fed,
-        open_states(_gradients(folder, layer.index + 1)) as after,
-        write_states(_gradients(folder, layer.index), _floats(fed.row(0), torch.float32), len(calls)) as before,
-    ):
+    fed, after = open_states(states_file(folder, layer.index)), open_states(_gradients(folder, layer.index + 1))
+    like = _floats(fed.row(0), torch.float32)
+    with write_states(_gradients(folder, layer.index), like, len(calls)) as before:
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
             state = moved(fed.row(number), device)

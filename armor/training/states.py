@@ -113,7 +113,8 @@ def pass_on(
 ) -> None:
     """Run the dense decoder layer `index` on the states in `source`, sequence by sequence, into `target`, as `like`."""
     layer = load_layer(skeleton, index, shards, device)
-    with open_states(source) as states, write_states(target, like, len(calls)) as writer:
+    states = open_states(source)
+    with write_states(target, like, len(calls)) as writer:
         for number, call in enumerate(calls):
             call = call.map(lambda tensor: tensor.to(device))
             state = call.run(layer, moved(states.row(number), device))

@@ -16,6 +16,7 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import write_json
+from armor.execution.machine import resident_memory_bytes
 from armor.format import records
 from armor.format.checkpoint import CHECKPOINT_VERSION, EXTENDED_VERSION, PackedLinear, modules_of, quantization_config
 from armor.format.checksums import CHECKSUMS_VERSION, sealed
@@ -103,11 +104,24 @@ def test_states(tmp_path):
         b"\x80?\x00@\x80\xbf\x00?"
         b"\x05\x00\x00\x00\x00\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00\x00"
     )
-    with open_states(path) as states:
-        assert states.about == "words" and [one.tolist() for one in states.row(1)] == [[[[-1.0, 0.5]]], [6]]
+    states = open_states(path)
+    assert states.about == "words" and [one.tolist() for one in states.row(1)] == [[[[-1.0, 0.5]]], [6]]
     path.write_bytes(path.read_bytes().replace(b'"format_version": "2"', b'"format_version": "1"'))
-    with pytest.raises(ArmorError, match="format '1', expected 2; run armor states again"), open_states(path):
-        pass
+    with pytest.raises(ArmorError, match="format '1', expected 2; run armor states again"):
+        open_states(path)
+
+
+def test_states_that_were_read_do_not_stay_in_memory(tmp_path):
+    path, row = tmp_path / "layer_0.safetensors", torch.ones(1, 1024, 1024)
+    with write_states(path, [row], 32) as writer:
+        for _ in range(32):
+            writer.add([row])
+    states = open_states(path)
+    assert states.row(0)[0].equal(row)
+    before = resident_memory_bytes()
+    for index in range(32):
+        assert states.row(index)[0].sum() == row.numel()
+    assert resident_memory_bytes() - before < 8 * row.nbytes
 
 
 def test_factors(tmp_path):
