@@ -1,13 +1,14 @@
 """From documents to token blocks, the field's way: one stream of tokens, cut into consecutive blocks.
 
 Documents are joined by a separator. The whole is tokenized as one text with the tokenizer's own defaults, so the tokens
-of a single file are `tokenizer(text).input_ids`. No more documents are read than the blocks need. If asked, WikiText's
-tokenization is undone in the joined text, by lm-eval's function, so that the variant means the same here and there.
+of a single file are `tokenizer(text).input_ids`. No more documents are read than the blocks need, and no more of a long
+one is tokenized. If asked, WikiText's tokenization is undone in the joined text, by lm-eval's function, so that the
+variant means the same here and there.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,10 +52,13 @@ def blocks(
     """
     needed = None if count is None else count * length
     texts: list[str] = []
-    wanted = math.inf if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
+    wanted = sys.maxsize if needed is None else int(needed * CHARACTERS_PER_TOKEN * 1.1) + 1000
     while True:
         complete = _gather(stream, texts, wanted)
-        tokens = tokenizer(join(texts), return_attention_mask=False, verbose=False).input_ids if texts else []
+        text = join(texts)
+        if len(text) > wanted:
+            text, complete = (text[:wanted].rsplit(maxsplit=1) or [""])[0], False  # not within a word
+        tokens = tokenizer(text, return_attention_mask=False, verbose=False).input_ids if texts else []
         if complete or (needed is not None and len(tokens) >= needed + MARGIN):
             break
         wanted *= 2
@@ -74,7 +78,7 @@ def _detokenize_wikitext(text: str) -> str:
     return wikitext_detokenizer({"page": text})
 
 
-def _gather(stream: Iterator[str], texts: list[str], characters: float) -> bool:
+def _gather(stream: Iterator[str], texts: list[str], characters: int) -> bool:
     """Append documents until there are enough characters; whether the stream came to its end."""
     total = sum(map(len, texts))
     while total < characters:

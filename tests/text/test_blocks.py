@@ -70,6 +70,18 @@ def test_where_tokens_are_long_more_is_read_until_it_is_enough(tmp_path):
     assert blocks.flatten().tolist() == list(range(250))
 
 
+def test_of_a_long_file_only_the_beginning_is_tokenized(tmp_path, tokenizer):
+    text, seen = tiny_text(1600), []
+
+    def counting(given, **settings):
+        seen.append(len(given))
+        return tokenizer(given, **settings)
+
+    found = token_blocks(write(tmp_path / "a.txt", text), counting, 40, 64)
+    assert found.flatten().tolist() == tokenizer(text).input_ids[: 40 * 64]
+    assert max(seen) <= 40 * 64 * 5.5 + 1000 < len(text) / 5
+
+
 def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):
     settings = write(tmp_path / "a.txt", "x" * 100)
     message = r"a\.txt: found 100 tokens in 1 documents, needed 3 x 40 = 120; "
