@@ -185,7 +185,7 @@ def _trainings(records: list[LayerRecord]) -> str:
 
 
 def _training(layers: list[Training], around: list[str]) -> str:
-    first = layers[0]
+    first = max(layers, key=lambda done: done.steps)
     how = (
         f"{first.steps} steps of {first.tokens // max(first.steps, 1) // first.length} sequences of {first.length:,} "
         f"tokens, out of {first.sequences} of {first.text} (Adam, a rate of {first.rate:g} of each tensor's root mean "

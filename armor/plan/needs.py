@@ -47,7 +47,14 @@ from armor.run.jobs import Job
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.skeleton import compute_dtype
 from armor.training.fit import LOOKS
-from armor.training.memory import Shapes, best_bytes, refine_bytes, sensitivity_bytes, tune_bytes
+from armor.training.memory import (
+    Shapes,
+    best_bytes,
+    predictions_bytes,
+    refine_bytes,
+    sensitivity_bytes,
+    tune_bytes,
+)
 
 __all__ = ["NEEDS", "need"]
 
@@ -180,7 +187,7 @@ def _states(plan: Plan, model: str, states: str) -> Need:
     sequences, length = plan.tokens(subject, plan.config.states()[states], f"states {states}")
     dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     computing = calibration_bytes(subject.topology, length, dtype, gram=False)
-    memory = memory_of(max(sizes) + compiled(subject, dtype), computing, subject.outside(dtype.itemsize))
+    memory = memory_of(compiled(subject, dtype), computing, subject.outside(dtype.itemsize))
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), 2.0 * sum(sizes)))
     return Need(memory, scratch=sum(sizes), work=work)
 
@@ -248,7 +255,8 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     sequences, length = plan.tokens(subject, job.sample, f"recipes.{recipe}.tune")
     packed = subject.packed[plan.config.owner(recipe)]
     shapes, core = _shapes(plan, packed, "tune", recipe), job.tune.core
-    best, (_, least) = best_bytes(shapes, core), tune_bytes(subject.shards, shapes, core, length)
+    on_host = best_bytes(shapes, core) + predictions_bytes(sequences * length)
+    _, least = tune_bytes(subject.shards, shapes, core, length)
     dtype = compute_dtype(subject.topology.dtype)
     block = plan.config.factorized(recipe).block_size
     work = (
@@ -257,7 +265,7 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
         _training(subject, job.tune, length, block, len(subject.topology.layers)),
     )
     remedy = f"set recipes.{recipe}.tune.core to false, or refine its layers instead of tune"
-    return Need(memory_of(best, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
+    return Need(memory_of(on_host, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
 
 
 def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:

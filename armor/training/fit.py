@@ -13,8 +13,10 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ LOOKS = 8
 DIVERGED = 2.0  # times the held-out loss at the start
 BETAS = (0.9, 0.95)
 STEP = "training"
+FILE_BYTES = 10**9
 
 
 class Fit(Typed):
@@ -159,15 +162,16 @@ class _State:
             for name, parameter in parameters.items()
         ]
         self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS, fused=True)
-        for parameter in parameters.values():
-            parameter.grad = torch.zeros_like(parameter)  # an expert that no token comes to has none
 
     def step(self, share: float) -> None:
         """One step of the optimiser, at that share of the rates."""
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # that of an expert that no token comes to
+                parameter.grad = torch.zeros_like(parameter)
         self.adam.step()
-        self.adam.zero_grad(set_to_none=False)
+        self.adam.zero_grad()  # a look has the rounded values in their place
 
     def look(self, step: int, losses: list[float]) -> None:
         """The held-out loss after `step` steps, of what would be stored; kept if it is the best."""
@@ -178,7 +182,10 @@ class _State:
             return
         better = not step or found < self.fit.best
         if better:
-            self.best = {n: p.detach().to("cpu", self.dtypes[n], copy=True) for n, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                if name not in self.best:
+                    self.best[name] = torch.empty(parameter.shape, dtype=self.dtypes[name])
+                self.best[name].copy_(parameter.detach())
         look = Look(step=step, train_loss=sum(losses) / len(losses) if losses else None, held_out_loss=found)
         kept = step if better else self.fit.kept
         self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
@@ -198,37 +205,48 @@ class _State:
             parameter.grad = None
 
     def save(self, steps: Steps) -> None:
-        """The values, Adam's moments and the best values; then the record; then the file before may go."""
+        """The values, Adam's moments and the best values; then the record; then what was saved before may go."""
         if self.fit.diverged:  # the next run comes to the same
             return
-        tensors: dict[str, Tensor] = {f"best {name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.parameters.items():
-            moments = self.adam.state[parameter]
-            tensors |= {f"value {name}": parameter, f"mean {name}": moments["exp_avg"]}
-            tensors[f"square {name}"] = moments["exp_avg_sq"]
-        file = _state_file(steps.folder, self.fit.steps)
-        save_safetensors(file, tensors)
+        folder = _state_folder(steps.folder, self.fit.steps)
+        for file, names in self._files(folder):
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                parameter, best = self.parameters[name], self.best[name]
+                moments = self.adam.state[parameter]
+                tensors |= {f"value {name}": parameter, f"best {name}": best}
+                tensors |= {f"mean {name}": moments["exp_avg"], f"square {name}": moments["exp_avg_sq"]}
+            save_safetensors(file, tensors)
         steps.put(STEP, self.fit)
-        for old in steps.folder.glob("state_*.safetensors"):
-            if old != file:
-                old.unlink()
+        for old in steps.folder.glob("state_*"):
+            if old != folder:
+                shutil.rmtree(old)
 
     def load(self, steps: Steps) -> bool:
         """What was saved, back in its places; whether there was something."""
         found = steps.get(STEP, Fit)
-        if found is None or not (file := _state_file(steps.folder, found.steps)).is_file():
+        if found is None or not (folder := _state_folder(steps.folder, found.steps)).is_dir():
             return False
-        with open_safetensors(file) as opened:
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(opened.get_tensor(f"value {name}"))
-                self.adam.state[parameter] = {
-                    "step": torch.tensor(float(found.steps), device=parameter.device),
-                    "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
-                    "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
-                }
-                self.best[name] = opened.get_tensor(f"best {name}")
+        for file, names in self._files(folder):
+            with open_safetensors(file) as opened:
+                for name in names:
+                    parameter = self.parameters[name]
+                    parameter.data.copy_(opened.get_tensor(f"value {name}"))
+                    self.adam.state[parameter] = {
+                        "step": torch.tensor(float(found.steps), device=parameter.device),
+                        "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
+                        "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
+                    }
+                    self.best[name] = opened.get_tensor(f"best {name}").clone()
         self.fit = found
         return True
+
+    def _files(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
+        """The files in `folder` and the parameters in each: what one file holds is copied to the host at once."""
+        ends = accumulate(16 * parameter.numel() for parameter in self.parameters.values())
+        parts = groupby(zip(self.parameters, ends, strict=True), key=lambda part: part[1] // FILE_BYTES)
+        for number, (_, part) in enumerate(parts):
+            yield folder / f"{number}.safetensors", [name for name, _ in part]
 
 
 def _say(done: Fit, where: str, rate: float) -> None:
@@ -240,8 +258,8 @@ def _say(done: Fit, where: str, rate: float) -> None:
         log.warning("%s: none of %d steps lowered the held-out loss; kept as it was", where, done.steps)
 
 
-def _state_file(folder: Path, step: int) -> Path:
-    return folder / f"state_{step}.safetensors"
+def _state_folder(folder: Path, step: int) -> Path:
+    return folder / f"state_{step}"
 
 
 def _size(parameter: Tensor) -> float:

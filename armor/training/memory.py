@@ -1,9 +1,9 @@
 """What training takes at its peak, in bytes, from shapes alone: a device too small is refused before work starts.
 
-Everything that is trained takes 16 bytes a number: value, gradient and two moments. All else of the model takes 4. The
-best values stay on the host, whatever computes: up to 4 bytes a number. The inside of a layer is A·S·B, what its
-rounding keeps for the gradient where S holds integers, and what goes into and comes out of the linears for one
-sequence.
+Everything that is trained takes 16 bytes a number: value, gradient and two moments; a look has the rounded value in the
+place of the gradient. All else of the model takes 4. The best values stay on the host, whatever computes: up to 4 bytes
+a number. So do the dense model's predictions. The inside of a layer is A·S·B, what its rounding keeps for the gradient
+where S holds integers, and what goes into and comes out of the linears for one sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards
 from armor.training.spread import spread
 
-__all__ = ["Shapes", "best_bytes", "factor_shapes", "refine_bytes", "sensitivity_bytes", "tune_bytes"]
+__all__ = [
+    "KEPT",
+    "Shapes",
+    "best_bytes",
+    "factor_shapes",
+    "predictions_bytes",
+    "refine_bytes",
+    "sensitivity_bytes",
+    "tune_bytes",
+]
+
+KEPT = 256
+"""Tokens of each prediction that tune keeps."""
 
 Shapes = Mapping[str, Sequence[int]]
 """The tensors of a layer's factors file by full name, int4 numbers one by one."""
@@ -79,6 +91,11 @@ class _Layer:
 def best_bytes(layers: Iterable[Shapes], core: bool) -> int:
     """What the best values of all `layers` take on the host."""
     return sum(4 * _Layer.of(shapes, core).trained for shapes in layers)
+
+
+def predictions_bytes(tokens: int) -> int:
+    """What is kept on the host of the dense model's predictions of so many tokens."""
+    return 4 * (2 * KEPT + 1) * tokens
 
 
 def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length: int) -> int:

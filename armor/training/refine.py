@@ -39,7 +39,7 @@ from armor.format.states import open_states, room_for, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
-from armor.runtime.calls import Call, State, moved, observe_each, states_of
+from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.filling import drop_layer, load_outside, unload_outside
 from armor.runtime.skeleton import Skeleton, open_skeleton, tensors_of
 from armor.training.fit import Fit, fit
@@ -111,11 +111,9 @@ def refine_layer(
         load_outside(skeleton, shards)
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
-        recorded = list(observe_each(skeleton, tokens))
+        likes = [moved(s, "meta", getattr(torch, known.dtype)) for s in states_of(*observe(skeleton, tokens[:1]))]
+        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         unload_outside(skeleton)
-        calls = [of_layers for _, of_layers in recorded]
-        likes = [moved(state, "meta", getattr(torch, known.dtype)) for state in states_of(*recorded[0])]
-        del recorded
         run = _Run(skeleton, shards, calls, likes, device)
         path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
         trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)

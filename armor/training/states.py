@@ -27,7 +27,7 @@ from armor.format.records.topology import Topology
 from armor.format.shards import Shards, dtype_name
 from armor.format.states import open_states, room_for, states_file, write_states
 from armor.model.source import Source
-from armor.runtime.calls import Call, State, moved, observe_each, states_of
+from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
 from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
 from armor.training.sample import fingerprint_of, sample_tokens
@@ -57,9 +57,7 @@ def make_states(
         skeleton = open_skeleton(source.path, dtype)
         shards = tensors_of(skeleton, source.path)
         load_outside(skeleton, shards)
-        recorded = list(observe_each(skeleton, tokens))
-        unload_outside(skeleton)
-        likes = [moved(state, "meta", dtype) for state in states_of(*recorded[0])]
+        likes = [moved(state, "meta", dtype) for state in states_of(*observe(skeleton, tokens[:1]))]
         sizes = [len(tokens) * sum(tensor.nbytes for tensor in like) for like in likes]
         done = 0
         while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():
@@ -68,11 +66,11 @@ def make_states(
         if done == 0:
             save_safetensors(part / TOKENS, {"tokens": tokens})
             with write_states(states_file(part, 0), likes[0], len(tokens)) as writer:
-                for hidden, _ in recorded:
+                for hidden, _ in observe_each(skeleton, tokens):
                     writer.add((hidden,))
             steps.put(layer_name(0), File.of(states_file(part, 0)))
-        calls = [of_layers for _, of_layers in recorded]
-        del recorded
+        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
+        unload_outside(skeleton)
         amount = tokens.numel() / count
         left = topology.layers[max(done - 1, 0) :]
         for layer in progress(left, "states", unit="layers", amount=amount, amount_unit="tokens"):
@@ -81,6 +79,7 @@ def make_states(
             source_file, like = states_file(part, layer.index), likes[layer.index + 1]
             pass_on(skeleton, layer.index, shards, own, source_file, target, like, device)
             steps.put(layer_name(layer.index + 1), File.of(target))
+        output.unlink(missing_ok=True)  # an old JSON must never stand beside new states
         folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)

@@ -50,7 +50,7 @@ from armor.runtime.filling import load_outside, place_outside
 from armor.runtime.skeleton import compute_dtype, open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
-from armor.training.memory import best_bytes, factor_shapes, tune_bytes
+from armor.training.memory import KEPT, best_bytes, factor_shapes, predictions_bytes, tune_bytes
 from armor.training.record import described, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.spread import hand_on, leased
@@ -58,8 +58,6 @@ from armor.training.trainable import TrainableLayer, load_trainable, stored_arit
 
 __all__ = ["Predictions", "fit_whole", "kept_predictions", "kl_divergence", "tune"]
 
-KEPT = 256
-"""Tokens of each prediction that are kept."""
 TOKENS_AT_A_TIME = 128
 PREDICTED = "predictions"
 """The step that is done when the dense model's predictions are on disk."""
@@ -87,10 +85,16 @@ def tune(
     shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
     devices, shapes = leased(device), [factor_shapes(file) for file in files]
     placed = partial(tune_bytes, shards, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
-    places, needed = placed(recompute=True)
-    on_host = 0 if device_memory_bytes(device) else best_bytes(shapes, settings.tune.core)
-    needed += on_host
-    available = min(device_memory_bytes(one) or host_memory_bytes() for one in devices)
+    (places, needed), (roomy, most) = placed(recompute=True), placed(recompute=False)
+    on_host, host = best_bytes(shapes, settings.tune.core) + predictions_bytes(tokens.numel()), host_memory_bytes()
+    available = min(device_memory_bytes(one) or host for one in devices)
+    if device_memory_bytes(device) is None:
+        needed, most = needed + on_host, most + on_host
+    elif on_host > USABLE * host:
+        raise ArmorError(
+            f"{source.path}: tuning the whole model keeps about {on_host / 1e9:.1f} GB on the host, which has "
+            f"{host / 1e9:.1f} GB; refine its layers instead, set core: false, or take fewer sequences"
+        )
     if needed > USABLE * available:
         where = f"{device} has" if len(devices) == 1 else f"on the fullest of {len(devices)} devices; the smallest has"
         raise ArmorError(
@@ -107,8 +111,7 @@ def tune(
     made = made_by(__name__, settings, used)
     with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
         predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
-        roomy, most = placed(recompute=False)
-        if not (again := most + on_host > ROOMY * available):
+        if not (again := most > ROOMY * available):
             places = roomy
         on = [devices[place] for place in places]
         model, layers = _trainable_model(source, files, settings.tune, on, device)
@@ -136,6 +139,7 @@ def tune(
             written.append(
                 write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, device)
             )
+        output.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)

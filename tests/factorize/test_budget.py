@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,13 @@ def test_a_budget_that_cannot_be_met_says_what_can(root, tmp_path, bits):
     with pytest.raises(ArmorError, match="holds no prices; run armor price first"):
         choose(tmp_path, BudgetSettings(bits=20), tmp_path / "budget.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_prices_of_several_models_are_one_line(root, tmp_path):
+    copy = shutil.copytree(root / "prices", tmp_path / "prices")
+    PricesRecord.read(copy / "layer_1.json").replace(fingerprint="f" * 64).write(copy / "layer_1.json")
+    with pytest.raises(ArmorError, match="holds prices of several models; delete it, and run armor price again"):
+        choose(copy, BudgetSettings(bits=20), tmp_path / "budget.json")
 
 
 def test_more_bits_never_cost_more(root, tmp_path):

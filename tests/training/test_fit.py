@@ -21,9 +21,9 @@ class Problem:
     """Least squares: the loss of sequence i is the mean square of value - target_i; of the last, held out, target 1."""
 
     def __init__(self, dtype=torch.float32):
-        self.value = nn.Parameter(torch.full((3, 2), 4.0))
+        self.value, self.more = nn.Parameter(torch.full((3, 2), 4.0)), nn.Parameter(torch.ones(3, 2))
         self.targets = [0.8, 0.9, 1.0, 1.1, 1.2, 1.0]
-        self.dtypes = {"value": dtype}
+        self.dtypes = {"value": dtype, "more": dtype}
         self.learnt = 0  # sequences
 
     def loss(self, index):
@@ -31,7 +31,7 @@ class Problem:
         return self.held_out_loss() if index == 5 else self.error(index)
 
     def error(self, index):
-        return (self.value - self.targets[index]).square().mean()
+        return (self.value - self.targets[index]).square().mean() + 0.01 * self.more.square().mean()
 
     def held_out_loss(self):
         return self.error(5)
@@ -39,7 +39,7 @@ class Problem:
     def fit(self, steps=None, **settings):
         asked = TrainingSettings(**SETTINGS | settings)
         how = {"loss": self.loss, "dtype": "float32", "device": "cpu", "seed": 3, "where": "it", "steps": steps}
-        return fit({"value": self.value}, self.dtypes, asked, **how)
+        return fit({"value": self.value, "more": self.more}, self.dtypes, asked, **how)
 
 
 class Dying(Problem):
@@ -102,6 +102,38 @@ def test_a_loss_that_is_no_number_is_a_divergence():
         problem.fit()
 
 
+def test_what_diverges_after_a_good_look_is_kept_as_of_that(caplog):
+    problem = Problem()
+    looks = iter([1.0, 0.5, 9.0])
+    problem.held_out_loss = lambda: torch.tensor(next(looks))
+    with caplog.at_level(logging.WARNING):
+        found = problem.fit()
+    assert found.diverged and found.kept == 3 and (problem.value != 4.0).all()
+    assert [r.message for r in caplog.records] == ["it: diverged at step 6, kept as of step 3; lower the rate (0.1)"]
+
+
+def test_what_does_not_help_is_said_in_one_line(caplog):
+    problem = Problem()
+    problem.held_out_loss = lambda: torch.tensor(1.0)
+    with caplog.at_level(logging.WARNING):
+        assert problem.fit().kept == 0
+    assert (problem.value == 4.0).all()
+    assert [r.message for r in caplog.records] == ["it: none of 24 steps lowered the held-out loss; kept as it was"]
+
+
+def test_a_look_has_the_room_of_the_gradients():
+    problem = Problem(torch.bfloat16)
+    seen = []
+
+    def held_out_loss():
+        seen.append(problem.value.grad)
+        return problem.error(5)
+
+    problem.held_out_loss = held_out_loss
+    assert problem.fit().kept > 0
+    assert seen == [None] * 9
+
+
 def test_patience(caplog):
     problem = Problem()
     looks = iter([1.0, 0.5, 0.6, 0.7, 0.1])
@@ -110,7 +142,10 @@ def test_patience(caplog):
     assert found.kept == 3 and found.steps == 9 and not found.diverged and not caplog.records
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("file_bytes", [10**9, 100])
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, file_bytes):
+    """With what is saved in one file, and with one for each parameter."""
+    monkeypatch.setattr("armor.training.fit.FILE_BYTES", file_bytes)
     whole = Problem()
     expected = whole.fit()
     for kill in range(24):
@@ -119,7 +154,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path):
         again = Problem()
         with resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
             found = again.fit(steps)
-        assert found == expected and again.value.equal(whole.value)
+        assert found == expected and again.value.equal(whole.value) and again.more.equal(whole.more)
         assert again.learnt == 2 * (24 - kill // 3 * 3)
         assert not any(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import weakref
 from functools import partial
 
 import pytest
@@ -19,11 +20,14 @@ from armor.config.quantization import QuantizeSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
+from armor.format.records.states import StatesRecord
 from armor.format.shards import Shards
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
+from armor.runtime.calls import observe_each
 from armor.runtime.load import load_model
 from armor.training.refine import output_error
+from armor.training.refined import sum_up
 from armor.training.states import make_states
 from tests.memory import NoRoom, card_of
 from tests.packed import opened, quantized
@@ -260,6 +264,12 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
     shutil.rmtree(copy / "states")
     with pytest.raises(ArmorError, match="run armor states again"):
         refined(copy, 0, tmp_path)
+    with pytest.raises(ArmorError, match="holds no refined layer; run armor refine first"):
+        sum_up(tmp_path / "none", tmp_path / "refined.json")
+    states = StatesRecord.read(root / "states.json")
+    states.replace(made_by=states.made_by.replace(code="other")).write(copy / "states.json")
+    with pytest.raises(ArmorError, match="made by other code than today's; delete it"):
+        refined(copy, 0, tmp_path)
     with pytest.raises(ArmorError, match="found .* tokens in 1 documents, needed 8000 x 48"):
         make_states(*opened(root), sample(root, 8000), tmp_path / "states.json")
     with pytest.raises(ArmorError, match="context length is 128"):
@@ -286,6 +296,23 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
     with pytest.raises(ArmorError, match="hidden states need .* GB on this disk, 1e-06 GB are free"):
         make_states(*opened(root), sample(root), tmp_path / "states.json")
     assert not any(tmp_path.iterdir())
+
+
+def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypatch):
+    held, most = [], []
+
+    def observed(*args):
+        for hidden, calls in observe_each(*args):
+            held.append(weakref.ref(hidden))
+            yield hidden, calls
+            del hidden
+            most.append(sum(one() is not None for one in held))
+
+    for stage in ("states", "refine"):
+        monkeypatch.setattr(f"armor.training.{stage}.observe_each", observed)
+    make_states(*opened(root), sample(root), tmp_path / "states.json")
+    refined(root, 1, tmp_path)
+    assert len(held) == 3 * 8 and max(most) <= 2
 
 
 def test_too_small_a_batch_of_text_is_refused():

@@ -19,17 +19,19 @@ from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
-from armor.training.memory import best_bytes, factor_shapes, tune_bytes
+from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, tune_bytes
 from armor.training.tune import kept_predictions, kl_divergence, tune
-from tests.memory import NoRoom, host_of
+from tests.memory import NoRoom, card_of, host_of
 from tests.packed import opened
 from tests.tiny import FAMILIES
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
 
-def tuned(root, output, factors="layers", **settings):
+def tuned(root, output, factors="layers", device="cpu", **settings):
     job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3} | settings), sample=sample(root))
-    return tune(*opened(root), root / factors, root / "calibration/calibration.json", job, output / "tuned.json")
+    return tune(
+        *opened(root), root / factors, root / "calibration/calibration.json", job, output / "tuned.json", device
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,13 @@ def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path)
     assert all([done.stage for done in layer.training] == ["refine", "tune"] for layer in layers)
     first = LayerRecord.read(root / "layers/layer_0.json")
     assert layers[0].factorized == first.made_by and layers[0].modules.keys() == first.modules.keys()
+    refinement, tuning = layers[0].training  # as if the first layer had been stopped
+    stopped = refinement.replace(steps=2, tokens=refinement.tokens // 8)
+    layers[0].replace(training=(stopped, tuning)).write(tmp_path / "tuned/layer_0.json")
     divergence(root, tmp_path / "tuned", tmp_path)
     card = (tmp_path / "checkpoint/README.md").read_text()
-    assert "Refined: the output" in card and "Tuned: the whole model" in card
+    for said in ("Refined: the output", "Tuned: the whole model"):
+        assert "; 16 steps of 2 sequences of 48 tokens, " in card.partition(said)[2].partition("\n")[0]
 
 
 def test_the_core_may_stay(root, tmp_path):
@@ -113,7 +119,7 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     (_, again), (_, most) = (
         tune_bytes(Shards(root / "source"), shapes, True, LENGTH, recompute=recompute) for recompute in (True, False)
     )
-    host_of(monkeypatch, (again + best_bytes(shapes, True)) / 0.9)
+    host_of(monkeypatch, (again + best_bytes(shapes, True) + predictions_bytes(8 * LENGTH)) / 0.9)
     assert again < most
     found = tuned(root, tmp_path / "b").training
     assert found.kept == expected.kept and found.start_loss == pytest.approx(expected.start_loss, rel=1e-5)
@@ -141,6 +147,15 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size(root, tmp_path, monk
     host_of(monkeypatch, 1_000_000)
     with pytest.raises(ArmorError, match="tuning the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
         tuned(root, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_host_that_is_too_small_beside_a_gpu_is_refused(root, tmp_path, monkeypatch):
+    host_of(monkeypatch, 1_000_000)
+    card_of(monkeypatch, 10**12)
+    monkeypatch.setattr(whole, "leased", lambda device: [device])
+    with pytest.raises(ArmorError, match="keeps about .* GB on the host, which has 0.0 GB; refine its layers instead"):
+        tuned(root, tmp_path, device="cuda:0")
     assert not any(tmp_path.iterdir())
 
 
