@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -45,8 +46,8 @@ class TrainingSettings(Typed):
     core: bool = True
     """Whether the values of S are trained too."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many looks at the held-out sequences without a better one. There are eight looks in all. Unset:
-    never."""
+    """Stop after so many looks at the held-out sequences without a better one. After the first there are eight at most.
+    Unset: never."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSettings:
@@ -93,18 +94,27 @@ class TuneJob(Typed):
 
 
 def overlap(one: TextSettings, other: TextSettings) -> bool:
-    """Whether two texts share a document: the same file, package or split, and document numbers of both."""
+    """Whether two texts share a document: the same file, package or split, and document numbers of both.
+
+    Slices of one split count as shared: how many rows it has is not known here.
+    """
     if one.files and other.files:
-        if not set(one.files) & set(other.files):
+        mine, theirs = ([os.path.realpath(file) for file in text.files or ()] for text in (one, other))
+        if not set(mine) & set(theirs):
             return False
-        if one.files != other.files:  # the numbers count through all files
+        if mine != theirs:  # the numbers count through all files
             return True
     elif _place(one) != _place(other):
         return False
-    if one.dataset and one.split != other.split:
-        return False
+    if one.dataset and one.split != other.split:  # the numbers count through each slice
+        return bool(_splits(one) & _splits(other))
     (a, b), (c, d) = one.documents, other.documents
     return (d is None or a < d) and (b is None or c < b)
+
+
+def _splits(text: TextSettings) -> set[str]:
+    """The splits of a dataset: train and test, of train[:10%]+test."""
+    return {part.partition("[")[0].strip() for part in text.split.split("+")}
 
 
 def _place(text: TextSettings) -> tuple[object, ...]:

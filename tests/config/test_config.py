@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -169,8 +170,10 @@ BOTH = {"files": ["words.txt", "more.txt"]}
         (BOTH, TEXT),  # the numbers count through all files
         (TEXT["text"], TEXT | {"tasks": ["last_word"]}),
         ({"dataset": "wikitext", "documents": [0, 5]}, {"text": {"dataset": "wikitext", "documents": [2, 3]}}),
+        (TEXT["text"], {"text": {"files": [os.path.abspath("words.txt")]}}),
+        ({"dataset": "wikitext", "split": "train[:9%]"}, {"text": {"dataset": "wikitext", "split": "test+train[9%:]"}}),
     ],
-    ids=["the same", "documents", "files", "tasks", "dataset"],
+    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices"],
 )
 @pytest.mark.parametrize("runs", [None, ["later"]], ids=["each is evaluated", "what starts from it is"])
 def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated, runs):
