@@ -82,6 +82,11 @@ def _states_bytes(subject: Subject, sequences: int, length: int) -> list[int]:
     return [sequences * size for size in subject.state_bytes(length, dtype)]
 
 
+def _text_bytes(subject: Subject, tokens: int) -> int:
+    """What stays of a tokenizer, by its vocabulary, and of a text of so many tokens (docs/log/plan.md)."""
+    return 950 * subject.vocabulary + 450 * tokens
+
+
 def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.calibrations[calibration]
     where = f"calibrations.{calibration}"
@@ -100,8 +105,9 @@ def _calibrate(plan: Plan, model: str, calibration: str) -> Need:
             """Where the layer has so much room."""
             apart = is_apart(subject.topology, length, dtype, settings.gram, room)
             waiting = min(2 * hidden, int(HOST_SHARE * plan.host.memory)) if apart else 0
+            beside = compiled(subject, dtype) + _text_bytes(subject, sequences * length)
             return memory_of(
-                on_host=min(hidden, held) + waiting + compiled(subject, dtype),
+                on_host=min(hidden, held) + waiting + beside,
                 computing=calibration_bytes(subject.topology, length, dtype, settings.gram, apart),
                 before=subject.outside(dtype.itemsize),
             )
@@ -187,7 +193,8 @@ def _states(plan: Plan, model: str, states: str) -> Need:
     sequences, length = plan.tokens(subject, plan.config.states()[states], f"states {states}")
     dtype, sizes = compute_dtype(subject.topology.dtype), _states_bytes(subject, sequences, length)
     computing = calibration_bytes(subject.topology, length, dtype, gram=False)
-    memory = memory_of(compiled(subject, dtype), computing, subject.outside(dtype.itemsize))
+    on_host = compiled(subject, dtype) + _text_bytes(subject, sequences * length)
+    memory = memory_of(on_host, computing, subject.outside(dtype.itemsize))
     work = (START, forward(subject, dtype, sequences, length), Work(Read(), 2.0 * sum(sizes)))
     return Need(memory, scratch=sum(sizes), work=work)
 
