@@ -21,8 +21,6 @@ from torch import Tensor
 from armor.config.sources import TextSettings
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
-from armor.evaluate.logits import comparison, token_losses
-from armor.evaluate.perplexity import perplexity
 from armor.execution.files import write_json
 from armor.execution.machine import current_machine
 from armor.format.factors import read_factors, read_others
@@ -30,6 +28,7 @@ from armor.format.names import layer_files
 from armor.model.source import open_source
 from armor.runtime.load import load_model, load_tokenizer
 from armor.text.blocks import token_blocks
+from benchmarks.quantize_model import scores
 
 ROUNDED = {"nothing": (), "S": ("core",), "A, B": ("left", "right"), "all": ("core", "left", "right")}
 
@@ -66,12 +65,7 @@ def main(
     def judge(row: str, changed: dict[str, Tensor]) -> None:
         """Print the row of the dense model with the tensors `changed`."""
         compressed.load_state_dict(dense.state_dict() | changed)
-        means, divergences = [], []
-        for block, other in zip(tokens, wanted, strict=True):
-            logits = compressed(input_ids=block[None], use_cache=False).logits[0]
-            means.append(token_losses(logits, block).mean().item())
-            divergences.append(comparison(logits, other)[0].mean().item())
-        found[row] = {"perplexity": perplexity(means)[0], "kl": sum(divergences) / len(divergences)}
+        found[row] = scores(compressed, tokens, wanted)
         print(f"| {row} | {found[row]['perplexity']:.3f} | {found[row]['kl']:.4f} |", flush=True)
 
     linears = [name for name, tensor in weights(folders[0], ()) if tensor.dim() == 2]

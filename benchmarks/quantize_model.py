@@ -84,6 +84,16 @@ def quantize_layer(number: int, core: NumberType, factors: Path, calibration: Pa
         save_safetensors(layer_file(work / f"{core} {step}", number), found[step])
 
 
+def scores(model: torch.nn.Module, tokens: Tensor, wanted: list[Tensor]) -> dict[str, float]:
+    """Perplexity on tokens (blocks, length), and KL divergence in nats from the logits `wanted` of each block."""
+    means, divergences = [], []
+    for block, other in zip(tokens, wanted, strict=True):
+        own = model(input_ids=block[None], use_cache=False).logits[0]
+        means.append(token_losses(own, block).mean().item())
+        divergences.append(comparison(own, other)[0].mean().item())
+    return {"perplexity": perplexity(means)[0], "kl": sum(divergences) / len(divergences)}
+
+
 @torch.inference_mode()
 def judged(checkpoint: Path, source: Path, text: Path, work: Path) -> dict[str, dict[str, float]]:
     """Perplexity and KL divergence in nats of the checkpoint, in floats, and of it after each step."""
@@ -95,14 +105,9 @@ def judged(checkpoint: Path, source: Path, text: Path, work: Path) -> dict[str, 
         for file in layer_files(work / run):
             unknown = model.load_state_dict(load_file(file), strict=False).unexpected_keys
             assert not unknown, unknown
-        means, divergences = [], []
-        for block, other in zip(tokens, wanted, strict=True):
-            own = model(input_ids=block[None], use_cache=False).logits[0]
-            means.append(token_losses(own, block).mean().item())
-            divergences.append(comparison(own, other)[0].mean().item())
-        value, _ = perplexity(means)
-        result[run] = {"perplexity": round(value, 3), "kl": round(sum(divergences) / len(divergences), 4)}
-        print(f"| {run} | {value:.2f} | {result[run]['kl']:.4f} |", flush=True)
+        found = scores(model, tokens, wanted)
+        result[run] = {"perplexity": round(found["perplexity"], 3), "kl": round(found["kl"], 4)}
+        print(f"| {run} | {found['perplexity']:.2f} | {found['kl']:.4f} |", flush=True)
     return result
 
 

@@ -65,11 +65,14 @@ def make_states(
         room_for(sum(sizes[done:]), part)
         if done == 0:
             save_safetensors(part / TOKENS, {"tokens": tokens})
+            calls = []
             with write_states(states_file(part, 0), likes[0], len(tokens)) as writer:
-                for hidden, _ in observe_each(skeleton, tokens):
+                for hidden, of_layers in observe_each(skeleton, tokens):
                     writer.add((hidden,))
+                    calls.append(of_layers)
             steps.put(layer_name(0), File.of(states_file(part, 0)))
-        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
+        else:
+            calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         unload_outside(skeleton)
         amount = tokens.numel() / count
         left = topology.layers[max(done - 1, 0) :]

@@ -312,7 +312,7 @@ def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypa
         monkeypatch.setattr(f"armor.training.{stage}.observe_each", observed)
     make_states(*opened(root), sample(root), tmp_path / "states.json")
     refined(root, 1, tmp_path)
-    assert len(held) == 3 * 8 and max(most) <= 2
+    assert len(held) == 2 * 8 and max(most) <= 2
 
 
 def test_too_small_a_batch_of_text_is_refused():
