@@ -20,7 +20,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import SUFFIXES
 from armor.execution.files import write_json
 from armor.format.checkpoint import check_tensor, read_packed
-from armor.format.checksums import open_checkpoint, read_checksums, start_hashing
+from armor.format.checksums import Hashing, open_checkpoint, read_checksums
 from armor.format.shards import Part
 from armor.model.tensors import fused_parts, has_conv1d
 
@@ -51,7 +51,7 @@ def export(
         raise ArmorError(f"{output}: is there already; expected the name of a folder that is new or empty")
     config, shards, modules = open_checkpoint(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, sums.files if sums else ())()
+    Hashing(shards, sums, sums.files if sums else ()).wait()
 
     is_turned = has_conv1d(folder)
     of_integers = config.get("dtype") or config.get("torch_dtype") or shards.main_dtype()

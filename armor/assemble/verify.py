@@ -22,7 +22,7 @@ from armor.execution.files import read_json
 from armor.execution.log import progress
 from armor.execution.table import text_table
 from armor.format.checkpoint import PackedLinear, read_packed, tombstone
-from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
+from armor.format.checksums import Hashing, check_contents, open_checkpoint, read_checksums
 from armor.format.provenance import PROVENANCE
 from armor.format.records.checkpoint import ProvenanceRecord
 from armor.format.scaled import is_scaled
@@ -75,9 +75,8 @@ def verify(folder: Path | str, against: Path | str | None = None) -> Verified:
     _, shards, modules = open_checkpoint(folder)
     source = None if against is None else _open_source(Path(against), shards, modules)
     sums = read_checksums(shards)
-    wait = start_hashing(shards, sums, sums.files if sums else ())
-    check_contents(shards, modules, sums and sums.tensors)
-    wait()
+    with Hashing(shards, sums, sums.files if sums else ()):
+        check_contents(shards, modules, sums and sums.tensors)
     check_names(shards.folder)
     packed = [f"{name}.{suffix}" for name in modules for suffix in SUFFIXES]
     packed_bytes = sum(shards.bytes_of(name) for name in packed if name in shards)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ __all__ = [
     "Checksums",
     "CHECKSUMS",
     "CHECKSUMS_VERSION",
+    "Hashing",
     "check_contents",
     "loaded_files",
     "open_checkpoint",
     "read_checksums",
     "sealed",
-    "start_hashing",
     "tensor_sha256",
 ]
 
@@ -65,23 +65,37 @@ def check_contents(
                 raise ArmorError(f"{where}: {name}: differs from its hash in {CHECKSUMS}; {REMEDY}")
 
 
-def start_hashing(shards: Shards, sums: Checksums | None, files: Iterable[str]) -> Callable[[], None]:
-    """Begin to hold `files` against their hashes in `sums` (None: there are none), and return what waits for the end.
+class Hashing:
+    """Files of a checkpoint that are held against their hashes beside the caller, until `wait` or `stop`.
 
-    It runs beside the caller, in as many threads as torch computes with, each file in one call that lets go of the
-    interpreter's lock. Waiting raises ArmorError that names the file and, within a shard, the tensor.
+    It takes as many threads as torch computes with, each file in one call that lets go of the interpreter's lock. As a
+    context it waits at the end, and stops where an error comes out of it. No file is read after that: the process would
+    be killed if another one were written in its place.
     """
-    if sums is None:
-        return lambda: None
-    pool = ThreadPoolExecutor(torch.get_num_threads())
-    jobs = [pool.submit(_check_hash, shards, file, sums) for file in sorted(files)]
-    pool.shutdown(wait=False)
 
-    def wait() -> None:
-        for job in jobs:
-            job.result()
+    def __init__(self, shards: Shards, sums: Checksums | None, files: Iterable[str]) -> None:
+        """Begin with `files`, by their hashes in `sums` (None: there are none, and nothing to do)."""
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        self._jobs = [] if sums is None else [self._pool.submit(_check_hash, shards, f, sums) for f in sorted(files)]
+        self._pool.shutdown(wait=False)
 
-    return wait
+    def wait(self) -> None:
+        """Return when all are done. Raises ArmorError that names the file and, within a shard, the tensor."""
+        try:
+            for job in self._jobs:
+                job.result()
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Begin no other file, and return when those that were begun are done."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Hashing:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *others: object) -> None:
+        self.wait() if error is None else self.stop()
 
 
 def loaded_files(shards: Shards) -> list[str]:
@@ -110,7 +124,7 @@ def open_checkpoint(folder: Path | str) -> tuple[dict, Shards, dict[str, PackedL
     modules = {} if dense else modules_of(found, f"{folder / 'config.json'}: quantization_config")
     shards = Shards(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()  # an edited config.json is blamed itself
+    Hashing(shards, sums, {*loaded_files(shards)} - {*shards.files}).wait()  # an edited config.json is blamed itself
     check_headers(shards, modules)
     return config, shards, modules
 

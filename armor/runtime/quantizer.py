@@ -37,7 +37,7 @@ from armor.format.checkpoint import (
     quantization_config,
     tombstone,
 )
-from armor.format.checksums import check_contents, loaded_files, read_checksums, start_hashing
+from armor.format.checksums import Hashing, check_contents, loaded_files, read_checksums
 from armor.format.scaled import is_scaled
 from armor.format.shards import INDEX, SINGLE, Shards
 from armor.runtime.conv1d import Turned, conv1d
@@ -78,7 +78,7 @@ class ArmorQuantizer(HfQuantizer):
     stays they are views of the mapped file. Files are hashed meanwhile; the model is handed out when both are done.
     """
 
-    _wait: Callable[[], None] | None = None
+    _hashing: Hashing | None = None
     _own: Sequence[str] = ()  # weights of the first expert of every list of experts that are modules of their own
     _idle: Sequence[list[str]] = ()  # source patterns of conversions that find nothing
 
@@ -97,8 +97,8 @@ class ArmorQuantizer(HfQuantizer):
         if any((folder / name).is_file() for name in (INDEX, SINGLE)):
             shards = Shards(folder)
             sums = read_checksums(shards)
-            self._wait = start_hashing(shards, sums, shards.files)
-            start_hashing(shards, sums, {*loaded_files(shards)} - {*shards.files})()
+            Hashing(shards, sums, {*loaded_files(shards)} - {*shards.files}).wait()
+            self._hashing = Hashing(shards, sums, shards.files)
         return config
 
     def _process_model_before_weight_loading(
@@ -108,6 +108,17 @@ class ArmorQuantizer(HfQuantizer):
         device_map: dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
+        try:
+            self._make_room(model, checkpoint_files, device_map)
+        except BaseException:
+            if self._hashing is not None:
+                self._hashing.stop()
+            raise
+
+    def _make_room(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None, device_map: dict[str, Any] | str | None
+    ) -> None:
+        """Put ArmorLinears into `model`, on the meta device, and into them what the host can hold of its files."""
         modules = self.quantization_config.modules()
         if not checkpoint_files:
             self._swap(model, modules, model.name_or_path or "no folder")
@@ -129,8 +140,8 @@ class ArmorQuantizer(HfQuantizer):
             return
         with torch.device("cpu"):
             sums = read_checksums(shards)
-            if self._wait is None:
-                self._wait = start_hashing(shards, sums, loaded_files(shards))
+            if self._hashing is None:
+                self._hashing = Hashing(shards, sums, loaded_files(shards))
             if sums is None:  # what was hashed was checked when it was written
                 check_contents(shards, modules)
             if known is not None and devices == {"cpu"}:
@@ -175,9 +186,9 @@ class ArmorQuantizer(HfQuantizer):
         return super().update_weight_conversions(weight_conversions, *others)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self._wait is not None:
-            wait, self._wait = self._wait, None
-            wait()
+        if self._hashing is not None:
+            hashing, self._hashing = self._hashing, None
+            hashing.wait()
         for module in model.modules():
             if isinstance(module, ArmorLinear):
                 module.hide_packed = False
@@ -292,7 +303,7 @@ def swap_skeleton(model: PreTrainedModel, shards: Shards) -> None:
         modules = modules_of(config)
         check_headers(shards, modules)
         sums = read_checksums(shards)
-        start_hashing(shards, sums, loaded_files(shards))()
+        Hashing(shards, sums, loaded_files(shards)).wait()
         if sums is None:
             check_contents(shards, modules)
         swap_linears(model, modules)

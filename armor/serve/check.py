@@ -9,7 +9,7 @@ from pathlib import Path
 
 from armor.core.errors import ArmorError
 from armor.format.checkpoint import PackedLinear
-from armor.format.checksums import check_contents, open_checkpoint, read_checksums, start_hashing
+from armor.format.checksums import Hashing, check_contents, open_checkpoint, read_checksums
 from armor.runtime.load import check_names
 from armor.serve.families import check_family
 
@@ -33,7 +33,7 @@ def check(folder: Path | str, engine: str | None = None) -> dict[str, PackedLine
     if engine == "vLLM":
         check_family(folder)
     sums = read_checksums(shards)
-    start_hashing(shards, sums, sums.files if sums else ())()
+    Hashing(shards, sums, sums.files if sums else ()).wait()
     if sums is None:
         check_contents(shards, modules)
     check_names(folder)

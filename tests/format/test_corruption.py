@@ -7,9 +7,12 @@ with other numbers, which only the hashes tell.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +26,9 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
 from armor.core.errors import ArmorError
-from armor.format.checksums import sealed
+from armor.format.checksums import Hashing, read_checksums, sealed
 from armor.format.records.base import File
+from armor.format.shards import Shards
 from tests.packed import edit_config, edit_tensors, opened, packed, quantized
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -459,6 +463,18 @@ def test_what_the_shards_show(shards, tmp_path, defect, sums):
 def test_what_only_the_hashes_show(root, tmp_path, defect):
     apply, named = HASHED[defect]
     refused(copied(root / "checkpoint", tmp_path / "broken", apply, sums=True), named, exactly=True)
+
+
+@pytest.mark.parametrize("leave", [lambda hashing: hashing.wait(), lambda hashing: hashing.__exit__(ArmorError)])
+def test_no_file_is_read_once_one_was_refused(shards, tmp_path, leave):
+    """Whoever writes it anew then would otherwise lose the process, as a mapped file may not become shorter."""
+    folder = copied(shards, tmp_path / "broken", flip(SHARDS[0], "any", "data")[0], sums=True)
+    opened = Shards(folder)
+    os.truncate(folder / SHARDS[1], 2**28)  # takes a while
+    before = set(threading.enumerate())
+    with contextlib.suppress(ArmorError):
+        leave(Hashing(opened, read_checksums(opened), opened.files))
+    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize("seed", range(3 * FLIPS))
