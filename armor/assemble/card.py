@@ -201,8 +201,9 @@ def _training(layers: list[Training], around: list[str]) -> str:
         )
     falls = [1 - done.loss / done.start_loss for done in layers if done.start_loss] or [0.0]
     same = sum(not done.kept for done in layers)
+    before = ", behind the refined ones before it," if first.inputs == "compressed" else ""
     return (
-        f"Refined: the output of each decoder layer was brought close to the dense one's: {what}; {how}. Its "
+        f"Refined: the output of each decoder layer{before} was brought close to the dense one's: {what}; {how}. Its "
         f"relative error on {first.held_out} held-out sequences fell by {sum(falls) / len(falls):.0%} in the mean of "
         f"{len(layers)} layers{f'; {same} stayed as they were' if same else ''}."
     )

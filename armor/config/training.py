@@ -84,6 +84,11 @@ class RefineJob(Typed):
     sample: Sample
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _check(self) -> RefineJob:
+        _check_count(self.sample, self.refine)
+        return self
+
 
 class TuneJob(Typed):
     """Tuning as a job has it: the settings, the sequences with the held-out ones at the end, the seed."""
@@ -91,6 +96,20 @@ class TuneJob(Typed):
     tune: TuneSettings
     sample: Sample
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> TuneJob:
+        _check_count(self.sample, self.tune)
+        return self
+
+
+def _check_count(sample: Sample, settings: TrainingSettings) -> None:
+    wanted = settings.sequences + settings.held_out
+    if sample.sequences != wanted:
+        raise ValueError(
+            f"sample.sequences: found {sample.sequences}, expected {wanted}: {settings.sequences} to train on, then "
+            f"{settings.held_out} that are held out"
+        )
 
 
 def overlap(one: TextSettings, other: TextSettings) -> bool:

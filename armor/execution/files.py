@@ -26,6 +26,7 @@ __all__ = [
     "open_safetensors",
     "part_of",
     "read_json",
+    "room_for",
     "save_safetensors",
     "sha256",
     "try_lock",
@@ -33,6 +34,16 @@ __all__ = [
 ]
 
 LOCK = "lock"
+
+
+def room_for(needed: int, folder: Path, what: str, remedy: str) -> None:
+    """Raise ArmorError if the disk of `folder` has no room for `needed` bytes; `what` needs them, `remedy` is less."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ArmorError(
+            f"{folder}: {what} need {needed / 1e9:.3g} GB on this disk, {free / 1e9:.3g} GB are free; make room, or "
+            f"{remedy}"
+        )
 
 
 def part_of(output: Path | str) -> Path:

@@ -8,7 +8,6 @@ beside, in tokens.safetensors.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,25 +22,17 @@ from armor.execution.files import atomic_path, open_safetensors
 from armor.format.names import layer_file
 from armor.format.shards import DTYPES, dtype_name
 
-__all__ = ["STATES_VERSION", "StatesReader", "StatesWriter", "open_states", "room_for", "states_file", "write_states"]
+__all__ = ["FEWER", "STATES_VERSION", "StatesReader", "StatesWriter", "open_states", "states_file", "write_states"]
 
 STATES_VERSION = 2
 NAME = "states"
+FEWER = "use fewer or shorter sequences"
+"""What takes less room."""
 
 
 def states_file(folder: Path, layer: int) -> Path:
     """The file of what goes into decoder layer `layer`; that of the number of layers is what comes out of the last."""
     return layer_file(folder, layer)
-
-
-def room_for(needed: int, folder: Path) -> None:
-    """Raise ArmorError if the disk of `folder` has no room for `needed` bytes of states."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ArmorError(
-            f"{folder}: hidden states need {needed / 1e9:.3g} GB on this disk, {free / 1e9:.3g} GB are free; make "
-            "room, or use fewer or shorter sequences"
-        )
 
 
 class StatesWriter:

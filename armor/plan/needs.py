@@ -8,9 +8,11 @@ the process takes before any work, and what lies on the host whatever computes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -52,6 +54,7 @@ from armor.training.memory import (
     best_bytes,
     predictions_bytes,
     refine_bytes,
+    saved_bytes,
     sensitivity_bytes,
     tune_bytes,
 )
@@ -253,7 +256,9 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     passed = sequences if job.refine.inputs == "compressed" and layer.index else 0
     work = (START, _training(subject, job.refine, length, block, 1, passed))
     shorter = ByLength(f"recipes.{recipe}.refine.sequence_length", length, memory)
-    return Need(memory(length), kept=packed.layer_bytes(layer), work=work, by_length=shorter)
+    states = _states_bytes(subject, sequences, length)  # the dense model's, and in a chain what goes in and comes out
+    scratch = sum(states) + (2 * max(states) if passed else 0) + saved_bytes([shapes], job.refine.core)
+    return Need(memory(length), kept=packed.layer_bytes(layer), scratch=scratch, work=work, by_length=shorter)
 
 
 def _tune(plan: Plan, model: str, recipe: str) -> Need:
@@ -263,7 +268,8 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
     packed = subject.packed[plan.config.owner(recipe)]
     shapes, core = _shapes(plan, packed, "tune", recipe), job.tune.core
     on_host = best_bytes(shapes, core) + predictions_bytes(sequences * length)
-    _, least = tune_bytes(subject.shards, shapes, core, length)
+    placed = partial(tune_bytes, subject.shards, shapes, core, length)
+    _, least = placed()
     dtype = compute_dtype(subject.topology.dtype)
     block = plan.config.factorized(recipe).block_size
     work = (
@@ -272,7 +278,16 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
         _training(subject, job.tune, length, block, len(subject.topology.layers)),
     )
     remedy = f"set recipes.{recipe}.tune.core to false, or refine its layers instead of tune"
-    return Need(memory_of(on_host, least), kept=sum(packed.linear_bytes.values()), work=work, remedy=remedy)
+    if plan.host.gpu is not None:
+        several = (n for n in range(2, len(shapes) + 1) if placed(devices=n)[1] <= plan.host.gpu)
+        remedy = "".join(f"--set-resources tune:gpu={n}, or " for n in itertools.islice(several, 1)) + remedy
+    return Need(
+        memory_of(on_host, least),
+        kept=sum(packed.linear_bytes.values()),
+        scratch=saved_bytes(shapes, core) + predictions_bytes(sequences * length),
+        work=work,
+        remedy=remedy,
+    )
 
 
 def _quantize(plan: Plan, model: str, recipe: str, index: str) -> Need:

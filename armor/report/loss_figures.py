@@ -82,9 +82,13 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
 
 def output_error(model: ModelResults, name: str) -> Figure | None:
     """The held-out output error of each decoder layer before and after refine, two lines per recipe; None without."""
-    rows, falls = [], []
+    rows, falls, drawn = [], [], set()
     for recipe in model.compressed:
-        own = [(r.layer, r.training[-1]) for r in recipe.layers if r.training and r.training[-1].stage == "refine"]
+        refined = [(r.layer, [done for done in r.training if done.stage == "refine"]) for r in recipe.layers]
+        own = [(layer, trainings[-1]) for layer, trainings in refined if trainings]
+        if (losses := tuple(done.loss for _, done in own)) in drawn:  # those of the recipe that it starts from
+            continue
+        drawn.add(losses)
         for layer, done in own:
             rows.append(Mark(recipe=recipe.name, when="before", layer=layer, loss=done.start_loss))
             rows.append(Mark(recipe=recipe.name, when="after", layer=layer, loss=done.loss))

@@ -230,6 +230,7 @@ def _trainings(model: ModelResults) -> Cells:
             key += "" if len(recipe.trainings) < 3 else f" {number_of + 1}"
             cells[key] = {
                 "Numbers": f"{(trained if refined else first.parameters) / 1e6:,.1f} M",
+                "Inputs": first.inputs or "",
                 "Text": first.text,
                 "Sequences": f"{first.sequences} × {first.length:,}",
                 "Held out": str(first.held_out),

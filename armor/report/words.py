@@ -139,7 +139,8 @@ def _trained(best: RecipeResults) -> str:
     for layers in best.trainings:
         first = layers[0]
         stored = ", quantized," if first.rounded else ""
-        what = f"each decoder layer{stored} to give"
+        chained = ", behind the trained ones before it," if first.inputs == "compressed" else ""
+        what = f"each decoder layer{stored}{chained} to give"
         if first.stage == "tune":
             what = f"the whole model{stored} to predict"
         texts.append(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from armor.config.training import TrainingSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
-from armor.execution.files import open_safetensors, save_safetensors
+from armor.execution.files import open_safetensors, room_for, save_safetensors
 from armor.execution.log import log, progress
 from armor.execution.resume import Steps
 from armor.format.records.layer import Look
@@ -95,7 +95,7 @@ def fit(
     held out. `dtype` is the model's, and held-out losses are computed as it runs on `device`. `where` begins the one
     warning of a training that diverges or does not help. `steps` keeps what is done for the next run. The linears of
     `once` are multiplied out once a step: less time, more memory. Raises ArmorError if the held-out loss is not finite
-    at the start.
+    at the start, or the disk has no room for `steps`.
     """
 
     def learn(batch: list[int]) -> float:
@@ -117,7 +117,10 @@ def fit(
             return sum(loss(index).item() for index in rows) / len(rows)
 
     state = _State(parameters, dtypes, settings, held_out_loss)
-    if steps is None or not state.load(steps):
+    went_on = steps is not None and state.load(steps)
+    if steps is not None and not state.ended():  # beside what is there the next one is written
+        room_for(state.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", "set core: false")
+    if not went_on:
         state.look(0, [])
     if not math.isfinite(start := state.fit.looks[0].held_out_loss):
         raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
@@ -162,6 +165,11 @@ class _State:
             for name, parameter in parameters.items()
         ]
         self.adam = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=BETAS, fused=True)
+
+    @property
+    def bytes(self) -> int:
+        """Of what is saved."""
+        return sum(p.numel() * (12 + self.dtypes[name].itemsize) for name, p in self.parameters.items())
 
     def step(self, share: float) -> None:
         """One step of the optimiser, at that share of the rates."""

@@ -26,6 +26,7 @@ __all__ = [
     "factor_shapes",
     "predictions_bytes",
     "refine_bytes",
+    "saved_bytes",
     "sensitivity_bytes",
     "tune_bytes",
 ]
@@ -96,6 +97,11 @@ def best_bytes(layers: Iterable[Shapes], core: bool) -> int:
 def predictions_bytes(tokens: int) -> int:
     """What is kept on the host of the dense model's predictions of so many tokens."""
     return 4 * (2 * KEPT + 1) * tokens
+
+
+def saved_bytes(layers: Iterable[Shapes], core: bool) -> int:
+    """What a training of all `layers` needs on disk: two looks at once, values, moments and best values in each."""
+    return sum(2 * 16 * _Layer.of(shapes, core).trained for shapes in layers)
 
 
 def refine_bytes(shards: Shards, prefix: str, shapes: Shapes, core: bool, length: int) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from armor.config.training import TrainingSettings
+from armor.config.training import RefineSettings, TrainingSettings
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.machine import current_machine, peak_memory_bytes
@@ -40,6 +40,7 @@ def described(
     """What the record says of a training on sequences of `length` tokens of `text`."""
     return Training(
         stage=stage,
+        inputs=settings.inputs if isinstance(settings, RefineSettings) else None,
         start_loss=found.looks[0].held_out_loss,
         loss=found.best,
         kept=found.kept,

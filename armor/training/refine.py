@@ -22,7 +22,7 @@ from torch import Tensor
 
 from armor.config.training import RefineJob, RefineSettings
 from armor.core.errors import ArmorError
-from armor.execution.files import open_safetensors, sha256
+from armor.execution.files import open_safetensors, room_for, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import device_memory_bytes
@@ -35,7 +35,7 @@ from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards
-from armor.format.states import open_states, room_for, states_file, write_states
+from armor.format.states import FEWER, open_states, states_file, write_states
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
@@ -88,6 +88,11 @@ def refine_layer(
         raise ArmorError(f"{states}: of another model than {source.path}; run armor states again")
     if known.made_by.code != code_hash(STATES):
         raise ArmorError(f"{states}: made by other code than today's; delete it and its folder, and run again")
+    if known.sequences != settings.sample.sequences:
+        raise ArmorError(
+            f"{states}: found {known.sequences} sequences, expected {settings.sample.sequences} with the held-out "
+            "ones; run armor states again"
+        )
     if not (folder / TOKENS).is_file():
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
@@ -268,7 +273,7 @@ def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRec
 
     start = next((k for k in range(layer, 0, -1) if _is_about(file(k), about(k))), 0)
     if start < layer:
-        room_for(known.bytes // (len(run.skeleton.layers) + 1), refined)
+        room_for(known.bytes // (len(run.skeleton.layers) + 1), refined, "hidden states", FEWER)
     if layer - start > 1:
         log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
     for index in range(start, layer):

@@ -15,7 +15,7 @@ import torch
 
 from armor.config.sample import Sample
 from armor.core.errors import ArmorError
-from armor.execution.files import save_safetensors
+from armor.execution.files import room_for, save_safetensors
 from armor.execution.log import progress
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
@@ -25,7 +25,7 @@ from armor.format.records.base import File, Input
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards, dtype_name
-from armor.format.states import open_states, room_for, states_file, write_states
+from armor.format.states import FEWER, open_states, states_file, write_states
 from armor.model.source import Source
 from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
@@ -62,7 +62,7 @@ def make_states(
         done = 0
         while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():
             done += 1
-        room_for(sum(sizes[done:]), part)
+        room_for(sum(sizes[done:]), part, "hidden states", FEWER)
         if done == 0:
             save_safetensors(part / TOKENS, {"tokens": tokens})
             calls = []

@@ -133,7 +133,7 @@ def test_what_layers_carry_beside_hidden_states_is_in_the_states(tmp_path):
     of_calibration = calibrate(*opened(root), CalibrationSettings.model_validate(words), root / "out/calibration.json")
     states = make_states(*opened(root), Sample.model_validate(words | {"sequences": 3}), root / "states.json")
     by_stage = {stage.stage: stage for stage in found.stages}
-    assert by_stage["states"].scratch_bytes == states.bytes
+    assert by_stage["states"].scratch_bytes == states.bytes < by_stage["refine"].scratch_bytes
     assert by_stage["calibrate"].scratch_bytes == 2 * of_calibration.hidden_states_bytes
 
 
@@ -151,7 +151,7 @@ def test_more_of_everything_takes_more(tmp_path):
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     model = tiny_model(tmp_path / "model", layers=2)
-    plan, _, place = made(model, tmp_path / "plan")
+    plan, found, place = made(model, tmp_path / "plan")
 
     def problems(**of_host):
         return planned(dataclasses.replace(plan, host=dataclasses.replace(ROOMY, **of_host)), place, None).problems
@@ -165,7 +165,10 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     key = "calibrations.words.sequence_length"
     enough = f"take a larger machine, for with {key} of 16 it is still too small"
     assert any(line.startswith("calibrate tiny words: ") and line.endswith(enough) for line in card)
-    assert all("\n" not in line for line in (*small, *tight, *card))
+    one = next(stage.card_bytes for stage in found.stages if (stage.stage, stage.of) == ("tune", "tiny tuned"))
+    several = problems(gpu=one - 1)
+    assert any(s.startswith("tune tiny tuned: ") and "; --set-resources tune:gpu=2, or set" in s for s in several)
+    assert all("\n" not in line for line in (*small, *tight, *card, *several))
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "predict", "refine"])

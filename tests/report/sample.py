@@ -182,6 +182,7 @@ def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord
     loss = start * (1.0 if stage == "refine" and record.layer == 0 else 0.5)
     training = Training(
         stage=stage,
+        inputs="compressed" if stage == "refine" else None,
         start_loss=start,
         loss=loss,
         kept=0 if loss == start else 48,

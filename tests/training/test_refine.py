@@ -17,6 +17,7 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
+from armor.config.training import RefineJob, RefineSettings, TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
@@ -292,7 +293,7 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
     torch.testing.assert_close(found[0], hidden[0])
     torch.testing.assert_close(found[1], hidden[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense.model.norm(found[2]), hidden[2], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("armor.format.states.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    monkeypatch.setattr("armor.execution.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(ArmorError, match="hidden states need .* GB on this disk, 1e-06 GB are free"):
         make_states(*opened(root), sample(root), tmp_path / "states.json")
     assert not any(tmp_path.iterdir())
@@ -318,6 +319,21 @@ def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypa
 def test_too_small_a_batch_of_text_is_refused():
     with pytest.raises(ValueError, match="batch: found 7, but there are 6 sequences"):
         refine_job(None, **TRAINING | {"batch": 7})
+
+
+def test_as_many_sequences_as_are_trained_on_and_held_out_and_no_others(root, tmp_path):
+    for job, settings in ((RefineJob, {"refine": RefineSettings(**TRAINING)}), (TuneJob, {"tune": TuneSettings()})):
+        with pytest.raises(ValueError, match=r"sample.sequences: found 7, expected \d+: \d+ to train on, then \d"):
+            job(**settings, sample=sample(root, 7))
+    with pytest.raises(ArmorError, match="states.json: found 8 sequences, expected 7 with the held-out ones"):
+        refined(root, 1, tmp_path, held_out=1)
+
+
+def test_a_disk_without_room_for_the_steps_of_a_training_is_said_before_the_first(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("armor.execution.files.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(ArmorError, match="the steps of a training need .* make room, or set core: false"):
+        refined(root, 1, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_device_that_is_too_small_is_one_line(root, tmp_path, monkeypatch):

@@ -92,6 +92,9 @@ class Training(Typed):
 
     stage: Literal["refine", "tune"]
     """The stage that trained: one decoder layer, or the whole model."""
+    inputs: Literal["dense", "compressed"] | None = None
+    """What went into the layer that was refined: what the dense model has there, or what the refined layers before make
+    of the text. Null of tune."""
     start_loss: float
     """The loss on the held-out sequences before, in the unit of the stage."""
     loss: float
