@@ -4,9 +4,11 @@
     python -m benchmarks.lora source.json sparsegpt/checkpoint --train wiki.valid.raw --evaluate wiki.test.raw
 
 The adapters stand beside all linears but the head, which stay as they are: as many bits as `method: lora` of this rank.
-Their loss is that of the next token, or the KL divergence from the dense model's predictions, as tune has it. AdamW,
-batches of 2 x 1,024 tokens, a twelfth of the steps to warm up, a cosine; of eight looks at 8 held-out sequences the
-best is kept. As many sequences as tune has; perplexity and KL divergence in float32 on 16 x 1,024 tokens.
+Their loss is that of the next token, or the KL divergence from the dense model's predictions, as tune has it, on the
+sequences that tune has. The Trainer's AdamW and clipping, a twelfth of the steps to warm up, a cosine; of eight looks
+at the held-out sequences the best is kept. There is one stage: give it the steps that take the time of refine and tune
+together. On the CPU, products in bfloat16 where it multiplies in it; perplexity and KL divergence in float32 on 16 x
+1,024 tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.model.source import open_source
 from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.skeleton import compute_dtype
 from armor.text.blocks import token_blocks
 from armor.training.tune import kept_predictions, kl_divergence
 from benchmarks.quantize_model import scores
@@ -75,7 +78,8 @@ def main(
 ) -> None:
     """Train, print the model before and after; add both to benchmarks/lora.json."""
     source = open_source(model).path
-    tokenizer, sequences = load_tokenizer(source), SETTINGS.sequences + SETTINGS.held_out
+    tokenizer, sequences, every = load_tokenizer(source), SETTINGS.sequences + SETTINGS.held_out, -(-steps // LOOKS)
+    tokens = token_blocks(TextSettings(files=[str(evaluate)]), tokenizer, 16, LENGTH)
     begun = time.perf_counter()
     data = examples(source, token_blocks(TextSettings(files=[str(train)]), tokenizer, sequences, LENGTH), loss)
     pruned = load_model(checkpoint, "float32").dequantize()
@@ -90,15 +94,15 @@ def main(
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 12,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
+            bf16=compute_dtype("bfloat16") == torch.bfloat16,
+            use_cpu=True,
             eval_strategy="steps",
             save_strategy="steps",
-            eval_steps=max(1, steps // LOOKS),
-            save_steps=max(1, steps // LOOKS),
+            eval_steps=every,
+            save_steps=every,
             load_best_model_at_end=True,
             save_total_limit=1,
-            logging_steps=max(1, steps // LOOKS),
+            logging_steps=every,
             remove_unused_columns=False,
             prediction_loss_only=True,
             label_names=["labels"],
@@ -110,11 +114,10 @@ def main(
         )
         trainer.train()
     seconds, peak = time.perf_counter() - begun, peak_memory_bytes("cpu")
-    tokens = token_blocks(TextSettings(files=[str(evaluate)]), tokenizer, 16, LENGTH)
     with torch.inference_mode():
         dense = load_model(source, "float32")
         wanted = [dense(input_ids=block[None], use_cache=False).logits[0] for block in tokens]
-        adapted.eval()
+        adapted = trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False).eval()  # bfloat16 was for training
         with adapted.disable_adapter():
             before = scores(adapted, tokens, wanted)
         after = scores(adapted, tokens, wanted)

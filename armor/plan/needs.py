@@ -8,7 +8,6 @@ the process takes before any work, and what lies on the host whatever computes.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -257,7 +256,8 @@ def _refine(plan: Plan, model: str, recipe: str, index: str) -> Need:
     work = (START, _training(subject, job.refine, length, block, 1, passed))
     shorter = ByLength(f"recipes.{recipe}.refine.sequence_length", length, memory)
     states = _states_bytes(subject, sequences, length)  # the dense model's, and in a chain what goes in and comes out
-    scratch = sum(states) + (2 * max(states) if passed else 0) + saved_bytes([shapes], job.refine.core)
+    at_once = 1 if job.refine.inputs == "compressed" else min(plan.host.cores, len(states) - 1)
+    scratch = sum(states) + (2 * max(states) if passed else 0) + at_once * saved_bytes([shapes], job.refine.core)
     return Need(memory(length), kept=packed.layer_bytes(layer), scratch=scratch, work=work, by_length=shorter)
 
 
@@ -278,9 +278,11 @@ def _tune(plan: Plan, model: str, recipe: str) -> Need:
         _training(subject, job.tune, length, block, len(subject.topology.layers)),
     )
     remedy = f"set recipes.{recipe}.tune.core to false, or refine its layers instead of tune"
-    if plan.host.gpu is not None:
-        several = (n for n in range(2, len(shapes) + 1) if placed(devices=n)[1] <= plan.host.gpu)
-        remedy = "".join(f"--set-resources tune:gpu={n}, or " for n in itertools.islice(several, 1)) + remedy
+    if room := plan.host.gpu:
+        cards = range(1, len(shapes) + 1)
+        enough = (n for n in cards if memory_of(on_host, placed(devices=n)[1]).card <= USABLE * room)
+        if (n := next(enough, 1)) > 1:
+            remedy = f"use --set-resources tune:gpu={n}, {remedy}"
     return Need(
         memory_of(on_host, least),
         kept=sum(packed.linear_bytes.values()),

@@ -82,13 +82,11 @@ def loss_by_layer(model: ModelResults, name: str) -> Figure | None:
 
 def output_error(model: ModelResults, name: str) -> Figure | None:
     """The held-out output error of each decoder layer before and after refine, two lines per recipe; None without."""
-    rows, falls, drawn = [], [], set()
+    rows, falls = [], []
     for recipe in model.compressed:
-        refined = [(r.layer, [done for done in r.training if done.stage == "refine"]) for r in recipe.layers]
-        own = [(layer, trainings[-1]) for layer, trainings in refined if trainings]
-        if (losses := tuple(done.loss for _, done in own)) in drawn:  # those of the recipe that it starts from
-            continue
-        drawn.add(losses)
+        stages = zip(recipe.pair.chain, recipe.stages, strict=False)  # of a base's refinement the base has the lines
+        refined = [r for asked, (_, records) in stages if asked == ("refine", recipe.name) for r in records]
+        own = [(record.layer, record.training[-1]) for record in refined if record.training]
         for layer, done in own:
             rows.append(Mark(recipe=recipe.name, when="before", layer=layer, loss=done.start_loss))
             rows.append(Mark(recipe=recipe.name, when="after", layer=layer, loss=done.loss))

@@ -138,11 +138,10 @@ def _trained(best: RecipeResults) -> str:
     texts = []
     for layers in best.trainings:
         first = layers[0]
-        stored = ", quantized," if first.rounded else ""
-        chained = ", behind the trained ones before it," if first.inputs == "compressed" else ""
-        what = f"each decoder layer{stored}{chained} to give"
-        if first.stage == "tune":
-            what = f"the whole model{stored} to predict"
+        how = ["quantized"] if first.rounded else []
+        how += ["behind the trained ones before it"] if first.inputs == "compressed" else []
+        subject, verb = ("the whole model", "predict") if first.stage == "tune" else ("each decoder layer", "give")
+        what = f"{', '.join([subject, *how])}{',' if how else ''} to {verb}"
         texts.append(
             f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
             f"of {first.text} ({max(training.steps for training in layers)} steps)"

@@ -111,9 +111,13 @@ class ArmorQuantizer(HfQuantizer):
         try:
             self._make_room(model, checkpoint_files, device_map)
         except BaseException:
-            if self._hashing is not None:
-                self._hashing.stop()
+            self._stop()
             raise
+
+    def _stop(self) -> None:
+        """Read no more of a checkpoint that is refused."""
+        if self._hashing is not None:
+            self._hashing.stop()
 
     def _make_room(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None, device_map: dict[str, Any] | str | None
@@ -154,7 +158,7 @@ class ArmorQuantizer(HfQuantizer):
         What is saved from the model names its modules as its tensors are named here.
         """
         known = {tombstone(modules), Names(model).here(tombstone(modules))}
-        is_watched = _watch_keys(model, known, where)
+        is_watched = _watch_keys(model, known, where, self._stop)
         renamed = swap_linears(model, modules)
         _keep_from_initialization(model, renamed)
         self._own = [
@@ -393,12 +397,13 @@ def _kind(model: PreTrainedModel) -> tuple[bool, bool]:
     return is_base, type(model).__name__ in (model.config.architectures or ())
 
 
-def _watch_keys(model: PreTrainedModel, known: set[str], where: Path | str) -> bool:
+def _watch_keys(model: PreTrainedModel, known: set[str], where: Path | str, stop: Callable[[], None]) -> bool:
     """Make the loader refuse what it would otherwise warn of: tensors it misses, and those but `known` it cannot place.
 
-    A head may be missing or left over where the class is not the checkpoint's own (a classifier on a language model);
-    the base model may not. transformers shows these names in one place only, a private method, overridden here for one
-    load. In a release without it (False is returned) transformers warns of them as for any model.
+    `stop` is called before. A head may be missing or left over where the class is not the checkpoint's own (a
+    classifier on a language model); the base model may not. transformers shows these names in one place only, a private
+    method, overridden here for one load. In a release without it (False is returned) transformers warns of them as for
+    any model.
     """
     adjust = getattr(model, _HOOK, None)
     if adjust is None:
@@ -412,6 +417,8 @@ def _watch_keys(model: PreTrainedModel, known: set[str], where: Path | str) -> b
         adjust(loading_info)
         missing = {key for key in loading_info.missing_keys if same_class or is_base or key.startswith(prefix)}
         unexpected = {key for key in loading_info.unexpected_keys if same_class or key.startswith(prefix)}
+        if missing or unexpected:
+            stop()
         if missing:
             raise ArmorError(f"{where}: {min(missing)}: missing; assemble or copy the checkpoint again")
         if unexpected:

@@ -118,8 +118,10 @@ def fit(
 
     state = _State(parameters, dtypes, settings, held_out_loss)
     went_on = steps is not None and state.load(steps)
-    if steps is not None and not state.ended():  # beside what is there the next one is written
-        room_for(state.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", "set core: false")
+    if steps is not None and not state.ended():
+        state.clear(steps)
+        remedy = "set core: false" if settings.core else "take a larger disk"
+        room_for(state.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", remedy)
     if not went_on:
         state.look(0, [])
     if not math.isfinite(start := state.fit.looks[0].held_out_loss):
@@ -226,8 +228,12 @@ class _State:
                 tensors |= {f"mean {name}": moments["exp_avg"], f"square {name}": moments["exp_avg_sq"]}
             save_safetensors(file, tensors)
         steps.put(STEP, self.fit)
+        self.clear(steps)
+
+    def clear(self, steps: Steps) -> None:
+        """Delete what was saved but what the record names; a kill may have left more."""
         for old in steps.folder.glob("state_*"):
-            if old != folder:
+            if old != _state_folder(steps.folder, self.fit.steps):
                 shutil.rmtree(old)
 
     def load(self, steps: Steps) -> bool:

@@ -133,7 +133,7 @@ def test_what_layers_carry_beside_hidden_states_is_in_the_states(tmp_path):
     of_calibration = calibrate(*opened(root), CalibrationSettings.model_validate(words), root / "out/calibration.json")
     states = make_states(*opened(root), Sample.model_validate(words | {"sequences": 3}), root / "states.json")
     by_stage = {stage.stage: stage for stage in found.stages}
-    assert by_stage["states"].scratch_bytes == states.bytes < by_stage["refine"].scratch_bytes
+    assert by_stage["states"].scratch_bytes == states.bytes
     assert by_stage["calibrate"].scratch_bytes == 2 * of_calibration.hidden_states_bytes
 
 
@@ -146,7 +146,7 @@ def test_more_of_everything_takes_more(tmp_path):
         if one.stage in ("calibrate", "states", "sensitivity", "refine", "tune"):
             assert other.host_bytes > one.host_bytes and other.card_bytes > one.card_bytes, one.stage
             assert other.gpu_seconds > one.gpu_seconds or one.stage == "refine"
-            assert other.scratch_bytes >= one.scratch_bytes
+            assert other.scratch_bytes > one.scratch_bytes, one.stage
 
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path):
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     assert any(line.startswith("calibrate tiny words: ") and line.endswith(enough) for line in card)
     one = next(stage.card_bytes for stage in found.stages if (stage.stage, stage.of) == ("tune", "tiny tuned"))
     several = problems(gpu=one - 1)
-    assert any(s.startswith("tune tiny tuned: ") and "; --set-resources tune:gpu=2, or set" in s for s in several)
+    assert any(s.startswith("tune tiny tuned: ") and "; use --set-resources tune:gpu=2, set rec" in s for s in several)
     assert all("\n" not in line for line in (*small, *tight, *card, *several))
 
 

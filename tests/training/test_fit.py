@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from armor.config.training import TrainingSettings
@@ -157,6 +159,20 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, file
         assert found == expected and again.value.equal(whole.value) and again.more.equal(whole.more)
         assert again.learnt == 2 * (24 - kill // 3 * 3)
         assert not any(tmp_path.iterdir())
+
+
+def test_the_disk_has_room_for_what_is_kept_to_go_on_or_the_line_says_what_is_missing(tmp_path, monkeypatch):
+    """Twice what a look keeps before the first, once when it goes on; what a kill left of the next look goes first."""
+    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
+    asked: list[int] = []
+    with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+        Dying(7).fit(steps)
+    (saved,) = steps.folder.glob("state_*")
+    shutil.copytree(saved, steps.folder / "state_9")
+    kept = sum(tensor.nbytes for file in saved.iterdir() for tensor in load_file(file).values())
+    with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+        Dying(0).fit(steps)
+    assert asked == [2 * kept, kept] and [*steps.folder.glob("state_*")] == [saved]
 
 
 def test_a_pair_may_start_at_zero():

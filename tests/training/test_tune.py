@@ -19,7 +19,7 @@ from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
-from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, tune_bytes
+from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, saved_bytes, tune_bytes
 from armor.training.tune import kept_predictions, kl_divergence, tune
 from tests.memory import NoRoom, card_of, host_of
 from tests.packed import opened
@@ -126,6 +126,15 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     assert [look.held_out_loss for look in found.looks] == pytest.approx(
         [look.held_out_loss for look in expected.looks], rel=1e-3
     )
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_the_plan_counts_what_is_kept_to_go_on(root, tmp_path, monkeypatch, core):
+    asked: list[int] = []
+    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
+    tuned(root, tmp_path, core=core)
+    planned = saved_bytes([factor_shapes(root / f"layers/layer_{k}.safetensors") for k in range(2)], core)
+    assert asked == [pytest.approx(planned, rel=0.03)]  # norms are not in it
 
 
 def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch):
