@@ -40,13 +40,13 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
     linears = {name: linear for layer in layers for name, linear in layer.modules.items()}
     weights = sum(linear.weights for linear in linears.values())
     options = [[(_stored(linear, p), p.predicted_kl) for p in linear.prices] for linear in linears.values()]
-    least, most = (sum(pick(bits for bits, _ in own) for own in options) / weights for pick in (min, max))
-    if not least <= settings.bits <= most:
+    least, most = (sum(pick(bits for bits, _ in own) for own in options) for pick in (min, max))
+    if not least / weights <= settings.bits <= most / weights:
         raise ArmorError(
-            f"budget.bits: found {settings.bits:g}, but the choices in over take {least:.4g} to {most:.4g} bits per "
-            "weight in the mean; set bits between them, or offer other choices"
+            f"budget.bits: found {settings.bits:g}, but the choices in over take {least / weights:.4g} to "
+            f"{most / weights:.4g} bits per weight in the mean; set bits between them, or offer other choices"
         )
-    picks = cheapest(options, int(settings.bits * weights))
+    picks = cheapest(options, max(int(settings.bits * weights), least))  # the product may be rounded to below the least
     chosen = {name: linear.prices[pick] for (name, linear), pick in zip(linears.items(), picks, strict=True)}
     bits = sum(own[pick][0] for own, pick in zip(options, picks, strict=True)) / weights
     record = BudgetRecord(

@@ -272,16 +272,18 @@ def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRec
         return refined / f".states_{index}.safetensors" if index else states_file(dense, 0)
 
     start = next((k for k in range(layer, 0, -1) if _is_about(file(k), about(k))), 0)
-    if start < layer:
-        room_for(known.bytes // (len(run.skeleton.layers) + 1), refined, "hidden states", FEWER)
+    for old in refined.glob(".states_*.safetensors"):
+        if old != file(start):
+            old.unlink()
+    if start < layer:  # what goes into a layer is deleted behind it, but for the dense states
+        at_once = 1 if start else min(layer, 2)
+        room_for(at_once * known.bytes // (len(run.skeleton.layers) + 1), refined, "hidden states", FEWER)
     if layer - start > 1:
         log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
     for index in range(start, layer):
-        factors = layer_file(refined, index)
-        run(index, factors, file(index), file(index + 1), about(index + 1))
-    for old in refined.glob(".states_*.safetensors"):
-        if old != file(layer):
-            old.unlink()
+        run(index, layer_file(refined, index), file(index), file(index + 1), about(index + 1))
+        if index:
+            file(index).unlink()
     return file(layer)
 
 

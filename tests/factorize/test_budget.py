@@ -18,7 +18,7 @@ from armor.core.errors import ArmorError
 from armor.factorize.budget import cheapest, choose
 from armor.factorize.layer import factorize_layer
 from armor.factorize.prices import extrapolated, price_layer
-from armor.format.records.budget import BudgetRecord, PricesRecord
+from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 from armor.format.records.layer import LayerRecord
 from armor.methods.solver.settings import SolverSettings
 from armor.training.sensitivity import measure_sensitivity
@@ -100,6 +100,13 @@ def test_armor_gram_is_priced_as_armor_and_without_a_gram_matrix(root):
     assert found.modules[Q].prices[0].choice == {"method": "armor_gram", "block_size": 4}
     same = {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in armor.modules.items()}
     assert {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in found.modules.items()} == same
+
+
+def test_bits_that_are_just_enough_are_enough(root, tmp_path):
+    bits = 1 / 49  # times 49 it is rounded to less than 1
+    only = LinearPrices(weights=49, prices=(Price(choice={}, bits=bits, predicted_kl=0.1),))
+    PricesRecord.read(root / "prices/layer_1.json").replace(modules={Q: only}).write(tmp_path / "layer_0.json")
+    assert choose(tmp_path, BudgetSettings(bits=bits), tmp_path / "budget.json").bits == bits
 
 
 def test_costs_fall_as_a_power_of_the_iterations():

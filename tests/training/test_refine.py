@@ -23,6 +23,7 @@ from armor.format.factors import read_factors, read_others
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
 from armor.format.shards import Shards
+from armor.format.states import write_states
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.calls import observe_each
@@ -125,7 +126,9 @@ def test_of_a_lora_the_pair_alone_is_trained(tmp_path):
     model = assembled(root, tmp_path / "refined", tmp_path)
     assert errors(root, model)[0] == pytest.approx(done.loss, rel=1e-4)
     card = (tmp_path / "checkpoint/README.md").read_text()
-    assert "dense one's: U, V; 16 steps" in card and "| lora | 2:4 | rank 4 | 14 |" in re.sub(" +", " ", card)
+    assert "Refined: U, V of each decoder layer were" in card and "| lora | 2:4 | rank 4 | 14 |" in re.sub(
+        " +", " ", card
+    )
 
 
 def test_integers_are_refined_as_they_are_stored_and_the_fewer_their_bits_the_more_it_brings(root, tmp_path):
@@ -220,6 +223,20 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
         assert output_error(*(out for _, _, out in last)).item() == pytest.approx(
             chain[k].training[0].start_loss, rel=NEAR
         )
+
+
+def test_on_the_way_to_a_late_layer_of_a_chain_no_states_pile_up(tmp_path, monkeypatch):
+    root, output, found = ready(tmp_path, layers=4), tmp_path / "refined", []
+    chain = [refined(root, k, output, inputs="compressed", steps=2) for k in range(4)]
+
+    def counted(target, *rest):
+        found.append(len([*output.glob(".states_*.safetensors")]))
+        return write_states(target, *rest)
+
+    monkeypatch.setattr("armor.training.refine.write_states", counted)
+    (output / "layer_3.safetensors").unlink()
+    assert refined(root, 3, output, inputs="compressed", steps=2).sha256 == chain[3].sha256
+    assert found == [0, 1, 1] and not [*output.glob(".*")]
 
 
 def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog):

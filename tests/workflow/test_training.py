@@ -144,6 +144,21 @@ def test_code_that_makes_states_makes_them_and_refines_every_layer_anew(trained,
         assert {stage: told[stage] for stage in stages} == {stage: plan[stage] for stage in stages}
 
 
+def test_what_a_kill_left_hides_nothing_that_is_due(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    tiny = again.folder / "results/tiny"
+    (tiny / "states/words-4x32").mkdir()  # of another recipe, and newer than what was refined
+    (tiny / "chained/checkpoint.json").unlink()
+    assert asked(again) == {"assemble": 1}
+    factors = tiny / "pruned/refined/layer_1.safetensors"  # refined anew, and killed before it was summed up
+    factors.write_bytes(factors.read_bytes() + b"\n")
+    assert asked(again) == {"refined": 1, "assemble": 2}
+    done = again.snakemake("--", "results/tiny/chained/checkpoint.json")
+    assert done.returncode == 0, done.stderr
+    assert not (tiny / "states/words-4x32").exists()
+
+
 def test_one_layer_again_leaves_the_others(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "run")
     again = Run(tmp_path / "run", trained.config)

@@ -7,7 +7,8 @@ rule assemble:
         source=R.source(),
         topology=R.topology(),
         factors=needed("assemble", "factors"),
-        refined=ancient(summed_up),
+        refined=ancient(summed_up(behind=False)),
+        behind=summed_up(behind=True),
         more=stored_for("assemble"),
     output:
         record=R.checkpoint(),

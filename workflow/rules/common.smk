@@ -5,8 +5,10 @@ jobs (armor.run.stages) what a stage reads of other jobs and of the configuratio
 passes on no more than that, as JSON text in its params, so that an edit reruns just what it touches.
 """
 
+import itertools
 import os
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -98,6 +100,9 @@ onstart:
 onsuccess:
     for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
         Path(HERE.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
+    if not workflow.storage_settings.notemp:  # what a run that was killed has left, and no layer needed any more
+        for model, states in itertools.product(SETTINGS.models, SETTINGS.states()):
+            shutil.rmtree(beside(HERE.states(model, states)), ignore_errors=True)
     print(*summary(Path(HERE.root), SETTINGS), sep="\n", file=sys.stderr)
     if os.path.isfile(page := HERE.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)
@@ -227,11 +232,27 @@ def folder_needed(stage):
     return folder
 
 
-def summed_up(wildcards):
-    """The records that sum up the refinements behind a recipe: while they wait for them, the states are kept."""
-    made = SETTINGS.chain(wildcards.recipe)
-    owners = (owner for stage, owner in made if stage == "refine")
-    return [str(job.record) for owner in owners for job in jobs_known("refined", (wildcards.model, owner))]
+def summed_up(behind):
+    """The records that sum up the refinements before a recipe: while jobs wait for them, the states are kept.
+
+    `behind` their layers, which then were refined by a run that was killed, or not. What makes the former run makes the
+    recipe's factors new too; Snakemake does not see that by itself, as it does not look further behind a job that runs.
+    """
+
+    def files(wildcards):
+        owners = (owner for stage, owner in SETTINGS.chain(wildcards.recipe) if stage == "refine")
+        found = [job for owner in owners for job in jobs_known("refined", (wildcards.model, owner))]
+        return [str(job.record) for job in found if is_behind(job) == behind]
+
+    return files
+
+
+@cache
+def is_behind(job):
+    """Whether a job's record is older than a file that it is made of, as the run begins."""
+    made = [files_of(other)[0] for _, stage, names in job.inputs(SETTINGS) for other in jobs_known(stage, names)]
+    times = [os.path.getmtime(file) for file in (job.record, *made) if os.path.isfile(file)]
+    return job.record.is_file() and max(times) > times[0]
 
 
 def states_folder(wildcards):

@@ -78,9 +78,12 @@ rule refine:
 
 
 rule refined:
-    """Sum up a recipe's refinement. It holds the states until all layers are done: Snakemake deletes them then."""
+    """Sum up a recipe's refinement. It holds the states until all layers are done: Snakemake deletes them then.
+
+    Only its layers make it run. If states that lie there did, jobs behind it that are due would be passed over.
+    """
     input:
-        states=states_folder,
+        states=ancient(states_folder),
         factors=needed("refined", "factors"),
         more=stored_for("refined"),
     output:
