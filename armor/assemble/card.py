@@ -21,7 +21,8 @@ from armor.execution.log import log
 from armor.format.names import MODEL
 from armor.format.provenance import ranges
 from armor.format.records.checkpoint import FactorsMadeBy, ProvenanceRecord
-from armor.format.records.layer import LayerRecord, Training, trainings
+from armor.format.records.layer import LayerRecord
+from armor.format.trained import trained
 
 __all__ = ["Sizes", "card", "origins"]
 
@@ -116,7 +117,7 @@ def card(
         instead=_instead(sizes.bits_per_weight) if {*patterns} - {str(DENSE)} else "",
         recipe="\n".join(_recipe(part) for part in made.factors),
         integers=_integers(records),
-        training=_trainings(records),
+        training="".join(f"{text}\n\n" for text in trained(records)),
         fingerprint=made.fingerprint,
         calibration=made.statistics_fingerprint,
         code=", ".join(dict.fromkeys(part.code for part in made.factors)),
@@ -174,39 +175,6 @@ def _integers(records: list[LayerRecord]) -> str:
 def _recipe(part: FactorsMadeBy) -> str:
     settings = yaml.safe_dump(part.settings, sort_keys=True).rstrip()
     return f"Layers {ranges(part.layers)}:\n\n```yaml\n{settings}\n```\n"
-
-
-def _trainings(records: list[LayerRecord]) -> str:
-    """What the factors were trained by, a paragraph each; nothing if by nothing."""
-    linears = [linear for record in records for linear in record.modules.values()]
-    named = {"A, B": "block_sizes", "U, V": "rank"}
-    around = [names for names, field in named.items() if any(getattr(linear, field) for linear in linears)]
-    return "".join(f"{_training(layers, around)}\n\n" for layers in trainings(records))
-
-
-def _training(layers: list[Training], around: list[str]) -> str:
-    first = max(layers, key=lambda done: done.steps)
-    how = (
-        f"{first.steps} steps of {first.tokens // max(first.steps, 1) // first.length} sequences of {first.length:,} "
-        f"tokens, out of {first.sequences} of {first.text} (Adam, a rate of {first.rate:g} of each tensor's root mean "
-        "square)"
-    )
-    core = ["the values of S"] if first.core else []
-    norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []
-    what = ", ".join([*around, *core, *norms]) + (", through the rounding" if first.rounded else "")
-    if first.stage == "tune":
-        return (
-            f"Tuned: the whole model was trained to predict what the dense one predicts: {what}; {how}. KL divergence "
-            f"on {first.held_out} held-out sequences: {first.start_loss:.4f} nats before, {first.loss:.4f} after."
-        )
-    falls = [1 - done.loss / done.start_loss for done in layers if done.start_loss] or [0.0]
-    same = sum(not done.kept for done in layers)
-    before = ", behind the refined ones before it," if first.inputs == "compressed" else ""
-    return (
-        f"Refined: the output of each decoder layer{before} was brought close to the dense one's: {what}; {how}. Its "
-        f"relative error on {first.held_out} held-out sequences fell by {sum(falls) / len(falls):.0%} in the mean of "
-        f"{len(layers)} layers{f'; {same} stayed as they were' if same else ''}."
-    )
 
 
 CARD = """# {title}: packed sparse linears (ARMOR)

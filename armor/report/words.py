@@ -8,6 +8,7 @@ from statistics import stdev
 
 from armor.format.provenance import ranges
 from armor.format.records.evaluation import EvaluationRecord
+from armor.format.trained import trained
 from armor.report.numbers import number, percent, plus_minus, size, span
 from armor.report.results import ModelResults, RecipeResults, decode_speed
 
@@ -21,7 +22,9 @@ def summarize(model: ModelResults) -> list[str]:
         best, rival = rival, None
     paragraphs = []
     if best:
-        paragraphs += [" ".join(_lost(model, best, rival)), _trained(best), " ".join(_saved(model, best, rival))]
+        paragraphs.append(" ".join(_lost(model, best, rival)))
+        paragraphs.append(" ".join(trained(best.layers)) if best.complete else "")
+        paragraphs.append(" ".join(_saved(model, best, rival)))
     paragraphs.append(" ".join(_trust(model)))
     paragraphs += unrouted(model)
     if gaps := missing(model):
@@ -131,22 +134,6 @@ def _lost(model: ModelResults, best: RecipeResults, rival: RecipeResults | None)
             "positions both find the same token the most likely."
         )
     return sentences
-
-
-def _trained(best: RecipeResults) -> str:
-    """What was trained after the factorization, on what, how long."""
-    texts = []
-    for layers in best.trainings:
-        first = layers[0]
-        how = ["quantized"] if first.rounded else []
-        how += ["behind the trained ones before it"] if first.inputs == "compressed" else []
-        subject, verb = ("the whole model", "predict") if first.stage == "tune" else ("each decoder layer", "give")
-        what = f"{', '.join([subject, *how])}{',' if how else ''} to {verb}"
-        texts.append(
-            f"{what} what the dense one does, on {first.sequences} sequences of {first.length:,} tokens "
-            f"of {first.text} ({max(training.steps for training in layers)} steps)"
-        )
-    return f"Its factors were trained: {'; then '.join(texts)}." if texts else ""
 
 
 def _saved(model: ModelResults, best: RecipeResults, rival: RecipeResults | None) -> list[str]:

@@ -269,7 +269,7 @@ def fit_whole(
     """Train the `layers` of `model` until it predicts tokens (sequences, length) as the dense model does.
 
     `dtype` is the model's as it is stored. With `recompute` a layer is run again when its gradient is due, and its
-    linears are multiplied out for every sequence: less memory, a half more time, the same numbers but for rounding.
+    linears are multiplied out for every sequence: less memory, a quarter more time, the same numbers but for rounding.
     """
 
     def divergence(index: int) -> Tensor:

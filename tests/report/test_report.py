@@ -155,9 +155,13 @@ def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
         *("8.0 M", "compressed", "wiki.valid.raw", "128 × 1,024", "8", "48", "1", "0.625", "1 of 4 layers"),
         *("2.0 M", "wiki.valid.raw", "128 × 1,024", "8", "48", "0.200", "0.100", "no"),
     ]
-    assert "Its factors were trained: each decoder layer, behind the trained ones before it, to give what the" in page
-    assert "dense one does, on 128 sequences" in page
-    assert "of 1,024 tokens of wiki.valid.raw (48 steps)" in page
+    said = " ".join(html.unescape(page).split())
+    assert (
+        "Refined: A, B, the values of S of each decoder layer, behind the refined ones before it, were trained until "
+        "its output was close to the dense one's, in 48 steps of 4 sequences of 1,024 tokens, out of 128 of "
+        "wiki.valid.raw (Adam, a rate of"
+    ) in said
+    assert "Tuned: A, B, the values of S of the whole model were trained to predict what the dense one" in said
     assert "Refine</th>" in page and "Tune</th>" in page
     assert "Output error by decoder layer" in page
 

@@ -100,8 +100,8 @@ def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path)
     layers[0].replace(training=(stopped, tuning)).write(tmp_path / "tuned/layer_0.json")
     divergence(root, tmp_path / "tuned", tmp_path)
     card = (tmp_path / "checkpoint/README.md").read_text()
-    for said in ("Refined: the output", "Tuned: the whole model"):
-        assert "; 16 steps of 2 sequences of 48 tokens, " in card.partition(said)[2].partition("\n")[0]
+    for said in ("Refined: A, B, the values of S", "Tuned: A, B, the values of S"):
+        assert ", in 16 steps of 2 sequences of 48 tokens, " in card.partition(said)[2].partition("\n")[0]
 
 
 def test_the_core_may_stay(root, tmp_path):
