@@ -1,7 +1,7 @@
 """What bfloat16 costs factors that are float32: perplexity, and KL divergence from the dense model, by what is rounded.
 
-    cd runs/refine/results/smollm2-135m
-    python -m benchmarks.factor_dtype source.json armor/layers armor-tuned/tuned --evaluate wiki.test.raw
+    M=runs/refine/results/smollm2-135m
+    python -m benchmarks.factor_dtype $M/source.json $M/armor/layers $M/armor-tuned/tuned --evaluate wiki.test.raw
 
 Only the stored numbers are rounded: products are float32. The dense row is the dense model with its linears' weights in
 bfloat16. 16 × 1,024 tokens.

@@ -1,7 +1,7 @@
 """A pruned model recovered by LoRA the way its users do it: PEFT's adapters, transformers' Trainer.
 
-    cd runs/refine/results/smollm2-135m
-    python -m benchmarks.lora source.json sparsegpt/checkpoint --train wiki.valid.raw --evaluate wiki.test.raw
+    M=runs/competitors/results/smollm2-135m
+    python -m benchmarks.lora $M/source.json $M/sparsegpt/checkpoint --train wiki.valid.raw --evaluate wiki.test.raw
 
 The adapters stand beside all linears but the head, which stay as they are: as many bits as `method: lora` of this rank.
 Their loss is that of the next token, or the KL divergence from the dense model's predictions, as tune has it, on the

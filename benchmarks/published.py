@@ -92,6 +92,12 @@ MODELS: dict[str, dict] = {
         },
     },
 }
+MODELS["llama-3-8b"] = MODELS["llama-3-70b"] | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 SHARD = 5_000_000_000
 SCALED = 128  # rows and columns that share a scale
 

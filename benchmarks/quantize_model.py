@@ -1,8 +1,8 @@
 """What each step from floats to integers brings in perplexity: all linears of a model that was refined or tuned.
 
-    cd runs/quantized/results/smollm2-135m
-    python -m benchmarks.quantize_model armor-tuned/tuned armor-tuned/checkpoint calibration/wikitext2 source.json \
-        --evaluate wiki.test.raw
+    M=runs/quantized/results/smollm2-135m
+    python -m benchmarks.quantize_model $M/armor-tuned/tuned $M/armor-tuned/checkpoint $M/calibration/wikitext2 \
+        $M/source.json --evaluate wiki.test.raw
 
 The steps come one on top of the other: every number to the nearest, on the scale that holds the largest of its group;
 searched scales; S by coordinate descent toward the floats, with A and B at the nearest; the first round of the search,

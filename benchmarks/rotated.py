@@ -1,7 +1,7 @@
 """A Llama turned so that pruning loses less, as DenoiseRotator does it, and the same model otherwise.
 
-    cd runs/refine/results/smollm2-135m
-    python -m benchmarks.rotated source.json calibration/wikitext2/calibration.json rotated
+    M=runs/refine/results/smollm2-135m
+    python -m benchmarks.rotated $M/source.json $M/calibration/wikitext2/calibration.json runs/rotated
 
 The norms' weights move into the linears behind them. Then one orthogonal matrix turns the hidden states, and one for
 each head of the values turns what attention gathers. All of them go into the weights, so nothing is left to do when the
