@@ -132,11 +132,11 @@ def main(
         "peak_memory_bytes": peak,
     }
     row = f"{checkpoint.parent.name}, rank {rank}, {loss}, {steps} steps at {rate:g}"
-    write_json(OUTPUT, (read_json(OUTPUT) if OUTPUT.is_file() else {}) | {row: found})
     print(
         f"{row}: perplexity {before['perplexity']:.2f} to {after['perplexity']:.2f}, "
         f"KL {before['kl']:.3f} to {after['kl']:.3f}, {seconds:.0f} s, {peak / 1e9:.2f} GB"
     )
+    write_json(OUTPUT, (read_json(OUTPUT) if OUTPUT.is_file() else {}) | {row: found})  # not of one that diverged
 
 
 if __name__ == "__main__":

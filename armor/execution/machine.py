@@ -7,9 +7,11 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.core.version import __version__
 
@@ -18,6 +20,7 @@ __all__ = [
     "Machine",
     "current_machine",
     "device_memory_bytes",
+    "enough_memory",
     "host_memory_bytes",
     "peak_memory_bytes",
     "resident_memory_bytes",
@@ -94,6 +97,17 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
             if file.is_file() and (limit := file.read_text().strip()) != "max":
                 limits.append(int(limit))
     return min(limits)
+
+
+@contextlib.contextmanager
+def enough_memory(where: str, device: str, remedy: str) -> Iterator[None]:
+    """Say in one line, an ArmorError, what ran out of the memory of `device` and what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ArmorError(f"{where}: out of memory on {device}; {remedy}") from error
 
 
 def resident_memory_bytes() -> int:

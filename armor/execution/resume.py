@@ -30,7 +30,7 @@ from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
 from armor.execution.machine import current_machine
 
-__all__ = ["Steps", "identity", "resumable"]
+__all__ = ["Done", "Steps", "identity", "resumable"]
 
 WORK = "work"
 
@@ -41,6 +41,10 @@ def identity(folder: Path) -> list:
 
 
 T = TypeVar("T", bound=Typed)
+
+
+class Done(Typed):
+    """What is remembered of a step that has left a file in the folder, and nothing else to know."""
 
 
 class _Step(Typed):
@@ -109,7 +113,7 @@ def resumable(output: Path | str, stage: str, device: str, also: Iterable[str] =
             log.info("going on after %d finished steps (%s)", len(steps), folder)
         yield steps
     except BaseException:
-        if not steps:
+        if not steps and not any(folder.glob(part_of("*").name)):  # nor steps of work that is part of this one
             shutil.rmtree(folder, ignore_errors=True)
         raise
     else:

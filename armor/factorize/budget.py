@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,9 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
     least, most = (sum(pick(bits for bits, _ in own) for own in options) for pick in (min, max))
     if not least / weights <= settings.bits <= most / weights:
         raise ArmorError(
-            f"budget.bits: found {settings.bits:g}, but the choices in over take {least / weights:.4g} to "
-            f"{most / weights:.4g} bits per weight in the mean; set bits between them, or offer other choices"
+            f"budget.bits: found {settings.bits:g}, but the choices in over take {ceil(1e3 * least / weights) / 1e3:g} "
+            f"to {floor(1e3 * most / weights) / 1e3:g} bits per weight in the mean; set bits between them, or offer "
+            "other choices"
         )
     picks = cheapest(options, max(int(settings.bits * weights), least))  # the product may be rounded to below the least
     chosen = {name: linear.prices[pick] for (name, linear), pick in zip(linears.items(), picks, strict=True)}

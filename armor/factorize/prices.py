@@ -104,7 +104,7 @@ def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice
         asked, _ = possible(choice.apply(settings.for_module(linear.name)).priced, *shape)
         pattern = Pattern.parse(asked.pattern)
         blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else None
-        rank = asked.rank if asked.takes("rank") else None
+        rank = min(asked.rank, *shape) if asked.takes("rank") else None
         comes_to = asked.method, pattern if asked.takes("pattern") else None, rank, blocks
         if comes_to not in seen:
             seen.append(comes_to)

@@ -28,7 +28,7 @@ def _said(layers: list[Training], around: list[str]) -> str:
     core = ["the values of S"] if first.core else []
     norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []
     what = ", ".join([*around, *core, *norms])
-    verb = "were trained" + (", through the rounding," if first.rounded else "")
+    verb = "were trained" + (", through the rounding," if any(done.rounded for done in layers) else "")
     if first.stage == "tune":
         return (
             f"Tuned: {what} of the whole model {verb} to predict what the dense one predicts, {how}. KL divergence "
@@ -36,9 +36,9 @@ def _said(layers: list[Training], around: list[str]) -> str:
         )
     falls = [1 - done.loss / done.start_loss for done in layers if done.start_loss] or [0.0]
     same = sum(not done.kept for done in layers)
-    before = ", behind the refined ones before it," if first.inputs == "compressed" else ""
+    before = ", behind the refined layers before it," if first.inputs == "compressed" else ""
     return (
-        f"Refined: {what} of each decoder layer{before} {verb} until its output was close to "
-        f"the dense one's, {how}. The output's relative error on {first.held_out} held-out sequences fell by "
-        f"{fmean(falls):.0%} in the mean of {len(layers)} layers{f'; {same} stayed as they were' if same else ''}."
+        f"Refined: {what} of each decoder layer {verb} until its output{before} was close to the dense one's, {how}. "
+        f"The output's relative error on {first.held_out} held-out sequences fell by {fmean(falls):.0%} "
+        f"in the mean of {len(layers)} layers{f'; {same} stayed as they were' if same else ''}."
     )

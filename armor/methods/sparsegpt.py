@@ -104,8 +104,8 @@ def damped(gram: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     h = gram.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     dead = diagonal == 0
+    diagonal += DAMPING * diagonal.sum() / max(int((~dead).sum()), 1)  # of the mean of those that fire
     diagonal[dead] = 1
-    diagonal += DAMPING * diagonal.mean()
     return h, dead
 
 

@@ -226,7 +226,8 @@ def _trainings(model: ModelResults) -> Cells:
             refined = first.stage == "refine"
             shares = [training.loss / training.start_loss for training in layers if training.start_loss]
             stayed = sum(not training.kept for training in layers)
-            key = f"{recipe.name}, {first.stage}" + (", quantized" if first.rounded else "")
+            rounded = any(training.rounded for training in layers)
+            key = f"{recipe.name}, {first.stage}" + (", quantized" if rounded else "")
             key += "" if len(recipe.trainings) < 3 else f" {number_of + 1}"
             cells[key] = {
                 "Numbers": f"{(trained if refined else first.parameters) / 1e6:,.1f} M",

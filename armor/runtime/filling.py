@@ -72,10 +72,7 @@ def place_outside(skeleton: Skeleton, device: str) -> None:
     away = skeleton.away()  # on the meta device, from where nothing can be moved
     for module in skeleton.model.modules():
         if id(module) not in away:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def unload_outside(skeleton: Skeleton) -> None:

@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     folder = _checked(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ArmorError(f"{folder}: no tokenizer that transformers can load: {_first_line(error)}") from error
 
 

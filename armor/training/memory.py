@@ -16,11 +16,11 @@ from pathlib import Path
 from armor.execution.files import open_safetensors
 from armor.format.checkpoint import SUFFIXES
 from armor.format.records.topology import Topology
+from armor.format.records.tune import KEPT_TOKENS
 from armor.format.shards import Shards
 from armor.training.spread import spread
 
 __all__ = [
-    "KEPT",
     "Shapes",
     "best_bytes",
     "factor_shapes",
@@ -30,9 +30,6 @@ __all__ = [
     "sensitivity_bytes",
     "tune_bytes",
 ]
-
-KEPT = 256
-"""Tokens of each prediction that tune keeps."""
 
 Shapes = Mapping[str, Sequence[int]]
 """The tensors of a layer's factors file by full name, int4 numbers one by one."""
@@ -96,7 +93,7 @@ def best_bytes(layers: Iterable[Shapes], core: bool) -> int:
 
 def predictions_bytes(tokens: int) -> int:
     """What is kept on the host of the dense model's predictions of so many tokens."""
-    return 4 * (2 * KEPT + 1) * tokens
+    return 4 * (2 * KEPT_TOKENS + 1) * tokens
 
 
 def saved_bytes(layers: Iterable[Shapes], core: bool) -> int:

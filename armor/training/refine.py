@@ -25,7 +25,7 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, room_for, sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log
-from armor.execution.machine import device_memory_bytes
+from armor.execution.machine import device_memory_bytes, enough_memory
 from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import beside, layer_file, record_beside
@@ -52,6 +52,8 @@ __all__ = ["fit_layer", "output_error", "refine_layer"]
 
 STATES = "armor.training.states"
 """Whose code made what a layer is trained on, and so is held by the hash of a refined layer too."""
+SMALLER = "lower sequence_length, or refine with --gpus 0 (gpu=0)"
+"""What takes less memory: a layer and one sequence are the least that is trained."""
 
 
 class Rows(Protocol):
@@ -93,6 +95,8 @@ def refine_layer(
             f"{states}: found {known.sequences} sequences, expected {settings.sample.sequences} with the held-out "
             "ones; run armor states again"
         )
+    if known.made_by.settings != settings.sample.model_dump(mode="json"):
+        raise ArmorError(f"{states}: of another text than is asked for; delete it and its folder, and run again")
     if not (folder / TOKENS).is_file():
         raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
@@ -126,7 +130,11 @@ def refine_layer(
         training = None
         if trainable.linears:
             fed, wanted = open_states(path), open_states(states_file(folder, layer + 1))
-            found = _fit_or_say(trainable, fed, wanted, own, settings, topology, layer, source.dtype, device, steps)
+            where = topology.layers[layer].prefix
+            with enough_memory(where, device, SMALLER):
+                found = fit_layer(
+                    trainable, fed, wanted, own, settings.refine, settings.seed, where, source.dtype, device, steps
+                )
             losses = {name: start.modules[name].loss for name in trainable.linears}
             called = settings.sample.text.called()
             training = described("refine", settings.refine, found, trainable, known.length, called, losses, made)
@@ -153,31 +161,8 @@ def _check_memory(shards: Shards, prefix: str, factors: Path, core: bool, length
     if available is not None and needed > available:
         raise ArmorError(
             f"{prefix}: refining it on sequences of {length} tokens needs about {needed / 1e9:.1f} GB, {device} has "
-            f"{available / 1e9:.1f} GB; lower sequence_length, or refine with --gpus 0 (gpu=0)"
+            f"{available / 1e9:.1f} GB; {SMALLER}"
         )
-
-
-def _fit_or_say(
-    trainable: TrainableLayer,
-    fed: Rows,
-    wanted: Rows,
-    calls: Sequence[Call],
-    settings: RefineJob,
-    topology: Topology,
-    layer: int,
-    dtype: str,
-    device: str,
-    steps: Steps,
-) -> Fit:
-    """`fit_layer`, with the one line for a device that is too small."""
-    where = topology.layers[layer].prefix
-    try:
-        return fit_layer(trainable, fed, wanted, calls, settings.refine, settings.seed, where, dtype, device, steps)
-    except torch.OutOfMemoryError as error:  # one layer and one sequence: there is no smaller way
-        raise ArmorError(
-            f"{where}: out of memory on {device} with this layer and one sequence; lower sequence_length, or refine "
-            "with --gpus 0 (gpu=0)"
-        ) from error
 
 
 def fit_layer(

@@ -22,11 +22,11 @@ from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, sha256
 from armor.execution.log import progress
-from armor.execution.machine import current_machine, peak_memory_bytes
-from armor.execution.resume import resumable
+from armor.execution.machine import current_machine, enough_memory, peak_memory_bytes
+from armor.execution.resume import Done, resumable
 from armor.format.names import factors_beside, layer_file, layer_name, record_beside
 from armor.format.provenance import made_by
-from armor.format.records.base import File, Input
+from armor.format.records.base import Input
 from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import DecoderLayer, Topology
@@ -39,6 +39,8 @@ from armor.runtime.skeleton import Skeleton, open_skeleton, tensors_of
 from armor.training.states import TOKENS, make_states
 
 __all__ = ["drawn", "measure_sensitivity"]
+
+SMALLER = "lower sequence_length, or compute with --gpus 0 (gpu=0)"
 
 
 def measure_sensitivity(
@@ -63,22 +65,25 @@ def measure_sensitivity(
         load_outside(skeleton, shards, head=True)
         calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         count = len(topology.layers)
-        if steps.get(layer_name(count), File) is None:
-            place_outside(skeleton, device)
+        if steps.get(layer_name(count), Done) is None:
             generator = torch.Generator().manual_seed(settings.seed)
-            _through_head(skeleton, tokens, states_file(dense, count), _gradients(dense, count), generator, device)
-            steps.put(layer_name(count), File.of(_gradients(dense, count)))
+            with enough_memory("the head", device, SMALLER):
+                place_outside(skeleton, device)
+                _through_head(skeleton, tokens, states_file(dense, count), _gradients(dense, count), generator, device)
+            steps.put(layer_name(count), Done())
         unload_outside(skeleton)
-        left = [layer for layer in topology.layers if steps.get(layer_name(layer.index), File) is None][::-1]
+        left = [layer for layer in topology.layers if steps.get(layer_name(layer.index), Done) is None][::-1]
         for layer in progress(left, "sensitivity", unit="layers", amount=tokens.numel() / count, amount_unit="tokens"):
             k = layer.index
-            module = load_layer(skeleton, k, shards, device)
-            weights = [module.get_parameter(f"{skeleton.inside(k, linear.name)}.weight") for linear in layer.linears]
-            found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, known.length, device)
+            names = [f"{skeleton.inside(k, linear.name)}.weight" for linear in layer.linears]
+            with enough_memory(layer.prefix, device, SMALLER):
+                module = load_layer(skeleton, k, shards, device)
+                weights = [module.get_parameter(name) for name in names]
+                found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, known.length, device)
             drop_layer(module)
             part = layer_file(steps.folder, k)
             write_sensitivities(part, found, source.fingerprint)
-            steps.put(layer_name(k), File.of(part))
+            steps.put(layer_name(k), Done())
             _gradients(dense, k + 1).unlink()
         numbers = factors_beside(output)
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new numbers

@@ -17,11 +17,11 @@ from armor.config.sample import Sample
 from armor.core.errors import ArmorError
 from armor.execution.files import room_for, save_safetensors
 from armor.execution.log import progress
-from armor.execution.machine import current_machine, peak_memory_bytes
-from armor.execution.resume import resumable
+from armor.execution.machine import current_machine, enough_memory, peak_memory_bytes
+from armor.execution.resume import Done, resumable
 from armor.format.names import beside, layer_name
 from armor.format.provenance import made_by
-from armor.format.records.base import File, Input
+from armor.format.records.base import Input
 from armor.format.records.states import StatesRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import Shards, dtype_name
@@ -60,7 +60,7 @@ def make_states(
         likes = [moved(state, "meta", dtype) for state in states_of(*observe(skeleton, tokens[:1]))]
         sizes = [len(tokens) * sum(tensor.nbytes for tensor in like) for like in likes]
         done = 0
-        while done <= count and steps.get(layer_name(done), File) and states_file(part, done).is_file():
+        while done <= count and steps.get(layer_name(done), Done) and states_file(part, done).is_file():
             done += 1
         room_for(sum(sizes[done:]), part, "hidden states", FEWER)
         if done == 0:
@@ -70,7 +70,7 @@ def make_states(
                 for hidden, of_layers in observe_each(skeleton, tokens):
                     writer.add((hidden,))
                     calls.append(of_layers)
-            steps.put(layer_name(0), File.of(states_file(part, 0)))
+            steps.put(layer_name(0), Done())
         else:
             calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         unload_outside(skeleton)
@@ -80,8 +80,9 @@ def make_states(
             own = [of_layers[layer.index] for of_layers in calls]
             target = states_file(part, layer.index + 1)
             source_file, like = states_file(part, layer.index), likes[layer.index + 1]
-            pass_on(skeleton, layer.index, shards, own, source_file, target, like, device)
-            steps.put(layer_name(layer.index + 1), File.of(target))
+            with enough_memory(layer.prefix, device, "lower sequence_length, or compute with --gpus 0 (gpu=0)"):
+                pass_on(skeleton, layer.index, shards, own, source_file, target, like, device)
+            steps.put(layer_name(layer.index + 1), Done())
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new states
         folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)

@@ -92,7 +92,7 @@ class TrainableLinear(nn.Module):
         self, factors: Factorization, bias: nn.Parameter | None = None, holder: TrainableLinear | None = None
     ) -> None:
         super().__init__()
-        self.start = factors
+        self.start = factors.to("meta")  # dtypes and what says how they are stored; the numbers are below
         self.out_features, self.in_features = factors.core.shape
         self.register_buffer("core_mask", pack_mask(factors.mask), persistent=False)
         floats = factors.in_floats()
@@ -111,7 +111,7 @@ class TrainableLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A·S·B + U·V, (out, in), differentiable."""
-        weight = self._core()
+        weight, _ = self._unpacked()
         if self.core_scales is not None:
             weight = self._integers("core", weight) * self._scales("core")
         if (right := self._blocks("right")) is not None:
@@ -138,16 +138,18 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def factors(self) -> Factorization:
         """The factors as they are now, in the dtype that they are stored in, on the CPU."""
-        found = {name: part for name in PARTS[1:] if (part := getattr(self, name)) is not None} | {"core": self._core()}
+        core, mask = self._unpacked()
+        found = {name: part for name in PARTS[1:] if (part := getattr(self, name)) is not None} | {"core": core}
         for name in ("core", "left", "right"):
             if f"{name}_scales" in found:
                 found[name] = self._integers(name, found[name])
         parts = {name: part.detach().to("cpu", getattr(self.start, name).dtype) for name, part in found.items()}
         parts |= {name: parts[name].view(-1) for name in ("left_scales", "right_scales") if name in parts}
-        return replace(self.start, **parts)
+        return replace(self.start, mask=mask.cpu(), **parts)
 
-    def _core(self) -> Tensor:
-        return unpack(self.core_values, self.core_mask, self.in_features, self.start.pattern)[0]
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        """The values of S, (out, in), and its mask."""
+        return unpack(self.core_values, self.core_mask, self.in_features, self.start.pattern)
 
     def _scales(self, part: str) -> Tensor:
         """The scale of every number of core, left or right, or of every row of their blocks."""
@@ -255,6 +257,8 @@ def load_trainable(
     prefix = f"{skeleton.prefix}.{index}"
     linears = put_linears(skeleton.layers[index], partial(skeleton.inside, index), read_factors(factors)[0])
     layer = load_layer(skeleton, index, shards, device)
+    for linear in linears.values():
+        linear.to(device)  # load_layer moves what the source has, and they are not of it
     own = [name for name in shards.names() if name.startswith(f"{prefix}.") and name not in skeleton.shared]
     dtypes = {name: getattr(torch, shards.dtype(name)) for name in own}
     return make_trainable(layer, prefix, linears, dtypes, read_others(factors), core)

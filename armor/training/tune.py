@@ -32,17 +32,24 @@ from transformers import PreTrainedModel
 from armor.config.training import TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
-from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
-from armor.execution.resume import Steps, resumable
+from armor.execution.machine import (
+    USABLE,
+    current_machine,
+    device_memory_bytes,
+    enough_memory,
+    host_memory_bytes,
+    peak_memory_bytes,
+)
+from armor.execution.resume import Done, Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import beside, layer_file
 from armor.format.provenance import made_by
-from armor.format.records.base import File, Input, MadeBy
+from armor.format.records.base import Input, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
-from armor.format.records.tune import TuneRecord
-from armor.format.shards import Shards, dtype_name
+from armor.format.records.tune import KEPT_TOKENS, TuneRecord
+from armor.format.shards import dtype_name
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
@@ -50,7 +57,7 @@ from armor.runtime.filling import load_outside, place_outside
 from armor.runtime.skeleton import compute_dtype, open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel
 from armor.training.fit import Fit, fit
-from armor.training.memory import KEPT, best_bytes, factor_shapes, predictions_bytes, tune_bytes
+from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, tune_bytes
 from armor.training.record import described, write_trained
 from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.spread import hand_on, leased
@@ -82,9 +89,10 @@ def tune(
     source.check(topology.fingerprint)
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
-    shards, tokens = Shards(source.path), sample_tokens(source, settings.sample)
+    stored = recorded_tensors(source.path, (name for start in starts for name in start.modules))
+    tokens = sample_tokens(source, settings.sample)
     devices, shapes = leased(device), [factor_shapes(file) for file in files]
-    placed = partial(tune_bytes, shards, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
+    placed = partial(tune_bytes, stored, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
     (places, needed), (roomy, most) = placed(recompute=True), placed(recompute=False)
     on_host, host = best_bytes(shapes, settings.tune.core) + predictions_bytes(tokens.numel()), host_memory_bytes()
     available = min(device_memory_bytes(one) or host for one in devices)
@@ -109,27 +117,22 @@ def tune(
         **{Input.LAYER.format(start.layer): start.sha256 for start in starts},
     }
     made = made_by(__name__, settings, used)
-    with resumable(output, __name__, device, used=used, settings=settings.model_dump(mode="json")) as steps:
-        predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
-        if not (again := most > ROOMY * available):
-            places = roomy
-        on = [devices[place] for place in places]
-        model, layers = _trainable_model(source, files, settings.tune, on, device)
-        try:
+    again = most > ROOMY * available  # by rounding it decides about bytes too
+    on = [devices[place] for place in (places if again else roomy)]
+    work = {"used": used, "settings": settings.model_dump(mode="json"), "recompute": again}
+    with resumable(output, __name__, device, **work) as steps:
+        remedy = "lower sequence_length, or take a larger device to tune the whole model"
+        with enough_memory(str(source.path), device, remedy):
+            predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
+            model, layers = _trainable_model(source, files, settings.tune, on, device)
             found = fit_whole(
                 model, layers, tokens, predictions, settings.tune, settings.seed, source.dtype, device, steps, again
             )
-        except torch.OutOfMemoryError as error:
-            raise ArmorError(
-                f"{source.path}: out of memory on {device} while the whole model is tuned; lower batch or "
-                "sequence_length, or take a larger device"
-            ) from error
         part = steps.folder / "tuned"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
         written, called = [], settings.sample.text.called()
-        stored = recorded_tensors(source.path, (name for layer in layers for name in layer.linears))
         for start, layer in zip(starts, layers, strict=True):
             inputs, trained = (layer_file(place, start.layer) for place in (calibration.parent, part))
             statistics = read_statistics(inputs, topology.fingerprint, gram=False)
@@ -157,7 +160,8 @@ def _record(
 ) -> TuneRecord:
     names = tuple(sorted(name for record in written for name in record.training[-1].norms_and_biases))
     losses = {name: loss for record in written for name, loss in record.training[-1].proxy_losses.items()}
-    whole = written[0].training[-1].replace(norms_and_biases=names, proxy_losses=losses)
+    rounded = any(record.training[-1].rounded for record in written)
+    whole = written[0].training[-1].replace(rounded=rounded, norms_and_biases=names, proxy_losses=losses)
     return TuneRecord(
         fingerprint=written[0].fingerprint,
         sha256=tuple(record.sha256 for record in written),
@@ -176,7 +180,7 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
     Of the first `trained` sequences in the arithmetic of training, which is the faster one; of the others exactly.
     """
     file = steps.folder / "predictions.safetensors"
-    if steps.get(PREDICTED, File) is None or not file.is_file():
+    if steps.get(PREDICTED, Done) is None or not file.is_file():
         dtype = dtype_name(compute_dtype(source.dtype, device))
         model = StreamedModel(source.path, dtype, device)
         parts = []
@@ -188,7 +192,7 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
                 logits = model.logits(row[None].to(device) for row in rows)
                 parts.append(vars(kept_predictions(one[0] for one in logits)))
         save_safetensors(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        steps.put(PREDICTED, File.of(file))
+        steps.put(PREDICTED, Done())
     with open_safetensors(file) as opened:
         return Predictions(*(opened.get_tensor(field.name) for field in fields(Predictions)))
 
@@ -211,7 +215,7 @@ def kept_predictions(logits: Iterator[Tensor]) -> Predictions:
     for sequence in logits:
         pieces = []
         for piece in sequence.split(TOKENS_AT_A_TIME):
-            top = piece.topk(min(KEPT, piece.shape[-1]), dim=-1)
+            top = piece.topk(min(KEPT_TOKENS, piece.shape[-1]), dim=-1)
             logs = top.values.double() - piece.double().logsumexp(-1, keepdim=True)
             pieces.append((top.indices.int(), torch.cat([logs, _rest(logs)], -1).float()))
         kept_tokens.append(torch.cat([tokens for tokens, _ in pieces]).cpu())

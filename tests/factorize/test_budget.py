@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -168,10 +169,24 @@ def test_it_is_one_line_for_each_linear_and_may_be_edited(root, tmp_path):
         factorized(root, tmp_path)
 
 
+def test_ranks_that_come_to_the_same_are_priced_once(root, tmp_path):
+    ranks = [Choice(rank=rank) for rank in (4, 1000, 2000)]
+    asked = PriceSettings(method="oats", over=ranks, iterations=3)
+    assert all(len(linear.prices) == 2 for linear in priced(root, 0, tmp_path, asked).modules.values())
+
+
 @pytest.mark.parametrize("bits", [16, 33])
 def test_a_budget_that_cannot_be_met_says_what_can(root, tmp_path, bits):
-    with pytest.raises(ArmorError, match=rf"bits: found {bits}, but the choices in over take 17\.\d+ to 32 bits"):
+    with pytest.raises(
+        ArmorError, match=rf"bits: found {bits}, but the choices in over take 17\.\d+ to 32 bits"
+    ) as said:
         chosen(root, tmp_path, bits)
+    assert not list(tmp_path.iterdir())
+    for limit in re.findall(r"take (.*) to (.*) bits per", str(said.value))[0]:
+        chosen(root, tmp_path / limit, float(limit))
+
+
+def test_a_budget_without_prices_is_one_line(tmp_path):
     with pytest.raises(ArmorError, match="holds no prices; run armor price first"):
         choose(tmp_path, BudgetSettings(bits=20), tmp_path / "budget.json")
     assert not list(tmp_path.iterdir())

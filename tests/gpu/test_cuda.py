@@ -17,7 +17,7 @@ from armor.runtime.linear import ArmorLinear
 from armor.training.tune import tune
 from tests.linears import product_within, random_linear, stored, twin
 from tests.packed import opened
-from tests.training.trained import TRAINING, ready, sample
+from tests.training.trained import TRAINING, ready, refined, sample
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -128,6 +128,25 @@ def test_a_benchmark_times_all_models_by_the_cards_own_clock(root, tmp_path):
         phases = side.tokens_per_second.values()
         assert all(run > 0 for phase in phases for runs in (phase.prefill, phase.decode) for run in runs.runs)
     assert all(run > 0 for linear in record.recipes["armor"].linears for run in linear.milliseconds.runs)
+
+
+def test_training_on_the_card_is_as_on_the_host(tmp_path):
+    root = ready(tmp_path)
+    for inputs in ("dense", "compressed"):
+        there, here = (
+            [refined(root, layer, tmp_path / inputs / device[:4], device=device, inputs=inputs) for layer in range(2)]
+            for device in ("cuda:0", "cpu")
+        )
+        for one, other in zip(there, here, strict=True):
+            assert one.training[-1].kept > 0
+            assert one.training[-1].loss == pytest.approx(other.training[-1].loss, rel=0.02)
+    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
+    calibration = root / "calibration/calibration.json"
+    one, other = (
+        tune(*opened(root), root / "layers", calibration, job, root / f"{device[:4]}.json", device).training
+        for device in ("cuda:0", "cpu")
+    )
+    assert one.kept > 0 and one.loss == pytest.approx(other.loss, rel=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

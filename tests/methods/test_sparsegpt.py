@@ -71,6 +71,10 @@ def test_inputs_that_are_always_zero_are_pruned_and_do_no_harm():
     gram[3], gram[:, 3], importance[3] = 0, 0, 0
     found = sparsegpt(weight, importance, gram)
     assert found.core.isfinite().all() and not found.core[:, 3].any() and is_nm(found.mask, Pattern(2, 4))
+    unit = 2**-12
+    smaller = sparsegpt(weight, importance * unit, gram * unit)
+    assert torch.equal(smaller.mask, found.mask)
+    torch.testing.assert_close(smaller.core, found.core)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

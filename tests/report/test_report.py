@@ -157,8 +157,8 @@ def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
     ]
     said = " ".join(html.unescape(page).split())
     assert (
-        "Refined: A, B, the values of S of each decoder layer, behind the refined ones before it, were trained until "
-        "its output was close to the dense one's, in 48 steps of 4 sequences of 1,024 tokens, out of 128 of "
+        "Refined: A, B, the values of S of each decoder layer were trained until its output, behind the refined layers "
+        "before it, was close to the dense one's, in 48 steps of 4 sequences of 1,024 tokens, out of 128 of "
         "wiki.valid.raw (Adam, a rate of"
     ) in said
     assert "Tuned: A, B, the values of S of the whole model were trained to predict what the dense one" in said

@@ -14,7 +14,9 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.sensitivity import read_sensitivities
 from armor.format.statistics import read_statistics
 from armor.methods.nowag import nowag
+from armor.training import states
 from armor.training.sensitivity import drawn, measure_sensitivity
+from armor.training.states import pass_on
 from tests.killed import SAVED, killed_everywhere
 from tests.packed import opened
 from tests.tiny import SHARING
@@ -90,6 +92,22 @@ def test_killed_after_a_layer_it_goes_on_and_ends_with_the_same_bytes(root, tmp_
     _, found = measured(root, tmp_path / "whole/words.json")
     _, other = measured(root, tmp_path / "seed.json", seed=1)
     assert not all(found[name].rows.equal(other[name].rows) for name in found)
+
+
+def test_interrupted_in_the_forward_pass_it_goes_on_there(root, tmp_path, monkeypatch):
+    passed = []
+
+    def interrupted(skeleton, index, *rest):
+        passed.append(index)
+        if passed == [0, 1]:
+            raise KeyboardInterrupt
+        pass_on(skeleton, index, *rest)
+
+    monkeypatch.setattr(states, "pass_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(root, tmp_path / "words.json")
+    measured(root, tmp_path / "words.json")
+    assert passed == [0, 1, 1]
 
 
 def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):

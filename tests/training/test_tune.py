@@ -34,6 +34,10 @@ def tuned(root, output, factors="layers", device="cpu", **settings):
     )
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return ready(tmp_path_factory.mktemp("model"))
@@ -128,6 +132,16 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     )
 
 
+def test_what_was_begun_with_more_memory_is_not_gone_on_with(root, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(whole, "fit_whole", interrupted)
+        tuned(root, tmp_path)
+    monkeypatch.setattr(whole, "ROOMY", 0)
+    with caplog.at_level(logging.INFO):
+        tuned(root, tmp_path)
+    assert "going on after" not in caplog.text
+
+
 @pytest.mark.parametrize("core", [True, False])
 def test_the_plan_counts_what_is_kept_to_go_on(root, tmp_path, monkeypatch, core):
     asked: list[int] = []
@@ -169,5 +183,8 @@ def test_a_host_that_is_too_small_beside_a_gpu_is_refused(root, tmp_path, monkey
 
 
 def test_out_of_memory_is_one_line(root, tmp_path):
-    with NoRoom(lambda name, _: name == "silu_backward"), pytest.raises(ArmorError, match="out of memory on cpu while"):
+    with (
+        NoRoom(lambda name, _: name == "silu_backward"),
+        pytest.raises(ArmorError, match="out of memory on cpu; lower"),
+    ):
         tuned(root, tmp_path)

@@ -7,7 +7,10 @@ from typing import ClassVar, Literal
 from armor.format.records.base import Made
 from armor.format.records.layer import Training
 
-__all__ = ["TuneRecord"]
+__all__ = ["KEPT_TOKENS", "TuneRecord"]
+
+KEPT_TOKENS = 256
+"""Tokens of each prediction that tune keeps."""
 
 
 class TuneRecord(Made):
