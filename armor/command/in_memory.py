@@ -89,7 +89,9 @@ def _compress(
     linears: dict[str, nn.Linear] = {}
     settings: dict[str, ModuleSettings] = {}
     resolved = [chosen.for_layer(index, seed) for index in range(len(layers))]
-    for name, module in _compressible(model, prefix, layers, where).items():
+    found = _compressible(model, prefix, layers, where)
+    chosen.check_model("recipe", found, len(layers))
+    for name, module in found.items():
         own = resolved[_layer_of(name, prefix)].for_module(name)
         asked, note = possible(own, module.out_features, module.in_features)
         if note:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import Field, model_validator
 
 from armor.config.budget import BudgetSettings
 from armor.config.common import Name
-from armor.config.layers import Choice, LayerSettings, ModuleSettings, Override, Sharing, methods_of
+from armor.config.layers import (
+    Choice,
+    LayerSettings,
+    ModuleSettings,
+    Override,
+    Sharing,
+    check_patterns,
+    methods_of,
+    sharing_patterns,
+)
 from armor.config.quantization import QuantizeSettings
 from armor.config.training import RefineSettings, TrainingSettings, TuneSettings
+from armor.core.errors import ArmorError
 from armor.methods import METHODS, UNCHANGED
 
 __all__ = ["Recipe"]
@@ -95,6 +107,14 @@ class Recipe(ModuleSettings):
     def integers(self) -> str | None:
         """The first method it names that makes integers; None where it makes floats alone."""
         return next((name for name in self.methods() if METHODS[name].stored is not None), None)
+
+    def check_model(self, where: str, modules: Iterable[str], layers: int) -> None:
+        """Raise ArmorError for a pattern or a decoder layer that is none of a model with these modules and layers."""
+        overrides = [*self.overrides, *(self.quantize.overrides if self.quantize else [])]
+        shared = sharing_patterns(self.share_right)
+        check_patterns(where, [*self.keep_dense, *shared, *(override.modules for override in overrides)], modules)
+        if (last := max((n for override in overrides for n in override.layers or []), default=0)) >= layers:
+            raise ArmorError(f"{where}: overrides: layers: found {last}, but the model's are 0 to {layers - 1}")
 
     def for_layer(self, layer: int, seed: int = 0) -> LayerSettings:
         """The recipe resolved for decoder layer `layer`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 
 from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.common import Name, nearest
-from armor.config.layers import LayerSettings, sharing_patterns
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
@@ -106,6 +107,8 @@ class Config(Typed):
     def _check_recipe(self, name: str) -> None:
         """A recipe has the calibration that it needs."""
         recipe = self.recipes[name]
+        if name == "dense" and not self.is_dense(name):
+            raise ValueError("recipes.dense: benchmarks call the model itself so; choose another name")
         if recipe.base is not None:
             self._check_base(name)
             return
@@ -309,12 +312,11 @@ class Config(Typed):
             serving=asked.serving,
         )
 
-    def module_patterns(self, recipe: str) -> list[str]:
-        """The patterns over module names that `recipe` has, each of which should match something."""
-        settings, quantize = self.factorized(recipe), self.recipes[recipe].quantize
-        overrides = [*settings.overrides, *(quantize.overrides if quantize else [])]
-        shared = sharing_patterns(settings.share_right)
-        return [*settings.keep_dense, *shared, *(override.modules for override in overrides)]
+    def check_model(self, recipe: str, model: str, modules: Iterable[str], layers: int) -> None:
+        """Raise ArmorError for a pattern or layer of `recipe` that `model`, with these modules and layers, has not."""
+        modules = list(modules)
+        for own in (self.factorized(recipe), self.recipes[recipe]):
+            own.check_model(f"recipes.{recipe}, model {model}", modules, layers)
 
     def layer_settings(self, recipe: str, layer: int) -> LayerSettings:
         """`recipe` resolved for decoder layer `layer`."""

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read.
+"""The exceptions that a user is meant to read.
 
 The command line prints its message as a single line and exits with code 1; a traceback appears only with --debug.
 A message names the file, the module, what was found, what was expected and what to do.
@@ -7,3 +7,7 @@ A message names the file, the module, what was found, what was expected and what
 
 class ArmorError(ValueError):
     """Bad input or a bad environment, explained in one line."""
+
+
+class DoesNotFit(ArmorError):
+    """A model that a device has no room for: where there is another way than to load it whole, that is tried."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from armor.config.measures import EvaluationSettings
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, DoesNotFit
 from armor.execution.log import log
 from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
 from armor.runtime.load import (
@@ -155,7 +155,7 @@ def with_models(
         else:
             try:
                 return work([load_model(folder, dtype, device) for folder in folders])
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, DoesNotFit):
                 why += ", and it ran out"
     log.info("%s: %s, so one decoder layer at a time is read", names, why)
     try:

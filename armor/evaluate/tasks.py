@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
 from armor.config.sources import TextSettings
 from armor.config.tasks import PAPER, asked_tasks
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, DoesNotFit
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
@@ -187,10 +187,13 @@ class StreamedLM(PlainLM):
 def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> PlainLM:
     """The model for lm-eval, streamed if its weights do not fit."""
     needed, available = weights_bytes(folder, dtype), device_memory_bytes(device) or host_memory_bytes()
+    sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
     if needed <= USABLE * available:
         size = CPU_BATCH_SIZE if device == "cpu" else "auto"
-        return PlainLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
-    sizes = f"its weights take {needed / 1e9:.3g} GB, {device} has {available / 1e9:.3g} GB"
+        try:
+            return PlainLM(pretrained=load_model(folder, dtype, device), tokenizer=tokenizer, batch_size=size)
+        except DoesNotFit:
+            sizes += ", and it ran out"
     log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
     return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 

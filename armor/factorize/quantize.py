@@ -19,7 +19,7 @@ from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization, owner
 from armor.execution.files import sha256
 from armor.execution.log import progress
-from armor.execution.machine import current_machine, peak_memory_bytes
+from armor.execution.machine import current_machine, enough_memory, peak_memory_bytes
 from armor.execution.resume import resumable
 from armor.format.factors import read_factors, read_others, read_start, write_factors
 from armor.format.names import record_beside
@@ -78,8 +78,10 @@ def quantize_layer(
                 continue
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
-                weights, own = [shards.read(f"{n}.weight").to(device) for n in names], {n: given[n] for n in names}
-                done = quantize_weights(weights, inputs[names[0]], own, asked, trained, names[0] in to_output)
+                own, gram = {n: given[n] for n in names}, names[0] in to_output
+                with enough_memory(names[0], device, "quantize with --gpus 0 (gpu=0)"):
+                    weights = [shards.read(f"{n}.weight").to(device) for n in names]
+                    done = quantize_weights(weights, inputs[names[0]], own, asked, trained, gram)
                 write_factors(file, done, {})
                 for name, one in done.items():
                     entries[name] = entry = _described(start.modules[name], one)

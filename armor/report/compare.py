@@ -38,6 +38,8 @@ __all__ = ["Compared", "compare", "comparison"]
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 BLOCKS = ("text", "sequences", "sequence_length")
 """The settings of an evaluation that end in its blocks of tokens, and in nothing else."""
+STORED = "predictions_gb"
+"""One that changes no number."""
 UNSET = "unset"
 SETTINGS = "Of the models, recipes, calibrations and evaluations that both runs have, as their results note them."
 Settings = dict[str, dict[str, str]]
@@ -119,7 +121,8 @@ def _obstacle(a: _Measured, b: _Measured) -> str | None:
     if changed and not same:
         return f"different tokenizers ({', '.join(changed)})"
     own, other = a.record.made_by.settings, b.record.made_by.settings
-    keys = [key for key in own | other if own.get(key) != other.get(key) and not (same and key in BLOCKS)]
+    alike = {STORED, *(BLOCKS if same else ())}
+    keys = [key for key in own | other if own.get(key) != other.get(key) and key not in alike]
     told = [key if key == "text" else f"{key} {own.get(key)} and {other.get(key)}" for key in keys]
     if told:
         return f"different settings ({', '.join(told)})"

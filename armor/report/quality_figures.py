@@ -127,7 +127,8 @@ def block_sizes(model: ModelResults, name: str) -> Figure | None:
         measured, asked = recipe.evaluation, recipe.pair.block_size
         if recipe.has_blocks and asked and measured and recipe.checkpoint:
             settings = [made.settings | {"block_size": None} for made in recipe.checkpoint.factors]
-            same = [recipe.pair.title, recipe.pair.pattern, recipe.pair.calibration, settings]
+            later = [(stage, records[0].made_by.settings) for stage, records in recipe.stages[1:] if records]
+            same = [recipe.pair.title, recipe.pair.pattern, recipe.pair.calibration, settings, later]
             sizes = alike.setdefault(str([*same, measured.evaluation, measured.made_by.settings]), {})
             text = {
                 "size": span(recipe.block_sizes or (asked,)),

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, DoesNotFit
 from armor.execution.quiet import quiet_transformers
 from armor.format.shards import Shards
 from armor.runtime.auto import auto_class
@@ -104,7 +104,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
         raise
     except torch.OutOfMemoryError as error:
         place = options.get("device_map") or "the host"
-        raise ArmorError(
+        raise DoesNotFit(
             f"{folder}: the model does not fit into the memory of {place}: {_first_line(error)}; "
             "take a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
         ) from error

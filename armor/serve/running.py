@@ -49,8 +49,9 @@ def failure(folder: Path, said: IO[str]) -> ArmorError:
 
 
 def _is_up(url: str) -> bool:
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine's own door
     try:
-        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        return directly.open(f"{url}/health", timeout=5).status == 200
     except OSError:
         return False
 

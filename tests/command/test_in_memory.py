@@ -162,6 +162,12 @@ def offloaded(model):
     ("change", "options", "said"),
     [
         (None, {"recipe": {"blok_size": 3}}, r"recipe: blok_size: unknown key; did you mean block_size\?"),
+        (
+            None,
+            {"recipe": {"keep_dense": ["*.down_porj"]}},
+            r"recipe: '\*.down_porj' matches no .* mean \*.down",
+        ),
+        (None, {"recipe": {"overrides": [{"layers": [2]}]}}, "layers: found 2, but the model's are 0 to 1"),
         (None, {"text": "short"}, r"text: found 5 tokens in 1 documents, needed 4 x 32"),
         (None, {"sequence_length": 129}, "context length is 128"),
         (None, {"sequences": 0}, "at least 1"),

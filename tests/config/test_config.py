@@ -227,9 +227,34 @@ def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
     check_patterns("here", ["*.q_proj", "model.layers.0.*", "*"], names)
     with pytest.raises(ArmorError, match=r"here: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj?"):
         check_patterns("here", ["*.up_proj", "*.q_porj"], names)
-    recipe = {"keep_dense": ["a"], "overrides": [{"modules": "b"}, {"layers": [0]}]}
-    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}})
-    assert config.module_patterns("mine") == ["a", "b", "*"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keep_dense": ["*.k_proj"]}, r"recipes.mine, model m: '\*.k_proj' matches no linear"),
+        (
+            {"overrides": [{"layers": [0, 2], "method": "dense"}]},
+            "model m: overrides: layers: found 2, .* 0 to 1",
+        ),
+        ({"quantize": {"overrides": [{"layers": [3]}]}}, "overrides: layers: found 3, but the model's are 0 to 1"),
+        ({"quantize": {"overrides": [{"modules": "*.k_proj"}]}}, r"'\*.k_proj' matches no linear"),
+    ],
+)
+def test_what_a_model_has_not_is_refused(changes, said):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    recipes = {"plain": {"keep_dense": ["*.q_proj"], "overrides": [{"layers": [1]}]}, "mine": changes}
+    config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes})
+    config.check_model("plain", "m", names, 2)
+    with pytest.raises(ArmorError, match=said):
+        config.check_model("mine", "m", names, 2)
+
+
+def test_a_recipe_that_compresses_is_not_called_dense():
+    for recipe in ({"method": "nowag"}, {"base": "plain", "refine": {}}):
+        value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"plain": {}, "dense": recipe}}
+        with pytest.raises(ArmorError, match="recipes.dense: benchmarks call the model itself so"):
+            parse_settings(Config, value)
 
 
 @pytest.mark.parametrize(

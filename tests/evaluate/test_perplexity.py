@@ -184,6 +184,10 @@ def test_a_dense_model_of_other_tokens_is_refused(tmp_path, text):
     assert not (tmp_path / "wiki.json").exists()
 
 
+def no_room(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
 def is_tokens(name: str, tensor: torch.Tensor) -> bool:
     """Whether an operation is an embedding and `tensor` the tokens that it is given: once in a forward pass."""
     return name == "embedding" and not tensor.is_floating_point()
@@ -203,6 +207,15 @@ def test_a_device_too_small_for_the_model_is_one_line(tmp_path):
     with NoRoom(lambda *_: True), pytest.raises(ArmorError, match=said) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_after_all_is_streamed(tmp_path, text, monkeypatch, caplog):
+    folder = tiny_model(tmp_path / "model")
+    expected = evaluate(folder, settings(text), tmp_path / "whole.json").value
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_room)
+    with caplog.at_level(logging.INFO):
+        assert evaluate(folder, settings(text), tmp_path / "wiki.json").value == pytest.approx(expected, rel=1e-5)
+    assert "and it ran out, so one decoder layer at a time is read" in caplog.text
 
 
 @TOLD

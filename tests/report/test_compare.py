@@ -109,7 +109,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
 
 def test_the_same_tokens_compare_wherever_the_text_lay(runs):
     before = rows_of(runs)["armor"]
-    settings = {"text": {"dataset": "wikipedia"}, "sequence_length": None, "dtype": "auto"}
+    settings = {"text": {"dataset": "wikipedia"}, "sequence_length": None, "dtype": "auto", "predictions_gb": 40}
     change_evaluation(runs[1], "armor", settings=settings)
     assert rows_of(runs)["armor"] == before
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from armor.command import forkserver
 from armor.config.reading import parse_settings, read_yaml
-from armor.config.layers import check_patterns
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.format.layout import FACTORS, Results
@@ -186,10 +185,10 @@ def brought(path):
 
 @cache
 def check_modules(model, recipe):
-    """Refuse a recipe with a pattern that matches no module of the model."""
-    linears = (linear.name for linear in read_topology(HERE, model).linears())
+    """Refuse a recipe with a pattern that matches no module of the model, and with a layer that it has not."""
+    topology = read_topology(HERE, model)
     try:
-        check_patterns(f"recipes.{recipe}, model {model}", SETTINGS.module_patterns(recipe), linears)
+        SETTINGS.check_model(recipe, model, (linear.name for linear in topology.linears()), len(topology.layers))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
 
