@@ -31,7 +31,14 @@ from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.execution.log import log, progress
-from armor.execution.machine import USABLE, current_machine, device_memory_bytes, host_memory_bytes, peak_memory_bytes
+from armor.execution.machine import (
+    USABLE,
+    current_machine,
+    device_memory_bytes,
+    enough_memory,
+    host_memory_bytes,
+    peak_memory_bytes,
+)
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file, layer_files
 from armor.format.provenance import combined, made_by
@@ -61,19 +68,22 @@ def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool, 
     It is made of one decoder layer and its sums; the layer has a single expert if they are read `apart`. Of the tokens
     it has the residual stream, its copy before the layer and the MLP's input. To these comes the largest moment inside.
     That is both factors of the MLP and their product, or this product in float32 with its squares, twice, or with the
-    products of a Gram matrix.
+    products of a Gram matrix. Inputs of experts have two sums (`Routed`). In the end the sums become means, one by one.
     """
     peaks, size = [0], dtype.itemsize
     for layer in topology.layers:
         weights = (_weights(layer.linears) - (_weights_apart(layer) if apart else 0)) * size
         widths = [group[0].in_features for group in layer.groups()]
-        sums = 8 * sum(width**2 for width in widths) if gram else 0
+        routed = {linear.name for linears in layer.experts().values() for linear in linears}
+        squares = [group[0].in_features ** 2 * (2 if group[0].name in routed else 1) for group in layer.groups()]
+        sums = 8 * sum(squares) if gram else 0
         factors = max(sum(linear.out_features for linear in group) for group in layer.groups())
         widest, single = max(widths), size + (4 if size < 4 else 0)
         moments = [length * (factors + widest) * size, length * widest * (single + 12)]
         if gram:
             moments.append(length * widest * single + 4 * widest**2)
         peaks.append(weights + sums + length * 3 * topology.hidden_size * size + max(moments))
+        peaks.append(sums + (12 * max(widths) ** 2 if gram else 0))
     return max(peaks)
 
 
@@ -126,22 +136,19 @@ def calibrate(
             left = topology.layers[len(done) :]
             for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
                 own = [of_layers[layer.index] for of_layers in calls]
-                try:
+                with enough_memory(f"{source.path}: {layer.prefix}", device, SMALLER):
                     module = load_layer(skeleton, layer.index, shards, device, experts=not apart)
                     inside = partial(skeleton.inside, layer.index)
                     name = f"{skeleton.prefix}.{layer.index}"
                     runner = Apart(module, name, shards, device, on_sample) if apart else Whole(module)
                     inputs = _run_layer(runner, layer, inside, own, hidden, settings.gram, device)
-                except torch.OutOfMemoryError as error:  # the estimate was too low
-                    raise ArmorError(
-                        f"{source.path}: {layer.prefix}: out of memory on {device} with this layer and one sequence of "
-                        f"{length} tokens; {SMALLER}"
-                    ) from error
-                drop_layer(module)
+                    drop_layer(module)
+                    unrouted = _unrouted(inputs)
+                    found = {name: inputs.pop(name).statistics() for name in [*inputs]}  # the sums go one by one
                 path = layer_file(output.parent, layer.index)
                 users = {linear.name: group[0].name for group in layer.groups() for linear in group}
-                write_statistics(path, {name: a.statistics() for name, a in inputs.items()}, users, source.fingerprint)
-                done[path.name] = _Done(file=File.of(path), unrouted=_unrouted(inputs))
+                write_statistics(path, found, users, source.fingerprint)
+                done[path.name] = _Done(file=File.of(path), unrouted=unrouted)
                 hidden.turn()
                 steps.put(path.name, done[path.name])
                 hidden.forget()

@@ -109,7 +109,9 @@ class HiddenStates:
             for tensor in state:
                 view: Any = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  numpy has a buffer
                 while view:
-                    view = view[getattr(file, what)(view) :]
+                    if not (count := getattr(file, what)(view)):
+                        raise ArmorError(f"{file.name}: is too short; delete {self._folder} and calibrate again")
+                    view = view[count:]
         except OSError as error:
             raise self._full(str(error.strerror)) from None
 

@@ -106,7 +106,10 @@ def enough_memory(where: str, device: str, remedy: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not named and "allocate memory" not in str(error):  # torch's words on a CPU
+            raise
         raise ArmorError(f"{where}: out of memory on {device}; {remedy}") from error
 
 

@@ -27,6 +27,7 @@ from armor.config.reading import parse_settings
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.files import sha256
+from armor.execution.fingerprint import code_hash
 from armor.execution.log import log, progress
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
@@ -192,7 +193,7 @@ def _factorized(
             apart = (_factorized([one], asked, resolved, shards, inputs, seed, device, alone) for one in group)
             return {name: own for each in apart for name, own in each.items()}
         if place != device:
-            note = "computed on the CPU: the GPU had too little memory"
+            note = "; ".join(filter(None, (note, "computed on the CPU: the GPU had too little memory")))
     if note:
         log.warning("%s: %s", " and ".join(names), note)
     seconds = (time.perf_counter() - began) / one_linear(group).out_features
@@ -231,6 +232,7 @@ def _read_group(
     made = record.made_by
     for what, found, expected in (
         ("settings", made.settings, settings.model_dump(mode="json")),
+        ("code", made.code, code_hash(__name__, *settings.code())),
         *((name, made.inputs.get(name), used.get(name)) for name in (Input.STATISTICS, Input.BUDGET)),
     ):
         if found != expected:

@@ -54,6 +54,7 @@ def quantize_layer(
     matches no linear of the model.
     """
     factors, output = Path(factors), Path(output)
+    source.check(topology.fingerprint)
     check_patterns("settings: overrides", (o.modules for o in settings.overrides), (n.name for n in topology.linears()))
     start = read_start(factors, topology.fingerprint)
     trained, to_output = bool(start.training), {n for n, linear in start.modules.items() if _is_to_output(linear)}

@@ -47,6 +47,19 @@ def test_a_layers_input_outlives_a_process_that_dies_while_it_writes_the_output(
         assert list(tmp_path.iterdir()) == [states_file(tmp_path, 1)]
 
 
+def test_a_file_that_was_cut_off_is_one_line(tmp_path):
+    likes = [(torch.zeros(4),)] * 3
+    with HiddenStates(2, likes, 0, tmp_path) as hidden:
+        for _ in range(2):
+            for index in range(2):
+                hidden.write(index, likes[0])
+            hidden.turn()
+    file = states_file(tmp_path, 1)
+    file.write_bytes(file.read_bytes()[:20])
+    with HiddenStates(2, likes, 0, tmp_path, layer=1) as again, pytest.raises(ArmorError, match="is too short; delete"):
+        again.read(1)
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path):
     class Full:
         def seek(self, position):

@@ -107,6 +107,13 @@ def test_groups_that_do_not_go_with_the_layer_are_refused(root, groups, tmp_path
     other = group(root, tmp_path, "0-2", LayerSettings(method="magnitude"))
     with pytest.raises(ArmorError, match="0-2.json: made with other settings than the layer is; factorize these"):
         made(root, tmp_path / "layer_0.safetensors", done=[other])
+    record = LayerRecord.read(groups[0])
+    older = tmp_path / "older" / groups[0].name
+    older.parent.mkdir()
+    shutil.copy(groups[0].with_suffix(".safetensors"), older.with_suffix(".safetensors"))
+    record.replace(made_by=record.made_by.replace(code="0" * 16)).write(older)
+    with pytest.raises(ArmorError, match="0-2.json: made with other code than the layer is; factorize these"):
+        made(root, tmp_path / "layer_0.safetensors", done=[older])
     wide = group(root, tmp_path, "2-3")
     with pytest.raises(ArmorError, match="experts.2.* is in another of the files too"):
         made(root, tmp_path / "layer_0.safetensors", done=[groups[0], wide])

@@ -9,6 +9,7 @@ from armor.config.layers import LayerSettings, Override
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern, is_nm
 from armor.factorize.layer import factorize_layer, seed_of
+from armor.factorize.quantize import quantize_layer
 from armor.format.factors import read_factors
 from armor.format.records.base import BlockSizes
 from armor.format.records.layer import LayerRecord
@@ -19,7 +20,7 @@ from armor.methods.magnitude import magnitude
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.methods.solver.settings import SolverSettings
 from tests.memory import NoRoom
-from tests.packed import edit_tensors, opened, prepared
+from tests.packed import QUANTIZE, edit_tensors, opened, prepared
 
 Q = "model.layers.1.self_attn.q_proj"
 
@@ -265,3 +266,12 @@ def test_no_memory_anywhere_names_the_module_and_keeps_what_is_finished(root, tm
     with NoRoom(is_weights_mask, as_on_a_gpu=False), pytest.raises(ArmorError, match=place):
         run(root, tmp_path / "layer_1.safetensors", armor())
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_model_are_not_rounded_to(root, tmp_path):
+    run(root, own := tmp_path / "layer_1.safetensors", LayerSettings(method="nowag"))
+    other, statistics = prepared(tmp_path / "other", seed=1), root / "calibration/layer_1.safetensors"
+    output = tmp_path / "rounded/layer_1.safetensors"
+    with pytest.raises(ArmorError, match="not the model that was inspected"):
+        quantize_layer(opened(other)[0], opened(root)[1], 1, own, statistics, QUANTIZE, output)
+    assert not output.parent.exists()
