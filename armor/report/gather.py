@@ -42,12 +42,15 @@ def _read_model(paths: Results, name: str, pairs: list[ReportPair]) -> ModelResu
     benchmarks = _there({b: BenchmarkRecord.read_if_there(paths.benchmark(name, b)) for b in asked})
     served = dict.fromkeys(benchmark for pair in pairs for benchmark in pair.serving)
     serving = _there({b: ServingRecord.read_if_there(paths.benchmark(name, b)) for b in served})
+    texts = (evaluation for pair in pairs for evaluation in pair.evaluations)
+    with_task = [(task, evaluation) for pair in pairs for evaluation, tasks in pair.tasks.items() for task in tasks]
+    first = next(texts, ""), next(iter(asked), ""), dict(reversed(with_task))
     return ModelResults(
         name=name,
         calibrations=_there({c: CalibrationRecord.read_if_there(paths.calibration(name, c)) for c in calibrations}),
         benchmarks=benchmarks,
         serving=serving,
-        recipes=[_read_recipe(paths, pair, topology, source, benchmarks, serving) for pair in pairs],
+        recipes=[_read_recipe(paths, pair, topology, source, benchmarks, serving, first) for pair in pairs],
     )
 
 
@@ -58,6 +61,7 @@ def _read_recipe(
     source: SourceRecord | None,
     benchmarks: dict[str, BenchmarkRecord],
     serving: dict[str, ServingRecord],
+    first: tuple[str, str, dict[str, str]],
 ) -> RecipeResults:
     names = (pair.model, pair.recipe)
     layers = [layer.index for layer in topology.layers] if topology else []
@@ -78,6 +82,9 @@ def _read_recipe(
         tasks=_there({e: TasksRecord.read_if_there(paths.evaluation(*names, e)) for e in pair.tasks}),
         benchmarks=_there({b: r.dense if _is_dense(pair) else r.recipes.get(pair.recipe) for b, r in asked.items()}),
         serving=_there({b: r.dense if _is_dense(pair) else r.recipes.get(pair.recipe) for b, r in served.items()}),
+        first_evaluation=first[0],
+        first_benchmark=first[1],
+        first_with=first[2],
     )
 
 

@@ -92,6 +92,12 @@ class RecipeResults:
     """This recipe's own side of each."""
     serving: dict[str, Served]
     """The same of benchmarks behind a server."""
+    first_evaluation: str
+    """The model's first on a text, for all its recipes: the summary's. Only what has it is compared there."""
+    first_benchmark: str
+    """The model's first of speed, likewise."""
+    first_with: dict[str, str]
+    """The model's first evaluation with each task."""
 
     @property
     def name(self) -> str:
@@ -191,41 +197,42 @@ class RecipeResults:
 
     @property
     def evaluation(self) -> EvaluationRecord | None:
-        """The first evaluation on a text: the summary's."""
-        return self.evaluations.get(next(iter(self.pair.evaluations), ""))
+        """The summary's; None where it was not asked for."""
+        return self.evaluations.get(self.first_evaluation)
 
     @property
     def kl(self) -> Mean | None:
-        """The divergence from the dense model in the first evaluation."""
+        """The divergence from the dense model in the summary's evaluation."""
         found = self.evaluation and self.evaluation.against_dense
         return found.kl if found else None
 
     @property
     def top1(self) -> Mean | None:
-        """The agreement with the dense model in the first evaluation."""
+        """The agreement with the dense model in the summary's evaluation."""
         found = self.evaluation and self.evaluation.against_dense
         return found.top1 if found else None
 
     @property
     def benchmark(self) -> Side | None:
-        """Its side of the first benchmark: the summary's."""
-        return self.benchmarks.get(next(iter(self.pair.benchmarks), ""))
+        """Its side of the summary's; None where it was not asked for."""
+        return self.benchmarks.get(self.first_benchmark)
 
     def on(self, evaluation: str) -> RecipeResults:
         """The same with `evaluation` as the first."""
-        return replace(self, pair=self.pair.replace(evaluations=[evaluation]))
+        return replace(self, first_evaluation=evaluation)
 
     @property
     def task_results(self) -> dict[str, TaskResult | None]:
         """The result of every task that was asked for, None for a gap.
 
-        Of two evaluations on the same task, the second one's name precedes it.
+        The name of an evaluation precedes its task where another of the model's has it too, and first.
         """
         found: dict[str, TaskResult | None] = {}
         for evaluation, names in self.pair.tasks.items():
             record = self.tasks.get(evaluation)
             for name in names:
-                found[f"{evaluation}.{name}" if name in found else name] = record.tasks.get(name) if record else None
+                called = name if self.first_with[name] == evaluation else f"{evaluation}.{name}"
+                found[called] = record.tasks.get(name) if record else None
         return found
 
     def bits(self) -> dict[str, float]:

@@ -168,7 +168,7 @@ def _speed(model: ModelResults, best: RecipeResults) -> str:
     own = best.benchmark
     if own is None or not own.speedup:
         return ""
-    dense = model.benchmarks[best.pair.benchmarks[0]].dense
+    dense = model.benchmarks[best.first_benchmark].dense
     batch = min(own.speedup, key=int)
     return (
         f"Loaded, it holds {size(own.resident_bytes)} of memory beside {size(dense.resident_bytes)}, and "

@@ -384,6 +384,12 @@ def test_block_sizes_have_a_figure_where_three_recipes_differ_in_nothing_else(tm
 
     assert "Perplexity by block size, log scale: 8 60.00, 16 30.96, 32 30.96, 64 30.96." in drawn()
     assert {">8<", ">64<", ">60.00<", ">dense<", ">block size<"} <= set(re.findall(">[^<>]+<", drawn()))
+    chains = {name: [("factorize", name), ("refine", name)] for name in ("armor-8", "armor-64")}
+    for recipe, chain in chains.items():  # two are refined
+        (tmp_path / MODEL / recipe / "refined").symlink_to(tmp_path / MODEL / recipe / "layers")
+    pairs = [pair.model_copy(update={"chain": chains.get(pair.recipe, pair.chain)}) for pair in wanted.pairs]
+    found = figures(read_results(tmp_path, wanted.model_copy(update={"pairs": pairs}))[0], "m0")
+    assert not any(figure.name == "m0-blocks" for figure in found)
     for recipe in ("armor-8", "armor-64"):  # another seed: what is left are two
         settings = {"settings": {"seed": sizes[recipe]}}
         path = Results(str(tmp_path)).checkpoint(MODEL, recipe)
@@ -638,6 +644,20 @@ def test_recipes_measured_differently_are_not_called_comparable(own):
     change(EvaluationRecord, evaluation_of(own, "nowag"), blocks=8)
     model = model_of(own)
     assert "compare with care" in " ".join(summarize(model))
+
+
+def test_recipes_are_compared_on_the_same_text_and_tasks_alone(tmp_path):
+    wanted = plan(["dense", "armor", "nowag"], evaluations=["wiki", "c4"], tasks={"long": ["last_word"]})
+    other = {"evaluations": ["c4"], "tasks": {"short": ["last_word"]}}
+    pairs = [*wanted.pairs[:2], wanted.pairs[2].model_copy(update=other)]
+    wanted = wanted.model_copy(update={"pairs": pairs})
+    write_results(tmp_path, wanted, LAYERS)
+    (model,) = read_results(tmp_path, wanted)
+    assert model.best(blocks=True).name == "armor" and model.best(blocks=False) is None
+    nowag = model.recipes[2]
+    assert nowag.evaluation is None and nowag.on("c4").evaluation.evaluation == "c4"
+    assert model.task_names() == ["last_word", "short.last_word"] and list(nowag.task_results) == ["short.last_word"]
+    assert "NoWag" not in summarize(model)[0]
 
 
 def test_further_models_evaluations_and_benchmarks_get_their_own_sections(tmp_path):
