@@ -110,7 +110,9 @@ class Status:
                 text.append(f"{job}: {self.lines[job]}")
             elif state in ("failed", "stopped"):
                 why = self.lines[job] if state == "failed" else "stopped without a word: killed, or out of memory"
-                target = job.outputs[0].absolute().relative_to(self.results.absolute().parent)
+                # A layer alone does not have the states made that it is refined on: what sums up all layers does.
+                made = Job("refined", job.names[:2], job.results) if job.stage == "refine" else job
+                target = made.outputs[0].absolute().relative_to(self.results.absolute().parent)
                 again = shlex.join(["snakemake", str(target), *self.command[1:]])
                 if self.folder != _shells_folder():
                     again = f"cd {shlex.quote(self.folder)} && {again}"

@@ -98,7 +98,10 @@ def refine_layer(
     if known.made_by.settings != settings.sample.model_dump(mode="json"):
         raise ArmorError(f"{states}: of another text than is asked for; delete it and its folder, and run again")
     if not (folder / TOKENS).is_file():
-        raise ArmorError(f"{folder}: not there, it is made for a run and deleted after; run armor states again")
+        raise ArmorError(
+            f"{folder}: not there, it is made for a run and deleted after; ask Snakemake for all layers, that is "
+            f"{output.parent}.json, or run armor states again"
+        )
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
     stored = recorded_tensors(source.path, start.modules)
     _check_memory(stored, topology.layers[layer].prefix, factors, settings.refine.core, known.length, device)

@@ -385,7 +385,7 @@ def test_block_sizes_have_a_figure_where_three_recipes_differ_in_nothing_else(tm
     assert "Perplexity by block size, log scale: 8 60.00, 16 30.96, 32 30.96, 64 30.96." in drawn()
     assert {">8<", ">64<", ">60.00<", ">dense<", ">block size<"} <= set(re.findall(">[^<>]+<", drawn()))
     chains = {name: [("factorize", name), ("refine", name)] for name in ("armor-8", "armor-64")}
-    for recipe, chain in chains.items():  # two are refined
+    for recipe in chains:  # two are refined
         (tmp_path / MODEL / recipe / "refined").symlink_to(tmp_path / MODEL / recipe / "layers")
     pairs = [pair.model_copy(update={"chain": chains.get(pair.recipe, pair.chain)}) for pair in wanted.pairs]
     found = figures(read_results(tmp_path, wanted.model_copy(update={"pairs": pairs}))[0], "m0")

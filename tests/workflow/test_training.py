@@ -159,6 +159,22 @@ def test_what_a_kill_left_hides_nothing_that_is_due(trained, tmp_path):
     assert not (tiny / "states/words-4x32").exists()
 
 
+def test_a_layer_that_failed_is_made_again_by_what_is_said(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    refined = again.folder / "results/tiny/pruned/refined"
+    refined.with_name("refined.json").unlink()
+    for layer in range(2):
+        (refined / f"layer_{layer}.safetensors").unlink()
+    target = "results/tiny/pruned/refined.json"
+    alone = again.snakemake("--", "results/tiny/pruned/refined/layer_0.safetensors")
+    assert alone.returncode and f"for all layers, that is {target}, or" in alone.stderr
+    assert f"again: snakemake {target} " in alone.stderr
+    done = again.snakemake("--", target)
+    assert done.returncode == 0, done.stderr
+    assert asked(again) == {}  # the same bytes
+
+
 def test_one_layer_again_leaves_the_others(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "run")
     again = Run(tmp_path / "run", trained.config)

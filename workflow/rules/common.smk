@@ -99,9 +99,11 @@ onstart:
 onsuccess:
     for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
         Path(HERE.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
-    if not workflow.storage_settings.notemp:  # what a run that was killed has left, and no layer needed any more
-        for model, states in itertools.product(SETTINGS.models, SETTINGS.states()):
-            shutil.rmtree(beside(HERE.states(model, states)), ignore_errors=True)
+    if not workflow.storage_settings.notemp:  # what a run that was killed has left, and no layer needs any more
+        due = [job.names for job in jobs_known("refined") if not job.record.is_file()]
+        needing = {(model, SETTINGS.states_of(recipe)) for model, recipe in due}
+        for names in {*itertools.product(SETTINGS.models, SETTINGS.states())} - needing:
+            shutil.rmtree(beside(HERE.states(*names)), ignore_errors=True)
     print(*summary(Path(HERE.root), SETTINGS), sep="\n", file=sys.stderr)
     if os.path.isfile(page := HERE.report()[0]):
         print(f"the report: {os.path.relpath(page, os.environ.get('PWD', '.'))}", file=sys.stderr)
