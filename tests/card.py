@@ -58,6 +58,13 @@ class _OnCard(Tensor):
         return pytree.tree_map_only(Tensor, cls, found)
 
 
+class _Generator(torch.Generator):
+    """One of the host, whatever device is asked for."""
+
+    def __new__(cls, device: object = None) -> _Generator:
+        return super().__new__(cls)
+
+
 class _Module(_DummyBackendModule):
     """What torch asks a device's module."""
 
@@ -78,5 +85,4 @@ def put_in() -> None:
     )
     casts.fallback(torch.library.fallthrough_kernel)
     _libraries.extend((makers, casts))
-    of_host = torch.Generator
-    torch.Generator = lambda device="cpu": of_host()  # what it draws is the host's
+    torch.Generator = _Generator

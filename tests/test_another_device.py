@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import armor
 from armor.calibrate.capture import calibrate
 from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
@@ -33,7 +35,7 @@ from tests.card import CARD, put_in
 from tests.packed import opened
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
-SOLVER = {"block_size": 16, "solver": SolverSettings(iterations=2)}
+SOLVER: dict[str, Any] = {"block_size": 16, "solver": SolverSettings(iterations=2)}
 SMALL = {"rank": {"rank": 4}, "block_size": SOLVER}
 
 
@@ -98,6 +100,16 @@ def tuned(root, output, device):
     return [done.start_loss, done.loss]
 
 
+def in_memory(root, output, device):
+    """All of it in one process; what the model then says."""
+    model = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32).to(device)
+    tokenizer, training = AutoTokenizer.from_pretrained(root / "source"), TRAINING | {"steps": 4}
+    recipe = SOLVER | {"refine": training, "quantize": {"group": 16}, "tune": training}
+    armor.compress(model, tokenizer, (root / "text.txt").read_text(), recipe, sequences=4, sequence_length=LENGTH)
+    with torch.no_grad():
+        return [model(torch.arange(LENGTH)[None].to(device), use_cache=False).logits.double().square().sum().item()]
+
+
 STAGES = {
     "calibrate": captured,
     **{name: partial(found, name) for name in METHODS if name != "dense"},
@@ -106,6 +118,7 @@ STAGES = {
     "sensitivity": sensitivity,
     **{f"refine, {inputs} inputs": partial(refine, inputs) for inputs in ("dense", "compressed")},
     "tune": tuned,
+    "in memory": in_memory,
 }
 
 

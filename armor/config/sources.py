@@ -52,7 +52,8 @@ class TextSettings(Typed):
     streaming: bool = False
     """Read the dataset as it downloads, instead of downloading all of it first."""
     files: list[LocalPath] | None = Field(default=None, min_length=1)
-    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
+    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document). What is made of them
+    does not run again where a file is edited in place: give what is edited another name."""
     column: str = "text"
     """The column of the dataset, or the key of the JSON lines, that holds the text."""
     package: str | None = None
