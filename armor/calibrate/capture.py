@@ -52,7 +52,6 @@ from armor.runtime.apart import Apart, Whole
 from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.experts import Expert
 from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
-from armor.runtime.load import load_tokenizer
 from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
 from armor.text.blocks import token_blocks
 from armor.text.sources import describe
@@ -241,8 +240,16 @@ def _finished(steps: Steps, folder: Path) -> dict[str, _Done]:
 
 
 def _tokens(source: Source, settings: CalibrationSettings, length: int) -> Tensor:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ArmorError(
+            f"{source.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     log.info("reading %d x %d tokens of %s", settings.sequences, length, describe(settings.text))
-    return token_blocks(settings.text, load_tokenizer(source.path), settings.sequences, length)
+    return token_blocks(settings.text, tokenizer, settings.sequences, length)
 
 
 @contextlib.contextmanager

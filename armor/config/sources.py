@@ -52,8 +52,7 @@ class TextSettings(Typed):
     streaming: bool = False
     """Read the dataset as it downloads, instead of downloading all of it first."""
     files: list[LocalPath] | None = Field(default=None, min_length=1)
-    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document). What is made of them
-    does not run again where a file is edited in place: give what is edited another name."""
+    """Text files (each one document) or JSON-lines files (.jsonl, .json; each line one document)."""
     column: str = "text"
     """The column of the dataset, or the key of the JSON lines, that holds the text."""
     package: str | None = None

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from armor.core.typed import Typed
 from armor.execution.files import read_json, sha256
 from armor.execution.fingerprint import code_hash
-from armor.format.records.base import MadeBy
+from armor.format.records.base import Input, MadeBy
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.source import SourceRecord
 
-__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "made_by", "model_fingerprint", "ranges"]
+__all__ = ["CHECKSUMS", "PROVENANCE", "combined", "made_by", "model_fingerprint", "ranges", "text_files"]
 
 CHECKSUMS = "checksums.json"
 """The file in a packed checkpoint with the hashes of all the others."""
@@ -28,13 +29,29 @@ PROVENANCE = "provenance.json"
 
 
 def made_by(stage: str, settings: Typed | None, inputs: Mapping[str, str | None], also: Iterable[str] = ()) -> MadeBy:
-    """What made a result.
+    """What made a result; the local files of its text are added to its inputs.
 
     `stage` is the module that the rule's code hash starts from, `also` those beside it; `settings` the resolved ones,
     the seed among them; `inputs` are fingerprints by name, None for one that has none.
     """
     said = settings.model_dump(mode="json") if settings else {}
-    return MadeBy(stage=stage, code=code_hash(stage, *also), settings=said, inputs=dict(inputs))
+    read = {Input.TEXT_FILES: files} if (files := text_files(settings)) else {}
+    return MadeBy(stage=stage, code=code_hash(stage, *also), settings=said, inputs={**inputs, **read})
+
+
+def text_files(settings: Typed | None) -> str | None:
+    """The fingerprint of the local files of the text in a job's settings; None without any, or if one is not there."""
+    text = getattr(getattr(settings, "sample", settings), "text", None)
+    files = [Path(file) for file in getattr(text, "files", None) or ()]
+    if not files or not all(file.is_file() for file in files):
+        return None
+    return combined(_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+@cache
+def _sha256(file: Path, size: int, time: int) -> str:
+    """The hash of a file, once for each state that it is seen in."""
+    return sha256(file)
 
 
 def combined(hashes: Iterable[str | None]) -> str:

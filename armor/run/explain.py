@@ -224,6 +224,8 @@ class Reruns:
             for name, found in (dict.fromkeys(made.experts()) | dict(self._inputs(job))).items():
                 if made.inputs.get(name) != found:
                     yield f"input {name}: its fingerprint is another"
+            if made.inputs.get(Input.TEXT_FILES) != job.text(self.config):
+                yield f"input {Input.TEXT_FILES}: their fingerprint is another"
         if (settings := job.settings(self.config)) is not None:
             asked = settings.model_dump(mode="json", exclude_defaults=job.stage == "fetch")
             before, after = _flat(then), _flat(asked)

@@ -16,6 +16,8 @@ from armor.config.run import Config
 from armor.core.typed import Typed
 from armor.execution.fingerprint import code_hash
 from armor.format.layout import RESULTS, Results
+from armor.format.provenance import text_files
+from armor.format.records.base import Input, Origin
 from armor.format.records.topology import Topology
 from armor.run.groups import expert_groups
 from armor.run.stages import STAGES, Names, Needed
@@ -75,6 +77,13 @@ class Job:
         """The hash of the code that it executes."""
         stage = STAGES[self.stage]
         return code_hash(stage.entry, *stage.also(config, *self.names))
+
+    def text(self, config: Config) -> str | None:
+        """The fingerprint of the local files of text that it reads; where one is not there, what its record says."""
+        if found := text_files(self.settings(config)):
+            return found
+        origin = Origin.within(self.record) if self.record.is_file() else None
+        return origin.made_by.inputs.get(Input.TEXT_FILES) if origin else None
 
     def inputs(self, config: Config) -> list[Needed]:
         """The jobs that it reads from. Without the last of their names all are meant that have the others."""

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from armor.config.sample import Sample
 from armor.config.training import RefineJob, RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, room_for, sha256
@@ -29,7 +30,7 @@ from armor.execution.machine import device_memory_bytes, enough_memory
 from armor.execution.resume import Steps, resumable
 from armor.format.factors import read_start
 from armor.format.names import beside, layer_file, record_beside
-from armor.format.provenance import combined, made_by
+from armor.format.provenance import combined, made_by, text_files
 from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
@@ -95,7 +96,7 @@ def refine_layer(
             f"{states}: found {known.sequences} sequences, expected {settings.sample.sequences} with the held-out "
             "ones; run armor states again"
         )
-    if known.made_by.settings != settings.sample.model_dump(mode="json"):
+    if not _is_of(known, settings.sample):
         raise ArmorError(f"{states}: of another text than is asked for; delete it and its folder, and run again")
     if not (folder / TOKENS).is_file():
         raise ArmorError(
@@ -156,6 +157,14 @@ def refine_layer(
             for left in output.parent.glob(".states_*.safetensors"):
                 left.unlink()
     return record
+
+
+def _is_of(states: StatesRecord, sample: Sample) -> bool:
+    """Whether states are of the text that `sample` asks for; of local files the content counts, not the place."""
+    made, asked = states.made_by.settings, sample.model_dump(mode="json")
+    if files := text_files(sample):
+        made, asked = ({**each, "text": {**each["text"], "files": None}} for each in (made, asked))
+    return made == asked and (files is None or states.made_by.inputs.get(Input.TEXT_FILES) == files)
 
 
 def _check_memory(shards: Shards, prefix: str, factors: Path, core: bool, length: int, device: str) -> None:

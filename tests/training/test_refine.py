@@ -20,6 +20,7 @@ from armor.config.quantization import QuantizeSettings
 from armor.config.training import RefineJob, RefineSettings, TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
+from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
 from armor.format.shards import Shards
@@ -290,6 +291,10 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
         refined(copy, 0, tmp_path)
     other_text = states.made_by.settings | {"text": {"files": ["other.txt"]}}
     states.replace(made_by=states.made_by.replace(settings=other_text)).write(copy / "states.json")
+    with pytest.raises(ArmorError, match="of another text than is asked for; delete it"):
+        refined(copy, 0, tmp_path)
+    edited = states.made_by.inputs | {Input.TEXT_FILES: "0" * 64}
+    states.replace(made_by=states.made_by.replace(inputs=edited)).write(copy / "states.json")
     with pytest.raises(ArmorError, match="of another text than is asked for; delete it"):
         refined(copy, 0, tmp_path)
     with pytest.raises(ArmorError, match="found .* tokens in 1 documents, needed 8000 x 48"):

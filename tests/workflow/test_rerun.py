@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,19 @@ def test_an_edit_of_the_configuration_reruns_what_it_touches(run, edit):
     edited = run.edited(**changes)
     assert run.would_run(edited) == expected
     assert explained(run, edited) == expected
+
+
+def test_a_text_that_is_edited_in_place_reruns_what_is_made_of_it(run):
+    file = Path(run.config["calibrations"]["words"]["text"]["files"][0])
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before + b" more")
+        assert run.would_run() == explained(run, run.config) == {"calibrate": 1} | recipes(2)
+        file.unlink()  # its results stay what they are
+        assert run.would_run() == explained(run, run.config) == {}
+    finally:
+        file.write_bytes(before)
+    assert run.would_run() == explained(run, run.config) == {}
 
 
 STATEMENT = ("\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ")

@@ -24,6 +24,7 @@ rule sensitivity:
     params:
         settings=settings("sensitivity"),
         code=code("sensitivity"),
+        text=text("sensitivity"),
     message:
         "sensitivity {wildcards.model} {wildcards.sensitivity}"
     shell:

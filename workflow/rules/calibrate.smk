@@ -24,6 +24,7 @@ rule calibrate:
         settings=settings("calibrate"),
         record=lambda wildcards: HERE.calibration(*wildcards),
         code=code("calibrate"),
+        text=text("calibrate"),
     message:
         "calibrate {wildcards.model} {wildcards.calibration}"
     shell:

@@ -136,6 +136,11 @@ def code(stage):
     return lambda wildcards: Job(stage, tuple(wildcards)).code(SETTINGS)
 
 
+def text(stage):
+    """The fingerprint of the local files of text that a job reads, by its wildcards: an edit makes it run again."""
+    return lambda wildcards: Job(stage, tuple(wildcards), HERE).text(SETTINGS) or ""
+
+
 def jobs_known(stage, names=()):
     """The jobs of one stage, as armor.run.jobs.jobs_of has them.
 

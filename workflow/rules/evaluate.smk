@@ -32,6 +32,7 @@ rule predict:
     params:
         settings=settings("predict"),
         code=code("predict"),
+        text=text("predict"),
     message:
         "predict {wildcards.model} {wildcards.evaluation}"
     shell:
@@ -68,6 +69,7 @@ rule evaluate:
         settings=settings("evaluate"),
         dense=lambda wildcards, input: "" if SETTINGS.is_dense(wildcards.recipe) else f"--dense {input.source}",
         code=code("evaluate"),
+        text=text("evaluate"),
     message:
         "evaluate {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:
@@ -104,6 +106,7 @@ rule tasks:
     params:
         settings=settings("tasks"),
         code=code("tasks"),
+        text=text("tasks"),
     message:
         "tasks {wildcards.model} {wildcards.recipe} {wildcards.evaluation}"
     shell:

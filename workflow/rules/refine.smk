@@ -66,6 +66,7 @@ rule refine:
         settings=settings("refine"),
         factors=folder_needed("refine"),
         code=code("refine"),
+        text=text("refine"),
     message:
         "refine {wildcards.model} {wildcards.recipe} layer {wildcards.layer}"
     shell:
@@ -136,6 +137,7 @@ rule tune:
         settings=settings("tune"),
         factors=folder_needed("tune"),
         code=code("tune"),
+        text=text("tune"),
     message:
         "tune {wildcards.model} {wildcards.recipe}"
     shell:

@@ -111,6 +111,8 @@ class Input:
     """The source, where it stands beside a compressed model."""
     TEXT = "text"
     """The tokens."""
+    TEXT_FILES = "text files"
+    """The local files that the text is read from."""
     FILES = "files"
     """The files of the tasks that were built."""
     STATISTICS = "statistics"
