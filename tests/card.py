@@ -1,7 +1,7 @@
 """A second device for a machine that has none: each of its tensors holds one of the host, and may not meet the host's.
 
 What asks for its device everywhere works on it, as it must on a GPU. It has no speed, memory or autocast of its own.
-`put_in` registers it for the whole process and for good, so do that in one of its own.
+`put_in` registers it for good, so call it in a process of its own.
 """
 
 from __future__ import annotations
