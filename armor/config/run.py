@@ -22,7 +22,7 @@ from armor.config.training import RefineJob, TuneJob, overlap
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
-from armor.methods import METHODS
+from armor.methods import METHODS, UNCHANGED
 
 __all__ = ["Asked", "Config", "Run"]
 
@@ -107,8 +107,8 @@ class Config(Typed):
     def _check_recipe(self, name: str) -> None:
         """A recipe has the calibration that it needs."""
         recipe = self.recipes[name]
-        if name == "dense" and not self.is_dense(name):
-            raise ValueError("recipes.dense: benchmarks call the model itself so; choose another name")
+        if name == UNCHANGED and not self.is_dense(name):
+            raise ValueError(f"recipes.{name}: benchmarks call the model itself so; choose another name")
         if recipe.base is not None:
             self._check_base(name)
             return

@@ -75,6 +75,9 @@ class TextSettings(Typed):
             raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
         return self
 
+    def local_files(self) -> list[str]:
+        return list(self.files or [])
+
     def called(self) -> str:
         """Its name where it is published: the dataset, the file of the package, or the files, without folders."""
         if self.dataset is not None:

@@ -23,3 +23,8 @@ class Typed(BaseModel):
         if unknown := changes.keys() - type(self).model_fields.keys():
             raise TypeError(f"{type(self).__name__}: no field {min(unknown)}")
         return self.model_copy(update=changes)
+
+    def local_files(self) -> list[str]:
+        """The files of this machine whose content counts where these settings do: those of all that is in them."""
+        inside = (getattr(self, name) for name in type(self).model_fields)
+        return [file for value in inside if isinstance(value, Typed) for file in value.local_files()]

@@ -41,8 +41,7 @@ def made_by(stage: str, settings: Typed | None, inputs: Mapping[str, str | None]
 
 def text_files(settings: Typed | None) -> str | None:
     """The fingerprint of the local files of the text in a job's settings; None without any, or if one is not there."""
-    text = getattr(getattr(settings, "sample", settings), "text", None)
-    files = [Path(file) for file in getattr(text, "files", None) or ()]
+    files = [Path(file) for file in settings.local_files()] if settings else []
     if not files or not all(file.is_file() for file in files):
         return None
     return combined(_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)

@@ -161,10 +161,10 @@ def refine_layer(
 
 def _is_of(states: StatesRecord, sample: Sample) -> bool:
     """Whether states are of the text that `sample` asks for; of local files the content counts, not the place."""
-    made, asked = states.made_by.settings, sample.model_dump(mode="json")
-    if files := text_files(sample):
-        made, asked = ({**each, "text": {**each["text"], "files": None}} for each in (made, asked))
-    return made == asked and (files is None or states.made_by.inputs.get(Input.TEXT_FILES) == files)
+    made, files = Sample.model_validate(states.made_by.settings), text_files(sample)
+    if files:
+        made, sample = (each.replace(text=each.text.replace(files=None)) for each in (made, sample))
+    return made == sample and (files is None or states.made_by.inputs.get(Input.TEXT_FILES) == files)
 
 
 def _check_memory(shards: Shards, prefix: str, factors: Path, core: bool, length: int, device: str) -> None:

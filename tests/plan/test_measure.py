@@ -79,7 +79,7 @@ def test_what_rounding_needs_follows_what_it_does(tmp_path):
         "armor": {"method": "armor", "block_size": 16, "solver": {"iterations": 2}},
         "plain": {"base": "armor", "quantize": {}},
         "trained": {"base": "armor", "refine": {"sequences": 2, "held_out": 1, "batch": 1, "steps": 1}, "quantize": {}},
-        "dense": {"method": "armor", "overrides": [{"modules": "*.mlp.*", "method": "dense"}], "quantize": {}},
+        "part": {"method": "armor", "overrides": [{"modules": "*.mlp.*", "method": "dense"}], "quantize": {}},
     }
     of_grams = {"words": CONFIG["calibrations"]["words"] | {"gram": True}}
     plan, _, place = made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", recipes, calibrations=of_grams)
@@ -91,6 +91,6 @@ def test_what_rounding_needs_follows_what_it_does(tmp_path):
     assert {name: {kind.gram for kind in kinds} for name, kinds in found.items()} == {
         "plain": {False},
         "trained": {True},
-        "dense": {False},
+        "part": {False},
     }
-    assert {name: len(kinds) for name, kinds in found.items()} == {"plain": 7, "trained": 7, "dense": 4}
+    assert {name: len(kinds) for name, kinds in found.items()} == {"plain": 7, "trained": 7, "part": 4}

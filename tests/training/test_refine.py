@@ -289,7 +289,7 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
     states.replace(made_by=states.made_by.replace(code="other")).write(copy / "states.json")
     with pytest.raises(ArmorError, match="made by other code than today's; delete it"):
         refined(copy, 0, tmp_path)
-    other_text = states.made_by.settings | {"text": {"files": ["other.txt"]}}
+    other_text = states.made_by.settings | {"sequence_length": 12}
     states.replace(made_by=states.made_by.replace(settings=other_text)).write(copy / "states.json")
     with pytest.raises(ArmorError, match="of another text than is asked for; delete it"):
         refined(copy, 0, tmp_path)
