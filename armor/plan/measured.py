@@ -119,16 +119,18 @@ def benchmark(plan: Plan, model: str, name: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.benchmarks[name]
     owners = [plan.config.owner(recipe) for recipe in plan.config.benchmarked(model, name)]
     sizes = [subject.loaded_bytes(owner, settings.dtype) for owner in (None, *owners)]
-    together = sum(sizes)
-    if together > USABLE * plan.host.memory:
-        together = sizes[0] + max(sizes[1:], default=0)
+    together, least = sum(sizes), sizes[0] + max(sizes[1:], default=0)
+    on_host, on_card = (
+        together if room is None or together <= USABLE * room else least for room in (plan.host.memory, plan.host.gpu)
+    )
+    memory = memory_of(0, on_host)._replace(card=memory_of(0, on_card).card)
     dtype = dtype_name(loaded_dtype(subject.folder, settings.dtype))
     rows = [max(settings.new_tokens // size, 8) for size in settings.batch_sizes]
     steps = float(settings.repeats * sum(rows) + settings.new_tokens * len(settings.prompts))
     work = [START, Work(Read(), 2.0 * sum(sizes))]
     for owner, size in zip((None, *owners), sizes, strict=True):
         work.append(Work(Step(model, dtype, owner), steps * len(subject.topology.layers), moved=steps * size))
-    return Need(memory_of(0, together), work=tuple(work), remedy="take a larger machine, or leave benchmarks out")
+    return Need(memory, work=tuple(work), remedy="take a larger machine, or leave benchmarks out")
 
 
 def serving(plan: Plan, model: str, name: str) -> Need:

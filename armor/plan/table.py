@@ -89,7 +89,8 @@ def planned(plan: Plan, results: Path, rates: Mapping[Kind, float] | None) -> Pl
     passing = max((stage.scratch_bytes for stage in stages if stage.stage != "predict"), default=0)
     elapsed = None
     if rates is not None:
-        side_by_side = {stage: plan.host.cores if STAGES[stage].by_layer else 1 for stage in STAGES}
+        alone = {stage for stage, row in STAGES.items() if not row.by_layer} | {"refine"}  # timed with all threads
+        side_by_side = {stage: 1 if stage in alone else plan.host.cores for stage in STAGES}
         elapsed = sum((s.seconds or 0.0) / side_by_side[s.stage] for s in stages)
     return Planned(
         stages=tuple(stages),
@@ -194,9 +195,16 @@ def _problems(plan: Plan, groups: Sequence[Sequence[tuple[Job, Need]]], disk: in
             yield f"{job}: {_size(memory.card)} needed on the GPU, it has {_size(gpu)}; {_remedy(plan, need)}"
         if host > room:
             yield f"{job}: {_size(host)} needed on the host, it has {_size(room)}; {_remedy(plan, need)}"
-        elif STAGES[job.stage].by_layer and not on_card and host * plan.host.cores > room:
+        elif _beside_others(plan, job) and not on_card and host * plan.host.cores > room:
             at_once = f"{plan.host.cores} such jobs at once need {_size(host * plan.host.cores)}"
             yield f"{job}: {at_once}, the host has {_size(room)}; use --cores {room // host}"
+
+
+def _beside_others(plan: Plan, job: Job) -> bool:
+    """Whether other layers' jobs run while `job` does: not where it is one of a chain."""
+    if job.stage == "refine":
+        return plan.config.refine_settings(job.names[1]).refine.inputs == "dense"
+    return STAGES[job.stage].by_layer
 
 
 def _remedy(plan: Plan, need: Need) -> str:

@@ -171,6 +171,29 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     assert all("\n" not in line for line in (*small, *tight, *card, *several))
 
 
+def test_models_that_do_not_fit_on_a_card_together_take_turns_there_too(tmp_path):
+    model, pruned = tiny_model(tmp_path / "model", layers=2), {name: {"method": name} for name in ("nowag", "wanda")}
+    _, found, place = made(model, tmp_path / "plan", pruned)
+    (together,) = (stage.card_bytes for stage in found.stages if stage.stage == "benchmark")
+    plan, found, place = made(model, tmp_path / "small", pruned, dataclasses.replace(ROOMY, gpu=together))
+    (in_turn,) = (stage.card_bytes for stage in found.stages if stage.stage == "benchmark")
+    assert in_turn < together and not any(line.startswith("benchmark") for line in found.problems)
+
+
+def test_layers_of_a_chain_are_not_counted_beside_each_other(tmp_path):
+    training = {"steps": 1, "batch": 1, "sequences": 2, "held_out": 1}
+    found = {}
+    for inputs in ("dense", "compressed"):
+        recipes = {"armor": {"method": "nowag"}, "refined": {"base": "armor", "refine": training | {"inputs": inputs}}}
+        folder = tiny_model(tmp_path / inputs, layers=2)
+        _, needed, _ = made(folder, tmp_path / f"plan-{inputs}", recipes)
+        (size,) = (stage.host_bytes for stage in needed.stages if stage.stage == "refine")
+        host = dataclasses.replace(ROOMY, memory=int(1.5 * size))
+        _, planned_there, _ = made(folder, tmp_path / f"tight-{inputs}", recipes, host)
+        found[inputs] = [line for line in planned_there.problems if line.startswith("refine ") and "at once" in line]
+    assert found["dense"] and not found["compressed"]
+
+
 @pytest.mark.parametrize("stage", ["calibrate", "predict", "refine"])
 def test_the_length_that_is_proposed_fits_and_twice_of_it_does_not(tmp_path, stage):
     longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 128}}
