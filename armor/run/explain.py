@@ -21,7 +21,7 @@ from armor.execution.machine import versions
 from armor.execution.table import text_table
 from armor.format.layout import CALIBRATION, FACTORS, RUN, SUMMARY
 from armor.format.names import beside, layer_file, record_beside, record_of_folder
-from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges
+from armor.format.provenance import CHECKSUMS, PROVENANCE, combined, model_fingerprint, ranges, text_files
 from armor.format.records.base import Input, Machine, Made, Origin
 from armor.format.records.budget import BudgetRecord, PricesRecord
 from armor.format.records.calibration import CalibrationRecord
@@ -224,7 +224,8 @@ class Reruns:
             for name, found in (dict.fromkeys(made.experts()) | dict(self._inputs(job))).items():
                 if made.inputs.get(name) != found:
                     yield f"input {name}: its fingerprint is another"
-            if made.inputs.get(Input.TEXT_FILES) != job.text(self.config):
+            files = text_files(job.settings(self.config))
+            if files is not None and made.inputs.get(Input.TEXT_FILES) != files:
                 yield f"input {Input.TEXT_FILES}: their fingerprint is another"
         if (settings := job.settings(self.config)) is not None:
             asked = settings.model_dump(mode="json", exclude_defaults=job.stage == "fetch")

@@ -80,7 +80,10 @@ class Job:
 
     def text(self, config: Config) -> str | None:
         """The fingerprint of the local files of text that it reads; where one is not there, what its record says."""
-        if found := text_files(self.settings(config)):
+        settings = self.settings(config)
+        if settings is None or not settings.local_files():
+            return None
+        if found := text_files(settings):
             return found
         origin = Origin.within(self.record) if self.record.is_file() else None
         return origin.made_by.inputs.get(Input.TEXT_FILES) if origin else None
