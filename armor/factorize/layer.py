@@ -29,7 +29,7 @@ from armor.core.factorization import Factorization
 from armor.execution.files import sha256
 from armor.execution.fingerprint import code_hash
 from armor.execution.log import log, progress
-from armor.execution.machine import current_machine, peak_memory_bytes
+from armor.execution.machine import current_machine, enough_memory, peak_memory_bytes
 from armor.execution.resume import Steps, resumable
 from armor.factorize.asked import check_memory, groups_asked, possible
 from armor.factorize.sharing import one_linear, parts_of
@@ -253,12 +253,8 @@ def factorize_somewhere(
         with contextlib.suppress(torch.OutOfMemoryError):
             return factorize_weight(weight.to(device), of_input, settings, seed, where), device
         torch.cuda.empty_cache()
-    try:
+    with enough_memory(where, "cpu", "give the job more, or take fewer jobs at a time"):
         return factorize_weight(weight, of_input, settings, seed, where), "cpu"
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch's words, on a CPU
-            raise
-        raise ArmorError(f"{where}: out of memory; give the job more, or take fewer jobs at a time") from error
 
 
 def factorize_weight(

@@ -262,7 +262,7 @@ def test_no_memory_anywhere_names_the_module_and_keeps_what_is_finished(root, tm
     def is_weights_mask(_, tensor):
         return tensor.dtype == torch.bool and tensor.shape == (64, 64)
 
-    place = rf"model.safetensors: {Q}.weight: out of memory; give the job more"
+    place = rf"model.safetensors: {Q}.weight: out of memory on cpu; give the job more"
     with NoRoom(is_weights_mask, as_on_a_gpu=False), pytest.raises(ArmorError, match=place):
         run(root, tmp_path / "layer_1.safetensors", armor())
     assert not list(tmp_path.iterdir())
