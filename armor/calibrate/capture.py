@@ -42,7 +42,7 @@ from armor.execution.machine import (
 from armor.execution.resume import Steps, resumable
 from armor.format.names import layer_file, layer_files
 from armor.format.provenance import combined, made_by
-from armor.format.records.base import File, Input
+from armor.format.records.base import File, Input, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.format.shards import dtype_name
@@ -57,8 +57,6 @@ from armor.text.blocks import token_blocks
 from armor.text.sources import describe
 
 __all__ = ["calibrate", "is_apart", "peak_bytes"]
-
-SMALLER = "lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
 
 
 def peak_bytes(topology: Topology, length: int, dtype: torch.dtype, gram: bool, apart: bool = False) -> int:
@@ -104,7 +102,7 @@ def calibrate(
         if (needed := peak_bytes(topology, length, dtype, settings.gram, apart)) > available:
             raise ArmorError(
                 f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
-                f"{device} has {available / 1e9:.1f} GB; {SMALLER}"
+                f"{device} has {available / 1e9:.1f} GB; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
             )
     tokens = _tokens(source, settings, length)
     held = min(limit, tokens.numel() * topology.hidden_size * dtype.itemsize)
@@ -112,6 +110,7 @@ def calibrate(
     if apart := is_apart(topology, length, dtype, settings.gram, room):
         log.info("%s: a decoder layer does not fit into memory, so its experts are read one by one", source.path)
     text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    made = made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint})
     work = {
         "fingerprint": source.fingerprint,
         "layers": [layer.model_dump(mode="json") for layer in topology.layers],
@@ -135,7 +134,7 @@ def calibrate(
             left = topology.layers[len(done) :]
             for layer in progress(left, "calibrate", unit="layers", amount=share, amount_unit="tokens"):
                 own = [of_layers[layer.index] for of_layers in calls]
-                with enough_memory(f"{source.path}: {layer.prefix}", device, SMALLER):
+                with enough_memory(f"{source.path}: {layer.prefix}", device, "lower sequence_length"):
                     module = load_layer(skeleton, layer.index, shards, device, experts=not apart)
                     inside = partial(skeleton.inside, layer.index)
                     name = f"{skeleton.prefix}.{layer.index}"
@@ -151,7 +150,7 @@ def calibrate(
                 hidden.turn()
                 steps.put(path.name, done[path.name])
                 hidden.forget()
-        record = _record(source, settings, tokens, text_fingerprint, hidden, done, steps.seconds(), device)
+        record = _record(source, made, tokens, text_fingerprint, hidden, done, steps.seconds(), device)
         record.write(output)
     return record
 
@@ -176,7 +175,7 @@ def _weights_apart(layer: DecoderLayer) -> int:
 
 def _record(
     source: Source,
-    settings: CalibrationSettings,
+    made: MadeBy,
     tokens: Tensor,
     text_fingerprint: str,
     hidden: HiddenStates,
@@ -202,7 +201,7 @@ def _record(
         seconds=round(seconds, 3),
         tokens_per_second=round(tokens.numel() / seconds, 1),
         peak_memory_bytes=peak_memory_bytes(device),
-        made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint}),
+        made_by=made,
         machine=current_machine(device),
     )
 

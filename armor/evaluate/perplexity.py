@@ -42,7 +42,7 @@ from armor.execution.resume import Steps, identity, resumable
 from armor.format.logits import read_logits
 from armor.format.names import logits_beside
 from armor.format.provenance import combined, made_by
-from armor.format.records.base import Input
+from armor.format.records.base import Input, MadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord
 from armor.runtime.load import load_tokenizer
@@ -93,11 +93,11 @@ def evaluate(
     """
     start = time.monotonic()
     folder, output = Path(folder), Path(output)
-    inputs = {Input.MODEL: fingerprint}
     if dense is not None:
         dense = Path(dense)
         _check_same_tokens(folder, dense)
     blocks = blocks_of(folder, settings)
+    inputs = {Input.MODEL: fingerprint, Input.TEXT: blocks.fingerprint}
     known = None
     if predictions is not None:
         predictions = Path(predictions)
@@ -105,10 +105,12 @@ def evaluate(
         own = known.fingerprint is not None and known.fingerprint == fingerprint
         if own and dense is None:
             means = [BlockMeans(loss=loss) for loss in known.block_means]
-            return _write(output, settings, blocks, means, inputs, device, time.monotonic() - start)
+            made = made_by(__name__, settings, inputs)
+            return _write(output, made, blocks, means, device, time.monotonic() - start)
         dense_fingerprint = known.fingerprint
     if dense is not None or known is not None:
         inputs[Input.DENSE] = dense_fingerprint
+    made = made_by(__name__, settings, inputs)
     stored = known if known is not None and _has_logits(known, Path(predictions or "")) else None
     if known is not None and stored is None:
         why = known.not_stored or "they were removed"
@@ -132,7 +134,7 @@ def evaluate(
             lambda models: measure(models, blocks, steps, _reader(stored, predictions)),
             more=0 if stored is None else stored.logits_bytes // stored.blocks,
         )
-        return _write(output, settings, blocks, means, inputs, device, steps.seconds())
+        return _write(output, made, blocks, means, device, steps.seconds())
 
 
 @torch.inference_mode()
@@ -181,10 +183,9 @@ def _mean(values: Tensor) -> float:
 
 def _write(
     output: Path,
-    settings: EvaluationSettings,
+    made: MadeBy,
     blocks: Blocks,
     means: Sequence[BlockMeans],
-    inputs: dict[str, str | None],
     device: str,
     seconds: float,
 ) -> EvaluationRecord:
@@ -208,7 +209,7 @@ def _write(
         against_dense=against,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(device),
-        made_by=made_by(__name__, settings, {**inputs, Input.TEXT: blocks.fingerprint}),
+        made_by=made,
         machine=current_machine(device),
     )
     record.write(output)

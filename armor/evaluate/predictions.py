@@ -67,6 +67,7 @@ def predict(
     """
     folder, output = Path(folder), Path(output)
     blocks = blocks_of(folder, settings)
+    made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.TEXT: blocks.fingerprint})
     work = {"model": identity(folder), "text": blocks.fingerprint, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
         file = LogitsFile(
@@ -102,7 +103,7 @@ def predict(
             not_stored=why,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.TEXT: blocks.fingerprint}),
+            made_by=made,
             machine=current_machine(device),
         )
         record.write(output)

@@ -87,6 +87,7 @@ def evaluate_tasks(
     specs = {name: (built.get(task, task), shots) for name, (task, shots) in asked_tasks(settings).items()}
     manager = check_names(task for task, _ in specs.values())
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
+    made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files})
     work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
     with resumable(output, __name__, device, **work) as steps:
         left = [name for name in specs if steps.get(name, TaskRecord) is None]
@@ -107,7 +108,7 @@ def evaluate_tasks(
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}),
+            made_by=made,
             machine=current_machine(device),
         )
         result.write(output)

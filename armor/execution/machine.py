@@ -100,8 +100,8 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 @contextlib.contextmanager
-def enough_memory(where: str, device: str, remedy: str) -> Iterator[None]:
-    """Say in one line, an ArmorError, what ran out of the memory of `device` and what to do."""
+def enough_memory(where: str, device: str, *remedies: str) -> Iterator[None]:
+    """Say in one line, an ArmorError, what ran out of the memory of `device` and what to do: `remedies`, or another."""
     import torch
 
     try:
@@ -110,7 +110,10 @@ def enough_memory(where: str, device: str, remedy: str) -> Iterator[None]:
         named = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not named and "allocate memory" not in str(error):  # torch's words on a CPU
             raise
-        raise ArmorError(f"{where}: out of memory on {device}; {remedy}") from error
+        other = (
+            "give the job more, or take fewer jobs at a time" if device == "cpu" else "compute with --gpus 0 (gpu=0)"
+        )
+        raise ArmorError(f"{where}: out of memory on {device}; {', or '.join([*remedies, other])}") from error
 
 
 def resident_memory_bytes() -> int:

@@ -253,7 +253,7 @@ def factorize_somewhere(
         with contextlib.suppress(torch.OutOfMemoryError):
             return factorize_weight(weight.to(device), of_input, settings, seed, where), device
         torch.cuda.empty_cache()
-    with enough_memory(where, "cpu", "give the job more, or take fewer jobs at a time"):
+    with enough_memory(where, "cpu"):
         return factorize_weight(weight, of_input, settings, seed, where), "cpu"
 
 

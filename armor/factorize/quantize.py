@@ -80,7 +80,7 @@ def quantize_layer(
             entries = {name: steps.get(name, LinearRecord) for name in names}
             if None in entries.values() or not file.is_file():
                 own, gram = {n: given[n] for n in names}, names[0] in to_output
-                with enough_memory(names[0], device, "quantize with --gpus 0 (gpu=0)"):
+                with enough_memory(names[0], device):
                     weights = [shards.read(f"{n}.weight").to(device) for n in names]
                     done = quantize_weights(weights, inputs[names[0]], own, asked, trained, gram)
                 write_factors(file, done, {})

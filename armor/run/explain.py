@@ -3,8 +3,8 @@
 A record says what made it (`armor.format.provenance`). That is compared with what the configuration, the code and the
 files before it say now. The differences are the reasons to run again, of the result itself and of all that it is made
 from. Snakemake finds the same ones by the params and inputs of the workflow's rules. Some things only Snakemake sees: a
-rule that was rewritten, a file's time, the code of fetch and inspect. So `snakemake --dry-run` has the last word.
-Versions of packages, threads and device are said, and make nothing run again.
+rule that was rewritten, a file's time, the code of fetch and inspect, a text whose path counts from another folder. So
+`snakemake --dry-run` has the last word. Versions of packages, threads and device are said, and make nothing run again.
 """
 
 from __future__ import annotations

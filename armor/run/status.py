@@ -24,9 +24,10 @@ from pathlib import Path
 from armor.config.reading import parse_settings
 from armor.config.run import Config
 from armor.core.errors import ArmorError
-from armor.execution.files import try_lock
+from armor.execution.files import part_of, try_lock
 from armor.execution.table import text_table
 from armor.format.layout import RESULTS, RUN
+from armor.format.names import beside
 from armor.format.records.base import Made
 from armor.format.records.run import RunRecord
 from armor.run.jobs import Job, jobs
@@ -110,9 +111,11 @@ class Status:
                 text.append(f"{job}: {self.lines[job]}")
             elif state in ("failed", "stopped"):
                 why = self.lines[job] if state == "failed" else "stopped without a word: killed, or out of memory"
-                # A layer alone does not have the states made that it is refined on: what sums up all layers does.
+                # A layer alone does not have the states made that it is refined on: what sums up all layers does. The
+                # record of the states may be there without them.
                 made = Job("refined", job.names[:2], job.results) if job.stage == "refine" else job
-                target = made.outputs[0].absolute().relative_to(self.results.absolute().parent)
+                file = beside(job.record) if job.stage == "states" else made.outputs[0]
+                target = file.absolute().relative_to(self.results.absolute().parent)
                 again = shlex.join(["snakemake", str(target), *self.command[1:]])
                 if self.folder != _shells_folder():
                     again = f"cd {shlex.quote(self.folder)} && {again}"
@@ -142,10 +145,10 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
     states, lines = {}, {}
     for job in jobs(config, str(results)):
         lines[job] = _last_line(job.log)
-        if all(output.is_file() for output in job.outputs):
-            states[job] = "done"
-        elif lines[job].startswith(ERROR):
+        if lines[job].startswith(ERROR):
             states[job], lines[job] = "failed", lines[job].removeprefix(ERROR)
+        elif all(output.is_file() for output in job.outputs) and not part_of(job.record).exists():
+            states[job] = "done"  # else what is there was made by an earlier run
         elif not job.log.is_file():
             states[job] = "missing"
         elif running and job.log.stat().st_mtime >= file.stat().st_mtime:

@@ -53,8 +53,6 @@ __all__ = ["fit_layer", "output_error", "refine_layer"]
 
 STATES = "armor.training.states"
 """Whose code made what a layer is trained on, and so is held by the hash of a refined layer too."""
-SMALLER = "lower sequence_length, or refine with --gpus 0 (gpu=0)"
-"""What takes less memory: a layer and one sequence are the least that is trained."""
 
 
 class Rows(Protocol):
@@ -128,17 +126,18 @@ def refine_layer(
         calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
         unload_outside(skeleton)
         run = _Run(skeleton, shards, calls, likes, device)
-        path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
-        trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
         own = [call[layer] for call in calls]
-        training = None
-        if trainable.linears:
-            fed, wanted = open_states(path), open_states(states_file(folder, layer + 1))
-            where = topology.layers[layer].prefix
-            with enough_memory(where, device, SMALLER):
+        training = found = None
+        where = topology.layers[layer].prefix
+        with enough_memory(where, device, "lower sequence_length"):
+            path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
+            trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
+            if trainable.linears:
+                fed, wanted = open_states(path), open_states(states_file(folder, layer + 1))
                 found = fit_layer(
                     trainable, fed, wanted, own, settings.refine, settings.seed, where, source.dtype, device, steps
                 )
+        if found:
             losses = {name: start.modules[name].loss for name in trainable.linears}
             called = settings.sample.text.called()
             training = described("refine", settings.refine, found, trainable, known.length, called, losses, made)
@@ -173,7 +172,7 @@ def _check_memory(shards: Shards, prefix: str, factors: Path, core: bool, length
     if available is not None and needed > available:
         raise ArmorError(
             f"{prefix}: refining it on sequences of {length} tokens needs about {needed / 1e9:.1f} GB, {device} has "
-            f"{available / 1e9:.1f} GB; {SMALLER}"
+            f"{available / 1e9:.1f} GB; lower sequence_length, or refine with --gpus 0 (gpu=0)"
         )
 
 

@@ -40,8 +40,6 @@ from armor.training.states import TOKENS, make_states
 
 __all__ = ["drawn", "measure_sensitivity"]
 
-SMALLER = "lower sequence_length, or compute with --gpus 0 (gpu=0)"
-
 
 def measure_sensitivity(
     source: Source, topology: Topology, settings: SensitivityJob, output: Path | str, device: str = "cpu"
@@ -51,7 +49,8 @@ def measure_sensitivity(
     Raises ArmorError for a topology of another model, too little text, a full disk, and NaN or infinity.
     """
     output = Path(output)
-    work = {"fingerprint": source.fingerprint, "settings": settings.model_dump(mode="json")}
+    made = made_by(__name__, settings, {Input.MODEL: source.fingerprint})
+    work = {"used": made.inputs, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
         dense = steps.folder / "dense"
         known = steps.get("states", StatesRecord)
@@ -67,7 +66,7 @@ def measure_sensitivity(
         count = len(topology.layers)
         if steps.get(layer_name(count), Done) is None:
             generator = torch.Generator().manual_seed(settings.seed)
-            with enough_memory("the head", device, SMALLER):
+            with enough_memory("the head", device, "lower sequence_length"):
                 place_outside(skeleton, device)
                 _through_head(skeleton, tokens, states_file(dense, count), _gradients(dense, count), generator, device)
             steps.put(layer_name(count), Done())
@@ -76,7 +75,7 @@ def measure_sensitivity(
         for layer in progress(left, "sensitivity", unit="layers", amount=tokens.numel() / count, amount_unit="tokens"):
             k = layer.index
             names = [f"{skeleton.inside(k, linear.name)}.weight" for linear in layer.linears]
-            with enough_memory(layer.prefix, device, SMALLER):
+            with enough_memory(layer.prefix, device, "lower sequence_length"):
                 module = load_layer(skeleton, k, shards, device)
                 weights = [module.get_parameter(name) for name in names]
                 found = _through_layer(module, layer, weights, [call[k] for call in calls], dense, known.length, device)
@@ -97,7 +96,7 @@ def measure_sensitivity(
             dtype=known.dtype,
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: known.text_fingerprint}),
+            made_by=made.replace(inputs={**made.inputs, Input.TEXT: known.text_fingerprint}),
             machine=current_machine(device),
         )
         result.write(output)

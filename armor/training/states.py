@@ -49,6 +49,7 @@ def make_states(
     dtype = compute_dtype(source.dtype, device)
     tokens = sample_tokens(source, sample)
     text = fingerprint_of(tokens)
+    made = made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text})  # of the text as it was read
     count = len(topology.layers)
     work = {"fingerprint": source.fingerprint, "text": text, "dtype": str(dtype)}
     with resumable(output, __name__, device, **work) as steps:
@@ -80,7 +81,7 @@ def make_states(
             own = [of_layers[layer.index] for of_layers in calls]
             target = states_file(part, layer.index + 1)
             source_file, like = states_file(part, layer.index), likes[layer.index + 1]
-            with enough_memory(layer.prefix, device, "lower sequence_length, or compute with --gpus 0 (gpu=0)"):
+            with enough_memory(layer.prefix, device, "lower sequence_length"):
                 pass_on(skeleton, layer.index, shards, own, source_file, target, like, device)
             steps.put(layer_name(layer.index + 1), Done())
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new states
@@ -96,7 +97,7 @@ def make_states(
             bytes=sum(sizes),
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device),
-            made_by=made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text}),
+            made_by=made,
             machine=current_machine(device),
         )
         record.write(output)

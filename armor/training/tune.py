@@ -121,8 +121,7 @@ def tune(
     on = [devices[place] for place in (places if again else roomy)]
     work = {"used": used, "settings": settings.model_dump(mode="json"), "recompute": again}
     with resumable(output, __name__, device, **work) as steps:
-        remedy = "lower sequence_length, or take a larger device to tune the whole model"
-        with enough_memory(str(source.path), device, remedy):
+        with enough_memory(str(source.path), device, "lower sequence_length", "refine its layers instead"):
             predictions = _predictions(source, tokens, settings.tune.sequences, steps, device)
             model, layers = _trainable_model(source, files, settings.tune, on, device)
             found = fit_whole(

@@ -16,6 +16,7 @@ from armor.calibrate.capture import _embed, _run_layer, calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.execution.machine import peak_memory_bytes
+from armor.format.records.base import Input
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import SINGLE, Shards
@@ -178,6 +179,19 @@ def test_activations_that_overflow_are_named_by_module(tmp_path, text):
     assert kept == [".calibration.json.part", "layer_0.safetensors"]  # what is finished, for the next run
 
 
+def test_the_record_is_of_the_text_as_it_was_read(tmp_path, text, monkeypatch):
+    folder = tiny_model(tmp_path / "model", layers=1)
+    whole, _ = run(folder, text, tmp_path / "whole")
+
+    def edits(*arguments):
+        (tmp_path / "text.txt").write_text("something else")
+        return _run_layer(*arguments)
+
+    monkeypatch.setattr("armor.calibrate.capture._run_layer", edits)
+    edited, _ = run(folder, text, tmp_path / "edited")
+    assert edited.made_by == whole.made_by and Input.TEXT_FILES in whole.made_by.inputs
+
+
 LARGE = {  # an operation, and the shape of a tensor in it, that come together in a decoder layer alone
     "weights": ("aminmax", (128, 64)),
     "sums": ("sum", (64,)),
@@ -190,7 +204,7 @@ def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text,
     folder = tiny_model(tmp_path / "model", layers=2)
     given = inspected(folder, tmp_path / "out")
     settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH)
-    said = r"model: model\.layers\.0: out of memory on cpu; lower"
+    said = r"model: model\.layers\.0: out of memory on cpu; lower sequence_length, or give the job more"
     with NoRoom(lambda *found: LARGE[what] == (found[0], found[1].shape)), pytest.raises(ArmorError, match=said):
         calibrate(*given, settings, tmp_path / "out/calibration.json")
 

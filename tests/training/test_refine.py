@@ -31,7 +31,7 @@ from armor.runtime.calls import observe_each
 from armor.runtime.load import load_model
 from armor.training.refine import output_error
 from armor.training.refined import sum_up
-from armor.training.states import make_states
+from armor.training.states import make_states, pass_on
 from tests.memory import NoRoom, card_of
 from tests.packed import opened, quantized
 from tests.tiny import FAMILIES
@@ -362,6 +362,24 @@ def test_a_disk_without_room_for_the_steps_of_a_training_is_said_before_the_firs
     assert not any(tmp_path.iterdir())
 
 
+def full(*arguments):
+    raise torch.OutOfMemoryError
+
+
+def test_the_states_are_said_to_be_of_the_text_as_it_was_read(root, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text((root / "text.txt").read_text())
+    asked = sample(tmp_path)
+
+    def edits(*arguments):
+        text.write_text("something else")
+        pass_on(*arguments)
+
+    monkeypatch.setattr("armor.training.states.pass_on", edits)
+    made = make_states(*opened(root), asked, tmp_path / "states.json")
+    assert made.made_by.inputs == StatesRecord.read(root / "states.json").made_by.inputs
+
+
 def test_a_device_that_is_too_small_is_one_line(root, tmp_path, monkeypatch):
     with (
         monkeypatch.context() as patch,
@@ -371,8 +389,14 @@ def test_a_device_that_is_too_small_is_one_line(root, tmp_path, monkeypatch):
         refined(root, 1, tmp_path, device="cuda")
     with (
         NoRoom(lambda name, _: name == "silu_backward"),
-        pytest.raises(ArmorError, match="layers.1: out of memory on cpu"),
+        pytest.raises(ArmorError, match="layers.1: out of memory on cpu; lower sequence_length, or give the job more"),
     ):
+        refined(root, 1, tmp_path)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ArmorError, match="layers.1: out of memory on cpu; lower"),
+    ):
+        patch.setattr("armor.training.refine.load_trainable", full)
         refined(root, 1, tmp_path)
     assert refined(root, 1, tmp_path).training[0].kept > 0
 

@@ -56,6 +56,16 @@ def is_alive(process, group):
         return False
 
 
+def unrecorded(run, *files):
+    """Mark files of the tiny model's results as Snakemake does while they are made; return the folder of the marks."""
+    marks = run.folder / ".snakemake/incomplete"
+    marks.mkdir(exist_ok=True)
+    for file in files:
+        name = base64.urlsafe_b64encode(f"results/tiny/{file}".encode()).decode()
+        (run.folder / ".snakemake/metadata" / name).rename(marks / name)
+    return marks
+
+
 @pytest.fixture(scope="module")
 def small(config):
     """One recipe and no benchmark: what can be compared, file by file, with the finished run."""
@@ -101,11 +111,7 @@ def test_killed_anywhere_the_same_command_ends_as_if_undisturbed(run, small, tmp
 def test_what_was_done_but_not_yet_recorded_when_the_run_was_killed_runs_again(run, tmp_path, files, expected):
     shutil.copytree(run.folder, tmp_path / "run")
     again = Run(tmp_path / "run", run.config)
-    marks = again.folder / ".snakemake/incomplete"
-    marks.mkdir(exist_ok=True)
-    for file in files:
-        name = base64.urlsafe_b64encode(f"results/tiny/{file}".encode()).decode()
-        (again.folder / ".snakemake/metadata" / name).rename(marks / name)
+    marks = unrecorded(again, *files)
     assert again.would_run() == expected
     if len(files) > 1:
         done = again.snakemake()

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 
 from armor.config.run import Config
+from armor.execution.files import part_of
 from armor.format.records.layer import LayerRecord
 from armor.run.explain import Reruns
-from tests.killed import left_over, results_of
+from tests.killed import POINTS, SAVED, left_over, results_of
 from tests.workflow.conftest import LAYERS, Run
+from tests.workflow.test_faults import killed, unrecorded
 from tests.workflow.test_rerun import explained as code_explained
 
 TRAINED = ("refined", "chained", "tuned", "both", "integers")
@@ -185,3 +187,41 @@ def test_one_layer_again_leaves_the_others(trained, tmp_path):
     done = again.snakemake("--", *TARGETS)
     assert done.returncode == 0, done.stderr
     assert results_of(again.folder / "results/tiny") == results_of(trained.folder / "results/tiny")
+
+
+def test_states_that_failed_or_were_killed_leave_the_layers_that_are_done(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    tiny = again.folder / "results/tiny"
+    (tiny / "pruned/refined/layer_1.safetensors").unlink()
+    due = {"states": 1, "refine": 1, "refined": 4, "assemble": 1}
+    in_the_way = part_of(tiny / "states/words-4x32.json")
+    in_the_way.write_text("")
+    failed = again.snakemake("--", *TARGETS)
+    assert failed.returncode and asked(again) == due
+    assert "states tiny words-4x32: " in failed.stderr
+    assert "again: snakemake results/tiny/states/words-4x32 " in failed.stderr
+    in_the_way.unlink()
+    assert killed(again, POINTS[0], 2, "/states/", TARGETS) and asked(again) == due
+    assert "states tiny words-4x32: stopped" in again.armor("status").stdout
+    done = again.snakemake("--", "results/tiny/states/words-4x32")  # made, and kept for the layer
+    assert done.returncode == 0 and (tiny / "states/words-4x32").is_dir(), done.stderr
+    assert asked(again) == {"refine": 1, "refined": 1, "assemble": 1}
+    done = again.snakemake("--", *TARGETS)
+    assert done.returncode == 0 and not (tiny / "states/words-4x32").exists(), done.stderr
+    assert asked(again) == {} and results_of(tiny) == results_of(trained.folder / "results/tiny")
+
+
+def test_what_was_not_recorded_hides_nothing_that_is_due(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    tiny = again.folder / "results/tiny"
+    (tiny / "pruned/refined/layer_1.safetensors").unlink()
+    assert killed(again, SAVED, 1, "/states/words-4x32.json", TARGETS)
+    assert asked(again) == {"refine": 1, "refined": 1, "assemble": 1}
+    edited = again.edited(recipes__chained__refine__rate=1e-3)
+    shutil.rmtree(tiny / "states/words-4x32")
+    due = {"states": 1, "refine": 1 + LAYERS, "refined": 4, "assemble": 2}
+    assert killed(Run(again.folder, edited), POINTS[0], 2, "/states/", TARGETS) and asked(again, edited) == due
+    unrecorded(again, "both/refined.json")
+    assert asked(again, edited) == due

@@ -100,9 +100,8 @@ onsuccess:
     for names in {(model, name) for (model, _), asked in PAIRS.items() for name in asked.texts}:
         Path(HERE.logits(*names)).unlink(missing_ok=True)  # only evaluations need them
     if not workflow.storage_settings.notemp:  # what a run that was killed has left, and no layer needs any more
-        due = [job.names for job in jobs_known("refined") if not job.record.is_file()]
-        needing = {(model, SETTINGS.states_of(recipe)) for model, recipe in due}
-        for names in {*itertools.product(SETTINGS.models, SETTINGS.states())} - needing:
+        waiting = {states_behind(*job.names) for job in jobs_known("refined") if waits_for_states(job)}
+        for names in {*itertools.product(SETTINGS.models, SETTINGS.states())} - waiting:
             shutil.rmtree(beside(HERE.states(*names)), ignore_errors=True)
     print(*summary(Path(HERE.root), SETTINGS), sep="\n", file=sys.stderr)
     if os.path.isfile(page := HERE.report()[0]):
@@ -261,9 +260,16 @@ def is_behind(job):
     return job.record.is_file() and max(times) > times[0]
 
 
-def states_folder(wildcards):
-    """The folder of the hidden states that a recipe is refined on."""
-    return str(beside(R.states(wildcards.model, SETTINGS.states_of(wildcards.recipe))))
+def states_behind(model, recipe):
+    """The names of the hidden states that a recipe is refined on."""
+    return model, SETTINGS.states_of(recipe)
+
+
+def waits_for_states(job):
+    """Whether a recipe's refinement was not summed up since the states were made that it was asked for."""
+    states = R.states(*states_behind(*job.names))
+    times = [os.path.getmtime(file) for file in (job.record, states) if os.path.isfile(file)]
+    return not job.record.is_file() or max(times) > times[0]
 
 
 def is_chained(wildcards):
@@ -276,7 +282,22 @@ def again_if_interrupted(found):
     and so misses the files that were there when it was killed but not yet recorded. Unrecorded, no edit would ever run
     them again."""
     known = {key(file): in_storage(file) for job in found for file in files_of(Job(job.stage, job.names))}
+    for job in found:
+        if job.stage in ("states", "refined"):
+            take_for_whole(job.stage, job.names)
     workflow.dag.forcefiles.update(known[file] for file in workflow.persistence._filter_incomplete_keys(known))
+
+
+@cache
+def take_for_whole(stage, names):
+    """Before anything runs, let Snakemake forget that a job was interrupted whose record is whole if it is there.
+
+    Every edit comes to it through a layer. If it ran for its own sake, layers behind it that are due would be passed
+    over, and for a summary all hidden states be made again.
+    """
+    if workflow.is_main_process:
+        for file in Job(stage, names).stored:
+            workflow.persistence._unmark_incomplete(key(file))
 
 
 def again_if_unknown(found):

@@ -6,14 +6,15 @@ rule states:
 
     Nothing makes it run but a layer that needs it: its settings and its code are those of `refine` too. If Snakemake saw
     them change here, it would not ask the layers behind whether they have changed, for it expects them to run; and would
-    then pass over them, since to them the states are ancient.
+    then pass over them, since to them the states are ancient. They are so only while the record is there. So it stays
+    until the job itself replaces it: else one that fails would make all layers run again, also those that are not due.
     """
     input:
         source=R.source(),
         topology=R.topology(),
         more=stored_for("states"),
     output:
-        record=R.states(),
+        record=R.states() if STORED else update(R.states()),
         folder=temp(directory(str(beside(R.states())))),
     log:
         R.log("states", "{model}", "{states}"),
@@ -84,7 +85,7 @@ rule refined:
     Only its layers make it run. If states that lie there did, jobs behind it that are due would be passed over.
     """
     input:
-        states=ancient(states_folder),
+        states=ancient(lambda wildcards: str(beside(R.states(*states_behind(*wildcards))))),
         factors=needed("refined", "factors"),
         more=stored_for("refined"),
     output:
