@@ -256,8 +256,13 @@ def summed_up(behind):
 def is_behind(job):
     """Whether a job's record is older than a file that it is made of, as the run begins."""
     made = [files_of(other)[0] for _, stage, names in job.inputs(SETTINGS) for other in jobs_known(stage, names)]
-    times = [os.path.getmtime(file) for file in (job.record, *made) if os.path.isfile(file)]
-    return job.record.is_file() and max(times) > times[0]
+    return is_older(job.record, made)
+
+
+def is_older(record, files):
+    """Whether a record is there, and older than one of the files that are there."""
+    times = [os.path.getmtime(file) for file in (record, *files) if os.path.isfile(file)]
+    return record.is_file() and max(times) > times[0]
 
 
 def states_behind(model, recipe):
@@ -267,9 +272,7 @@ def states_behind(model, recipe):
 
 def waits_for_states(job):
     """Whether a recipe's refinement was not summed up since the states were made that it was asked for."""
-    states = R.states(*states_behind(*job.names))
-    times = [os.path.getmtime(file) for file in (job.record, states) if os.path.isfile(file)]
-    return not job.record.is_file() or max(times) > times[0]
+    return not job.record.is_file() or is_older(job.record, [R.states(*states_behind(*job.names))])
 
 
 def is_chained(wildcards):
