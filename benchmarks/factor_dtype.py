@@ -26,8 +26,8 @@ from armor.execution.machine import current_machine
 from armor.format.factors import read_factors, read_others
 from armor.format.names import layer_files
 from armor.model.source import open_source
-from armor.runtime.load import load_model, load_tokenizer
-from armor.text.blocks import token_blocks
+from armor.runtime.load import load_model
+from armor.text.reading import read_blocks
 from benchmarks.quantize_model import scores
 
 ROUNDED = {"nothing": (), "S": ("core",), "A, B": ("left", "right"), "all": ("core", "left", "right")}
@@ -57,7 +57,7 @@ def main(
 ) -> None:
     """Print a row for each folder and what of it is rounded; write benchmarks/factor_dtype.json."""
     source = open_source(model).path
-    tokens = token_blocks(TextSettings(files=[str(evaluate)]), load_tokenizer(source), 16, 1024)
+    tokens = read_blocks(source, TextSettings(files=[str(evaluate)]), 16, 1024).tokens
     dense, compressed = load_model(source, "float32"), load_model(source, "float32")
     wanted = [dense(input_ids=block[None], use_cache=False).logits[0] for block in tokens]
     found = {}

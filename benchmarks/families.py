@@ -52,7 +52,7 @@ from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.load import load_model
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from tests.tiny import VOCABULARY, tiny_text, tiny_tokenizer
 
 __all__ = ["FAMILIES", "IMAGES", "attempt", "page", "small_config"]
@@ -264,7 +264,7 @@ def attempt(family: str, root: Path) -> dict[str, Any]:
         export(root / "checkpoint", root / "dense")
         dense = _logits(load_model(root / "dense", "float32"))
         found["packed_against_dense"] = _apart(_logits(packed), dense)
-        stage, (streamed,) = "stream", StreamedModel(root / "dense", "float32").logits([torch.arange(TOKENS)[None]])
+        stage, (streamed,) = "stream", stream_model(root / "dense", "float32").logits([torch.arange(TOKENS)[None]])
         found["streamed_against_loaded"] = _apart(streamed, dense)
         close = max(found["packed_against_dense"], found["streamed_against_loaded"]) <= CLOSE
         found["outcome"] = "ok" if close else "differs"

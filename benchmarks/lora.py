@@ -29,9 +29,9 @@ from armor.config.training import TuneSettings
 from armor.execution.files import read_json, write_json
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.model.source import open_source
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.load import load_model
 from armor.runtime.skeleton import compute_dtype
-from armor.text.blocks import token_blocks
+from armor.text.reading import read_blocks
 from armor.training.tune import kept_predictions, kl_divergence
 from benchmarks.quantize_model import scores
 
@@ -78,10 +78,10 @@ def main(
 ) -> None:
     """Train, print the model before and after; add both to benchmarks/lora.json."""
     source = open_source(model).path
-    tokenizer, sequences, every = load_tokenizer(source), SETTINGS.sequences + SETTINGS.held_out, -(-steps // LOOKS)
-    tokens = token_blocks(TextSettings(files=[str(evaluate)]), tokenizer, 16, LENGTH)
+    sequences, every = SETTINGS.sequences + SETTINGS.held_out, -(-steps // LOOKS)
+    tokens = read_blocks(source, TextSettings(files=[str(evaluate)]), 16, LENGTH).tokens
     begun = time.perf_counter()
-    data = examples(source, token_blocks(TextSettings(files=[str(train)]), tokenizer, sequences, LENGTH), loss)
+    data = examples(source, read_blocks(source, TextSettings(files=[str(train)]), sequences, LENGTH).tokens, loss)
     pruned = load_model(checkpoint, "float32").dequantize()
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(pruned, lora)

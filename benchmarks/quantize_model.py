@@ -43,8 +43,8 @@ from armor.methods.solver.objective import Objective
 from armor.methods.solver.output import between, damped
 from armor.methods.solver.rounding import column_weights, to_nearest
 from armor.model.source import open_source
-from armor.runtime.load import load_model, load_tokenizer
-from armor.text.blocks import token_blocks
+from armor.runtime.load import load_model
+from armor.text.reading import read_blocks
 from benchmarks.quantize import rounded_plainly, unbalanced
 
 NUMBERS: dict[NumberType, int] = {"int8": 128, "int4": 32, "fp8": 128}
@@ -97,7 +97,7 @@ def scores(model: torch.nn.Module, tokens: Tensor, wanted: list[Tensor]) -> dict
 @torch.inference_mode()
 def judged(checkpoint: Path, source: Path, text: Path, work: Path) -> dict[str, dict[str, float]]:
     """Perplexity and KL divergence in nats of the checkpoint, in floats, and of it after each step."""
-    tokens = token_blocks(TextSettings(files=[str(text)]), load_tokenizer(source), 16, 1024)
+    tokens = read_blocks(source, TextSettings(files=[str(text)]), 16, 1024).tokens
     dense, model = load_model(source, "float32"), load_model(checkpoint, "float32").dequantize()
     wanted = [dense(input_ids=block[None], use_cache=False).logits[0] for block in tokens]
     result = {}

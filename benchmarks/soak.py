@@ -30,7 +30,8 @@ import torch
 
 from armor.execution.files import write_json
 from armor.execution.machine import current_machine
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import load_model
 from armor.serve.engine import check_engine
 from armor.serve.running import Server, memory_bytes, server
 

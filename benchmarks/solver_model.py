@@ -37,8 +37,8 @@ from armor.execution.machine import current_machine
 from armor.format.records.topology import DecoderLayer, Topology
 from armor.methods.solver import annealed, published
 from armor.model.source import open_source
-from armor.runtime.load import load_model, load_tokenizer
-from armor.text.blocks import token_blocks
+from armor.runtime.load import load_model
+from armor.text.reading import read_blocks
 from benchmarks.solver import BLOCK, TEXT, inputs, prepare
 
 BUDGETS = (100, 300, 1000)
@@ -77,7 +77,7 @@ def solve_layer(run: str, layer: DecoderLayer, work: Path) -> None:
 def perplexities(work: Path, text: TextSettings) -> dict[str, dict]:
     """Perplexity and its standard error of the dense model and of every run."""
     folder = open_source(work / "source.json").path
-    blocks = token_blocks(text, load_tokenizer(folder), 16, 1024)
+    blocks = read_blocks(folder, text, 16, 1024).tokens
     model = load_model(folder, "float32")
     result = {}
     for run in ("dense", *solvers()):

@@ -48,7 +48,8 @@ from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSi
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.scaled import is_scaled
 from armor.format.shards import Shards, dtype_name
-from armor.runtime.load import load_model, load_tokenizer, weights_bytes
+from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import load_model, weights_bytes
 
 __all__ = ["DENSE", "benchmark", "bytes_on_disk", "bytes_per_token", "core_on_disk", "greedy_text"]
 

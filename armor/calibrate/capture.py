@@ -15,7 +15,6 @@ of what the linear is fed, summed in float64. docs/log/workflow.md has how far t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -53,8 +52,7 @@ from armor.runtime.calls import Call, State, moved, observe, observe_each, state
 from armor.runtime.experts import Expert
 from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
 from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
-from armor.text.blocks import token_blocks
-from armor.text.sources import describe
+from armor.text.reading import Blocks, block_length, read_blocks
 
 __all__ = ["calibrate", "is_apart", "peak_bytes"]
 
@@ -95,7 +93,7 @@ def calibrate(
     """
     output = Path(output)
     source.check(topology.fingerprint)
-    length, dtype = _length(source, topology, settings), compute_dtype(source.dtype, device)
+    length, dtype = block_length(source.path, settings.sequence_length), compute_dtype(source.dtype, device)
     available, limit = device_memory_bytes(device), settings.hidden_states_memory_gb * 1e9
     if available is not None:
         apart = is_apart(topology, length, dtype, settings.gram, USABLE * available)
@@ -104,17 +102,17 @@ def calibrate(
                 f"{source.path}: one decoder layer and a sequence of {length} tokens need about {needed / 1e9:.1f} GB, "
                 f"{device} has {available / 1e9:.1f} GB; lower sequence_length, or calibrate with --gpus 0 (gpu=0)"
             )
-    tokens = _tokens(source, settings, length)
+    text = read_blocks(source.path, settings.text, settings.sequences, length)
+    tokens = text.tokens
     held = min(limit, tokens.numel() * topology.hidden_size * dtype.itemsize)
     room = USABLE * host_memory_bytes() - held if available is None else USABLE * available
     if apart := is_apart(topology, length, dtype, settings.gram, room):
         log.info("%s: a decoder layer does not fit into memory, so its experts are read one by one", source.path)
-    text_fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    made = made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text_fingerprint})
+    made = made_by(__name__, settings, {Input.MODEL: source.fingerprint, Input.TEXT: text.fingerprint})
     work = {
         "fingerprint": source.fingerprint,
         "layers": [layer.model_dump(mode="json") for layer in topology.layers],
-        "text": text_fingerprint,
+        "text": text.fingerprint,
         "settings": settings.model_dump(mode="json"),
         "dtype": str(dtype),
     }
@@ -150,7 +148,7 @@ def calibrate(
                 hidden.turn()
                 steps.put(path.name, done[path.name])
                 hidden.forget()
-        record = _record(source, made, tokens, text_fingerprint, hidden, done, steps.seconds(), device)
+        record = _record(source, made, text, hidden, done, steps.seconds(), device)
         record.write(output)
     return record
 
@@ -176,22 +174,21 @@ def _weights_apart(layer: DecoderLayer) -> int:
 def _record(
     source: Source,
     made: MadeBy,
-    tokens: Tensor,
-    text_fingerprint: str,
+    text: Blocks,
     hidden: HiddenStates,
     done: dict[str, _Done],
     seconds: float,
     device: str,
 ) -> CalibrationRecord:
-    """What is noted of `tokens` (sequences, length) that have passed all layers."""
+    """What is noted of a text that has passed all layers."""
     files = {name: layer.file for name, layer in done.items()}
     return CalibrationRecord(
         fingerprint=source.fingerprint,
-        text_fingerprint=text_fingerprint,
+        text_fingerprint=text.fingerprint,
         statistics_fingerprint=combined(file.sha256 for file in files.values()),
-        sequences=tokens.shape[0],
-        length=tokens.shape[1],
-        tokens=tokens.numel(),
+        sequences=len(text),
+        length=text.length,
+        tokens=text.tokens.numel(),
         dtype=dtype_name(hidden.dtype),
         device=device,
         files=files,
@@ -199,23 +196,11 @@ def _record(
         hidden_states_bytes=hidden.bytes,
         spilled_bytes=hidden.spilled_bytes,
         seconds=round(seconds, 3),
-        tokens_per_second=round(tokens.numel() / seconds, 1),
+        tokens_per_second=round(text.tokens.numel() / seconds, 1),
         peak_memory_bytes=peak_memory_bytes(device),
         made_by=made,
         machine=current_machine(device),
     )
-
-
-def _length(source: Source, topology: Topology, settings: CalibrationSettings) -> int:
-    """Tokens in a sequence."""
-    length = settings.sequence_length or topology.context_length
-    if length is None:
-        raise ArmorError(f"{source.path / 'config.json'}: names no context length; set sequence_length")
-    if topology.context_length is not None and length > topology.context_length:
-        raise ArmorError(
-            f"sequence_length: found {length}, but the model's context length is {topology.context_length}; lower it"
-        )
-    return length
 
 
 class _Done(Typed):
@@ -236,19 +221,6 @@ def _finished(steps: Steps, folder: Path) -> dict[str, _Done]:
             break
         files[file.name] = found
     return files if files and states_file(steps.folder, len(files)).is_file() else {}
-
-
-def _tokens(source: Source, settings: CalibrationSettings, length: int) -> Tensor:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ArmorError(
-            f"{source.path}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from error
-    log.info("reading %d x %d tokens of %s", settings.sequences, length, describe(settings.text))
-    return token_blocks(settings.text, tokenizer, settings.sequences, length)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from armor.model.contents import Contents
 from armor.runtime.calls import Call
 from armor.runtime.conv1d import turned
 from armor.runtime.filling import finite
+from armor.runtime.folder import context_length
 from armor.runtime.quantizer import pack_linears
 from armor.runtime.skeleton import Skeleton, decoder_layers
 from armor.text.blocks import blocks
@@ -254,7 +255,7 @@ def _tokens(
     model: PreTrainedModel, tokenizer: Any, text: str | Sequence[str], sequences: int, length: int | None
 ) -> Tensor:
     """The text as tokens (sequences, length) int64."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model.config)
     length = min(1024, context or 1024) if length is None else length
     if sequences < 1 or length < 2:
         raise ArmorError(f"found {sequences} sequences of {length} tokens, expected at least 1 of at least 2")

@@ -12,9 +12,7 @@ mixture of experts is run so too: loading would hold its experts twice, and this
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
@@ -28,19 +26,13 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError, DoesNotFit
 from armor.execution.log import log
 from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
-from armor.runtime.load import (
-    context_length,
-    load_model,
-    load_tokenizer,
-    loaded_dtype,
-    read_config,
-    weights_bytes,
-)
-from armor.runtime.streamed import StreamedModel, stacks_experts
-from armor.text.blocks import token_blocks
+from armor.runtime.folder import read_config
+from armor.runtime.load import load_model, loaded_dtype, weights_bytes
+from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stacks_experts, stream_model
+from armor.text.reading import Blocks, read_blocks
 
 __all__ = [
-    "Blocks",
     "Model",
     "block_bytes",
     "blocks_of",
@@ -59,38 +51,14 @@ T = TypeVar("T")
 TOKENS_AT_A_TIME = 128
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The text of an evaluation: tokens (n, L) int64, and their SHA-256."""
-
-    tokens: Tensor
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    @property
-    def length(self) -> int:
-        """Tokens in a block, L."""
-        return self.tokens.shape[1]
-
-
 def blocks_of(folder: Path, settings: EvaluationSettings) -> Blocks:
     """The text as the model in `folder` reads it. It comes before any weight: a mistake should not wait for those.
 
-    Raises ArmorError for a folder that is no model, blocks longer than its context, and a text too short.
+    Raises ArmorError where `read_blocks` does.
     """
-    tokenizer = load_tokenizer(folder)
-    longest = context_length(folder)
-    length = settings.sequence_length or longest
-    if length is None:
-        raise ArmorError(f"{folder / 'config.json'}: names no context length; set sequence_length")
-    if longest is not None and length > longest:
-        raise ArmorError(f"sequence_length: found {length}, but the context length of {folder} is {longest}; lower it")
     if settings.text is None:
         raise ArmorError("text: not given; a perplexity needs one")
-    tokens = token_blocks(settings.text, tokenizer, settings.sequences, length)
-    return Blocks(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+    return read_blocks(folder, settings.text, settings.sequences, settings.sequence_length)
 
 
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -159,7 +127,7 @@ def with_models(
                 why += ", and it ran out"
     log.info("%s: %s, so one decoder layer at a time is read", names, why)
     try:
-        return work([StreamedModel(folder, dtype, device) for folder in folders])
+        return work([stream_model(folder, dtype, device) for folder in folders])
     except torch.OutOfMemoryError as error:  # the estimate was too low, and no smaller way gives the same number
         raise ArmorError(
             f"{names}: out of memory on {device} with one decoder layer and one block of {length} tokens; lower "

@@ -25,7 +25,6 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.evaluate.logits import (
-    Blocks,
     Model,
     blocks_of,
     comparison,
@@ -45,7 +44,8 @@ from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input, MadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean
 from armor.format.records.predictions import PredictionsRecord
-from armor.runtime.load import load_tokenizer
+from armor.runtime.folder import load_tokenizer
+from armor.text.reading import Blocks
 
 __all__ = ["BlockMeans", "evaluate", "mean", "measure", "perplexity"]
 

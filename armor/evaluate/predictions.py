@@ -21,7 +21,6 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.evaluate.logits import (
-    Blocks,
     Model,
     blocks_of,
     finite,
@@ -40,6 +39,7 @@ from armor.format.records.base import Input
 from armor.format.records.predictions import PredictionsRecord
 from armor.format.shards import dtype_name
 from armor.runtime.load import loaded_dtype
+from armor.text.reading import Blocks
 
 __all__ = ["SHARE_OF_DISK", "fitting", "predict"]
 

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from armor.config.measures import BUILT_TASKS, EvaluationSettings
 from armor.config.sources import TextSettings
 from armor.config.tasks import PAPER, asked_tasks
-from armor.core.errors import ArmorError, DoesNotFit
+from armor.core.errors import ArmorError, DoesNotFit, one_line
 from armor.evaluate.built import build_task
 from armor.execution.files import atomic_path, sha256
 from armor.execution.log import log
@@ -51,8 +51,10 @@ from armor.format.names import beside, samples_beside, task_beside
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
-from armor.runtime.load import load_model, load_tokenizer, weights_bytes
+from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import load_model, weights_bytes
 from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from armor.text.sources import describe as describe_text
 from armor.text.sources import documents
 
@@ -137,6 +139,12 @@ class _Found(BaseModel):
 class PlainLM(Base):
     """lm-eval's model, whose progress bars stay out of log files."""
 
+    @property
+    def max_length(self) -> int:
+        """Tokens in the context: of a model that says that it has no end, as of one that says nothing."""
+        found = super().max_length
+        return found if found > 0 else self._DEFAULT_MAX_LENGTH
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
@@ -196,7 +204,7 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: 
         except DoesNotFit:
             sizes += ", and it ran out"
     log.info("%s: %s, so one decoder layer at a time is read", folder, sizes)
-    return StreamedLM(StreamedModel(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
+    return StreamedLM(stream_model(folder, dtype, device), tokenizer, CPU_BATCH_SIZE)
 
 
 def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager, where: str, device: str) -> _Found:
@@ -255,7 +263,7 @@ def _load(manager: TaskManager, task: str) -> Task | Group:
     try:
         found = manager.load(task)
     except Exception as error:  # of the hub's client, of datasets, of YAML, of a task's own code
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)
         raise ArmorError(f"task {task}: cannot be loaded: {reason}; {_instead(manager, task)}") from error
     things = {name: thing for kind in ("groups", "tasks") for name, thing in found[kind].items()}
     inner = {name for children in found["group_map"].values() for name in children}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from armor.config.sources import ModelSettings, as_list
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.execution.files import part_of, read_json
 from armor.execution.log import log
 from armor.execution.packages import package_file
@@ -23,7 +23,7 @@ from armor.execution.quiet import quiet_transformers
 from armor.format.records.source import SourceRecord
 from armor.format.scaled import check_quantization
 from armor.format.shards import Shards
-from armor.model.hub import download, first_line
+from armor.model.hub import download
 from armor.model.source import describe, fingerprint
 
 __all__ = ["check_folder", "fetch", "fill", "gguf_dtype"]
@@ -81,7 +81,7 @@ def fill(settings: ModelSettings, folder: Path, convert: Callable[[Path, Path, s
         except ArmorError:
             raise
         except Exception as error:  # the readers of models and tokenizers raise all kinds
-            raise ArmorError(f"{file}: cannot be converted: {first_line(error)}") from error
+            raise ArmorError(f"{file}: cannot be converted: {one_line(error)}") from error
     for path in folder.iterdir():  # safetensors writes files that only the owner can read
         if path.is_file():
             shutil.copymode(folder / "config.json", path)

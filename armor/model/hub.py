@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.model.source import UNWANTED, WANTED
 
-__all__ = ["asking", "download", "first_line"]
+__all__ = ["asking", "download"]
 
 SAID = ("README.md", "LICENSE*", "NOTICE*")  # what it says of itself
 
@@ -21,7 +21,7 @@ def download(name: str, revision: str | None, weights: bool = True) -> Path:
     wanted = [pattern for pattern in (*WANTED, *SAID) if weights or pattern != "*.safetensors"]
     with asking(name, revision):
         return Path(snapshot_download(repo_id=name, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
-    raise AssertionError  # `_asking` lets no error pass
+    raise AssertionError  # `asking` lets no error pass
 
 
 @contextlib.contextmanager
@@ -41,14 +41,9 @@ def asking(name: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError:
         reason = "there is no such model, or it is private; check the name, or log in with `hf auth login`"
     except HFValidationError as error:
-        reason = f"not a valid name ({first_line(error)})"
+        reason = f"not a valid name ({one_line(error)})"
     except OSError as error:
-        reason = f"cannot be downloaded ({first_line(error)}); check network and disk, or give a folder"
+        reason = f"cannot be downloaded ({one_line(error)}); check network and disk, or give a folder"
     except Exception as error:  # the hub's client passes on whatever its network library raises
-        reason = f"{type(error).__name__}: {first_line(error)}; check the network, or give a folder"
+        reason = f"{type(error).__name__}: {one_line(error)}; check the network, or give a folder"
     raise ArmorError(f"hub model {name}: {reason}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says that is not empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

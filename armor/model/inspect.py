@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.execution.files import read_json
 from armor.execution.log import log
 from armor.format.records.topology import DecoderLayer, Linear, Topology
@@ -26,6 +25,7 @@ from armor.model.source import Source
 from armor.runtime.calls import Call, observe
 from armor.runtime.experts import alike
 from armor.runtime.filling import load_outside, place_tensor
+from armor.runtime.folder import context_length
 from armor.runtime.skeleton import Skeleton, named_here, open_skeleton, stored_tensors
 
 __all__ = ["inspect", "input_groups"]
@@ -45,7 +45,7 @@ def inspect(source: Source, output: Path | str) -> Topology:
     except ArmorError:
         raise
     except Exception as error:  # a family's own code may do anything with layers that are run one by one
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ArmorError(
             f"{source.path}: {_culprit(error)}: {type(error).__name__}: {reason}; its decoder layers cannot be run one "
             "by one, and the model is not supported"
@@ -101,7 +101,7 @@ def _topology(source: Source) -> Topology:
         model_type=skeleton.model.config.model_type,
         fingerprint=source.fingerprint,
         dtype=source.dtype,
-        context_length=_context_length(config),
+        context_length=context_length(skeleton.model.config),
         hidden_size=hidden.shape[-1],
         parameters=_parameters(skeleton.model),
         linear_parameters=sum(linear.out_features * linear.in_features for layer in layers for linear in layer.linears),
@@ -109,12 +109,6 @@ def _topology(source: Source) -> Topology:
         tied_embeddings=bool(getattr(skeleton.model.config, "tie_word_embeddings", False)),
         layers=tuple(layers),
     )
-
-
-def _context_length(config: PreTrainedConfig) -> int | None:
-    """The number of tokens that a model was made for; None if it does not say, or says that any number will do."""
-    length = getattr(config, "max_position_embeddings", None)
-    return length if length is not None and length > 0 else None
 
 
 def _parameters(model: nn.Module) -> int:
@@ -227,7 +221,7 @@ def input_groups(
         output = run_layer(layer, hidden, call)
     except (RuntimeError, NotImplementedError) as error:
         # The path through the layer depends on the data: nothing can be said about sharing, and nothing need be.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         log.warning("%s: inputs cannot be followed, so each linear gets statistics of its own (%s)", prefix, reason)
         return {name: index for index, name in enumerate(names)}
     finally:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from armor.config.sources import ModelSettings
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.format.holes import Hole, write_holes
 from armor.format.shards import DTYPES, SINGLE
 from armor.model.fetch import check_folder, fill, gguf_dtype
-from armor.model.hub import asking, download, first_line
+from armor.model.hub import asking, download
 from armor.model.source import UNWANTED
 
 __all__ = ["outline"]
@@ -58,7 +58,7 @@ def _headers(name: str, revision: str | None) -> dict[str, dict[str, Hole]]:
             try:
                 read = client.parse_safetensors_file_metadata(name, file, revision=revision)
             except (NotASafetensorsRepoError, SafetensorsParsingError, ValueError, KeyError) as error:
-                raise ArmorError(f"hub model {name}: {file}: no safetensors header ({first_line(error)})") from error
+                raise ArmorError(f"hub model {name}: {file}: no safetensors header ({one_line(error)})") from error
             places = {key: (tensor.data_offsets, tensor) for key, tensor in read.tensors.items()}
             found[file] = {
                 key: Hole(tensor.dtype, tensor.shape, end - begin)

@@ -25,7 +25,7 @@ from armor.plan.subject import Subject
 from armor.plan.work import Read, Step, Work
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.load import loaded_dtype
-from armor.runtime.streamed import stacks_experts
+from armor.runtime.streaming import stacks_experts
 
 __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 

@@ -159,7 +159,7 @@ class Subject:
     @property
     def vocabulary(self) -> int:
         """The logits that it gives for a token."""
-        from armor.runtime.load import read_config
+        from armor.runtime.folder import read_config
 
         return read_config(self.folder).get_text_config().vocab_size
 

@@ -16,7 +16,7 @@ from armor.plan.submitted import Submitted
 from armor.plan.work import Kind
 from armor.run.jobs import Job, jobs
 from armor.run.stages import STAGES
-from armor.runtime.load import read_config
+from armor.runtime.folder import read_config
 
 __all__ = ["Planned", "RecipePlan", "StagePlan", "kinds", "planned", "text", "too_small"]
 

@@ -12,29 +12,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 import armor.runtime.quantizer  # noqa: F401  teaches transformers the ARMOR format
-from armor.core.errors import ArmorError, DoesNotFit
+from armor.core.errors import ArmorError, DoesNotFit, one_line
 from armor.execution.quiet import quiet_transformers
 from armor.format.shards import Shards
 from armor.runtime.auto import auto_class
+from armor.runtime.folder import model_folder, read_config
 
-__all__ = [
-    "check_names",
-    "context_length",
-    "load_model",
-    "load_tokenizer",
-    "loaded_dtype",
-    "read_config",
-    "weights_bytes",
-]
+__all__ = ["check_names", "load_model", "loaded_dtype", "weights_bytes"]
 
 
 def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -42,7 +29,7 @@ def load_model(folder: Path | str, dtype: str = "auto", device: str = "cpu") -> 
 
     Raises ArmorError if the folder is not a model or lacks tensors, or if the device has too little memory for it.
     """
-    folder = _checked(folder)
+    folder = model_folder(folder)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     placement = {} if device == "cpu" else {"device_map": device}
     model, loading = _load(auto_class(read_config(folder)), folder, dtype=wanted, **placement)
@@ -82,7 +69,7 @@ def check_names(folder: Path | str) -> None:
     The model is loaded as ever, but onto the meta device: no number is read. Raises ArmorError for a config.json that
     transformers cannot make a model of, and for a tensor that is missing, of another shape, or one too many.
     """
-    folder = _checked(folder)
+    folder = model_folder(folder)
     config = read_config(folder)
     if not config.architectures:
         raise ArmorError(f"{folder / 'config.json'}: architectures: names no class; was it edited?")
@@ -105,41 +92,8 @@ def _load(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dic
     except torch.OutOfMemoryError as error:
         place = options.get("device_map") or "the host"
         raise DoesNotFit(
-            f"{folder}: the model does not fit into the memory of {place}: {_first_line(error)}; "
+            f"{folder}: the model does not fit into the memory of {place}: {one_line(error)}; "
             "take a larger GPU, or compute on the CPU with --gpus 0 (gpu=0)"
         ) from error
-    except Exception as error:  # a config.json that was edited makes it raise of every kind
-        raise ArmorError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
-
-
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder. Raises ArmorError if it has none."""
-    folder = _checked(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArmorError(f"{folder}: no tokenizer that transformers can load: {_first_line(error)}") from error
-
-
-def context_length(folder: Path | str) -> int | None:
-    """The number of tokens that the model in `folder` was made for, None if its config does not say."""
-    return getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
-
-
-def read_config(folder: Path | str) -> PreTrainedConfig:
-    """The configuration of the model in a Hugging Face folder. Raises ArmorError if transformers cannot read it."""
-    try:
-        return AutoConfig.from_pretrained(_checked(folder), local_files_only=True)
-    except Exception as error:  # as above
-        raise ArmorError(f"{folder}/config.json: transformers cannot read it: {_first_line(error)}") from error
-
-
-def _checked(folder: Path | str) -> Path:
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ArmorError(f"{folder}: no config.json here; expected a Hugging Face model folder")
-    return folder
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # of every kind, where config.json was edited
+        raise ArmorError(f"{folder}: transformers cannot load this model: {one_line(error)}") from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.execution.files import read_json
 from armor.format.shards import Part, Shards
 from armor.runtime.auto import from_config
@@ -176,7 +176,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> Skeleton:
         with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = from_config(config, dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300]
+        reason = one_line(error).partition(" Model type should be one of")[0]
         raise ArmorError(f"{place}: transformers makes no causal language model of it: {reason}") from error
     unfuse(model)
     turn(model)

@@ -24,33 +24,27 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from armor.execution.log import progress
 from armor.execution.machine import USABLE, device_memory_bytes, host_memory_bytes
-from armor.format.scaled import is_scaled
-from armor.format.shards import Shards
 from armor.runtime.apart import HOST_SHARE, Apart, Whole
 from armor.runtime.calls import State, finish, moved, observe, readers
 from armor.runtime.experts import Experts
 from armor.runtime.filling import drop_layer, layer_bytes, load_outside, place_outside, read_layer
-from armor.runtime.load import loaded_dtype, read_config
-from armor.runtime.quantizer import swap_skeleton
-from armor.runtime.skeleton import open_skeleton, tensors_of
+from armor.runtime.skeleton import Skeleton, tensors_of
 
-__all__ = ["StreamedModel", "stacks_experts"]
+__all__ = ["StreamedModel"]
 
 
 class StreamedModel:
-    """The causal language model in a Hugging Face folder, dense or ARMOR, computed in `dtype` on `device`.
+    """A causal language model on `device`: `skeleton`, made in `dtype`, and the files of `folder` that fill it.
 
-    `skeleton` is the model without its decoder layers' weights; `name_or_path`, `dtype` and `device` are those of a
-    loaded model. Raises ArmorError where `load_model` would; what is wrong with a dense layer shows when it is read.
+    `name_or_path`, `dtype` and `device` are those of a loaded model. What is wrong with a dense layer shows when it is
+    read. For a packed model `armor.runtime.streaming.stream_model` puts packed linears into the skeleton first.
     """
 
-    def __init__(self, folder: Path | str, dtype: str = "auto", device: str = "cpu") -> None:
-        self.name_or_path, self.dtype, self.device = str(folder), loaded_dtype(folder, dtype), device
-        self.skeleton = open_skeleton(Path(folder), self.dtype)
-        swap_skeleton(self.skeleton.model, Shards(folder))
-        self._shards = tensors_of(self.skeleton, folder)
-        load_outside(self.skeleton, self._shards, head=True)
-        place_outside(self.skeleton, device)
+    def __init__(self, skeleton: Skeleton, folder: Path | str, dtype: torch.dtype, device: str) -> None:
+        self.skeleton, self.name_or_path, self.dtype, self.device = skeleton, str(folder), dtype, device
+        self._shards = tensors_of(skeleton, folder)
+        load_outside(skeleton, self._shards, head=True)
+        place_outside(skeleton, device)
         self._is_apart = self._has_no_room_for_a_layer()
         if (Path(folder) / "generation_config.json").is_file():
             self.skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -107,15 +101,3 @@ class StreamedModel:
             held += tokens.numel()
         if group:
             yield group
-
-
-def stacks_experts(folder: Path | str) -> bool:
-    """Whether transformers stacks experts when it loads the model in `folder`, and meanwhile holds them twice.
-
-    It does so with dense experts that are stored one by one. Raises ArmorError where `open_skeleton` does.
-    """
-    quantization = getattr(read_config(folder), "quantization_config", None)
-    if quantization is not None and not is_scaled(quantization):
-        return False
-    modules = open_skeleton(Path(folder), torch.float32).model.modules()
-    return any(isinstance(module, Experts) and not module.is_stored_fused for module in modules)

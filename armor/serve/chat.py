@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import load_model
 
 __all__ = ["Speaker", "chat"]
 

@@ -61,7 +61,7 @@ def check_type(model_type: str, place: str) -> None:
 
 def check_family(folder: Path | str) -> None:
     """Raises ArmorError where vLLM was not tested with packed models of the kind that `folder`'s config.json names."""
-    from armor.runtime.load import read_config  # not where a workflow is only planned
+    from armor.runtime.folder import read_config  # not where a workflow is only planned
 
     config, file = read_config(folder), Path(folder) / "config.json"
     check_type(config.model_type, str(file))

@@ -78,7 +78,7 @@ def environment(options: Sequence[str]) -> dict[str, str]:
 
 def _check_options(folder: Path, linears: Mapping[str, PackedLinear], options: Sequence[str]) -> None:
     """Raises ArmorError where `options` ask vLLM for what it cannot do with these compressed linears."""
-    from armor.runtime.load import read_config
+    from armor.runtime.folder import read_config
     from armor.serve.ranks import check_ranks, ranks_asked
 
     experts = sorted(name for name in linears if ".experts." in name)

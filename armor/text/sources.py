@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from armor.config.sources import TextSettings
-from armor.core.errors import ArmorError
+from armor.core.errors import ArmorError, one_line
 from armor.execution.packages import package_file
 from armor.text.wikipedia import articles
 
@@ -64,7 +64,7 @@ def _dataset(settings: TextSettings) -> Iterator[Any]:
     except ArmorError:
         raise
     except Exception as error:  # datasets passes on what its file systems and builders raise, also while it streams
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ArmorError(f"dataset {where}: cannot be read: {reason or type(error).__name__}") from error
 
 

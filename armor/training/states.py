@@ -30,7 +30,7 @@ from armor.model.source import Source
 from armor.runtime.calls import Call, State, moved, observe, observe_each, states_of
 from armor.runtime.filling import drop_layer, finite, load_layer, load_outside, unload_outside
 from armor.runtime.skeleton import Skeleton, compute_dtype, open_skeleton, tensors_of
-from armor.training.sample import fingerprint_of, sample_tokens
+from armor.text.reading import read_blocks
 
 __all__ = ["TOKENS", "make_states", "pass_on"]
 
@@ -47,11 +47,11 @@ def make_states(
     output = Path(output)
     source.check(topology.fingerprint)
     dtype = compute_dtype(source.dtype, device)
-    tokens = sample_tokens(source, sample)
-    text = fingerprint_of(tokens)
-    made = made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text})  # of the text as it was read
+    text = read_blocks(source.path, sample.text, sample.sequences, sample.sequence_length)
+    tokens = text.tokens
+    made = made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text.fingerprint})
     count = len(topology.layers)
-    work = {"fingerprint": source.fingerprint, "text": text, "dtype": str(dtype)}
+    work = {"fingerprint": source.fingerprint, "text": text.fingerprint, "dtype": str(dtype)}
     with resumable(output, __name__, device, **work) as steps:
         part = steps.folder / "states"
         part.mkdir(exist_ok=True)
@@ -90,7 +90,7 @@ def make_states(
         os.replace(part, folder)
         record = StatesRecord(
             fingerprint=source.fingerprint,
-            text_fingerprint=text,
+            text_fingerprint=text.fingerprint,
             sequences=tokens.shape[0],
             length=tokens.shape[1],
             dtype=dtype_name(dtype),

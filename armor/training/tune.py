@@ -49,17 +49,16 @@ from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.records.topology import Topology
 from armor.format.records.tune import KEPT_TOKENS, TuneRecord
-from armor.format.shards import dtype_name
 from armor.format.statistics import read_statistics
 from armor.model.source import Source
 from armor.model.tensors import recorded_tensors
 from armor.runtime.filling import load_outside, place_outside
 from armor.runtime.skeleton import compute_dtype, open_skeleton, tensors_of
 from armor.runtime.streamed import StreamedModel
+from armor.text.reading import read_blocks
 from armor.training.fit import Fit, fit
 from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, tune_bytes
 from armor.training.record import described, write_trained
-from armor.training.sample import fingerprint_of, sample_tokens
 from armor.training.spread import hand_on, leased
 from armor.training.trainable import TrainableLayer, load_trainable, stored_arithmetic, training_arithmetic
 
@@ -90,7 +89,9 @@ def tune(
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     stored = recorded_tensors(source.path, (name for start in starts for name in start.modules))
-    tokens = sample_tokens(source, settings.sample)
+    sample = settings.sample
+    text = read_blocks(source.path, sample.text, sample.sequences, sample.sequence_length)
+    tokens = text.tokens
     devices, shapes = leased(device), [factor_shapes(file) for file in files]
     placed = partial(tune_bytes, stored, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
     (places, needed), (roomy, most) = placed(recompute=True), placed(recompute=False)
@@ -109,10 +110,9 @@ def tune(
             f"{source.path}: tuning the whole model needs about {needed / 1e9:.1f} GB, {where} "
             f"{available / 1e9:.1f} GB; refine its layers instead, set core: false, or take larger or more devices"
         )
-    text = fingerprint_of(tokens)
     used = {
         Input.MODEL: topology.fingerprint,
-        Input.TEXT: text,
+        Input.TEXT: text.fingerprint,
         Input.STATISTICS: CalibrationRecord.read(calibration).statistics_fingerprint,
         **{Input.LAYER.format(start.layer): start.sha256 for start in starts},
     }
@@ -131,7 +131,7 @@ def tune(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         numbers = sum(p.numel() for layer in layers for p in layer.parameters().values())
-        written, called = [], settings.sample.text.called()
+        written, called = [], sample.text.called()
         for start, layer in zip(starts, layers, strict=True):
             inputs, trained = (layer_file(place, start.layer) for place in (calibration.parent, part))
             statistics = read_statistics(inputs, topology.fingerprint, gram=False)
@@ -180,8 +180,8 @@ def _predictions(source: Source, tokens: Tensor, trained: int, steps: Steps, dev
     """
     file = steps.folder / "predictions.safetensors"
     if steps.get(PREDICTED, Done) is None or not file.is_file():
-        dtype = dtype_name(compute_dtype(source.dtype, device))
-        model = StreamedModel(source.path, dtype, device)
+        dtype = compute_dtype(source.dtype, device)
+        model = StreamedModel(open_skeleton(source.path, dtype), source.path, dtype, device)
         parts = []
         for rows, how in (
             (tokens[:trained], training_arithmetic(device)),

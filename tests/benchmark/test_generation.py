@@ -18,8 +18,9 @@ from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
 from armor.core.errors import ArmorError
 from armor.format.records.benchmark import BenchmarkRecord
+from armor.runtime.folder import load_tokenizer
 from armor.runtime.linear import ArmorLinear
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.load import load_model
 from tests.memory import NoRoom, host_of
 from tests.packed import SETTINGS as LAYERS
 from tests.packed import packed

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
-from armor.evaluate.logits import Blocks, comparison, peak_bytes, token_losses
+from armor.evaluate.logits import comparison, peak_bytes, token_losses
 from armor.evaluate.perplexity import evaluate, mean, measure, perplexity
 from armor.execution.files import part_of
 from armor.execution.machine import USABLE, peak_memory_bytes
 from armor.format.records.evaluation import EvaluationRecord, Mean
 from armor.runtime.load import load_model
+from armor.text.reading import Blocks
 from tests.killed import SAVED, forked
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, host_of, printed_last
 from tests.packed import packed
@@ -135,7 +137,7 @@ def test_a_model_that_lacks_a_tensor_is_refused(tmp_path, text):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, text):
-    with pytest.raises(ArmorError, match="no config.json here"):
+    with pytest.raises(ArmorError, match=rf"^{re.escape(str(tmp_path))}: no config\.json here"):
         evaluate(tmp_path, settings(text), tmp_path / "wiki.json")
 
 
@@ -231,7 +233,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, cou
             before = held_bytes()
             models = [load_model(folder, dtype) for _ in range(count)]
             forget_peak()
-            measure(models, Blocks(torch.arange(1024).view(2, 512) % 250, ""), steps)
+            measure(models, Blocks(torch.arange(1024).view(2, 512) % 250), steps)
             print(peak_memory_bytes() - before)
 
     assert peak_bytes([large] * count, dtype, 512) == pytest.approx(printed_last(work), rel=0.2)

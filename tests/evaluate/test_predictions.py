@@ -12,7 +12,8 @@ from armor.evaluate.perplexity import evaluate
 from armor.evaluate.predictions import predict
 from armor.format.names import logits_beside
 from armor.format.records.predictions import PredictionsRecord
-from armor.runtime.load import load_model, load_tokenizer
+from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import load_model
 from tests.killed import HALF, killed_everywhere, left_over
 from tests.packed import packed
 from tests.tiny import tiny_model, tiny_text

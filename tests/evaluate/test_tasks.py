@@ -192,6 +192,16 @@ def test_a_finished_task_is_not_run_again(tmp_path, text, caplog):
     assert again.tasks == undisturbed.tasks
 
 
+def test_a_context_without_an_end_holds_every_item(tmp_path, text):
+    folder, results = tiny_model(tmp_path / "model"), []
+    for says in (128, -1):
+        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": says}
+        (folder / "config.json").write_text(json.dumps(config))
+        evaluate_tasks(folder, settings(text), tmp_path / str(says) / "reading.json")
+        results.append([likelihoods(tmp_path / str(says) / "reading", task) for task in BUILT])
+    assert results[0] == results[1]
+
+
 def test_whether_a_higher_value_is_better_is_what_the_task_says(tmp_path, text):
     task = build_task("continuation", [text.read_text()], 10, tmp_path, "text")
     asked = yaml.safe_load(task.read_text())

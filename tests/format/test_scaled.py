@@ -23,7 +23,7 @@ from armor.model.source import open_source
 from armor.runtime.fused import unfuse
 from armor.runtime.load import load_model
 from armor.runtime.skeleton import open_skeleton, tensors_of
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from tests.packed import edit_tensors, factorized, opened, prepared
 from tests.tiny import tiny_model
 
@@ -110,7 +110,7 @@ def test_the_whole_way_from_numbers_with_scales(tmp_path, family, caplog):
         expected = plain(TOKENS).logits
         assert (packed(TOKENS).logits - expected).norm() <= 1e-4 * expected.norm()
         expected = load_model(root / "source").float()(TOKENS).logits
-        streamed = next(StreamedModel(root / "source", "float32").logits([TOKENS]))
+        streamed = next(stream_model(root / "source", "float32").logits([TOKENS]))
         assert (streamed - expected).norm() <= 1e-4 * expected.norm()
 
 

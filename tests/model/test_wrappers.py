@@ -14,7 +14,7 @@ from armor.format.shards import Shards
 from armor.model.inspect import inspect
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from tests.packed import opened, packed
 
 TOKENS = torch.arange(3, 19)[None]
@@ -46,7 +46,7 @@ def test_its_own_class_loads_it_and_writes_what_the_dense_product_writes(root):
     assert len(compressed) == 7 and all(name.startswith("model.language_model.layers.") for name in compressed)
     expected = dense(TOKENS).logits
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
-    (streamed,) = StreamedModel(root / "checkpoint", "float32").logits([TOKENS])
+    (streamed,) = stream_model(root / "checkpoint", "float32").logits([TOKENS])
     torch.testing.assert_close(streamed, expected, atol=1e-5, rtol=1e-5)
     pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
     mine, theirs = (m.get_image_features(pixels, torch.tensor([[1, 4, 4]])).pooler_output for m in (model, dense))

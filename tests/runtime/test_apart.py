@@ -20,7 +20,7 @@ from armor.runtime import apart
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.experts import Expert
 from armor.runtime.filling import layer_bytes
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from benchmarks.families import small_config
 from tests.memory import card_of, host_of
 from tests.packed import edit_tensors, packed
@@ -44,7 +44,7 @@ def read(monkeypatch):
 
 def too_small(folder) -> int:
     """The bytes of a host that has no room for a decoder layer with all its experts, beside what is outside of them."""
-    skeleton = StreamedModel(folder).skeleton
+    skeleton = stream_model(folder).skeleton
     outside = {id(tensor): tensor.nbytes for *_, tensor in skeleton.outside(head=True)}
     return int((sum(outside.values()) + max(map(layer_bytes, skeleton.layers))) / USABLE / (1 - HOST_SHARE)) - 1
 
@@ -58,10 +58,10 @@ def check(monkeypatch, folder, read, exact: bool = True, copies: int = 1) -> Non
     rows = int(host * HOST_SHARE / copies / 2 / (64 * 4) * 0.7 / 20)  # the second of these has no more room to wait
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(250, shape, generator=generator) for shape in [(1, 1), (rows, 20), (rows, 20), (1, 1)]]
-    whole = list(StreamedModel(folder).logits(batches))
+    whole = list(stream_model(folder).logits(batches))
     assert not read
     host_of(monkeypatch, host)
-    model = StreamedModel(folder)
+    model = stream_model(folder)
     found = list(model.logits(batches))
     assert read and set(read.values()) <= {1, 2}
     assert all(parameter.is_meta for layer in model.skeleton.layers for parameter in layer.parameters())
@@ -91,7 +91,7 @@ def test_generation_reads_the_experts_of_each_token(tmp_path, read, monkeypatch)
     folder, tokens = tiny_model(tmp_path / "model", "mixtral"), torch.arange(6)[None]
 
     def generated() -> torch.Tensor:
-        with StreamedModel(folder).whole() as model, torch.no_grad():
+        with stream_model(folder).whole() as model, torch.no_grad():
             return model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
 
     expected = generated()
@@ -147,7 +147,7 @@ def test_an_expert_that_is_damaged_is_named(tmp_path, monkeypatch):
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     edit_tensors(folder, lambda tensors: tensors[name].fill_(float("nan")))
     host_of(monkeypatch, too_small(folder))
-    model = StreamedModel(folder)
+    model = stream_model(folder)
     batches = [torch.arange(40)[None], torch.arange(40)[None] + 40]
     with pytest.raises(ArmorError, match=r"experts\.2\.w3.* holds NaN or infinity"):
         list(model.logits(batches))

@@ -19,7 +19,7 @@ from armor.model.tensors import CONV1D, recorded_tensors
 from armor.runtime.conv1d import Turned
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
-from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed
 from tests.tiny import tiny_text
 
@@ -78,7 +78,7 @@ def test_the_way_of_a_checkpoint(root, tmp_path):
     assert isinstance(model.transformer.get_submodule(KEPT), Conv1D)
     assert close(logits(model), logits(plain))
     for folder, expected in ((root / "checkpoint", plain), (root / "source", load_model(root / "source"))):
-        assert close(next(StreamedModel(folder).logits([TOKENS])), logits(expected))
+        assert close(next(stream_model(folder).logits([TOKENS])), logits(expected))
 
     model.save_pretrained(tmp_path / "saved")
     verify(tmp_path / "saved")

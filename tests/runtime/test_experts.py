@@ -21,7 +21,7 @@ from armor.runtime.fused import fused_experts, unfuse
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.skeleton import open_skeleton, stored_tensors
-from armor.runtime.streamed import StreamedModel, stacks_experts
+from armor.runtime.streaming import stacks_experts, stream_model
 from benchmarks.families import small_config
 from tests.packed import SETTINGS, factors_of, opened, packed, quantized
 from tests.tiny import MIXTURES, tiny_model
@@ -64,7 +64,7 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
     with torch.inference_mode():
         expected = plain(TOKENS).logits
         assert close(model(TOKENS).logits, expected)
-        assert close(next(StreamedModel(root / "checkpoint").logits([TOKENS])), expected)
+        assert close(next(stream_model(root / "checkpoint").logits([TOKENS])), expected)
         cache = model(TOKENS[:, :-1], use_cache=True).past_key_values
         assert close(model(TOKENS[:, -1:], past_key_values=cache).logits[:, -1], expected[:, -1])
 
@@ -74,9 +74,9 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
         verify(root / "saved")
 
         source = AutoModelForCausalLM.from_pretrained(root / "source").eval()
-        assert close(next(StreamedModel(root / "source").logits([TOKENS])), source(TOKENS).logits)
+        assert close(next(stream_model(root / "source").logits([TOKENS])), source(TOKENS).logits)
         unfuse(source)
-        assert close(source(TOKENS).logits, next(StreamedModel(root / "source").logits([TOKENS])))
+        assert close(source(TOKENS).logits, next(stream_model(root / "source").logits([TOKENS])))
 
 
 def test_experts_that_are_stored_turned_are_read_as_transformers_reads_them(tmp_path):

@@ -7,6 +7,7 @@ from armor.core.errors import ArmorError
 from armor.runtime.apart import HOST_SHARE
 from armor.runtime.load import load_model, loaded_dtype
 from armor.runtime.streamed import StreamedModel
+from armor.runtime.streaming import stream_model
 from tests.memory import host_of
 from tests.packed import DEFECTS, packed, quantized
 from tests.tiny import FAMILIES, SHARING, tiny_model
@@ -24,7 +25,7 @@ def watched(folder, dtype="auto") -> tuple[StreamedModel, list[int]]:
 
     A layer is known by its hook, which every copy of it takes along; no other may be in memory when it runs.
     """
-    model, numbers, last = StreamedModel(folder, dtype), [], None
+    model, numbers, last = stream_model(folder, dtype), [], None
 
     def hook(index: int):
         def note(layer: torch.nn.Module, _: tuple) -> None:
@@ -64,7 +65,7 @@ def test_a_dense_model_has_the_loaded_ones_logits(tmp_path, batches, family, tie
 @pytest.mark.parametrize("family", SHARING)
 def test_what_layers_take_of_earlier_ones_is_carried(tmp_path, batches, family):
     folder = tiny_model(tmp_path / "model", family)
-    model, streamed = load_model(folder), StreamedModel(folder)
+    model, streamed = load_model(folder), stream_model(folder)
     for tokens, logits in zip(batches, streamed.logits(batches), strict=True):
         torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
     assert any(carried for carried, _ in streamed.skeleton.links)
@@ -83,7 +84,7 @@ def test_a_model_of_integers_has_the_loaded_ones_logits(tmp_path, batches, dtype
 
 def test_batches_that_have_no_room_wait_until_the_layers_are_read_again(tmp_path, batches, monkeypatch):
     folder = tiny_model(tmp_path / "model")
-    whole = list(StreamedModel(folder).logits(batches))
+    whole = list(stream_model(folder).logits(batches))
     room = (3 * 33 + 20) * 64 * 4  # the hidden states of the second and the third batch
     host_of(monkeypatch, room / HOST_SHARE)
     streamed, read = watched(folder)
@@ -92,7 +93,7 @@ def test_batches_that_have_no_room_wait_until_the_layers_are_read_again(tmp_path
 
 
 def test_a_buffer_that_a_layer_computes_itself_is_there_when_it_is_read_again(tmp_path, batches):
-    model = StreamedModel(tiny_model(tmp_path / "model"))
+    model = stream_model(tiny_model(tmp_path / "model"))
     model.skeleton.layers[1].register_buffer("computed", torch.ones(1), persistent=False)
     first, again = (list(model.logits(batches)) for _ in range(2))
     torch.testing.assert_close(first, again)
@@ -107,5 +108,5 @@ def test_a_broken_checkpoint_is_refused(checkpoint, defect, hashed):
     change, named = DEFECTS[defect]
     change(checkpoint)
     with pytest.raises(ArmorError) as caught:
-        StreamedModel(checkpoint)
+        stream_model(checkpoint)
     assert hashed or all(name in str(caught.value) for name in named)

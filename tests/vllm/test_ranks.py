@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
-from armor.runtime.load import read_config
+from armor.runtime.folder import read_config
 from armor.serve.check import Refused, check
 from armor.serve.plugin import ArmorLinearMethod
 from armor.serve.ranks import check_ranks

@@ -15,7 +15,7 @@ import armor.serve
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import QUANT_METHOD, PackedLinear
-from armor.runtime.load import read_config
+from armor.runtime.folder import read_config
 from armor.serve.check import Refused, check
 from armor.serve.experts import ArmorExpertsMethod
 from armor.serve.plugin import ArmorConfig, ArmorLinearMethod
