@@ -1,22 +1,17 @@
 """Spend a budget of bits: one choice for each linear, so that the predicted KL divergences add up to the least.
 
-This is a knapsack with a class for each linear (multiple choice), and it is solved exactly. Of all ways to choose for
-the first k linears only those are kept that no other one beats in both bits and divergence (Nemhauser and Ullmann
-1969). There are few of them, some thousands for hundreds of linears: the sizes of linears are multiples of a large
-number. A Lagrange multiplier would be faster, and not exact.
+This is a knapsack with a class for each linear, and it is solved exactly (armor.core.knapsack).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from math import ceil, floor
 from pathlib import Path
 
-import numpy as np
-
 from armor.config.budget import BudgetSettings
 from armor.core.errors import ArmorError
+from armor.core.knapsack import cheapest
 from armor.execution.log import log
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.format.names import layer_files
@@ -24,7 +19,7 @@ from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
 
-__all__ = ["cheapest", "choose"]
+__all__ = ["choose"]
 
 
 def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> BudgetRecord:
@@ -76,26 +71,3 @@ def _stored(linear: LinearPrices, price: Price) -> int:
 def _rounded(price: Price) -> Price:
     """With as many digits as a person reads."""
     return Price(choice=price.choice, bits=round(price.bits, 3), predicted_kl=float(f"{price.predicted_kl:.4g}"))
-
-
-def cheapest(options: Sequence[Sequence[tuple[int, float]]], limit: int) -> list[int]:
-    """Which (bits, cost) to take of each class of `options`: the least sum of costs within `limit` bits, exactly.
-
-    Of several the one with the fewest bits. The limit must be possible.
-    """
-    least = [min(bits for bits, _ in own) for own in options]
-    bits, costs, steps = np.zeros(1, np.int64), np.zeros(1), []
-    for k, own in enumerate(options):
-        more, cost = (np.array(column) for column in zip(*own, strict=True))
-        bits, costs = (bits[:, None] + more).ravel(), (costs[:, None] + cost).ravel()  # (ways, choices)
-        order = np.lexsort((costs, bits))
-        order = order[bits[order] + sum(least[k + 1 :]) <= limit]
-        best = np.minimum.accumulate(costs[order])
-        order = order[np.append(True, costs[order][1:] < best[:-1])]
-        bits, costs = bits[order], costs[order]
-        steps.append(order)
-    way, picks = len(bits) - 1, []
-    for own, order in zip(reversed(options), reversed(steps), strict=True):
-        way, pick = divmod(int(order[way]), len(own))
-        picks.append(pick)
-    return picks[::-1]

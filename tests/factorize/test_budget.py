@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from armor.assemble.writer import assemble
 from armor.config.budget import BudgetSettings, PriceSettings
 from armor.config.layers import Choice, Override
 from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
-from armor.factorize.budget import cheapest, choose
+from armor.factorize.budget import choose
 from armor.factorize.layer import factorize_layer
 from armor.factorize.prices import extrapolated, price_layer
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
@@ -36,22 +33,6 @@ SETTINGS = PriceSettings(
     iterations=3,
 )
 Q = "model.layers.1.self_attn.q_proj"
-
-classes = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=4)
-
-
-@given(st.lists(classes, min_size=1, max_size=5), st.integers(0, 100))
-@settings(deadline=None, max_examples=100)
-def test_the_choice_is_the_best_of_all_that_there_are(options, more):
-    limit = sum(min(bits for bits, _ in own) for own in options) + more
-    picks = cheapest(options, limit)
-
-    def sums(ways):
-        chosen = [own[way] for own, way in zip(options, ways, strict=True)]
-        return sum(cost for _, cost in chosen), sum(bits for bits, _ in chosen)
-
-    every = map(sums, itertools.product(*(range(len(own)) for own in options)))
-    assert sums(picks) == min(found for found in every if found[1] <= limit)
 
 
 @pytest.fixture(scope="module")
