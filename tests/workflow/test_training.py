@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -210,6 +211,26 @@ def test_states_that_failed_or_were_killed_leave_the_layers_that_are_done(traine
     done = again.snakemake("--", *TARGETS)
     assert done.returncode == 0 and not (tiny / "states/words-4x32").exists(), done.stderr
     assert asked(again) == {} and results_of(tiny) == results_of(trained.folder / "results/tiny")
+
+
+def test_states_of_another_text_that_a_run_left_are_made_again(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    again = Run(tmp_path / "run", trained.config)
+    tiny, target = again.folder / "results/tiny", "results/tiny/pruned/refined.json"
+    (tiny / "pruned/refined/layer_1.safetensors").unlink()
+    done = again.snakemake("--", "results/tiny/states/words-4x32")  # made, and kept for the layer
+    assert done.returncode == 0 and asked(again) == {"refine": 1, "refined": 1, "assemble": 1}, done.stderr
+    file = Path(again.config["calibrations"]["words"]["text"]["files"][0])
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before[::-1])
+        plan = asked(again)
+        assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= plan.items()
+        done = again.snakemake("--", target)
+        assert done.returncode == 0 and not (tiny / "states/words-4x32").exists(), done.stderr
+        assert again.would_run(None, "--", target) == {}
+    finally:
+        file.write_bytes(before)
 
 
 def test_what_was_not_recorded_hides_nothing_that_is_due(trained, tmp_path):

@@ -156,6 +156,7 @@ def jobs_known(stage, names=()):
     found = list(jobs_of(SETTINGS, stage, HERE, names))
     again_if_interrupted(found)
     again_if_unknown(found)
+    again_if_left(found)
     return [Job(job.stage, job.names) for job in found]
 
 
@@ -315,6 +316,24 @@ def again_if_unknown(found):
                 workflow.dag.forcefiles.update(in_storage(file) for one in again for file in files_of(one))
     except ArmorError as error:
         raise WorkflowError(str(error)) from None
+
+
+def again_if_left(found):
+    """Hidden states that a run left are taken for those that a layer waits for, and made by no rule for their own sake.
+    So those of another text, or of code before an edit, are made again here, and the layers that wait for them with
+    them: where Snakemake expects states to run, it asks no layer behind them."""
+    for job in found:
+        if job.stage == "refine" and are_left_of_another(*states_behind(*job.names[:2])):
+            states = Job("states", states_behind(*job.names[:2]))
+            workflow.dag.forcefiles.update(in_storage(file) for one in (states, job) for file in files_of(one))
+
+
+@cache
+def are_left_of_another(*names):
+    """Whether hidden states lie there, as the run begins, that are not those of this configuration, text and code."""
+    if STORED or not workflow.is_main_process or not beside(HERE.states(*names)).is_dir():
+        return False
+    return bool(reruns().own(Job("states", names, ASKED)))
 
 
 @cache
