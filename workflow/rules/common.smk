@@ -276,6 +276,13 @@ def waits_for_states(job):
     return not job.record.is_file() or is_older(job.record, [R.states(*states_behind(*job.names))])
 
 
+def states_for(wildcards):
+    """The hidden states that a layer is refined on. Made again when a layer needs them, that alone makes no other layer
+    run again; unless others lie there."""
+    files = needed("refine", "states")(wildcards)
+    return files if are_left_of_another(*states_behind(*wildcards[:2])) else [ancient(file) for file in files]
+
+
 def is_chained(wildcards):
     """Whether a layer's input is what the refined layers before it make of the text."""
     return SETTINGS.refine_settings(wildcards.recipe).refine.inputs == "compressed"
@@ -319,13 +326,11 @@ def again_if_unknown(found):
 
 
 def again_if_left(found):
-    """Hidden states that a run left are taken for those that a layer waits for, and made by no rule for their own sake.
-    So those of another text, or of code before an edit, are made again here, and the layers that wait for them with
-    them: where Snakemake expects states to run, it asks no layer behind them."""
+    """Hidden states that a run left, of another text or of code before an edit, are made again. As `refine` then does
+    not take them for ancient, so are the layers that wait for them."""
     for job in found:
-        if job.stage == "refine" and are_left_of_another(*states_behind(*job.names[:2])):
-            states = Job("states", states_behind(*job.names[:2]))
-            workflow.dag.forcefiles.update(in_storage(file) for one in (states, job) for file in files_of(one))
+        if job.stage == "states" and are_left_of_another(*job.names):
+            workflow.dag.forcefiles.update(in_storage(file) for file in files_of(Job(job.stage, job.names)))
 
 
 @cache

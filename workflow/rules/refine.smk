@@ -4,11 +4,11 @@
 rule states:
     """Run the text through the dense model, and keep what goes into every decoder layer while layers are refined.
 
-    Nothing makes it run but a layer that needs it, and `again_if_left`: its settings and its code are those of `refine`
-    too. If Snakemake saw them change here, it would not ask the layers behind whether they have changed, for it expects
-    them to run; and would then pass over them, since to them the states are ancient. They are so only while the record
-    is there. So it stays until the job itself replaces it: else one that fails would make all layers run again, also
-    those that are not due.
+    Nothing makes it run but a layer that needs it: its settings and its code are those of `refine` too. If Snakemake saw
+    them change here, it would not ask the layers behind whether they have changed, for it expects them to run; and would
+    then pass over them, since to them the states are ancient. They are so only while the record is there. So it stays
+    until the job itself replaces it: else one that fails would make all layers run again, also those that are not due.
+    What a run left of another text is the exception (`again_if_left`).
     """
     input:
         source=R.source(),
@@ -47,8 +47,7 @@ rule refine:
         calibration=needed("refine", "calibration"),
         factors=needed("refine", "factors"),
         before=needed("refine", "before"),
-        # Made again when a layer needs them: that alone makes no other layer run again. `refined` holds the folder.
-        states=ancient(needed("refine", "states")),
+        states=states_for,  # `refined` holds their folder
         more=ancient(stored_for("refine")),
     output:
         factors=R.factors(stage="refine"),
