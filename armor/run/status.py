@@ -26,11 +26,11 @@ from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import part_of, try_lock
 from armor.execution.table import text_table
-from armor.format.layout import RESULTS, RUN
+from armor.format.layout import RESULTS, RUN, Results
 from armor.format.names import beside
 from armor.format.records.base import Made
 from armor.format.records.run import RunRecord
-from armor.run.jobs import Job, jobs
+from armor.run.jobs import Job, jobs, jobs_of
 
 __all__ = [
     "ERROR",
@@ -178,7 +178,19 @@ def summary(results: Path, config: Config) -> list[str]:
         peak = f"{max(c.peak_memory_bytes for c in costs) / 1e6:,.0f} MB" if costs else ""
         rows.append((stage, str(len(costs) or ""), str(len(done) - len(costs) or ""), seconds, peak))
     table = text_table(rows, ("stage", "ran", "reused", "seconds", "peak memory"))
-    return [*table.splitlines(), f"{time.time() - began:,.0f} s from the start to the end"]
+    return [*table.splitlines(), f"{time.time() - began:,.0f} s from the start to the end", *_left(results, config)]
+
+
+def _left(results: Path, config: Config) -> list[str]:
+    """The hidden states that lie there and are of another configuration: a run that was interrupted left them, say."""
+    asked = {beside(job.record) for job in jobs_of(config, "states", Results(str(results)))}
+    folders = [Results(".").states(model, "*").removesuffix(".json") for model in config.models]
+    there = [path for folder in folders for path in results.glob(folder) if path.is_dir()]
+    return [
+        f"{path}: hidden states that nothing here asks for, {size / 1e9:.3g} GB; delete them if no other run needs them"
+        for path in sorted(path for path in there if path not in asked)
+        if (size := sum(file.stat().st_size for file in path.iterdir()))
+    ]
 
 
 def cost(job: Job) -> Cost | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from armor.config.recipes import Recipe
 from armor.config.run import Config
+from armor.config.training import RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
@@ -98,6 +100,20 @@ def test_the_summary_tells_what_ran_from_what_was_there_before(results):
     lines = [line.split() for line in summary(results, CONFIG)]
     assert lines[:2] == [["stage", "ran", "reused", "seconds", "peak", "memory"], ["inspect", "1"]]
     assert lines[2] == ["factorize", "2", "1", "3.0", "300", "MB"] and len(lines) == 4
+
+
+def test_the_summary_names_states_that_nothing_asks_for(results):
+    config = CONFIG.replace(recipes={"armor": Recipe(block_size=8, refine=RefineSettings())})
+    os.close(start_run(results, config, ["snakemake"]))
+    before = summary(results, config)
+    (results / "logs/states/tiny").mkdir(parents=True)
+    (results / "logs/states/tiny/words-9x32.log").write_text("no states")
+    for name in (*config.states(), "words-9x32"):  # the last is of a configuration before an edit
+        (results / "tiny/states" / name).mkdir(parents=True)
+        (results / "tiny/states" / name / "layer_0.safetensors").write_bytes(bytes(2_000_000))
+    *same, told = summary(results, config)
+    assert same[:-1] == before[:-1]  # the last says how long it took
+    assert told.startswith(f"{results}/tiny/states/words-9x32: hidden states that nothing here asks for, 0.002 GB; ")
 
 
 def test_the_command_prints_a_table(results):
