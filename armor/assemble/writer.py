@@ -168,12 +168,20 @@ def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> Pro
     )
 
 
+def _again(record: LayerRecord, folder: Path) -> str:
+    """What to do about a layer's factors in `folder`."""
+    stage = record.made_by.stage.rpartition(".")[2]
+    if stage == "tune":  # all layers at once, of which the workflow sees the record beside the folder
+        return f"run armor tune again, or delete {folder}.json and run the workflow"
+    return f"{'factorize' if stage == 'layer' else stage} layer {record.layer} again"
+
+
 def _read_layer(folder: Path, layer: DecoderLayer, fingerprint: str, shards: Shards) -> _Layer:
     """Read and check one layer's JSON and the header of its factors."""
     file = layer_file(folder, layer.index)
     described = record_beside(file)
-    again = f"factorize layer {layer.index} again"
     record = LayerRecord.read(described)
+    again = _again(record, folder)
     if record.fingerprint != fingerprint:
         raise ArmorError(f"{described}: factors of another model (its fingerprint differs); {again}")
     linears = {linear.name: linear for linear in layer.linears}

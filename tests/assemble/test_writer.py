@@ -231,6 +231,10 @@ def test_factors_that_belong_to_another_run(copy):
 def test_a_layer_that_is_missing(copy):
     (copy / "layers/layer_1.safetensors").unlink()
     refused(copy, "layer_1.safetensors: missing; factorize layer 1 again")
+    edit_record(copy, lambda record: record["made_by"].update(stage="armor.training.refine"))
+    refused(copy, "layer_1.safetensors: missing; refine layer 1 again")
+    edit_record(copy, lambda record: record["made_by"].update(stage="armor.training.tune"))
+    refused(copy, "missing; run armor tune again, or delete .*/layers.json and run the workflow")
     (copy / "layers/layer_1.json").unlink()
     refused(copy, "layer_1.json: no such file")
 
