@@ -3,9 +3,10 @@
 A run of the workflow notes in results/run.json its configuration and its command, and locks that file as long as it
 lives. So a second run on the same results stops at once. A killed one leaves nothing that has to be unlocked.
 `armor.run.jobs` has what the configuration asks for: the outputs that prove a job done, and its log. The log tells more
-of a job that is not done. It ends with an error (failed), it is of the run that goes on (running), or neither (stopped:
-killed, as a rule, or out of memory). Snakemake writes what a job cost to a benchmark file when it ends. The job's
-memory is in its record too. Whether what is done is up to date is for `armor.run.explain` to say.
+of a job that is not done. It ends with an error (failed), it is of the run that goes on (running), or neither: what the
+job made was deleted since (missing), or it did not end (stopped: killed, as a rule, or out of memory). Snakemake writes
+what a job cost to a benchmark file when it ends. The job's memory is in its record too. Whether what is done is up to
+date is for `armor.run.explain` to say.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             states[job], lines[job] = "failed", lines[job].removeprefix(ERROR)
         elif all(output.is_file() for output in job.outputs) and not part_of(job.record).exists():
             states[job] = "done"  # else what is there was made by an earlier run
-        elif not job.log.is_file():
+        elif not job.log.is_file() or _ended(job):
             states[job] = "missing"
         elif running and job.log.stat().st_mtime >= file.stat().st_mtime:
             states[job] = "running"
@@ -157,6 +158,11 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             states[job] = "stopped"
     command, folder = (last.command_line, last.typed_in) if last else (("snakemake",), _shells_folder())
     return Status(results, states, lines, command, folder)
+
+
+def _ended(job: Job) -> bool:
+    """Whether it ended well when it last ran: Snakemake measured it. What it made was deleted then."""
+    return job.measured.is_file() and job.measured.stat().st_mtime >= job.log.stat().st_mtime
 
 
 def last_config(results: Path) -> Config:

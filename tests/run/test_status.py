@@ -73,6 +73,10 @@ def test_every_state(results, monkeypatch):
     assert stopped.startswith(f"{names[3]}: stopped without a word")
     os.close(lock)
     assert by_name(read_status(results))[names[1]] == "stopped"
+    measured = results / "benchmarks/factorize/tiny/armor/1.tsv"  # it ended well, and what it made was deleted
+    measured.parent.mkdir(parents=True)
+    measured.write_text("")
+    assert by_name(read_status(results))[names[1]] == "missing"
     monkeypatch.setenv("PWD", str(results))  # from anywhere, by the run's folder too, the command is the same one
     assert read_status(results.parent).details()[-2].endswith(f"again: cd {Path.cwd()} && {again}")
 
