@@ -63,12 +63,13 @@ def read_sensitivities(record: Path, names: list[str], fingerprint: str) -> dict
     Raises ArmorError if it is missing, not what the record describes, of another model, or lacks one of them.
     """
     known, path = SensitivityRecord.read(record), factors_beside(record)
+    again = f"{known.AGAIN}, or delete {record} and run the workflow"
     if known.fingerprint != fingerprint:
-        raise ArmorError(f"{record}: of another model (its fingerprint differs); {known.AGAIN}")
+        raise ArmorError(f"{record}: of another model (its fingerprint differs); {again}")
     if not path.is_file() or sha256(path) != known.sha256:
-        raise ArmorError(f"{path}: not what the JSON beside it describes; {known.AGAIN}")
+        raise ArmorError(f"{path}: {'not what its JSON describes' if path.is_file() else 'missing'}; {again}")
     with open_safetensors(path) as file:
         there = {*file.keys()}
         if missing := [name for name in names if f"{name}.rows" not in there]:
-            raise ArmorError(f"{path}: holds nothing of {missing[0]}; {known.AGAIN}")
+            raise ArmorError(f"{path}: holds nothing of {missing[0]}; {again}")
         return {n: Sensitivity(file.get_tensor(f"{n}.rows"), file.get_tensor(f"{n}.columns")) for n in names}

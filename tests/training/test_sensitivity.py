@@ -118,5 +118,5 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
     with pytest.raises(ArmorError, match="holds nothing of a.q; run armor sensitivity again"):
         read_sensitivities(tmp_path / "words.json", ["a.q"], fingerprint)
     (tmp_path / "words.safetensors").unlink()
-    with pytest.raises(ArmorError, match="not what the JSON beside it describes"):
+    with pytest.raises(ArmorError, match="missing; run armor sensitivity again, or delete .* and run the workflow"):
         read_sensitivities(tmp_path / "words.json", [], fingerprint)
