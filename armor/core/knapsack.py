@@ -1,10 +1,11 @@
 """The knapsack with classes: one of several choices in each, so that costs add up to the least within a limit.
 
-It is solved exactly. At some price of size, the Lagrange multiplier, what is cheapest in each class just meets the
-limit, and this bounds what any way to choose must cost. The best way lies above the bound by a gap, and by no more may
-its choices together exceed what is cheapest (Dyer, Riha and Walker 1995). The gap is not known, so a small one is
-tried, and larger ones until the best way within one costs no more than that. To find it, of all ways to choose in the
-first k classes those are kept that no other one beats in both size and cost (Nemhauser and Ullmann 1969).
+It is solved exactly. At some price of size, a Lagrange multiplier, the cheapest choices of all classes just meet the
+limit. That gives a lower bound of the cost. The excess of a choice is what it costs, price included, above the cheapest
+of its class. The excesses of the best way add up to no more than the gap between its cost and the bound (Dyer, Riha and
+Walker 1995). The gap is not known: a small one is tried, and then larger ones, until the best way within it has no
+larger one itself. To find that way, of all ways to choose in the first k classes only those are kept that no other one
+beats in both size and cost (Nemhauser and Ullmann 1969).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def cheapest(options: Sequence[Sequence[tuple[int, float]]], limit: int) -> list
     Of several the one with the least size. The limit must be possible.
     """
     most = max(map(len, options))
-    padded = np.array([[*own, *[own[-1]] * (most - len(own))] for own in options])  # of the same the first is taken
-    sizes, costs = padded[..., 0].astype(np.int64), padded[..., 1]  # (classes, choices)
+    padded = [[*own, *[own[-1]] * (most - len(own))] for own in options]  # of the same choice the first is taken
+    sizes = np.array([[size for size, _ in own] for own in padded])  # (classes, choices)
+    costs = np.array([[cost for _, cost in own] for own in padded], np.float64)
     price = _price(sizes, costs, limit)
     excess = costs + price * sizes
     least = excess.min(1, keepdims=True)
@@ -31,11 +33,11 @@ def cheapest(options: Sequence[Sequence[tuple[int, float]]], limit: int) -> list
     rounding = 1e-9 * np.abs(least).sum()
     known = price * (limit - _taken(sizes, excess.argmin(1)).sum())  # the gap of what is cheapest everywhere
     gap = known / 1024
-    while True:
+    picks = _within(gap + rounding, sizes, costs, excess, limit)
+    while gap < known and _taken(costs, picks).sum() - bound > gap:
+        gap = 4 * gap or known
         picks = _within(gap + rounding, sizes, costs, excess, limit)
-        if gap >= known or _taken(costs, picks).sum() - bound <= gap:
-            return picks.tolist()
-        gap *= 4
+    return picks.tolist()
 
 
 def _price(sizes: np.ndarray, costs: np.ndarray, limit: int) -> float:

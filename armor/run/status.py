@@ -150,7 +150,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
             states[job], lines[job] = "failed", lines[job].removeprefix(ERROR)
         elif all(output.is_file() for output in job.outputs) and not part_of(job.record).exists():
             states[job] = "done"  # else what is there was made by an earlier run
-        elif not job.log.is_file() or _ended(job):
+        elif not job.log.is_file() or (_ended(job) and not part_of(job.record).exists()):
             states[job] = "missing"
         elif running and job.log.stat().st_mtime >= file.stat().st_mtime:
             states[job] = "running"
@@ -161,7 +161,7 @@ def read_status(results: Path, config: Config | None = None, running: bool | Non
 
 
 def _ended(job: Job) -> bool:
-    """Whether it ended well when it last ran: Snakemake measured it. What it made was deleted then."""
+    """Whether it ended well when it last ran: only then Snakemake measures it."""
     return job.measured.is_file() and job.measured.stat().st_mtime >= job.log.stat().st_mtime
 
 
@@ -188,14 +188,15 @@ def summary(results: Path, config: Config) -> list[str]:
 
 
 def _left(results: Path, config: Config) -> list[str]:
-    """The hidden states that lie there and are of another configuration: a run that was interrupted left them, say."""
-    asked = {beside(job.record) for job in jobs_of(config, "states", Results(str(results)))}
+    """The hidden states of the configuration's models that no recipe asks for: an interrupted run left them, say."""
+    states = list(jobs_of(config, "states", Results(str(results))))
+    asked = {path for job in states for path in (beside(job.record), part_of(job.record))}
     folders = [Results(".").states(model, "*").removesuffix(".json") for model in config.models]
     there = [path for folder in folders for path in results.glob(folder) if path.is_dir()]
     return [
         f"{path}: hidden states that nothing here asks for, {size / 1e9:.3g} GB; delete them if no other run needs them"
         for path in sorted(path for path in there if path not in asked)
-        if (size := sum(file.stat().st_size for file in path.iterdir()))
+        if (size := sum(file.stat().st_size for file in path.rglob("*")))
     ]
 
 

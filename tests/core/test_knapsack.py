@@ -7,12 +7,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from armor.core.knapsack import cheapest
 
-classes = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=4)
+costs = st.integers(0, 30) | st.sampled_from([0.0, 2.0**-30])
+classes = st.lists(st.tuples(st.integers(0, 30), costs), min_size=1, max_size=4)
 
 
 def sums(options, picks):
@@ -21,6 +22,8 @@ def sums(options, picks):
 
 
 @given(st.lists(classes, min_size=1, max_size=5), st.integers(0, 100))
+@example([[(27, 0), (2, 0)]], 3)
+@example([[(16 * 768, 0.0), (9 * 768, 0.0)]] * 3, 100)
 @settings(deadline=None, max_examples=100)
 def test_the_choice_is_the_best_of_all_that_there_are(options, more):
     limit = sum(min(size for size, _ in own) for own in options) + more

@@ -112,11 +112,14 @@ def test_the_summary_names_states_that_nothing_asks_for(results):
     before = summary(results, config)
     (results / "logs/states/tiny").mkdir(parents=True)
     (results / "logs/states/tiny/words-9x32.log").write_text("no states")
-    for name in (*config.states(), "words-9x32"):  # the last is of a configuration before an edit
-        (results / "tiny/states" / name).mkdir(parents=True)
-        (results / "tiny/states" / name / "layer_0.safetensors").write_bytes(bytes(2_000_000))
-    *same, told = summary(results, config)
+    (name,) = config.states()
+    old = ("words-9x32", ".words-8x32.json.part/states")  # of a configuration before an edit
+    for folder in (name, f".{name}.json.part/states", *old):
+        (results / "tiny/states" / folder).mkdir(parents=True)
+        (results / "tiny/states" / folder / "layer_0.safetensors").write_bytes(bytes(2_000_000))
+    *same, unfinished, told = summary(results, config)
     assert same[:-1] == before[:-1]  # the last says how long it took
+    assert unfinished.startswith(f"{results}/tiny/states/.words-8x32.json.part: hidden states that nothing ")
     assert told.startswith(f"{results}/tiny/states/words-9x32: hidden states that nothing here asks for, 0.002 GB; ")
 
 

@@ -277,10 +277,10 @@ def waits_for_states(job):
 
 
 def states_for(wildcards):
-    """The hidden states that a layer is refined on. Made again when a layer needs them, that alone makes no other layer
-    run again; unless others lie there."""
+    """The hidden states that a layer is refined on. They are ancient: made again for one layer, they alone make no
+    other layer run again. After stale ones all layers have to."""
     files = needed("refine", "states")(wildcards)
-    return files if are_left_of_another(*states_behind(*wildcards[:2])) else [ancient(file) for file in files]
+    return files if are_stale(*states_behind(*wildcards[:2])) else [ancient(file) for file in files]
 
 
 def is_chained(wildcards):
@@ -326,16 +326,16 @@ def again_if_unknown(found):
 
 
 def again_if_left(found):
-    """Hidden states that a run left, of another text or of code before an edit, are made again. As `refine` then does
-    not take them for ancient, so are the layers that wait for them."""
+    """Hidden states that a run left, and that today's text, settings or code would not make, are made again. As
+    `refine` then does not take them for ancient, so are the layers that wait for them."""
     for job in found:
-        if job.stage == "states" and are_left_of_another(*job.names):
+        if job.stage == "states" and are_stale(*job.names):
             workflow.dag.forcefiles.update(in_storage(file) for file in files_of(Job(job.stage, job.names)))
 
 
 @cache
-def are_left_of_another(*names):
-    """Whether hidden states lie there, as the run begins, that are not those of this configuration, text and code."""
+def are_stale(*names):
+    """Whether hidden states lie there, as the run begins, that their record does not say are those asked for."""
     if STORED or not workflow.is_main_process or not beside(HERE.states(*names)).is_dir():
         return False
     return bool(reruns().own(Job("states", names, ASKED)))

@@ -8,7 +8,7 @@ rule states:
     them change here, it would not ask the layers behind whether they have changed, for it expects them to run; and would
     then pass over them, since to them the states are ancient. They are so only while the record is there. So it stays
     until the job itself replaces it: else one that fails would make all layers run again, also those that are not due.
-    What a run left of another text is the exception (`again_if_left`).
+    Stale ones that a run left are the exception (`again_if_left`).
     """
     input:
         source=R.source(),
