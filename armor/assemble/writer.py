@@ -31,7 +31,7 @@ from armor.execution.resume import resumable
 from armor.format.checkpoint import PackedLinear, check_tensor, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
 from armor.format.factors import FactorsHeader
-from armor.format.names import beside, layer_file, record_beside
+from armor.format.names import beside, layer_file, record_beside, record_of_folder
 from armor.format.provenance import PROVENANCE, combined, made_by
 from armor.format.records.base import BlockSizes, Input
 from armor.format.records.checkpoint import CheckpointRecord, ProvenanceRecord
@@ -171,8 +171,8 @@ def _made(source: Source, records: list[LayerRecord], trained: list[str]) -> Pro
 def _again(record: LayerRecord, folder: Path) -> str:
     """What to do about a layer's factors in `folder`."""
     stage = record.made_by.stage.rpartition(".")[2]
-    if stage == "tune":  # all layers at once, of which the workflow sees the record beside the folder
-        return f"run armor tune again, or delete {folder}.json and run the workflow"
+    if stage == "tune":  # all layers at once
+        return f"run armor tune again, or delete {record_of_folder(folder)} and run the workflow"
     return f"{'factorize' if stage == 'layer' else stage} layer {record.layer} again"
 
 

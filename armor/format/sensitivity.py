@@ -63,7 +63,7 @@ def read_sensitivities(record: Path, names: list[str], fingerprint: str) -> dict
     Raises ArmorError if it is missing, not what the record describes, of another model, or lacks one of them.
     """
     known, path = SensitivityRecord.read(record), factors_beside(record)
-    again = f"{known.AGAIN}, or delete {record} and run the workflow"
+    again = known.again(record)
     if known.fingerprint != fingerprint:
         raise ArmorError(f"{record}: of another model (its fingerprint differs); {again}")
     if not path.is_file() or sha256(path) != known.sha256:

@@ -147,7 +147,7 @@ def statistics_of(calibration: Path, layer: int) -> Path:
     """
     path, expected = listed_statistics(calibration, layer)
     if File.of(path) != expected:
-        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; {_again(calibration)}")
+        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; {CalibrationRecord.again(calibration)}")
     return path
 
 
@@ -156,14 +156,9 @@ def listed_statistics(calibration: Path, layer: int) -> tuple[Path, File]:
     path = layer_file(calibration.parent, layer)
     expected = CalibrationRecord.read(calibration).files.get(path.name)
     if expected is None:
-        raise ArmorError(f"{calibration}: lists no {path.name}; {_again(calibration)}")
+        raise ArmorError(f"{calibration}: lists no {path.name}; {CalibrationRecord.again(calibration)}")
     if not path.is_file():
-        raise ArmorError(f"{path}: missing, listed in {calibration.name}; {_again(calibration)}")
+        raise ArmorError(f"{path}: missing, listed in {calibration.name}; {CalibrationRecord.again(calibration)}")
     if path.stat().st_size != expected.bytes:
-        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; {_again(calibration)}")
+        raise ArmorError(f"{path}: differs from its hash in {calibration.name}; {CalibrationRecord.again(calibration)}")
     return path, expected
-
-
-def _again(calibration: Path) -> str:
-    """What to do: the workflow sees the record alone."""
-    return f"{CalibrationRecord.AGAIN}, or delete {calibration} and run the workflow"

@@ -28,14 +28,17 @@ class Record(Typed):
         return get_args(cls.model_fields["format_version"].annotation)[0]
 
     @classmethod
+    def again(cls, record: Path | str = "it") -> str:
+        """The same, also in the workflow: that sees whether `record` is there, and nothing of what lies beside it."""
+        return f"{cls.AGAIN}, or delete {record} and run the workflow"
+
+    @classmethod
     def read(cls, path: Path | str) -> Self:
         """The record in `path`. Raises ArmorError, one line, if it is missing, broken or of another version."""
         value = read_json(path)
         found = value.get("format_version")
         if type(found) is not int or found != cls.version():  # True == 1
-            raise ArmorError(
-                f"{path}: format {found!r}, expected {cls.version()}; {cls.AGAIN}, or delete it and run the workflow"
-            )
+            raise ArmorError(f"{path}: format {found!r}, expected {cls.version()}; {cls.again()}")
         try:
             # JSON has no tuples: reading as JSON lets a list stand for one, and takes no text for a number.
             return cls.model_validate_json(json.dumps(value), strict=True)
@@ -43,9 +46,7 @@ class Record(Typed):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             what = {"missing": "is missing", "extra_forbidden": "is unknown"}.get(first["type"], first["msg"])
-            raise ArmorError(
-                f"{path}: {where}: {what}; no record of this release; {cls.AGAIN}, or delete it and run the workflow"
-            ) from None
+            raise ArmorError(f"{path}: {where}: {what}; no record of this release; {cls.again()}") from None
 
     @classmethod
     def within(cls, path: Path | str) -> Self | None:
