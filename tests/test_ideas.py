@@ -1,0 +1,139 @@
+"""`benchmarks.ideas`: it trains a layer as refine does, and otherwise where an idea says so."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from armor.config.training import RefineSettings
+from armor.execution.files import read_json
+from armor.text.reading import read_blocks
+from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, main
+from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
+
+SETTINGS = RefineSettings(**TRAINING, inputs="compressed")
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return ready(tmp_path_factory.mktemp("model"), layers=3)
+
+
+@pytest.fixture(scope="module")
+def records(root):
+    return [refined(root, layer, root / "refined", inputs="compressed") for layer in (0, LAYER)]
+
+
+@pytest.fixture(scope="module")
+def bench(root, records):
+    model = LlamaForCausalLM.from_pretrained(root / "source", dtype=torch.float32).requires_grad_(False)
+    tokens = read_blocks(root / "source", sample(root).text, 8, LENGTH).tokens
+    with torch.no_grad():
+        return Bench(model, tokens, root / "layers", root / "refined", LAYER, SETTINGS.held_out)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def test_without_an_idea_it_does_what_refine_does(bench, records):
+    row = bench.trained("as it is", SETTINGS, Idea())
+    wanted = [look.held_out_loss for look in records[LAYER].training[-1].looks]
+    assert row["held_out_losses"] == pytest.approx(wanted, rel=1e-3)
+    assert row["start"]["output_error"] == pytest.approx(wanted[0], rel=1e-3)
+    assert row["end"]["output_error"] == pytest.approx(min(wanted), rel=1e-3)
+    assert row["end"]["output_error"] < row["start"]["output_error"]
+    assert row["end"]["kl"] < row["start"]["kl"]
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_every_idea_is_trained_and_judged(bench, name):
+    idea = IDEAS[name]
+    settings = SETTINGS.replace(**{**idea.settings, "steps": 4, "sequences": 4, "batch": 2})
+    row = bench.trained(name, settings, idea)
+    assert len(row["held_out_losses"]) == 5
+    assert all(math.isfinite(value) for value in (*row["start"].values(), *row["end"].values()))
+
+
+def test_look_ahead_and_mixed_targets_are_trained_on_their_own_error(bench):
+    plain, ahead, mixed = (bench.trained("", SETTINGS, idea) for idea in (Idea(), Idea(ahead=True), Idea(mixed=True)))
+    assert ahead["held_out_losses"][0] == pytest.approx(plain["start"]["behind_the_next"])
+    assert mixed["held_out_losses"][0] < plain["held_out_losses"][0]
+
+
+def test_noise_has_the_size_of_the_chains_errors_and_spares_the_other_tokens(bench):
+    error = (bench.chain - bench.dense[0]).norm()
+    for how in ("noise", "errors elsewhere"):
+        noise = bench.fed(how) - bench.dense[0]
+        assert noise.norm() == pytest.approx(error.item(), rel=0.2)
+        assert not torch.allclose(noise, bench.chain - bench.dense[0], rtol=0.1)
+
+
+def test_a_weight_that_makes_up_for_its_inputs_errors_lowers_the_error_of_its_output(bench):
+    layer = bench.start(Idea())
+    for name, (own, cross) in bench.grams(layer).items():
+        weight = bench.model.get_submodule(name).weight
+
+        def missed(other, own=own, cross=cross, weight=weight):  # of WX by what `other` makes of X̂, but for a constant
+            return (other @ own * other).sum() - 2 * (weight @ cross * other).sum()
+
+        made_up = weight + torch.linalg.solve(own + 1e-3 * torch.eye(len(own)), (cross - own).T @ weight.T).T
+        assert missed(made_up) < missed(weight)
+
+
+def test_a_mask_that_moves_keeps_the_pattern_and_stops(bench):
+    layer = bench.start(Idea(moves=True))
+    linear = next(linear for linear in layer.linears.values() if isinstance(linear, MovingLinear))
+    before = linear.weight.clone()
+    linear.core_values.copy_(linear.core_values.flip(1))
+    assert not torch.equal(linear.mask, linear.mask.flip(1))
+    assert linear.moved() == 0  # a look moves nothing
+    with torch.enable_grad():
+        for _ in range(33):
+            weight = linear.weight
+    assert linear.moved() > 0
+    assert torch.equal(linear.mask.unflatten(1, (-1, 4)).sum(-1), torch.full_like(linear.mask[:, ::4].long(), 2))
+    mask = linear.mask
+    linear.core_values.copy_(linear.core_values.flip(1))
+    with torch.enable_grad():
+        weight = linear.weight
+    assert linear.mask is mask
+    assert not torch.equal(weight, before)
+
+
+def test_lamb_takes_a_share_of_the_norm_and_muon_turns_blocks():
+    vector, blocks = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((50,), (3, 8, 8)))
+    for optimiser in (Lamb, Muon):
+        adam = optimiser([{"params": [vector], "lr": 0.01}, {"params": [blocks], "lr": 0.01}])
+        before = [vector.clone(), blocks.clone()]
+        vector.grad, blocks.grad = torch.randn(50), torch.randn(3, 8, 8)
+        adam.step()
+        steps = [after - old for after, old in zip((vector, blocks), before, strict=True)]
+        for step in steps:
+            assert step.square().mean().sqrt() == pytest.approx(0.01, rel=1e-3)
+        if optimiser is Muon:
+            turned = steps[1] @ steps[1].mT / (8 * 0.01**2)
+            torch.testing.assert_close(turned, torch.eye(8).expand(3, 8, 8), atol=1e-4, rtol=0)
+
+
+def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(main)
+    output = tmp_path / "ideas.json"
+    given = [str(root / part) for part in ("source", "layers", "refined")]
+    given += ["--text", str(root / "text.txt"), "--layer", str(LAYER), "--length", "16", "--steps", "2"]
+    assert "expected some of" in CliRunner().invoke(app, [*given, "--only", "sorcery"]).output
+    assert "expected one of 0 to 1" in str(CliRunner().invoke(app, [*given, "--layer", "2"]).exception)
+    for name in ("look-ahead", "half of the rate"):
+        done = CliRunner().invoke(app, [*given, "--only", name, "--output", str(output)])
+        assert done.exit_code == 0, done.output
+    (found,) = read_json(output).values()
+    assert list(found["ideas"]) == ["half of the rate", "look-ahead"]
+    assert done.output.count("\n| ") == 3
