@@ -13,7 +13,7 @@ from armor.text.reading import read_blocks
 from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, main
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
-SETTINGS = RefineSettings(**TRAINING, inputs="compressed")
+SETTINGS = RefineSettings.model_validate({**TRAINING, "inputs": "compressed"})
 LAYER = 1
 
 
