@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -360,15 +360,14 @@ class Bench:
         } | ({"moved": sum(moving) / len(moving)} if moving else {})
 
 
-def table(rows: Mapping[str, Any]) -> Iterable[str]:
-    """Lines of Markdown, the first row's start before the rows."""
+def table(rows: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of Markdown, in the order of IDEAS; before them the factors as they are stored, where a row starts so."""
     yield "| what | steps | output error | behind the next layer | KL, nats |"
     yield "|---|--:|--:|--:|--:|"
-    first = next(iter(rows.values()))["start"]
-    for name, steps, found in [
-        ("the start", 0, first),
-        *((name, row["settings"]["steps"], row["end"]) for name, row in rows.items()),
-    ]:
+    named = [name for name in IDEAS if name in rows]
+    lines = [("the start", 0, rows[name]["start"]) for name in named if not IDEAS[name].corrected][:1]
+    lines += [(name, rows[name]["settings"]["steps"], rows[name]["end"]) for name in named]
+    for name, steps, found in lines:
         numbers = (found["output_error"], found["behind_the_next"], found["kl"])
         yield f"| {name} | {steps} | " + " | ".join(f"{number:.5f}" for number in numbers) + " |"
 
@@ -400,8 +399,7 @@ def main(
         row = bench.trained(each, settings.replace(**IDEAS[each].settings), IDEAS[each])
         record = read_json(output) if output.is_file() else {}
         rows = record.get(name, {}).get("ideas", {}) | {each: row}
-        ordered = {each: rows[each] for each in IDEAS if each in rows}
-        write_json(output, record | {name: {"machine": current_machine("cpu").model_dump(), "ideas": ordered}})
+        write_json(output, record | {name: {"machine": current_machine("cpu").model_dump(), "ideas": rows}})
     print("\n".join(table(read_json(output)[name]["ideas"])))
 
 
