@@ -136,5 +136,5 @@ def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tm
         assert done.exit_code == 0, done.output
     (found,) = read_json(output).values()
     assert set(found["ideas"]) == {"half of the rate", "look-ahead"}
-    rows = [line.split(" | ")[0] for line in done.output.splitlines() if line.startswith("| ")]
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["| what", "| the start", "| half of the rate", "| look-ahead"]
