@@ -1,4 +1,4 @@
-"""`benchmarks.linears`: each method is ahead by what it makes small, and zeros miss everything."""
+"""`benchmarks.linears` and `benchmarks.ridge`: each method is ahead by what it makes small, a ridge is told by itself."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from armor.core.pattern import DENSE
 from armor.execution.files import read_json
 from armor.format.statistics import read_statistics
 from benchmarks.linears import MEASURES, METHODS, errors, main
+from benchmarks.ridge import main as ridge_main
 from tests.training.trained import ready
 
 
@@ -43,3 +44,18 @@ def test_every_method_is_ahead_by_what_it_makes_small(root, tmp_path):
         assert found["basil"]["output"] < found["sparsegpt"]["output"]
         assert found["oats"]["weighed"] < found["nowag"]["weighed"]
     assert done.output.count(" proxy |") == 7
+
+
+def test_every_ridge_is_told_by_itself(root, tmp_path):
+    app, output = typer.Typer(), tmp_path / "ridge.json"
+    app.command()(ridge_main)
+    given = [str(root / part) for part in ("source", "calibration/calibration.json")]
+    given += ["--size", "16", "--iterations", "30", "--output", str(output), "--linear"]
+    done = CliRunner().invoke(app, [*given, "0.mlp.down_proj", "--linear", "0.mlp.up_proj"])
+    assert done.exit_code == 0, done.output
+    for found in read_json(output)["ridges"].values():
+        none, *ridges = (each["proxy_loss"] for each in found.values())
+        assert none < 1
+        assert all(loss != none for loss in ridges)
+        assert all(each["worst_condition_of_b"] >= 1 for each in found.values())
+    assert "the model has no" in str(CliRunner().invoke(app, [*given, "0.mlp.sideways"]).exception)
