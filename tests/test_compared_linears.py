@@ -1,4 +1,4 @@
-"""`benchmarks.linears` and `benchmarks.ridge`: each method is ahead by what it makes small, a ridge is told by itself."""
+"""`benchmarks.linears` and `benchmarks.ridge`: each method leads by what it makes small; a ridge is told by itself."""
 
 import pytest
 import torch
