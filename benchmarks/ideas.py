@@ -102,6 +102,7 @@ class Idea:
     corrected: float = 0.0
     """Factors are fitted first to a weight that makes up for such a share of its inputs' errors."""
     balanced: bool = True
+    """Else columns of A and rows of B are multiplied by 2 to the power of a normal number; S makes up for it."""
     loss: Callable[[Tensor, Tensor], Tensor] = output_error
     optimiser: type[torch.optim.Adam] = torch.optim.Adam
 
@@ -389,7 +390,7 @@ def main(
 ) -> None:
     """Train the layer once for each idea, and print a table."""
     if unknown := set(only or ()) - set(IDEAS):
-        raise typer.BadParameter(f"found {', '.join(unknown)}, expected some of: {', '.join(IDEAS)}")
+        raise typer.BadParameter(f"found {'; '.join(unknown)}, expected some of: {'; '.join(IDEAS)}")
     set_threads(threads)
     path, settings = open_source(source).path, RefineSettings(inputs="compressed", steps=steps)
     sequences = settings.sequences + settings.held_out
