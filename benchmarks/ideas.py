@@ -380,11 +380,13 @@ def main(
     source: Annotated[Path, typer.Argument(help="Of a Llama: its source.json or folder.")],
     factors: Annotated[Path, typer.Argument(help="The folder of the factors to start from.")],
     refined: Annotated[Path, typer.Argument(help="The folder of refined layers, for those before.")],
-    text: Annotated[Path, typer.Option(help="Plain text, that which the layers were refined on.")],
-    layer: Annotated[int, typer.Option(help="Which decoder layer, from 0; not the last.")] = 17,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
-    steps: Annotated[int, typer.Option(help="Steps, where an idea has no number of its own.")] = 96,
-    only: Annotated[list[str] | None, typer.Option(help="An idea to try; may be repeated. Unset: all.")] = None,
+    text: Annotated[Path, typer.Option("--text", help="Plain text, that which the layers were refined on.")],
+    layer: Annotated[int, typer.Option("--layer", help="Which decoder layer, from 0; not the last.")] = 17,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a sequence.")] = 1024,
+    steps: Annotated[int, typer.Option("--steps", help="Steps, where an idea has no number of its own.")] = 96,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="An idea to try; may be repeated. Unset: all.")
+    ] = None,
     threads: int = 2,
     output: Path = OUTPUT,
 ) -> None:

@@ -77,9 +77,9 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
 def main(
     source: Annotated[Path, typer.Argument(help="source.json of the model, or its folder.")],
     calibration: Annotated[Path, typer.Argument(help="Its record, of statistics with Gram matrices.")],
-    layer: Annotated[list[int], typer.Option(help="A decoder layer, from 0; may be repeated.")],
-    size: Annotated[int, typer.Option(help="Of blocks, and rank of pairs.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Of ARMOR's solver.")] = 300,
+    layer: Annotated[list[int], typer.Option("--layer", help="A decoder layer, from 0; may be repeated.")],
+    size: Annotated[int, typer.Option("--size", help="Of blocks, and rank of pairs.")] = 64,
+    iterations: Annotated[int, typer.Option("--iterations", help="Of ARMOR's solver.")] = 300,
     output: Path = OUTPUT,
 ) -> None:
     """Compress every linear of the layers by every method, and print a table."""

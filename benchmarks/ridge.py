@@ -36,9 +36,11 @@ OUTPUT = Path(__file__).with_suffix(".json")
 def main(
     source: Annotated[Path, typer.Argument(help="source.json of the model, or its folder.")],
     calibration: Annotated[Path, typer.Argument(help="The record of its statistics.")],
-    linear: Annotated[list[str], typer.Option(help="Behind model.layers, as 0.self_attn.q_proj; may be repeated.")],
-    size: Annotated[int, typer.Option(help="Of blocks.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Of the solver.")] = 300,
+    linear: Annotated[
+        list[str], typer.Option("--linear", help="Behind model.layers, as 0.self_attn.q_proj; may be repeated.")
+    ],
+    size: Annotated[int, typer.Option("--size", help="Of blocks.")] = 64,
+    iterations: Annotated[int, typer.Option("--iterations", help="Of the solver.")] = 300,
     output: Path = OUTPUT,
 ) -> None:
     """Factorize every linear with every ridge, and print a table."""
