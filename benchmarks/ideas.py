@@ -75,7 +75,7 @@ class Lamb(torch.optim.Adam):
 
 
 class Muon(torch.optim.Adam):
-    """Muon (Jordan et al. 2024) for A and B: the orthogonal part of a block's momentum, of the size of Adam's step."""
+    """Muon (Jordan et al. 2024) for A and B: the orthogonal part of each block's momentum, as long as Adam's step."""
 
     def step(self, closure: Any = None) -> None:
         blocks = [group for group in self.param_groups if group["params"][0].dim() == 3]
@@ -84,7 +84,8 @@ class Muon(torch.optim.Adam):
         for group, old in zip(blocks, before, strict=True):
             (parameter,) = group["params"]
             left, _, right = torch.linalg.svd(self.state[parameter]["exp_avg"])
-            parameter.data = old - group["lr"] * math.sqrt(old.shape[-1]) * (left @ right)
+            length = (parameter.detach() - old).norm() / math.sqrt(old.shape[0] * old.shape[1])
+            parameter.data = old - length * (left @ right)
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Idea:
     """The error behind the next layer is trained."""
     moves: bool = False
     """The mask moves in the first steps."""
-    corrected: float = 0.0
-    """Factors are fitted first to a weight that makes up for such a share of its inputs' errors."""
-    balanced: bool = True
-    """Else columns of A and rows of B are multiplied by 2 to the power of a normal number; S makes up for it."""
+    corrected: float | None = None
+    """Factors are made again for the chain's inputs, of a weight that makes up for this share of their errors."""
+    scaled: bool = False
+    """Columns of A and rows of B are multiplied by 2 to the power of a normal number, and S makes up for it."""
     loss: Callable[[Tensor, Tensor], Tensor] = output_error
     optimiser: type[torch.optim.Adam] = torch.optim.Adam
 
@@ -118,14 +119,15 @@ IDEAS = {
     "32 sequences": Idea({"sequences": 32}),
     "the mean square error": Idea(loss=F.mse_loss),
     "S is not trained": Idea({"core": False}),
-    "factors that are not balanced": Idea(balanced=False),
+    "A and B scaled at random": Idea(scaled=True),
     "mixed targets": Idea(mixed=True),
     "look-ahead": Idea(ahead=True),
     "look-ahead, a quarter of the rate": Idea({"rate": 7.5e-4}, ahead=True),
     "the mask moves": Idea(moves=True),
-    "half of the inputs' errors made up for first": Idea(corrected=0.5),
-    "half of them, 160 steps": Idea({"steps": 160}, corrected=0.5),
-    "all of the inputs' errors made up for first": Idea(corrected=1.0),
+    "factors made again for the chain's inputs": Idea(corrected=0.0),
+    "and for half of their errors": Idea(corrected=0.5),
+    "and for half of their errors, 160 steps": Idea({"steps": 160}, corrected=0.5),
+    "and for all of their errors": Idea(corrected=1.0),
     "dense inputs": Idea(fed="dense"),
     "dense inputs with noise": Idea(fed="noise"),
     "dense inputs, errors of other tokens": Idea(fed="errors elsewhere"),
@@ -141,7 +143,9 @@ IDEAS = {
 class MovingLinear(TrainableLinear):
     """One whose mask is that of the largest |S| times what B feeds it, in its first MOVES products.
 
-    core_values (out, in) has all of S, and what is not kept has the gradient that it would have if it were.
+    core_values (out, in) has all of S, and what is not kept has the gradient that it would have if it were. The rate is
+    relative to all of it, zeros too, so that of S is 0.7 of what it is otherwise. The mask of the last move stays, also
+    where a look before it is the best.
     """
 
     def __init__(self, given: TrainableLinear, gram: Tensor) -> None:
@@ -165,6 +169,15 @@ class MovingLinear(TrainableLinear):
     def moved(self) -> float:
         """The share of the kept numbers that were not kept at the start."""
         return float((self.mask & ~self.first).sum() / self.first.sum())
+
+
+def corrected_weight(weight: Tensor, own: Tensor, cross: Tensor, share: float) -> Tensor:
+    """W + α·W(XX̂ᵀ − X̂X̂ᵀ)(X̂X̂ᵀ + a ridge)⁻¹ (out, in), α being the `share` (arXiv 2504.09629).
+
+    weight (out, in), own (in, in) the mean of X̂X̂ᵀ, cross (in, in) that of XX̂ᵀ.
+    """
+    ridge = RIDGE * own.diagonal().mean() * torch.eye(len(own))
+    return weight + share * torch.linalg.solve(own + ridge, (cross - own).T @ weight.T).T
 
 
 class Bench:
@@ -224,9 +237,9 @@ class Bench:
         """The layer as an idea starts with it."""
         file = layer_file(self.factors, self.layer)
         factors = read_factors(file)[0]
-        if not idea.balanced:
+        if idea.scaled:
             factors = {name: unbalanced(f) if f.left is not None else f for name, f in factors.items()}
-        if idea.corrected:
+        if idea.corrected is not None:
             factors = self.corrected(factors, idea.corrected)
         found = self.trainable(file, self.layer, factors)
         if idea.moves:
@@ -268,12 +281,11 @@ class Bench:
         return {name: (own / tokens, cross / tokens) for name, (own, cross) in sums.items()}
 
     def corrected(self, factors: Mapping[str, Factorization], share: float) -> dict[str, Factorization]:
-        """Factors of W + α·W(XX̂ᵀ − X̂X̂ᵀ)(X̂X̂ᵀ + a ridge)⁻¹ for each W, α being the `share` (arXiv 2504.09629)."""
+        """Factors, by `armor_gram`, of weights that make up for a `share` of the errors of the chain's inputs."""
         found, grams = {}, self.grams(self.trainable(layer_file(self.factors, self.layer), self.layer))
         for name, given in factors.items():
-            weight, (own, cross) = self.model.get_submodule(name).weight, grams[name]
-            ridge = RIDGE * own.diagonal().mean() * torch.eye(len(own))
-            wanted = weight + share * torch.linalg.solve(own + ridge, (cross - own).T @ weight.T).T
+            own, cross = grams[name]
+            wanted = corrected_weight(self.model.get_submodule(name).weight, own, cross, share)
             if given.left is None:
                 found[name] = replace(given, core=torch.where(given.mask, wanted, 0))
             else:
@@ -290,13 +302,14 @@ class Bench:
             return self.dense[0]
         generator = torch.Generator().manual_seed(0)
         size = self.dense[0].square().mean(-1, keepdim=True).sqrt()
-        errors = ((self.chain - self.dense[0]) / size).flatten(0, 1)
+        errors = (self.chain - self.dense[0]) / size
+        trained, held_out = (part.flatten(0, 1) for part in (errors[: -self.held_out], errors[-self.held_out :]))
         if how == "noise":  # of the mean and the covariance that the chain's errors have, relative to each token's size
-            root = torch.linalg.cholesky(torch.cov(errors.T) + 1e-9 * torch.eye(errors.shape[1]))
-            errors = errors.mean(0) + torch.randn(errors.shape, generator=generator) @ root.T
-        else:
-            errors = errors[torch.randperm(len(errors), generator=generator)]
-        return self.dense[0] + size * errors.view_as(self.dense[0])
+            root = torch.linalg.cholesky(torch.cov(trained.T) + 1e-9 * torch.eye(trained.shape[1]))
+            drawn = torch.randn(errors.shape, generator=generator)
+            return self.dense[0] + size * (trained.mean(0) + drawn @ root.T)
+        mixed = [part[torch.randperm(len(part), generator=generator)] for part in (trained, held_out)]
+        return self.dense[0] + size * torch.cat(mixed).view_as(errors)
 
     def wanted(self, idea: Idea) -> Tensor:
         """The states (sequences, length, hidden) that an idea trains towards."""
@@ -329,7 +342,7 @@ class Bench:
         begun = time.perf_counter()
         layer = self.start(idea)
         prepared = time.perf_counter() - begun
-        start = self.judged(layer) if idea.corrected else self.as_stored
+        start = self.as_stored if idea.corrected is None else self.judged(layer)
         fed, wanted, behind = self.fed(idea.fed), self.wanted(idea), self.layers[self.layer + 1]
         rows = [*range(settings.sequences), *range(len(fed) - self.held_out, len(fed))]
 
@@ -368,7 +381,7 @@ def table(rows: Mapping[str, Any]) -> Iterator[str]:
     yield "| what | steps | output error | behind the next layer | KL, nats |"
     yield "|---|--:|--:|--:|--:|"
     named = [name for name in IDEAS if name in rows]
-    lines = [("the start", 0, rows[name]["start"]) for name in named if not IDEAS[name].corrected][:1]
+    lines = [("the start", 0, rows[name]["start"]) for name in named if IDEAS[name].corrected is None][:1]
     lines += [(name, rows[name]["settings"]["steps"], rows[name]["end"]) for name in named]
     for name, steps, found in lines:
         numbers = (found["output_error"], found["behind_the_next"], found["kl"])
@@ -402,10 +415,10 @@ def main(
     name = f"layer {layer} of {model.config.num_hidden_layers}, {length} tokens"
     for each in only or IDEAS:
         row = bench.trained(each, settings.replace(**IDEAS[each].settings), IDEAS[each])
+        row |= {"factors": factors.parent.name, "text": text.name, "machine": current_machine("cpu").model_dump()}
         record = read_json(output) if output.is_file() else {}
-        rows = record.get(name, {}).get("ideas", {}) | {each: row}
-        write_json(output, record | {name: {"machine": current_machine("cpu").model_dump(), "ideas": rows}})
-    print("\n".join(table(read_json(output)[name]["ideas"])))
+        write_json(output, record | {name: record.get(name, {}) | {each: row}})
+    print("\n".join(table(read_json(output)[name])))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from armor.config.training import RefineSettings
 from armor.execution.files import read_json
 from armor.text.reading import read_blocks
-from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, main
+from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, corrected_weight, main
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
 SETTINGS = RefineSettings.model_validate({**TRAINING, "inputs": "compressed"})
@@ -82,8 +82,8 @@ def test_a_weight_that_makes_up_for_its_inputs_errors_lowers_the_error_of_its_ou
         def missed(other, own=own, cross=cross, weight=weight):  # of WX by what `other` makes of X̂, but for a constant
             return (other @ own * other).sum() - 2 * (weight @ cross * other).sum()
 
-        made_up = weight + torch.linalg.solve(own + 1e-3 * torch.eye(len(own)), (cross - own).T @ weight.T).T
-        assert missed(made_up) < missed(weight)
+        half, whole = (corrected_weight(weight, own, cross, share) for share in (0.5, 1.0))
+        assert missed(whole) < missed(half) < missed(weight)
 
 
 def test_a_mask_that_moves_keeps_the_pattern_and_stops(bench):
@@ -106,19 +106,31 @@ def test_a_mask_that_moves_keeps_the_pattern_and_stops(bench):
     assert not torch.equal(weight, before)
 
 
-def test_lamb_takes_a_share_of_the_norm_and_muon_turns_blocks():
-    vector, blocks = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((50,), (3, 8, 8)))
-    for optimiser in (Lamb, Muon):
-        adam = optimiser([{"params": [vector], "lr": 0.01}, {"params": [blocks], "lr": 0.01}])
-        before = [vector.clone(), blocks.clone()]
-        vector.grad, blocks.grad = torch.randn(50), torch.randn(3, 8, 8)
+def stepped(optimiser, start, gradients, rate=0.01):
+    """What each step of an optimiser adds to one parameter."""
+    parameter, found = torch.nn.Parameter(start.clone()), []
+    adam = optimiser([{"params": [parameter], "lr": rate}])
+    for gradient in gradients:
+        before, parameter.grad = parameter.detach().clone(), gradient
         adam.step()
-        steps = [after - old for after, old in zip((vector, blocks), before, strict=True)]
-        for step in steps:
-            assert step.square().mean().sqrt() == pytest.approx(0.01, rel=1e-3)
-        if optimiser is Muon:
-            turned = steps[1] @ steps[1].mT / (8 * 0.01**2)
-            torch.testing.assert_close(turned, torch.eye(8).expand(3, 8, 8), atol=1e-4, rtol=0)
+        found.append(parameter.detach() - before)
+    return found
+
+
+def test_lamb_takes_a_share_of_the_norm_in_the_direction_of_adam():
+    start, gradients = torch.randn(50), torch.randn(3, 50)
+    for step in stepped(Lamb, start, gradients):
+        assert step.norm() == pytest.approx(0.01 * 50**0.5, rel=0.05)
+    first, plain = (stepped(each, start, gradients[:1])[0] for each in (Lamb, torch.optim.Adam))
+    torch.testing.assert_close(first / first.norm(), plain / plain.norm())
+
+
+def test_muon_turns_blocks_by_as_much_as_adam_would():
+    start, gradients = torch.randn(3, 8, 8), torch.randn(3, 3, 8, 8)
+    for step, plain in zip(*(stepped(each, start, gradients) for each in (Muon, torch.optim.Adam)), strict=True):
+        assert step.norm() == pytest.approx(plain.norm().item(), rel=1e-3)
+        square = step @ step.mT
+        torch.testing.assert_close(square / square[0, 0, 0], torch.eye(8).expand(3, 8, 8), atol=1e-3, rtol=0)
 
 
 def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tmp_path):
@@ -135,6 +147,6 @@ def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tm
         done = CliRunner().invoke(app, [*given, "--only", name, "--output", str(output)])
         assert done.exit_code == 0, done.output
     (found,) = read_json(output).values()
-    assert set(found["ideas"]) == {"half of the rate", "look-ahead"}
+    assert set(found) == {"half of the rate", "look-ahead"}
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["| what", "| the start", "| half of the rate", "| look-ahead"]
