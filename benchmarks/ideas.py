@@ -400,7 +400,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="An idea to try; may be repeated. Unset: all.")
     ] = None,
-    threads: int = 2,
+    threads: Annotated[int, typer.Option("--threads")] = 2,
     output: Path = OUTPUT,
 ) -> None:
     """Train the layer once for each idea, and print a table."""
