@@ -141,6 +141,7 @@ def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tm
     output = tmp_path / "ideas.json"
     given = [str(root / part) for part in ("source", "layers", "refined")]
     given += ["--text", str(root / "text.txt"), "--layer", str(LAYER), "--length", "16", "--steps", "2"]
+    given += ["--threads", "1"]
     assert "expected some of" in CliRunner().invoke(app, [*given, "--only", "sorcery"]).output
     assert "expected one of 0 to 1" in str(CliRunner().invoke(app, [*given, "--layer", "2"]).exception)
     for name in ("look-ahead", "half of the rate"):

@@ -76,7 +76,7 @@ def test_a_benchmark_behind_a_server_is_another_stage():
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED"):
+    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED", "TASKS"):
         monkeypatch.setenv(folder, "/data")
     config = load_config(file)
     text = yaml.safe_dump(config.report_settings().config)
