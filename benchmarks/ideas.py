@@ -225,13 +225,15 @@ class Bench:
             state = self.run(layer, state)
         return self.model.lm_head(self.model.model.norm(state))
 
-    def trainable(self, file: Path, number: int, factors: Mapping[str, Factorization] | None = None) -> TrainableLayer:
+    def trainable(
+        self, file: Path, number: int, factors: Mapping[str, Factorization] | None = None, core: bool = True
+    ) -> TrainableLayer:
         """A copy of a layer with the factors in `file`, or those given in their place, and its norms."""
         prefix, layer = f"model.layers.{number}", copy.deepcopy(self.layers[number])
         dtypes = {f"{prefix}.{name}": torch.float32 for name, _ in layer.named_parameters()}
         given = factors or read_factors(file)[0]
         linears = put_linears(layer, lambda name: name.removeprefix(f"{prefix}."), given)
-        return make_trainable(layer, prefix, linears, dtypes, read_others(file))
+        return make_trainable(layer, prefix, linears, dtypes, read_others(file), core)
 
     def start(self, idea: Idea) -> TrainableLayer:
         """The layer as an idea starts with it."""
@@ -241,7 +243,7 @@ class Bench:
             factors = {name: unbalanced(f) if f.left is not None else f for name, f in factors.items()}
         if idea.corrected is not None:
             factors = self.corrected(factors, idea.corrected)
-        found = self.trainable(file, self.layer, factors)
+        found = self.trainable(file, self.layer, factors, idea.settings.get("core", True))
         if idea.moves:
             grams = self.grams(found)
             for name, linear in found.linears.items():
@@ -249,9 +251,6 @@ class Bench:
                     moving = MovingLinear(linear, grams[name][0])
                     found.module.set_submodule(name.removeprefix(f"{self.prefix}."), moving)
                     found.linears[name] = moving
-        if not idea.settings.get("core", True):
-            for linear in found.linears.values():
-                linear.core_values.requires_grad_(False)
         return found
 
     def grams(self, layer: TrainableLayer) -> dict[str, tuple[Tensor, Tensor]]:

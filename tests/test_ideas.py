@@ -151,3 +151,9 @@ def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tm
     assert set(found) == {"half of the rate", "look-ahead"}
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert rows == ["| what", "| the start", "| half of the rate", "| look-ahead"]
+
+
+def test_without_the_core_the_rest_is_trained(bench):
+    parameters = bench.start(IDEAS["S is not trained"]).parameters()
+    assert parameters
+    assert not any(name.endswith("core_values") for name in parameters)
