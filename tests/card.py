@@ -53,8 +53,8 @@ class _OnCard(Tensor):
             return args[0]
         if not isinstance(found, Tensor) and name == "aten::_local_scalar_dense":
             return found
-        if to is not None and torch.device(to).type == "cpu":
-            return found
+        if to is not None and torch.device(to).type != "card":
+            return pytree.tree_map_only(Tensor, lambda x: x.to(to), found)
         return pytree.tree_map_only(Tensor, cls, found)
 
 

@@ -9,6 +9,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import armor
+import armor.training.tune as whole
 from armor.calibrate.capture import calibrate
 from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
@@ -37,6 +39,12 @@ from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
 SOLVER: dict[str, Any] = {"block_size": 16, "solver": SolverSettings(iterations=2)}
 SMALL = {"rank": {"rank": 4}, "block_size": SOLVER}
+KEYS_OF_THE_SECOND: dict[str, Any] = {
+    "num_kv_shared_layers": 3,
+    "layer_types": ["full_attention"] * 5,
+    "intermediate_size": [128] * 5,
+    "activation_sparsity_pattern": [0.0] * 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,14 @@ def tuned(root, output, device):
     return [done.start_loss, done.loss]
 
 
+def tuned_over_two(root, output, device):
+    """Layers that take the keys of earlier ones, some there and some on the host, each run again for its gradient."""
+    shared = ready(output / "model", "gemma3n_text", layers=5, **KEYS_OF_THE_SECOND)
+    fits = {"leased": lambda _: [device, "cpu"], "tune_bytes": lambda *_, **__: ([0, 0, 0, 1, 1], 0), "ROOMY": -1.0}
+    with patch.multiple(whole, **fits):
+        return tuned(shared, output, device)
+
+
 def in_memory(root, output, device):
     """All of it in one process; what the model then says."""
     model = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32).to(device)
@@ -118,6 +134,7 @@ STAGES = {
     "sensitivity": sensitivity,
     **{f"refine, {inputs} inputs": partial(refine, inputs) for inputs in ("dense", "compressed")},
     "tune": tuned,
+    "tune, two devices": tuned_over_two,
     "in memory": in_memory,
 }
 

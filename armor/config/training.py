@@ -126,7 +126,8 @@ def overlap(one: TextSettings, other: TextSettings) -> bool:
     elif _place(one) != _place(other):
         return False
     if one.dataset and one.split != other.split:  # the numbers count through each slice
-        return bool(_splits(one) & _splits(other))
+        mine, theirs = _splits(one), _splits(other)
+        return "all" in mine | theirs or bool(mine & theirs)
     (a, b), (c, d) = one.documents, other.documents
     return (d is None or a < d) and (b is None or c < b)
 

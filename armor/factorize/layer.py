@@ -263,7 +263,7 @@ def factorize_weight(
     """The factors of weight (out, in) under its input's statistics, on the CPU. Raises ArmorError naming `where`."""
     check_finite(weight, where)
     try:
-        found = settings.how.run(weight, of_input, settings, seed)
+        found = settings.how.run(weight.contiguous(), of_input, settings, seed)  # of a Conv1D it is a view
     except ValueError as error:
         raise ArmorError(f"{where}: {error}") from error
     if not (math.isfinite(found.loss) and math.isfinite(found.start_loss)):

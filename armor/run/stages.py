@@ -240,7 +240,6 @@ STAGES = {
         entry="armor.training.refine",
         seconds=50,
         inputs=_refine_inputs,
-        also=lambda config, model, recipe, layer: ["armor.training.states"],  # workflow/rules/refine.smk says why
         settings=lambda config, model, recipe, layer: config.refine_settings(recipe),
         by_layer=True,
         reported=True,

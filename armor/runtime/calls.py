@@ -77,11 +77,15 @@ class Call:
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
-    def equals(self, other: Call) -> bool:
-        """Whether both hold the same structure with equal values."""
+    def sharing(self, other: Call) -> Call:
+        """The call with the tensors of `other` where they are equal. No other holds on to more than itself."""
         mine, structure = pytree.tree_flatten((self.args, self.kwargs))
         theirs, other_structure = pytree.tree_flatten((other.args, other.kwargs))
-        return structure == other_structure and all(map(_same, mine, theirs))
+        if structure != other_structure:
+            return self.map(_alone)
+        leaves = (b if _same(a, b) else _alone(a) for a, b in zip(mine, theirs, strict=True))
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        return replace(self, args=args, kwargs=kwargs)
 
 
 def states_of(hidden: Tensor, calls: Sequence[Call]) -> list[State]:
@@ -98,6 +102,12 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     return a is b or (isinstance(a, bool | int | float | str | _Carried) and type(a) is type(b) and a == b)
+
+
+def _alone(value: Any) -> Any:
+    """The value; a copy of a tensor that is a part of a larger one: Gemma 3n has one for all layers."""
+    is_part = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes
+    return value.clone() if is_part else value
 
 
 class _StandIn(nn.Module):
@@ -348,13 +358,13 @@ def _linked(call: Call, carried: State, handed: tuple[int, ...]) -> Call:
 def observe_each(skeleton: Skeleton, tokens: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:
     """`observe` of one sequence after the other, tokens (sequences, length).
 
-    Sequences of one length are mostly called with equal masks and rotary embeddings: those are one object.
+    Sequences of one length are mostly called with equal masks and rotary embeddings: those are there once.
     """
     shared: list[Call] = []
     for row in tokens:
         hidden, calls = observe(skeleton, row[None])
         shared = shared or calls
-        yield hidden, [a if a.equals(b) else b for a, b in zip(shared, calls, strict=True)]
+        yield hidden, [own.sharing(first) for own, first in zip(calls, shared, strict=True)]
 
 
 def finish(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:

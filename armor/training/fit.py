@@ -6,8 +6,8 @@ families and both sides of A·S·B. A U that starts at zero, as LoRA's does, tak
 What is kept is what the best look saw, rounded to the dtype that it is stored in, and the first look is before the
 first step. So the held-out loss of what is stored is never above that of the start.
 
-At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends with the same
-bytes.
+At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends, on a CPU, with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -94,9 +94,12 @@ def fit(
     `loss(index)` is the loss on one sequence, with a gradient; the sequences behind the first `settings.sequences` are
     held out. `dtype` is the model's, and held-out losses are computed as it runs on `device`. `where` begins the one
     warning of a training that diverges or does not help. `steps` keeps what is done for the next run. The linears of
-    `once` are multiplied out once a step: less time, more memory. Raises ArmorError if the held-out loss is not finite
-    at the start, or the disk has no room for `steps`.
+    `once` are multiplied out once a step: less time, more memory. Raises ArmorError if there are no parameters, the
+    held-out loss is not finite at the start, or the disk has no room for `steps`.
     """
+
+    if not parameters:
+        raise ArmorError(f"{where}: without core it has nothing to train: no blocks, norms or biases; set core: true")
 
     def learn(batch: list[int]) -> float:
         """The mean loss of the sequences of these numbers, its gradient added to that of the parameters."""
@@ -117,13 +120,7 @@ def fit(
             return sum(loss(index).item() for index in rows) / len(rows)
 
     state = _State(parameters, dtypes, settings, held_out_loss)
-    went_on = steps is not None and state.load(steps)
-    if steps is not None and not state.ended():
-        state.clear(steps)
-        remedy = "set core: false" if settings.core else "take a larger disk"
-        room_for(state.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", remedy)
-    if not went_on:
-        state.look(0, [])
+    state.start(steps)
     if not math.isfinite(start := state.fit.looks[0].held_out_loss):
         raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
     every, losses = max(1, -(-settings.steps // LOOKS)), []
@@ -172,6 +169,16 @@ class _State:
     def bytes(self) -> int:
         """Of what is saved."""
         return sum(p.numel() * (12 + self.dtypes[name].itemsize) for name, p in self.parameters.items())
+
+    def start(self, steps: Steps | None) -> None:
+        """Go on where `steps` were saved, or look before the first. Raises ArmorError without room to save more."""
+        went_on = steps is not None and self.load(steps)
+        if steps is not None and not self.ended():
+            self.clear(steps)
+            remedy = "set core: false" if self.settings.core else "take a larger disk"
+            room_for(self.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", remedy)
+        if not went_on:
+            self.look(0, [])
 
     def step(self, share: float) -> None:
         """One step of the optimiser, at that share of the rates."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -77,11 +77,12 @@ def write_trained(
     training: Training | None,
     made: MadeBy,
     seconds: float,
-    device: str,
+    devices: Sequence[str],
 ) -> LayerRecord:
     """Write a layer's trained factors to `output` and the record beside them, which is returned.
 
-    `start` is the record of what the training started from; `training` is None where there was nothing to train.
+    `start` is the record of what the training started from; `training` is None where there was nothing to train. The
+    memory in the record is that of the fullest of the `devices` that it ran on.
     """
     found = {n: with_loss(f, shards.read(f"{n}.weight"), statistics[n]) for n, f in factors.items()}
     modules = dict(start.modules)
@@ -99,9 +100,9 @@ def write_trained(
         factorized=start.factorized or start.made_by,
         training=(*start.training, *([training] if training else [])),
         made_by=made,
-        machine=current_machine(device),
+        machine=current_machine(devices[0]),
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=max(map(peak_memory_bytes, devices)),
     )
     record.write(described)
     return record

@@ -51,9 +51,6 @@ from armor.training.trainable import TrainableLayer, load_trainable, multiplied_
 
 __all__ = ["fit_layer", "output_error", "refine_layer"]
 
-STATES = "armor.training.states"
-"""Whose code made what a layer is trained on, and so is held by the hash of a refined layer too."""
-
 
 class Rows(Protocol):
     """States before a decoder layer, by sequence."""
@@ -82,25 +79,9 @@ def refine_layer(
     device with too little memory.
     """
     factors, output, states = Path(factors), Path(output), Path(states)
+    source.check(topology.fingerprint)
     start = read_start(factors, topology.fingerprint)
-    known = StatesRecord.read(states)
-    folder = beside(states)
-    if source.fingerprint != topology.fingerprint or known.fingerprint != topology.fingerprint:
-        raise ArmorError(f"{states}: of another model than {source.path}; run armor states again")
-    if known.made_by.code != code_hash(STATES):
-        raise ArmorError(f"{states}: made by other code than today's; delete it and its folder, and run again")
-    if known.sequences != settings.sample.sequences:
-        raise ArmorError(
-            f"{states}: found {known.sequences} sequences, expected {settings.sample.sequences} with the held-out "
-            "ones; run armor states again"
-        )
-    if not _is_of(known, settings.sample):
-        raise ArmorError(f"{states}: of another text than is asked for; delete it and its folder, and run again")
-    if not (folder / TOKENS).is_file():
-        raise ArmorError(
-            f"{folder}: not there, it is made for a run and deleted after; ask Snakemake for all layers, that is "
-            f"{output.parent}.json, or run armor states again"
-        )
+    known, folder = _read_states(states, source, settings.sample, output), beside(states)
     inputs = read_statistics(statistics, topology.fingerprint, gram=False)
     stored = recorded_tensors(source.path, start.modules)
     _check_memory(stored, topology.layers[layer].prefix, factors, settings.refine.core, known.length, device)
@@ -114,7 +95,7 @@ def refine_layer(
         Input.STATISTICS: sha256(statistics),
         **({Input.BEFORE: combined(before)} if chained else {}),
     }
-    made = made_by(__name__, settings, used, also=[STATES])
+    made = made_by(__name__, settings, used)
     work = {"used": used, "dtype": known.dtype, "settings": settings.model_dump(mode="json")}
     with resumable(output, __name__, device, **work) as steps:
         skeleton = open_skeleton(source.path, torch.float32)
@@ -123,17 +104,19 @@ def refine_layer(
         with open_safetensors(folder / TOKENS) as file:
             tokens = file.get_tensor("tokens")
         likes = [moved(s, "meta", getattr(torch, known.dtype)) for s in states_of(*observe(skeleton, tokens[:1]))]
-        calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
+        chain = _Chain(folder, output.parent, known, before)
+        first = chain.first(layer) if chained else layer
+        calls = _calls(skeleton, tokens, range(first, layer + 1))
         unload_outside(skeleton)
-        run = _Run(skeleton, shards, calls, likes, device)
-        own = [call[layer] for call in calls]
         training = found = None
         where = topology.layers[layer].prefix
         with enough_memory(where, device, "lower sequence_length"):
-            path = _carried(run, folder, output.parent, layer, known, before) if chained else states_file(folder, layer)
+            path = states_file(folder, layer)
+            if chained:
+                path = chain.run(first, layer, skeleton, shards, calls, likes, device)
             trainable = load_trainable(skeleton, layer, shards, factors, device, settings.refine.core)
             if trainable.linears:
-                fed, wanted = open_states(path), open_states(states_file(folder, layer + 1))
+                fed, wanted, own = open_states(path), open_states(states_file(folder, layer + 1)), calls[layer]
                 found = fit_layer(
                     trainable, fed, wanted, own, settings.refine, settings.seed, where, source.dtype, device, steps
                 )
@@ -150,12 +133,42 @@ def refine_layer(
             training,
             made,
             steps.seconds(),
-            device,
+            [device],
         )
-        if chained and layer == len(topology.layers) - 1:
-            for left in output.parent.glob(".states_*.safetensors"):
-                left.unlink()
+        if layer == len(topology.layers) - 1:
+            chain.clear()
     return record
+
+
+def _calls(skeleton: Skeleton, tokens: Tensor, layers: range) -> dict[int, list[Call]]:
+    """What each of these decoder layers is called with, by sequence."""
+    found: dict[int, list[Call]] = {index: [] for index in layers}
+    for _, calls in observe_each(skeleton, tokens):
+        for index, own in found.items():
+            own.append(calls[index])
+    return found
+
+
+def _read_states(file: Path, source: Source, sample: Sample, output: Path) -> StatesRecord:
+    """The record of states, held against what `output` is to be trained on. Raises ArmorError if they are not that."""
+    known, folder = StatesRecord.read(file), beside(file)
+    if known.fingerprint != source.fingerprint:
+        raise ArmorError(f"{file}: of another model than {source.path}; run armor states again")
+    if known.made_by.code != code_hash("armor.training.states"):
+        raise ArmorError(f"{file}: made by other code than today's; delete it and its folder, and run again")
+    if known.sequences != sample.sequences:
+        raise ArmorError(
+            f"{file}: found {known.sequences} sequences, expected {sample.sequences} with the held-out ones; run armor "
+            "states again"
+        )
+    if not _is_of(known, sample):
+        raise ArmorError(f"{file}: of another text than is asked for; delete it and its folder, and run again")
+    if not (folder / TOKENS).is_file():
+        raise ArmorError(
+            f"{folder}: not there, it is made for a run and deleted after; ask Snakemake for all layers, that is "
+            f"{output.parent}.json, or run armor states again"
+        )
+    return known
 
 
 def _is_of(states: StatesRecord, sample: Sample) -> bool:
@@ -225,62 +238,68 @@ def output_error(output: Tensor, wanted: Tensor) -> Tensor:
     return ((output.float() - wanted).square().mean(-1) / squares).mean()
 
 
-class _Run:
-    """Refined layers, run to find what goes into the next one."""
+class _Chain:
+    """What the refined layers make of the text, in hidden files in their folder until the next layer is done.
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        shards: Shards,
-        calls: list[list[Call]],
-        likes: list[State],
-        device: str,
-    ) -> None:
-        self.skeleton, self.shards, self.calls, self.likes, self.device = skeleton, shards, calls, likes, device
-
-    @torch.no_grad()
-    def __call__(self, index: int, factors: Path, source: Path, target: Path, about: str) -> None:
-        """Run layer `index` with its `factors` on the states in `source`, into `target`."""
-        layer = load_trainable(self.skeleton, index, self.shards, factors, self.device)
-        like, count = self.likes[index + 1], len(self.calls)
-        states = open_states(source)
-        with (
-            write_states(target, like, count, about) as writer,
-            training_arithmetic(self.device),
-            multiplied_once(layer.linears.values()),
-        ):
-            for number, calls in enumerate(self.calls):
-                call = calls[index].map(lambda tensor: tensor.to(self.device))
-                writer.add(call.run(layer.module, moved(states.row(number), self.device, torch.float32)))
-        drop_layer(layer.module)
-
-
-def _carried(run: _Run, dense: Path, refined: Path, layer: int, known: StatesRecord, before: list[str]) -> Path:
-    """The states that the refined layers before `layer` make of the text: the last ones kept, or made from there.
-
-    Each file says which layers made it; one of other layers does not count. Before layer 0 they are the dense ones.
+    Each file says which layers made it; one of other layers does not count. Before layer 0 it is the dense states.
     """
 
-    def about(index: int) -> str:
-        return combined([known.text_fingerprint, *before[:index]])
+    def __init__(self, dense: Path, refined: Path, known: StatesRecord, before: list[str]) -> None:
+        """`known` describes the states in the folder `dense`; `before` are the hashes of the layers in `refined`."""
+        self.dense, self.refined, self.known, self.before = dense, refined, known, before
 
-    def file(index: int) -> Path:
-        return refined / f".states_{index}.safetensors" if index else states_file(dense, 0)
+    def file(self, index: int) -> Path:
+        return self.refined / f".states_{index}.safetensors" if index else states_file(self.dense, 0)
 
-    start = next((k for k in range(layer, 0, -1) if _is_about(file(k), about(k))), 0)
-    for old in refined.glob(".states_*.safetensors"):
-        if old != file(start):
-            old.unlink()
-    if start < layer:  # what goes into a layer is deleted behind it, but for the dense states
-        at_once = 1 if start else min(layer, 2)
-        room_for(at_once * known.bytes // (len(run.skeleton.layers) + 1), refined, "hidden states", FEWER)
-    if layer - start > 1:
-        log.info("running layers %d to %d once more, for what goes into layer %d", start, layer - 1, layer)
-    for index in range(start, layer):
-        run(index, layer_file(refined, index), file(index), file(index + 1), about(index + 1))
-        if index:
-            file(index).unlink()
-    return file(layer)
+    def about(self, index: int) -> str:
+        return combined([self.known.text_fingerprint, *self.before[:index]])
+
+    def first(self, layer: int) -> int:
+        """The last layer up to `layer` whose states are there."""
+        return next((k for k in range(layer, 0, -1) if _is_about(self.file(k), self.about(k))), 0)
+
+    def clear(self, but: int = 0) -> None:
+        """Delete all states that are kept, but those of layer `but`."""
+        for old in self.refined.glob(".states_*.safetensors"):
+            if old != self.file(but):
+                old.unlink()
+
+    @torch.no_grad()
+    def run(
+        self,
+        first: int,
+        layer: int,
+        skeleton: Skeleton,
+        shards: Shards,
+        calls: dict[int, list[Call]],
+        likes: list[State],
+        device: str,
+    ) -> Path:
+        """The file of the states before `layer`, made by running the refined layers from `first` on.
+
+        `calls` are those of each of these layers, by sequence; `likes` what the states of each are like.
+        """
+        self.clear(but=first)
+        if first < layer:  # what goes into a layer is deleted behind it, but for the dense states
+            at_once = 1 if first else min(layer, 2)
+            room_for(at_once * self.known.bytes // len(likes), self.refined, "hidden states", FEWER)
+        if layer - first > 1:
+            log.info("running layers %d to %d once more, for what goes into layer %d", first, layer - 1, layer)
+        for index in range(first, layer):
+            trained = load_trainable(skeleton, index, shards, layer_file(self.refined, index), device)
+            states, target, about = open_states(self.file(index)), self.file(index + 1), self.about(index + 1)
+            with (
+                write_states(target, likes[index + 1], self.known.sequences, about) as writer,
+                training_arithmetic(device),
+                multiplied_once(trained.linears.values()),
+            ):
+                for number, call in enumerate(calls[index]):
+                    call = call.map(lambda tensor: tensor.to(device))
+                    writer.add(call.run(trained.module, moved(states.row(number), device, torch.float32)))
+            drop_layer(trained.module)
+            if index:
+                self.file(index).unlink()
+        return self.file(layer)
 
 
 def _is_about(path: Path, about: str) -> bool:

@@ -6,7 +6,7 @@ One device computes at a time. What is won is room: parameters, gradients and mo
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,15 @@ def spread(sizes: Sequence[int], count: int, first: int = 0) -> list[int]:
 
 
 def hand_on(layers: Sequence[nn.Module], places: Sequence[str], home: str) -> None:
-    """Let each layer fetch what it is called with to its device, and the last one return its output to `home`."""
+    """Let each layer fetch what it is called with to its device, and the last one return its output to `home`.
+
+    Fetching is a part of its forward. So one that is run again for its gradient fetches again: what layers share, like
+    keys and values, has gone on to later devices by then.
+    """
     for layer, place in zip(layers, places, strict=True):
-        layer.register_forward_pre_hook(partial(_fetch, place), with_kwargs=True)
+        layer.forward = partial(_fetched, place, layer.forward)
     layers[-1].register_forward_hook(lambda _, args, output: send_to_device(output, home))
 
 
-def _fetch(place: str, _: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What a layer is called with, on its device."""
-    return send_to_device(args, place), send_to_device(kwargs, place)
+def _fetched(place: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*send_to_device(args, place), **send_to_device(kwargs, place))

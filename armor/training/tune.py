@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,9 @@ from armor.core.errors import ArmorError
 from armor.execution.files import open_safetensors, save_safetensors
 from armor.execution.machine import (
     USABLE,
-    current_machine,
     device_memory_bytes,
     enough_memory,
     host_memory_bytes,
-    peak_memory_bytes,
 )
 from armor.execution.resume import Done, Steps, resumable
 from armor.format.factors import read_start
@@ -89,10 +88,12 @@ def tune(
     files = [layer_file(factors, layer.index) for layer in topology.layers]
     starts = [read_start(file, topology.fingerprint) for file in files]
     stored = recorded_tensors(source.path, (name for start in starts for name in start.modules))
+    devices, shapes = leased(device), [factor_shapes(file) for file in files]
+    if not any(linear.pattern for start in starts for linear in start.modules.values()):
+        raise ArmorError(f"{factors}: all linears are dense, so there is nothing to tune; leave tune out")
     sample = settings.sample
     text = read_blocks(source.path, sample.text, sample.sequences, sample.sequence_length)
     tokens = text.tokens
-    devices, shapes = leased(device), [factor_shapes(file) for file in files]
     placed = partial(tune_bytes, stored, shapes, settings.tune.core, tokens.shape[1], devices=len(devices))
     (places, needed), (roomy, most) = placed(recompute=True), placed(recompute=False)
     on_host, host = best_bytes(shapes, settings.tune.core) + predictions_bytes(tokens.numel()), host_memory_bytes()
@@ -139,13 +140,13 @@ def tune(
             training = described("tune", settings.tune, found, layer, tokens.shape[1], called, losses, made, numbers)
             seconds = steps.seconds() / len(layers)  # a layer's share: a report sums them up
             written.append(
-                write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, device)
+                write_trained(trained, start, *layer.stored(), statistics, stored, training, made, seconds, devices)
             )
         output.unlink(missing_ok=True)  # an old JSON must never stand beside new factors
         folder = beside(output)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-        record = _record(written, predictions, made, device, steps)
+        record = _record(written, predictions, made, steps)
         record.write(output)
     return record
 
@@ -154,7 +155,6 @@ def _record(
     written: list[LayerRecord],
     predictions: Predictions,
     made: MadeBy,
-    device: str,
     steps: Steps,
 ) -> TuneRecord:
     names = tuple(sorted(name for record in written for name in record.training[-1].norms_and_biases))
@@ -167,9 +167,9 @@ def _record(
         kept_tokens=predictions.tokens.shape[-1],
         training=whole,
         made_by=made,
-        machine=current_machine(device),
+        machine=written[0].machine,
         seconds=steps.seconds(),
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=max(record.peak_memory_bytes for record in written),
     )
 
 
@@ -282,9 +282,7 @@ def fit_whole(
         pieces = zip(*(x.split(TOKENS_AT_A_TIME) for x in (logits, *kept)), strict=True)
         return torch.cat([kl_divergence(*piece) for piece in pieces]).mean()
 
-    for layer in layers if recompute else ():
-        layer.module.forward = partial(checkpoint, layer.module.forward, use_reentrant=False)
-    try:
+    with _recomputed([layer.module for layer in layers if recompute]):
         parameters: dict[str, nn.Parameter] = {}
         dtypes: dict[str, torch.dtype] = {}
         for layer in layers:
@@ -302,6 +300,18 @@ def fit_whole(
             steps=steps,
             once=[] if recompute else [linear for layer in layers for linear in layer.linears.values()],
         )
+
+
+@contextmanager
+def _recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Each module is run again when its gradient is due, for as long as the context lasts."""
+    own = [vars(module).get("forward") for module in modules]  # with what `hand_on` gave it
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
     finally:
-        for layer in layers if recompute else ():
-            del layer.module.forward
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward

@@ -172,8 +172,9 @@ BOTH = {"files": ["words.txt", "more.txt"]}
         ({"dataset": "wikitext", "documents": [0, 5]}, {"text": {"dataset": "wikitext", "documents": [2, 3]}}),
         (TEXT["text"], {"text": {"files": [os.path.abspath("words.txt")]}}),
         ({"dataset": "wikitext", "split": "train[:9%]"}, {"text": {"dataset": "wikitext", "split": "test+train[9%:]"}}),
+        ({"dataset": "wikitext", "split": "all"}, {"text": {"dataset": "wikitext", "split": "test"}}),
     ],
-    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices"],
+    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices", "all splits"],
 )
 @pytest.mark.parametrize("runs", [None, ["later"]], ids=["each is evaluated", "what starts from it is"])
 def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated, runs):

@@ -104,6 +104,11 @@ def test_a_loss_that_is_no_number_is_a_divergence():
         problem.fit()
 
 
+def test_nothing_to_train_is_one_line():
+    with pytest.raises(ArmorError, match="^it: without core it has nothing to train: .*; set core: true"):
+        fit({}, {}, TrainingSettings(core=False), loss=abs, dtype="float32", device="cpu", seed=0, where="it")
+
+
 def test_what_diverges_after_a_good_look_is_kept_as_of_that(caplog):
     problem = Problem()
     looks = iter([1.0, 0.5, 9.0])

@@ -7,6 +7,7 @@ import re
 import shutil
 import weakref
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -28,13 +29,15 @@ from armor.format.states import write_states
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.runtime.calls import observe_each
+from armor.runtime.filling import load_outside
 from armor.runtime.load import load_model
+from armor.runtime.skeleton import open_skeleton, tensors_of
 from armor.training.refine import output_error
 from armor.training.refined import sum_up
 from armor.training.states import make_states, pass_on
 from tests.memory import NoRoom, card_of
 from tests.packed import opened, quantized
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, tiny_model
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
 NEAR = 1e-2
@@ -240,6 +243,12 @@ def test_on_the_way_to_a_late_layer_of_a_chain_no_states_pile_up(tmp_path, monke
     assert found == [0, 1, 1] and not [*output.glob(".*")]
 
 
+def test_states_of_a_chain_that_was_left_go_when_the_last_layer_is_done(root, tmp_path):
+    shutil.copy(root / "states/layer_0.safetensors", tmp_path / ".states_1.safetensors")
+    refined(root, 1, tmp_path, steps=1)
+    assert not [*tmp_path.glob(".*")]
+
+
 def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         record = refined(root, 1, tmp_path, rate=1e6)
@@ -340,6 +349,18 @@ def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypa
     make_states(*opened(root), sample(root), tmp_path / "states.json")
     refined(root, 1, tmp_path)
     assert len(held) == 2 * 8 and max(most) <= 2
+
+
+def test_what_layers_are_called_with_holds_what_differs_by_sequence_alone(tmp_path):
+    tiny_model(tmp_path, "gemma3n_text", 3)
+    skeleton = open_skeleton(tmp_path, torch.float32)
+    load_outside(skeleton, tensors_of(skeleton, tmp_path))
+    tokens = torch.arange(3 * 32).view(3, 32)
+    calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
+    held = [{t.untyped_storage().data_ptr(): t for call in of_layers for t in call.tensors()} for of_layers in calls]
+    own = [t for pointer, t in held[2].items() if pointer not in held[0]]
+    assert [t.untyped_storage().nbytes() for t in own] == [4 * 32 * 16] * 3  # the layer's input of its own
+    assert len(held[0]) > 1 and not any(torch.equal(a, b) for a, b in combinations(own, 2))
 
 
 def test_too_small_a_batch_of_text_is_refused():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
+from armor.config.layers import LayerSettings
 from armor.config.training import TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors
@@ -156,6 +157,14 @@ def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch
     expected = tuned(root, tmp_path / "a")
     monkeypatch.setattr(whole, "leased", lambda device: [device, device])
     assert tuned(root, tmp_path / "b").sha256 == expected.sha256
+
+
+def test_a_model_that_stays_dense_is_refused(tmp_path):
+    root = ready(tmp_path, settings=LayerSettings(method="dense"))
+    for layer in range(2):
+        refined(root, layer, root / "refined")
+    with pytest.raises(ArmorError, match="refined: all linears are dense, so there is nothing to tune; leave tune out"):
+        tuned(root, tmp_path, factors="refined")
 
 
 def test_what_diverges_stays_as_it_was(root, tmp_path, caplog):
