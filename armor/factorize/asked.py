@@ -5,20 +5,31 @@ No weight is read. The stages go by it, and so does the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil, floor
 
 import torch
 
-from armor.config.layers import LayerSettings, ModuleSettings
+from armor.config.layers import Choice, LayerSettings, ModuleSettings
 from armor.core.blocksizes import sizes
 from armor.core.errors import ArmorError
 from armor.execution.machine import device_memory_bytes
 from armor.factorize.sharing import groups_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.records.topology import DecoderLayer, Linear
+from armor.format.shards import WIDTHS
 from armor.methods import UNCHANGED
 
-__all__ = ["check_memory", "groups_asked", "layouts_of", "linear_bytes", "possible"]
+__all__ = [
+    "check_budget",
+    "check_memory",
+    "choices_of",
+    "groups_asked",
+    "layouts_of",
+    "linear_bytes",
+    "possible",
+    "stored_bits",
+]
 
 
 def possible(settings: ModuleSettings, out_features: int, in_features: int) -> tuple[ModuleSettings, str | None]:
@@ -53,16 +64,52 @@ def layouts_of(layer: DecoderLayer, settings: LayerSettings) -> dict[str, Packed
     found: dict[str, PackedLinear] = {}
     resolved = {linear.name: settings.for_module(linear.name) for linear in layer.linears}
     for group, asked in groups_asked(layer, settings, resolved):
-        method = asked.how
-        pattern, last = method.pattern(asked), group[0].name.rpartition(".")[2]
+        last = group[0].name.rpartition(".")[2]
         for linear in () if asked.is_dense else group:
-            shape = (linear.out_features, linear.in_features)
-            blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else (None, None)
-            right_of = None if linear is group[0] else last
-            rank = (min(asked.rank, *shape) or None) if asked.takes("rank") else None
-            kind = method.integers(shape, asked)
-            found[linear.name] = PackedLinear(*shape, pattern, *blocks, kind, right_of, rank)
+            found[linear.name] = _layout(linear, asked, None if linear is group[0] else last)
     return {linear.name: found[linear.name] for linear in layer.linears if linear.name in found}
+
+
+def _layout(linear: Linear, asked: ModuleSettings, right_of: str | None = None) -> PackedLinear:
+    """How a linear will be stored that is compressed as `asked`, which it allows."""
+    shape = (linear.out_features, linear.in_features)
+    pattern = asked.how.pattern(asked)
+    blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else (None, None)
+    rank = (min(asked.rank, *shape) or None) if asked.takes("rank") else None
+    return PackedLinear(*shape, pattern, *blocks, asked.how.integers(shape, asked), right_of, rank)
+
+
+def choices_of(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice, ModuleSettings]]:
+    """A budget's choices for `linear` and the settings that each comes to; of those that are the same the first."""
+    seen = []
+    for choice in settings.choices(linear.name):
+        asked = choice.apply(settings.for_module(linear.name)).priced
+        asked, _ = possible(asked, linear.out_features, linear.in_features)
+        comes_to = asked.method, None if asked.is_dense else _layout(linear, asked)
+        if comes_to not in seen:
+            seen.append(comes_to)
+            yield choice, asked
+
+
+def stored_bits(linear: Linear, asked: ModuleSettings) -> int:
+    """What a linear takes that is compressed as `asked`, which it allows."""
+    dense = 8 * WIDTHS[linear.dtype]
+    bits = dense if asked.is_dense else _layout(linear, asked).bits_per_weight(dense)
+    return round(bits * linear.out_features * linear.in_features)
+
+
+def check_budget(bits: float, offered: Sequence[Sequence[int]], weights: int) -> None:
+    """Raises ArmorError unless some choices meet `bits` per weight, and not all of them leave some unspent.
+
+    `offered` are the bits that the choices for each linear take, `weights` the entries of all of them.
+    """
+    least, most = (sum(map(pick, offered)) for pick in (min, max))
+    if not least / weights <= bits <= most / weights:
+        raise ArmorError(
+            f"budget.bits: found {bits:g}, but the choices in over take {ceil(1e3 * least / weights) / 1e3:g} to "
+            f"{floor(1e3 * most / weights) / 1e3:g} bits per weight in the mean; set bits between them, or offer other "
+            "choices"
+        )
 
 
 def check_memory(asked: Sequence[tuple[Linear, Sequence[ModuleSettings]]], device: str) -> None:

@@ -6,7 +6,6 @@ This is a knapsack with a class for each linear, and it is solved exactly (armor
 from __future__ import annotations
 
 from collections import Counter
-from math import ceil, floor
 from pathlib import Path
 
 from armor.config.budget import BudgetSettings
@@ -14,6 +13,7 @@ from armor.core.errors import ArmorError
 from armor.core.knapsack import cheapest
 from armor.execution.log import log
 from armor.execution.machine import current_machine, peak_memory_bytes
+from armor.factorize.asked import check_budget
 from armor.format.names import layer_files
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
@@ -36,13 +36,9 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
     linears = {name: linear for layer in layers for name, linear in layer.modules.items()}
     weights = sum(linear.weights for linear in linears.values())
     options = [[(_stored(linear, p), p.predicted_kl) for p in linear.prices] for linear in linears.values()]
-    least, most = (sum(pick(bits for bits, _ in own) for own in options) for pick in (min, max))
-    if not least / weights <= settings.bits <= most / weights:
-        raise ArmorError(
-            f"budget.bits: found {settings.bits:g}, but the choices in over take {ceil(1e3 * least / weights) / 1e3:g} "
-            f"to {floor(1e3 * most / weights) / 1e3:g} bits per weight in the mean; set bits between them, or offer "
-            "other choices"
-        )
+    offered = [[bits for bits, _ in own] for own in options]
+    check_budget(settings.bits, offered, weights)
+    least = sum(map(min, offered))
     picks = cheapest(options, max(int(settings.bits * weights), least))  # the product may be rounded to below the least
     chosen = {name: linear.prices[pick] for (name, linear), pick in zip(linears.items(), picks, strict=True)}
     bits = sum(own[pick][0] for own, pick in zip(options, picks, strict=True)) / weights

@@ -12,18 +12,16 @@ serves to choose, and does not replace an evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from armor.config.budget import PriceSettings
-from armor.config.layers import Choice, LayerSettings, ModuleSettings
-from armor.core.blocksizes import sizes
-from armor.core.pattern import Pattern
+from armor.config.layers import Choice, ModuleSettings
 from armor.execution.files import sha256
 from armor.execution.log import progress
 from armor.execution.machine import current_machine, peak_memory_bytes
 from armor.execution.resume import resumable
-from armor.factorize.asked import check_memory, possible
+from armor.factorize.asked import check_memory, choices_of
 from armor.factorize.layer import factorize_somewhere, inputs_of, layer_of, seed_of
 from armor.format.checkpoint import PackedLinear
 from armor.format.provenance import made_by
@@ -57,7 +55,7 @@ def price_layer(
     """
     output = Path(output)
     chosen = layer_of(source, topology, layer, settings)
-    choices = {linear.name: list(_different(linear, settings)) for linear in chosen.linears}
+    choices = {linear.name: list(choices_of(linear, settings)) for linear in chosen.linears}
     asked = {name: [way for _, way in several] for name, several in choices.items()}
     check_memory([(linear, asked[linear.name]) for linear in chosen.linears], device)
     inputs = inputs_of(Path(statistics), topology, chosen, asked)
@@ -94,21 +92,6 @@ def price_layer(
         )
         record.write(output)
     return record
-
-
-def _different(linear: Linear, settings: LayerSettings) -> Iterator[tuple[Choice, ModuleSettings]]:
-    """The choices for a linear and the settings that each comes to; of those that come to the same, the first."""
-    seen = []
-    for choice in settings.choices(linear.name):
-        shape = linear.out_features, linear.in_features
-        asked, _ = possible(choice.apply(settings.for_module(linear.name)).priced, *shape)
-        pattern = Pattern.parse(asked.pattern)
-        blocks = sizes(shape, pattern, asked.block_size) if asked.takes("block_size") else None
-        rank = min(asked.rank, *shape) if asked.takes("rank") else None
-        comes_to = asked.method, pattern if asked.takes("pattern") else None, rank, blocks
-        if comes_to not in seen:
-            seen.append(comes_to)
-            yield choice, asked
 
 
 def _price(

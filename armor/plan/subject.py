@@ -18,8 +18,9 @@ import torch
 from armor.assemble.folder import copy_others
 from armor.assemble.writer import bits_per_weight, tensor_bytes
 from armor.config.run import Config
+from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
-from armor.factorize.asked import layouts_of
+from armor.factorize.asked import check_budget, choices_of, layouts_of, stored_bits
 from armor.format.checkpoint import PackedLinear, quantization_config
 from armor.format.holes import Hole, write_holes
 from armor.format.layout import Results
@@ -224,10 +225,26 @@ def _packed(config: Config, recipe: str, topology: Topology, shards: Shards, fol
         described["quantization_config"] = quantization_config(modules)
     write_json(folder / "config.json", described)
     bits, _ = bits_per_weight(topology, size_of, shards)
-    budget = config.recipes[recipe].budget
-    spent = budget.bits if budget else bits
+    spent = _budget(config, recipe, topology) or bits
     more = round((spent - bits) * topology.linear_parameters / 8)
     return Packed(folder, Shards(folder), modules, tuple(layers), of_linears, spent, more)
+
+
+def _budget(config: Config, recipe: str, topology: Topology) -> float | None:
+    """The bits per weight that `recipe` has to spend. Raises ArmorError where no choices come to them."""
+    budget = config.recipes[recipe].budget
+    if budget is None:
+        return None
+    offered = []
+    for layer in topology.layers:
+        settings = config.layer_settings(recipe, layer.index)
+        for linear in layer.linears:
+            offered.append([stored_bits(linear, asked) for _, asked in choices_of(linear, settings)])
+    try:
+        check_budget(budget.bits, offered, topology.linear_parameters)
+    except ArmorError as error:
+        raise ArmorError(f"recipes.{recipe}: {error}") from error
+    return budget.bits
 
 
 def _factors(name: str, layout: PackedLinear, dtype: str) -> Mapping[str, Hole]:

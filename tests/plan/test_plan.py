@@ -108,6 +108,12 @@ def test_a_token_reads_the_experts_that_it_is_sent_to_and_a_budget_is_spent(tmp_
     assert spent == pytest.approx(bits * subject.topology.linear_parameters / 8, abs=16)
 
 
+def test_a_budget_that_no_choices_come_to_is_refused(tmp_path):
+    asked = {"bits": CONFIG["recipes"]["bits"] | {"budget": {"bits": 11.94}}}
+    with pytest.raises(ArmorError, match="recipes.bits: budget.bits: found 11.94, but the choices in over take 17"):
+        made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", asked)
+
+
 def test_a_large_mixture_is_planned_in_groups_of_experts_that_fit(tmp_path, monkeypatch):
     model = tiny_model(tmp_path / "model", "qwen3_moe", layers=1, num_experts=8, moe_intermediate_size=64)
     recipes = {"armor": CONFIG["recipes"]["armor"]}
