@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil, floor
+
 from pydantic import Field
 
 from armor.config.layers import Choice, LayerSettings
+from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.methods import DEFAULT, METHODS, UNCHANGED
 
@@ -34,6 +38,19 @@ class BudgetSettings(Typed):
     iterations: int = Field(default=30, ge=3)
     """The solver's iterations where a choice is tried: once with these and once with a third of them. The cost at the
     recipe's iterations is extrapolated from the two."""
+
+    def check(self, offered: Sequence[Sequence[int]], weights: int) -> None:
+        """Raise ArmorError unless some choices meet `bits`, and not all of them leave some unspent.
+
+        `offered` are the bits that the choices for each linear take, `weights` the entries of all of them.
+        """
+        least, most = (sum(map(pick, offered)) for pick in (min, max))
+        if not least / weights <= self.bits <= most / weights:
+            raise ArmorError(
+                f"budget.bits: found {self.bits:g}, but the choices in over take {ceil(1e3 * least / weights) / 1e3:g} "
+                f"to {floor(1e3 * most / weights) / 1e3:g} bits per weight in the mean; set bits between them, or "
+                "offer other choices"
+            )
 
 
 class PriceSettings(LayerSettings):

@@ -6,7 +6,6 @@ No weight is read. The stages go by it, and so does the plan.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil, floor
 
 import torch
 
@@ -21,7 +20,6 @@ from armor.format.shards import WIDTHS
 from armor.methods import UNCHANGED
 
 __all__ = [
-    "check_budget",
     "check_memory",
     "choices_of",
     "groups_asked",
@@ -96,20 +94,6 @@ def stored_bits(linear: Linear, asked: ModuleSettings) -> int:
     dense = 8 * WIDTHS[linear.dtype]
     bits = dense if asked.is_dense else _layout(linear, asked).bits_per_weight(dense)
     return round(bits * linear.out_features * linear.in_features)
-
-
-def check_budget(bits: float, offered: Sequence[Sequence[int]], weights: int) -> None:
-    """Raises ArmorError unless some choices meet `bits` per weight, and not all of them leave some unspent.
-
-    `offered` are the bits that the choices for each linear take, `weights` the entries of all of them.
-    """
-    least, most = (sum(map(pick, offered)) for pick in (min, max))
-    if not least / weights <= bits <= most / weights:
-        raise ArmorError(
-            f"budget.bits: found {bits:g}, but the choices in over take {ceil(1e3 * least / weights) / 1e3:g} to "
-            f"{floor(1e3 * most / weights) / 1e3:g} bits per weight in the mean; set bits between them, or offer other "
-            "choices"
-        )
 
 
 def check_memory(asked: Sequence[tuple[Linear, Sequence[ModuleSettings]]], device: str) -> None:

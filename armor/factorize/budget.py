@@ -13,7 +13,6 @@ from armor.core.errors import ArmorError
 from armor.core.knapsack import cheapest
 from armor.execution.log import log
 from armor.execution.machine import current_machine, peak_memory_bytes
-from armor.factorize.asked import check_budget
 from armor.format.names import layer_files
 from armor.format.provenance import combined, made_by
 from armor.format.records.base import Input
@@ -37,7 +36,7 @@ def choose(prices: Path, settings: BudgetSettings, output: Path | str) -> Budget
     weights = sum(linear.weights for linear in linears.values())
     options = [[(_stored(linear, p), p.predicted_kl) for p in linear.prices] for linear in linears.values()]
     offered = [[bits for bits, _ in own] for own in options]
-    check_budget(settings.bits, offered, weights)
+    settings.check(offered, weights)
     least = sum(map(min, offered))
     picks = cheapest(options, max(int(settings.bits * weights), least))  # the product may be rounded to below the least
     chosen = {name: linear.prices[pick] for (name, linear), pick in zip(linears.items(), picks, strict=True)}

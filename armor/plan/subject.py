@@ -20,7 +20,7 @@ from armor.assemble.writer import bits_per_weight, tensor_bytes
 from armor.config.run import Config
 from armor.core.errors import ArmorError
 from armor.execution.files import read_json, write_json
-from armor.factorize.asked import check_budget, choices_of, layouts_of, stored_bits
+from armor.factorize.asked import choices_of, layouts_of, stored_bits
 from armor.format.checkpoint import PackedLinear, quantization_config
 from armor.format.holes import Hole, write_holes
 from armor.format.layout import Results
@@ -241,7 +241,7 @@ def _budget(config: Config, recipe: str, topology: Topology) -> float | None:
         for linear in layer.linears:
             offered.append([stored_bits(linear, asked) for _, asked in choices_of(linear, settings)])
     try:
-        check_budget(budget.bits, offered, topology.linear_parameters)
+        budget.check(offered, topology.linear_parameters)
     except ArmorError as error:
         raise ArmorError(f"recipes.{recipe}: {error}") from error
     return budget.bits
