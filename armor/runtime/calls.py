@@ -78,7 +78,7 @@ class Call:
         return replace(self, args=args, kwargs=kwargs)
 
     def sharing(self, other: Call) -> Call:
-        """The call with the tensors of `other` where they are equal. No other holds on to more than itself."""
+        """The call with the tensors of `other` where they are equal; those that differ keep no larger one alive."""
         mine, structure = pytree.tree_flatten((self.args, self.kwargs))
         theirs, other_structure = pytree.tree_flatten((other.args, other.kwargs))
         if structure != other_structure:

@@ -97,7 +97,6 @@ def fit(
     `once` are multiplied out once a step: less time, more memory. Raises ArmorError if there are no parameters, the
     held-out loss is not finite at the start, or the disk has no room for `steps`.
     """
-
     if not parameters:
         raise ArmorError(f"{where}: without core it has nothing to train: no blocks, norms or biases; set core: true")
 
