@@ -15,6 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,9 @@ from armor.execution.log import progress
 from armor.execution.machine import current_machine, set_threads
 from armor.format.factors import read_factors, read_others
 from armor.format.names import layer_file
+from armor.methods.armor import armor
 from armor.methods.armor_gram import armor_gram
+from armor.methods.solver.objective import condition
 from armor.methods.solver.settings import SolverSettings
 from armor.model.source import open_source
 from armor.text.reading import read_blocks
@@ -56,6 +59,7 @@ from armor.training.tune import kept_predictions, kl_divergence
 from benchmarks.quantize import unbalanced
 
 OUTPUT = Path(__file__).with_suffix(".json")
+BALANCED = "armor.methods.solver.objective.balanced"
 MOVES = 32  # steps in which a mask may move
 RIDGE = 0.1  # of the mean of a Gram matrix's diagonal, under a weight that makes up for its inputs' errors
 
@@ -102,10 +106,17 @@ class Idea:
     """The mask moves in the first steps."""
     corrected: float | None = None
     """Factors are made again for the chain's inputs, of a weight that makes up for this share of their errors."""
+    searched: Literal["", "as stored", "as the search leaves them"] = ""
+    """Factors are made again by `armor`, and balanced at the end or not."""
     scaled: bool = False
     """Columns of A and rows of B are multiplied by 2 to the power of a normal number, and S makes up for it."""
     loss: Callable[[Tensor, Tensor], Tensor] = output_error
     optimiser: type[torch.optim.Adam] = torch.optim.Adam
+
+    @property
+    def from_stored(self) -> bool:
+        """The product of the factors is that of those in the first folder."""
+        return self.corrected is None and not self.searched
 
 
 IDEAS = {
@@ -128,6 +139,8 @@ IDEAS = {
     "and for half of their errors": Idea(corrected=0.5),
     "and for half of their errors, 160 steps": Idea({"steps": 160}, corrected=0.5),
     "and for all of their errors": Idea(corrected=1.0),
+    "armor's factors": Idea(searched="as stored"),
+    "armor's factors, as the search leaves them": Idea(searched="as the search leaves them"),
     "dense inputs": Idea(fed="dense"),
     "dense inputs with noise": Idea(fed="noise"),
     "dense inputs, errors of other tokens": Idea(fed="errors elsewhere"),
@@ -243,6 +256,9 @@ class Bench:
             factors = {name: unbalanced(f) if f.left is not None else f for name, f in factors.items()}
         if idea.corrected is not None:
             factors = self.corrected(factors, idea.corrected)
+        if idea.searched:
+            with nullcontext() if idea.searched == "as stored" else mock.patch(BALANCED, lambda *sides: sides):
+                factors = self.searched(factors)
         found = self.trainable(file, self.layer, factors, idea.settings.get("core", True))
         if idea.moves:
             grams = self.grams(found)
@@ -293,6 +309,18 @@ class Bench:
                 found[name] = armor_gram(wanted, own.diagonal(), own, **settings)
         return found
 
+    def searched(self, factors: Mapping[str, Factorization]) -> dict[str, Factorization]:
+        """Factors by `armor`, with the patterns and block sizes of those given, for the chain's inputs."""
+        found, grams = {}, self.grams(self.trainable(layer_file(self.factors, self.layer), self.layer))
+        for name, given in factors.items():
+            if given.left is None:
+                found[name] = given
+            else:
+                size, solver = given.left.shape[1], SolverSettings(iterations=300)
+                settings: dict[str, Any] = {"pattern": given.pattern, "block_size": size, "solver": solver}
+                found[name] = armor(self.model.get_submodule(name).weight, grams[name][0].diagonal(), **settings)
+        return found
+
     def fed(self, how: str) -> Tensor:
         """The states (sequences, length, hidden) that an idea trains on."""
         if how == "chain":
@@ -341,7 +369,8 @@ class Bench:
         begun = time.perf_counter()
         layer = self.start(idea)
         prepared = time.perf_counter() - begun
-        start = self.as_stored if idea.corrected is None else self.judged(layer)
+        start = self.as_stored if idea.from_stored else self.judged(layer)
+        conditions = [condition(linear.factors()) or 1.0 for linear in layer.linears.values()]
         fed, wanted, behind = self.fed(idea.fed), self.wanted(idea), self.layers[self.layer + 1]
         rows = [*range(settings.sequences), *range(len(fed) - self.held_out, len(fed))]
 
@@ -367,6 +396,7 @@ class Bench:
         return {
             "settings": settings.model_dump(),
             "start": start,
+            "worst_condition": max(conditions),
             "end": self.judged(layer),
             "kept": done.kept,
             "held_out_losses": [look.held_out_loss for look in done.looks],
@@ -380,7 +410,7 @@ def table(rows: Mapping[str, Any]) -> Iterator[str]:
     yield "| what | steps | output error | behind the next layer | KL, nats |"
     yield "|---|--:|--:|--:|--:|"
     named = [name for name in IDEAS if name in rows]
-    lines = [("the start", 0, rows[name]["start"]) for name in named if IDEAS[name].corrected is None][:1]
+    lines = [("the start", 0, rows[name]["start"]) for name in named if IDEAS[name].from_stored][:1]
     lines += [(name, rows[name]["settings"]["steps"], rows[name]["end"]) for name in named]
     for name, steps, found in lines:
         numbers = (found["output_error"], found["behind_the_next"], found["kl"])

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from armor.config.training import RefineSettings
 from armor.execution.files import read_json
+from armor.methods.solver.objective import condition
 from armor.text.reading import read_blocks
 from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, corrected_weight, main
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
@@ -64,6 +65,14 @@ def test_look_ahead_and_mixed_targets_are_trained_on_their_own_error(bench):
     plain, ahead, mixed = (bench.trained("", SETTINGS, idea) for idea in (Idea(), Idea(ahead=True), Idea(mixed=True)))
     assert ahead["held_out_losses"][0] == pytest.approx(plain["start"]["behind_the_next"])
     assert mixed["held_out_losses"][0] < plain["held_out_losses"][0]
+
+
+def test_the_search_leaves_the_same_product_in_factors_of_worse_condition(bench):
+    ready, left = (bench.start(Idea(searched=how)) for how in ("as stored", "as the search leaves them"))
+    worst = [[condition(linear.factors()) or 1 for linear in layer.linears.values()] for layer in (ready, left)]
+    assert max(worst[1]) > 2 * max(worst[0])
+    for name, linear in ready.linears.items():
+        torch.testing.assert_close(linear.weight, left.linears[name].weight, rtol=1e-3, atol=1e-5)
 
 
 def test_noise_has_the_size_of_the_chains_errors_and_spares_the_other_tokens(bench):
