@@ -4,8 +4,10 @@
     python -m benchmarks.training --hidden 2048 --inner 5632 --heads 32 --kv-heads 4     one of a 1.1B Llama
 
 The layer has random weights: time and memory depend on shapes alone. Timed in turn, median of the rounds: a step of
-four sequences with A·S·B multiplied out once, the same for every sequence, and the dense layer. Of tune, for one
-sequence: what is kept of a prediction, and the divergence with its gradient. Writes benchmarks/training.json.
+four sequences with A·S·B multiplied out once, the same for every sequence, and the dense layer. For one sequence and
+the linear from the hidden states to the inside of the MLP: forward and backward with A·S·B multiplied out first, with
+three steps for every token, and dense. Of tune, for one sequence: what is kept of a prediction, and the divergence with
+its gradient. Writes benchmarks/training.json.
 """
 
 from __future__ import annotations
@@ -62,6 +64,18 @@ def compressed(layer: nn.Module, block: int) -> list[TrainableLinear]:
     return list(make_trainable(layer, "layer", linears, dtypes, {}).linears.values())
 
 
+def three_steps(linear: TrainableLinear, x: Tensor) -> Tensor:
+    """What a linear makes of x (tokens, in) by B, S and A one after the other: (tokens, out)."""
+
+    def blocks_by(x: Tensor, blocks: Tensor | None) -> Tensor:
+        assert blocks is not None
+        parts = x.view(len(x), *blocks.shape[:2]).transpose(0, 1)
+        return torch.bmm(parts, blocks.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
+
+    core, _ = linear._unpacked()
+    return blocks_by(F.linear(blocks_by(x, linear.right), core), linear.left)
+
+
 def main(
     hidden: Annotated[int, typer.Option(help="Features of the hidden states.")] = 576,
     inner: Annotated[int, typer.Option(help="Features inside of the MLP.")] = 1536,
@@ -72,6 +86,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     rounds: int = 5,
     threads: int | None = None,
+    output: Path = OUTPUT,
 ) -> None:
     if threads is not None:
         set_threads(threads)
@@ -85,9 +100,18 @@ def main(
         with multiplied_once(linears) if once else nullcontext():
             for state, target in zip(states, wanted, strict=True):
                 with training_arithmetic("cpu"):
-                    output = module(state, position_embeddings=positions)
-                    loss = F.mse_loss(output.float(), target)
+                    made = module(state, position_embeddings=positions)
+                    loss = F.mse_loss(made.float(), target)
                 loss.backward()
+
+    own_linear, dense_linear = layer.get_submodule("mlp.gate_proj"), dense.get_submodule("mlp.gate_proj")
+    assert isinstance(own_linear, TrainableLinear)
+    x, back = torch.randn(length, hidden, requires_grad=True), torch.randn(length, inner)
+
+    def through(linear: Callable[[Tensor], Tensor]) -> None:
+        with training_arithmetic("cpu"):
+            made = linear(x)
+        made.backward(back.to(made.dtype))
 
     logits = torch.randn(length, vocabulary) * 3
     own = (logits + torch.randn_like(logits)).requires_grad_()
@@ -100,6 +124,9 @@ def main(
         "step, multiplied out once": lambda: step(layer, True),
         "step, multiplied out for every sequence": lambda: step(layer, False),
         "step of the dense layer": lambda: step(dense, False),
+        "a linear, multiplied out": lambda: through(own_linear),
+        "a linear, three steps for every token": lambda: through(lambda x: three_steps(own_linear, x)),
+        "a linear, dense": lambda: through(dense_linear),
         "what is kept of a prediction": lambda: kept_predictions(iter([logits])),
         "the divergence and its gradient": divergence,
     }
@@ -113,7 +140,7 @@ def main(
     shape = f"{hidden} x {inner}, {heads} and {kv_heads} heads, block {block}, {length} tokens, vocabulary {vocabulary}"
     found = {name: round(median(times), 3) for name, times in seconds.items()}
     record = {"machine": current_machine("cpu").model_dump(), "sequences_in_a_step": BATCH, "seconds": found}
-    write_json(OUTPUT, (read_json(OUTPUT) if OUTPUT.is_file() else {}) | {shape: record})
+    write_json(output, (read_json(output) if output.is_file() else {}) | {shape: record})
     for name, value in found.items():
         print(f"{value:8.3f} s  {name}")
 
