@@ -4,8 +4,9 @@ A task is a name of lm-eval, a YAML file, or one of the two that are built from 
 run by itself and written to a file of its own, `{evaluation}/{task}.json`. So a run that was killed goes on with the
 next one. The record `{evaluation}.json`, written last, has all results without their details. The model is loaded once,
 after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds the
-batch size; on a CPU, where its search would run out of the host's memory, it is fixed. Where one is too large all the
-same, the task is run again with batches of half the size. Items of a batch are padded, so a log-likelihood depends on
+batch size; on a CPU, where its search would run out of the host's memory, it is fixed, and smaller where items are
+long, for lm-eval keeps the logits of all tokens of a batch. Where one is too large all the same, the task is run again
+with batches of half the size. Items of a batch are padded, so a log-likelihood depends on
 it by the rounding of the model's dtype, as it does in lm-eval.
 
 A model may have weights larger than the memory, of the GPU or else of the host. It answers with one decoder layer in
@@ -61,6 +62,8 @@ from armor.text.sources import documents
 __all__ = ["check_names", "evaluate_tasks"]
 
 CPU_BATCH_SIZE = 8
+LOGITS = 4 * 10**8
+"""Bytes of the logits of a batch of that fixed size, in float32, unless those of one item are more."""
 ITEMS = 100
 Base: Any = HFLM
 """lm-eval's decorators hide what it is from a type checker."""
@@ -147,6 +150,17 @@ class PlainLM(Base):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+    def _loglikelihood_tokens(self, requests: list[tuple], *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        size = self.batch_size
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
+        bytes_of_one = 4 * min(longest, self.max_length) * self.config.get_text_config().vocab_size
+        if size != "auto":
+            self.batch_size_per_gpu = max(1, min(size, LOGITS // bytes_of_one))
+        try:
+            return super()._loglikelihood_tokens(requests, *args, **options)
+        finally:
+            self.batch_size_per_gpu = size
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         return super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())

@@ -329,6 +329,20 @@ def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch
         assert here == pytest.approx(there, rel=1e-5)
 
 
+@pytest.mark.parametrize("room, largest", [(10**8, 8), (3 * 4 * 272 * 150, 3), (1, 1)])
+def test_batches_of_long_items_are_smaller(tmp_path, text, monkeypatch, room, largest):
+    folder = tiny_model(tmp_path / "model")
+    whole = evaluate_tasks(folder, settings(text, items=16), tmp_path / "whole" / "reading.json")
+    monkeypatch.setattr(module, "LOGITS", room)
+    with room_for(8) as sizes:
+        found = evaluate_tasks(folder, settings(text, items=16), tmp_path / "found" / "reading.json")
+    assert found.tasks == whole.tasks
+    assert max(sizes) == largest
+    for task in BUILT:
+        here, there = (sum(likelihoods(tmp_path / name / "reading", task), []) for name in ("found", "whole"))
+        assert here == pytest.approx(there, rel=1e-5)
+
+
 def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     said = f"{folder}: task last_word: out of memory on cpu with a single item; take"
