@@ -255,10 +255,10 @@ class Bench:
         if idea.scaled:
             factors = {name: unbalanced(f) if f.left is not None else f for name, f in factors.items()}
         if idea.corrected is not None:
-            factors = self.corrected(factors, idea.corrected)
+            factors = self.made_again(factors, idea.corrected)
         if idea.searched:
             with nullcontext() if idea.searched == "as stored" else mock.patch(BALANCED, lambda *sides: sides):
-                factors = self.searched(factors)
+                factors = self.made_again(factors, None)
         found = self.trainable(file, self.layer, factors, idea.settings.get("core", True))
         if idea.moves:
             grams = self.grams(found)
@@ -295,30 +295,25 @@ class Bench:
         tokens = self.chain[: -self.held_out, :, 0].numel()
         return {name: (own / tokens, cross / tokens) for name, (own, cross) in sums.items()}
 
-    def corrected(self, factors: Mapping[str, Factorization], share: float) -> dict[str, Factorization]:
-        """Factors, by `armor_gram`, of weights that make up for a `share` of the errors of the chain's inputs."""
+    def made_again(self, factors: Mapping[str, Factorization], share: float | None) -> dict[str, Factorization]:
+        """Factors for the chain's inputs, with the patterns and block sizes of those given.
+
+        By `armor`, or with a `share`, by `armor_gram`, of weights that make up for that share of these inputs' errors.
+        """
         found, grams = {}, self.grams(self.trainable(layer_file(self.factors, self.layer), self.layer))
         for name, given in factors.items():
-            own, cross = grams[name]
-            wanted = corrected_weight(self.model.get_submodule(name).weight, own, cross, share)
+            (own, cross), wanted = grams[name], self.model.get_submodule(name).weight
+            if share is not None:
+                wanted = corrected_weight(wanted, own, cross, share)
             if given.left is None:
                 found[name] = replace(given, core=torch.where(given.mask, wanted, 0))
+                continue
+            size, solver = given.left.shape[1], SolverSettings(iterations=300)
+            settings: dict[str, Any] = {"pattern": given.pattern, "block_size": size, "solver": solver}
+            if share is None:
+                found[name] = armor(wanted, own.diagonal(), **settings)
             else:
-                size, solver = given.left.shape[1], SolverSettings(iterations=300)
-                settings: dict[str, Any] = {"pattern": given.pattern, "block_size": size, "solver": solver}
                 found[name] = armor_gram(wanted, own.diagonal(), own, **settings)
-        return found
-
-    def searched(self, factors: Mapping[str, Factorization]) -> dict[str, Factorization]:
-        """Factors by `armor`, with the patterns and block sizes of those given, for the chain's inputs."""
-        found, grams = {}, self.grams(self.trainable(layer_file(self.factors, self.layer), self.layer))
-        for name, given in factors.items():
-            if given.left is None:
-                found[name] = given
-            else:
-                size, solver = given.left.shape[1], SolverSettings(iterations=300)
-                settings: dict[str, Any] = {"pattern": given.pattern, "block_size": size, "solver": solver}
-                found[name] = armor(self.model.get_submodule(name).weight, grams[name][0].diagonal(), **settings)
         return found
 
     def fed(self, how: str) -> Tensor:

@@ -69,6 +69,13 @@ def likelihoods(folder, task) -> list:
     return [[float(one[0] if isinstance(one, list) else one) for one in answer] for answer in answers]
 
 
+def assert_close(here, there) -> None:
+    """The log-likelihoods of all tasks in two folders agree but for rounding."""
+    for task in BUILT:
+        ours, theirs = (sum(likelihoods(folder, task), []) for folder in (here, there))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def own(folder, file) -> dict:
     """lm-eval by itself, from the model's folder to the result."""
     from lm_eval import simple_evaluate
@@ -324,9 +331,7 @@ def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch
         halved = evaluate_tasks(folder, settings(text, items=16), tmp_path / "halved" / "reading.json")
     assert halved.tasks == whole.tasks
     assert list(dict.fromkeys(sizes)) == tried
-    for task in BUILT:
-        here, there = (sum(likelihoods(tmp_path / name / "reading", task), []) for name in ("halved", "whole"))
-        assert here == pytest.approx(there, rel=1e-5)
+    assert_close(tmp_path / "halved" / "reading", tmp_path / "whole" / "reading")
 
 
 @pytest.mark.parametrize("room, largest", [(10**8, 8), (3 * 4 * 272 * 150, 3), (1, 1)])
@@ -338,9 +343,7 @@ def test_batches_of_long_items_are_smaller(tmp_path, text, monkeypatch, room, la
         found = evaluate_tasks(folder, settings(text, items=16), tmp_path / "found" / "reading.json")
     assert found.tasks == whole.tasks
     assert max(sizes) == largest
-    for task in BUILT:
-        here, there = (sum(likelihoods(tmp_path / name / "reading", task), []) for name in ("found", "whole"))
-        assert here == pytest.approx(there, rel=1e-5)
+    assert_close(tmp_path / "found" / "reading", tmp_path / "whole" / "reading")
 
 
 def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text):
