@@ -85,7 +85,7 @@ def main(
     block: int = 64,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 1024,
     rounds: int = 5,
-    threads: int | None = None,
+    threads: Annotated[int | None, typer.Option("--threads")] = None,
     output: Path = OUTPUT,
 ) -> None:
     if threads is not None:
