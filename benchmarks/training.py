@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.execution.files import read_json, write_json
@@ -66,14 +67,9 @@ def compressed(layer: nn.Module, block: int) -> list[TrainableLinear]:
 
 def three_steps(linear: TrainableLinear, x: Tensor) -> Tensor:
     """What a linear makes of x (tokens, in) by B, S and A one after the other: (tokens, out)."""
-
-    def blocks_by(x: Tensor, blocks: Tensor | None) -> Tensor:
-        assert blocks is not None
-        parts = x.view(len(x), *blocks.shape[:2]).transpose(0, 1)
-        return torch.bmm(parts, blocks.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
-
     core, _ = linear._unpacked()
-    return blocks_by(F.linear(blocks_by(x, linear.right), core), linear.left)
+    assert linear.left is not None and linear.right is not None
+    return blockdiag.multiply(linear.left, F.linear(blockdiag.multiply(linear.right, x), core))
 
 
 def main(

@@ -8,14 +8,14 @@ from typer.testing import CliRunner
 
 from armor.execution.files import read_json
 from benchmarks.curvature import curvatures, described, main
-from tests.training.trained import ready
+from tests.tiny import tiny_model, tiny_text
 
 LAYER, LENGTH, SIZE = 1, 32, 1e-2
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return ready(tmp_path_factory.mktemp("model"), layers=3)
+def source(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"), layers=3)
 
 
 def divergence(model, tokens, noise):
@@ -33,9 +33,9 @@ def divergence(model, tokens, noise):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_it_foretells_the_divergence_of_a_disturbed_model(root, first):
+def test_it_foretells_the_divergence_of_a_disturbed_model(source, first):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokens = torch.randint(model.config.vocab_size, (64, LENGTH))
     share, curvature = curvatures(model, model.model.layers, tokens)[LAYER]
     others = float(curvature.trace()) * tokens[:, 1:].numel()
@@ -51,10 +51,11 @@ def test_an_identity_has_a_direction_for_each_channel():
     assert row == {"first_token": 0.25, "directions": 8, "largest_share": 0.125, "largest_channel": 1}
 
 
-def test_the_command_prints_a_row_for_each_layer(root, tmp_path):
+def test_the_command_prints_a_row_for_each_layer(source, tmp_path):
     app = typer.Typer()
     app.command()(main)
-    given = [str(root / "source"), "--text", str(root / "text.txt"), "--sequences", "2", "--length", "16"]
+    (tmp_path / "text.txt").write_text(tiny_text())
+    given = [str(source), "--text", str(tmp_path / "text.txt"), "--sequences", "2", "--length", "16"]
     done = CliRunner().invoke(app, [*given, "--threads", "1", "--output", str(tmp_path / "curvature.json")])
     assert done.exit_code == 0, done.output
     assert set(read_json(tmp_path / "curvature.json")["layers"]) == {"0", "1", "2"}

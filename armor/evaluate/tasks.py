@@ -6,8 +6,8 @@ next one. The record `{evaluation}.json`, written last, has all results without 
 after all tasks were: a data set that is not there should not wait for 70 billion weights. On a GPU lm-eval finds the
 batch size; on a CPU, where its search would run out of the host's memory, it is fixed, and smaller where items are
 long, for lm-eval keeps the logits of all tokens of a batch. Where one is too large all the same, the task is run again
-with batches of half the size. Items of a batch are padded, so a log-likelihood depends on
-it by the rounding of the model's dtype, as it does in lm-eval.
+with batches of half the size. Items of a batch are padded, so a log-likelihood depends on it by the rounding of the
+model's dtype, as it does in lm-eval.
 
 A model may have weights larger than the memory, of the GPU or else of the host. It answers with one decoder layer in
 memory at a time (`armor.runtime.streamed`). lm-eval asks for one batch after the other, and streaming wants to know
