@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from armor.config.measures import BUILT_TASKS
 from armor.evaluate.logits import TOKENS_AT_A_TIME, block_bytes
 from armor.evaluate.predictions import SHARE_OF_DISK
 from armor.execution.machine import USABLE
@@ -33,6 +34,8 @@ TASK_TOKENS = 1024
 """Tokens of one request of a task."""
 LM_EVAL = 285 * 10**6
 """Bytes of lm-eval with its own tasks, beside what a fork has (docs/log/plan.md)."""
+ANSWERS = 12 * 10**8
+"""Bytes of long items on the host: the logits of a batch and their log-softmax, and that of the batch before them."""
 SERVER = 2 * 10**9
 """Bytes of vLLM's processes on the host, without weights and cache (docs/log/serving.md)."""
 
@@ -111,7 +114,9 @@ def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
     owner = None if plan.config.is_dense(recipe) else plan.config.owner(recipe)
     memory = _measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False)
-    return Need(memory._replace(host=memory.host + LM_EVAL, beside=memory.beside + LM_EVAL), work=(IN_WHOLE,))
+    answers = 0 if set(settings.tasks or ()) <= set(BUILT_TASKS) else ANSWERS
+    host = memory.host + LM_EVAL + answers
+    return Need(memory._replace(host=host, beside=memory.beside + LM_EVAL), work=(IN_WHOLE,))
 
 
 def benchmark(plan: Plan, model: str, name: str) -> Need:

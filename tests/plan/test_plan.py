@@ -15,11 +15,13 @@ from armor.config.run import Config
 from armor.config.sample import Sample
 from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
+from armor.evaluate.tasks import LOGITS
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.plan.machine import CARDS, Host, card_named
+from armor.plan.measured import ANSWERS
 from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS, need
 from armor.plan.subject import subject
@@ -93,6 +95,16 @@ def test_every_stage_has_its_needs(tmp_path):
     assert found.problems == () and any("time of tasks" in note for note in found.notes)
     said = "\n".join(text(found, plan, bandwidth=None))
     assert "tiny bits" in said and "24.00" in said and "GPU: about" in said
+
+
+def test_a_task_of_lm_eval_has_long_items_and_one_that_is_built_has_not(tmp_path):
+    reading = CONFIG["evaluations"]["reading"]
+    more = {"evaluations": {"reading": reading, "known": {"tasks": ["piqa"]}}}
+    _, found, _ = made(
+        tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", {"dense": {"method": "dense"}}, **more
+    )
+    host = {stage.of: stage.host_bytes for stage in found.stages if stage.stage == "tasks"}
+    assert host["tiny dense known"] - host["tiny dense reading"] == ANSWERS == 3 * LOGITS
 
 
 def test_a_token_reads_the_experts_that_it_is_sent_to_and_a_budget_is_spent(tmp_path):
