@@ -45,7 +45,7 @@ from armor.methods.solver.objective import condition
 from armor.methods.solver.settings import SolverSettings
 from armor.model.source import open_source
 from armor.text.reading import read_blocks
-from armor.training.fit import fit
+from armor.training.fit import BETAS, fit
 from armor.training.refine import output_error
 from armor.training.trainable import (
     TrainableLayer,
@@ -60,6 +60,7 @@ from benchmarks.quantize import unbalanced
 
 OUTPUT = Path(__file__).with_suffix(".json")
 BALANCED = "armor.methods.solver.objective.balanced"
+BASIS_STEPS = 10
 MOVES = 32  # steps in which a mask may move
 RIDGE = 0.1  # of the mean of a Gram matrix's diagonal, under a weight that makes up for its inputs' errors
 
@@ -90,6 +91,49 @@ class Muon(torch.optim.Adam):
             left, _, right = torch.linalg.svd(self.state[parameter]["exp_avg"])
             length = (parameter.detach() - old).norm() / math.sqrt(old.shape[0] * old.shape[1])
             parameter.data = old - length * (left @ right)
+
+
+class Soap(torch.optim.Adam):
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321) for A and B: Adam in a basis of each block's own.
+
+    These are the eigenvectors of the running means of G·Gᵀ and Gᵀ·G, G being a block's gradient, found anew every
+    BASIS_STEPS steps. Adam's first moment turns with them, the second by the squares of the turn. The first step moves
+    no block.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.means: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.bases: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    def step(self, closure: Any = None) -> None:
+        blocks = [group["params"][0] for group in self.param_groups if group["params"][0].dim() == 3]
+        for parameter in blocks:
+            self._learn(parameter, parameter.grad)
+            left, right = self.bases[parameter]
+            parameter.data, parameter.grad = (left.mT @ each @ right for each in (parameter.data, parameter.grad))
+            if not self.state[parameter]:  # in the basis of one gradient the rest of it is rounding
+                parameter.grad.zero_()
+        super().step(closure)
+        for parameter in blocks:
+            left, right = self.bases[parameter]
+            parameter.data = left @ parameter.data @ right.mT
+
+    def _learn(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add a gradient (count, d, d) to the means, and now and then find the bases of rows and columns anew."""
+        state, new = self.state[parameter], (gradient @ gradient.mT, gradient.mT @ gradient)
+        old = self.means.get(parameter, new)
+        rows, columns = (mean.lerp(each, 1 - BETAS[1]) for mean, each in zip(old, new, strict=True))
+        self.means[parameter] = rows, columns
+        if state and int(state["step"]) % BASIS_STEPS != 1:
+            return
+        left, right = (torch.linalg.eigh(mean / mean.norm().clamp_min(1e-30)).eigenvectors for mean in (rows, columns))
+        if state:
+            before = self.bases[parameter]
+            turn, back = left.mT @ before[0], before[1].mT @ right
+            state["exp_avg"] = turn @ state["exp_avg"] @ back
+            state["exp_avg_sq"] = turn.square() @ state["exp_avg_sq"] @ back.square()
+        self.bases[parameter] = left, right
 
 
 @dataclass(frozen=True)
@@ -148,6 +192,10 @@ IDEAS = {
     "LAMB, rate 1e-3": Idea({"rate": 1e-3}, optimiser=Lamb),
     "LAMB, rate 3e-3": Idea({"rate": 3e-3}, optimiser=Lamb),
     "LAMB, rate 9e-3": Idea({"rate": 9e-3}, optimiser=Lamb),
+    "160 steps, half of the rate": Idea({"steps": 160, "rate": 1.5e-3}),
+    "SOAP for A and B": Idea(optimiser=Soap),
+    "SOAP for A and B, 160 steps": Idea({"steps": 160}, optimiser=Soap),
+    "SOAP for A and B, half of the rate": Idea({"rate": 1.5e-3}, optimiser=Soap),
     "Muon for A and B": Idea(optimiser=Muon),
     "Muon for A and B, half of the rate": Idea({"rate": 1.5e-3}, optimiser=Muon),
 }

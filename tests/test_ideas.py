@@ -11,7 +11,7 @@ from armor.config.training import RefineSettings
 from armor.execution.files import read_json
 from armor.methods.solver.objective import condition
 from armor.text.reading import read_blocks
-from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, corrected_weight, main
+from benchmarks.ideas import IDEAS, Bench, Idea, Lamb, MovingLinear, Muon, Soap, corrected_weight, main
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
 
 SETTINGS = RefineSettings.model_validate({**TRAINING, "inputs": "compressed"})
@@ -140,6 +140,16 @@ def test_muon_turns_blocks_by_as_much_as_adam_would():
         assert step.norm() == pytest.approx(plain.norm().item(), rel=1e-3)
         square = step @ step.mT
         torch.testing.assert_close(square / square[0, 0, 0], torch.eye(8).expand(3, 8, 8), atol=1e-3, rtol=0)
+
+
+def test_soap_takes_the_same_steps_in_any_basis():
+    start, gradients = torch.randn(3, 8, 8), torch.randn(12, 3, 8, 8)
+    left, right = (torch.linalg.qr(torch.randn(3, 8, 8)).Q for _ in range(2))
+    turned = stepped(Soap, left @ start @ right, left @ gradients @ right)
+    own, plain = (torch.stack(stepped(each, start, gradients)) for each in (Soap, torch.optim.Adam))
+    torch.testing.assert_close(torch.stack(turned), left @ own @ right, atol=1e-4, rtol=0)
+    assert own[0].abs().max() < 1e-5 and own.square().mean() > plain.square().mean() / 2
+    assert (own - plain).square().mean() > plain.square().mean() / 10
 
 
 def test_the_command_adds_rows_and_names_what_it_does_not_know(root, records, tmp_path):
