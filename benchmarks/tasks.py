@@ -68,10 +68,10 @@ def bbh(folder: Path, prompts: Path) -> Dataset:
         task = yaml.safe_load((prompts / f"{file.stem}.yaml").read_text(encoding="utf-8"))
         before, after = task["doc_to_text"].split("{{input}}")
         shown = [f"{before}{one['input']}{after}{one['target']}\n\n" for one in task["fewshot_config"]["samples"]]
+        examples = "".join([task["description"], *shown])
         for line in file.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             asked = row["question"].rpartition(f"\n\n{before}")[2].removesuffix(after.rstrip())
-            examples = "".join([task["description"], *shown])
             rows.append({"subject": file.stem, "input": asked, "target": row["label"][0], "examples": examples})
     return Dataset.from_list(rows)
 
