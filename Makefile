@@ -29,8 +29,9 @@ test-storage: .venv/storage  ## results in a bucket of an S3 server that is star
 test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
 	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py
 
-test-vllm: .venv-vllm/installed  ## the vLLM plugin in an environment of its own, with a build of vLLM for CPUs
+test-vllm: .venv-vllm/installed .venv/installed  ## the vLLM plugin in an environment of its own, with a build of vLLM for CPUs
 	.venv-vllm/bin/python -m pytest tests/vllm
+	ARMOR_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/pytest tests/evaluate/test_served.py
 
 .venv-vllm/installed: tests/vllm/requirements.txt pyproject.toml setup.py $(wildcard armor/runtime/native/*.[ch])
 	$(PYTHON) -m venv .venv-vllm

@@ -1,4 +1,5 @@
-"""A stand-in for vLLM, which this environment cannot have: a server and a client that do what a job asks of both.
+"""A stand-in for vLLM, which this environment cannot have: a server and a client that do what a job asks of both. The
+answers of the server to prompts are those of transformers.
 
 tests/vllm has the real one.
 """
@@ -12,14 +13,15 @@ from armor.serve import VERSIONS
 __all__ = ["stand_in"]
 
 SERVER = """
-import argparse, os
+import argparse, json, os
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 parser = argparse.ArgumentParser()
 for name in ("model", "host", "dtype", "served-model-name"):
     parser.add_argument(f"--{name}", required=True)
 parser.add_argument("--port", type=int, required=True)
-parser.add_argument("--no-enable-prefix-caching", action="store_true", required=True)
+parser.add_argument("--no-enable-prefix-caching", action="store_true")
 given = parser.parse_args()
 folder = Path(given.model)
 with open(os.environ["STAND_IN"], "a") as file:
@@ -27,13 +29,45 @@ with open(os.environ["STAND_IN"], "a") as file:
 if (folder / "refused").exists():
     print("(Worker pid=7) ERROR 11-27 12:43:07 [executor.py:953] armor.serve.plugin.Refused: q_proj: it holds a pair")
     raise RuntimeError("Engine core initialization failed. See root cause above.")
+CONTEXT = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+@cache
+def loaded():
+    import torch, armor.hf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=given.dtype)
+    return torch, model, AutoTokenizer.from_pretrained(folder)
+def answer(index, tokens, asked):
+    torch, model, tokenizer = loaded()
+    if len(tokens) + asked["max_tokens"] > CONTEXT:
+        raise ValueError("longer than the context")
+    prompt = torch.tensor([tokens])
+    if asked.get("echo"):
+        each = torch.log_softmax(model(prompt).logits[0].double(), -1)[:-1]
+        own = each.gather(1, prompt[0, 1:, None])[:, 0].tolist()
+        best = [{"best": value} for value in each.max(1).values.tolist()]
+        return {"index": index, "logprobs": {"token_logprobs": [None, *own, 0], "top_logprobs": [None, *best, {}]}}
+    written = model.generate(prompt, do_sample=False, max_new_tokens=asked["max_tokens"])[0, len(tokens):]
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    for end in asked["stop"]:
+        text = text.partition(end)[0]
+    return {"index": index, "text": text}
 class Handler(BaseHTTPRequestHandler):
+    def reply(self, code, body={}):
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
+        models = {"data": [{"max_model_len": CONTEXT}]}
+        self.reply(200 if self.path in ("/health", "/v1/models") else 404, models)
     def do_POST(self):
-        self.send_response(503 if (folder / "silent").exists() else 200)
-        self.end_headers()
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if (folder / "silent").exists():
+            print("no answer from here")
+            return self.reply(503)
+        self.reply(200, {"choices": [answer(i, one, asked) for i, one in enumerate(asked.get("prompt", []))]})
 ThreadingHTTPServer((given.host, given.port), Handler).serve_forever()
 """
 CLIENT = """

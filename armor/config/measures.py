@@ -39,6 +39,10 @@ class EvaluationSettings(Typed):
     """Tasks built from the text: how many items each has; unset: 100."""
     samples: bool = False
     """Tasks: keep every question, answer and log-likelihood beside the result."""
+    engine: Literal["vllm"] | None = None
+    """Tasks: vllm asks the model behind vLLM's server; unset: transformers, in the job's own process."""
+    options: list[str] | None = None
+    """Engine: further options of its server, like [--enforce-eager]; unset: none."""
     dtype: Dtype = "auto"
     """The dtype to compute in; auto is the checkpoint's own. The log-softmax is always float32."""
 
@@ -49,11 +53,13 @@ class EvaluationSettings(Typed):
     @model_validator(mode="after")
     def _check(self) -> EvaluationSettings:
         built = set(BUILT_TASKS) & set(self.tasks or ())
-        others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples")
+        others = ("sequences", "sequence_length") if self.tasks else ("shots", "items", "samples", "engine")
         if self.tasks and self.predictions_gb != PREDICTIONS_GB:
             others += ("predictions_gb",)
         if given := [key for key in others if getattr(self, key)]:
             raise ValueError(f"{given[0]}: goes with {'perplexity on a text' if self.tasks else 'tasks'}")
+        if self.options and not self.engine:
+            raise ValueError("options: goes with an engine")
         if (self.tasks is None or built) and self.text is None:
             raise ValueError(f"text: not given; {', '.join(sorted(built)) or 'perplexity'} needs one; or name tasks")
         if self.tasks and not built and (self.text or self.items):

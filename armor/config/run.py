@@ -283,8 +283,10 @@ class Config(Typed):
         return [name for name in asking if not self.is_dense(name)]
 
     def served(self) -> list[str]:
-        """The benchmarks behind a server that are asked for, each once."""
-        return list(dict.fromkeys(name for asked in self.pairs().values() for name in asked.serving))
+        """The evaluations and benchmarks behind a server that are asked for, each once: evaluations.bbh, say."""
+        asked = self.pairs().values()
+        tasks = [f"evaluations.{name}" for one in asked for name in one.tasks if self.evaluations[name].engine]
+        return list(dict.fromkeys([*tasks, *(f"benchmarks.{name}" for one in asked for name in one.serving)]))
 
     def calibration_of(self, recipe: str) -> str:
         """The name of the calibration that `recipe` uses."""

@@ -9,7 +9,8 @@ long, for lm-eval keeps the logits of all tokens of a batch. Where one is too la
 with batches of half the size. Items of a batch are padded, so a log-likelihood depends on it by the rounding of the
 model's dtype, as it does in lm-eval.
 
-A model may have weights larger than the memory, of the GPU or else of the host. It answers with one decoder layer in
+With an engine the model is behind vLLM's server (`armor.evaluate.served`), whatever its size. Without one a model may
+have weights larger than the memory, of the GPU or else of the host. It answers with one decoder layer in
 memory at a time (`armor.runtime.streamed`). lm-eval asks for one batch after the other, and streaming wants to know
 them all. So lm-eval's code runs twice, first to see what it asks for, then with the answers. Where a task generates
 text, each new token of a batch reads all weights.
@@ -17,7 +18,9 @@ text, each new token of a batch reads all weights.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 import json
 import logging
 import math
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aiohttp import ClientError
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
@@ -65,6 +69,8 @@ CPU_BATCH_SIZE = 8
 LOGITS = 4 * 10**8
 """Bytes of the logits of a batch of that fixed size, in float32, unless those of one item are more."""
 ITEMS = 100
+SERVED = "armor.evaluate.served"
+"""The module for models behind a server; by name, so that an edit there does not change what the others depend on."""
 Base: Any = HFLM
 """lm-eval's decorators hide what it is from a type checker."""
 # What stands for a task in a table: the first of these that it has, else its first metric.
@@ -82,8 +88,8 @@ def evaluate_tasks(
 
     Beside it, in the folder {evaluation}/, lie {task}.json with all metrics, the tasks that were built, and
     {task}.samples.jsonl if asked for; the model's `fingerprint` is noted. Raises ArmorError for a task that is unknown
-    or whose data cannot be had, and for a folder that is no model. So it does for log-likelihoods that are not finite,
-    and for a device with too little memory for one item.
+    or whose data cannot be had, for a folder that is no model, and for a model that the engine does not serve. So it
+    does for log-likelihoods that are not finite, and for a device with too little memory for one item.
     """
     folder, output = Path(folder), Path(output)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -92,12 +98,18 @@ def evaluate_tasks(
     specs = {name: (built.get(task, task), shots) for name, (task, shots) in asked_tasks(settings).items()}
     manager = check_names(task for task, _ in specs.values())
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
-    made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files})
+    behind: Any = importlib.import_module(SERVED) if settings.engine else None
+    engine, also = (behind.check_engine(), behind.CODE) if behind else (None, ())
+    made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}, also)
     work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
-    with resumable(output, __name__, device, **work) as steps:
+    with resumable(output, __name__, device, **work) as steps, contextlib.ExitStack() as stack:
         left = [name for name in specs if steps.get(name, TaskRecord) is None]
         loaded = {name: _load(manager, specs[name][0]) for name in left}
-        model = _open(folder, tokenizer, settings.dtype, device) if loaded else None
+        model: Any = None
+        if loaded and behind:
+            model = stack.enter_context(behind.served(folder, tokenizer, settings))
+        elif loaded:
+            model = _open(folder, tokenizer, settings.dtype, device)
         for number, (name, task) in enumerate(loaded.items(), len(specs) - len(loaded) + 1):
             log.info("task %s (%d of %d)", name, number, len(specs))
             found = _run(model, task, specs[name][1], manager, f"{folder}: task {name}", device)
@@ -112,7 +124,8 @@ def evaluate_tasks(
             evaluation=output.stem,
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=model.memory_bytes() if model and behind else peak_memory_bytes(device),
+            engine=engine,
             made_by=made,
             machine=current_machine(device),
         )
@@ -231,6 +244,8 @@ def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager
         try:
             found = evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
             return _Found.model_validate(found)
+        except ClientError as error:
+            raise ArmorError(f"{where}: vLLM's server: {one_line(error)}; what it said is in the log") from error
         except torch.OutOfMemoryError as error:
             size = model.batch_size
             if size == "auto":  # what lm-eval found, for log-likelihoods, or began with

@@ -113,6 +113,10 @@ def tasks(plan: Plan, model: str, recipe: str, evaluation: str) -> Need:
     subject, settings = plan.subjects[model], plan.config.evaluations[evaluation]
     plan.note(f"evaluations.{evaluation}: the time of tasks is not known before they run, and is left out")
     owner = None if plan.config.is_dense(recipe) else plan.config.owner(recipe)
+    if settings.engine:
+        plan.note(f"evaluations.{evaluation}: the memory of vLLM's cache is not known and left out")
+        memory = memory_of(SERVER + LM_EVAL, subject.loaded_bytes(owner, settings.dtype))
+        return Need(memory, work=(IN_WHOLE,), remedy="take a larger machine, or leave the engine out")
     memory = _measured(plan, subject, owner, settings.dtype, TASK_TOKENS, 0, 0, False)
     answers = 0 if set(settings.tasks or ()) <= set(BUILT_TASKS) else ANSWERS
     host = memory.host + LM_EVAL + answers

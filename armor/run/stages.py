@@ -304,6 +304,9 @@ STAGES = {
         seconds=20,
         inputs=lambda config, model, recipe, evaluation: [_finished(config, model, recipe)],
         settings=lambda config, model, recipe, evaluation: config.evaluations[evaluation],
+        also=lambda config, model, recipe, evaluation: (
+            ["armor.evaluate.served", "armor.serve.plugin"] if config.evaluations[evaluation].engine else []
+        ),
         reported=True,
         stored=lambda results, *names: _with_folder(results.evaluation(*names)),
         forked=False,  # lm-eval's libraries begin threads

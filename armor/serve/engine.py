@@ -59,10 +59,10 @@ def check_engine() -> dict[str, str]:
     return found
 
 
-def check_asked(benchmarks: Sequence[str]) -> None:
-    """Raises ArmorError, with the key, where `benchmarks` ask for an engine and `check_engine` refuses it."""
-    if benchmarks:
+def check_asked(keys: Sequence[str]) -> None:
+    """Raises ArmorError, with the first of `keys`, where these ask for an engine and `check_engine` refuses it."""
+    if keys:
         try:
             check_engine()
         except ArmorError as error:
-            raise ArmorError(f"benchmarks.{benchmarks[0]}.engine: {error}") from None
+            raise ArmorError(f"{keys[0]}.engine: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -23,6 +24,9 @@ from armor.serve.server import environment, vllm_command
 
 __all__ = ["CAUSE", "ENVIRONMENT", "Server", "failure", "memory_bytes", "server"]
 
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""No proxy reaches this machine's own door."""
+
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
 """What vLLM is told where the user does not say it."""
 CAUSE = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?(?:[\w.]+Refused: |(?=[\w.]+Error: ))(.+(?:\n  .+)?)$", re.MULTILINE)
@@ -37,21 +41,31 @@ class Server(NamedTuple):
     process: psutil.Process
     start_seconds: float
 
+    def context(self) -> int:
+        """The tokens of its context, those of an answer among them."""
+        with DIRECTLY.open(f"{self.url}/v1/models") as answer:
+            return json.load(answer)["data"][0]["max_model_len"]
 
-def failure(folder: Path, said: IO[str]) -> ArmorError:
-    """The error for a program that ended; all that it said goes to the job's log."""
+
+def _log(said: IO[str]) -> str:
+    """Write to the job's log what a program said, and return it."""
     said.seek(0)
     text = said.read()
     sys.stderr.write(text)
+    return text
+
+
+def failure(folder: Path, said: IO[str]) -> ArmorError:
+    """The error for a program that ended; all that it said goes to the job's log."""
+    text = _log(said)
     found = CAUSE.search(text)
     reason = " ".join(found[1].split()) if found else next(filter(None, reversed(text.splitlines())), "it said nothing")
     return ArmorError(f"{folder}: vLLM does not serve it: {reason}")
 
 
 def _is_up(url: str) -> bool:
-    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine's own door
     try:
-        return directly.open(f"{url}/health", timeout=5).status == 200
+        return DIRECTLY.open(f"{url}/health", timeout=5).status == 200
     except OSError:
         return False
 
@@ -82,7 +96,12 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
                 if process.poll() is not None:
                     raise failure(folder, said)
                 time.sleep(0.2)
-            yield Server(url, psutil.Process(process.pid).children()[0], time.perf_counter() - start)
+            running = Server(url, psutil.Process(process.pid).children()[0], time.perf_counter() - start)
+            try:
+                yield running
+            except Exception:  # it may be the cause
+                _log(said)
+                raise
         finally:
             process.communicate()  # closes the pipe
             signal.signal(signal.SIGTERM, before)

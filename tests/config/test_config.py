@@ -58,10 +58,23 @@ def test_an_engine_has_keys_of_its_own(settings, said):
         parse_settings(BenchmarkSettings, settings)
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"tasks": ["piqa"], "options": ["-tp", "2"]}, "options: goes with an engine"),
+        ({"text": TEXT["text"], "engine": "vllm"}, "engine: goes with tasks"),
+    ],
+)
+def test_an_engine_answers_tasks_alone(settings, said):
+    with pytest.raises(ArmorError, match=said):
+        parse_settings(EvaluationSettings, settings)
+
+
 def test_a_benchmark_behind_a_server_is_another_stage():
     recipes = {"armor": {}, "whole": {"method": "int8"}, "pair": {"method": "oats"}}
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes}
     value |= {"benchmarks": {"decode": {}, "serve": {"engine": "vllm"}}}
+    value |= {"evaluations": {"reading": {"tasks": ["piqa"], "engine": "vllm"}, "alone": {"tasks": ["piqa"]}}}
     config = parse_settings(
         Config, value | {"runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}]}
     )
@@ -71,6 +84,7 @@ def test_a_benchmark_behind_a_server_is_another_stage():
         (["decode"], []),
         (["decode"], []),
     ]
+    assert config.served() == ["evaluations.reading", "benchmarks.serve"]
     assert config.benchmarked("tiny", "serve") == ["armor"] and len(config.benchmarked("tiny", "decode")) == 3
 
 

@@ -49,11 +49,16 @@ def words(seed: int, count: int) -> str:
     return " ".join(random.Random(seed).choices(known, k=count))
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+def sentences(folder: Path) -> Path:
+    """A text in `folder` that tasks are built from."""
+    path = folder / "text.txt"
     path.write_text("\n\n".join(f"The {words(i, 9)}. It was {words(3 * i + 1, 8)}." for i in range(30)))
     return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    return sentences(tmp_path)
 
 
 def settings(text, **changes) -> EvaluationSettings:

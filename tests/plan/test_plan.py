@@ -21,7 +21,7 @@ from armor.format.shards import Shards
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.plan.machine import CARDS, Host, card_named
-from armor.plan.measured import ANSWERS
+from armor.plan.measured import ANSWERS, SERVER
 from armor.plan.need import FORKED, Plan
 from armor.plan.needs import NEEDS, need
 from armor.plan.subject import subject
@@ -100,11 +100,14 @@ def test_every_stage_has_its_needs(tmp_path):
 def test_a_task_of_lm_eval_has_long_items_and_one_that_is_built_has_not(tmp_path):
     reading = CONFIG["evaluations"]["reading"]
     more = {"evaluations": {"reading": reading, "known": {"tasks": ["piqa"]}}}
+    more["evaluations"]["served"] = {"tasks": ["piqa"], "engine": "vllm"}
     _, found, _ = made(
         tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", {"dense": {"method": "dense"}}, **more
     )
     host = {stage.of: stage.host_bytes for stage in found.stages if stage.stage == "tasks"}
     assert host["tiny dense known"] - host["tiny dense reading"] == ANSWERS == 3 * LOGITS
+    assert SERVER < host["tiny dense served"] < SERVER + host["tiny dense reading"]
+    assert "evaluations.served: the memory of vLLM's cache is not known and left out" in found.notes
 
 
 def test_a_token_reads_the_experts_that_it_is_sent_to_and_a_budget_is_spent(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from armor.config.measures import EvaluationSettings
 from armor.config.recipes import Recipe
 from armor.config.run import Config, Run
+from armor.evaluate.served import CODE
 from armor.report import results
 from armor.run.explain import NOTED, TOGETHER
 from armor.run.jobs import jobs
@@ -51,3 +53,10 @@ def test_object_storage_is_told_of_every_output_once():
         for output in job.outputs:
             assert len([path for path in job.stored if output.is_relative_to(path)]) == 1, job
         assert not any(a != b and Path(a).is_relative_to(b) for a in job.stored for b in job.stored), job
+
+
+def test_tasks_behind_a_server_depend_on_what_serves():
+    questions = {"questions": EvaluationSettings(tasks=["piqa"], engine="vllm")}
+    served = EVERY_STAGE.replace(evaluations=EVERY_STAGE.evaluations | questions)
+    also = [STAGES["tasks"].also(config, "tiny", "armor", "questions") for config in (EVERY_STAGE, served)]
+    assert also == [[], [*CODE]]

@@ -56,21 +56,26 @@ def test_the_status_knows_every_job_of_the_workflow(run):
     }
 
 
-def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, monkeypatch):
+SERVED = {"benchmarks.serve": {"engine": "vllm"}, "evaluations.asked": {"engine": "vllm", "tasks": ["piqa"]}}
+
+
+@pytest.mark.parametrize("key", SERVED)
+def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, monkeypatch, key):
     monkeypatch.setenv("ARMOR_VLLM", "/no/python")
-    done = Run(tmp_path, run.edited(benchmarks__serve__engine="vllm")).snakemake()
+    done = Run(tmp_path, run.edited(**{key.replace(".", "__"): SERVED[key]})).snakemake()
     assert done.returncode == 1 and not (tmp_path / "results/run.json").exists()
-    assert "benchmarks.serve.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
+    assert f"{key}.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
 
 
-def test_a_model_that_vllm_was_not_tested_with_is_refused_once_it_is_inspected(run, tmp_path):
+@pytest.mark.parametrize("key", SERVED)
+def test_a_model_that_vllm_was_not_tested_with_is_refused_once_it_is_inspected(run, tmp_path, key):
     folder = tmp_path / "results/tiny"
     folder.mkdir(parents=True)
     shutil.copy(run.folder / "results/tiny/source.json", folder)
     told = json.loads((run.folder / "results/tiny/model.json").read_text())
     (folder / "model.json").write_text(json.dumps(told | {"model_type": "stablelm"}))
-    done = Run(tmp_path, run.edited(benchmarks__serve__engine="vllm")).snakemake("--dry-run")
-    said = "benchmarks.serve.engine, model tiny: model_type stablelm: not tested packed in vLLM, expected a type of"
+    done = Run(tmp_path, run.edited(**{key.replace(".", "__"): SERVED[key]})).snakemake("--dry-run")
+    said = f"{key}.engine, model tiny: model_type stablelm: not tested packed in vLLM, expected a type of"
     assert done.returncode == 1 and said in done.stdout + done.stderr
 
 

@@ -31,6 +31,7 @@ from armor.serve.families import check_type
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
     ARMOR_PIPELINE=str(workflow.current_basedir.join("../..")),  # this repository, for envs/armor.post-deploy.sh
+    TQDM_MININTERVAL="10",  # seconds until a library's bar is drawn again, in the log of a job
 )
 
 DEMO = os.path.normpath(str(workflow.current_basedir.join("../../config/config.yaml")))
@@ -203,12 +204,15 @@ def check_modules(model, recipe):
 @cache
 def check_served(model):
     """Refuse to serve packed what vLLM was not tested with, before it is made."""
-    for job in jobs_of(SETTINGS, "serving", HERE):
-        if job.names[0] == model and any(maker == "assemble" for _, maker, _ in job.inputs(SETTINGS)):
-            try:
-                check_type(read_topology(HERE, model).model_type, f"benchmarks.{job.names[1]}.engine, model {model}")
-            except ArmorError as error:
-                raise WorkflowError(str(error)) from None
+    for stage, kind in (("tasks", "evaluations"), ("serving", "benchmarks")):
+        for job in jobs_of(SETTINGS, stage, HERE):
+            packed = any(maker == "assemble" for _, maker, _ in job.inputs(SETTINGS))
+            if job.names[0] == model and packed and job.settings(SETTINGS).engine:
+                where = f"{kind}.{job.names[-1]}.engine, model {model}"
+                try:
+                    check_type(read_topology(HERE, model).model_type, where)
+                except ArmorError as error:
+                    raise WorkflowError(str(error)) from None
 
 
 def needed(stage, name=None, by=None):
