@@ -17,6 +17,8 @@ from psutil import Process
 from transformers import PreTrainedTokenizerBase
 
 from armor.config.measures import EvaluationSettings
+from armor.format.shards import dtype_name
+from armor.runtime.load import loaded_dtype
 from armor.serve.engine import check_engine
 from armor.serve.running import memory_bytes, server
 
@@ -67,5 +69,6 @@ class ServedLM(Completions):
 def served(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> Iterator[ServedLM]:
     """The model in `folder` for lm-eval, behind a server that ends with the context. Raises ArmorError where vLLM does
     not serve it."""
-    with server(folder, NAME, ["--dtype", settings.dtype, *(settings.options or ())]) as running:
+    dtype = dtype_name(loaded_dtype(folder, settings.dtype))  # by itself vLLM computes in half of float32
+    with server(folder, NAME, ["--dtype", dtype, *(settings.options or ())]) as running:
         yield ServedLM(running.url, running.context(), folder, tokenizer, running.process)

@@ -43,7 +43,7 @@ def test_a_server_answers_as_the_model_in_this_process(tmp_path, engine, kind):
     writes = own_task(tmp_path, "writes", output_type="generate_until", **keys)
     keys = {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}
     rolling = own_task(tmp_path, "rolling", **keys)
-    asked = settings(sentences(tmp_path), tasks=[*BUILT, writes, rolling], dtype="float32")
+    asked = settings(sentences(tmp_path), tasks=[*BUILT, writes, rolling])  # in float32, the models' own
     here = evaluate_tasks(folder, asked, tmp_path / "here" / "reading.json")
     before, options = psutil.Process().children(recursive=True), ["--enforce-eager"] if PYTHON in os.environ else None
     asked = asked.model_copy(update={"engine": "vllm", "options": options})
