@@ -21,7 +21,9 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
 from armor.core.errors import ArmorError
 from armor.execution.files import atomic_path
+from armor.format.shards import dtype_name
 from armor.runtime.folder import load_tokenizer
+from armor.runtime.load import loaded_dtype
 from armor.serve.running import server
 
 NAME = "model"
@@ -66,7 +68,7 @@ async def written(url: str, prompts: list[str], tokens: int, seed: int) -> list[
 
 
 def dialogs(url: str, template: Template, count: int, seed: int) -> list[str]:
-    """Up to `count` dialogs: those whose question came to an end."""
+    """Up to `count` dialogs: those whose question came to an end, and has SHORTEST characters."""
     asked = asyncio.run(written(url, [template.head] * count, QUESTION, seed))
     questions = [text.strip() for text, ended in asked if ended]
     beginnings = [f"{template.head}{text}{template.middle}" for text in questions if len(text) >= SHORTEST]
@@ -87,7 +89,8 @@ def main(
     """Write the dialogs, and print how many and how long they are."""
     tokenizer = load_tokenizer(model)
     template = template_of(tokenizer, model)
-    with server(model, NAME, options or []) as running:
+    dtype = dtype_name(loaded_dtype(model))
+    with server(model, NAME, ["--dtype", dtype, *(options or [])]) as running:
         found = dialogs(running.url, template, count, seed)
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found)

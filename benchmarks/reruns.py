@@ -188,6 +188,12 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
             "evaluations.questions.items": 5,
             "evaluations.questions.samples": True,
             "evaluations.questions.dtype": "bfloat16",
+            "evaluations.questions": {
+                "text": {"package": "words==1.0", "file": "words/some.txt"},
+                "tasks": ["last_word"],
+                "engine": "vllm",
+                "options": ["--enforce-eager"],
+            },
             "runs.0.evaluations": ["words", "questions"],
         },
         "benchmark": {

@@ -64,9 +64,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if self.path in ("/health", "/v1/models") else 404, models)
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if (folder / "silent").exists():
-            print("no answer from here")
-            return self.reply(503)
+        mute = Path(os.environ["STAND_IN"]).with_name("mute").exists() and not asked.get("echo")
+        if mute or (folder / "silent").exists():
+            return self.reply(503, {"error": "no answer from here"})
         self.reply(200, {"choices": [answer(i, one, asked) for i, one in enumerate(asked.get("prompt", []))]})
 ThreadingHTTPServer((given.host, given.port), Handler).serve_forever()
 """

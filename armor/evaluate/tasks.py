@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aiohttp import ClientError
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
@@ -101,8 +100,8 @@ def evaluate_tasks(
     behind: Any = importlib.import_module(SERVED) if settings.engine else None
     engine, also = (behind.check_engine(), behind.CODE) if behind else (None, ())
     made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}, also)
-    work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files}
-    with resumable(output, __name__, device, **work) as steps, contextlib.ExitStack() as stack:
+    work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files, "engine": engine}
+    with resumable(output, __name__, device, also, **work) as steps, contextlib.ExitStack() as stack:
         left = [name for name in specs if steps.get(name, TaskRecord) is None]
         loaded = {name: _load(manager, specs[name][0]) for name in left}
         model: Any = None
@@ -124,7 +123,7 @@ def evaluate_tasks(
             evaluation=output.stem,
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
-            peak_memory_bytes=model.memory_bytes() if model and behind else peak_memory_bytes(device),
+            peak_memory_bytes=peak_memory_bytes(device) + (model.memory_bytes() if model and behind else 0),
             engine=engine,
             made_by=made,
             machine=current_machine(device),
@@ -244,8 +243,6 @@ def _run(model: Any, task: Task | Group, shots: int | None, manager: TaskManager
         try:
             found = evaluated(model=model, tasks=[task], num_fewshot=shots, task_manager=manager)
             return _Found.model_validate(found)
-        except ClientError as error:
-            raise ArmorError(f"{where}: vLLM's server: {one_line(error)}; what it said is in the log") from error
         except torch.OutOfMemoryError as error:
             size = model.batch_size
             if size == "auto":  # what lm-eval found, for log-likelihoods, or began with

@@ -43,7 +43,7 @@ class Server(NamedTuple):
 
     def context(self) -> int:
         """The tokens of its context, those of an answer among them."""
-        with DIRECTLY.open(f"{self.url}/v1/models") as answer:
+        with DIRECTLY.open(f"{self.url}/v1/models", timeout=60) as answer:
             return json.load(answer)["data"][0]["max_model_len"]
 
 
@@ -75,7 +75,8 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
     """vLLM's server on `folder`, as model `name`, from when it answers; it ends with the context, or with this process,
     even one that is killed.
 
-    Raises ArmorError, with its cause, where it ends before it answers.
+    Raises ArmorError, with its cause, where it ends before it answers. After an error in the context its log goes to
+    the job's.
     """
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -88,9 +89,9 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
             stdin=subprocess.PIPE,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=ENVIRONMENT | environment(options),
+            env=ENVIRONMENT | environment(options) | {"VLLM_API_KEY": ""},  # whoever asks it has none
         )
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below happens
+        failed, before = False, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below happens
         try:
             while not _is_up(url):
                 if process.poll() is not None:
@@ -99,12 +100,14 @@ def server(folder: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
             running = Server(url, psutil.Process(process.pid).children()[0], time.perf_counter() - start)
             try:
                 yield running
-            except Exception:  # it may be the cause
-                _log(said)
+            except Exception:
+                failed = True
                 raise
         finally:
             process.communicate()  # closes the pipe
             signal.signal(signal.SIGTERM, before)
+            if failed:  # it may be the cause
+                _log(said)
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:

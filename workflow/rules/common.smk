@@ -31,7 +31,6 @@ from armor.serve.families import check_type
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
     ARMOR_PIPELINE=str(workflow.current_basedir.join("../..")),  # this repository, for envs/armor.post-deploy.sh
-    TQDM_MININTERVAL="10",  # seconds until a library's bar is drawn again, in the log of a job
 )
 
 DEMO = os.path.normpath(str(workflow.current_basedir.join("../../config/config.yaml")))

@@ -98,7 +98,7 @@ rule tasks:
     priority: 1  # that of the dense model before the layers of others, for a mistake shows there
     conda:
         "../../envs/armor.yaml"
-    threads: 8
+    threads: lambda wildcards: ALL_CORES if SETTINGS.evaluations[wildcards.evaluation].engine else 8  # vLLM takes all
     resources:
         gpu=1,
         mem_mb=24000,
