@@ -98,7 +98,7 @@ def evaluate_tasks(
     manager = check_names(task for task, _ in specs.values())
     files = combined(sha256(file) for task, _ in specs.values() for file in _files(Path(task)))
     behind: Any = importlib.import_module(SERVED) if settings.engine else None
-    engine, also = (behind.check_engine(), behind.CODE) if behind else (None, ())
+    engine, also = (behind.check_engine(), behind.CODE) if behind else ({}, ())
     made = made_by(__name__, settings, {Input.MODEL: fingerprint, Input.FILES: files}, also)
     work = {"model": identity(folder), "settings": settings.model_dump(mode="json"), "files": files, "engine": engine}
     with resumable(output, __name__, device, also, **work) as steps, contextlib.ExitStack() as stack:
@@ -119,14 +119,14 @@ def evaluate_tasks(
             record.write(task_beside(output, name))
             steps.put(name, record)
         records = {name: steps.get(name, TaskRecord) for name in specs}
+        machine = current_machine(device)
         result = TasksRecord(
             evaluation=output.stem,
             tasks={name: record.headline() for name, record in records.items() if record},
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device) + (model.memory_bytes() if model and behind else 0),
-            engine=engine,
             made_by=made,
-            machine=current_machine(device),
+            machine=machine.model_copy(update={"versions": machine.versions | engine}),  # those of what computes
         )
         result.write(output)
     return result

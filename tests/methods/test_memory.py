@@ -40,7 +40,7 @@ def settings(method="armor", algorithm="fast", **keys):
         ((1024, 2048), "bfloat16", 2, settings("wanda")),
         ((1024, 1024), "float32", 4, settings("sparsegpt")),
         ((512, 512), "float32", 4, settings("armor_gram", block_size=64)),
-        ((256, 768), "bfloat16", 2, settings("armor_gram", block_size=128)),
+        ((512, 1024), "bfloat16", 2, settings("armor_gram", block_size=128)),
         ((1024, 2048), "bfloat16", 2, settings("int4")),
         ((1024, 1024), "float32", 4, settings("oats", rank=64)),
         ((1024, 2048), "bfloat16", 2, settings("oats", rank=64)),

@@ -110,5 +110,3 @@ class TasksRecord(Made):
     """The evaluation's name."""
     tasks: dict[str, TaskResult]
     """The results by task."""
-    engine: dict[str, str] | None = None
-    """The versions that served: vllm, armor, torch; null if the model was in the job's own process."""
