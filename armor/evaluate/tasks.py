@@ -126,7 +126,7 @@ def evaluate_tasks(
             seconds=steps.seconds(),
             peak_memory_bytes=peak_memory_bytes(device) + (model.memory_bytes() if model and behind else 0),
             made_by=made,
-            machine=machine.model_copy(update={"versions": machine.versions | engine}),  # those of what computes
+            machine=machine.replace(versions=machine.versions | engine),  # of what computes
         )
         result.write(output)
     return result
