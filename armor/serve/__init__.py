@@ -15,7 +15,13 @@ def register() -> None:
     from vllm import __version__ as version  # pyright: ignore[reportMissingImports]  it has an environment of its own
 
     if ".".join(version.split(".")[:2]) in VERSIONS:
+        import torch
+
         import armor.serve.plugin  # noqa: F401  registers itself
+
+        # vLLM's attention on a CPU with AMX multiplies tiles, for which Linux must be asked, or it kills the process. A
+        # dense model's first product asks, by oneDNN; a packed model's may need no tiles.
+        torch.cpu._init_amx()
     else:
         known = " or ".join(f"{known}.*" for known in VERSIONS)
         log.error("armor: error: vLLM %s is installed, expected %s; packed checkpoints are not served", version, known)

@@ -138,6 +138,8 @@ def served(folder: Path, **options) -> Iterator[LLM]:
     eager: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4}
     if "vision_config" in (folder / "config.json").read_text():
         eager["limit_mm_per_prompt"] = {"image": 0}  # text alone, for there is no processor of images
+    if "kv_lora_rank" in (folder / "config.json").read_text():
+        eager["attention_backend"] = "CPU_MLA"  # the other, which vLLM prefers on a CPU with AMX, has no float32
     llm = LLM(str(folder), **(eager | options))
     try:
         yield llm
