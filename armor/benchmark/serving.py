@@ -87,13 +87,13 @@ def _turn(folder: Path, tokenizer: Path, settings: BenchmarkSettings) -> Turn:
         if done.returncode:
             raise failure(folder, said)
         results = json.loads(done.stdout.splitlines()[-1])
+        for count, result in zip(counts, results, strict=True):  # within, so that an error shows the server's log
+            if result["completed"] != settings.requests_of(count):
+                raise ArmorError(
+                    f"{folder}: vLLM answered {result['completed']} of {settings.requests_of(count)} requests of "
+                    f"{count} clients; if its log has no error, ask for fewer clients or shorter prompts"
+                )
         memory = memory_bytes(running.process)
-    for count, result in zip(counts, results, strict=True):
-        if result["completed"] != settings.requests_of(count):
-            raise ArmorError(
-                f"{folder}: vLLM answered {result['completed']} of {settings.requests_of(count)} requests of {count} "
-                "clients; ask for fewer clients or shorter prompts"
-            )
     return Turn(running.start_seconds, memory, dict(zip(counts, results, strict=True)))
 
 

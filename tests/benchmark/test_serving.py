@@ -52,14 +52,19 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
 
 
 @pytest.mark.parametrize(
-    "defect, said", [("refused", "q_proj: it holds a pair"), ("silent", "vLLM answered 0 of 2 requests of 1 clients")]
+    "defect, said, logged",
+    [
+        ("refused", "q_proj: it holds a pair", "Engine core initialization failed"),
+        ("silent", "vLLM answered 0 of 2 requests of 1 clients", '"POST /v1/completions HTTP/1.1" 503'),
+    ],
 )
-def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, defect, said):
+def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, capsys, defect, said, logged):
     (checkpoint / defect).touch()
     before = psutil.Process().children(recursive=True)
     with pytest.raises(ArmorError, match=said) as error:
         benchmark_serving(root / "source", {"armor": checkpoint}, SETTINGS, engine / "serve.json")
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+    assert logged in capsys.readouterr().err  # what the server said
     assert psutil.Process().children(recursive=True) == before
 
 
