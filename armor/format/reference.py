@@ -78,6 +78,7 @@ def words(schema: dict[str, Any]) -> str:
 def field_table(kind: type[BaseModel], *, defaults: bool, hidden: Iterable[str] = ()) -> str:
     """The fields of `kind` as a Markdown table: name, type, default (of settings), text; without those `hidden`."""
     schema = kind.model_json_schema()
+    schema = schema["$defs"][kind.__name__] if "$ref" in schema else schema  # so is a type that holds itself
     required, rows = schema.get("required", []), []
     for name, field in schema["properties"].items():
         if name in {*hidden}:

@@ -28,8 +28,11 @@ MARGIN = 16  # tokens beyond the last block: where the text was cut off, the las
 def token_blocks(settings: TextSettings, tokenizer: Any, count: int | None, length: int) -> Tensor:
     """The first `count` consecutive blocks of `length` tokens of a text (count, length) int64; all if count is None.
 
+    The texts of a mixture take turns: block i is of text i modulo their number.
     Raises ArmorError if the text is not there, unreadable, or too short (it says what was found and needed).
     """
+    if settings.mixture:
+        return _in_turn(settings.mixture, tokenizer, count, length)
 
     def join(texts: list[str]) -> str:
         text = settings.separator.join(texts)
@@ -70,6 +73,15 @@ def blocks(
         )
     count = count or len(tokens) // length
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _in_turn(texts: list[TextSettings], tokenizer: Any, count: int | None, length: int) -> Tensor:
+    """The first `count` blocks of several texts, one of each in turn; all if count is None, until one text ends."""
+    turns = len(texts)
+    shares = [None if count is None else len(range(turn, count, turns)) for turn in range(turns)]
+    parts = [token_blocks(text, tokenizer, n, length) for text, n in zip(texts, shares, strict=True) if n != 0]
+    count = count or turns * min(map(len, parts))
+    return torch.stack([parts[block % turns][block // turns] for block in range(count)])
 
 
 def _detokenize_wikitext(text: str) -> str:

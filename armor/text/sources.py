@@ -27,6 +27,8 @@ __all__ = ["describe", "documents"]
 
 def describe(settings: TextSettings) -> str:
     """The source of a text, for messages."""
+    if settings.mixture:
+        return f"{', '.join(map(describe, settings.mixture))} in turn"
     if settings.files:
         return ", ".join(settings.files)
     return settings.called() if settings.dataset else f"{settings.package} {settings.file}"

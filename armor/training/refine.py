@@ -175,7 +175,7 @@ def _is_of(states: StatesRecord, sample: Sample) -> bool:
     """Whether states are of the text that `sample` asks for; of local files the content counts, not the place."""
     made, files = Sample.model_validate(states.made_by.settings), text_files(sample)
     if files:
-        made, sample = (each.replace(text=each.text.replace(files=None)) for each in (made, sample))
+        made, sample = (each.replace(text=each.text.without_files()) for each in (made, sample))
     return made == sample and (files is None or states.made_by.inputs.get(Input.TEXT_FILES) == files)
 
 

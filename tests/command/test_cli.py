@@ -91,6 +91,10 @@ def test_check_names_every_path_at_which_there_is_nothing(tmp_path):
         "armor: error: one.yaml: calibrations.words.text.files.0: words.txt: no such file",
         "armor: error: one.yaml: evaluations.words.text.files.0: words.txt: no such file",
     ]
+    mixed = CONFIG.replace("{files: [words.txt]}", "{mixture: [{dataset: c4}, {files: [more.txt]}]}", 1)
+    (tmp_path / "one.yaml").write_text(mixed)
+    done = armor("check", "one.yaml", folder=tmp_path)
+    assert "error: one.yaml: calibrations.words.text.mixture.1.files.0: more.txt: no such file\n" in done.stderr
 
 
 def test_exit_handlers_run_and_python_then_has_no_garbage_to_look_for(tmp_path):

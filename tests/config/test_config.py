@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import Recipe
 from armor.config.run import Config
+from armor.config.sources import CalibrationSettings, TextSettings
 from armor.config.tasks import PAPER_TASKS, asked_tasks
 from armor.core.errors import ArmorError
 
@@ -187,8 +189,9 @@ BOTH = {"files": ["words.txt", "more.txt"]}
         (TEXT["text"], {"text": {"files": [os.path.abspath("words.txt")]}}),
         ({"dataset": "wikitext", "split": "train[:9%]"}, {"text": {"dataset": "wikitext", "split": "test+train[9%:]"}}),
         ({"dataset": "wikitext", "split": "all"}, {"text": {"dataset": "wikitext", "split": "test"}}),
+        ({"mixture": [{"dataset": "wikitext"}, TEXT["text"]]}, TEXT),
     ],
-    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices", "all splits"],
+    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices", "all splits", "mixture"],
 )
 @pytest.mark.parametrize("runs", [None, ["later"]], ids=["each is evaluated", "what starts from it is"])
 def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated, runs):
@@ -207,8 +210,9 @@ def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, 
         (BOTH | {"documents": [0, 5]}, BOTH | {"documents": [5, 9]}),
         ({"dataset": "wikitext", "split": "train"}, {"dataset": "wikitext", "split": "test"}),
         (TEXT["text"], {"dataset": "wikitext"}),
+        ({"mixture": [{"dataset": "wikitext"}, TEXT["text"]]}, {"files": ["more.txt"]}),
     ],
-    ids=["files", "documents", "documents of two files", "split", "dataset"],
+    ids=["files", "documents", "documents of two files", "split", "dataset", "mixture"],
 )
 def test_other_documents_of_a_text_may_be_trained_on(calibrated, evaluated):
     recipes = {"mine": {"method": "nowag", "refine": {}, "tune": {}}}
@@ -281,12 +285,40 @@ def test_a_recipe_that_compresses_is_not_called_dense():
         ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
         ({"samples": True, **TEXT}, "samples: goes with tasks"),
         ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
+        ({"text": {"mixture": [TEXT["text"], TEXT["text"]]}}, "text: a mixture is for calibration; name each"),
     ],
-    ids=["nothing", "built", "text", "sequences", "samples", "variable"],
+    ids=["nothing", "built", "text", "sequences", "samples", "variable", "mixture"],
 )
 def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
     with pytest.raises(ArmorError, match=said):
         parse_settings(EvaluationSettings, evaluation)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ({"mixture": [TEXT["text"]]}, "text.mixture: List should have at least 2 items"),
+        ({"mixture": [TEXT["text"], {}]}, "text.mixture.1: expected exactly one of dataset, files, package, mixture"),
+        ({"mixture": [{"flies": ["words.txt"]}] * 2}, "text.mixture.0.flies: unknown key; did you mean files?"),
+        ({"mixture": [TEXT["text"]] * 2, "documents": [0, 5]}, "text: documents: goes with each text of the mixture"),
+    ],
+    ids=["one", "empty", "key", "documents"],
+)
+def test_a_mixture_is_of_several_texts_which_have_their_own_settings(text, said):
+    with pytest.raises(ArmorError, match=re.escape(said)):
+        parse_settings(CalibrationSettings, {"text": text})
+
+
+def test_a_mixture_is_known_by_its_texts_and_their_files_wherever_they_are():
+    text = TextSettings(mixture=[TextSettings(files=["a/words.txt"]), TextSettings(dataset="c4", subset="en")])
+    assert text.called() == "words.txt, c4 en train in turn" and text.local_files() == ["a/words.txt"]
+    assert (
+        text.without_files()
+        == TextSettings.model_validate(
+            text.model_dump() | {"mixture": [{"files": ["b"]}, {"dataset": "c4", "subset": "en"}]}
+        ).without_files()
+    )
+    assert parse_settings(CalibrationSettings, CalibrationSettings(text=text).model_dump(mode="json")).text == text
 
 
 def test_a_setting_that_is_not_given_is_not_passed_on_so_that_a_new_one_reruns_no_layer():

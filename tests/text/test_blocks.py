@@ -94,6 +94,22 @@ def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):
         token_blocks(write(tmp_path / "b.txt", ""), tokenizer, 1, 4)
 
 
+def test_the_texts_of_a_mixture_take_turns(tmp_path, tokenizer):
+    texts = [write(tmp_path / f"{name}.txt", name * (100 - 20 * turn)) for turn, name in enumerate("abc")]
+    mixture = TextSettings(mixture=texts)
+
+    def read(count):
+        return tokenizer.batch_decode(token_blocks(mixture, tokenizer, count, 20))
+
+    assert read(5) == [letter * 20 for letter in "abcab"]
+    assert read(2) == ["a" * 20, "b" * 20]  # what has no turn is not read
+    assert read(None) == [letter * 20 for letter in "abc" * 3]
+    with pytest.raises(ArmorError, match=r"c\.txt: found 60 tokens in 1 documents, needed 4 x 20 = 80; "):
+        read(12)
+    nested = TextSettings(mixture=[mixture, texts[2]])
+    assert tokenizer.batch_decode(token_blocks(nested, tokenizer, 4, 20)) == [letter * 20 for letter in "acbc"]
+
+
 def test_rows_are_joined_as_they_are_empty_ones_too(tmp_path, tokenizer):
     rows = ["", " = Title = \n", "", ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n', ""]
     settings = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))

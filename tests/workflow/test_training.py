@@ -30,18 +30,24 @@ TARGETS = [
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
     """A run of recipes that start from one another, up to their checkpoints."""
+    more = tmp_path_factory.mktemp("text") / "more.txt"
+    more.write_text("a text of a few words. " * 20)
+    mixed = {"text": {"mixture": [config["calibrations"]["words"]["text"], {"files": [str(more)]}]}}
+    calibrations = config["calibrations"] | {"mixed": mixed | {"sequences": 4, "sequence_length": 32}}
+    armor = config["recipes"]["armor"] | {"calibration": "words"}
     training = {"steps": 8, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     recipes = {
-        "armor": dict(config["recipes"]["armor"]),
+        "armor": armor,
         "refined": {"base": "armor", "refine": dict(training)},
         "chained": {"base": "armor", "refine": training | {"inputs": "compressed"}},
-        "tuned": {"base": "refined", "tune": dict(training)},
+        "tuned": {"base": "refined", "tune": training | {"calibration": "mixed"}},
         "both": {"base": "armor", "refine": dict(training), "quantize": {}, "tune": dict(training)},
         "integers": {"base": "tuned", "quantize": {"overrides": [{"layers": [1], "core": "int4"}]}},
-        "pruned": {"method": "nowag", "refine": dict(training)},
-        "bits": config["recipes"]["armor"] | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},
+        "pruned": {"method": "nowag", "calibration": "words", "refine": dict(training)},
+        "bits": armor | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},
     }
-    run = Run(tmp_path_factory.mktemp("trained"), {**config, "recipes": recipes, "benchmarks": {}})
+    changes = {"calibrations": calibrations, "recipes": recipes, "benchmarks": {}}
+    run = Run(tmp_path_factory.mktemp("trained"), {**config, **changes})
     done = run.snakemake("--", *TARGETS)
     assert done.returncode == 0, done.stderr + done.stdout
     return run
@@ -117,6 +123,18 @@ def test_an_edit_reruns_what_it_touches(trained, edit):
     assert asked(trained, edited) == expected
     others = ("states", "refined", "assemble")
     assert explained(trained, edited) == {key: n for key, n in expected.items() if key not in others}
+
+
+def test_an_edit_to_a_text_of_a_mixture_tunes_anew(trained):
+    (file,) = trained.config["calibrations"]["mixed"]["text"]["mixture"][1]["files"]
+    text = Path(file).read_text()
+    try:
+        Path(file).write_text(text.replace("few", "dozen"))
+        assert asked(trained) == {"tune": 1, "quantize": LAYERS, "assemble": 2}
+        assert explained(trained, trained.config) == {"tune": 1, "quantize": LAYERS}
+    finally:
+        Path(file).write_text(text)
+    assert asked(trained) == explained(trained, trained.config) == {}
 
 
 def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
