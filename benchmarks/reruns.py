@@ -57,7 +57,11 @@ OTHERS = {
 NEW = [{"modules": "*.o_proj", "layers": [index]} for index in range(2)]
 """For methods that are not among them yet."""
 TEXT_EDITS = {
-    "text": ({"dataset": "some/text"}, {"package": "words==1.0", "file": "words/some.txt"}),
+    "text": (
+        {"dataset": "some/text"},
+        {"package": "words==1.0", "file": "words/some.txt"},
+        {"mixture": [{"files": ["README.md"]}, {"files": ["LICENSE"]}]},
+    ),
     "text.files": ["README.md"],
     "text.subset": "en",
     "text.split": "test",
@@ -220,9 +224,9 @@ def edits(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def settings_of(kind: type[Typed]) -> Iterator[str]:
-    """The settings of a type and of its parts, as in `recipes.*.overrides.*.rank`."""
+    """The settings of a type and of its parts, as in `recipes.*.overrides.*.rank`; parts of its own type add none."""
     for name, field in kind.model_fields.items():
-        parts = list(parts_of(field.annotation))
+        parts = [(path, part) for path, part in parts_of(field.annotation) if part is not kind]
         yield from () if parts else (name,)
         for path, part in parts:
             yield from (".".join((name, *path, rest)) for rest in settings_of(part))

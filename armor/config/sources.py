@@ -60,7 +60,7 @@ class TextSettings(Typed):
     file: str | None = None
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     mixture: list[TextSettings] | None = Field(default=None, min_length=2)
-    """Texts that take turns, a sequence of each: for calibration and training."""
+    """Texts that take turns, a sequence of each (for tasks that are built from them a document), until one ends."""
     documents: tuple[int, int | None] = (0, None)
     """The first document to use and the first not to use, counted from 0; null: to the end."""
     separator: str = "\n\n"

@@ -13,7 +13,7 @@ import lzma
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,8 +37,12 @@ def describe(settings: TextSettings) -> str:
 def documents(settings: TextSettings) -> Iterator[str]:
     """The documents of a text source, one by one, those in `settings.documents` only, without stubs of articles.
 
-    The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects).
+    The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects). The texts of a
+    mixture take turns, until one has no more.
     """
+    if settings.mixture:
+        yield from chain.from_iterable(zip(*map(documents, settings.mixture), strict=False))
+        return
     stream: Iterator[Any]
     if settings.dataset is not None:
         stream = _dataset(settings)

@@ -285,9 +285,8 @@ def test_a_recipe_that_compresses_is_not_called_dense():
         ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
         ({"samples": True, **TEXT}, "samples: goes with tasks"),
         ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
-        ({"text": {"mixture": [TEXT["text"], TEXT["text"]]}}, "text: a mixture is for calibration; name each"),
     ],
-    ids=["nothing", "built", "text", "sequences", "samples", "variable", "mixture"],
+    ids=["nothing", "built", "text", "sequences", "samples", "variable"],
 )
 def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
     with pytest.raises(ArmorError, match=said):
