@@ -7,7 +7,7 @@ import pytest
 from armor.assemble.export import export
 from armor.serve.check import check
 from armor.serve.families import SERVED
-from tests.vllm.served import APART, BOUND, FAMILIES, answers, checkpoint, difference, expected, served
+from tests.vllm.served import APART, BOUND, BOUNDS, FAMILIES, answers, checkpoint, difference, expected, served
 
 
 def test_every_family_that_is_served_has_a_model_here():
@@ -23,7 +23,7 @@ def test_log_probabilities_are_those_of_transformers(family, tmp_path):
     with served(folder) as llm:
         found = difference(llm, references)
     print(f"{family}: {found:.1e}")
-    assert found < (2 if family == "Granite MoE" else 1) * BOUND  # 1.1e-5 on a CPU with AMX
+    assert found < BOUNDS.get(family, BOUND)
 
 
 @pytest.mark.parametrize("family", APART)
