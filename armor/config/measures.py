@@ -62,6 +62,8 @@ class EvaluationSettings(Typed):
             raise ValueError("options: goes with an engine")
         if (self.tasks is None or built) and self.text is None:
             raise ValueError(f"text: not given; {', '.join(sorted(built)) or 'perplexity'} needs one; or name tasks")
+        if built and self.text and self.text.mixture:
+            raise ValueError(f"text: a mixture is for sequences; {', '.join(sorted(built))} needs a single text")
         if self.tasks and not built and (self.text or self.items):
             raise ValueError(f"text and items go with {' and '.join(BUILT_TASKS)}, which are built from it")
         return self

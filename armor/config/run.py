@@ -16,9 +16,9 @@ from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
 from armor.config.report import ReportPair, ReportSettings
 from armor.config.sample import Sample, SensitivityJob
-from armor.config.sources import CalibrationSettings, ModelSettings
+from armor.config.sources import CalibrationSettings, ModelSettings, overlap
 from armor.config.tasks import asked_tasks
-from armor.config.training import RefineJob, TuneJob, overlap
+from armor.config.training import RefineJob, TuneJob
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ from pydantic import Field, model_validator
 from armor.config.common import Dtype, LocalPath, as_list, exactly_one
 from armor.core.typed import Typed
 
-__all__ = ["CalibrationSettings", "ModelSettings", "TextSettings"]
+__all__ = ["CalibrationSettings", "ModelSettings", "TextSettings", "overlap"]
 
 
 class ModelSettings(Typed):
@@ -60,7 +62,7 @@ class TextSettings(Typed):
     file: str | None = None
     """The file within the package: text, JSON lines, or a MediaWiki export (.xml); also compressed (.bz2, .gz)."""
     mixture: list[TextSettings] | None = Field(default=None, min_length=2)
-    """Texts that take turns, a sequence of each (for tasks that are built from them a document), until one ends."""
+    """Texts that take turns, a sequence of each."""
     documents: tuple[int, int | None] = (0, None)
     """The first document to use and the first not to use, counted from 0; null: to the end."""
     separator: str = "\n\n"
@@ -71,10 +73,11 @@ class TextSettings(Typed):
     @model_validator(mode="after")
     def _check(self) -> TextSettings:
         exactly_one(self, "dataset", "files", "package", "mixture")
-        _check_package(self)
-        own = [key for key in TextSettings.model_fields if key != "mixture"] if self.mixture else []
-        if given := [key for key in own if getattr(self, key) != TextSettings.model_fields[key].default]:
+        if self.mixture and (given := [key for key in self.model_dump(exclude_defaults=True) if key != "mixture"]):
             raise ValueError(f"{given[0]}: goes with each text of the mixture")
+        if any(_share(one, other) for one, other in combinations(self.parts(), 2)):
+            raise ValueError("mixture: two of its texts share documents; keep them apart by documents")
+        _check_package(self)
         start, stop = self.documents
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"documents: expected [start, stop] with 0 <= start < stop, found [{start}, {stop}]")
@@ -91,15 +94,48 @@ class TextSettings(Typed):
         """The same text wherever its files are."""
         if self.mixture:
             return self.replace(mixture=[part.without_files() for part in self.mixture])
-        return self.replace(files=None)
+        return self.replace(files=self.files and [""] * len(self.files))
 
     def called(self) -> str:
         """Its name where it is published: the dataset, the file of the package, or the files, without folders."""
         if self.mixture:
-            return f"{', '.join(part.called() for part in self.mixture)} in turn"
+            return f"{' / '.join(part.called() for part in self.mixture)} in turn"
         if self.dataset is not None:
             return " ".join(filter(None, (self.dataset, self.subset, self.split)))
         return ", ".join(Path(file).name for file in self.files or [self.file or ""])
+
+
+def overlap(one: TextSettings, other: TextSettings) -> bool:
+    """Whether two texts share a document: the same file, package or split, and document numbers of both.
+
+    Slices of one split count as shared: how many rows it has is not known here.
+    """
+    return any(_share(mine, theirs) for mine in one.parts() for theirs in other.parts())
+
+
+def _share(one: TextSettings, other: TextSettings) -> bool:
+    if one.files and other.files:
+        mine, theirs = ([os.path.realpath(file) for file in text.files or ()] for text in (one, other))
+        if not set(mine) & set(theirs):
+            return False
+        if mine != theirs:  # the numbers count through all files
+            return True
+    elif _place(one) != _place(other):
+        return False
+    if one.dataset and one.split != other.split:  # the numbers count through each slice
+        mine, theirs = _splits(one), _splits(other)
+        return "all" in mine | theirs or bool(mine & theirs)
+    (a, b), (c, d) = one.documents, other.documents
+    return (d is None or a < d) and (b is None or c < b)
+
+
+def _splits(text: TextSettings) -> set[str]:
+    """The splits of a dataset: train and test, of train[:10%]+test."""
+    return {part.partition("[")[0].strip() for part in text.split.split("+")}
+
+
+def _place(text: TextSettings) -> tuple[object, ...]:
+    return text.files, text.package, text.file, text.dataset, text.subset
 
 
 def _check_package(settings: Any) -> None:

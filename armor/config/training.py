@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from armor.config.common import Name
 from armor.config.sample import Sample
-from armor.config.sources import TextSettings
 from armor.core.typed import Typed
 
 __all__ = [
@@ -18,7 +16,6 @@ __all__ = [
     "TrainingSettings",
     "TuneJob",
     "TuneSettings",
-    "overlap",
 ]
 
 
@@ -110,36 +107,3 @@ def _check_count(sample: Sample, settings: TrainingSettings) -> None:
             f"sample.sequences: found {sample.sequences}, expected {wanted}: {settings.sequences} to train on, then "
             f"{settings.held_out} that are held out"
         )
-
-
-def overlap(one: TextSettings, other: TextSettings) -> bool:
-    """Whether two texts share a document: the same file, package or split, and document numbers of both.
-
-    Slices of one split count as shared: how many rows it has is not known here.
-    """
-    return any(_share(mine, theirs) for mine in one.parts() for theirs in other.parts())
-
-
-def _share(one: TextSettings, other: TextSettings) -> bool:
-    if one.files and other.files:
-        mine, theirs = ([os.path.realpath(file) for file in text.files or ()] for text in (one, other))
-        if not set(mine) & set(theirs):
-            return False
-        if mine != theirs:  # the numbers count through all files
-            return True
-    elif _place(one) != _place(other):
-        return False
-    if one.dataset and one.split != other.split:  # the numbers count through each slice
-        mine, theirs = _splits(one), _splits(other)
-        return "all" in mine | theirs or bool(mine & theirs)
-    (a, b), (c, d) = one.documents, other.documents
-    return (d is None or a < d) and (b is None or c < b)
-
-
-def _splits(text: TextSettings) -> set[str]:
-    """The splits of a dataset: train and test, of train[:10%]+test."""
-    return {part.partition("[")[0].strip() for part in text.split.split("+")}
-
-
-def _place(text: TextSettings) -> tuple[object, ...]:
-    return text.files, text.package, text.file, text.dataset, text.subset

@@ -13,7 +13,7 @@ import lzma
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ __all__ = ["describe", "documents"]
 def describe(settings: TextSettings) -> str:
     """The source of a text, for messages."""
     if settings.mixture:
-        return f"{', '.join(map(describe, settings.mixture))} in turn"
+        return f"{' / '.join(map(describe, settings.mixture))} in turn"
     if settings.files:
         return ", ".join(settings.files)
     return settings.called() if settings.dataset else f"{settings.package} {settings.file}"
@@ -37,12 +37,8 @@ def describe(settings: TextSettings) -> str:
 def documents(settings: TextSettings) -> Iterator[str]:
     """The documents of a text source, one by one, those in `settings.documents` only, without stubs of articles.
 
-    The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects). The texts of a
-    mixture take turns, until one has no more.
+    The numbers count files, JSON lines, rows, or articles (pages that are articles and no redirects).
     """
-    if settings.mixture:
-        yield from chain.from_iterable(zip(*map(documents, settings.mixture), strict=False))
-        return
     stream: Iterator[Any]
     if settings.dataset is not None:
         stream = _dataset(settings)

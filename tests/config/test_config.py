@@ -176,6 +176,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
 
 
 BOTH = {"files": ["words.txt", "more.txt"]}
+SEVERAL = [TEXT["text"], {"files": ["more.txt"], "documents": [0, 1]}]
 
 
 @pytest.mark.parametrize(
@@ -281,12 +282,13 @@ def test_a_recipe_that_compresses_is_not_called_dense():
     [
         ({}, "text: not given; perplexity needs one; or name tasks"),
         ({"tasks": ["last_word"]}, "text: not given; last_word needs one"),
+        ({"tasks": ["last_word"], "text": {"mixture": SEVERAL}}, "text: a mixture is for sequences; last_word needs a"),
         ({"tasks": ["mmlu"], **TEXT}, "text and items go with last_word and continuation"),
         ({"tasks": ["mmlu"], "sequences": 3}, "sequences: goes with perplexity on a text"),
         ({"samples": True, **TEXT}, "samples: goes with tasks"),
         ({"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
     ],
-    ids=["nothing", "built", "text", "sequences", "samples", "variable"],
+    ids=["nothing", "built", "mixture", "text", "sequences", "samples", "variable"],
 )
 def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
     with pytest.raises(ArmorError, match=said):
@@ -299,9 +301,12 @@ def test_an_evaluation_is_perplexity_on_a_text_or_tasks(evaluation, said):
         ({"mixture": [TEXT["text"]]}, "text.mixture: List should have at least 2 items"),
         ({"mixture": [TEXT["text"], {}]}, "text.mixture.1: expected exactly one of dataset, files, package, mixture"),
         ({"mixture": [{"flies": ["words.txt"]}] * 2}, "text.mixture.0.flies: unknown key; did you mean files?"),
-        ({"mixture": [TEXT["text"]] * 2, "documents": [0, 5]}, "text: documents: goes with each text of the mixture"),
+        ({"mixture": SEVERAL, "documents": [0, 5]}, "text: documents: goes with each text of the mixture"),
+        ({"mixture": SEVERAL, "file": "words.txt"}, "text: file: goes with each text of the mixture"),
+        ({"mixture": [*SEVERAL, TEXT["text"]]}, "text: mixture: two of its texts share documents"),
+        ({"mixture": [{"mixture": SEVERAL}, TEXT["text"]]}, "text: mixture: two of its texts share documents"),
     ],
-    ids=["one", "empty", "key", "documents"],
+    ids=["one", "empty", "key", "documents", "file", "twice", "nested"],
 )
 def test_a_mixture_is_of_several_texts_which_have_their_own_settings(text, said):
     with pytest.raises(ArmorError, match=re.escape(said)):
@@ -309,14 +314,15 @@ def test_a_mixture_is_of_several_texts_which_have_their_own_settings(text, said)
 
 
 def test_a_mixture_is_known_by_its_texts_and_their_files_wherever_they_are():
-    text = TextSettings(mixture=[TextSettings(files=["a/words.txt"]), TextSettings(dataset="c4", subset="en")])
-    assert text.called() == "words.txt, c4 en train in turn" and text.local_files() == ["a/words.txt"]
-    assert (
-        text.without_files()
-        == TextSettings.model_validate(
-            text.model_dump() | {"mixture": [{"files": ["b"]}, {"dataset": "c4", "subset": "en"}]}
-        ).without_files()
-    )
+    def mixture(*files):
+        parts = [TextSettings(files=list(part)) for part in files]
+        return TextSettings(mixture=[*parts, TextSettings(dataset="c4", subset="en")])
+
+    text = mixture(["a/one.txt", "a/two.txt"], ["a/three.txt"])
+    assert text.called() == "one.txt, two.txt / three.txt / c4 en train in turn"
+    assert text.local_files() == ["a/one.txt", "a/two.txt", "a/three.txt"]
+    assert text.without_files() == mixture(["b/one.txt", "b/two.txt"], ["b/three.txt"]).without_files()
+    assert text.without_files() != mixture(["a/one.txt"], ["a/two.txt", "a/three.txt"]).without_files()
     assert parse_settings(CalibrationSettings, CalibrationSettings(text=text).model_dump(mode="json")).text == text
 
 

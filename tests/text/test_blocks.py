@@ -106,9 +106,7 @@ def test_the_texts_of_a_mixture_take_turns(tmp_path, tokenizer):
     assert read(None) == [letter * 20 for letter in "abc" * 3]
     with pytest.raises(ArmorError, match=r"c\.txt: found 60 tokens in 1 documents, needed 4 x 20 = 80; "):
         read(12)
-    assert list(documents(mixture)) == ["a" * 100, "b" * 80, "c" * 60]
-    assert list(documents(TextSettings(mixture=[texts[0], TextSettings(files=["LICENSE"], documents=(1, None))]))) == []
-    nested = TextSettings(mixture=[mixture, texts[2]])
+    nested = TextSettings(mixture=[TextSettings(mixture=texts[:2]), texts[2]])
     assert tokenizer.batch_decode(token_blocks(nested, tokenizer, 4, 20)) == [letter * 20 for letter in "acbc"]
 
 

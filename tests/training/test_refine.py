@@ -18,6 +18,7 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
+from armor.config.sources import TextSettings
 from armor.config.training import RefineJob, RefineSettings, TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
@@ -32,7 +33,7 @@ from armor.runtime.calls import observe_each
 from armor.runtime.filling import load_outside
 from armor.runtime.load import load_model
 from armor.runtime.skeleton import open_skeleton, tensors_of
-from armor.training.refine import output_error
+from armor.training.refine import output_error, refine_layer
 from armor.training.refined import sum_up
 from armor.training.states import make_states, pass_on
 from tests.memory import NoRoom, card_of
@@ -285,6 +286,33 @@ def test_a_layer_that_stays_dense_passes_through(tmp_path):
         load_file(tmp_path / "refined/layer_0.safetensors").keys()
         == read_others(tmp_path / "refined/layer_0.safetensors").keys()
     )
+
+
+def test_states_of_a_mixture_serve_wherever_its_files_are_but_no_other_mixture(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    names = ("one.txt", "two.txt", "three.txt")
+    text = (root / "text.txt").read_text()
+    for folder in (tmp_path, copy):
+        for index, name in enumerate(names):
+            (folder / name).write_text(text[index * 100 :])
+
+    def job(folder, *groups):
+        mixture = [TextSettings(files=[str(folder / name) for name in group]) for group in groups]
+        asked = refine_job(copy)
+        return asked.replace(sample=asked.sample.replace(text=TextSettings(mixture=mixture)))
+
+    def refined_on(asked):
+        own = (copy / "layers" / file, copy / "states.json", copy / "calibration" / file)
+        return refine_layer(*opened(copy), 0, *own, asked, tmp_path / file)
+
+    file = "layer_0.safetensors"
+    asked = job(copy, names[:2], names[2:])
+    make_states(*opened(copy), asked.sample, copy / "states.json")
+    (done,) = refined_on(asked).training
+    assert done.text == "one.txt, two.txt / three.txt in turn"
+    assert refined_on(job(tmp_path, names[:2], names[2:])).training[0].loss == done.loss
+    with pytest.raises(ArmorError, match="of another text than is asked for; delete it"):
+        refined_on(job(copy, names[:1], names[1:]))
 
 
 def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
