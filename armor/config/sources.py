@@ -135,7 +135,10 @@ def _splits(text: TextSettings) -> set[str]:
 
 
 def _place(text: TextSettings) -> tuple[object, ...]:
-    return text.files, text.package, text.file, text.dataset, text.subset
+    """What two texts have alike if they are of one place; a version of a package has the text of the others."""
+    package = text.package and text.package.partition("==")[0]
+    dataset = os.path.realpath(text.dataset) if text.dataset and os.path.isdir(text.dataset) else text.dataset
+    return text.files, package, text.file, dataset, text.subset
 
 
 def _check_package(settings: Any) -> None:

@@ -35,7 +35,7 @@ class Blocks:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the tokens: of the text as it was read, whatever becomes of its files."""
+        """The SHA-256 of the tokens, not of how they are cut: of the text as read, whatever becomes of its files."""
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
 

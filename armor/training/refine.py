@@ -252,7 +252,7 @@ class _Chain:
         return self.refined / f".states_{index}.safetensors" if index else states_file(self.dense, 0)
 
     def about(self, index: int) -> str:
-        return combined([self.known.text_fingerprint, *self.before[:index]])
+        return combined([self.known.text_fingerprint, str(self.known.length), *self.before[:index]])
 
     def first(self, layer: int) -> int:
         """The last layer up to `layer` whose states are there."""

@@ -51,7 +51,7 @@ def make_states(
     tokens = text.tokens
     made = made_by(__name__, sample, {Input.MODEL: source.fingerprint, Input.TEXT: text.fingerprint})
     count = len(topology.layers)
-    work = {"fingerprint": source.fingerprint, "text": text.fingerprint, "dtype": str(dtype)}
+    work = {"fingerprint": source.fingerprint, "text": text.fingerprint, "length": text.length, "dtype": str(dtype)}
     with resumable(output, __name__, device, **work) as steps:
         part = steps.folder / "states"
         part.mkdir(exist_ok=True)

@@ -236,7 +236,7 @@ def make_trainable(
     for name, parameter in layer.named_parameters():
         full, last = f"{prefix}.{name}", name.rpartition(".")[2]
         is_own = parameter.dim() == 1 and full in dtypes
-        if is_own and last in ("weight", "bias"):  # of norms and linears, whatever the family calls them
+        if is_own and last in ("weight", "bias"):  # of norms, linears, convolutions
             if full in others:
                 parameter.data.copy_(others[full])
             parameter.requires_grad_(True)

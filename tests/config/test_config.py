@@ -167,10 +167,20 @@ def test_a_budget_leaves_alone_what_an_override_decides():
         ({"budget": {"over": [{}]}}, "budget.bits: Field required"),
         ({"budget": {"bits": 11.5, "over": [{"solver": {}}]}}, "budget.over.0.solver: unknown key"),
         ({"budget": {"bits": 11.5, "over": [{"method": "sparsegpt"}]}}, "sparsegpt needs the Gram matrices"),
+        ({"gptq": {}}, "gptq: goes with the method gptq, which this recipe does not name"),
+        ({"base": "nowag"}, "base: goes with refine, quantize or tune"),
+        ({"base": "nowag", "method": "wanda", "tune": {}}, "method: is what the base says; leave it out"),
+        ({"base": "mine", "tune": {}}, "base: mine -> mine: goes round in a circle"),
+        ({"base": "none", "tune": {}}, "base: 'none' is not defined"),
+        ({"base": "dense", "tune": {}}, "tune: a dense recipe has no factors"),
+        ({"base": "int8", "tune": {}}, "base: int8 has int8's integers of whole weights"),
+        ({"base": "rounded", "quantize": {}}, "quantize: rounded, from which it starts, is quantized already"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
-    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
+    others = {name: {"method": name} for name in ("dense", "nowag", "int8")}
+    others["rounded"] = {"base": "nowag", "quantize": {}}
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe, **others}}
     with pytest.raises(ArmorError, match=f"recipes.mine.*{said}"):
         parse_settings(Config, value)
 
@@ -191,8 +201,13 @@ SEVERAL = [TEXT["text"], {"files": ["more.txt"], "documents": [0, 1]}]
         ({"dataset": "wikitext", "split": "train[:9%]"}, {"text": {"dataset": "wikitext", "split": "test+train[9%:]"}}),
         ({"dataset": "wikitext", "split": "all"}, {"text": {"dataset": "wikitext", "split": "test"}}),
         ({"mixture": [{"dataset": "wikitext"}, TEXT["text"]]}, TEXT),
+        ({"package": "words==1.0", "file": "a.txt"}, {"text": {"package": "words==1.1", "file": "a.txt"}}),
+        ({"dataset": "."}, {"text": {"dataset": os.getcwd()}}),
     ],
-    ids=["the same", "documents", "files", "tasks", "dataset", "paths", "slices", "all splits", "mixture"],
+    ids=[
+        *("the same", "documents", "files", "tasks", "dataset", "paths", "slices", "all splits", "mixture"),
+        *("another version", "a folder's names"),
+    ],
 )
 @pytest.mark.parametrize("runs", [None, ["later"]], ids=["each is evaluated", "what starts from it is"])
 def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated, runs):

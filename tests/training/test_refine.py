@@ -29,6 +29,8 @@ from armor.format.shards import Shards
 from armor.format.states import write_states
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
+from armor.model.inspect import inspect
+from armor.model.source import open_source
 from armor.runtime.calls import observe_each
 from armor.runtime.filling import load_outside
 from armor.runtime.load import load_model
@@ -37,8 +39,8 @@ from armor.training.refine import output_error, refine_layer
 from armor.training.refined import sum_up
 from armor.training.states import make_states, pass_on
 from tests.memory import NoRoom, card_of
-from tests.packed import opened, quantized
-from tests.tiny import FAMILIES, tiny_model
+from tests.packed import edit_tensors, opened, quantized
+from tests.tiny import FAMILIES, tiny_model, tiny_text
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
 NEAR = 1e-2
@@ -340,9 +342,16 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
         long = sample(root).model_copy(update={"sequence_length": 500})
         make_states(*opened(root), long, tmp_path / "states.json")
     other = ready(tmp_path / "other", seed=1)
+    StatesRecord.read(other / "states.json").write(copy / "states.json")
+    with pytest.raises(ArmorError, match="states.json: of another model than .*; run armor states again"):
+        refined(copy, 0, tmp_path)
+    states.replace(sequences=6).write(copy / "states.json")
+    with pytest.raises(ArmorError, match="found 6 sequences, expected 8 with the held-out ones; run armor states"):
+        refined(copy, 0, tmp_path)
+    states.write(copy / "states.json")
     shutil.rmtree(copy / "layers")
     shutil.copytree(other / "layers", copy / "layers")
-    with pytest.raises(ArmorError, match="of another model"):
+    with pytest.raises(ArmorError, match="layers/layer_0.safetensors: factors of another model"):
         refined(copy, 0, tmp_path)
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
 
@@ -360,6 +369,29 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
     with pytest.raises(ArmorError, match="hidden states need .* GB on this disk, 1e-06 GB are free"):
         make_states(*opened(root), sample(root), tmp_path / "states.json")
     assert not any(tmp_path.iterdir())
+
+
+def test_states_that_overflow_are_named_by_layer_and_sequence(tmp_path):
+    tiny_model(tmp_path / "source", layers=2)
+    edit_tensors(tmp_path / "source", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38))
+    inspect(open_source(tmp_path / "source"), tmp_path / "model.json")
+    (tmp_path / "text.txt").write_text(tiny_text())
+    with pytest.raises(ArmorError, match=r"model.layers.1: its output holds NaN or infinity on sequence 0; the"):
+        make_states(*opened(tmp_path), sample(tmp_path), tmp_path / "states.json")
+
+
+def test_states_of_the_same_text_in_other_lengths_are_made_anew(root, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    output, wanted = tmp_path / "states.json", sample(root)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("armor.training.states.pass_on", interrupted)
+        make_states(*opened(root), wanted.replace(sequences=16, sequence_length=24), output)
+    make_states(*opened(root), wanted, output)
+    for file in ("tokens", "layer_0", "layer_2"):
+        made, expected = ((folder / f"states/{file}.safetensors").read_bytes() for folder in (tmp_path, root))
+        assert made == expected
 
 
 def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypatch):

@@ -14,12 +14,14 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.sensitivity import read_sensitivities
 from armor.format.statistics import read_statistics
 from armor.methods.nowag import nowag
+from armor.model.inspect import inspect
+from armor.model.source import open_source
 from armor.training import states
 from armor.training.sensitivity import drawn, measure_sensitivity
 from armor.training.states import pass_on
 from tests.killed import SAVED, killed_everywhere
-from tests.packed import opened
-from tests.tiny import SHARING
+from tests.packed import edit_tensors, opened
+from tests.tiny import SHARING, tiny_model, tiny_text
 from tests.training.trained import ready, sample
 
 SEQUENCES = 3
@@ -108,6 +110,15 @@ def test_interrupted_in_the_forward_pass_it_goes_on_there(root, tmp_path, monkey
         measured(root, tmp_path / "words.json")
     measured(root, tmp_path / "words.json")
     assert passed == [0, 1, 1]
+
+
+def test_gradients_that_overflow_are_named_by_module(tmp_path):
+    tiny_model(tmp_path / "source", layers=2)
+    edit_tensors(tmp_path / "source", lambda tensors: tensors["lm_head.weight"].fill_(3e38))
+    inspect(open_source(tmp_path / "source"), tmp_path / "model.json")
+    (tmp_path / "text.txt").write_text(tiny_text())
+    with pytest.raises(ArmorError, match=r"model.layers.1.*_proj: the gradient of its weight holds NaN or infinity"):
+        measured(tmp_path, tmp_path / "words.json")
 
 
 def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):

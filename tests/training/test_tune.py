@@ -191,6 +191,15 @@ def test_a_host_that_is_too_small_beside_a_gpu_is_refused(root, tmp_path, monkey
     assert not any(tmp_path.iterdir())
 
 
+def test_devices_that_are_too_small_together_are_refused(root, tmp_path, monkeypatch):
+    card_of(monkeypatch, 1_000_000)
+    monkeypatch.setattr(whole, "leased", lambda _: ["cuda:0", "cuda:1"])
+    said = "about .* GB, on the fullest of 2 devices; the smallest has 0.0 GB; refine its layers instead"
+    with pytest.raises(ArmorError, match=said):
+        tuned(root, tmp_path, device="cuda:0")
+    assert not any(tmp_path.iterdir())
+
+
 def test_out_of_memory_is_one_line(root, tmp_path):
     with (
         NoRoom(lambda name, _: name == "silu_backward"),
