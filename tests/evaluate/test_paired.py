@@ -12,7 +12,7 @@ from armor.core.errors import ArmorError
 from armor.evaluate.tasks import evaluate_tasks
 from armor.format.records.evaluation import TaskRecord
 from benchmarks.paired import compare, difference
-from benchmarks.tasks import written
+from benchmarks.tasks import drawn, written
 from tests.evaluate.test_carried_tasks import PROMPTS, ROWS
 from tests.tiny import tiny_model
 
@@ -24,7 +24,7 @@ def evaluated(tmp_path):
     def answers(seed, items=9):
         place = tmp_path / f"{items}"
         place.mkdir(exist_ok=True)
-        file = written("arc_easy", PROMPTS / "arc/arc_easy.yaml", Dataset.from_list(ROWS), items, place)
+        file = written("arc_easy", PROMPTS / "arc/arc_easy.yaml", drawn(Dataset.from_list(ROWS), items), place)
         asked = EvaluationSettings.model_validate({"tasks": [str(file)], "samples": True})
         output = tmp_path / f"{seed}-{items}" / "mine.json"
         evaluate_tasks(tiny_model(tmp_path / f"model{seed}", seed=seed), asked, output)

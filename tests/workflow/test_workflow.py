@@ -193,9 +193,11 @@ def test_examples_dry_run_on_a_stand_in(run, tmp_path, monkeypatch, file):
     """Every example passes the check, and plans its jobs once its model is there; a tiny one stands in."""
     for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED"):
         monkeypatch.setenv(folder, "/data")
-    monkeypatch.setenv("TASKS", str(tmp_path))
+    for folder in ("TASKS", "MIXTURE"):
+        monkeypatch.setenv(folder, str(tmp_path))
     config = load_config(file)
     for task in (task for evaluation in config.evaluations.values() for task in evaluation.task_files()):
+        Path(task).parent.mkdir(exist_ok=True)
         Path(task).touch()
     for model in config.models:
         folder = tmp_path / "results" / model
