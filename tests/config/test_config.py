@@ -92,7 +92,7 @@ def test_a_benchmark_behind_a_server_is_another_stage():
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED", "TASKS"):
+    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED", "TASKS", "MIXTURE"):
         monkeypatch.setenv(folder, "/data")
     config = load_config(file)
     text = yaml.safe_dump(config.report_settings().config)
@@ -186,6 +186,7 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
 
 
 BOTH = {"files": ["words.txt", "more.txt"]}
+WORDS = {"package": "words==1.0", "file": "a.txt"}
 SEVERAL = [TEXT["text"], {"files": ["more.txt"], "documents": [0, 1]}]
 
 
@@ -201,7 +202,7 @@ SEVERAL = [TEXT["text"], {"files": ["more.txt"], "documents": [0, 1]}]
         ({"dataset": "wikitext", "split": "train[:9%]"}, {"text": {"dataset": "wikitext", "split": "test+train[9%:]"}}),
         ({"dataset": "wikitext", "split": "all"}, {"text": {"dataset": "wikitext", "split": "test"}}),
         ({"mixture": [{"dataset": "wikitext"}, TEXT["text"]]}, TEXT),
-        ({"package": "words==1.0", "file": "a.txt"}, {"text": {"package": "words==1.1", "file": "a.txt"}}),
+        (WORDS | {"documents": [0, 5]}, {"text": WORDS | {"package": "words==1.1", "documents": [5, None]}}),
         ({"dataset": "."}, {"text": {"dataset": os.getcwd()}}),
     ],
     ids=[

@@ -95,7 +95,8 @@ def test_a_question_of_bbh_has_the_examples_of_its_subject(tmp_path):
     }
     for subject, question in asked.items():
         prompt = f"About it.\n\nQ: Another?\nA: Yes.\n\nQ: {question}\nA: Let's think step by step."
-        (folder / f"{subject}.jsonl").write_text(json.dumps({"question": prompt, "label": ["No"], "options": None}))
+        line = json.dumps({"question": prompt, "label": ["No"], "options": None})
+        (folder / f"{subject}.jsonl").write_text(f"{line}\n{line}\n")  # a few of BBH's are there twice
     shown = {"description": "{{examples}}", "fewshot_config": None, "num_fewshot": 0}
     file = written("bbh", prompts / "navigate.yaml", bbh(folder, prompts), tmp_path, "test", **shown)
     pooled = check_names([str(file)]).load(str(file))["tasks"]["bbh_local"]
