@@ -29,8 +29,6 @@ from armor.format.shards import Shards
 from armor.format.states import write_states
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
-from armor.model.inspect import inspect
-from armor.model.source import open_source
 from armor.runtime.calls import observe_each
 from armor.runtime.filling import load_outside
 from armor.runtime.load import load_model
@@ -39,7 +37,7 @@ from armor.training.refine import output_error, refine_layer
 from armor.training.refined import sum_up
 from armor.training.states import make_states, pass_on
 from tests.memory import NoRoom, card_of
-from tests.packed import edit_tensors, opened, quantized
+from tests.packed import edit_tensors, opened, prepared, quantized
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 from tests.training.trained import TRAINING, ready, refine_job, refined, sample
 
@@ -372,9 +370,8 @@ def test_states_are_the_models_own_and_a_full_disk_is_said_before(root, tmp_path
 
 
 def test_states_that_overflow_are_named_by_layer_and_sequence(tmp_path):
-    tiny_model(tmp_path / "source", layers=2)
-    edit_tensors(tmp_path / "source", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38))
-    inspect(open_source(tmp_path / "source"), tmp_path / "model.json")
+    too_large = partial(edit_tensors, change=lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38))
+    prepared(tmp_path, change=too_large)
     (tmp_path / "text.txt").write_text(tiny_text())
     with pytest.raises(ArmorError, match=r"model.layers.1: its output holds NaN or infinity on sequence 0; the"):
         make_states(*opened(tmp_path), sample(tmp_path), tmp_path / "states.json")

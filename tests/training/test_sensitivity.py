@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,14 +16,12 @@ from armor.format.records.sensitivity import SensitivityRecord
 from armor.format.sensitivity import read_sensitivities
 from armor.format.statistics import read_statistics
 from armor.methods.nowag import nowag
-from armor.model.inspect import inspect
-from armor.model.source import open_source
 from armor.training import states
 from armor.training.sensitivity import drawn, measure_sensitivity
 from armor.training.states import pass_on
 from tests.killed import SAVED, killed_everywhere
-from tests.packed import edit_tensors, opened
-from tests.tiny import SHARING, tiny_model, tiny_text
+from tests.packed import edit_tensors, opened, prepared
+from tests.tiny import SHARING, tiny_text
 from tests.training.trained import ready, sample
 
 SEQUENCES = 3
@@ -113,9 +113,7 @@ def test_interrupted_in_the_forward_pass_it_goes_on_there(root, tmp_path, monkey
 
 
 def test_gradients_that_overflow_are_named_by_module(tmp_path):
-    tiny_model(tmp_path / "source", layers=2)
-    edit_tensors(tmp_path / "source", lambda tensors: tensors["lm_head.weight"].fill_(3e38))
-    inspect(open_source(tmp_path / "source"), tmp_path / "model.json")
+    prepared(tmp_path, change=partial(edit_tensors, change=lambda tensors: tensors["lm_head.weight"].fill_(3e38)))
     (tmp_path / "text.txt").write_text(tiny_text())
     with pytest.raises(ArmorError, match=r"model.layers.1.*_proj: the gradient of its weight holds NaN or infinity"):
         measured(tmp_path, tmp_path / "words.json")
