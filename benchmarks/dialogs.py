@@ -32,6 +32,9 @@ QUESTION, ANSWER = 256, 768
 """The most tokens of each."""
 SHORTEST = 10
 """Characters of a question that is kept."""
+WHOLE = ["--no-enable-chunked-prefill", "--max-model-len", "2048"]
+"""No prompt is read in parts, for on a CPU vLLM 0.32 breaks down where one with a seed is. Without that a step of the
+server has room for all of its context, so that is no longer than a dialog needs."""
 
 
 class Template(NamedTuple):
@@ -90,7 +93,7 @@ def main(
     tokenizer = load_tokenizer(model)
     template = template_of(tokenizer, model)
     dtype = dtype_name(loaded_dtype(model))
-    with server(model, NAME, ["--dtype", dtype, *(options or [])]) as running:
+    with server(model, NAME, ["--dtype", dtype, *WHOLE, *(options or [])]) as running:
         found = dialogs(running.url, template, count, seed)
     with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in found)
