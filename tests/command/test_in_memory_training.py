@@ -14,7 +14,7 @@ from armor.format.factors import read_factors, read_others
 from armor.runtime.linear import ArmorLinear
 from tests.packed import SETTINGS
 from tests.tiny import FAMILIES, SHARING, tiny_model, tiny_text
-from tests.training.trained import LENGTH, TRAINING, ready, refined
+from tests.training.trained import LENGTH, TRAINING, ready, refined, tuned
 
 TOKENS = torch.arange(40).view(2, 20)
 RECIPE = {"block_size": 16, "solver": {"iterations": 2}}
@@ -45,6 +45,19 @@ def test_a_refined_model_is_that_of_the_stages(tmp_path, inputs):
             torch.testing.assert_close(layer.dense_weight(), factors.reconstruct(), rtol=1e-3, atol=1e-4)
         for name, tensor in read_others(root / f"refined/layer_{k}.safetensors").items():
             torch.testing.assert_close(model.get_parameter(name).data, tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_tuned_model_went_where_the_stage_goes(tmp_path):
+    root = ready(tmp_path, settings=SETTINGS)
+    model = compressed(root / "source", {**RECIPE, "tune": {**TRAINING, "rate": 3e-3}})
+    tuned(root, root / "tuned")
+    for k in range(2):
+        start, end = (read_factors(root / folder / f"layer_{k}.safetensors")[0] for folder in ("layers", "tuned/tuned"))
+        for name, factors in end.items():
+            layer, there = model.get_submodule(name), factors.reconstruct()
+            assert isinstance(layer, ArmorLinear)
+            off, gone = layer.dense_weight() - there, there - start[name].reconstruct()
+            assert 0 < gone.norm() and off.norm() < 0.05 * gone.norm()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SHARING])

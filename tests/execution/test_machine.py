@@ -4,8 +4,10 @@ import platform
 
 import psutil
 import pytest
+import torch
 
-from armor.execution.machine import _processor, host_memory_bytes
+from armor.core.errors import ArmorError
+from armor.execution.machine import _processor, enough_memory, host_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,20 @@ def test_a_processor_is_told_by_name_family_and_model(tmp_path, facts, expected)
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\n" + facts + "\nprocessor\t: 1\nmodel name\t: other\n")
     assert _processor(tmp_path) == expected
+
+
+FEWER = "give the job more, or take fewer jobs at a time"
+
+
+@pytest.mark.parametrize(
+    "device, error, other",
+    [
+        ("cpu", RuntimeError("DefaultCPUAllocator: can't allocate memory"), FEWER),
+        ("cpu", MemoryError(), FEWER),
+        ("cuda", torch.OutOfMemoryError("CUDA out of memory"), "compute with --gpus 0 (gpu=0)"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_to_do(device, error, other):
+    with pytest.raises(ArmorError) as caught, enough_memory("model.layers.1", device, "lower sequence_length"):
+        raise error
+    assert str(caught.value) == f"model.layers.1: out of memory on {device}; lower sequence_length, or {other}"

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
-from armor.config.training import TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
@@ -21,18 +20,11 @@ from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
 from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, saved_bytes, tune_bytes
-from armor.training.tune import kept_predictions, kl_divergence, tune
+from armor.training.tune import kept_predictions, kl_divergence
 from tests.memory import NoRoom, card_of, host_of
 from tests.packed import opened
 from tests.tiny import FAMILIES
-from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
-
-
-def tuned(root, output, factors="layers", device="cpu", **settings):
-    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3} | settings), sample=sample(root))
-    return tune(
-        *opened(root), root / factors, root / "calibration/calibration.json", job, output / "tuned.json", device
-    )
+from tests.training.trained import LENGTH, ready, refined, tuned
 
 
 def interrupted(*_):

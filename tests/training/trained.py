@@ -8,17 +8,19 @@ from armor.calibrate.capture import calibrate
 from armor.config.layers import LayerSettings
 from armor.config.sample import Sample
 from armor.config.sources import CalibrationSettings, TextSettings
-from armor.config.training import RefineJob, RefineSettings
+from armor.config.training import RefineJob, RefineSettings, TuneJob, TuneSettings
 from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
+from armor.format.records.tune import TuneRecord
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.training.refine import refine_layer
 from armor.training.states import make_states
+from armor.training.tune import tune
 from tests.packed import SETTINGS, opened
 from tests.tiny import tiny_model, tiny_text
 
-__all__ = ["LENGTH", "TRAINING", "ready", "refine_job", "refined", "sample"]
+__all__ = ["LENGTH", "TRAINING", "ready", "refine_job", "refined", "sample", "tuned"]
 
 LENGTH = 48  # longer than the sliding windows
 TRAINING = {"steps": 16, "batch": 2, "sequences": 6, "held_out": 2, "warm_up": 2}
@@ -62,4 +64,12 @@ def refined(
         refine_job(root, **settings),
         output / file,
         device,
+    )
+
+
+def tuned(root: Path, output: Path, factors: str = "layers", device: str = "cpu", **settings) -> TuneRecord:
+    """Tune the folder `factors` in `root` as a whole, by default what `ready` made, into the folder `output`."""
+    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3} | settings), sample=sample(root))
+    return tune(
+        *opened(root), root / factors, root / "calibration/calibration.json", job, output / "tuned.json", device
     )
