@@ -35,7 +35,8 @@ class TrainingSettings(Typed):
     calibration: Name | None = None
     """The calibration whose text serves; unset: the recipe's."""
     rate: float = Field(default=3e-3, gt=0)
-    """The largest step of the optimiser, relative to the root mean square of each tensor."""
+    """The largest step of the optimiser, relative to the root mean square of each tensor. Where it is too high, a
+    quarter of it is tried, and then a sixteenth."""
     norm_rate: float = Field(default=0.2, ge=0)
     """The rate of norms and biases, as a share of `rate`."""
     warm_up: int = Field(default=8, ge=0)

@@ -19,11 +19,12 @@ def trained(records: Sequence[LayerRecord]) -> list[str]:
 
 
 def _said(layers: list[Training], around: list[str]) -> str:
-    first = max(layers, key=lambda done: done.steps)
+    first = max(layers, key=lambda done: (not done.restarts, done.steps))
+    lower = ", lower where that was too high" if any(done.restarts for done in layers) else ""
     batch = first.tokens // max(first.steps, 1) // first.length
     how = (
         f"in {first.steps} steps of {batch} sequences of {first.length:,} tokens, out of {first.sequences} of "
-        f"{first.text} (Adam, a rate of {first.rate:g} of each tensor's root mean square)"
+        f"{first.text} (Adam, a rate of {first.rate:g} of each tensor's root mean square{lower})"
     )
     core = ["the values of S"] if first.core else []
     norms = ["norms and biases"] if any(done.norms_and_biases for done in layers) else []

@@ -6,6 +6,9 @@ families and both sides of A·S·B. A U that starts at zero, as LoRA's does, tak
 What is kept is what the best look saw, rounded to the dtype that it is stored in, and the first look is before the
 first step. So the held-out loss of what is stored is never above that of the start.
 
+A rate that suits most layers may be too high for one. Where the loss diverges, or no look is better, the training
+begins again from the best look at a quarter of the rate, twice at most.
+
 At every look all that the loop needs goes to disk, so that a run that was killed goes on there and ends, on a CPU, with
 the same bytes.
 """
@@ -41,6 +44,8 @@ __all__ = ["Fit", "fit", "share_of_rate"]
 
 LOOKS = 8
 DIVERGED = 2.0  # times the held-out loss at the start
+TRIES = 3
+LOWER = 0.25  # of the rate, from one try to the next
 BETAS = (0.9, 0.95)
 STEP = "training"
 FILE_BYTES = 10**9
@@ -52,9 +57,22 @@ class Fit(Typed):
     kept: int = 0
     """The step of the best look."""
     steps: int = 0
-    """Steps that were done."""
+    """Steps that were done, of all tries."""
     diverged: bool = False
+    """Whether the last try did."""
+    restarts: tuple[int, ...] = ()
+    """The steps after which it began again."""
     looks: tuple[Look, ...]
+
+    @property
+    def begun(self) -> int:
+        """The step after which the last try began."""
+        return self.restarts[-1] if self.restarts else 0
+
+    @property
+    def share(self) -> float:
+        """The rate of the last try as a share of that of the first."""
+        return LOWER ** len(self.restarts)
 
     @property
     def best(self) -> float:
@@ -93,9 +111,9 @@ def fit(
 
     `loss(index)` is the loss on one sequence, with a gradient; the sequences behind the first `settings.sequences` are
     held out. `dtype` is the model's, and held-out losses are computed as it runs on `device`. `where` begins the one
-    warning of a training that diverges or does not help. `steps` keeps what is done for the next run. The linears of
-    `once` are multiplied out once a step: less time, more memory. Raises ArmorError if there are no parameters, the
-    held-out loss is not finite at the start, or the disk has no room for `steps`.
+    warning of a rate that was too high. `steps` keeps what is done for the next run. The linears of `once` are
+    multiplied out once a step: less time, more memory. Raises ArmorError if there are no parameters, the held-out loss
+    is not finite at the start, or the disk has no room for `steps`.
     """
     if not parameters:
         raise ArmorError(f"{where}: without core it has nothing to train: no blocks, norms or biases; set core: true")
@@ -122,21 +140,23 @@ def fit(
     state.start(steps)
     if not math.isfinite(start := state.fit.looks[0].held_out_loss):
         raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
-    every, losses = max(1, -(-settings.steps // LOOKS)), []
-    batches = list(enumerate(order(settings, seed), 1))[state.fit.steps :]
-    for step, batch in progress([] if state.ended() else batches, where, unit="step"):
-        losses.append(learn(batch))
-        if not math.isfinite(losses[-1]):
-            state.diverge(step)
-            break
-        state.step(share_of_rate(step - 1, settings))
-        if step % every == 0 or step == settings.steps:
-            state.look(step, losses)
-            losses = []
-            if steps is not None:
-                state.save(steps)
-            if state.ended():
+    every = max(1, -(-settings.steps // LOOKS))
+    while not state.ended() or state.begin_again():
+        begun, losses = state.fit.begun, []
+        batches = list(enumerate(order(settings, seed), 1))[state.fit.steps - begun :]
+        for step, batch in progress(batches, where, unit="step"):
+            losses.append(learn(batch))
+            if not math.isfinite(losses[-1]):
+                state.diverge(begun + step)
                 break
+            state.step(share_of_rate(step - 1, settings))
+            if step % every == 0 or step == settings.steps:
+                state.look(begun + step, losses)
+                losses = []
+                if steps is not None:
+                    state.save(steps)
+                if state.ended():
+                    break
     state.leave_the_best()
     _say(state.fit, where, settings.rate)
     return state.fit
@@ -180,9 +200,9 @@ class _State:
             self.look(0, [])
 
     def step(self, share: float) -> None:
-        """One step of the optimiser, at that share of the rates."""
+        """One step of the optimiser, at that share of the try's rates."""
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * share * self.fit.share
         for parameter in self.parameters.values():
             if parameter.grad is None:  # that of an expert that no token comes to
                 parameter.grad = torch.zeros_like(parameter)
@@ -204,15 +224,26 @@ class _State:
                 self.best[name].copy_(parameter.detach())
         look = Look(step=step, train_loss=sum(losses) / len(losses) if losses else None, held_out_loss=found)
         kept = step if better else self.fit.kept
-        self.fit = Fit(kept=kept, steps=step, looks=(*self.fit.looks, look))
+        self.fit = self.fit.replace(kept=kept, steps=step, looks=(*self.fit.looks, look))
 
     def diverge(self, step: int) -> None:
         self.fit = self.fit.replace(steps=step, diverged=True)
 
     def ended(self) -> bool:
-        patience = self.settings.patience or LOOKS + 1
-        behind = sum(look.step > self.fit.kept for look in self.fit.looks)
-        return self.fit.diverged or self.fit.steps >= self.settings.steps or behind >= patience
+        """Whether the try is at its end."""
+        patience, begun = self.settings.patience or LOOKS + 1, self.fit.begun
+        behind = sum(look.step > max(self.fit.kept, begun) for look in self.fit.looks)
+        return self.fit.diverged or self.fit.steps - begun >= self.settings.steps or behind >= patience
+
+    def begin_again(self) -> bool:
+        """Be at the best look with a lower rate, if the try diverged or found none; False where that was the last."""
+        found = self.fit
+        if len(found.restarts) == TRIES - 1 or not (found.diverged or found.kept <= found.begun):
+            return False
+        self.leave_the_best()
+        self.adam.state.clear()
+        self.fit = found.replace(diverged=False, restarts=(*found.restarts, found.steps))
+        return True
 
     @torch.no_grad()
     def leave_the_best(self) -> None:
@@ -222,7 +253,7 @@ class _State:
 
     def save(self, steps: Steps) -> None:
         """The values, Adam's moments and the best values; then the record; then what was saved before may go."""
-        if self.fit.diverged:  # the next run comes to the same
+        if self.fit.diverged:  # the next run comes to the same, and begins again as this one does
             return
         folder = _state_folder(steps.folder, self.fit.steps)
         for file, names in self._files(folder):
@@ -253,7 +284,7 @@ class _State:
                     parameter = self.parameters[name]
                     parameter.data.copy_(opened.get_tensor(f"value {name}"))
                     self.adam.state[parameter] = {
-                        "step": torch.tensor(float(found.steps), device=parameter.device),
+                        "step": torch.tensor(float(found.steps - found.begun), device=parameter.device),
                         "exp_avg": opened.get_tensor(f"mean {name}").to(parameter.device),
                         "exp_avg_sq": opened.get_tensor(f"square {name}").to(parameter.device),
                     }
@@ -270,12 +301,29 @@ class _State:
 
 
 def _say(done: Fit, where: str, rate: float) -> None:
-    """The one line about a training that did not go well."""
+    """The one line about a training that did not go well at its rate."""
+    lowest = rate * done.share
     if done.diverged:
         kept = f"kept as of step {done.kept}" if done.kept else "kept as it was"
-        log.warning("%s: diverged at step %d, %s; lower the rate (%g)", where, done.steps, kept, rate)
+        log.warning(
+            "%s: diverged at step %d, %s; lower the rate (%g, tried to %g)", where, done.steps, kept, rate, lowest
+        )
     elif not done.kept:
-        log.warning("%s: none of %d steps lowered the held-out loss; kept as it was", where, done.steps)
+        log.warning(
+            "%s: none of %d steps lowered the held-out loss, at rates of %g to %g; kept as it was",
+            where,
+            done.steps,
+            rate,
+            lowest,
+        )
+    elif done.restarts:
+        log.warning(
+            "%s: a rate of %g was too high by step %d; trained at %g from the best step on",
+            where,
+            rate,
+            done.restarts[0],
+            lowest,
+        )
 
 
 def _state_folder(folder: Path, step: int) -> Path:

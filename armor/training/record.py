@@ -46,6 +46,7 @@ def described(
         kept=found.kept,
         steps=found.steps,
         diverged=found.diverged,
+        restarts=found.restarts,
         looks=found.looks,
         sequences=settings.sequences,
         held_out=settings.held_out,

@@ -177,7 +177,7 @@ def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> Laye
 
 
 def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord:
-    """The record of a layer after a training; layer 0 stays as it was when it is refined."""
+    """The record of a layer after a training; when refined, layer 0 stays as it was and layer 1 began again."""
     start = 0.2 if stage == "tune" else 0.05 * (1 + record.layer)
     loss = start * (1.0 if stage == "refine" and record.layer == 0 else 0.5)
     training = Training(
@@ -188,6 +188,7 @@ def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord
         kept=0 if loss == start else 48,
         steps=48,
         diverged=False,
+        restarts=(16,) if stage == "refine" and record.layer == 1 else (),
         looks=(),
         sequences=128,
         held_out=8,

@@ -159,7 +159,7 @@ def test_what_was_refined_and_tuned_is_told_with_its_time_and_loss(tmp_path):
     assert (
         "Refined: A, B, the values of S of each decoder layer were trained until its output, behind the refined layers "
         "before it, was close to the dense one's, in 48 steps of 4 sequences of 1,024 tokens, out of 128 of "
-        "wiki.valid.raw (Adam, a rate of"
+        "wiki.valid.raw (Adam, a rate of 0.005 of each tensor's root mean square, lower where that was too high)."
     ) in said
     assert "Tuned: A, B, the values of S of the whole model were trained to predict what the dense one" in said
     assert "Refine</th>" in page and "Tune</th>" in page

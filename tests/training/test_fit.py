@@ -57,6 +57,19 @@ class Dying(Problem):
         return super().error(index)
 
 
+class TooFast(Problem):
+    """One whose look after step `at` finds a divergence; the next ones are true."""
+
+    at = 3
+
+    def held_out_loss(self):
+        return super().held_out_loss() * (100 if self.learnt == 2 * self.at else 1)
+
+
+class DyingTooFast(Dying, TooFast):
+    """The same, killed after so many steps."""
+
+
 def test_the_rate_rises_and_falls_to_zero():
     settings = TrainingSettings(steps=40, warm_up=8)
     shares = [share_of_rate(step, settings) for step in range(41)]
@@ -83,15 +96,15 @@ def test_what_is_left_is_the_best_look_as_stored(dtype):
     assert problem.value.data.equal(problem.value.data.to(dtype).float())
 
 
-@pytest.mark.parametrize("rate", [50.0, 1e30])
+@pytest.mark.parametrize("rate", [5e3, 1e30])
 def test_what_diverges_is_kept_as_it_was_and_said_in_one_line(rate, caplog):
     problem = Problem()
     with caplog.at_level(logging.WARNING):
         found = problem.fit(rate=rate)
-    assert found.diverged and found.kept == 0 and found.steps < 24
+    assert found.diverged and found.kept == 0 and found.steps < 24 and len(found.restarts) == 2
     assert (problem.value == 4.0).all() and problem.value.grad is None
     assert [r.message for r in caplog.records] == [
-        f"it: diverged at step {found.steps}, kept as it was; lower the rate ({rate:g})"
+        f"it: diverged at step {found.steps}, kept as it was; lower the rate ({rate:g}, tried to {rate / 16:g})"
     ]
 
 
@@ -111,12 +124,28 @@ def test_nothing_to_train_is_one_line():
 
 def test_what_diverges_after_a_good_look_is_kept_as_of_that(caplog):
     problem = Problem()
-    looks = iter([1.0, 0.5, 9.0])
+    looks = iter([1.0, 0.5, 9.0, 0.6, 9.0, 9.0])
     problem.held_out_loss = lambda: torch.tensor(next(looks))
     with caplog.at_level(logging.WARNING):
         found = problem.fit()
-    assert found.diverged and found.kept == 3 and (problem.value != 4.0).all()
-    assert [r.message for r in caplog.records] == ["it: diverged at step 6, kept as of step 3; lower the rate (0.1)"]
+    assert found.diverged and found.kept == 3 and found.restarts == (6, 12) and (problem.value != 4.0).all()
+    assert [r.message for r in caplog.records] == [
+        "it: diverged at step 15, kept as of step 3; lower the rate (0.1, tried to 0.00625)"
+    ]
+
+
+def test_where_a_rate_is_too_high_it_begins_again_at_a_quarter_of_it(caplog):
+    """As a training that had that rate from the first."""
+    problem, asked = TooFast(), Problem()
+    expected = asked.fit(rate=0.1 / 4)
+    with caplog.at_level(logging.WARNING):
+        found = problem.fit()
+    assert problem.value.equal(asked.value) and problem.more.equal(asked.more)
+    assert found.restarts == (3,) and found.steps == 27 and found.kept == expected.kept + 3 and not found.diverged
+    assert [look.step for look in found.looks] == [0, *range(6, 28, 3)]
+    assert [r.message for r in caplog.records] == [
+        "it: a rate of 0.1 was too high by step 3; trained at 0.025 from the best step on"
+    ]
 
 
 def test_what_does_not_help_is_said_in_one_line(caplog):
@@ -125,7 +154,9 @@ def test_what_does_not_help_is_said_in_one_line(caplog):
     with caplog.at_level(logging.WARNING):
         assert problem.fit().kept == 0
     assert (problem.value == 4.0).all()
-    assert [r.message for r in caplog.records] == ["it: none of 24 steps lowered the held-out loss; kept as it was"]
+    assert [r.message for r in caplog.records] == [
+        "it: none of 72 steps lowered the held-out loss, at rates of 0.1 to 0.00625; kept as it was"
+    ]
 
 
 def test_a_look_has_the_room_of_the_gradients():
@@ -147,6 +178,28 @@ def test_patience(caplog):
     problem.held_out_loss = lambda: torch.tensor(next(looks))
     found = problem.fit(patience=2)
     assert found.kept == 3 and found.steps == 9 and not found.diverged and not caplog.records
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_killed_anywhere_it_begins_again_as_it_would_have(tmp_path, at):
+    """Where the first look finds a divergence, and the second. A look that does is not on the disk."""
+    whole = TooFast()
+    whole.at = at
+    expected = whole.fit()
+    assert expected.restarts == (at,)
+    for kill in range(24 + at):
+        with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+            dying = DyingTooFast(kill)
+            dying.at = at
+            dying.fit(steps)
+        again = TooFast()
+        again.at = at
+        saved = kill // 3 * 3
+        again.learnt = 2 * (saved if saved != at else saved - 3)
+        with resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
+            found = again.fit(steps)
+        assert found == expected and again.value.equal(whole.value) and again.more.equal(whole.more)
+        assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("file_bytes", [10**9, 100])

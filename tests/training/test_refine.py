@@ -256,6 +256,7 @@ def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog)
     assert record.training[0].diverged and record.training[0].kept == 0
     said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 1 and said[0].startswith("model.layers.1: diverged at step ") and "kept as it was" in said[0]
+    assert len(record.training[0].restarts) == 2
     before, after = (load_file(folder / "layer_1.safetensors") for folder in (root / "layers", tmp_path))
     assert all(after[name].equal(tensor) for name, tensor in before.items())
 

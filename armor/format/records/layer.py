@@ -102,9 +102,11 @@ class Training(Typed):
     kept: int
     """The step whose values are stored; 0: as they were."""
     steps: int
-    """The steps that were done."""
+    """The steps that were done, of all tries."""
     diverged: bool
-    """Whether it was stopped because the loss grew without bound."""
+    """Whether it was stopped because the loss grew without bound, in the last try."""
+    restarts: tuple[int, ...] = ()
+    """The steps after which it began again from the best one, each time at a quarter of the rate."""
     looks: tuple[Look, ...]
     """Every look at the held-out sequences, the first before the first step."""
     sequences: int
@@ -118,7 +120,7 @@ class Training(Typed):
     tokens: int
     """Tokens that were trained on, repetitions counted."""
     rate: float
-    """The largest step, relative to the root mean square of each tensor."""
+    """The largest step of the first try, relative to the root mean square of each tensor."""
     parameters: int
     """How many numbers were trained."""
     core: bool = True
