@@ -141,14 +141,16 @@ def fit(
     if not math.isfinite(start := state.fit.looks[0].held_out_loss):
         raise ArmorError(f"{where}: its held-out loss is {start} before the first step; what is damaged?")
     every = max(1, -(-settings.steps // LOOKS))
-    while not state.ended() or state.begin_again():
+
+    def go_on() -> None:
+        """To the end of a try."""
         begun, losses = state.fit.begun, []
         batches = list(enumerate(order(settings, seed), 1))[state.fit.steps - begun :]
         for step, batch in progress(batches, where, unit="step"):
             losses.append(learn(batch))
             if not math.isfinite(losses[-1]):
                 state.diverge(begun + step)
-                break
+                return
             state.step(share_of_rate(step - 1, settings))
             if step % every == 0 or step == settings.steps:
                 state.look(begun + step, losses)
@@ -156,7 +158,10 @@ def fit(
                 if steps is not None:
                     state.save(steps)
                 if state.ended():
-                    break
+                    return
+
+    while not state.ended() or state.begin_again():
+        go_on()
     state.leave_the_best()
     _say(state.fit, where, settings.rate)
     return state.fit
