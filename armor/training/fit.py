@@ -155,8 +155,7 @@ def fit(
             if step % every == 0 or step == settings.steps:
                 state.look(begun + step, losses)
                 losses = []
-                if steps is not None:
-                    state.save(steps)
+                state.save(steps)
                 if state.ended():
                     return
 
@@ -256,9 +255,9 @@ class _State:
             parameter.copy_(self.best[name])
             parameter.grad = None
 
-    def save(self, steps: Steps) -> None:
+    def save(self, steps: Steps | None) -> None:
         """The values, Adam's moments and the best values; then the record; then what was saved before may go."""
-        if self.fit.diverged:  # the next run comes to the same, and begins again as this one does
+        if steps is None or self.fit.diverged:  # the next run comes to the same, and begins again as this one does
             return
         folder = _state_folder(steps.folder, self.fit.steps)
         for file, names in self._files(folder):
