@@ -67,6 +67,16 @@ def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, 
     assert f"{key}.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
 
 
+def test_a_target_without_a_server_needs_no_engine(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARMOR_VLLM", "/no/python")
+    asking = Run(tmp_path, run.edited(evaluations__asked=SERVED["evaluations.asked"]))
+    done = asking.snakemake("--", "results/tiny/model.json")
+    assert done.returncode == 0, done.stderr
+    done = asking.snakemake("--", "results/tiny/dense/evaluation/asked.json")
+    assert done.returncode == 1 and "evaluations.asked.engine: ARMOR_VLLM" in done.stderr
+    assert asking.snakemake().returncode == 1
+
+
 @pytest.mark.parametrize("key", SERVED)
 def test_a_model_that_vllm_was_not_tested_with_is_refused_once_it_is_inspected(run, tmp_path, key):
     folder = tmp_path / "results/tiny"
