@@ -159,7 +159,8 @@ def fit(
                 if state.ended():
                     return
 
-    while not state.ended() or state.begin_again():
+    while not state.over():
+        state.begin()
         go_on()
     state.leave_the_best()
     _say(state.fit, where, settings.rate)
@@ -196,7 +197,7 @@ class _State:
     def start(self, steps: Steps | None) -> None:
         """Go on where `steps` were saved, or look before the first. Raises ArmorError without room to save more."""
         went_on = steps is not None and self.load(steps)
-        if steps is not None and not self.ended():
+        if steps is not None and not self.over():
             self.clear(steps)
             remedy = "set core: false" if self.settings.core else "take a larger disk"
             room_for(self.bytes * (1 if went_on else 2), steps.folder, "the steps of a training", remedy)
@@ -239,15 +240,18 @@ class _State:
         behind = sum(look.step > max(self.fit.kept, begun) for look in self.fit.looks)
         return self.fit.diverged or self.fit.steps - begun >= self.settings.steps or behind >= patience
 
-    def begin_again(self) -> bool:
-        """Be at the best look with a lower rate, if the try diverged or found none; False where that was the last."""
+    def over(self) -> bool:
+        """Whether nothing is left to try: the last try did not diverge and found a better look, or it was the third."""
         found = self.fit
-        if len(found.restarts) == TRIES - 1 or not (found.diverged or found.kept <= found.begun):
-            return False
-        self.leave_the_best()
-        self.adam.state.clear()
-        self.fit = found.replace(diverged=False, restarts=(*found.restarts, found.steps))
-        return True
+        won = not found.diverged and found.kept > found.begun
+        return self.ended() and (won or len(found.restarts) == TRIES - 1)
+
+    def begin(self) -> None:
+        """Be where a try goes on; after its end another begins, at the best look, with a lower rate."""
+        if self.ended():
+            self.leave_the_best()
+            self.adam.state.clear()
+            self.fit = self.fit.replace(diverged=False, restarts=(*self.fit.restarts, self.fit.steps))
 
     @torch.no_grad()
     def leave_the_best(self) -> None:

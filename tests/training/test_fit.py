@@ -220,9 +220,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, file
 
 
 def test_the_disk_has_room_for_what_is_kept_to_go_on_or_the_line_says_what_is_missing(tmp_path, monkeypatch):
-    """Twice what a look keeps before the first, once when it goes on; what a kill left of the next look goes first."""
-    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
+    """Twice what a look keeps before the first, once when it goes on or begins again; what a kill left of the next look
+    goes first."""
     asked: list[int] = []
+    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
     with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
         Dying(7).fit(steps)
     (saved,) = steps.folder.glob("state_*")
@@ -231,6 +232,15 @@ def test_the_disk_has_room_for_what_is_kept_to_go_on_or_the_line_says_what_is_mi
     with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
         Dying(0).fit(steps)
     assert asked == [2 * kept, kept] and [*steps.folder.glob("state_*")] == [saved]
+
+    asked.clear()
+    for after in (24, 0):  # in the first step of the second try, then at its beginning
+        dying = Dying(after)
+        dying.held_out_loss = lambda: torch.tensor(1.0)
+        with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "b", "armor.training.fit", "cpu") as steps:
+            dying.fit(steps)
+        assert [file.name for file in steps.folder.glob("state_*")] == ["state_24"]
+    assert asked == [2 * kept, kept]
 
 
 def test_a_pair_may_start_at_zero():
