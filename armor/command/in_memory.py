@@ -20,6 +20,9 @@ from armor.command.in_memory_training import train
 from armor.config.layers import ModuleSettings, Sharing, check_patterns, sharing_patterns
 from armor.config.reading import parse_settings
 from armor.config.recipes import Recipe
+from armor.config.sample import Sample
+from armor.config.sources import TextSettings
+from armor.config.training import Training, check_held_out
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
@@ -102,10 +105,12 @@ def _compress(
     check_patterns("recipe: share_right", sharing_patterns(chosen.share_right), linears)
     if not linears:
         return
+    trainings = _trainings(chosen, sequence_length)
+    check_held_out(list(trainings.values()))
     tokens = _tokens(model, tokenizer, text, sequences, sequence_length)
     samples = {
-        stage: _tokens(model, tokenizer, text, s.sequences + s.held_out, s.sequence_length or sequence_length)
-        for stage, s in chosen.training().items()
+        stage: _tokens(model, tokenizer, text, training.sample.sequences, training.sample.sequence_length)
+        for stage, training in trainings.items()
     }
     with_gram = {name for name, asked in settings.items() if asked.takes("gram")}
     inputs, fed = _statistics(model, linears, with_gram, tokens)
@@ -249,6 +254,19 @@ def _quantize(
             own = {name: factors[name] for name in names}
             how = {"trained": recipe.refine is not None, "to_output": of_input.gram is not None}
             factors |= quantize_weights(weights, of_input, own, asked, **how)
+
+
+def _trainings(recipe: Recipe, length: int | None) -> dict[str, Training]:
+    """The stages of training, all on the one text that there is."""
+    text = TextSettings(files=["text"])
+    return {
+        stage: Training(
+            f"recipe: {stage}",
+            own,
+            Sample(text=text, sequences=own.sequences + own.held_out, sequence_length=own.sequence_length or length),
+        )
+        for stage, own in recipe.training().items()
+    }
 
 
 def _tokens(

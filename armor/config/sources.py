@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from armor.config.common import Dtype, LocalPath, as_list, exactly_one
 from armor.core.typed import Typed
 
-__all__ = ["CalibrationSettings", "ModelSettings", "TextSettings", "overlap"]
+__all__ = ["CalibrationSettings", "ModelSettings", "TextSettings", "overlap", "same_beginning"]
 
 
 class ModelSettings(Typed):
@@ -87,6 +87,13 @@ class TextSettings(Typed):
         """The texts that it is a mixture of, or itself alone."""
         return [part for text in self.mixture for part in text.parts()] if self.mixture else [self]
 
+    def shares(self, count: int) -> list[int]:
+        """How many of its first `count` sequences are of each of its `parts`."""
+        if not self.mixture:
+            return [count]
+        turns = len(self.mixture)
+        return [n for turn, text in enumerate(self.mixture) for n in text.shares((count + turns - 1 - turn) // turns)]
+
     def local_files(self) -> list[str]:
         return [file for part in self.parts() for file in part.files or []]
 
@@ -111,6 +118,11 @@ def overlap(one: TextSettings, other: TextSettings) -> bool:
     Slices of one split count as shared: how many rows it has is not known here.
     """
     return any(_share(mine, theirs) for mine in one.parts() for theirs in other.parts())
+
+
+def same_beginning(one: TextSettings, other: TextSettings) -> bool:
+    """Whether two texts share their first document, and so the places of their sequences; neither is a mixture."""
+    return one.documents[0] == other.documents[0] and _share(one, other)
 
 
 def _share(one: TextSettings, other: TextSettings) -> bool:

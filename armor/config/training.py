@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from itertools import combinations, count
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from armor.config.common import Name
 from armor.config.sample import Sample
+from armor.config.sources import same_beginning
+from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 
 __all__ = [
     "RefineJob",
     "RefineSettings",
+    "Training",
     "TrainingSettings",
     "TuneJob",
     "TuneSettings",
+    "check_held_out",
 ]
 
 
@@ -29,7 +35,8 @@ class TrainingSettings(Typed):
     sequences: int = Field(default=128, ge=1)
     """How many token sequences there are to train on."""
     held_out: int = Field(default=8, ge=1)
-    """How many sequences after them are held out. The loss on these decides which step is kept, if any."""
+    """How many sequences after them are held out. The loss on these decides which step is kept, if any. A training
+    before, of the same recipe or its bases, may not have learned from them."""
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens in each; unset: as the calibration says, or else the model's context length."""
     calibration: Name | None = None
@@ -108,3 +115,42 @@ def _check_count(sample: Sample, settings: TrainingSettings) -> None:
             f"sample.sequences: found {sample.sequences}, expected {wanted}: {settings.sequences} to train on, then "
             f"{settings.held_out} that are held out"
         )
+
+
+class Training(NamedTuple):
+    """A stage of training: what it is called, its settings and its sequences."""
+
+    name: str
+    settings: TrainingSettings
+    sample: Sample
+
+
+def check_held_out(trainings: Sequence[Training]) -> None:
+    """Raise ArmorError where one of `trainings` holds out what one before it has learned from.
+
+    Where lengths are those of the model's context and others, or one text begins within another, nobody knows here.
+    """
+    for earlier, later in combinations(trainings, 2):
+        if (earlier.sample.sequence_length is None) == (later.sample.sequence_length is None):
+            found, wanted = later.settings.sequences, _first_unseen(later, earlier)
+            if found < wanted:
+                raise ArmorError(
+                    f"{later.name}.sequences: found {found}, expected at least {wanted}: what is held out after them, "
+                    f"{earlier.name} has learned from"
+                )
+
+
+def _first_unseen(later: Training, earlier: Training) -> int:
+    """How many sequences, those of `later` or more, must come before the held-out ones to have none of `earlier`'s."""
+    text, learned = later.sample.text, earlier.sample.text
+    length = later.sample.sequence_length or 1
+    counts = [n * (earlier.sample.sequence_length or 1) for n in learned.shares(earlier.settings.sequences)]
+    known = list(zip(learned.parts(), counts, strict=True))
+    ends = [max((n for other, n in known if same_beginning(part, other)), default=0) for part in text.parts()]
+
+    def is_unseen(first: int) -> bool:
+        """Whether of each part no held-out sequence begins before its end, if there is one."""
+        before, behind = text.shares(first), text.shares(first + later.settings.held_out)
+        return all(a == b or a * length >= end for a, b, end in zip(before, behind, ends, strict=True))
+
+    return next(first for first in count(later.settings.sequences) if is_unseen(first))

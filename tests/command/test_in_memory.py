@@ -171,6 +171,11 @@ def offloaded(model):
         (None, {"text": "short"}, r"text: found 5 tokens in 1 documents, needed 4 x 32"),
         (None, {"sequence_length": 129}, "context length is 128"),
         (None, {"sequences": 0}, "at least 1"),
+        (
+            None,
+            {"recipe": {"refine": {"sequences": 193}, "tune": {}}},
+            "recipe: tune.sequences: found 192, .* least 193",
+        ),
         (infinite, {}, r"layers\.1\.mlp\.up_proj: its weight holds NaN"),
         (broken_embedding, {}, r"layers\.0\.self_attn\.q_proj: its input holds NaN"),
         (offloaded, {}, r"layers\.1\..*: is offloaded"),

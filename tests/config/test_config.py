@@ -237,6 +237,47 @@ def test_other_documents_of_a_text_may_be_trained_on(calibrated, evaluated):
     parse_settings(Config, value | {"evaluations": {"here": {"text": evaluated}}})
 
 
+LONG = {"sequence_length": 1024}
+IN_TURN = {"mixture": [{"files": ["more.txt"]}, {"mixture": [TEXT["text"], {"dataset": "wikitext"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("on", "refine", "tune", "needed"),
+    [
+        (LONG, {"sequences": 252}, {}, 252),
+        (LONG, {"sequences": 252}, {"sequences": 252}, None),
+        (LONG, {}, {}, None),  # what refine holds out, tune may learn from
+        (LONG, {}, {"sequence_length": 480}, 274),  # 128 times 1,024 tokens
+        (LONG, {}, {"sequence_length": 683}, None),
+        ({}, {"sequences": 193}, {}, 193),  # as long as the model's context, each
+        ({}, {"sequences": 193}, LONG, None),  # nobody knows
+        (LONG, {}, {"calibration": "other"}, None),
+        (LONG, {}, {"calibration": "in_turn"}, 4 * 128 - 2),  # a quarter of it
+        (LONG, {}, {"calibration": "in_turn", "sequences": 4 * 128 - 2, "held_out": 3}, None),
+        (LONG, {"calibration": "in_turn", "sequences": 4 * 193}, {}, 193),
+        (LONG, {"calibration": "in_turn", "sequences": 4 * 192}, {}, None),
+        (LONG, {"calibration": "later"}, {"sequences": 8}, None),
+    ],
+)
+def test_what_is_held_out_was_learned_from_by_no_training_before(on, refine, tune, needed):
+    texts = {"a": TEXT["text"], "other": {"files": ["more.txt"]}, "in_turn": IN_TURN}
+    texts["later"] = TEXT["text"] | {"documents": [9, None]}
+    value = {"models": MODELS, "calibrations": {name: {"text": text} | on for name, text in texts.items()}}
+    value["recipes"] = {
+        "first": {"method": "nowag", "calibration": "a", "refine": refine},
+        "second": {"base": "first", "quantize": {}},
+        "third": {"base": "second", "tune": tune},
+    }
+    if needed is None:
+        parse_settings(Config, value)
+        return
+    said = f"recipes.third.tune.sequences: found 192, expected at least {needed}: what is held out after them, "
+    with pytest.raises(ArmorError, match=f"{said}recipes.first.refine has learned from$"):
+        parse_settings(Config, value)
+    value["recipes"]["third"] = {"base": "second", "tune": tune | {"sequences": needed}}
+    parse_settings(Config, value)
+
+
 def test_a_dense_recipe_cannot_be_trained():
     recipes = {"dense": {"method": "dense"}, "mine": {"base": "dense", "refine": {}}}
     with pytest.raises(ArmorError, match="recipes.mine.refine: a dense recipe has no factors"):
