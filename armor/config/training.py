@@ -128,7 +128,8 @@ class Training(NamedTuple):
 def check_held_out(trainings: Sequence[Training]) -> None:
     """Raise ArmorError where one of `trainings` holds out what one before it has learned from.
 
-    Where lengths are those of the model's context and others, or one text begins within another, nobody knows here.
+    What cannot be told here passes: where one length is the model's context and the other a number, and where two texts
+    share documents, but not their first.
     """
     for earlier, later in combinations(trainings, 2):
         if (earlier.sample.sequence_length is None) == (later.sample.sequence_length is None):
@@ -141,7 +142,7 @@ def check_held_out(trainings: Sequence[Training]) -> None:
 
 
 def _first_unseen(later: Training, earlier: Training) -> int:
-    """How many sequences, those of `later` or more, must come before the held-out ones to have none of `earlier`'s."""
+    """The fewest sequences of `later`, its own number or more, behind which none that it holds out is of `earlier`'s."""
     text, learned = later.sample.text, earlier.sample.text
     length = later.sample.sequence_length or 1
     counts = [n * (earlier.sample.sequence_length or 1) for n in learned.shares(earlier.settings.sequences)]
@@ -149,7 +150,7 @@ def _first_unseen(later: Training, earlier: Training) -> int:
     ends = [max((n for other, n in known if same_beginning(part, other)), default=0) for part in text.parts()]
 
     def is_unseen(first: int) -> bool:
-        """Whether of each part no held-out sequence begins before its end, if there is one."""
+        """Whether, of each part, none of the sequences held out behind the first `first` begins before its end."""
         before, behind = text.shares(first), text.shares(first + later.settings.held_out)
         return all(a == b or a * length >= end for a, b, end in zip(before, behind, ends, strict=True))
 
