@@ -142,7 +142,7 @@ def check_held_out(trainings: Sequence[Training]) -> None:
 
 
 def _first_unseen(later: Training, earlier: Training) -> int:
-    """The fewest sequences of `later`, its own or more, behind which none held out is one that `earlier` learned from."""
+    """The fewest sequences of `later`, its own or more, behind which it holds out none that `earlier` learned from."""
     text, learned = later.sample.text, earlier.sample.text
     length = later.sample.sequence_length or 1
     counts = [n * (earlier.sample.sequence_length or 1) for n in learned.shares(earlier.settings.sequences)]
