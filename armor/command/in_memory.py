@@ -22,7 +22,7 @@ from armor.config.reading import parse_settings
 from armor.config.recipes import Recipe
 from armor.config.sample import Sample
 from armor.config.sources import TextSettings
-from armor.config.training import Training, check_held_out
+from armor.config.training import TrainingStage, check_held_out
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.execution.log import log, progress
@@ -256,11 +256,11 @@ def _quantize(
             factors |= quantize_weights(weights, of_input, own, asked, **how)
 
 
-def _trainings(recipe: Recipe, length: int | None) -> dict[str, Training]:
+def _trainings(recipe: Recipe, length: int | None) -> dict[str, TrainingStage]:
     """The stages of training, all on the one text that there is."""
     text = TextSettings(files=["text"])
     return {
-        stage: Training(
+        stage: TrainingStage(
             f"recipe: {stage}",
             own,
             Sample(text=text, sequences=own.sequences + own.held_out, sequence_length=own.sequence_length or length),

@@ -18,7 +18,7 @@ from armor.config.report import ReportPair, ReportSettings
 from armor.config.sample import Sample, SensitivityJob
 from armor.config.sources import CalibrationSettings, ModelSettings, overlap
 from armor.config.tasks import asked_tasks
-from armor.config.training import RefineJob, Training, TuneJob, check_held_out
+from armor.config.training import RefineJob, TrainingStage, TuneJob, check_held_out
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
 from armor.format.layout import RESERVED
@@ -171,9 +171,9 @@ class Config(Typed):
         except ArmorError as error:
             raise ValueError(str(error)) from None
 
-    def _training(self, stage: str, recipe: str) -> Training:
+    def _training(self, stage: str, recipe: str) -> TrainingStage:
         settings = self.recipes[recipe].training()[stage]
-        return Training(f"recipes.{recipe}.{stage}", settings, self.sample(recipe, stage))
+        return TrainingStage(f"recipes.{recipe}.{stage}", settings, self.sample(recipe, stage))
 
     def names(self, kind: str, run: Run) -> list[str]:
         """The names of `kind` (models, recipes, ...) that take part in `run`."""

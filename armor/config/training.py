@@ -17,7 +17,7 @@ from armor.core.typed import Typed
 __all__ = [
     "RefineJob",
     "RefineSettings",
-    "Training",
+    "TrainingStage",
     "TrainingSettings",
     "TuneJob",
     "TuneSettings",
@@ -117,7 +117,7 @@ def _check_count(sample: Sample, settings: TrainingSettings) -> None:
         )
 
 
-class Training(NamedTuple):
+class TrainingStage(NamedTuple):
     """A stage of training: what it is called, its settings and its sequences."""
 
     name: str
@@ -125,7 +125,7 @@ class Training(NamedTuple):
     sample: Sample
 
 
-def check_held_out(trainings: Sequence[Training]) -> None:
+def check_held_out(trainings: Sequence[TrainingStage]) -> None:
     """Raise ArmorError where one of `trainings` holds out what one before it has learned from.
 
     What cannot be told here passes: where one length is the model's context and the other a number, and where two texts
@@ -141,7 +141,7 @@ def check_held_out(trainings: Sequence[Training]) -> None:
                 )
 
 
-def _first_unseen(later: Training, earlier: Training) -> int:
+def _first_unseen(later: TrainingStage, earlier: TrainingStage) -> int:
     """The fewest sequences of `later`, its own or more, behind which it holds out none that `earlier` learned from."""
     text, learned = later.sample.text, earlier.sample.text
     length = later.sample.sequence_length or 1
