@@ -1,8 +1,10 @@
-# Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer), CORES how many cores to use.
+# Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer), CORES how many cores to use, and
+# EXTRAS what .venv gets at once. PYTEST_ADDOPTS="-m gate" makes a heavy suite the small case of it that .ci/run keeps.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
     $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+EXTRAS ?= pipeline,dev
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -23,6 +25,7 @@ test-storage: .venv/storage  ## results in a bucket of an S3 server that is star
 	$(BIN)/pytest -rs tests/cluster/test_storage.py
 
 .venv/storage: .venv/installed
+	@$(BIN)/python -c "import moto, snakemake_storage_plugin_s3" 2>/dev/null || \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[storage]"
 	touch $@
 
@@ -61,13 +64,14 @@ docs: .venv/docs  ## the documentation as a site, in site/; every link is checke
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 .venv/docs: .venv/installed
+	@$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt setup.py $(wildcard armor/runtime/native/*.[ch])
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@# All cores make the bytecode, not pip's one. Without it each process compiles torch again where none is written.
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true # a few files of some packages are for other Pythons
 	touch $@
