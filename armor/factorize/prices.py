@@ -3,7 +3,7 @@
 A choice is tried: the weight is factorized, and the error of every entry is weighed by the sensitivity of the
 predictions to it (`armor.format.sensitivity`). Few iterations of the solver alone would favour small blocks, for large
 ones gain more from many. But what is left falls about as a power of their number. So each choice is tried with few and
-with a third of them, and the cost at the recipe's number is extrapolated (docs/log/budget.md).
+with a third of them, and the cost at the recipe's number is extrapolated (docs/TRIED.md).
 
 The prediction is of second order, and of one linear at a time. The sum over a model leaves out how errors interact: it
 serves to choose, and does not replace an evaluation.

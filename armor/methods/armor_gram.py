@@ -9,7 +9,7 @@ The promise of `armor` stays. Of the fit and the search the one with the lower o
 whose proxy loss is above NoWag-P's does not count. NoWag-P's factors take its place.
 
 A budget of bits tries `armor` in its place. What the fit cancels is not seen in errors of single weights, and the
-choices for `armor` were found to serve as well (docs/log/budget.md).
+choices for `armor` were found to serve as well (docs/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The values to train are float32, whatever dtype they are stored in. A linear multiplies A·S·B + U·V out when it is
 called, and the gradient goes through the product. For sequences of many tokens that takes less time than three steps
-for every token (docs/log/refine.md). All sequences of a step can share one product (`multiplied_once`). S stays packed
+for every token (docs/TRIED.md). All sequences of a step can share one product (`multiplied_once`). S stays packed
 between the calls. So its values, their gradient and the optimiser's two moments take half of what they would take for a
 dense weight.
 
