@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 # Python's own flags have -fwrapv, with which GCC keeps fewer numbers in registers. Exceptions of torch go through
 # native/torch.c. Eight rows took a fifth longer where a loop began at another place within 64 bytes
-# (docs/log/kernels.md).
+# (docs/TRIED.md).
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-Wno-psabi", "-fno-wrapv", "-fexceptions", "-falign-loops=64"]
 
 

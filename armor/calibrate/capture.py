@@ -9,7 +9,7 @@ that was killed goes on at the layer where it was: `armor.calibrate.hidden` says
 
 Computation is in the model's own dtype where the device multiplies in it: on a GPU, and for bfloat16 on a CPU with
 AVX-512 BF16 or AMX. Elsewhere on a CPU weights become float32 as they are read. Statistics are always float32 squares
-of what the linear is fed, summed in float64. docs/log/workflow.md has how far the two ways are apart.
+of what the linear is fed, summed in float64. docs/RESULTS.md has how far the two ways are apart.
 """
 
 from __future__ import annotations

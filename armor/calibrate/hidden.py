@@ -3,7 +3,7 @@
 What goes into a layer and what comes out of it are two files, `hidden_{k}` and `hidden_{k+1}`. So a run that is killed
 in layer k finds its input whole. The one is deleted when the other is on disk and the layer's statistics are. Memory
 only saves reading: what fits below the limit is not read back. The price is disk, twice all hidden states, and the time
-to write them once a layer (docs/log/workflow.md has it for 70 billion parameters). Keeping them in memory alone would
+to write them once a layer (docs/RESULTS.md has it for 70 billion parameters). Keeping them in memory alone would
 save both, and after a kill every layer up to that point would have to be run again.
 
 The files are read and written, not mapped: mapped pages would count as the process's memory.

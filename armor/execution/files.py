@@ -79,7 +79,7 @@ def try_lock(path: Path | str) -> int | None:
     nobody is kept out.
     """
     # Not filelock: without locks it fails or leaves a file that outlives a killed holder, and it is slower to import
-    # than all that a job does before its stage (docs/log/workflow.md).
+    # than all that a job does before its stage (docs/TRIED.md).
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

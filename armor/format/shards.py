@@ -326,7 +326,7 @@ class Shards:
         import torch
 
         # Not by safetensors' own get_tensor: it maps the file, whose pages then count as the process's memory, and it
-        # converts no dtype, so that a tensor would take its room once more (docs/log/workflow.md).
+        # converts no dtype, so that a tensor would take its room once more (docs/TRIED.md).
         stored: torch.dtype = getattr(torch, entry.dtype)
         out = torch.empty(entry.shape if entry.part is None else entry.block, dtype=dtype or stored)
         flat = out.view(-1)

@@ -33,11 +33,11 @@ __all__ = ["benchmark", "evaluate", "predict", "serving", "tasks"]
 TASK_TOKENS = 1024
 """Tokens of one request of a task."""
 LM_EVAL = 285 * 10**6
-"""Bytes of lm-eval with its own tasks, beside what a fork has (docs/log/plan.md)."""
+"""Bytes of lm-eval with its own tasks, beside what a fork has (docs/TRIED.md)."""
 ANSWERS = 12 * 10**8
 """Bytes of long items on the host: the logits of a batch and their log-softmax, and that of the batch before them."""
 SERVER = 2 * 10**9
-"""Bytes of vLLM's processes on the host, without weights and cache (docs/log/serving.md)."""
+"""Bytes of vLLM's processes on the host, without weights and cache (docs/RESULTS.md)."""
 
 
 def _measured(

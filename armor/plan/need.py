@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 PROCESS = 490 * 10**6
-"""Bytes of a process that has loaded torch, transformers and this package (docs/log/plan.md)."""
+"""Bytes of a process that has loaded torch, transformers and this package (docs/TRIED.md)."""
 FORKED = 385 * 10**6
 """Bytes of one that began as a fork of such a process, as jobs do where there is no GPU."""
 BESIDE_CUDA = 1500 * 10**6

@@ -85,7 +85,7 @@ def _states_bytes(subject: Subject, sequences: int, length: int) -> list[int]:
 
 
 def _text_bytes(subject: Subject, tokens: int) -> int:
-    """What stays of a tokenizer, by its vocabulary, and of a text of so many tokens (docs/log/plan.md)."""
+    """What stays of a tokenizer, by its vocabulary, and of a text of so many tokens (docs/TRIED.md)."""
     return 950 * subject.vocabulary + 450 * tokens
 
 

@@ -1,6 +1,6 @@
 """The CPU kernel as an operator that torch's dispatcher calls without Python: armor::cpu_linears.
 
-Python takes as long on its way to a small linear as a quarter of its weights from memory (docs/log/serving.md). torch
+Python takes as long on its way to a small linear as a quarter of its weights from memory (docs/TRIED.md). torch
 has an interface in C for operators of other libraries, which stays the same from release to release: they are
 registered by their address ("boxed"). So nothing of torch is compiled against.
 """

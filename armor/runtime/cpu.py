@@ -3,7 +3,7 @@
 Decoding reads every weight once for each token. So its time is bytes over bandwidth. A 2:4 core has 0.5625 of the bytes
 of a dense one in bf16. The C library (folder native/) therefore never writes a dense core to memory. With few rows of x
 it meets the packed values in registers. With more it does so too, or unpacks tiles of them into cache. Where it could
-not be built, linears run through torch. docs/KERNELS.md tells how it works, docs/log/kernels.md what was measured.
+not be built, linears run through torch. docs/KERNELS.md tells how it works, docs/RESULTS.md what was measured.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def register(device: str, multiply: Callable[..., Tensor]) -> Callable[..., Tens
         """
         if is_needed(x, bias):
             return operator(x, values, bits, left, right, bias, group)
-        # The same, past torch's dispatcher, whose code each linear sweeps from the caches (docs/log/kernels.md).
+        # The same, past torch's dispatcher, whose code each linear sweeps from the caches (docs/TRIED.md).
         return multiply(x, values, bits, left, right, bias, group)
 
     return linear

@@ -73,7 +73,7 @@ class ArmorConfig(QuantizationConfigMixin):
 class ArmorQuantizer(HfQuantizer):
     """Puts ArmorLinear where config.json says, before the weights arrive, and checks them.
 
-    transformers takes its time for every tensor, and there are four for each linear (docs/log/kernels.md). So they are
+    transformers takes its time for every tensor, and there are four for each linear (docs/TRIED.md). So they are
     put in their places here where a model is loaded into the memory of the host, and hidden from it. Where the dtype
     stays they are views of the mapped file. Files are hashed meanwhile; the model is handed out when both are done.
     """

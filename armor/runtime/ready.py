@@ -1,6 +1,6 @@
 """Packed linears with one input, made ready once for the CPU's kernel.
 
-To gather what C needs of a small linear takes Python longer than C takes to multiply (docs/log/kernels.md). So it is
+To gather what C needs of a small linear takes Python longer than C takes to multiply (docs/TRIED.md). So it is
 gathered once. A call then looks whether every tensor is still where it was. Tensors are not kept alive here, so that a
 model can be offloaded.
 """

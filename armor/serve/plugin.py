@@ -307,7 +307,7 @@ def _by_name(x: Tensor, bias: Tensor | None, prefix: str, out: int) -> Tensor:
 
 
 # A linear as torch.compile sees it: one call, with the layer's name for its tensors. torch.library.custom_op, or lists
-# of tensors, would cost more than a small linear takes (docs/log/serving.md).
+# of tensors, would cost more than a small linear takes (docs/TRIED.md).
 LIBRARY.define("vllm_linear(Tensor x, Tensor? bias, str prefix, int out) -> Tensor")
 for key in ("CPU", "CUDA"):
     LIBRARY.impl("vllm_linear", _by_name, key)

@@ -1,6 +1,6 @@
 """The prose of Wikipedia: a MediaWiki export is parsed as it streams, and only the wanted articles are cleaned.
 
-Nothing is cached: cleaning takes little time (docs/log/workflow.md).
+Nothing is cached: cleaning takes little time (docs/TRIED.md).
 """
 
 from __future__ import annotations
