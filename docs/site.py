@@ -2,7 +2,8 @@
 
 Pages are written for the repository: README.md at its top, links relative to the file. Here each link is followed from
 the file as it lies in the repository. A link to a page becomes that page's, one to any other file becomes its name, and
-one to nothing is refused. mkdocs checks the rest: anchors, and pages that nothing leads to.
+one to nothing is refused. mkdocs checks the rest: anchors, and pages that nothing leads to. The page of records has all
+their fields on the site.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+
+from armor.format.reference import record_reference
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -38,6 +41,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links as the site has them, outside blocks of code."""
     name = page.file.src_uri
+    if name == "RECORDS.md":
+        markdown += f"\n{record_reference()}\n"
     source = next((path for path, site in PAGES.items() if site == name), f"docs/{name}")
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else LINK.sub(lambda m: linked(m, source), part) for part in parts)

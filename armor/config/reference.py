@@ -20,7 +20,7 @@ from armor.config.sources import CalibrationSettings, ModelSettings, TextSetting
 from armor.config.training import RefineSettings, TuneSettings
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
-from armor.format.reference import field_table, record_reference, table
+from armor.format.reference import field_table, record_table, table
 from armor.methods import METHODS, Method
 from armor.methods.solver.settings import SolverSettings
 
@@ -107,7 +107,7 @@ def _takes(method: Method) -> str:
 PARTS = {
     "armor schema --markdown": markdown,
     "armor schema --methods": short_methods,
-    "armor schema --records": record_reference,
+    "armor schema --records": record_table,
 }
 """What each command prints that a page may have as a part."""
 

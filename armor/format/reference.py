@@ -1,4 +1,4 @@
-"""The reference of typed fields, made from their types: a table for each type, and the page of all records.
+"""The reference of typed fields, made from their types: a table for each type, and all records on one page.
 
 A type's JSON schema says what its values may be and what they are when nothing is given. The text below a field says
 what it is. docs/RECORDS.md and the reference in config/README.md come from here, so neither can say anything else.
@@ -10,7 +10,6 @@ import importlib
 import inspect
 import json
 import pkgutil
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from armor.core.typed import Typed
 from armor.format import layout, records
 from armor.format.records.base import Record
 
-__all__ = ["field_table", "layout_tree", "record_reference", "record_types", "table", "words"]
+__all__ = ["field_table", "layout_tree", "record_reference", "record_table", "record_types", "table", "words"]
 
 ORDER = (
     "run",
@@ -134,6 +133,17 @@ def layout_tree() -> str:
     return "\n".join(["```", *textwrap.dedent("\n".join(x for x in lines if x.startswith("    "))).splitlines(), "```"])
 
 
+def record_table() -> str:
+    """A row for each kind of record: where it lies in results/, its type, what it holds, and what writes it."""
+    rows = []
+    for kind in record_types():
+        if _is_file(kind):
+            path, _, text = (inspect.getdoc(kind) or "").partition("\n")[0].partition(", by ")
+            writer, _, what = text.partition(": ")
+            rows.append((path, f"`{kind.__name__}`", what.removesuffix("."), writer))
+    return table(("path in `results/`", "type", "what it holds", "written by"), rows)
+
+
 def record_reference() -> str:
     """What lies where, and a section for each record: its version, its fields, and the types within them."""
     parts = ["## Where everything lies", layout_tree()]
@@ -145,8 +155,7 @@ def record_reference() -> str:
         text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
         hidden = {"format_version"}
         if issubclass(kind, Record) and _is_file(kind):
-            found = re.match("`([^`]+)`", text)
-            parts += [f"## {kind.__name__}: {found[1] if found else kind.__module__}", text]
+            parts += [f"## {kind.__name__}", text]
             parts.append(f"Format version {kind.version()}. A file of another version is refused: {kind.AGAIN}.")
         else:
             parts += [f"### {kind.__name__}", text]

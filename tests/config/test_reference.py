@@ -9,11 +9,13 @@ import pytest
 
 from armor.config import reference
 from armor.core.errors import ArmorError
-from armor.format.reference import record_types, words
+from armor.format.layout import Results
+from armor.format.reference import record_reference, record_table, record_types, words
 from armor.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "config/README.md", "docs/RECORDS.md")
+NOT_OF_A_RECORD = ("root", "log", "measured", "report")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -43,6 +45,21 @@ def test_every_type_and_field_says_what_it_is(kind):
     assert kind.__doc__
     silent = [name for name, field in kind.model_fields.items() if not field.description]
     assert [name for name in silent if name != "format_version"] == [], "write a text below the field"
+
+
+def test_a_record_lies_where_the_layout_has_it_and_the_site_has_its_fields():
+    results = Results("")
+    known = {getattr(results, name)() for name in vars(Results) if name[0] != "_" and name not in NOT_OF_A_RECORD}
+    rows = re.findall(r"^\| `([^`]+)` \| `(\w+)` \| \S.* \| \S.* \|$", record_table(), re.MULTILINE)
+    kinds = {kind.__name__ for kind in record_types() if "format_version" in kind.model_fields}
+    assert {kind for _, kind in rows} == kinds
+    assert {path.rpartition("/")[2] for path, _ in rows if f"/{path}" not in known} == {
+        "provenance.json",
+        "{task}.json",
+        "summary.json",
+    }
+    full = record_reference()
+    assert [kind for _, kind in rows if f"## {kind}\n" not in full] == []
 
 
 def test_every_key_of_a_configuration_and_every_method_is_in_the_reference():

@@ -113,7 +113,7 @@ class Continuation(Typed):
 
 
 class BenchmarkRecord(Made):
-    """`benchmark/{name}.json`, by `armor benchmark`."""
+    """`{model}/benchmark/{benchmark}.json`, by `armor benchmark`: speed and memory of all recipes, timed in turn."""
 
     AGAIN: ClassVar[str] = "run armor benchmark again"
 

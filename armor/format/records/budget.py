@@ -36,7 +36,7 @@ class LinearPrices(Typed):
 
 
 class PricesRecord(Made):
-    """`prices/layer_{k}.json`, by `armor price`: what each choice for each linear of a layer takes and costs."""
+    """`{model}/{recipe}/prices/layer_{layer}.json`, by `armor price`: what each choice for a linear takes and costs."""
 
     AGAIN: ClassVar[str] = "run armor price for this layer again"
 
@@ -54,10 +54,10 @@ class PricesRecord(Made):
 
 
 class BudgetRecord(Made):
-    """`budget.json`, by `armor budget`: the choice for each linear, one a line. `armor factorize` reads the choices.
+    """`{model}/{recipe}/budget.json`, by `armor budget`: the choice for each linear, one a line.
 
-    Another choice may be written into it by hand. The numbers beside it, and the sums, then stay as they were.
-    `seconds` are those of all prices.
+    `armor factorize` reads the choices. Another choice may be written into it by hand. The numbers beside it, and the
+    sums, then stay as they were. `seconds` are those of all prices.
     """
 
     AGAIN: ClassVar[str] = "run armor budget again"

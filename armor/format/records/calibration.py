@@ -10,7 +10,7 @@ __all__ = ["CalibrationRecord"]
 
 
 class CalibrationRecord(Made):
-    """`calibration.json`, by `armor calibrate`; the statistics lie beside it."""
+    """`{model}/calibration/{calibration}/calibration.json`, by `armor calibrate`: what was read; statistics beside."""
 
     AGAIN: ClassVar[str] = "run armor calibrate again"
 

@@ -24,7 +24,7 @@ class FactorsMadeBy(Typed):
 
 
 class ProvenanceRecord(Origin):
-    """`provenance.json` in a packed checkpoint: what made it, wherever it is copied to."""
+    """`{model}/{recipe}/checkpoint/provenance.json`, by `armor assemble`: what made it, wherever it is copied to."""
 
     AGAIN: ClassVar[str] = "assemble or copy the checkpoint again"
 
@@ -40,7 +40,7 @@ class ProvenanceRecord(Origin):
 
 
 class CheckpointRecord(Made):
-    """`checkpoint.json`, by `armor assemble`; checkpoint/ lies beside it."""
+    """`{model}/{recipe}/checkpoint.json`, by `armor assemble`: size and origin of checkpoint/, which lies beside it."""
 
     AGAIN: ClassVar[str] = "run armor assemble again"
 

@@ -31,7 +31,7 @@ class AgainstDense(Typed):
 
 
 class EvaluationRecord(Made):
-    """`evaluation/{name}.json`, by `armor evaluate` on a text: the perplexity."""
+    """`{model}/{recipe}/evaluation/{evaluation}.json`, by `armor evaluate` on a text: perplexity and KL divergence."""
 
     AGAIN: ClassVar[str] = "run armor evaluate again"
 
@@ -81,7 +81,7 @@ class TaskResult(Metric):
 
 
 class TaskRecord(TaskResult, Record):
-    """`evaluation/{name}/{task}.json`, by `armor evaluate` on tasks: all metrics of one task."""
+    """`{model}/{recipe}/evaluation/{evaluation}/{task}.json`, by `armor evaluate` on tasks: all metrics of one task."""
 
     AGAIN: ClassVar[str] = "run armor evaluate again"
 
@@ -101,7 +101,7 @@ class TaskRecord(TaskResult, Record):
 
 
 class TasksRecord(Made):
-    """`evaluation/{name}.json`, by `armor evaluate` on tasks: what stands for each of them."""
+    """`{model}/{recipe}/evaluation/{evaluation}.json`, by `armor evaluate` on tasks: what stands for each of them."""
 
     AGAIN: ClassVar[str] = "run armor evaluate again"
 

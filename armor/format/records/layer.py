@@ -136,10 +136,11 @@ class Training(Typed):
 
 
 class LayerRecord(Made):
-    """`layer_{k}.json`, by `armor factorize`; the factors lie beside it, in layer_{k}.safetensors.
+    """`{model}/{recipe}/layers/layer_{layer}.json`, by `armor factorize`: loss and size of each linear; factors beside.
 
-    A group of experts has the same record, experts/layer_{k}/{experts}.json. `armor refine` and `armor tune` write it
-    with `training`, `armor quantize` with the `quantization` of linears; trained integers have both.
+    A group of experts has the same record, experts/layer_{layer}/{experts}.json. `armor refine` and `armor tune` write
+    it with `training` into refined/ and tuned/, `armor quantize` with the `quantization` of linears into quantized/;
+    trained integers have both. The factors are layer_{layer}.safetensors.
     """
 
     AGAIN: ClassVar[str] = "run armor factorize for this layer again"

@@ -10,7 +10,7 @@ __all__ = ["PredictionsRecord"]
 
 
 class PredictionsRecord(Made):
-    """`predictions/{evaluation}.json`, by `armor predict`; the logits lie beside it while they are needed."""
+    """`{model}/predictions/{evaluation}.json`, by `armor predict`: the dense model's loss; logits while needed."""
 
     AGAIN: ClassVar[str] = "run armor predict again"
 

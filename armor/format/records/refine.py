@@ -10,7 +10,7 @@ __all__ = ["RefineRecord"]
 
 
 class RefineRecord(Made):
-    """`refined.json`, by `armor refined`; layer_{k}.safetensors and .json lie in refined/.
+    """`{model}/{recipe}/refined.json`, by `armor refined`: losses of all layers, whose factors lie in refined/.
 
     Losses are the relative error of a layer's output on the held-out sequences. `seconds` are those of all layers.
     """

@@ -10,7 +10,7 @@ __all__ = ["RunRecord"]
 
 
 class RunRecord(Record):
-    """`run.json`, by the workflow when it starts, which locks the file until it ends."""
+    """`run.json`, by the workflow: the run at work, which locks the file until it ends, or the last one."""
 
     AGAIN: ClassVar[str] = "start the run again"
 

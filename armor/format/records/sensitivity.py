@@ -10,7 +10,7 @@ __all__ = ["SensitivityRecord"]
 
 
 class SensitivityRecord(Made):
-    """`sensitivity/{name}.json`, by `armor sensitivity`; the numbers lie beside it, in the safetensors of its name."""
+    """`{model}/sensitivity/{sensitivity}.json`, by `armor sensitivity`: what was read; the numbers lie beside it."""
 
     AGAIN: ClassVar[str] = "run armor sensitivity again"
 

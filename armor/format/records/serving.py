@@ -41,7 +41,7 @@ class Served(Typed):
 
 
 class ServingRecord(Made):
-    """`benchmark/{name}.json`, by `armor benchmark` with an engine."""
+    """`{model}/benchmark/{benchmark}.json`, by `armor benchmark` with an engine: speed behind a server, in turn."""
 
     AGAIN: ClassVar[str] = "run armor benchmark again"
 

@@ -10,7 +10,7 @@ __all__ = ["SourceRecord"]
 
 
 class SourceRecord(Record):
-    """`source.json`, by `armor fetch`: a Hugging Face folder with a dense model."""
+    """`{model}/source.json`, by `armor fetch`: a Hugging Face folder with a dense model."""
 
     AGAIN: ClassVar[str] = "run armor fetch again"
 

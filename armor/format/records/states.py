@@ -10,7 +10,7 @@ __all__ = ["StatesRecord"]
 
 
 class StatesRecord(Made):
-    """`states/{name}.json`, by `armor states`; what goes into every decoder layer lies in the folder of its name."""
+    """`{model}/states/{states}.json`, by `armor states`: the sequences; hidden states lie in the folder of its name."""
 
     AGAIN: ClassVar[str] = "run armor states again"
 

@@ -79,7 +79,7 @@ class DecoderLayer(Typed):
 
 
 class Topology(Record):
-    """`model.json`, by `armor inspect`: decoder layers, their linears, and which of these share an input."""
+    """`{model}/model.json`, by `armor inspect`: decoder layers, their linears, and which of these share an input."""
 
     AGAIN: ClassVar[str] = "run armor inspect again"
 

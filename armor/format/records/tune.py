@@ -14,7 +14,7 @@ KEPT_TOKENS = 256
 
 
 class TuneRecord(Made):
-    """`tuned.json`, by `armor tune`; layer_{k}.safetensors and .json lie in tuned/."""
+    """`{model}/{recipe}/tuned.json`, by `armor tune`: how the whole model was trained; its layers lie in tuned/."""
 
     AGAIN: ClassVar[str] = "run armor tune again"
 
