@@ -1,7 +1,4 @@
-"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light.
-
-python -m tests.test_layers_of_the_code    print the parts of the package by floor, with what each imports
-"""
+"""Who may import whom: downward only, stages meet in files, and what the Snakefile imports is light."""
 
 from __future__ import annotations
 
@@ -48,15 +45,6 @@ def files_of(part):
     return sorted((PACKAGE / part).rglob("*.py")) or [PACKAGE / f"{part}.py"]
 
 
-def drawing():
-    """The parts from the top floor down, each with the other parts that it imports, as a table in Markdown."""
-    floors = [(number, part) for number, floor in enumerate(FLOORS) for part in floor]
-    arrows = {part: {name for file in files_of(part) for _, name in imported(file)} - {part} for _, part in floors}
-    rows = [f"| {number} | `{part}` | {', '.join(sorted(arrows[part]))} |" for number, part in reversed(floors)]
-    count = f"{len(rows)} parts, {len(FLOORS)} floors, {sum(map(len, arrows.values()))} arrows"
-    return "\n".join(["| floor | part | imports |", "|--:|---|---|", *rows, "", count])
-
-
 def test_every_part_has_a_floor():
     assert parts() == {part for floor in FLOORS for part in floor}
 
@@ -66,11 +54,6 @@ def test_a_part_imports_from_lower_floors_alone(part):
     below = {other for floor in FLOORS[: next(i for i, f in enumerate(FLOORS) if part in f)] for other in floor}
     found = [(file, *place) for file in files_of(part) for place in imported(file)]
     assert [f"{file}:{line} imports {name}" for file, line, name in found if name not in {part, *below}] == []
-
-
-def test_the_drawing_in_the_log_is_of_today():
-    page = (PACKAGE.parent / "docs/log/house.md").read_text(encoding="utf-8")
-    assert [part for part in drawing().split("\n\n") if part not in page] == []
 
 
 def test_the_package_itself_imports_its_version_and_starts_its_command_and_nothing_imports_it():
@@ -88,7 +71,3 @@ def test_the_package_itself_imports_its_version_and_starts_its_command_and_nothi
 def test_what_the_snakefile_and_the_command_line_import_first_is_light(module):
     code = f"import sys, armor.{module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-if __name__ == "__main__":
-    print(drawing())
