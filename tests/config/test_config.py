@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -21,7 +20,6 @@ from armor.config.sources import CalibrationSettings, TextSettings
 from armor.config.tasks import PAPER_TASKS, asked_tasks
 from armor.core.errors import ArmorError
 
-CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "config").rglob("*.yaml"))
 MODELS = {"tiny": {"folder": "tiny"}}
 TEXT = {"text": {"files": ["words.txt"]}}
 
@@ -88,29 +86,6 @@ def test_a_benchmark_behind_a_server_is_another_stage():
     ]
     assert config.served() == ["evaluations.reading", "benchmarks.serve"]
     assert config.benchmarked("tiny", "serve") == ["armor"] and len(config.benchmarked("tiny", "decode")) == 3
-
-
-@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
-def test_the_configuration_in_the_report_asks_for_the_same_again(file, monkeypatch):
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED", "TASKS", "MIXTURE"):
-        monkeypatch.setenv(folder, "/data")
-    config = load_config(file)
-    text = yaml.safe_dump(config.report_settings().config)
-    assert parse_settings(Config, yaml.safe_load(text)) == config
-    explicit = parse_settings(Config, config.model_dump(mode="json"))  # defaults written out change nothing
-    assert explicit.report_settings() == config.report_settings()
-
-
-def test_the_ablations_mean_the_same_by_the_same_name_so_that_they_can_share_their_results():
-    found = {}
-    for config in (load_config(file) for file in CONFIGURATIONS if file.stem.startswith("ablation-")):
-        for kind in ("models", "calibrations", "evaluations", "benchmarks"):
-            for name, value in getattr(config, kind).items():
-                assert found.setdefault((kind, name), value) == value, name
-        for name in config.recipes:
-            value = config.layer_settings(name, 0), config.calibration_of(name)
-            assert found.setdefault(("recipes", name), value) == value, name
-    assert sum(kind == "recipes" for kind, _ in found) > 20
 
 
 @pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])

@@ -6,21 +6,17 @@ import json
 import re
 import shutil
 from functools import partial
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import snakemake.cli
 import yaml
 
-from armor.config.loading import load_config
 from armor.config.reference import json_schema
 from armor.config.run import Config
 from armor.run.status import read_status
 from tests.forks import fork
 from tests.workflow.conftest import LAYERS, REPOSITORY, Run
-
-EXAMPLES = sorted((REPOSITORY / "config/examples").glob("*.yaml"))
 
 
 def test_the_report_has_a_row_for_each_recipe(run):
@@ -196,30 +192,6 @@ def test_bad_input_is_explained_and_leaves_nothing(run, tmp_path, changes, said)
     error = done.stderr[done.stderr.index("Error in rule ") :]  # when it happens, rule, log and cause are told
     assert re.search(r"^ +log: results/logs/\S+\.log ", error, re.MULTILINE) and explained[0] in error
     assert not list(tmp_path.glob("results/**/*.tmp")) and not list(tmp_path.glob("results/report/*"))
-
-
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_examples_dry_run_on_a_stand_in(run, tmp_path, monkeypatch, file):
-    """Every example passes the check, and plans its jobs once its model is there; a tiny one stands in."""
-    for folder in ("WIKITEXT2", "C4", "LLAMA", "UPCYCLED", "ROTATED"):
-        monkeypatch.setenv(folder, "/data")
-    for folder in ("TASKS", "MIXTURE"):
-        monkeypatch.setenv(folder, str(tmp_path))
-    config = load_config(file)
-    for task in (task for evaluation in config.evaluations.values() for task in evaluation.task_files()):
-        Path(task).parent.mkdir(exist_ok=True)
-        Path(task).touch()
-    for model in config.models:
-        folder = tmp_path / "results" / model
-        folder.mkdir(parents=True)
-        for name in ("source.json", "model.json"):
-            shutil.copy(run.folder / "results/tiny" / name, folder / name)
-    planned = Run(tmp_path, yaml.safe_load(file.read_text())).would_run()
-    compressed = [recipe for _, recipe in config.pairs() if config.recipes[recipe].method != "dense"]
-    factorized = {(model, config.owner(recipe)) for model, recipe in config.pairs() if recipe in compressed}
-    assert planned["factorize"] == LAYERS * len(factorized) and planned["assemble"] == len(compressed)
-    calibrated = {(model, config.calibration_of(recipe)) for model, recipe in config.pairs() if recipe in compressed}
-    assert planned["calibrate"] == len(calibrated) and planned["report"] == 1
 
 
 def test_the_schema_is_that_of_the_types():
