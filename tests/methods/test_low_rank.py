@@ -7,46 +7,18 @@ import importlib
 import pytest
 import torch
 
-from armor.config.layers import LayerSettings
 from armor.core.pattern import Pattern, is_nm
-from armor.factorize.asked import layouts_of
 from armor.format.checkpoint import PackedLinear
-from armor.format.records.topology import DecoderLayer, Linear
-from armor.format.statistics import Statistics
-from armor.methods import METHODS
 from armor.methods.basil import basil
 from armor.methods.lora import lora
 from armor.methods.oats import oats
 from armor.methods.sparsegpt import damped, sparsegpt
 from armor.methods.wanda import wanda
-
-OUT, COLUMNS = 24, 32
-
-
-def problem(out=OUT, columns=COLUMNS, seed=0):
-    """A weight, the mean squares of its inputs, and their Gram matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    x = torch.randn(400, columns, generator=generator) @ mix * torch.logspace(-1, 1, columns)
-    return torch.randn(out, columns, generator=generator), x.square().mean(0), x.T @ x / len(x)
-
-
-def error(weight, found, gram):
-    """The output error of a weight (out, in)."""
-    change = (weight - found).double()
-    return float((change @ gram.double() * change).sum())
-
-
-def core_alone(weight, mask, gram):
-    """The S of the least output error on that mask, row by row."""
-    core = torch.zeros_like(weight, dtype=torch.float64)
-    for row, kept in enumerate(mask):
-        core[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept].double() @ weight[row].double())
-    return core
+from tests.methods.problems import core_alone, correlated, error
 
 
 def test_the_weighted_error_of_oats_falls_from_alternation_to_alternation(monkeypatch):
-    weight, importance, _ = problem()
+    weight, importance, _ = correlated()
     errors = []
     for count in range(1, 12):
         monkeypatch.setattr(importlib.import_module("armor.methods.oats"), "ALTERNATIONS", count)
@@ -56,7 +28,7 @@ def test_the_weighted_error_of_oats_falls_from_alternation_to_alternation(monkey
 
 
 def test_oats_keeps_the_largest_of_what_its_pair_leaves():
-    weight, importance, _ = problem()
+    weight, importance, _ = correlated()
     found = oats(weight, importance, rank=4)
     rest = weight - found.up @ found.down
     pruned = wanda(rest, importance)
@@ -67,7 +39,7 @@ def test_oats_keeps_the_largest_of_what_its_pair_leaves():
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
 def test_oats_of_rank_0_is_wanda(pattern):
-    weight, importance, _ = problem()
+    weight, importance, _ = correlated()
     found, pruned = oats(weight, importance, pattern=pattern, rank=0), wanda(weight, importance, pattern=pattern)
     assert found.up is found.down is None
     assert torch.equal(found.core, pruned.core) and torch.equal(found.mask, pruned.mask)
@@ -75,8 +47,8 @@ def test_oats_of_rank_0_is_wanda(pattern):
 
 
 def test_the_output_error_of_3basil_falls_from_turn_to_turn(monkeypatch):
-    weight, importance, gram = problem()
-    gram_damped, errors = damped(gram, COLUMNS)[0], []
+    weight, importance, gram = correlated()
+    gram_damped, errors = damped(gram, 32)[0], []
     for turns in range(8):
         monkeypatch.setattr(importlib.import_module("armor.methods.basil"), "TURNS", turns)
         errors.append(error(weight, basil(weight, importance, gram, rank=4).reconstruct(), gram_damped))
@@ -86,7 +58,7 @@ def test_the_output_error_of_3basil_falls_from_turn_to_turn(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_3basil_is_better_than_its_core_alone_could_be_and_than_what_sees_less(pattern):
-    weight, importance, gram = problem()
+    weight, importance, gram = correlated()
     found = basil(weight, importance, gram, pattern=pattern, rank=4)
     own = error(weight, found.reconstruct(), gram)
     assert own < error(weight, core_alone(weight, found.mask, gram.double()), gram)
@@ -94,49 +66,22 @@ def test_3basil_is_better_than_its_core_alone_could_be_and_than_what_sees_less(p
 
 
 def test_3basil_of_rank_0_prunes_and_fits_what_it_keeps():
-    weight, importance, gram = problem()
+    weight, importance, gram = correlated()
     found = basil(weight, importance, gram, rank=0)
-    best = core_alone(weight, found.mask, damped(gram, COLUMNS)[0])
+    best = core_alone(weight, found.mask, damped(gram, 32)[0])
     assert found.up is found.down is None and is_nm(found.mask, Pattern(2, 4))
     torch.testing.assert_close(found.core.double(), best, rtol=2e-2, atol=2e-3)
     assert error(weight, found.core, gram) < error(weight, sparsegpt(weight, importance, gram).core, gram)
 
 
-def test_inputs_that_are_always_zero_do_no_harm():
-    weight, importance, gram = problem()
-    importance[3] = gram[3] = gram[:, 3] = 0
-    for found in (oats(weight, importance, rank=4), basil(weight, importance, gram, rank=4)):
-        assert found.reconstruct().isfinite().all() and 0 < found.loss < 1
-
-
 def test_lora_starts_as_sparsegpt_with_a_pair_of_the_weights_size():
-    weight, importance, gram = problem(64, 96)
+    weight, importance, gram = correlated(64, 96)
     found, pruned = lora(weight, importance, gram, rank=16), sparsegpt(weight, importance, gram)
     assert torch.equal(found.reconstruct(), pruned.core) and found.loss == pruned.loss
     assert not found.up.any()
     grown = torch.randn_like(found.up) * found.down.square().mean().sqrt() @ found.down
     assert 0.7 < float(grown.norm() / weight.norm()) < 1.4
     assert not torch.equal(found.down, lora(weight, importance, gram, rank=16, seed=1).down)
-
-
-@pytest.mark.parametrize("method", ["oats", "basil", "lora"])
-@pytest.mark.parametrize(("pattern", "rank"), [("2:4", 5), ("50%", 1), ("4:8", 100), ("2:4", 0)])
-def test_what_is_stored_is_what_is_said_beforehand(method, pattern, rank):
-    weight, importance, gram = problem()
-    asked = LayerSettings(method=method, pattern=pattern, rank=rank)
-    found = METHODS[method].run(weight.bfloat16(), Statistics(importance, gram, 400), asked, 0)
-    linear = Linear(
-        name="q", out_features=OUT, in_features=COLUMNS, dtype="bfloat16", bias=False, shard="a", input_group=0
-    )
-    layout = layouts_of(DecoderLayer(index=0, prefix="layer", linears=(linear,)), asked)["q"]
-    assert layout == PackedLinear.of(found) and layout.rank == (min(rank, OUT) or None)
-    tensors = found.tensors()
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == layout.shapes()
-    assert {t.dtype for name, t in tensors.items() if name != "core_mask"} == {torch.bfloat16}
-    stored = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    assert layout.bits_per_weight(16) == 8 * stored / weight.numel()
-    again = METHODS[method].run(weight.bfloat16(), Statistics(importance, gram, 400), asked, 0)
-    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_rank_takes_the_bits_of_blocks_of_that_size():

@@ -1,4 +1,4 @@
-"""Balanced factors: the same product, columns of A and rows of B alike, and the guarantee of `finish` as before."""
+"""Balanced factors: the same product, columns of A and rows of B alike."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armor.core import blockdiag
-from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.methods.armor import armor
-from armor.methods.solver.objective import Objective, balanced, finish, relative_loss
+from armor.methods.solver.objective import Objective, balanced, relative_loss
 from armor.methods.solver.settings import SolverSettings
 
 SHAPES = [((6, 8), (3, 4)), ((9, 12), (9, 12)), ((5, 4), (1, 4))]
@@ -67,13 +66,3 @@ def test_what_is_stored_is_balanced_and_no_worse_than_the_start_in_any_dtype():
         assert found.loss == pytest.approx(relative_loss(stored, Objective.of(stored, importance), found))
         for norms in (found.left.double().norm(dim=1), found.right.double().norm(dim=2)):
             torch.testing.assert_close(norms, norms.mean().expand_as(norms), rtol=0.02, atol=0)
-
-
-def test_finish_keeps_the_start_where_balancing_cannot_save_the_factors():
-    weight, importance = torch.randn(6, 8, dtype=torch.float64), torch.ones(8)
-    objective = Objective.of(weight, importance)
-    a, s, b = factors((6, 8), (3, 4))
-    mask = top_n_mask(objective.score(weight), Pattern(2, 4))
-    for spoiled in (a * 0, a * torch.inf, a * torch.nan):
-        kept: Factorization = finish(weight, objective, Pattern(2, 4), (spoiled, s * mask, mask, b), [], (3, 4))
-        assert kept.loss == kept.start_loss and kept.core.equal(weight * mask)

@@ -10,18 +10,13 @@ from armor.core.blocksizes import sizes
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.methods.solver.memory import PIECE
-from armor.methods.solver.objective import Objective, finish, relative_loss, supports
-
-
-def problem(rows: int, columns: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return weight, torch.rand(columns, generator=generator, dtype=torch.float64) + 0.1
+from armor.methods.solver.objective import Objective, finish, relative_loss
+from tests.methods.problems import problem
 
 
 def test_normalisation():
     """W = diag(row) W̄ diag(column); the rows of W̄ have unit norm, its columns had before the rows were divided."""
-    weight, importance = problem(6, 8)
+    weight, importance = problem(6, 8, dtype=torch.float64)
     objective = Objective.of(weight, importance)
     restored = objective.row[:, None] * objective.normal(weight).double() * objective.column
     torch.testing.assert_close(restored, weight, rtol=1e-6, atol=1e-6)
@@ -31,7 +26,7 @@ def test_normalisation():
 
 @pytest.mark.parametrize("shape, blocks", [((6, 8), (3, 4)), ((9, 12), (9, 12)), ((5, 4), (1, 1))])
 def test_loss_is_its_definition(shape, blocks):
-    weight, importance = problem(*shape)
+    weight, importance = problem(*shape, dtype=torch.float64)
     objective = Objective.of(weight, importance)
     mask = top_n_mask(weight.abs(), Pattern(2, 4))
     left, right = (torch.randn(n // d, d, d, dtype=torch.float64) for n, d in zip(shape, blocks, strict=True))
@@ -45,7 +40,7 @@ def test_loss_is_its_definition(shape, blocks):
 
 def test_loss_in_pieces():
     """A weight of two pieces and a half against its definition, on all rows at once."""
-    weight, importance = problem(PIECE * 5 // 2 // 1024, 1024)
+    weight, importance = problem(PIECE * 5 // 2 // 1024, 1024, dtype=torch.float64)
     objective = Objective.of(weight, importance)
     factors = Factorization(0.5 * weight, weight != 0, Pattern(2, 4), blockdiag.identity(len(weight), 4) * 1.5)
     error = (objective.normal(weight - 0.75 * weight).double().square() * importance).sum()
@@ -55,7 +50,7 @@ def test_loss_in_pieces():
 
 @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
 def test_loss_does_not_depend_on_scales(scale):
-    weight, importance = problem(6, 8)
+    weight, importance = problem(6, 8, dtype=torch.float64)
     mask = top_n_mask(weight.abs(), Pattern(2, 4))
 
     def loss(weight, importance):
@@ -69,7 +64,6 @@ def test_loss_does_not_depend_on_scales(scale):
 def test_finish_keeps_what_is_better():
     """Exact factors win over NoWag-P, useless and broken ones lose."""
     weight, importance = problem(4, 8)
-    weight = weight.float()
     objective, pattern = Objective.of(weight, importance), Pattern(2, 4)
     mask = top_n_mask(objective.score(weight), pattern)
     a, b = blockdiag.identity(4, 2), blockdiag.identity(8, 4)
@@ -77,7 +71,7 @@ def test_finish_keeps_what_is_better():
     start = finish(weight, objective, pattern, None, [], (2, 4))
     assert start.loss == start.start_loss and start.core.equal(weight * mask)
     assert finish(weight, objective, pattern, best_values, [], (2, 4)).loss == pytest.approx(start.loss, rel=1e-5)
-    for spoiled in (a * 0, a * float("nan"), a * 7):
+    for spoiled in (a * 0, a * torch.nan, a * torch.inf, a * 7):
         found = finish(weight, objective, pattern, (spoiled, *best_values[1:]), [], (2, 4))
         assert found.loss == start.loss and found.core.equal(start.core)
 
@@ -96,9 +90,3 @@ def test_finish_keeps_what_is_better():
 )
 def test_sizes(shape, pattern, block, expected):
     assert sizes(shape, Pattern.parse(pattern), block) == expected
-
-
-def test_supports():
-    assert supports(Pattern(2, 4)).tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-    assert len(supports(Pattern(4, 8))) == 70
-    assert supports(Pattern(8, 16)) is None and supports(Pattern(50, 0)) is None
