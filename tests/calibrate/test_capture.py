@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +28,7 @@ from armor.runtime.filling import load_layer, load_outside, unload_outside
 from armor.runtime.skeleton import compute_dtype, open_skeleton
 from armor.text.blocks import token_blocks
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
+from tests.packed import edit_tensors
 from tests.tiny import FAMILIES, tiny_model, tiny_text
 
 COUNT, LENGTH = 5, 48  # longer than the sliding windows
@@ -87,11 +88,10 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family
         found |= read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors", topology.fingerprint)
     assert set(found) == set(expected) == {linear.name for linear in topology.linears()}
     for name, (importance, gram) in expected.items():
-        assert found[name].tokens == COUNT * LENGTH == value.tokens
-        assert found[name].importance.dtype == torch.float32 and close(found[name].importance, importance), name
-        assert found[name].gram.dtype == torch.float32, name
-        assert (found[name].gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
-    assert sorted(value.files) == [f"layer_{k}.safetensors" for k in range(3)]
+        own = found[name]
+        assert own.tokens == COUNT * LENGTH == value.tokens and own.importance.dtype == own.gram.dtype == torch.float32
+        assert close(own.importance, importance), name
+        assert (own.gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
 
 
 def test_a_bfloat16_model_is_computed_in_its_own_dtype_where_that_is_native(tmp_path, text, monkeypatch):
@@ -116,13 +116,15 @@ def test_the_compute_dtype():
 def test_inputs_that_are_shared_are_stored_once_and_the_same_run_gives_the_same_bytes(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=2)
     first, topology = run(folder, text, tmp_path / "a")
-    names = set(load_file(tmp_path / "a" / "layer_1.safetensors"))
-    assert names == {f"model.layers.1.{n}.importance" for n in
-                     ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}  # fmt: skip
+    inputs = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    names = {f"model.layers.1.{name}.importance" for name in inputs}
+    assert set(load_file(tmp_path / "a/layer_1.safetensors")) == names
     second, _ = run(folder, text, tmp_path / "b")
     assert first.files == second.files and first.text_fingerprint == second.text_fingerprint
-    assert first == CalibrationRecord.read(tmp_path / "a" / "calibration.json")
-    assert first.fingerprint == topology.fingerprint and first.seconds > 0 and first.peak_memory_bytes > 1e6
+    assert sorted(first.files) == ["layer_0.safetensors", "layer_1.safetensors"]
+    assert (
+        first == CalibrationRecord.read(tmp_path / "a/calibration.json") and first.fingerprint == topology.fingerprint
+    )
     third, _ = run(folder, text, tmp_path / "b", sequence_length=40)
     assert third.text_fingerprint != first.text_fingerprint
 
@@ -150,29 +152,26 @@ def test_the_sequence_length_is_the_context_length_unless_given(tmp_path, text):
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
-def poison(folder, name, value, position=0):
-    tensors = load_file(folder / SINGLE)
-    tensors[name].view(-1)[position] = value
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "value"), [("model.layers.1.mlp.up_proj.weight", math.nan), ("model.embed_tokens.weight", math.inf)]
+)
 def test_bad_weights_are_named_with_their_file(tmp_path, text, name, value):
     folder = tiny_model(tmp_path / "model", layers=2)
-    poison(folder, name, value)
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
     with pytest.raises(ArmorError, match=f"{SINGLE}: {name} holds NaN or infinity") as caught:
         run(folder, text, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out" / "calibration.json").exists()
+    assert not (tmp_path / "out/calibration.json").exists()
 
 
 def test_activations_that_overflow_are_named_by_module(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=2)
-    tensors = load_file(folder / SINGLE)
-    for name in ("gate", "up"):
-        tensors[f"model.layers.1.mlp.{name}_proj.weight"] *= 1e25
-    save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+    def enlarge(tensors):
+        for name in ("gate", "up"):
+            tensors[f"model.layers.1.mlp.{name}_proj.weight"] *= 1e25
+
+    edit_tensors(folder, enlarge)
     with pytest.raises(ArmorError, match=r"model\.layers\.1\.mlp\.down_proj: its input holds NaN or infinity"):
         run(folder, text, tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -192,38 +191,31 @@ def test_the_record_is_of_the_text_as_it_was_read(tmp_path, text, monkeypatch):
     assert edited.made_by == whole.made_by and Input.TEXT_FILES in whole.made_by.inputs
 
 
-LARGE = {  # an operation, and the shape of a tensor in it, that come together in a decoder layer alone
-    "weights": ("aminmax", (128, 64)),
-    "sums": ("sum", (64,)),
-    "hidden states": ("aminmax", (1, LENGTH, 64)),
-}
-
-
-@pytest.mark.parametrize("what", LARGE)
-def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, what):
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [("aminmax", (128, 64)), ("sum", (64,)), ("aminmax", (1, LENGTH, 64))],
+    ids=["weights", "sums", "hidden states"],
+)
+def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, operation, shape):
+    """Where the operation has a tensor of that shape, as in a decoder layer alone."""
     folder = tiny_model(tmp_path / "model", layers=2)
-    given = inspected(folder, tmp_path / "out")
-    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH)
     said = r"model: model\.layers\.0: out of memory on cpu; lower sequence_length, or give the job more"
-    with NoRoom(lambda *found: LARGE[what] == (found[0], found[1].shape)), pytest.raises(ArmorError, match=said):
-        calibrate(*given, settings, tmp_path / "out/calibration.json")
+    with NoRoom(lambda name, x: (name, x.shape) == (operation, shape)), pytest.raises(ArmorError, match=said):
+        run(folder, text, tmp_path / "out")
 
 
 def test_another_model_than_the_inspected_one_is_refused(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=1)
-    inspect(open_source(folder), tmp_path / "model.json")
-    topology = Topology.read(tmp_path / "model.json")
+    _, topology = inspected(folder, tmp_path / "out")
     other = open_source(tiny_model(tmp_path / "other", layers=1, seed=1))
     settings = CalibrationSettings(text=text, sequences=2, sequence_length=16)
     with pytest.raises(ArmorError, match="not the model that was inspected"):
-        calibrate(other, topology, settings, tmp_path / "out" / "calibration.json")
+        calibrate(other, topology, settings, tmp_path / "out/calibration.json")
 
 
 def test_weights_of_one_layer_are_in_memory_at_a_time_and_never_the_head(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=4)
-    poison(folder, "lm_head.weight", math.nan)  # it would be refused if it were read
-    source, topology = inspected(folder, tmp_path / "out")
-    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH)
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))  # refused if it were read
     layers: list[nn.Module] = []
     others = {id(each) for each in decoder_layers()}
 
@@ -236,7 +228,7 @@ def test_weights_of_one_layer_are_in_memory_at_a_time_and_never_the_head(tmp_pat
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        calibrate(source, topology, settings, tmp_path / "out/calibration.json")
+        run(folder, text, tmp_path / "out")
     finally:
         hook.remove()
     assert len(layers) == 4
@@ -293,13 +285,12 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
 
 def test_a_device_too_small_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     folder = tiny_model(tmp_path / "model")
-    inspect(open_source(folder), tmp_path / "model.json")
-    topology = Topology.read(tmp_path / "model.json")
+    source, topology = inspected(folder, tmp_path / "out")
     needed = peak_bytes(topology, LENGTH, torch.float32, False)
     card_of(monkeypatch, needed - 1)
     absent = TextSettings(files=[str(tmp_path / "absent.txt")])
     settings = CalibrationSettings(text=absent, sequences=COUNT, sequence_length=LENGTH)
     said = f"{folder}: one decoder layer and a sequence of {LENGTH} tokens need about .* GB, cuda:0 has .* lower"
     with pytest.raises(ArmorError, match=said):
-        calibrate(open_source(folder), topology, settings, tmp_path / "out/calibration.json", "cuda:0")
+        calibrate(source, topology, settings, tmp_path / "out/calibration.json", "cuda:0")
     assert not (tmp_path / "out").exists()

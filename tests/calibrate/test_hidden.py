@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from armor.core.errors import ArmorError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("kept", [0, 2, 9])
 def test_what_was_written_is_read(tmp_path, dtype, kept):
     each, carried = 2 * 5 * dtype.itemsize + 3 * 8, torch.arange(9).view(3, 3)
     states = torch.randn(3, 2, 5).to(dtype)
@@ -61,18 +59,8 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path):
-    class Full:
-        def seek(self, position):
-            pass
-
-        def write(self, data):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def close(self):
-            pass
-
-    with HiddenStates(2, [(torch.zeros(4),)], 0, tmp_path) as hidden:
-        hidden._written = Full()
+    with HiddenStates(2, [(torch.zeros(4),)], 0, tmp_path) as hidden, open("/dev/full", "wb", buffering=0) as full:
+        hidden._written = full
         with pytest.raises(ArmorError, match="No space left on device; free it"):
             hidden.write(0, (torch.zeros(4),))
 

@@ -17,7 +17,6 @@ from armor.factorize.budget import choose
 from armor.factorize.layer import factorize_layer
 from armor.factorize.prices import extrapolated, price_layer
 from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
-from armor.format.records.layer import LayerRecord
 from armor.methods.solver.settings import SolverSettings
 from armor.training.sensitivity import measure_sensitivity
 from tests.packed import opened
@@ -98,13 +97,12 @@ def test_costs_fall_as_a_power_of_the_iterations():
 
 
 def test_what_is_extrapolated_is_close_to_what_the_recipe_reaches(root):
-    sums = []
-    for tried in (15, 90):
-        solver = SolverSettings(iterations=90)
-        settings = PriceSettings(method="armor", solver=solver, over=[Choice(block_size=16)], iterations=tried)
-        modules = priced(root, 1, root / str(tried), settings).modules
-        sums.append(sum(linear.prices[0].predicted_kl for linear in modules.values()))
-    assert sums[0] == pytest.approx(sums[1], rel=0.3)
+    asked = PriceSettings(method="armor", solver=SolverSettings(iterations=90), over=[Choice(block_size=16)])
+    few, all_of_them = (
+        sum(linear.prices[0].predicted_kl for linear in priced(root, 1, root / str(tried), settings).modules.values())
+        for tried, settings in ((tried, asked.replace(iterations=tried)) for tried in (15, 90))
+    )
+    assert few == pytest.approx(all_of_them, rel=0.3)
 
 
 def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_iterations(root, tmp_path):
@@ -123,29 +121,26 @@ def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_it
 
 
 def test_it_is_one_line_for_each_linear_and_may_be_edited(root, tmp_path):
-    chosen(root, tmp_path, 24)
+    price = chosen(root, tmp_path, 24).modules[Q]
     file = tmp_path / "budget.json"
-    lines = {line.split('"')[1]: line for line in file.read_text().splitlines() if ".layers." in line}
-    assert list(lines) == sorted(linear.name for linear in opened(root)[1].linears())
     before = file.read_text()
+    lines = {line.split('"')[1]: line for line in before.splitlines() if ".layers." in line}
+    assert list(lines) == sorted(linear.name for linear in opened(root)[1].linears())
 
     def edited(choice):
-        price = json.loads("{" + lines[Q].strip().rstrip(",") + "}")[Q]
-        new = lines[Q].replace(json.dumps(price["choice"]), json.dumps(choice))
-        file.write_text(before.replace(lines[Q], new))
+        file.write_text(before.replace(lines[Q], lines[Q].replace(json.dumps(price.choice), json.dumps(choice))))
+        return factorized(root, tmp_path).modules[Q]
 
-    edited({"method": "wanda", "pattern": "1:4"})
-    entry = factorized(root, tmp_path).modules[Q]
+    entry = edited({"method": "wanda", "pattern": "1:4"})
     assert entry.method == "wanda" and entry.pattern == "1:4"
     for choice, said in (
         ({"block_sise": 8}, "block_sise: unknown key; did you mean block_size"),
         ({"method": "armour"}, "'armour' is unknown; did you mean armor"),
         ({"block_size": "wide"}, "block_size: Input should be a valid integer"),
     ):
-        edited(choice)
         with pytest.raises(ArmorError, match=f"budget.json: {Q}: .*{said}"):
-            factorized(root, tmp_path)
-    file.write_text("\n".join(line for line in before.splitlines() if f'"{Q}"' not in line))
+            edited(choice)
+    file.write_text(before.replace(lines[Q] + "\n", ""))
     with pytest.raises(ArmorError, match=f"has no choice for {Q}; run armor budget again"):
         factorized(root, tmp_path)
 
@@ -167,13 +162,10 @@ def test_a_budget_that_cannot_be_met_says_what_can(root, tmp_path, bits):
         chosen(root, tmp_path / limit, float(limit))
 
 
-def test_a_budget_without_prices_is_one_line(tmp_path):
+def test_no_prices_or_those_of_several_models_are_one_line(root, tmp_path):
     with pytest.raises(ArmorError, match="holds no prices; run armor price first"):
         choose(tmp_path, BudgetSettings(bits=20), tmp_path / "budget.json")
     assert not list(tmp_path.iterdir())
-
-
-def test_prices_of_several_models_are_one_line(root, tmp_path):
     copy = shutil.copytree(root / "prices", tmp_path / "prices")
     PricesRecord.read(copy / "layer_1.json").replace(fingerprint="f" * 64).write(copy / "layer_1.json")
     with pytest.raises(ArmorError, match="holds prices of several models; delete it, and run armor price again"):
@@ -183,9 +175,3 @@ def test_prices_of_several_models_are_one_line(root, tmp_path):
 def test_more_bits_never_cost_more(root, tmp_path):
     costs = [chosen(root, tmp_path, bits).predicted_kl for bits in (19, 21, 24, 28, 32)]
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0
-
-
-def test_a_layer_without_a_budget_is_as_ever(root, tmp_path):
-    file = "layer_0.safetensors"
-    factorize_layer(*opened(root), 0, root / "calibration" / file, SETTINGS, tmp_path / file)
-    assert "budget" not in LayerRecord.read(tmp_path / "layer_0.json").made_by.inputs

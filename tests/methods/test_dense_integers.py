@@ -5,9 +5,7 @@ import torch
 
 from armor.config.layers import ModuleSettings
 from armor.config.recipes import Recipe
-from armor.core.quantization import Quantization
 from armor.factorize.asked import possible
-from armor.format.checkpoint import PackedLinear
 from armor.format.statistics import Statistics
 from armor.methods import METHODS
 from tests.methods.problems import correlated, error
@@ -46,20 +44,6 @@ def test_feedback_changes_nothing_where_inputs_do_not_share_anything():
     nearest, gptq = (METHODS[method].run(weight, apart, asked(method), 0) for method in ("int4", "gptq"))
     assert torch.equal(gptq.core_scales, nearest.core_scales) and torch.equal(gptq.core, nearest.core)
     assert gptq.loss == gptq.start_loss == nearest.loss
-
-
-def test_bits():
-    assert METHODS["int8"].integers((4096, 1024), asked("int8")) == Quantization("int8", None, 1024)
-    bits = {
-        (method, group): PackedLinear(
-            4096,
-            1024,
-            METHODS[method].pattern(asked(method, group)),
-            quantization=METHODS[method].integers((4096, 1024), asked(method, group)),
-        ).bits_per_weight(16)
-        for method, group in (("int8", None), ("int4", None), ("gptq", 32))
-    }
-    assert bits == {("int8", None): 8 + 16 / 1024, ("int4", None): 4 + 16 / 128, ("gptq", 32): 4 + 16 / 32}
 
 
 def test_rows_of_any_length_hold_integers():

@@ -18,7 +18,8 @@ from tests.training.trained import TRAINING, ready, refined, sample
 def stages(tmp_path_factory):
     root = ready(tmp_path_factory.mktemp("model"))
     job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
-    statistics, integers = root / "calibration/calibration.json", quantized(root).parent / "quantized"
+    statistics = root / "calibration/calibration.json"
+    quantized(root)
 
     def chain(folder: Path) -> None:
         """Both layers, each on what those before make of the text; one whose job ended is not done again."""
@@ -33,11 +34,10 @@ def stages(tmp_path_factory):
         "refine integers": lambda folder: refined(root, 1, folder, "quantized/quantized"),
         "refine a chain": chain,
         "tune": lambda folder: tune(*opened(root), root / "layers", statistics, job, folder / "tuned.json"),
-        "tune integers": lambda folder: tune(*opened(root), integers, statistics, job, folder / "tuned.json"),
     }
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("stage", ["refine", "refine integers", "refine a chain", "tune", "tune integers"])
+@pytest.mark.parametrize("stage", ["refine", "refine integers", "refine a chain", "tune"])
 def test_killed_anywhere_it_ends_as_if_undisturbed(stages, tmp_path, stage, point):
     assert killed_everywhere(stages[stage], tmp_path, point)

@@ -11,7 +11,7 @@ from armor.core.integers import expand_scales
 from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import LIMITS
 from armor.methods.solver.rounding import quantize
-from armor.training.trainable import TrainableLinear, multiplied_once, rounded
+from armor.training.trainable import TrainableLinear, multiplied_once
 
 
 def factorization(left=3, right=4, pattern="2:4", rank=0, out=6, inner=8, dtype=torch.float32):
@@ -25,50 +25,35 @@ def factorization(left=3, right=4, pattern="2:4", rank=0, out=6, inner=8, dtype=
 CASES = [
     (3, 4, "2:4", 0),
     (6, 8, "4:8", 0),
-    (None, None, "2:4", 0),
     (2, 4, "50%", 0),
     (1, 4, "1:4", 0),
     (None, None, "2:4", 3),
 ]
 
 
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize(("left", "right", "pattern", "rank"), CASES)
-def test_the_weight_is_the_product_and_so_is_its_gradient(left, right, pattern, rank):
+def test_the_weight_is_the_product_and_so_is_its_gradient(left, right, pattern, rank, once):
+    """Also where it is multiplied once for many calls; a linear that none of them comes to has no gradient then."""
     f = factorization(left, right, pattern, rank)
-    linear = TrainableLinear(f)
+    linear, idle = TrainableLinear(f), TrainableLinear(f)
     torch.testing.assert_close(linear.weight, f.reconstruct())
-    x, y = torch.randn(5, 8), torch.randn(5, 6)
-    (linear(x) * y).sum().backward()
+    rows, y = torch.randn(3, 5, 8), torch.randn(5, 6)
+    with multiplied_once([linear, idle] if once else []):
+        for x in rows:
+            (linear(x) * y).sum().backward()
+    assert linear.product is None and all(parameter.grad is None for parameter in idle.parameters())
     a, b, u, v = (None if w is None else w.clone().requires_grad_() for w in (f.left, f.right, f.up, f.down))
     core = f.core.clone().requires_grad_()
     slow = core if b is None else core @ blockdiag.expand(b)
     slow = slow if a is None else blockdiag.expand(a) @ slow
     slow = slow if u is None else slow + u @ v
-    (x @ slow.T * y).sum().backward()
-    torch.testing.assert_close(linear.core_values.grad, core.grad[f.mask].view(6, -1))
-    for mine, other in ((linear.left, a), (linear.right, b), (linear.up, u), (linear.down, v)):
-        if other is not None:
-            torch.testing.assert_close(mine.grad, other.grad)
-
-
-@pytest.mark.parametrize(("left", "right", "pattern", "rank"), CASES)
-def test_multiplied_once_for_many_calls_the_gradient_is_the_same(left, right, pattern, rank):
-    f = factorization(left, right, pattern, rank)
-    every, once, idle = (TrainableLinear(f) for _ in range(3))
-    rows = torch.randn(3, 5, 8)
-    for x in rows:
-        every(x).square().sum().backward()
-    with multiplied_once([once, idle]):
-        for x in rows:
-            torch.testing.assert_close(once(x), every(x))
-            once(x).square().sum().backward()
-        assert once.left is None or once.left.grad is None
-    for name, parameter in every.named_parameters():
-        torch.testing.assert_close(once.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-3)
-        assert idle.get_parameter(name).grad is None
-    assert once.product is None
-    with torch.no_grad(), multiplied_once([once]):
-        torch.testing.assert_close(once(rows[0]), every(rows[0]))
+    (rows @ slow.T * y).sum().backward()
+    found = (linear.core_values, linear.left, linear.right, linear.up, linear.down)
+    wanted = (core.grad[f.mask].view(6, -1), *(None if w is None else w.grad for w in (a, b, u, v)))
+    for mine, grad in zip(found, wanted, strict=True):
+        if grad is not None:
+            torch.testing.assert_close(mine.grad, grad, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_while_multiplied_once_leaves_no_product():
@@ -88,13 +73,6 @@ def test_what_is_not_trained_is_stored_as_it_was(dtype):
         assert getattr(found, name).dtype == getattr(f, name).dtype and getattr(found, name).equal(getattr(f, name))
 
 
-def test_rounded_shows_what_would_be_stored_and_no_longer():
-    parameter = torch.nn.Parameter(torch.tensor([1.0 + 2**-12]))
-    with rounded({"a": parameter}, {"a": torch.bfloat16}):
-        assert parameter.item() == 1.0
-    assert parameter.item() == 1.0 + 2**-12
-
-
 def integers(core="int4", blocks="int8", **options):
     f = factorization(**options)
     return quantize(torch.randn_like(f.core), torch.rand(8), f, core=core, blocks=blocks, group=2, trained=True)
@@ -103,9 +81,7 @@ def integers(core="int4", blocks="int8", **options):
 INTEGERS = [
     {"core": "int8", "left": 3, "right": 4},
     {"core": "int4", "left": 2, "right": 8},
-    {"core": "int4", "left": 3, "right": 4, "blocks": "bfloat16"},
     {"core": "int4", "left": None, "right": None, "pattern": "50%", "rank": 2},
-    {"core": "fp8", "left": 3, "right": 8},
     {"core": "fp8", "left": 3, "right": 4, "blocks": "bfloat16"},
 ]
 

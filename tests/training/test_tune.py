@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from itertools import combinations_with_replacement
+from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
-from armor.config.layers import LayerSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
@@ -20,15 +24,11 @@ from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
 from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, saved_bytes, tune_bytes
+from armor.training.spread import hand_on, spread
 from armor.training.tune import kept_predictions, kl_divergence
 from tests.memory import NoRoom, card_of, host_of
 from tests.packed import opened
-from tests.tiny import FAMILIES
 from tests.training.trained import LENGTH, ready, refined, tuned
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +66,17 @@ def test_the_divergence_over_what_is_kept_is_exact_or_less(vocabulary):
         torch.testing.assert_close(kl_divergence(dense[index], *own_kept), torch.zeros(9), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_divergence_falls_in_every_family(tmp_path, family):
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_the_divergence_falls(tmp_path, family):
+    """Of a model with tied embeddings and biases, and of one with fused projections."""
     root = ready(tmp_path, family)
     before = divergence(root, root / "layers", tmp_path / "before")
     done = tuned(root, tmp_path).training
     after = divergence(root, tmp_path / "tuned", tmp_path / "after")
     assert done.loss < done.start_loss and done.stage == "tune" and done.kept > 0
     assert done.start_loss == pytest.approx(before, rel=0.02) and done.loss == pytest.approx(after, rel=0.02)
-    assert (
-        verify(tmp_path / "after/checkpoint", root / "source").distance.trained_tensors
-        == len(done.norms_and_biases)
-        > 0
-    )
+    trained = verify(tmp_path / "after/checkpoint", root / "source").distance.trained_tensors
+    assert trained == len(done.norms_and_biases) > 0
 
 
 def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path):
@@ -92,13 +90,9 @@ def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path)
     assert all([done.stage for done in layer.training] == ["refine", "tune"] for layer in layers)
     first = LayerRecord.read(root / "layers/layer_0.json")
     assert layers[0].factorized == first.made_by and layers[0].modules.keys() == first.modules.keys()
-    refinement, tuning = layers[0].training  # as if the first layer had been stopped
-    stopped = refinement.replace(steps=2, tokens=refinement.tokens // 8)
-    layers[0].replace(training=(stopped, tuning)).write(tmp_path / "tuned/layer_0.json")
     divergence(root, tmp_path / "tuned", tmp_path)
     card = (tmp_path / "checkpoint/README.md").read_text()
-    for said in ("Refined: A, B, the values of S", "Tuned: A, B, the values of S"):
-        assert ", in 16 steps of 2 sequences of 48 tokens, " in card.partition(said)[2].partition("\n")[0]
+    assert "Refined: A, B, the values of S" in card and "Tuned: A, B, the values of S" in card
 
 
 def test_the_core_may_stay(root, tmp_path):
@@ -127,7 +121,7 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
 
 def test_what_was_begun_with_more_memory_is_not_gone_on_with(root, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(whole, "fit_whole", interrupted)
+        patch.setattr(whole, "fit_whole", Mock(side_effect=KeyboardInterrupt))
         tuned(root, tmp_path)
     monkeypatch.setattr(whole, "ROOMY", 0)
     with caplog.at_level(logging.INFO):
@@ -151,50 +145,64 @@ def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch
     assert tuned(root, tmp_path / "b").sha256 == expected.sha256
 
 
-def test_a_model_that_stays_dense_is_refused(tmp_path):
-    root = ready(tmp_path, settings=LayerSettings(method="dense"))
-    for layer in range(2):
-        refined(root, layer, root / "refined")
-    with pytest.raises(ArmorError, match="refined: all linears are dense, so there is nothing to tune; leave tune out"):
-        tuned(root, tmp_path, factors="refined")
-
-
-def test_what_diverges_stays_as_it_was(root, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        record = tuned(root, tmp_path, rate=1e6)
-    assert record.training.diverged and record.training.kept == 0
-    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(said) == 1 and said[0].startswith("tune: diverged at step ")
-
-
-def test_a_model_that_does_not_fit_is_refused_with_its_size(root, tmp_path, monkeypatch):
-    host_of(monkeypatch, 1_000_000)
-    with pytest.raises(ArmorError, match="tuning the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
-        tuned(root, tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_host_that_is_too_small_beside_a_gpu_is_refused(root, tmp_path, monkeypatch):
-    host_of(monkeypatch, 1_000_000)
-    card_of(monkeypatch, 10**12)
-    monkeypatch.setattr(whole, "leased", lambda device: [device])
-    with pytest.raises(ArmorError, match="keeps about .* GB on the host, which has 0.0 GB; refine its layers instead"):
-        tuned(root, tmp_path, device="cuda:0")
-    assert not any(tmp_path.iterdir())
-
-
-def test_devices_that_are_too_small_together_are_refused(root, tmp_path, monkeypatch):
+def test_too_little_memory_is_refused_with_what_is_needed(root, tmp_path, monkeypatch):
+    """On the host, on the host beside a large GPU, on several small GPUs."""
+    with monkeypatch.context() as patch:
+        host_of(patch, 1_000_000)
+        with pytest.raises(ArmorError, match="the whole model needs about .* GB, cpu has 0.0 GB; refine its layers"):
+            tuned(root, tmp_path)
+        card_of(patch, 10**12)
+        patch.setattr(whole, "leased", lambda device: [device])
+        with pytest.raises(ArmorError, match="keeps about .* GB on the host, which has 0.0 GB; refine its layers"):
+            tuned(root, tmp_path, device="cuda:0")
     card_of(monkeypatch, 1_000_000)
     monkeypatch.setattr(whole, "leased", lambda _: ["cuda:0", "cuda:1"])
-    said = "about .* GB, on the fullest of 2 devices; the smallest has 0.0 GB; refine its layers instead"
-    with pytest.raises(ArmorError, match=said):
+    with pytest.raises(ArmorError, match="GB, on the fullest of 2 devices; the smallest has 0.0 GB; refine its layers"):
         tuned(root, tmp_path, device="cuda:0")
     assert not any(tmp_path.iterdir())
 
 
 def test_out_of_memory_is_one_line(root, tmp_path):
-    with (
-        NoRoom(lambda name, _: name == "silu_backward"),
-        pytest.raises(ArmorError, match="out of memory on cpu; lower"),
-    ):
+    with NoRoom(lambda name, _: name == "silu_backward"), pytest.raises(ArmorError, match="out of memory on cpu; low"):
         tuned(root, tmp_path)
+
+
+def fullest(sizes, places, count, first):
+    held = [first] + [0] * (count - 1)
+    for place, size in zip(places, sizes, strict=True):
+        held[place] += size
+    return max(held)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3), st.integers(0, 60))
+def test_no_other_way_leaves_the_fullest_emptier(sizes, count, first):
+    places = spread(sizes, count, first)
+    assert places == sorted(places)
+    best = min(fullest(sizes, other, count, first) for other in combinations_with_replacement(range(count), len(sizes)))
+    assert fullest(sizes, places, count, first) == best
+
+
+def test_a_model_of_70b_fits_on_eight_cards():
+    places = spread([7_000_000_000] * 80, 8, 8_000_000_000)
+    assert places.count(0) == 9 and max(places.count(device) for device in range(8)) == 11
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, hidden, bias):
+        self.seen.append((hidden.device.type, bias[0].device.type))
+        return hidden + bias[0]
+
+
+def test_each_layer_fetches_what_it_is_called_with_and_the_last_returns_its_output():
+    """The meta device stands for another card: it has no numbers, but tensors must be there to be added."""
+    layers = [Adds(), Adds(), Adds()]
+    hand_on(layers, ["cpu", "meta", "meta"], "meta")
+    hidden, bias = torch.ones(2), (torch.ones(2),)
+    for layer in layers:
+        hidden = layer(hidden, bias=bias)
+    assert [layer.seen for layer in layers] == [[("cpu", "cpu")], [("meta", "meta")], [("meta", "meta")]]
+    assert hidden.device.type == "meta"

@@ -51,7 +51,7 @@ def refine_job(root: Path, **settings) -> RefineJob:
 
 
 def refined(
-    root: Path, layer: int, output: Path, factors: str = "layers", device: str = "cpu", **settings
+    root: Path, layer: int, output: Path, factors: Path | str = "layers", device: str = "cpu", **settings
 ) -> LayerRecord:
     """Refine one layer of the folder `factors` in `root`, by default what `ready` made, into the folder `output`."""
     file = f"layer_{layer}.safetensors"
