@@ -216,6 +216,8 @@ def test_another_model_than_the_inspected_one_is_refused(tmp_path, text):
 def test_weights_of_one_layer_are_in_memory_at_a_time_and_never_the_head(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=4)
     edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].fill_(math.nan))  # refused if it were read
+    source, topology = inspected(folder, tmp_path / "out")
+    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH)
     layers: list[nn.Module] = []
     others = {id(each) for each in decoder_layers()}
 
@@ -228,7 +230,7 @@ def test_weights_of_one_layer_are_in_memory_at_a_time_and_never_the_head(tmp_pat
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)
     try:
-        run(folder, text, tmp_path / "out")
+        calibrate(source, topology, settings, tmp_path / "out/calibration.json")
     finally:
         hook.remove()
     assert len(layers) == 4

@@ -97,12 +97,10 @@ def test_costs_fall_as_a_power_of_the_iterations():
 
 
 def test_what_is_extrapolated_is_close_to_what_the_recipe_reaches(root):
-    asked = PriceSettings(method="armor", solver=SolverSettings(iterations=90), over=[Choice(block_size=16)])
-    few, all_of_them = (
-        sum(linear.prices[0].predicted_kl for linear in priced(root, 1, root / str(tried), settings).modules.values())
-        for tried, settings in ((tried, asked.replace(iterations=tried)) for tried in (15, 90))
-    )
-    assert few == pytest.approx(all_of_them, rel=0.3)
+    settings = {"method": "armor", "solver": SolverSettings(iterations=90), "over": [Choice(block_size=16)]}
+    records = [priced(root, 1, root / str(n), PriceSettings(**settings, iterations=n)) for n in (15, 90)]
+    few, enough = (sum(linear.prices[0].predicted_kl for linear in made.modules.values()) for made in records)
+    assert few == pytest.approx(enough, rel=0.3)
 
 
 def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_iterations(root, tmp_path):

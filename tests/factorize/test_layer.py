@@ -163,7 +163,7 @@ def test_an_override_that_matches_nothing_is_refused(root, tmp_path):
 )
 def test_statistics_that_are_broken_or_of_another_model_are_refused(root, tmp_path, change, fingerprint, said):
     found = read_statistics(root / "calibration/layer_1.safetensors")
-    inputs = {name: Statistics(change(of_input.importance), None, 10) for name, of_input in found.items()}
+    inputs = {name: Statistics(change(own.importance).clone(), None, 10) for name, own in found.items()}
     statistics = tmp_path / "s.safetensors"
     write_statistics(statistics, inputs, {name: name for name in inputs}, fingerprint or opened(root)[1].fingerprint)
     with pytest.raises(ArmorError, match=said) as error:

@@ -11,7 +11,7 @@ from armor.core.integers import expand_scales
 from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import LIMITS
 from armor.methods.solver.rounding import quantize
-from armor.training.trainable import TrainableLinear, multiplied_once
+from armor.training.trainable import TrainableLinear, multiplied_once, rounded
 
 
 def factorization(left=3, right=4, pattern="2:4", rank=0, out=6, inner=8, dtype=torch.float32):
@@ -71,6 +71,13 @@ def test_what_is_not_trained_is_stored_as_it_was(dtype):
     found = linear.factors()
     for name in ("core", "mask", "left", "right", "up", "down"):
         assert getattr(found, name).dtype == getattr(f, name).dtype and getattr(found, name).equal(getattr(f, name))
+
+
+def test_rounded_shows_what_would_be_stored_and_no_longer():
+    parameter = torch.nn.Parameter(torch.tensor([1.0 + 2**-12]))
+    with rounded({"a": parameter}, {"a": torch.bfloat16}):
+        assert parameter.item() == 1.0
+    assert parameter.item() == 1.0 + 2**-12
 
 
 def integers(core="int4", blocks="int8", **options):
