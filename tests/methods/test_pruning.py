@@ -63,7 +63,7 @@ def definition(weight, gram, pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "rows", "columns", "tolerance"),
-    [("2:4", 9, 24, 1e-4), ("4:8", 6, 40, 1e-4), ("50%", 7, 30, 1e-4), ("3:6", 8, 204, 1e-3), ("50%", 8, 204, 1e-3)],
+    [("2:4", 9, 24, 1e-4), ("4:8", 6, 40, 1e-4), ("50%", 7, 30, 1e-4), ("3:6", 8, 204, 1e-3), ("50%", 8, 205, 1e-3)],
 )
 def test_sparsegpt_is_its_definition(pattern, rows, columns, tolerance):
     """Also for more columns than are updated at once; of so many, near ties may fall either way."""
