@@ -51,7 +51,7 @@ lint: .venv/installed  ## what CI checks of the form
 	$(BIN)/snakemake --lint
 
 bench: .venv/installed  ## the solver against the published optimiser
-	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python -m benchmarks.solver
 
 families: .venv/installed  ## every causal class of transformers, tiny, through the pipeline; writes docs/FAMILIES.md
 	$(BIN)/python -m benchmarks.families

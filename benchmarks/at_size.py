@@ -4,7 +4,7 @@ llama-1.1b has TinyLlama's shapes, layer-1.1b one decoder layer of them, layer-7
 mixture of 64 experts in each of 12 layers. layer-deepseek-v3 is one layer of DeepSeek-V3's shapes, 256 experts and
 23 GB. All are bfloat16, with a byte-level tokenizer, written shard by shard to a temporary folder. Each is compressed
 by one recipe (blocks of 64) on one core, with a few short texts: memory depends on shapes alone. The peak of a stage is
-that of its largest job. The limit of evaluate is the packed model and 2 GB. Writes benchmarks/at_size.json.
+that of its largest job. The limit of evaluate is the packed model and 2 GB.
 
     python -m benchmarks.at_size llama-1.1b          # 7 GB on disk
     python -m benchmarks.at_size layer-70b moe-2b --iterations 10
@@ -21,32 +21,25 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 import yaml
-from safetensors.torch import save_file
 
 from armor.config.run import Config
-from armor.execution.files import read_json, write_json
-from armor.execution.machine import current_machine
 from armor.format.layout import Results
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.topology import Topology
-from armor.format.shards import INDEX
 from armor.run.jobs import jobs
 from armor.run.status import cost
-from benchmarks.calibrate_memory import CONFIG
-from benchmarks.published import MODELS as PUBLISHED
-from benchmarks.published import tensors
-from tests.tiny import tiny_text, tiny_tokenizer
+from benchmarks.models import PUBLISHED, build
+from benchmarks.record import rounded, store
+from tests.tiny import tiny_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).with_suffix(".json")
-SHARD = 500_000_000
 GB = 10**9
 MODELS: dict[str, dict] = {
-    "llama-1.1b": {"model_type": "llama", **CONFIG},
-    "layer-1.1b": {"model_type": "llama", **CONFIG, "num_hidden_layers": 1, "vocab_size": 512},
+    "llama-1.1b": PUBLISHED["llama-1.1b"],
+    "layer-1.1b": PUBLISHED["llama-1.1b"] | {"num_hidden_layers": 1, "vocab_size": 512},
     "layer-70b": PUBLISHED["llama-3-70b"] | {"num_hidden_layers": 1, "vocab_size": 512},
     "layer-deepseek-v3": {k: v for k, v in PUBLISHED["deepseek-v3"].items() if k != "quantization_config"}
     | {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 512},
@@ -64,38 +57,11 @@ MODELS: dict[str, dict] = {
 LIMITS = {"llama-1.1b": 3 * GB, "layer-1.1b": 3 * GB, "layer-70b": None, "layer-deepseek-v3": None, "moe-2b": 4 * GB}
 
 
-def build(folder: Path, config: dict) -> int:
-    """Write a model with random weights to `folder`; returns the bytes of its tensors."""
-    folder.mkdir()
-    write_json(folder / "config.json", {"dtype": "bfloat16", **config})
-    tiny_tokenizer(folder)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-
-    def save() -> int:
-        name = f"model-{len(set(weight_map.values())):05}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        size = sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()
-        return size
-
-    total = 0
-    for name, hole in tensors(config):
-        shape = tuple(hole.shape)
-        plain = torch.ones if len(shape) == 1 else torch.empty
-        shard[name] = plain(shape, dtype=torch.bfloat16)
-        if len(shape) > 1:
-            shard[name].normal_(std=0.02)
-        if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
-            total += save()
-    total += save()
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    return total
-
-
 def run(folder: Path, name: str, method: str, iterations: int, refine: int, only: list[str]) -> dict:
-    """Take the model through the workflow in `folder`, or `only` through these stages; bytes and seconds by stage."""
+    """Take the model through the workflow in `folder`, or `only` through these stages.
+
+    Returns "rows", the peak and the seconds of each stage and of all of it, and what is to be said beside them.
+    """
     size = build(folder / "model", MODELS[name])
     texts = {"calibration": 60_000 if refine else 2000, "evaluation": 2000}
     for part, paragraphs in texts.items():
@@ -134,21 +100,16 @@ def run(folder: Path, name: str, method: str, iterations: int, refine: int, only
     limits = {stage: limit for stage in peaks if limit}
     if packed is not None and limit:
         limits["evaluate"] = packed.checkpoint_bytes + 2 * GB
-    return {
-        "parameters": Topology.read(paths.topology(name)).parameters,
-        "model_bytes": size,
-        "checkpoint_bytes": packed and packed.checkpoint_bytes,
-        "bits_per_weight": packed and packed.bits_per_weight,
-        "method": method,
-        "iterations": iterations,
-        "refine_steps": refine,
-        "peak_memory_bytes": peaks,
-        "limit_bytes": limits,
-        "above": [stage for stage in limits if peaks[stage] > limits[stage]],
-        "seconds_by_stage": spent,
-        "seconds": round(seconds, 1),
-        "machine": current_machine().model_dump(),
-    }
+    rows = []
+    for stage, peak in peaks.items():
+        limit_gb = {"limit_gb": rounded(limits[stage] / GB)} if stage in limits else {}
+        rows.append({"stage": stage, "peak_gb": rounded(peak / GB)} | limit_gb | {"seconds": spent[stage]})
+    whole = {"stage": "all", "seconds": round(seconds, 1), "model_gb": rounded(size / GB)}
+    if packed is not None:
+        whole |= {"checkpoint_gb": rounded(packed.checkpoint_bytes / GB)}
+        whole |= {"bits_per_weight": rounded(packed.bits_per_weight)}
+    asked = {"method": method, "iterations": iterations, "refine_steps": refine}
+    return asked | {"parameters": Topology.read(paths.topology(name)).parameters, "rows": [*rows, whole]}
 
 
 def main(
@@ -161,14 +122,16 @@ def main(
 ) -> None:
     if unknown := sorted({*models} - {*MODELS}):
         raise SystemExit(f"benchmarks/at_size.py: no model {unknown[0]}; expected {', '.join(MODELS)}")
-    found = read_json(output) if output.is_file() else {}
+    above = []
     for name in models:
         with tempfile.TemporaryDirectory(prefix="at-size-") as folder:
-            found[name] = run(Path(folder), name, method, iterations, refine, only or [])
-        for stage, peak in found[name]["peak_memory_bytes"].items():
-            print(f"{name:12}{stage:12}{peak / GB:6.2f} GB{found[name]['seconds_by_stage'][stage]:8.1f} s")
-        write_json(output, found)
-    if above := [f"{name}: {stage}" for name in models for stage in found[name]["above"]]:
+            found = run(Path(folder), name, method, iterations, refine, only or [])
+        for row in found["rows"][:-1]:
+            print(f"{name:12}{row['stage']:12}{row['peak_gb']:6.2f} GB{row['seconds']:8.1f} s")
+            if row["peak_gb"] > row.get("limit_gb", row["peak_gb"]):
+                above.append(f"{name}: {row['stage']}")
+        store(output, name, **found)
+    if above:
         raise SystemExit(f"above the limit: {', '.join(above)}")
 
 

@@ -1,11 +1,11 @@
 """Decoding of whole models by recipe, in turn in one process: ARMOR in floats and integers, 2:4 alone, int8 unpruned.
 
-    python -m benchmarks.decoding FILE DENSE CHECKPOINT...       # folders; a checkpoint's parent gives its name
-    python -m benchmarks.decoding FILE --random FOLDER           # writes a Llama of 1.1 billion parameters, 8 GB
+    python -m benchmarks.decoding FILE DENSE CHECKPOINT... --of NAME   # folders; a checkpoint's parent gives its name
+    python -m benchmarks.decoding FILE --random FOLDER                 # writes a Llama of 1.1 billion parameters, 8 GB
 
 One sequence in bfloat16. Speed depends on shapes alone, so the numbers of the random model have nothing to do with each
-other: blocks of 64, cores of int8 in groups of 128 and of int4 in groups of 32. `armor benchmark` measures, and FILE is
-its record.
+other: blocks of 64, cores of int8 in groups of 128 and of int4 in groups of 32. `armor benchmark` measures. FILE is
+its record with every round; the medians go to benchmarks/decoding.json.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from armor.core.quantization import Quantization
 from armor.execution.files import read_json, write_json
 from armor.format.checkpoint import PackedLinear, quantization_config, tombstone
 from armor.format.checksums import CHECKSUMS
+from armor.format.records.benchmark import BenchmarkRecord
 from armor.format.shards import INDEX, Shards
-from benchmarks.calibrate_memory import build
-from benchmarks.runtime import random_mask
+from benchmarks.models import PUBLISHED, build, random_mask
+from benchmarks.record import figure, rounded, store
 
 PAIR = Pattern(2, 4)
+OUTPUT = Path(__file__).with_suffix(".json")
 LAYOUTS: dict[str, Callable[[int, int], PackedLinear]] = {
     "int8": lambda out, columns: PackedLinear(
         out, columns, Pattern(1, 1), quantization=Quantization("int8", None, columns)
@@ -63,7 +65,7 @@ def dense_model(folder: Path) -> Path:
     """The random Llama of 1.1 billion parameters, in `folder`/dense, written if it is not there."""
     dense = folder / "dense"
     if not (dense / INDEX).exists():  # the last file
-        build(dense)
+        build(dense, PUBLISHED["llama-1.1b"])
     return dense
 
 
@@ -107,10 +109,25 @@ def random_checkpoint(dense: Path, output: Path, layout_of: Callable[[int, int],
     return output
 
 
+def rows(record: BenchmarkRecord) -> list[dict]:
+    """The dense model and each recipe: bits, bytes for a token, tokens per second and their ratio to dense."""
+    found = []
+    for name, side in {"dense": record.dense, **record.recipes}.items():
+        row: dict[str, Any] = {"recipe": name, "megabytes_per_token": round(side.bytes_per_token / 1e6, 1)}
+        row |= {"bits_per_weight": rounded(side.bits_per_weight)} if side.bits_per_weight else {}
+        for batch, speed in side.tokens_per_second.items():
+            row[f"tokens_per_second_{batch}"] = figure(speed.decode.runs)
+            row |= {f"over_dense_{batch}": figure(side.speedup[batch].decode.runs)} if side.speedup else {}
+        found.append(row | ({"expanded": True} if side.expanded else {}))
+    return found
+
+
 def main(
     record: Annotated[Path, typer.Argument(metavar="FILE", help="Where the record goes.")],
     folders: Annotated[list[Path] | None, typer.Argument(help="The dense model, and packed checkpoints of it.")] = None,
     random: Annotated[Path | None, typer.Option("--random", help="A folder for the random models instead.")] = None,
+    of: Annotated[str, typer.Option("--of", help="The name of the model.")] = "llama-1.1b",
+    output: Path = OUTPUT,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if random:
@@ -125,6 +142,7 @@ def main(
         assert side.speedup and side.theoretical_speedup
         speed = side.speedup["1"].decode.median
         print(f"{name}: {speed:.2f} times as fast as dense; by bytes at most {side.theoretical_speedup:.2f}")
+    store(output, of, rows(found), dtype=asked.dtype, prompt_tokens=asked.prompt_tokens, new_tokens=asked.new_tokens)
 
 
 if __name__ == "__main__":

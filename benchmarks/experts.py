@@ -3,7 +3,7 @@
 The shapes are a layer's of Qwen3-30B-A3B by default, the numbers random: time depends on shapes alone. The dense module
 runs by each of transformers' experts implementations that a CPU has. All take their turn in random order, each on
 experts that it draws anew, so that weights come from memory and what else the machine does falls on all alike. A ratio
-is the median of the ratios of the turns. Writes benchmarks/experts.json.
+is the median of the ratios of the turns.
 
     python -m benchmarks.experts
     python -m benchmarks.experts --tokens 256 --turns 5 --output other.json
@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
@@ -25,16 +24,16 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from armor.core.pattern import Pattern
-from armor.execution.files import write_json
-from armor.execution.machine import current_machine, set_threads
+from armor.execution.machine import set_threads
 from armor.format.checkpoint import PackedLinear
 from armor.runtime import cpu
 from armor.runtime.fused import unfuse
 from armor.runtime.linear import ArmorLinear
+from benchmarks.models import random_mask
+from benchmarks.record import figure, store
 
 DENSE = ("eager", "batched_mm", "grouped_mm")
 OUTPUT = Path(__file__).with_suffix(".json")
-PAIRS = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
 
 
 def random_linear(out: int, columns: int, block: int) -> ArmorLinear:
@@ -43,8 +42,7 @@ def random_linear(out: int, columns: int, block: int) -> ArmorLinear:
     for parameter in linear.parameters():
         nn.init.normal_(parameter, std=0.02)
     assert linear.core_mask is not None
-    groups = PAIRS[torch.randint(6, (out, columns // 8, 2))]
-    linear.core_mask.copy_(groups[..., 0] | groups[..., 1] << 4)
+    linear.core_mask.copy_(random_mask(out, columns // 8))
     return linear
 
 
@@ -85,13 +83,11 @@ def measure(ways: dict[str, Callable[..., Tensor]], config: Qwen3MoeConfig, toke
             ways[name](x, scores.indices, scores.values.bfloat16())
             if turn >= 0:  # those before only warm up
                 times[name].append(time.perf_counter() - start)
+    faster = {name: [a / b for a, b in zip(times[name], times["packed"], strict=True)] for name in DENSE}
     return {
         "tokens": tokens,
-        "turns": turns,
-        "microseconds": {name: round(median(own) * 1e6, 1) for name, own in times.items()},
-        "packed_speedup": {
-            name: round(median(a / b for a, b in zip(times[name], times["packed"], strict=True)), 3) for name in DENSE
-        },
+        "milliseconds": {name: figure([1e3 * one for one in own]) for name, own in times.items()},
+        "packed_over": {name: figure(own) for name, own in faster.items()},
     }
 
 
@@ -130,14 +126,14 @@ def main(
         return run
 
     ways: dict[str, Callable[..., Tensor]] = {name: through(name) for name in DENSE} | {"packed": packed}
-    records = []
+    rows = []
     for count in tokens:
-        records.append(measure(ways, config, count, turns))
-        print(count, "tokens:", records[-1]["microseconds"], "packed over", records[-1]["packed_speedup"], flush=True)
-    shapes = {"hidden": hidden, "inner": inner, "experts": experts, "experts_per_token": per_token, "block_size": block}
+        rows.append(measure(ways, config, count, turns))
+        for name, own in rows[-1]["packed_over"].items():
+            print(f"{count} tokens: {own['median']:.2f} times as fast as {name}", flush=True)
+    shape = f"{experts} experts of {hidden} x {inner}, {per_token} a token, blocks of {block}"
     sizes = {"dense": weights_bytes(dense), "packed": weights_bytes(packed)}
-    machine = current_machine().model_dump() | {"kernel": cpu.level()}
-    write_json(output, {"machine": machine, "layer": shapes, "bytes": sizes, "records": records})
+    store(output, shape, rows, kernel=cpu.level(), bytes=sizes)
 
 
 if __name__ == "__main__":

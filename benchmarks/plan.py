@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 from armor.config.loading import load_config
-from armor.execution.files import read_json, write_json
-from armor.execution.machine import current_machine
+from armor.execution.files import read_json
 from armor.format.layout import RESULTS, Results
 from armor.format.names import beside
 from armor.format.records.base import Made
 from armor.run.jobs import jobs
 from armor.run.stages import STAGES
 from armor.run.status import cost
+from benchmarks.record import rounded, store
 
 MEMORY, BYTES, SECONDS = 1.25, 1.01, 1.5
 """How far the plan may be off, as a ratio in either direction."""
@@ -56,34 +56,30 @@ def taken(configuration: Path, run: Path) -> tuple[dict[str, dict], dict[str, in
 
 def off(planned: float, real: float) -> float:
     """How far a plan is off: the ratio that is at least 1."""
-    return round(max(planned / real, real / planned), 4)
+    return rounded(max(planned / real, real / planned))
 
 
-def compare(plan: dict, stages: dict[str, dict], sizes: dict[str, int]) -> dict:
-    """The plan beside what was taken, of stages all of whose jobs ran, with ratios."""
-    rows = {}
+def compare(plan: dict, stages: dict[str, dict], sizes: dict[str, int]) -> list[dict]:
+    """The plan beside what was taken, planned first: stages all of whose jobs ran, checkpoints, and all of it."""
+    rows = []
     for stage in plan["stages"]:
         name = " ".join(filter(None, (stage["stage"], stage["of"])))
         own = stages.get(name)
         if own is not None and own["jobs"] == stage["jobs"]:
-            rows[name] = {"seconds": [stage["seconds"], own["seconds"]]}
+            row: dict = {"stage": name, "seconds": [stage["seconds"] and rounded(stage["seconds"]), own["seconds"]]}
             if own["memory_bytes"]:
                 planned, real = stage["host_bytes"], own["memory_bytes"]
-                rows[name] |= {"memory_bytes": [planned, real], "memory_off": off(planned, real)}
-    checkpoints = {}
-    for one in plan["recipes"]:
-        if real := sizes.get(f"{one['model']} {one['recipe']}"):
-            checkpoints[f"{one['model']} {one['recipe']}"] = [one["weights_bytes"], real]
-    result = {
-        "stages": rows,
-        "checkpoint_bytes": checkpoints,
-        "worst_memory_off": max(row.get("memory_off", 1.0) for row in rows.values()),
-        "worst_bytes_off": max((off(*pair) for pair in checkpoints.values()), default=None),
-    }
+                row |= {"memory_mb": [round(planned / 1e6), round(real / 1e6)], "memory_off": off(planned, real)}
+            rows.append(row)
+    worst: dict = {"stage": "all", "memory_off": max(row.get("memory_off", 1.0) for row in rows)}
     if plan["elapsed_seconds"] is not None:
-        result["seconds"] = [sum(row["seconds"][side] for row in rows.values()) for side in (0, 1)]
-        result["seconds_off"] = off(*result["seconds"])
-    return result
+        planned, real = (sum(row["seconds"][side] for row in rows) for side in (0, 1))
+        worst |= {"seconds": [rounded(planned), rounded(real)], "seconds_off": off(planned, real)}
+    for one in plan["recipes"]:
+        if real := sizes.get(name := f"{one['model']} {one['recipe']}"):
+            rows.append({"checkpoint": name, "bytes": [one["weights_bytes"], real]})
+            worst["bytes_off"] = max(off(*rows[-1]["bytes"]), worst.get("bytes_off", 1.0))
+    return [*rows, worst]
 
 
 def main() -> None:
@@ -104,20 +100,19 @@ def main() -> None:
             subprocess.run([*command, *(["--measure"] if options.measure else [])], stdout=file, check=True)
         plan = read_json(made)
         made.unlink()
-    result = compare(plan, stages, sizes) | {
-        "configuration": options.configuration.name,
-        "machine": current_machine().model_dump(),
-    }
-    write_json(options.output, result)
-    for name, row in result["stages"].items():
-        sizes_said = [f"{size / 1e6:>8,.0f}" for size in row.get("memory_bytes", ())]
-        said = [f"{seconds:>9.1f} s" for seconds in row["seconds"] if seconds is not None]
-        print(f"{name:<40}", *sizes_said, *(["MB"] if sizes_said else [" " * 20]), *said)
-    print(f"memory: off by {result['worst_memory_off']} at worst, aim {MEMORY}")
-    print(f"bytes: off by {result['worst_bytes_off']} at worst, aim {BYTES}")
-    if "seconds" in result:
-        planned, real = result["seconds"]
-        print(f"seconds: {planned:.0f} planned, {real:.0f} taken, off by {result['seconds_off']}, aim {SECONDS}")
+    rows = compare(plan, stages, sizes)
+    store(options.output, options.configuration.name, rows)
+    for row in rows:
+        sizes_said = [f"{size:>8,}" for size in row.get("memory_mb", ())]
+        said = [f"{seconds:>9.1f} s" for seconds in row.get("seconds", ()) if seconds is not None]
+        if "stage" in row:
+            print(f"{row['stage']:<40}", *sizes_said, *(["MB"] if sizes_said else [" " * 20]), *said)
+    worst = rows[-1]
+    print(f"memory: off by {worst['memory_off']} at worst, aim {MEMORY}")
+    print(f"bytes: off by {worst.get('bytes_off')} at worst, aim {BYTES}")
+    if "seconds" in worst:
+        planned, real = worst["seconds"]
+        print(f"seconds: {planned:.0f} planned, {real:.0f} taken, off by {worst['seconds_off']}, aim {SECONDS}")
 
 
 if __name__ == "__main__":

@@ -24,22 +24,23 @@ Models (block 64, bfloat16): SmolLM2-135M and a randomly initialised Llama of 1.
 made by the pipeline's own stages with one iteration of the solver, because speed and size do not depend on the numbers.
 Decoding is timed in turn in one process, memory after loading in a process for each (`armor benchmark`).
 
-    python -m benchmarks.runtime [--output benchmarks/runtime.json] [--linears 4096x4096] [--rows 1 16]
-    python -m benchmarks.runtime --linears --groups --models smollm2-135m llama-1.1b    # only the models; 6 GB on disk
-    python -m benchmarks.runtime --linears --models --rows 1 4 16 --groups 576,192,192x576    # only a group
-    python -m benchmarks.runtime --linears 4096x4096 4096x14336 --kinds "torch int8" "torch int4" "armor block 64" \
-        "armor int8" "armor int4" "armor fp8" --rows 1 4 16 128 --groups --models --output benchmarks/integers.json
-    python -m benchmarks.runtime --linears 576x576 1536x576 2048x2048 5632x2048 4096x4096 14336x4096 --kinds \
-        "armor block 64" "armor int8" "armor int4" --rows 1 2 4 8 16 32 128 1024 --models \
-        --output benchmarks/shapes.json
-    python -m benchmarks.runtime --device cuda                              # writes benchmarks/runtime_cuda.json
-    python -m benchmarks.runtime --device cuda --models --kinds "armor block 64" "armor int8" "armor int4"
+A row has a linear or a group: by kind the median of the microseconds, their interquartile range over the median
+(`spread`) and the ratio to F.linear in bfloat16, for each number of rows of x. Runs are told apart by `--of`.
+
+    python -m benchmarks.runtime                                            # all linears, groups and models
+    python -m benchmarks.runtime --of models --linears --groups             # only the models; 6 GB on disk
+    python -m benchmarks.runtime --of groups --linears --models --rows 1 4 16
+    python -m benchmarks.runtime --of integers --linears 4096x4096 4096x14336 --groups --models --rows 1 4 16 128 \
+        --kinds "torch int8" "torch int4" "armor block 64" "armor int8" "armor int4" "armor fp8"
+    python -m benchmarks.runtime --of shapes --rows 1 2 4 8 16 32 128 1024 --models \
+        --linears 576x576 1536x576 576x1536 2048x2048 5632x2048 2048x5632 4096x4096 14336x4096 4096x14336 \
+        --kinds "linear onednn" "armor block 64" "armor int8" "armor int4"
+    python -m benchmarks.runtime --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import tempfile
@@ -55,6 +56,7 @@ from torch import Tensor
 
 from armor.assemble.writer import assemble
 from armor.benchmark.generation import benchmark
+from armor.benchmark.rounds import summary
 from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings
 from armor.config.sources import ModelSettings
@@ -68,7 +70,8 @@ from armor.model.source import open_source
 from armor.runtime import cpu, cuda
 from armor.runtime.integers import HAS_FP8
 from armor.runtime.operator import Operands
-from benchmarks.calibrate_memory import build
+from benchmarks.models import PUBLISHED, build, random_mask
+from benchmarks.record import figure, rounded, store
 
 LINEARS = ["2048x2048", "4096x4096", "11008x4096", "4096x14336"]
 GROUPS = [
@@ -93,13 +96,6 @@ def last_level_cache_bytes() -> int:
     """From Linux's sysfs; 32 MB where that is silent."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]] for size in sizes), default=32 << 20)
-
-
-def random_mask(out: int, count: int) -> Tensor:
-    """A random 2:4 mask, packed: (out, count) uint8 for 8 * count columns."""
-    pairs = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
-    groups = pairs[torch.randint(6, (out, count, 2))]
-    return groups[..., 0] | groups[..., 1] << 4
 
 
 def packed(out: int, columns: int, block: int) -> list[Tensor]:
@@ -192,7 +188,7 @@ def seconds(function, *operands, **options) -> float:
 
 @torch.inference_mode()
 def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -> list[dict]:
-    """One record for each number of rows and each kind; with `chosen` of those alone, and of dense bfloat16."""
+    """Of each number of rows what `summarize` makes; with `chosen` of those kinds alone, and of dense bfloat16."""
     kinds, columns = kinds_to_time(shape, chosen), int(shape.split("x")[1])
     total = 4 * last_level_cache_bytes()
     weights = {kind: copies(tensors, total) for kind, tensors in kinds.items()}
@@ -218,7 +214,7 @@ def measure(shape: str, rows_list: list[int], chosen: list[str] | None = None) -
                     times[kind].append(taken)
             if turn >= 0:
                 times["read"].append(seconds(to_read.sum))
-        records += summarize(shape, rows, kinds, times, size_of([to_read]))
+        records.append(summarize(shape, rows, kinds, times, size_of([to_read])))
     return records
 
 
@@ -237,7 +233,7 @@ def weights_of_group(outs: list[int], columns: int, total: int, device: str) -> 
 
 @torch.inference_mode()
 def measure_group(group: str, rows_list: list[int]) -> list[dict]:
-    """One record for each number of rows: microseconds of the group in each way, and the ratios."""
+    """Of each number of rows what `summarize_group` makes."""
     outs, columns = [int(out) for out in group.split("x")[0].split(",")], int(group.split("x")[1])
 
     def dense(x: Tensor, weights: list[list[Tensor]]) -> Callable[[], object]:
@@ -276,16 +272,9 @@ def measure_group(group: str, rows_list: list[int]) -> list[dict]:
 
 
 def summarize_group(group: str, rows: int, times: dict[str, list[float]]) -> dict:
-    """The record of one group and number of rows, printed too. Of each way its kind comes first, then a comma."""
-    record: dict = {"group": group, "rows": rows}
-    record["microseconds"] = {name: round(median(own) * 1e6, 1) for name, own in times.items()}
-    record["speedup_over_dense"] = {name: ratio(times["dense"], own) for name, own in times.items()}
-    record["speedup_over_separate"] = {
-        name: ratio(times[f"{name.split(',')[0]}, separate"], own) for name, own in times.items() if "one" in name
-    }
-    print(f"{group}, {rows} rows: us {record['microseconds']}")
-    print(f"  over dense {record['speedup_over_dense']}")
-    print(f"  over separate calls {record['speedup_over_separate']}", flush=True)
+    """The figures of one group and number of rows, printed too."""
+    record = figures("group", group, rows, times, {"over_bfloat16": "dense"})
+    print(f"{group}, {rows} rows: us {record['microseconds']}, over dense {record['over_bfloat16']}", flush=True)
     return record
 
 
@@ -343,7 +332,7 @@ def measure_on_card(shape: str, rows_list: list[int], chosen: list[str] | None =
                 taken = seconds_on_card(graph) / calls
                 if turn >= 0:
                     times[kind].append(taken)
-        records += summarize(shape, rows, kinds, times, size_of([to_read]))
+        records.append(summarize(shape, rows, kinds, times, size_of([to_read])))
     return records
 
 
@@ -371,50 +360,66 @@ def seconds_on_card(graph: torch.cuda.CUDAGraph) -> float:
 
 def summarize(
     shape: str, rows: int, kinds: dict[str, list[Tensor]], times: dict[str, list[float]], bytes_read: int
-) -> list[dict]:
-    """The records of one shape and number of rows, printed too."""
-    records = []
-    fastest = min((kind for kind in kinds if kind.startswith("linear")), key=lambda kind: median(times[kind]))
-    for kind, tensors in kinds.items():
-        bandwidth = [size_of(tensors) / t / 1e9 for t in times[kind]]
-        read = [bytes_read / t / 1e9 for t in times["read"]]
-        records.append(
-            {
-                "layer": shape,
-                "rows": rows,
-                "kind": kind,
-                "microseconds": round(median(times[kind]) * 1e6, 1),
-                "speedup_over_bfloat16": ratio(times["linear bfloat16"], times[kind]),
-                "speedup_over_fastest_dense": ratio(times[fastest], times[kind]),
-                "fastest_dense": fastest,
-                "bytes": size_of(tensors),
-                "gigabytes_per_second": round(median(bandwidth), 1),
-                "read_gigabytes_per_second": round(median(read), 1),
-                "share_of_read": ratio(bandwidth, read),
-                "share_of_equal_read": ratio(times[f"as {kind}"], times[kind]) if f"as {kind}" in times else None,
-                "turns": len(times[kind]),
-            }
-        )
-        print(line(records[-1]), flush=True)
-    return records
+) -> dict:
+    """The figures of one shape and number of rows, printed too."""
+    own = {kind: times[kind] for kind in kinds}
+    dense = [kind for kind in kinds if kind.startswith("linear")]
+    against = {"over_bfloat16": "linear bfloat16"}
+    if len(dense) > 1:
+        against["over_fastest_dense"] = min(dense, key=lambda kind: median(times[kind]))
+    record = figures("linear", shape, rows, own, against)
+    read = [bytes_read / t for t in times["read"]]
+    bandwidth = {kind: [size_of(tensors) / t for t in times[kind]] for kind, tensors in kinds.items()}
+    record["share_of_read"] = {kind: ratio(own, read) for kind, own in bandwidth.items()}
+    equal = {kind: ratio(times[f"as {kind}"], own[kind]) for kind in kinds if f"as {kind}" in times}
+    record |= {"share_of_equal_read": equal} if equal else {}
+    for kind in kinds:
+        over = f"{record['over_bfloat16'][kind]:7.2f}x bf16"
+        if len(dense) > 1:
+            over += f"{record['over_fastest_dense'][kind]:7.2f}x fastest dense"
+        shares = f"{record['share_of_read'][kind]:5.0%} of read"
+        shares += f" {equal[kind]:5.0%} of an equal read" if kind in equal else ""
+        took = f"{record['microseconds'][kind]:10.0f} us"
+        print(f"{shape:>11} {rows:5} rows  {kind:<16}{took}{over} {shares}", flush=True)
+    return record
+
+
+def figures(what: str, name: str, rows: int, times: dict[str, list[float]], against: dict[str, str]) -> dict:
+    """Medians, spreads and, for each column of `against`, ratios to the kind that it names."""
+    found = {kind: summary(own) for kind, own in times.items()}
+    spread = {kind: (own.quartiles[1] - own.quartiles[0]) / own.median for kind, own in found.items()}
+    return {
+        what: name,
+        "rows": rows,
+        "rounds": max(map(len, times.values())),
+        "microseconds": {kind: rounded(own.median * 1e6) for kind, own in found.items()},
+        "spread": {kind: round(own, 2) for kind, own in spread.items()},
+    } | {column: {kind: ratio(times[base], own) for kind, own in times.items()} for column, base in against.items()}
+
+
+def joined(records: list[dict]) -> list[dict]:
+    """One row for each linear or group, with a list where `records` has a value for each number of rows."""
+    rows: dict[str, dict] = {}
+    for record in records:
+        name = record.get("linear") or record["group"]
+        row = rows.setdefault(name, {})
+        for key, value in record.items():
+            if isinstance(value, dict):
+                for kind, one in value.items():
+                    row.setdefault(key, {}).setdefault(kind, []).append(one)
+            elif value == name:
+                row[key] = value
+            else:
+                row.setdefault(key, []).append(value)
+    return list(rows.values())
 
 
 def ratio(above: list[float], below: list[float]) -> float:
     return round(median(a / b for a, b in zip(above, below, strict=False)), 3)
 
 
-def line(record: dict) -> str:
-    equal = record["share_of_equal_read"]
-    return (
-        f"{record['layer']:>11} {record['rows']:5} rows  {record['kind']:<16}{record['microseconds']:10.0f} us"
-        f"{record['speedup_over_bfloat16']:7.2f}x bf16{record['speedup_over_fastest_dense']:7.2f}x fastest dense"
-        f"{record['gigabytes_per_second']:7.1f} GB/s {record['share_of_read']:5.0%} of read"
-        + (f" {equal:5.0%} of an equal read" if equal else "")
-    )
-
-
 def decode(name: str, work: Path, device: str) -> dict:
-    """`armor benchmark` of one of MODELS: bytes, memory, load time and tokens per second, dense and packed in turn."""
+    """`armor benchmark` of one of MODELS: bytes, memory, load time and tokens per second, packed over dense in turn."""
     MODELS[name](work)
     source = open_source(work / "source.json") if (work / "source.json").exists() else open_source(work / "source")
     inspect(source, work / "model.json")
@@ -429,29 +434,31 @@ def decode(name: str, work: Path, device: str) -> dict:
     one = BenchmarkSettings(batch_sizes=[1])
     record = benchmark(source.path, {"armor": work / "checkpoint"}, one, work / "decode.json", device)
     dense, packed = record.dense, record.recipes["armor"]
-    result = {
-        "bits_per_weight": packed.bits_per_weight,
-        "share_of_dense_bytes_in_compressed_modules": packed.bits_per_weight / 16,
-        "share_of_bytes_on_disk": packed.bytes_on_disk / dense.bytes_on_disk,
-        "share_of_resident_memory": packed.resident_bytes / dense.resident_bytes,
-        "load_time_ratio": packed.load_seconds / dense.load_seconds,
-        "decode_speedup": packed.speedup["1"].decode.median,
+    found = {"dense": dense, "packed": packed}
+    over = {
+        "bytes_on_disk": rounded(packed.bytes_on_disk / dense.bytes_on_disk),
+        "resident_memory": rounded(packed.resident_bytes / dense.resident_bytes),
+        "load_time": rounded(packed.load_seconds / dense.load_seconds),
+        "tokens_per_second": figure(packed.speedup["1"].decode.runs),
     }
-    print(name, *(f"{key} {value:.3f}" for key, value in result.items()), sep="\n  ", flush=True)
-    sides = {name: side.model_dump(mode="json") for name, side in (("dense", dense), ("packed", packed))}
-    return result | sides | {"settings": record.made_by.settings}
+    tokens = {name: figure(one.tokens_per_second["1"].decode.runs) for name, one in found.items()}
+    row = {"model": name, "bits_per_weight": rounded(packed.bits_per_weight), "tokens_per_second": tokens}
+    row |= {"packed_over_dense": over}
+    print(row, flush=True)
+    return row
 
 
 def fetch_smollm2(work: Path) -> None:
     fetch(ModelSettings(**SMOLLM2), work / "source.json")
 
 
-MODELS = {"smollm2-135m": fetch_smollm2, "llama-1.1b": lambda work: build(work / "source")}
+MODELS = {"smollm2-135m": fetch_smollm2, "llama-1.1b": lambda work: build(work / "source", PUBLISHED["llama-1.1b"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--of", default="all", help="the name of this run; the last one of that name is replaced")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--linears", nargs="*", default=LINEARS, metavar="OUTxIN")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of linears, beside dense bfloat16; unset: all")
@@ -475,20 +482,14 @@ def main() -> None:
     random.seed(0)
     one = partial(measure if device == "cpu" else measure_on_card, chosen=arguments.kinds)
     records = [record for shape in arguments.linears for record in one(shape, arguments.rows)]
-    kernel = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
     of_group = measure_group if device == "cpu" else measure_group_on_card
-    together = [record for group in arguments.groups for record in of_group(group, arguments.rows)]
-    result = {
-        "machine": current_machine(device).model_dump() | kernel | {"own_time": arguments.own_time},
-        "records": records,
-        "groups": together,
-        "models": {},
-    }
+    records += [record for group in arguments.groups for record in of_group(group, arguments.rows)]
+    rows = joined(records)
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
-            result["models"][name] = decode(name, Path(folder), device)
-    usual = Path(__file__).with_name("runtime.json" if device == "cpu" else "runtime_cuda.json")
-    (arguments.output or usual).write_text(json.dumps(result, indent=1) + "\n")
+            rows.append(decode(name, Path(folder), device))
+    about = {"last_level_cache_bytes": last_level_cache_bytes(), "kernel": cpu.level()} if device == "cpu" else {}
+    store(arguments.output, arguments.of, rows, current_machine(device), own_time=arguments.own_time, **about)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 In the environment of `make test-vllm`, from the repository's root, each model in a process of its own:
 
-    .venv-vllm/bin/python -m benchmarks.serving FOLDER... [--output FILE]
+    .venv-vllm/bin/python -m benchmarks.serving FOLDER... --of NAME
     .venv-vllm/bin/python -m benchmarks.serving --random FOLDER      # writes FOLDER/dense and FOLDER/packed, 4 GB
-    .venv-vllm/bin/python -m benchmarks.serving --speed FILE DENSE PACKED    # behind a server, in turn, 1 to 16 clients
+    .venv-vllm/bin/python -m benchmarks.serving --speed FILE DENSE PACKED --of NAME    # in turn, 1 to 16 clients
 
 The random models are a Llama of 1.1 billion parameters in bfloat16, dense and as a packed checkpoint (2:4, blocks of
 64). Their numbers have nothing to do with each other: memory depends on shapes alone.
@@ -13,7 +13,8 @@ Memory is what the process holds beyond what it held before the weights: its own
 pages of mapped files, which the system may take back. It is looked at every 5 ms. Pages of weights that vLLM does not
 copy come into memory with the first answer. So all are read after loading, for the last peak. "Bytes in memory" are the
 model's parameters. vLLM keeps the weights of a dense model in a form of its own on a CPU, in no parameter: "own pages
-after loading" tell what those take. `--output` writes what was found, with the machine, as JSON.
+after loading" tell what those take. `--speed FILE` serves behind `armor benchmark`'s server, whose record with every
+round FILE is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from pathlib import Path
 
 import torch
 
+from armor.format.records.serving import ServingRecord
+from benchmarks.record import figure, store
+
 PAGE = 4096
+OUTPUT = Path(__file__).with_suffix(".json")
 
 
 def random_models(folder: Path) -> list[Path]:
@@ -98,17 +103,31 @@ def memory(folder: Path) -> dict:
     (held,) = llm.apply_model(lambda model: sum(p.numel() * p.itemsize for p in model.parameters()))
     shards = Shards(folder)
     on_disk = sum(map(shards.bytes_of, shards.names()))
-    return {"folder": str(folder), "bytes on disk": on_disk, "bytes in memory": held} | found
+    return {"folder": folder.name, "bytes on disk": on_disk, "bytes in memory": held} | found
 
 
-def speed(dense: Path, packed: Path, output: Path, new_tokens: int, rounds: int) -> None:
-    """Serve both in turn to 1, 4 and 16 clients, as `armor benchmark` does; write its record to `output`."""
+def speed(dense: Path, packed: Path, file: Path, new_tokens: int, rounds: int) -> list[dict]:
+    """Serve both in turn to 1, 4 and 16 clients, as `armor benchmark` does, with its record in `file`: rows."""
     from armor.benchmark.serving import benchmark_serving
     from armor.config.measures import BenchmarkSettings
 
     options = ["--max-model-len", "1024"]
     asked = {"prompt_tokens": 32, "new_tokens": new_tokens, "repeats": rounds, "options": options}
-    benchmark_serving(dense, {"armor": packed}, BenchmarkSettings(engine="vllm", clients=[1, 4, 16], **asked), output)
+    settings = BenchmarkSettings(engine="vllm", clients=[1, 4, 16], **asked)
+    return rows_of(benchmark_serving(dense, {"armor": packed}, settings, file))
+
+
+def rows_of(record: ServingRecord) -> list[dict]:
+    """For each number of clients and each recipe: speeds beside the dense model's."""
+    rows = []
+    for clients, dense in sorted(record.dense.clients.items(), key=lambda item: int(item[0])):
+        for name, side in record.recipes.items():
+            own = side.clients[clients]
+            row: dict = {"clients": int(clients), "over_dense": figure(own.speedup.runs)}
+            for key in ("tokens_per_second", "first_token_milliseconds", "token_milliseconds"):
+                row[key] = {"dense": figure(getattr(dense, key).runs), name: figure(getattr(own, key).runs)}
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -116,13 +135,17 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="Models, dense or packed.")
     parser.add_argument("--random", type=Path, metavar="FOLDER", help="The random models too, which are written there.")
     parser.add_argument("--speed", type=Path, metavar="FILE", help="Serve two models instead; the record goes there.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Where the memory goes, as JSON.")
+    parser.add_argument("--of", default="llama-1.1b", help="The name of the models.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="Where the figures go.")
     parser.add_argument("--new-tokens", type=int, default=64, help="Of each request to a server.")
     parser.add_argument("--rounds", type=int, default=3, help="How often both models are served.")
     parser.add_argument("--here", action="store_true", help="Load the only one in this very process.")
     given = parser.parse_args()
     if given.speed:
-        speed(*given.folders, given.speed, given.new_tokens, given.rounds)
+        from armor.serve.engine import check_engine
+
+        rows = speed(*given.folders, given.speed, given.new_tokens, given.rounds)
+        store(given.output, f"{given.of}, served", rows, new_tokens=given.new_tokens, engine=check_engine())
         return
     if given.here:
         from tests.vllm import conftest  # noqa: F401  the environment of vLLM
@@ -135,13 +158,9 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         models.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(models[-1]), flush=True)
-    if given.output:
-        from armor.execution.files import write_json
-        from armor.execution.machine import current_machine
-        from armor.serve.engine import check_engine
+    from armor.serve.engine import check_engine
 
-        machine = current_machine().model_dump()
-        write_json(given.output, {"engine": check_engine(), "machine": machine, "models": models})
+    store(given.output, f"{given.of}, memory", models, engine=check_engine())
 
 
 if __name__ == "__main__":

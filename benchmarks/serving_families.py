@@ -2,11 +2,11 @@
 
 In the environment of `make test-vllm`, from the repository's root, all families or those that are named:
 
-    .venv-vllm/bin/python -m benchmarks.serving_families --output benchmarks/serving_families.json [FAMILY...]
+    .venv-vllm/bin/python -m benchmarks.serving_families [FAMILY...]
 
 The models are those of `tests/vllm`: tiny, random, compressed, in float32. What an engine fails with stands in the
-table. What --output has already is kept, so that a run goes on where it ended. Each way has a process of its own: vLLM
-changes transformers' classes, so that it takes some models once in a process.
+table. What --output has of this processor is kept, so that a run goes on where it ended. Each way has a process of its
+own: vLLM changes transformers' classes, so that it takes some models once in a process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from tests.vllm import conftest  # noqa: F401  the environment of vLLM, before i
 # isort: split
 from vllm.lora.request import LoRARequest
 
-from armor.execution.files import read_json, write_json
+from armor.execution.files import read_json
 from armor.execution.machine import current_machine
 from armor.serve.engine import check_engine
+from benchmarks.record import store
 from tests.vllm.served import BOUND, BOUNDS, FAMILIES, RANK, adapted, checkpoint, difference, expected, served
 
-LORA = "LoRA"
+LORA, OF = "LoRA", "log-probabilities apart from transformers'"
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False},
@@ -73,6 +74,14 @@ def measured(own: Family, way: str) -> float | str:
         return f"{type(error).__name__}: {line.replace(f'{own.folder.parent}/', '')}"
 
 
+def kept(file: Path) -> dict[str, dict[str, float | str]]:
+    """What `file` has of this processor: by family, then by way."""
+    runs = read_json(file)["runs"] if file.is_file() else []
+    here = current_machine().processor
+    rows = [row for run in runs if (run["of"], run["processor"]) == (OF, here) for row in run["rows"]]
+    return {row.pop("family"): row for row in rows}
+
+
 def table(families: dict[str, dict[str, float | str]]) -> str:
     """The table in Markdown."""
     names = [family for family in FAMILIES if family in families]
@@ -88,26 +97,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="These alone, even if --output has them.")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="These alone.")
-    parser.add_argument("--output", type=Path, required=True, help="A JSON file to go on with.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="To go on with.")
     given = parser.parse_args()
     if len(given.ways) > 1:
         command = [sys.executable, "-m", "benchmarks.serving_families", "--output", str(given.output), *given.families]
         codes = [subprocess.run([*command, "--ways", way]).returncode for way in given.ways]
         raise SystemExit(max(codes))
     (way,) = given.ways
-    said: dict[str, Any] = {
-        "bound": BOUND,
-        "bounds": BOUNDS,
-        "engine": check_engine(),
-        "machine": current_machine().model_dump(),
-    }
-    found = read_json(given.output)["families"] if given.output.exists() else {}
+    found = kept(given.output)
     asked = given.families or [family for family in FAMILIES if way not in found.get(family, {})]
     with tempfile.TemporaryDirectory() as root:
         for family, own in {family: made(family, Path(root) / family, way) for family in asked}.items():
             found.setdefault(family, {})[way] = measured(own, way)
             print(family, way, found[family][way], flush=True)
-            write_json(given.output, said | {"families": found})
+            rows = [{"family": name, **ways} for name, ways in sorted(found.items())]
+            store(given.output, OF, rows, bound=BOUND, bounds=BOUNDS, engine=check_engine())
     print(table(found))
     each = [(own, BOUNDS.get(family, BOUND)) for family, ways in found.items() for own in ways.values()]
     if any(not isinstance(own, float) or own >= bound for own, bound in each):

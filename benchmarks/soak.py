@@ -2,7 +2,7 @@
 
 In the environment of `make test-vllm`, from the repository's root:
 
-    .venv-vllm/bin/python -m benchmarks.soak FOLDER --minutes 30 --clients 16 --output benchmarks/soak.json
+    .venv-vllm/bin/python -m benchmarks.soak FOLDER --minutes 30 --clients 16 --of smollm2-135m
 
 Each client picks one kind of request after the other, by chance. Those that are wrong must be refused, and the others
 answered. Greedy answers, streamed or not, must be those of transformers in the same dtype: both can be off by a tie of
@@ -28,12 +28,11 @@ from typing import Any
 import httpx
 import torch
 
-from armor.execution.files import write_json
-from armor.execution.machine import current_machine
 from armor.runtime.folder import load_tokenizer
 from armor.runtime.load import load_model
 from armor.serve.engine import check_engine
 from armor.serve.running import Server, memory_bytes, server
+from benchmarks.record import store
 
 NAME = "model"
 PROMPTS = (
@@ -263,7 +262,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="Of the server and of transformers.")
     parser.add_argument("--eager", action="store_true", help="Without torch.compile, which is vLLM's default.")
     parser.add_argument("--context", type=int, default=512, help="The longest sequence that the server takes.")
-    parser.add_argument("--output", type=Path, help="A JSON file to write.")
+    parser.add_argument("--of", default="model", help="The name of the model.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     versions = check_engine()
     answers, talks = greedy_answers(given.folder, given.dtype)
@@ -273,10 +273,9 @@ def main() -> None:
         found = asyncio.run(whole(given, running, answers, talks))
     asked = {"clients": given.clients, "minutes": given.minutes, "dtype": given.dtype}
     asked |= {"eager": given.eager, "context": given.context}
-    found = asked | found | {"engine": versions, "machine": current_machine().model_dump()}
     print(json.dumps(found, indent=1))
-    if given.output:
-        write_json(given.output, found)
+    rows = [{"requests": kind, "count": count} for kind, count in found.pop("requests").items()]
+    store(given.output, given.of, rows, engine=versions, **asked, **found)
     if found["wrong"] or not found["alive at the end"]:
         raise SystemExit(1)
 

@@ -2,16 +2,17 @@
 
 Both run in turn on the same weights, importance (32 × 1,024 calibration tokens), block size 64, pattern 2:4, number of
 threads. 20,000 published iterations take minutes a matrix, so by default their time is that of 300 (the median
-iteration, the faster of two runs) times 20,000, and their loss is that of a committed run, published_20000.json, which
-has one for the Wikipedia articles of the package and one for WikiText-2's validation text, told apart by NoWag-P's
-loss. The seconds of the solver are to the first iterate at or below that loss, for the best of a few budgets, the
-fastest of three runs. `--cost` adds what an iteration costs beside its matrix products alone, and the peak of memory,
-on 4096×4096 with block 128.
+iteration, the faster of two runs) times 20,000, and their loss is that of a run in solver.json, which has one for the
+Wikipedia articles of the package and one for WikiText-2's validation text, told apart by NoWag-P's loss. The seconds of
+the solver are to the first iterate at or below that loss, for the best of a few budgets, the fastest of three runs.
+`--cost` adds what an iteration costs beside its matrix products alone, and the peak of memory, on 4096×4096 with block
+128.
 
     python -m benchmarks.solver                                  # downloads the model and a text as packages; minutes
     python -m benchmarks.solver --model FOLDER --text FILE       # a Hugging Face folder of SmolLM2-135M, WikiText-2
     python -m benchmarks.solver --text FILE --published 20000    # the published run on any plain text; 20 minutes
     python -m benchmarks.solver --ablation                       # also block sizes and patterns on layer 10 q_proj
+    python -m benchmarks.solver --matrices 10.self_attn.q_proj   # one of the four
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ import statistics
 import time
 from pathlib import Path
 
-import altair as alt
 import torch
-import vl_convert
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,6 +38,7 @@ from armor.methods.solver import annealed, published
 from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.source import open_source
+from benchmarks.record import rounded, store
 
 MATRICES = ["10.self_attn.q_proj", "0.mlp.down_proj", "20.mlp.gate_proj", "29.mlp.down_proj"]
 BLOCK = 64
@@ -48,8 +48,9 @@ TEXT = {
     "package": "gensim==4.4.0",
     "file": "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 }
-HERE = Path(__file__).parent
-COMMITTED = HERE / "published_20000.json"
+OUTPUT = Path(__file__).with_suffix(".json")
+PUBLISHED = "published optimiser in full"
+"""What runs of `--published` are called, before their text."""
 
 
 def prepare(model: Path | None, text: Path | None, work: Path) -> None:
@@ -97,21 +98,16 @@ def compare(weight: Tensor, importance: Tensor, reference: float) -> dict:
     for _ in range(2 if reached else 0):  # the same iterates again; other processes disturb
         again = annealed.solve(weight, importance, block_size=BLOCK, settings=annealed.Settings(iterations=budget))
         reached[budget] = min(reached[budget], next(s for _, s, loss in again.trace if loss <= reference))
-    return {
-        "shape": list(weight.shape),
-        "start_loss": slow[0].start_loss,
-        "published_loss_300": slow[0].loss,
-        "published_loss_20000": reference,
-        "published_seconds_20000": published_seconds,
-        "losses": {str(n): run.loss for n, run in runs.items()},
-        "seconds_300": runs[300].trace[-1][1],
-        "budget_to_published_loss": budget,
-        "seconds_to_published_loss": reached.get(budget),
-        "speedup": published_seconds / reached[budget] if reached else None,
-        "ratio_50": runs[50].loss / reference,
-        "ratio_300": runs[300].loss / reference,
-        "traces": {"published": slow[0].trace, **{str(n): run.trace for n, run in runs.items()}},
-    }
+    fast = {str(n): rounded(run.loss) for n, run in runs.items()}
+    row: dict = {"shape": list(weight.shape), "start_loss": rounded(slow[0].start_loss)}
+    row |= {"published_loss_300": rounded(slow[0].loss), "published_loss_20000": rounded(reference)}
+    row |= {"published_seconds_20000": rounded(published_seconds), "losses": fast}
+    row |= {"seconds_300": rounded(runs[300].trace[-1][1]), "ratio_50": rounded(runs[50].loss / reference)}
+    row |= {"ratio_300": rounded(runs[300].loss / reference)}
+    if budget is not None:
+        row |= {"budget_to_published_loss": budget, "seconds_to_published_loss": rounded(reached[budget])}
+        row |= {"speedup": rounded(published_seconds / reached[budget])}
+    return row
 
 
 def cost() -> dict:
@@ -128,78 +124,49 @@ def cost() -> dict:
     products = ("aten::bmm", "aten::baddbmm", "aten::baddbmm_")
     product_seconds = sum(e.self_cpu_time_total for e in profiler.key_averages() if e.key in products) / 1e6
     return {
-        "iteration_seconds": run.trace[-1][1] / 15,
-        "product_seconds": product_seconds / 15,
-        "ratio": run.trace[-1][1] / product_seconds,
-        "peak_memory_in_weights": peak / weight.nbytes,
+        "iteration_seconds": rounded(run.trace[-1][1] / 15),
+        "product_seconds": rounded(product_seconds / 15),
+        "ratio": rounded(run.trace[-1][1] / product_seconds),
+        "peak_memory_in_weights": rounded(peak / weight.nbytes),
     }
 
 
-def ablation(weight: Tensor, importance: Tensor) -> dict[str, dict[str, float]]:
-    """The loss after 300 iterations by pattern and block size."""
-    table: dict[str, dict[str, float]] = {}
+def ablation(weight: Tensor, importance: Tensor) -> list[dict]:
+    """The loss after 300 iterations by block size, a row for each pattern."""
+    rows = []
     for pattern in ("2:4", "4:8", "2:8", "50%"):
+        losses = {}
         for block in (16, 32, 64, 128):
             run = annealed.solve(weight, importance, pattern=pattern, block_size=block)
-            table.setdefault(pattern, {"nowag": run.start_loss})[str(block)] = run.loss
+            losses[str(block)] = rounded(run.loss)
             print(f"{pattern:4} block {block:3}: {run.loss:.5f} (NoWag-P {run.start_loss:.5f})", flush=True)
-    return table
+        rows.append({"pattern": pattern, "start_loss": rounded(run.start_loss), "losses_by_block": losses})
+    return rows
 
 
-def figure(matrices: dict[str, dict], output: Path) -> None:
-    """Loss against seconds, one panel a matrix: the solver's budgets, the published optimiser and its 20,000th loss."""
-    rows, ends = [], []
-    for name, found in matrices.items():
-        for label, trace in found["traces"].items():
-            label = "published" if label == "published" else f"{label} iterations"
-            points = trace[1 :: max(len(trace) // 100, 1)]
-            rows += [{"matrix": name, "run": label, "seconds": s, "loss": loss} for _, s, loss in points]
-        first = found["traces"]["published"][-1]
-        end = {"matrix": name, "run": "published"}
-        rows.append(end | {"seconds": found["published_seconds_20000"], "loss": found["published_loss_20000"]})
-        ends.append({"matrix": name, "loss": found["published_loss_20000"], "seconds": first[1]})
-    order = [f"{n} iterations" for n in (*BUDGETS, 300)] + ["published"]
-    log = {"scale": alt.Scale(type="log", nice=False)}
-    line = alt.Chart().mark_line(clip=True).encode(
-        x=alt.X("seconds:Q", title="seconds", **log),
-        y=alt.Y("loss:Q", title="relative loss", **log),
-        color=alt.Color("run:N", sort=order, title=None),
-    )  # fmt: skip
-    rule = alt.Chart(alt.Data(values=ends)).mark_rule(strokeDash=[4, 3]).encode(y="loss:Q")
-    panels = [
-        alt.layer(
-            line.properties(data=alt.Data(values=[row for row in rows if row["matrix"] == name])),
-            rule.transform_filter(alt.datum.matrix == name),
-        ).properties(title=name, width=300, height=220)
-        for name in matrices
-    ]
-    chart = alt.concat(*panels, columns=2).resolve_scale(x="independent", y="independent")
-    output.write_text(vl_convert.vegalite_to_svg(chart.to_json(), vl_version=alt.SCHEMA_VERSION.rpartition(".")[0]))
-
-
-def run_published(found: dict[str, tuple[Tensor, Tensor]], iterations: int) -> dict:
-    """The published optimiser in full: loss, seconds, every 100th point of the trace."""
-    result = {}
+def run_published(found: dict[str, tuple[Tensor, Tensor]], iterations: int) -> list[dict]:
+    """The published optimiser in full: loss and processor seconds of each matrix."""
+    rows = []
     for name, (weight, importance) in found.items():
         began = time.process_time()
         settings = published.Settings(iterations=iterations)
         run = published.solve(weight, importance, block_size=BLOCK, settings=settings)
         seconds = time.process_time() - began
-        result[name] = {"start_loss": run.start_loss, "loss": run.loss, "cpu_seconds": seconds}
-        result[name]["trace"] = run.trace[::100]
+        rows.append({"matrix": name, "start_loss": run.start_loss, "loss": run.loss, "cpu_seconds": rounded(seconds)})
         print(f"{name}: {run.loss:.5f} after {iterations} iterations, {seconds:.0f} CPU seconds", flush=True)
-    return result
+    return rows
 
 
-def published_on(found: dict[str, tuple[Tensor, Tensor]], committed: dict) -> dict:
-    """The committed run of the published optimiser, by matrix, on the text that `found` was calibrated on."""
+def published_on(found: dict[str, tuple[Tensor, Tensor]], file: Path) -> dict[str, float]:
+    """The losses of the published optimiser by matrix, of the run in `file` on the text that `found` is of."""
     name, (weight, importance) = next(iter(found.items()))
     start = published.solve(weight, importance, block_size=BLOCK, settings=published.Settings(iterations=1)).start_loss
-    for run in committed.values():
-        if abs(run[name]["start_loss"] / start - 1) < 0.01:
-            return run
-    raise SystemExit(f"{COMMITTED}: has no run on this text, on which NoWag-P's loss of {name} is {start:.5f}; make it "
-                     "with --published 20000")  # fmt: skip
+    for run in read_json(file)["runs"]:
+        rows = {row["matrix"]: row for row in run["rows"]} if run["of"].startswith(PUBLISHED) else {}
+        if name in rows and abs(rows[name]["start_loss"] / start - 1) < 0.01:
+            return {matrix: row["loss"] for matrix, row in rows.items()}
+    raise SystemExit(f"{file}: has no run of the published optimiser on this text, on which NoWag-P's loss of {name} "
+                     f"is {start:.5f}; make it with --published 20000")  # fmt: skip
 
 
 def main() -> None:
@@ -207,41 +174,42 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder of SmolLM2-135M")
     parser.add_argument("--text", type=Path, help="plain text of at least 32,768 tokens to calibrate on")
     parser.add_argument("--work", type=Path, default=Path("results/benchmark-solver"), help="where inputs are kept")
+    parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=MATRICES, help="these alone")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=HERE / "solver.json")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--published", type=int, metavar="ITERATIONS", help="only run the published optimiser in full")
     parser.add_argument("--ablation", action="store_true", help="also block sizes and patterns on layer 10 q_proj")
     parser.add_argument("--cost", action="store_true", help="also the cost of an iteration on 4096x4096")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result: dict = {"threads": options.threads, "block_size": BLOCK, "pattern": "2:4", "torch": torch.__version__}
+    about = {"block_size": BLOCK, "pattern": "2:4"}
+    text = options.text.name if options.text else "gensim's Wikipedia"
     if options.cost:  # first, while the peak of memory is its own
-        result["cost"] = cost()
+        row = cost()
         print("iteration {iteration_seconds:.3f} s, {ratio:.2f} times its products; peak memory "
-              "{peak_memory_in_weights:.1f} weights".format(**result["cost"]), flush=True)  # fmt: skip
+              "{peak_memory_in_weights:.1f} weights".format(**row), flush=True)  # fmt: skip
+        store(options.output, "an iteration on 4096x4096, block 128", [row])
     prepare(options.model, options.text, options.work)
-    found = {name: inputs(name, options.work) for name in MATRICES}
-    committed = read_json(COMMITTED)
+    found = {name: inputs(name, options.work) for name in options.matrices}
     if options.published:
-        text = options.text.name if options.text else "package"
-        write_json(COMMITTED, committed | {text: run_published(found, options.published)})
+        rows = run_published(found, options.published)
+        store(options.output, f"{PUBLISHED}, {text}", rows, iterations=options.published, **about)
         return
-    references = published_on(found, committed)
+    references = published_on(found, OUTPUT)
     print("matrix               NoWag-P   published (20000)  50 iterations  300 iterations  time to published loss")
-    matrices = result["matrices"] = {}
+    rows = []
     for name, (weight, importance) in found.items():
-        matrices[name] = row = compare(weight, importance, references[name]["loss"])
-        reached = row["seconds_to_published_loss"]
+        rows.append({"matrix": name} | (row := compare(weight, importance, references[name])))
         fast, slow = row["losses"], f"{row['published_loss_20000']:.5f} {row['published_seconds_20000']:5.0f} s"
         losses = f"{fast['50']:.5f} {row['ratio_50']:.2f}x  {fast['300']:.5f} {row['ratio_300']:.2f}x"
+        reached = row.get("seconds_to_published_loss")
         time_to = f"{reached:6.2f} s, 1/{row['speedup']:.0f}" if reached else "not reached"
         print(f"{name:20} {row['start_loss']:.5f}  {slow}     {losses}  {time_to}", flush=True)
+    store(options.output, f"solver, {text}", rows, **about)
     if options.ablation:
-        result["ablation"] = ablation(*found[MATRICES[0]])
-    figure(matrices, options.output.with_suffix(".svg"))
-    for row in matrices.values():
-        row["traces"] = {name: trace[:: max(len(trace) // 100, 1)] for name, trace in row["traces"].items()}
-    write_json(options.output, result)
+        store(
+            options.output, f"patterns and blocks, {MATRICES[0]}, {text}", ablation(*inputs(MATRICES[0], options.work))
+        )
 
 
 if __name__ == "__main__":

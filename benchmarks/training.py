@@ -1,13 +1,13 @@
 """What training costs: a step of refine on one decoder layer, and the loss of tune.
 
-    python -m benchmarks.training                                          a layer of SmolLM2-135M
-    python -m benchmarks.training --hidden 2048 --inner 5632 --heads 32 --kv-heads 4     one of a 1.1B Llama
+    python -m benchmarks.training                                                     # a layer of SmolLM2-135M
+    python -m benchmarks.training --hidden 2048 --inner 5632 --heads 32 --kv-heads 4  # one of a 1.1B Llama
 
 The layer has random weights: time and memory depend on shapes alone. Timed in turn, median of the rounds: a step of
 four sequences with A·S·B multiplied out once, the same for every sequence, and the dense layer. For one sequence and
 the linear from the hidden states to the inside of the MLP: forward and backward with A·S·B multiplied out first, with
 three steps for every token, and dense. Of tune, for one sequence: what is kept of a prediction, and the divergence with
-its gradient. Writes benchmarks/training.json.
+its gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
@@ -29,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from armor.core import blockdiag
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.execution.files import read_json, write_json
-from armor.execution.machine import current_machine, set_threads
+from armor.execution.machine import set_threads
 from armor.training.trainable import TrainableLinear, make_trainable, multiplied_once, put_linears, training_arithmetic
 from armor.training.tune import kept_predictions, kl_divergence
+from benchmarks.record import figure, store
 
 BATCH = 4
 OUTPUT = Path(__file__).with_suffix(".json")
@@ -134,11 +133,10 @@ def main(
             if number:  # the first is to warm up
                 seconds[name].append(time.perf_counter() - begun)
     shape = f"{hidden} x {inner}, {heads} and {kv_heads} heads, block {block}, {length} tokens, vocabulary {vocabulary}"
-    found = {name: round(median(times), 3) for name, times in seconds.items()}
-    record = {"machine": current_machine("cpu").model_dump(), "sequences_in_a_step": BATCH, "seconds": found}
-    write_json(output, (read_json(output) if output.is_file() else {}) | {shape: record})
-    for name, value in found.items():
-        print(f"{value:8.3f} s  {name}")
+    rows = [{"work": name, "seconds": figure(times)} for name, times in seconds.items()]
+    store(output, shape, rows, sequences_in_a_step=BATCH)
+    for row in rows:
+        print(f"{row['seconds']['median']:8.3f} s  {row['work']}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What Snakemake and the start of processes cost, beside the work: of a finished run, and of many jobs that do none.
 
-    python -m benchmarks.workflow --run FOLDER     FOLDER: where the demo was run, with results/ and .snakemake/
+    python -m benchmarks.workflow --run FOLDER     # FOLDER: where the demo was run, with results/ and .snakemake/
+    python -m benchmarks.workflow --dag            # the plan of a large mixture alone
 
 Of the finished run the files that it left say when each job ran and how long its stage worked, `seconds` in its record.
 Each moment in which no job runs is Snakemake's; a moment in which k jobs run belongs by 1/k to each of them, and where
@@ -11,6 +12,9 @@ start-up too, so that part is an upper bound; a core without a job while another
 The stand-ins are the workflow itself with 80 decoder layers and 4 recipes, in which `armor factorize` only sleeps: no
 torch, no model. A dry run of everything, the run of the 320 layers, and a run with nothing to do are timed, in seconds
 of the clock and of the processors: on a busy machine only the latter mean something.
+
+With `--dag` a dry run of a mixture in the shape of DeepSeek-V3 is timed, 61 layers of 256 experts. The records of fetch
+and inspect are written here, from the shapes alone: none of the weights is anywhere.
 """
 
 from __future__ import annotations
@@ -29,15 +33,20 @@ from pathlib import Path
 import yaml
 
 from armor.config.run import Config
-from armor.execution.files import read_json, write_json
-from armor.format.layout import Results
+from armor.execution.files import write_json
+from armor.format.layout import RESULTS, Results
 from armor.format.records.base import File, Made
+from armor.format.records.source import SourceRecord
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.run.jobs import Job, jobs
 from armor.run.status import cost
+from benchmarks.record import rounded, store
 from tests.records import calibration_record, topology_record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = 4
+EXPERTS, HIDDEN, WIDTH = 256, 7168, 2048
+COMMON = {"dtype": "bfloat16", "bias": False, "shard": "model.safetensors"}
 STAND_IN = """
 import os, sys, time, types
 
@@ -93,12 +102,70 @@ def finished(folder: Path, config: Config) -> dict:
     idle += wall - (max(end for *_, end in found) - min(begin for begin, *_ in found))  # before and after all jobs
     return {
         "jobs": len(found),
-        "wall_seconds": wall,
-        "snakemake_seconds": idle,
-        "start_up_seconds": starting,
-        "snakemake_share": idle / wall,
-        "overhead_share": (idle + starting) / wall,
+        "wall_seconds": rounded(wall),
+        "snakemake_seconds": rounded(idle),
+        "start_up_seconds": rounded(starting),
+        "snakemake_share": rounded(idle / wall),
+        "overhead_share": rounded((idle + starting) / wall),
     }
+
+
+def snakemake(folder: Path, config: Path, *arguments: str, **variables: str) -> tuple[dict[str, float], str]:
+    """Run Snakemake in `folder`: seconds of the clock and of the processors, and what it said."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile")]
+    command += ["--directory", str(folder), "--configfile", str(config), *arguments]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, env=os.environ | variables, cwd=REPOSITORY, capture_output=True, text=True)
+    wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_seconds": rounded(wall), "processor_seconds": rounded(processors)}, done.stdout + done.stderr
+
+
+def layer(index: int) -> DecoderLayer:
+    """A decoder layer: two linears of attention, and the experts."""
+    prefix = f"model.layers.{index}"
+    shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN)}
+    for expert in range(EXPERTS):
+        own = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+        shapes |= {f"mlp.experts.{expert}.{name}": shape for name, shape in own.items()}
+    linears = [
+        Linear(name=f"{prefix}.{name}", out_features=rows, in_features=columns, input_group=i, **COMMON)
+        for i, (name, (rows, columns)) in enumerate(shapes.items())
+    ]
+    return DecoderLayer(index=index, prefix=prefix, linears=tuple(linears))
+
+
+def dag(place: Path, layers: int) -> dict:
+    """A dry run of `layers` decoder layers of a large mixture, in the folder `place`."""
+    own, paths = tuple(map(layer, range(layers))), Results(str(place / RESULTS))
+    weights = sum(linear.out_features * linear.in_features for one in own for linear in one.linears)
+    config = {
+        "models": {"large": {"folder": str(place)}},
+        "calibrations": {"c4": {"text": {"files": [str(place / "c4.txt")]}}},
+        "recipes": {"armor": {"block_size": 128}},
+    }
+    (place / "my.yaml").write_text(yaml.safe_dump(config))
+    source = {"path": str(place), "fingerprint": "0" * 64, "dtype": "bfloat16", "files": {}, "hub": None}
+    SourceRecord(**source, settings=config["models"]["large"]).write(paths.source("large"))
+    Topology(
+        model_type="deepseek_v3",
+        fingerprint="0" * 64,
+        dtype="bfloat16",
+        context_length=4096,
+        hidden_size=HIDDEN,
+        parameters=weights,
+        linear_parameters=weights,
+        decoder_parameters=weights,
+        tied_embeddings=False,
+        layers=own,
+    ).write(paths.topology("large"))
+    timed, said = snakemake(place, place / "my.yaml", "--cores", "1", "--dry-run")
+    table = re.search(r"^job +count\n.*?^total +(\d+)$", said, re.MULTILINE | re.DOTALL)
+    if not table:
+        raise SystemExit(said)
+    return {"layers": layers, "experts": EXPERTS, "jobs": int(table[1]), "dry_run": timed}
 
 
 def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
@@ -124,32 +191,23 @@ def stand_ins(folder: Path, layers: int, work: float, cores: int) -> dict:
         "benchmarks": {"decode": {}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = os.environ | {
+    variables = {
         "PYTHONPATH": os.pathsep.join((str(folder / "python"), str(REPOSITORY))),
         "STAND_IN_SECONDS": str(work),
     }
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", str(cores)]
-    command += ["--directory", str(folder), "--configfile", str(folder / "config.yaml")]
     only = ["--"]
     for recipe in config["recipes"]:
         only += [Results().factors("deep", recipe, index) for index in range(layers)]
     result: dict = {"layers": layers, "recipes": RECIPES, "work_seconds": work, "cores": cores}
     for name, arguments in (("dry_run", ["--dry-run"]), ("run", only), ("no_op", only)):
         Path(results.run()).unlink(missing_ok=True)  # else what was written above is taken for results of another place
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        done = subprocess.run([*command, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-        wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode:
-            raise SystemExit(f"{name}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        result[name] = {"wall_seconds": wall, "processor_seconds": processors}
-        print(f"{name}: {wall:.1f} s, {processors:.1f} s of CPU", file=sys.stderr)
-        said = done.stdout + done.stderr
+        result[name], said = snakemake(folder, folder / "config.yaml", "--cores", str(cores), *arguments, **variables)
+        print(f"{name}: {result[name]}", file=sys.stderr)
         expected = "Nothing to be done" if name == "no_op" else rf"factorize +{layers * RECIPES}\b"
         if not re.search(expected, said):
             raise SystemExit(f"{name}: not what was expected\n{said[-2000:]}")
     count = layers * RECIPES
-    result["overhead_seconds_per_job"] = (result["run"]["wall_seconds"] - work * count / cores) / count
+    result["overhead_seconds_per_job"] = rounded((result["run"]["wall_seconds"] - work * count / cores) / count)
     return result
 
 
@@ -171,6 +229,9 @@ def table(result: dict) -> str:
             took = jobs_[name]
             lines.append(f"  {name:<10}{took['wall_seconds']:8.1f} s, {took['processor_seconds']:.1f} s of CPU{target}")
         lines.append(f"  overhead  {jobs_['overhead_seconds_per_job']:8.2f} s a job")
+    if planned := result.get("dag"):
+        took = planned["dry_run"]
+        lines.append(f"dry run of {planned['jobs']} jobs: {took['wall_seconds']:.1f} s")
     return "\n".join(lines)
 
 
@@ -178,19 +239,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="the folder of a finished run; unset: stand-ins alone")
     parser.add_argument("--config", type=Path, default=REPOSITORY / "config/config.yaml", help="that of the run")
-    parser.add_argument("--layers", type=int, default=80, help="of the stand-ins; 0: none")
+    parser.add_argument("--dag", action="store_true", help="time the plan of a large mixture instead")
+    parser.add_argument("--layers", type=int, help="of the stand-ins, 80 unless set (0: none), or of --dag, 61")
     parser.add_argument("--work", type=float, default=1.0, help="seconds that a stand-in sleeps")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    result = read_json(options.output) if options.output.is_file() else {}
-    if options.run:
-        config = Config.model_validate(yaml.safe_load(options.config.read_text()))
-        result["run"] = finished(options.run, config)
-    if options.layers:
-        with tempfile.TemporaryDirectory(prefix="workflow-") as folder:
-            result["stand_ins"] = stand_ins(Path(folder), options.layers, options.work, options.cores)
-    write_json(options.output, result)
+    result = {}
+    with tempfile.TemporaryDirectory(prefix="workflow-") as folder:
+        if options.run:
+            config = Config.model_validate(yaml.safe_load(options.config.read_text()))
+            result["run"] = finished(options.run, config)
+        if options.dag:
+            result["dag"] = dag(Path(folder), options.layers or 61)
+        elif layers := 80 if options.layers is None else options.layers:
+            result["stand_ins"] = stand_ins(Path(folder), layers, options.work, options.cores)
+    for of, row in result.items():
+        store(options.output, of, [row])
     print(table(result))
 
 
