@@ -9,9 +9,8 @@ import pytest
 import typer
 
 from benchmarks.record import LINES, figure, store
-from tests.workflow.conftest import REPOSITORY
 
-FOLDER = REPOSITORY / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text())
 NEED_VLLM = ("serving_families", "soak")
 FIGURES = sorted(FOLDER.glob("*.json"))
@@ -67,4 +66,3 @@ def test_a_script_can_be_asked_for_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         typer.run(script.main) if hasattr(script, "typer") else script.main()
     assert ended.value.code == 0 and "--help" in capsys.readouterr().out
-    assert Path(script.__file__).parent == FOLDER

@@ -1,7 +1,5 @@
 """`benchmarks.paired`: two models on the same items."""
 
-import subprocess
-import sys
 from math import sqrt
 
 import pytest
@@ -11,7 +9,7 @@ from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
 from armor.evaluate.tasks import evaluate_tasks
 from armor.format.records.evaluation import TaskRecord
-from benchmarks.paired import compare, difference
+from benchmarks.paired import compare, difference, main
 from benchmarks.tasks import drawn, written
 from tests.evaluate.test_carried_tasks import PROMPTS, ROWS
 from tests.tiny import tiny_model
@@ -40,15 +38,16 @@ def test_the_error_of_a_difference_leaves_out_what_both_answer_alike():
     assert difference([1, 0], [1, 0]) == (0, 0)
 
 
-def test_values_are_those_of_the_records(evaluated):
+def test_values_are_those_of_the_records(evaluated, capsys):
     folders = evaluated(0), evaluated(1)
     ((task, (one, two, metric)),) = compare(*folders).items()
     records = [TaskRecord.read(folder / f"{task}.json") for folder in folders]
     assert (task, metric, len(one)) == ("arc_easy_local", "acc_norm", 9)
     assert [sum(one) / 9, sum(two) / 9] == pytest.approx([record.value for record in records])
     assert one != two
-    ran = subprocess.run([sys.executable, "-m", "benchmarks.paired", *folders], capture_output=True, text=True)
-    assert "arc_easy_local" in ran.stdout and "±" in ran.stdout, ran.stdout + ran.stderr
+    main(*folders)
+    said = capsys.readouterr().out
+    assert "arc_easy_local" in said and "±" in said
 
 
 def test_other_items_are_refused(evaluated):
