@@ -24,7 +24,7 @@ from armor.format.factors import read_factors, write_factors
 from armor.format.records.base import BlockSizes
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
+from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, opened, packed, prepared, quantized
 from tests.records import layer_record, linear_record
 
 
@@ -103,75 +103,70 @@ def numpy_weights(folder):
     return weights
 
 
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000], ids=["one file", "shards"])
-def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, max_shard_bytes):
-    overrides = [
-        Override(modules="*.down_proj", method="wanda", pattern="50%"),
-        Override(modules="*.k_proj", pattern="4:8", block_size=8),
-    ]
-    settings = LayerSettings(**(SETTINGS.model_dump() | {"overrides": overrides}))
-    root = packed(tmp_path, settings=settings, max_shard_bytes=max_shard_bytes)
-    found, expected = numpy_weights(root / "checkpoint"), factors_of(root)
-    assert found.keys() == expected.keys()
-    for name, factors in expected.items():
-        assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
+RECIPES = {
+    "floats": {
+        "overrides": [
+            Override(modules="*.down_proj", method="wanda", pattern="50%"),
+            Override(modules="*.k_proj", pattern="4:8", block_size=8),
+        ]
+    },
+    "dense integers": {
+        "method": "int4",
+        "overrides": [Override(modules="*.down_proj", method="int8"), Override(modules="*.k_proj", method="armor")],
+    },
+    "sparse plus low rank": {
+        "method": "oats",
+        "rank": 5,
+        "overrides": [Override(modules="*.down_proj", rank=200), Override(modules="*.k_proj", method="armor")],
+    },
+}
 
 
-@pytest.mark.parametrize(("blocks", "max_shard_bytes"), [("int8", 10**9), ("bfloat16", 100_000)])
-def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, blocks, max_shard_bytes):
-    root = prepared(tmp_path)
-    factorized(root)
-    settings = QUANTIZE.model_copy(update={"blocks": blocks})
-    folder = quantized(root, settings, max_shard_bytes=max_shard_bytes)
-    found = numpy_weights(folder)
-    export(folder, tmp_path / "dense")
-    exported = load_file(tmp_path / "dense/model.safetensors")
-    for file in sorted((root / "quantized/quantized").glob("*.safetensors")):
-        for name, factors in read_factors(file)[0].items():
-            assert factors.quantization is not None
-            expected = factors.reconstruct(torch.float64).numpy()
-            assert np.allclose(found[name], expected, rtol=1e-12, atol=1e-12), name
-            assert torch.equal(exported[f"{name}.weight"], factors.reconstruct()), name
+def settings_of(recipe):
+    return LayerSettings(**SETTINGS.model_dump() | RECIPES[recipe])
 
 
-def test_a_reader_made_from_the_page_gets_the_same_dense_integers(tmp_path):
-    overrides = [Override(modules="*.down_proj", method="int8"), Override(modules="*.k_proj", method="armor")]
-    root = packed(tmp_path, settings=LayerSettings(method="int4", block_size=16, overrides=overrides))
-    found, expected = numpy_weights(root / "checkpoint"), factors_of(root)
-    assert found.keys() == expected.keys()
-    export(root / "checkpoint", tmp_path / "dense")
-    exported = load_file(tmp_path / "dense/model.safetensors")
+@torch.no_grad()
+def check(checkpoint, layers, dense):
+    """The reader from the page and `export` give the products of the factors in `layers`. The model runs by them."""
+    found, expected, exported = numpy_weights(checkpoint), {}, {}
+    for file in layers.glob("*.safetensors"):
+        expected |= read_factors(file)[0]
+    export(checkpoint, dense)
+    for file in dense.glob("*.safetensors"):
+        exported |= load_file(file)
+    assert found.keys() == expected.keys() and len(found) == 14
     for name, factors in expected.items():
         assert np.allclose(found[name], factors.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
         weight = exported[f"{name}.weight"]
         assert torch.equal(weight, factors.reconstruct().to(weight.dtype)), name
-    assert verify(root / "checkpoint").compressed_count == 14
-    models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
-    packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
+    assert verify(checkpoint).compressed_count == 14
+    packed_logits, dense_logits = (
+        AutoModelForCausalLM.from_pretrained(folder)(torch.arange(8)[None]).logits for folder in (checkpoint, dense)
+    )
     torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)
+    return expected
 
 
-def test_a_reader_made_from_the_page_gets_the_same_sparse_plus_low_rank(tmp_path):
-    overrides = [Override(modules="*.down_proj", rank=200), Override(modules="*.k_proj", method="armor")]
-    settings = LayerSettings(**SETTINGS.model_dump() | {"method": "oats", "rank": 5, "overrides": overrides})
-    root = packed(tmp_path, settings=settings)
-    quantized(root, QUANTIZE)
-    export(root / "checkpoint", tmp_path / "dense")
-    exported = load_file(tmp_path / "dense/model.safetensors")
-    ranks = set()
-    for folder, factors in (("layers", root / "layers"), ("quantized", root / "quantized/quantized")):
-        found = numpy_weights(root / "checkpoint" if folder == "layers" else root / "quantized/checkpoint")
-        assert verify(root / "checkpoint").compressed_count == len(found) == 14
-        for file in sorted(factors.glob("*.safetensors")):
-            for name, own in read_factors(file)[0].items():
-                ranks.add(None if own.down is None else len(own.down))
-                assert np.allclose(found[name], own.reconstruct(torch.float64).numpy(), rtol=1e-12, atol=1e-12), name
-                if folder == "layers":
-                    assert torch.equal(exported[f"{name}.weight"], own.reconstruct())
-    assert ranks == {5, 64, None}
-    models = [AutoModelForCausalLM.from_pretrained(root / place) for place in ("checkpoint", "dense")]
-    packed_logits, dense_logits = (model(torch.arange(8)[None]).logits for model in models)
-    torch.testing.assert_close(packed_logits, dense_logits, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("recipe", "max_shard_bytes"), [*zip(RECIPES, [10**9] * 3, strict=True), ("floats", 100_000)])
+def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, recipe, max_shard_bytes):
+    root = packed(tmp_path, settings=settings_of(recipe), max_shard_bytes=max_shard_bytes)
+    expected = check(root / "checkpoint", root / "layers", tmp_path / "dense")
+    if recipe == "sparse plus low rank":
+        assert {None if own.down is None else len(own.down) for own in expected.values()} == {5, 64, None}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "blocks", "max_shard_bytes"),
+    [("floats", "int8", 10**9), ("floats", "bfloat16", 100_000), ("sparse plus low rank", "int8", 10**9)],
+)
+def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, recipe, blocks, max_shard_bytes):
+    root = prepared(tmp_path)
+    factorized(root, settings_of(recipe))
+    settings = QUANTIZE.model_copy(update={"blocks": blocks})
+    folder = quantized(root, settings, max_shard_bytes=max_shard_bytes)
+    expected = check(folder, root / "quantized/quantized", tmp_path / "dense")
+    assert all(own.quantization is not None for own in expected.values())
 
 
 def grid(*shape):
@@ -222,99 +217,34 @@ def written(root, core=None):
     return root / "checkpoint"
 
 
-def test_the_bytes_are_pinned(tmp_path):
-    folder = written(tmp_path)
-    raw = (folder / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    assert header["__metadata__"] == {"format": "pt"}
-    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-    expected = {
-        f"{q}.core_values": ("F32", [64, 32], "c519a09b2df412cb"),
-        f"{q}.core_mask": ("U8", [64, 8], "37ac5a5ad8ef9bc8"),
-        f"{q}.left": ("F32", [8, 8, 8], "b1397d2f531b663f"),
-        f"{q}.right": ("F32", [4, 16, 16], "bd65736c266ee195"),
-        f"{q}.weight": ("U8", [1], "6e340b9cffb37a98"),
-        f"{up}.core_values": ("F32", [128, 32], "22cc1b07908c2050"),
-        f"{up}.core_mask": ("U8", [128, 8], "2d9ad807780d7e7e"),
-    }
-    sums = json.loads((folder / "checksums.json").read_text())["tensors"]
-    for name, (dtype, shape, digest) in expected.items():
-        entry = header[name]
-        begin, end = entry["data_offsets"]
-        data = raw[8 + length + begin : 8 + length + end]
-        assert (entry["dtype"], entry["shape"]) == (dtype, shape), name
-        assert hashlib.sha256(data).hexdigest() == sums[name]
-        assert sums[name][:16] == digest, name
-    assert hashlib.sha256(raw).hexdigest()[:16] == "12b2819fd671ffd9"
-    # The first two bytes of a mask row, and the first values of the row: columns 0, 1, 5, 7, 8, 9.
-    begin = 8 + length + header[f"{q}.core_mask"]["data_offsets"][0]
-    assert raw[begin : begin + 2] == bytes([0b10100011, 0b10100011])
-    begin = 8 + length + header[f"{q}.core_values"]["data_offsets"][0]
-    assert np.frombuffer(raw, "<f4", 6, begin).tolist() == [-1.5, -1.25, -0.25, 0.25, 0.5, 0.75]
-    begin = 8 + length + header[f"{up}.core_mask"]["data_offsets"][0]
-    assert raw[begin : begin + 8] == bytes([255] * 4 + [0] * 4)
+VALUES = {
+    None: np.array([-1.5, -1.25, -0.25, 0.25, 0.5, 0.75], "<f4").tobytes(),
+    "int8": bytes.fromhex("fafbff010203"),  # four times as much
+    "fp8": bytes.fromhex("cccab8384044"),
+}
 
 
 @pytest.mark.parametrize(
-    ("core", "dtype", "first_bytes", "digest"),
-    [("int8", "I8", "fafbff010203", "504ee6fa04390037"), ("fp8", "F8_E4M3", "cccab8384044", "252ebef03ec0deea")],
+    ("core", "version", "digest"),
+    [(None, 1, "12b2819fd671ffd9"), ("int8", 2, "504ee6fa04390037"), ("fp8", 2, "252ebef03ec0deea")],
 )
-def test_the_bytes_of_integers_are_pinned(core, dtype, first_bytes, digest, tmp_path):
+def test_the_bytes_are_pinned(tmp_path, core, version, digest):
     folder = written(tmp_path, core)
-    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == version
     raw = (folder / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
-    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-    expected = {
-        f"{q}.core_values": (dtype, [64, 32]),
-        f"{q}.core_scales": ("BF16", [64, 2]),
-        f"{q}.core_mask": ("U8", [64, 8]),
-        f"{q}.left": ("I8", [8, 8, 8]),
-        f"{q}.left_scales": ("BF16", [64]),
-        f"{q}.right": ("I8", [4, 16, 16]),
-        f"{q}.right_scales": ("BF16", [64]),
-        f"{up}.core_values": ("U8", [128, 16]),
-        f"{up}.core_scales": ("BF16", [128, 1]),
-        f"{up}.core_mask": ("U8", [128, 8]),
-    }
-    own = {name for name in header if name.startswith((f"{q}.", f"{up}.")) and not name.endswith(".weight")}
-    assert own == expected.keys()
-    for name, (kind, shape) in expected.items():
-        assert (header[name]["dtype"], header[name]["shape"]) == (kind, shape), name
+    assert header["__metadata__"] == {"format": "pt"}
 
-    def first(name, count):
+    def begins(name, expected):
         begin = start + header[name]["data_offsets"][0]
-        return raw[begin : begin + count]
+        return raw[begin : begin + len(expected)] == expected
 
-    assert first(f"{q}.core_values", 6).hex() == first_bytes  # -6, -5, -1, 1, 2, 3
-    assert first(f"{q}.core_scales", 4) == bytes.fromhex("c0bf a0bf")  # -1.5 and -1.25
-    assert first(f"{up}.core_values", 3) == bytes.fromhex("ba dc fe")  # -6, -5; -4, -3; -2, -1: the first one low
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    assert begins(f"{q}.core_mask", bytes([0b10100011, 0b10100011]))  # columns 0, 1, 5, 7, 8, 9
+    assert begins(f"{q}.core_values", VALUES[core])
+    assert begins(f"{up}.core_mask", bytes([255] * 4 + [0] * 4))
+    if core:
+        assert begins(f"{q}.core_scales", bytes.fromhex("c0bf a0bf"))  # -1.5 and -1.25
+        assert begins(f"{up}.core_values", bytes.fromhex("ba dc fe"))  # -6, -5; -4, -3; -2, -1: the first one low
     assert hashlib.sha256(raw).hexdigest()[:16] == digest
-
-
-def test_the_configuration_is_pinned(tmp_path):
-    config = json.loads((written(tmp_path) / "config.json").read_text())
-    assert config["quantization_config"] == {
-        "quant_method": "armor",
-        "format_version": 1,
-        "groups": [
-            {
-                "out_features": 64,
-                "in_features": 64,
-                "pattern": "2:4",
-                "left_block_size": 8,
-                "right_block_size": 16,
-                "modules": ["model.layers.0.self_attn.q_proj"],
-            },
-            {
-                "out_features": 128,
-                "in_features": 64,
-                "pattern": "50%",
-                "left_block_size": None,
-                "right_block_size": None,
-                "modules": ["model.layers.0.mlp.up_proj"],
-            },
-        ],
-    }

@@ -1,17 +1,15 @@
 import json
-import random
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from armor.assemble.verify import Distance, Verified, table, verify
 from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.serve.check import check
-from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed
+from tests.packed import edit_tensors, factors_of, opened, packed
 from tests.tiny import tiny_model
 
 
@@ -31,85 +29,13 @@ def test_a_sound_checkpoint_and_its_summary(root):
     assert summary.checksums and summary.bits_per_weight == record.bits_per_weight
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_every_defect_is_named(checkpoint, defect):
-    apply, parts = DEFECTS[defect]
-    (checkpoint / "checksums.json").unlink()  # the content alone must give it away
-    apply(checkpoint)
-    refused(checkpoint, *parts)
-
-
-def test_hashes_find_what_nothing_else_shows(checkpoint):
-    name = "model.layers.1.self_attn.v_proj.core_values"
-    edit_tensors(checkpoint, lambda tensors: tensors.update({name: tensors[name] + 1}))
-    refused(checkpoint, "model.safetensors", name, "checksums.json")
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "README.md"])
-def test_hashes_cover_every_file(checkpoint, name):
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
+def test_hashes_cover_the_files_that_are_not_loaded_too(checkpoint, name):
     file = checkpoint / name
     file.write_bytes(file.read_bytes() + b" ")
     refused(checkpoint, name, "checksums.json")
     file.unlink()
     refused(checkpoint, name)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda sums: sums.update(format_version=True),
-        lambda sums: sums.pop("files"),
-        lambda sums: sums.update(files=3),
-        lambda sums: sums["files"].pop("model.safetensors"),
-        lambda sums: sums["files"].update({"config.json": 1}),
-        lambda sums: sums["files"].update({"chat_template.jinja": {"bytes": 1, "sha256": ""}}),
-        lambda sums: sums["tensors"].clear() or sums["files"]["model.safetensors"].update(bytes=1),
-    ],
-)
-def test_broken_checksums(checkpoint, change):
-    file = checkpoint / "checksums.json"
-    sums = json.loads(file.read_text())
-    change(sums)
-    file.write_text(json.dumps(sums))
-    refused(checkpoint, "checksums.json")
-
-
-@pytest.fixture
-def sharded(root, tmp_path):
-    assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=150_000)
-    return tmp_path / "checkpoint"
-
-
-def test_shards(sharded):
-    assert verify(sharded).shards == 3
-
-
-def test_the_same_tensor_in_two_shards(sharded):
-    (sharded / "checksums.json").unlink()
-    name = next(iter(load_file(sharded / "model-00001-of-00003.safetensors")))
-    edit_tensors(sharded, lambda tensors: tensors.update({name: torch.zeros(3)}), "model-00002-of-00003.safetensors")
-    refused(sharded, name, "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors")
-
-
-def test_swapped_shards(sharded):
-    one, two = (sharded / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
-    content = one.read_bytes()
-    one.write_bytes(two.read_bytes())
-    two.write_bytes(content)
-    refused(sharded, "index.json", "model-0000")
-
-
-def test_a_missing_shard(sharded):
-    (sharded / "model-00002-of-00003.safetensors").unlink()
-    refused(sharded, "model-00002-of-00003.safetensors", "missing")
-
-
-def test_a_tensor_that_the_index_does_not_know(sharded):
-    (sharded / "checksums.json").unlink()
-    index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    name = index["weight_map"].popitem()[0]
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(sharded, name, "index")
 
 
 @pytest.mark.parametrize("kind", ["dense", "empty", "no folder"])
@@ -118,40 +44,10 @@ def test_what_is_no_checkpoint(root, tmp_path, kind):
     refused(folder, "config.json")
 
 
-def test_unstructured_and_other_patterns_are_checked_too(tmp_path):
-    from armor.config.layers import LayerSettings
-
-    root = packed(tmp_path, settings=LayerSettings(method="wanda", pattern="50%"))
-    folder = root / "checkpoint"
-    assert verify(folder).patterns == {"50%": 14}
-    (folder / "checksums.json").unlink()
-    name = "model.layers.0.self_attn.q_proj.core_mask"
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name][5, 0] ^= 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, name, "row 5", "50%")
-
-
-def test_no_damage_goes_unnoticed(root, tmp_path):
-    draw = random.Random(0)
-    for trial in range(60):
-        folder = shutil.copytree(root / "checkpoint", tmp_path / str(trial))
-        file = draw.choice([folder / name for name in ("model.safetensors", "config.json", "tokenizer.json")])
-        content = bytearray(file.read_bytes())
-        place = draw.randrange(len(content))
-        match trial % 3:
-            case 0:
-                content[place] ^= 1 << draw.randrange(8)
-            case 1:
-                content = content[:place]
-            case 2:
-                content[place : place + 16] = draw.randbytes(16)
-        file.write_bytes(content)
-        refused(folder, str(folder))
-
-
-def test_beside_the_source_the_errors_are_those_of_the_factors(sharded, root):
-    summary = verify(sharded, root / "source")
+def test_beside_the_source_the_errors_are_those_of_the_factors(root, tmp_path):
+    assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=150_000)
+    summary = verify(tmp_path / "checkpoint", root / "source")
+    assert summary.shards == 3
     source = load_file(root / "source/model.safetensors")
     expected = {}
     for name, factors in factors_of(root).items():
@@ -206,6 +102,6 @@ def test_a_model_whose_class_has_another_name_in_transformers_passes(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PhiMoEForCausalLM"]}))
 
-    folder = packed(tmp_path, "phimoe", change=rename) / "checkpoint"
+    folder = packed(tmp_path, "phimoe", layers=1, change=rename) / "checkpoint"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["PhiMoEForCausalLM"]
     assert any(".experts." in name for name in check(folder))
