@@ -5,9 +5,9 @@ from __future__ import annotations
 from armor.format.records.base import Machine, MadeBy
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.layer import LayerRecord, LinearRecord
-from armor.format.records.topology import DecoderLayer, Topology
+from armor.format.records.topology import DecoderLayer, Linear, Topology
 
-__all__ = ["MACHINE", "calibration_record", "layer_record", "linear_record", "topology_record"]
+__all__ = ["MACHINE", "calibration_record", "layer_record", "linear", "linear_record", "topology_record"]
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"}
 MACHINE = Machine(processor="A processor", cores=2, threads=2, device="cpu", versions=VERSIONS)
@@ -55,8 +55,14 @@ def layer_record(**values) -> LayerRecord:
     return LayerRecord(**MADE | given | values)
 
 
-def topology_record(layers: int = 2, **values) -> Topology:
-    decoder = tuple(DecoderLayer(index=i, prefix=f"model.layers.{i}", linears=()) for i in range(layers))
+def linear(name: str, out_features: int, in_features: int, input_group: int = 0) -> Linear:
+    shape = {"out_features": out_features, "in_features": in_features, "input_group": input_group}
+    return Linear(name=f"model.layers.0.{name}", dtype="bfloat16", bias=False, shard="model.safetensors", **shape)
+
+
+def topology_record(layers: int = 2, linears: tuple[Linear, ...] = (), **values) -> Topology:
+    """Each of the decoder layers has the same `linears`."""
+    decoder = tuple(DecoderLayer(index=i, prefix=f"model.layers.{i}", linears=linears) for i in range(layers))
     given = {
         "model_type": "llama",
         "fingerprint": "f" * 64,

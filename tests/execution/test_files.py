@@ -1,7 +1,7 @@
 import os
+import resource
+import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ from armor.execution.files import (
     try_lock,
     write_json,
 )
+from tests.forks import fork
+
+WRITERS = [
+    lambda path: write_json(path, [1.5] * 10_000),
+    lambda path: save_safetensors(path, {"x": torch.zeros(10_000)}),
+]
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -56,45 +62,34 @@ def test_tensors_are_written_in_one_order(tmp_path):
         assert torch.equal(file.get_tensor("y"), y)
 
 
-@pytest.mark.parametrize(
-    "write", ["write_json(path, list(range(10000)))", "save_safetensors(path, {'x': zeros(10000)})"]
-)
+@pytest.mark.parametrize("write", WRITERS)
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, write):
-    # No file of this process may grow beyond 4 kB: to a writer, the same as a full disk.
-    code = f"""
-import resource, signal, sys
-from pathlib import Path
-from torch import zeros
-from armor.core.errors import ArmorError
-from armor.execution.files import save_safetensors, write_json
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-path = Path({str(tmp_path / "file")!r})
-try:
-    {write}
-except ArmorError as error:
-    print(error)
-"""
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"{tmp_path / 'file'}: cannot be written (") and said.count("\n") == 1
+    """No file of that process may grow beyond 4 kB: to a writer, the same as a full disk."""
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        with pytest.raises(ArmorError) as caught:
+            write(tmp_path / "file")
+        said = str(caught.value)
+        assert said.startswith(f"{tmp_path / 'file'}: cannot be written (") and "\n" not in said
+
+    done = fork(work, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", ["write_json(path, 1)", "save_safetensors(path, {'x': torch.zeros(3)})"])
+@pytest.mark.parametrize("write", WRITERS)
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
-    path = tmp_path / "file"
-    code = f"""
-import os, signal, torch
-from pathlib import Path
-from armor.execution.files import atomic_path
-with atomic_path(Path({str(path)!r})) as temporary:
-    temporary.write_text("half")
-    (temporary.parent / "of a library").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    subprocess.run([sys.executable, "-c", code], check=False)
+    def work():
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            (temporary.parent / "of a library").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(work, tmp_path).returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 1
-    exec(write, {"path": path, "torch": torch, "write_json": write_json, "save_safetensors": save_safetensors})
+    write(tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -107,13 +102,11 @@ def test_two_writers_of_one_file_do_no_harm(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = f"""
-import os, signal
-from armor.execution.files import try_lock
-assert try_lock({str(tmp_path / "lock")!r}) is not None and try_lock({str(tmp_path / "lock")!r}) is None
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    def work():
+        assert try_lock(tmp_path / "lock") is not None and try_lock(tmp_path / "lock") is None
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(work, tmp_path).returncode == -signal.SIGKILL
     descriptor = try_lock(tmp_path / "lock")
     assert descriptor is not None and try_lock(tmp_path / "lock") is None
     os.close(descriptor)

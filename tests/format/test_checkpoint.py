@@ -21,16 +21,6 @@ def test_what_the_config_says_can_be_read_back():
     assert quantization_config(modules_of(config)) == config
 
 
-def test_shapes():
-    assert TWO_FOUR.shapes() == {
-        "core_values": (64, 16),
-        "core_mask": (64, 4),
-        "left": (4, 16, 16),
-        "right": (4, 8, 8),
-    }
-    assert HALF.shapes() == {"core_values": (16, 6), "core_mask": (16, 2)}
-
-
 @pytest.mark.parametrize(
     ("pattern", "columns"), [("2:4", 16), ("2:4", 12), ("1:2", 6), ("4:8", 24), ("2:3", 15), ("50%", 9)]
 )

@@ -6,8 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 from armor.format.layout import Results
 from armor.format.names import layer_file, layer_files
 
@@ -22,12 +20,6 @@ def spelled(text: str | bytes) -> list[int]:
     bare = {node.value for node in nodes if isinstance(node, ast.Expr)}
     texts = (node for node in nodes if isinstance(node, ast.Constant) and node not in bare)
     return [node.lineno for node in texts if isinstance(node.value, str) and OF_A_LAYER.search(node.value)]
-
-
-@pytest.mark.parametrize("text", ['f"layer_{k}.json"', '"layer_*.json"', '"layer_{}".format(k)', '"layer_" + str(k)'])
-def test_a_spelled_path_is_found(text):
-    assert spelled(f"x = {text}") == [1]
-    assert spelled(f'"""Of layer_{{k}}.json."""\nx = {text}') == [2]
 
 
 def test_only_one_module_spells_a_layers_file():

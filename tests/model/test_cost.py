@@ -5,35 +5,8 @@ import torch
 
 from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
-from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.model.cost import block_costs
-
-
-def topology(*linears):
-    made = tuple(
-        Linear(
-            name=f"model.layers.0.{name}",
-            out_features=rows,
-            in_features=columns,
-            dtype="bfloat16",
-            bias=False,
-            shard="a",
-            input_group=0,
-        )
-        for name, rows, columns in linears
-    )
-    return Topology(
-        model_type="llama",
-        fingerprint="0",
-        dtype="bfloat16",
-        context_length=64,
-        hidden_size=8,
-        parameters=1,
-        linear_parameters=1,
-        decoder_parameters=1,
-        tied_embeddings=False,
-        layers=(DecoderLayer(index=0, prefix="model.layers.0", linears=made),),
-    )
+from tests.records import linear, topology_record
 
 
 @pytest.mark.parametrize("pattern, left, right", [("2:4", 8, 16), ("4:8", None, 8), ("50%", 5, None)])
@@ -45,7 +18,8 @@ def test_bits_per_weight_are_those_of_the_tensors(pattern, left, right):
 
 
 def test_a_linear_that_would_grow_is_named():
-    lines = list(block_costs(topology(("self_attn.k_proj", 256, 2048), ("mlp.up_proj", 5632, 2048), ("odd", 4, 6))))
+    shapes = (("self_attn.k_proj", 256, 2048), ("mlp.up_proj", 5632, 2048), ("odd", 4, 6))
+    lines = list(block_costs(topology_record(1, tuple(linear(*shape) for shape in shapes))))
     assert lines == [
         "self_attn.k_proj 256 x 2048: 16 bits/weight dense, 2:4 with block 32: 11.25, block 64: 13.50, block 128: 18.00"
         " (block 128: larger than dense)",

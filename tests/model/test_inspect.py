@@ -133,12 +133,6 @@ class Between(nn.Module):
         return x
 
 
-def test_work_between_two_layers_is_noticed():
-    model = Between()
-    with pytest.raises(ArmorError, match=r"layers\.1: Between does not simply pass hidden states"):
-        observe(Skeleton(model, model.layers, "layers"), torch.zeros(1, 3, dtype=torch.int64))
-
-
 class Pair(Layer):
     """Returns something behind the hidden states."""
 
@@ -276,6 +270,7 @@ def test_what_a_layer_makes_is_carried_until_the_last_layer_that_computes_with_i
 @pytest.mark.parametrize(
     ("model", "said"),
     [
+        (Between(), r"layers\.1: Between does not simply pass hidden states"),
         (Repeating(), r"layers\.0: Repeating calls it 2 times"),
         (Scaling(), r"layers\.1: takes what Scaling computes between its decoder layers"),
         (Talking(list), r"Talkative: puts something for later layers into a list"),
