@@ -170,9 +170,11 @@ def test_none_asked_for_or_there_means_the_cpu_and_only_the_second_is_said(monke
     assert "no CUDA device is visible" in caplog.text
 
 
-def test_without_a_choice_all_that_the_driver_lists(driver, monkeypatch):
+def test_without_a_choice_all_that_the_driver_lists_and_of_a_choice_each_once(driver, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible() == ["GPU-5d5ba0d6", "MIG-c7384736", "MIG-a28ad590"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-5d5b,GPU-5d5ba0d6,1,MIG-c7384736,2")  # some of them twice
+    assert visible() == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("lacks", ["driver", "library"])
@@ -185,11 +187,6 @@ def test_without_a_driver_there_is_no_device_but_what_is_named(driver, tmp_path,
     assert visible() == ["0", "GPU-5f3a", "MIG-1/2", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible() == []
-
-
-def test_two_names_of_one_device_are_one_device(driver, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-5d5b,GPU-5d5ba0d6,1,MIG-c7384736,2")
-    assert visible() == ["0", "1", "2"]
 
 
 def test_two_names_of_one_device_are_one_lease(driver, start):

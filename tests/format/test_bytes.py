@@ -167,25 +167,14 @@ def test_the_config_of_a_checkpoint(tmp_path):
     assert modules_of(quantization_config(modules)) == modules
 
 
-def test_the_config_of_a_checkpoint_of_integers(tmp_path):
-    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2, None, Quantization("int8", None, 4))}
+def test_the_config_of_a_checkpoint_with_integers_and_a_low_rank_pair(tmp_path):
+    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2, None, Quantization("int8", None, 4), rank=3)}
     write_json(tmp_path / "config.json", quantization_config(modules))
     assert (tmp_path / "config.json").read_bytes() == (
         b'{\n "format_version": 2,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
         b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": {\n'
-        b'    "blocks": null,\n    "core": "int8",\n    "group": 4\n   },\n   "right_block_size": null\n  }\n ],\n'
-        b' "quant_method": "armor"\n}\n'
-    )
-    assert modules_of(quantization_config(modules)) == modules
-
-
-def test_the_config_of_a_checkpoint_with_a_low_rank_pair(tmp_path):
-    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), rank=3)}
-    write_json(tmp_path / "config.json", quantization_config(modules))
-    assert (tmp_path / "config.json").read_bytes() == (
-        b'{\n "format_version": 2,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": null,\n'
-        b'   "modules": [\n    "a.q"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n   "quantization": null,\n'
-        b'   "rank": 3,\n   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
+        b'    "blocks": null,\n    "core": "int8",\n    "group": 4\n   },\n   "rank": 3,\n'
+        b'   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
     )
     assert modules_of(quantization_config(modules)) == modules
 

@@ -242,11 +242,6 @@ OF_PAIRS: dict[str, Defect] = {
 }
 
 
-def swap_masks(tensors: dict[str, torch.Tensor]) -> None:
-    one, two = (f"model.layers.{layer}.mlp.up_proj.core_mask" for layer in (0, 1))
-    tensors[one], tensors[two] = tensors[two], tensors[one]
-
-
 def sums(edit: Callable[[dict], object], *named: str) -> Defect:
     return edit_json(SUMS, edit, *named)
 
@@ -256,7 +251,6 @@ HASHED: dict[str, Defect] = {
         f"another number in {name}": put(name, 0.125) for name in (f"{Q}.core_values", f"{DOWN}.left", "lm_head.weight")
     },
     "infinity in a norm": put("model.norm.weight", INF),
-    "masks swapped": (lambda folder: edit_tensors(folder, swap_masks), (ONE, "up_proj.core_mask")),
     "another mask of the pattern": change(f"{Q}.core_mask", lambda mask: mask.view(-1).__setitem__(0, ~mask[0, 0])),
     "another norm's constant": model(CONFIG, rms_norm_eps=0.1),
     "no architectures": model(CONFIG, architectures=None),
