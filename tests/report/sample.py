@@ -10,18 +10,18 @@ from typing import Any, TypeVar
 
 from armor.config.report import ReportPair, ReportSettings
 from armor.format.layout import Results
-from armor.format.records.base import BlockSizes, File, Machine, MadeBy, Record
+from armor.format.records.base import BlockSizes, File, MadeBy, Record
 from armor.format.records.benchmark import BenchmarkRecord, Continuation, CoreSide, LinearSpeed, Phases, Runs, Side
-from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.checkpoint import CheckpointRecord, FactorsMadeBy
 from armor.format.records.evaluation import AgainstDense, EvaluationRecord, Mean, TaskResult, TasksRecord
-from armor.format.records.layer import LayerRecord, LinearRecord, Training
+from armor.format.records.layer import LayerRecord, Training
 from armor.format.records.serving import Load, Served, ServingRecord
 from armor.format.records.source import SourceRecord
 from armor.format.records.topology import DecoderLayer, Linear, Topology
 from armor.methods import METHODS
+from tests.records import MACHINE, calibration_record, layer_record, linear_record, topology_record
 
-__all__ = ["change", "plan", "write_results"]
+__all__ = ["MACHINE", "change", "plan", "write_results"]
 
 NORMS = 2 * 576
 LINEARS = {
@@ -48,13 +48,6 @@ FILES = {
     "model.safetensors": File(bytes=DENSE_BYTES, sha256="d" * 64),
     "tokenizer.json": File(bytes=3_522_871, sha256="e" * 64),
 }
-MACHINE = Machine(
-    processor="A processor",
-    cores=2,
-    threads=2,
-    device="cpu",
-    versions={"python": "3.11.7", "torch": "2.13.0", "transformers": "5.24.0"},
-)
 R = TypeVar("R", bound=Record)
 
 
@@ -102,13 +95,13 @@ def change(kind: type[R], path: Path | str, **changes: Any | Callable[[R], Any])
     return changed
 
 
-def made(stage: str, rng: random.Random, seconds: float, memory: float, **settings: Any) -> dict[str, Any]:
+def made(stage: str, seconds: float, memory: float, **settings: Any) -> dict[str, Any]:
     """What all records of results share."""
     return {
         "made_by": MadeBy(stage=f"armor.{stage}", code="c" * 16, settings=settings, inputs={}),
         "machine": MACHINE,
-        "seconds": seconds * rng.uniform(0.9, 1.1),
-        "peak_memory_bytes": int(memory * rng.uniform(0.95, 1.05)),
+        "seconds": seconds,
+        "peak_memory_bytes": int(memory),
     }
 
 
@@ -127,7 +120,7 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
         against = AgainstDense(kl=kl, top1=Mean(value=TOP1[method], standard_error=0.004, block_means=()))
     settings = {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"}
     return EvaluationRecord(
-        **made("evaluate", rng, 62, 1.2e9, **settings),
+        **made("evaluate", 62, 1.2e9, **settings),
         evaluation=name,
         value=value,
         standard_error=value * 0.09,
@@ -140,10 +133,10 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
     )
 
 
-def _tasks(rng: random.Random, name: str, method: str, tasks: list[str]) -> TasksRecord:
+def _tasks(name: str, method: str, tasks: list[str]) -> TasksRecord:
     score = {"metric": "acc", "value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05, "shots": 0, "items": 100}
     scores = {task: TaskResult(**score, higher_is_better=not task.endswith("loss")) for task in tasks}
-    return TasksRecord(**made("evaluate", rng, 30, 9e8), evaluation=name, tasks=scores)
+    return TasksRecord(**made("evaluate", 30, 9e8), evaluation=name, tasks=scores)
 
 
 def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> LayerRecord:
@@ -153,30 +146,17 @@ def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> Laye
         start = 0.064 * kind * (0.35 + 0.04 * layer if layer > 1 else 1.5) * rng.uniform(0.8, 1.2)
         loss = start * LOSS[method] / LOSS["nowag"] * rng.uniform(0.8, 1.2)
         points = [0, 1, 2, 3, *range(10, 310, 10)] if method == "armor" else []
-        modules[f"model.layers.{layer}.{name}"] = LinearRecord(
+        modules[f"model.layers.{layer}.{name}"] = linear_record(
             method=method,
-            pattern="2:4",
             block_sizes=BlockSizes(left=block_size, right=block_size) if method == "armor" else None,
             start_loss=start,
             loss=loss,
             trace=[(i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)) for i in points],
-            seed=0,
-            device="cpu",
-            seconds=SECONDS[method] / 7,
-            peak_memory_bytes=10**9,
-            note=None,
         )
-    return LayerRecord(
-        **made("factorize", rng, SECONDS[method], 7e8),
-        layer=layer,
-        fingerprint="a" * 64,
-        sha256="f" * 64,
-        statistics_fingerprint="b" * 64,
-        modules=modules,
-    )
+    return layer_record(**made("factorize", SECONDS[method], 7e8), layer=layer, modules=modules)
 
 
-def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord:
+def _trained(record: LayerRecord, stage: str) -> LayerRecord:
     """The record of a layer after a training; when refined, layer 0 stays as it was and layer 1 began again."""
     start = 0.2 if stage == "tune" else 0.05 * (1 + record.layer)
     loss = start * (1.0 if stage == "refine" and record.layer == 0 else 0.5)
@@ -201,7 +181,7 @@ def _trained(rng: random.Random, record: LayerRecord, stage: str) -> LayerRecord
         proxy_losses={},
         made_by=record.made_by,
     )
-    changes = made(stage, rng, 50, 8e8) | {"training": (*record.training, training)}
+    changes = made(stage, 50, 8e8) | {"training": (*record.training, training)}
     return record.model_copy(update=changes)
 
 
@@ -212,10 +192,10 @@ def trained(settings: ReportSettings, recipe: str, *stages: str) -> ReportSettin
     return settings.model_copy(update={"pairs": pairs})
 
 
-def _checkpoint(rng: random.Random, method: str, layers: int) -> CheckpointRecord:
+def _checkpoint(method: str, layers: int) -> CheckpointRecord:
     factors = FactorsMadeBy(layers=range(layers), settings={"seed": 0}, code="c" * 16, versions={})
     return CheckpointRecord(
-        **made("assemble", rng, 4, 6e8),
+        **made("assemble", 4, 6e8),
         fingerprint="a" * 64,
         statistics_fingerprint="b" * 64,
         checkpoint_bytes=BYTES[method],
@@ -228,43 +208,21 @@ def _checkpoint(rng: random.Random, method: str, layers: int) -> CheckpointRecor
     )
 
 
-def _calibration() -> CalibrationRecord:
-    return CalibrationRecord(
-        **made("calibrate", random.Random(0), 75, 1.1e9),
-        fingerprint="a" * 64,
-        text_fingerprint="0" * 64,
-        statistics_fingerprint="b" * 64,
-        sequences=32,
-        length=1024,
-        tokens=32 * 1024,
-        dtype="bfloat16",
-        device="cpu",
-        files={},
-        hidden_states_bytes=0,
-        spilled_bytes=0,
-        tokens_per_second=400.0,
-    )
-
-
-def _runs(rng: random.Random, middle: float) -> Runs:
-    low, median, high = sorted(middle * rng.uniform(0.97, 1.03) for _ in range(3))
-    return Runs(median=median, quartiles=((low + median) / 2, (median + high) / 2), runs=(low, median, high))
-
-
-def _ratio(median: float) -> Runs:
+def _runs(median: float) -> Runs:
     ends = (0.97 * median, 1.03 * median)
     return Runs(median=median, quartiles=ends, runs=ends)
 
 
-def _by_batch(prefill: Callable[[int], Runs], decode: Callable[[int], Runs]) -> dict[str, Phases]:
-    return {batch: Phases(prefill=prefill(int(batch)), decode=decode(int(batch))) for batch in BATCHES}
+def _ratios(prefill: float, decode: float) -> dict[str, Phases]:
+    return {batch: Phases(prefill=_runs(prefill), decode=_runs(decode)) for batch in BATCHES}
 
 
-def _speeds(rng: random.Random, method: str) -> dict[str, Phases]:
-    return _by_batch(lambda b: _runs(rng, 200 * b), lambda b: _runs(rng, SPEED[method] * (1 + b) / 2))
+def _speeds(method: str) -> dict[str, Phases]:
+    speeds = ((batch, int(batch)) for batch in BATCHES)
+    return {b: Phases(prefill=_runs(200 * n), decode=_runs(SPEED[method] * (1 + n) / 2)) for b, n in speeds}
 
 
-def _side(rng: random.Random, method: str) -> Side:
+def _side(method: str) -> Side:
     """One side of a benchmark: the dense model, or that of a method."""
     size, bits, ratio = BYTES.get(method, DENSE_BYTES), BITS.get(method, 16.0), SPEED[method] / SPEED["dense"]
     dense = method == "dense"
@@ -276,52 +234,51 @@ def _side(rng: random.Random, method: str) -> Side:
         load_seconds=0.4,
         bytes_per_token=size,
         expanded=method in ("int4", "gptq"),
-        tokens_per_second=_speeds(rng, method),
-        speedup=None if dense else _by_batch(lambda b: _ratio(0.5 * ratio), lambda b: _ratio(ratio)),
+        tokens_per_second=_speeds(method),
+        speedup=None if dense else _ratios(0.5 * ratio, ratio),
         theoretical_speedup=None if dense else 16 / bits,
-        core=_core(rng) if method == "armor" else None,
+        core=_core() if method == "armor" else None,
         linears=() if dense else [_linear(*shape, method) for shape in dict.fromkeys(LINEARS.values())],
     )
 
 
-def _core(rng: random.Random) -> CoreSide:
+def _core() -> CoreSide:
     """The side of a packed model without its blocks: a pruned one's, as far as it is measured."""
     return CoreSide(
         bytes_on_disk=BYTES["nowag"],
         bits_per_weight=BITS["nowag"],
         bytes_per_token=BYTES["nowag"],
-        tokens_per_second=_speeds(rng, "nowag"),
-        speedup=_by_batch(lambda b: _runs(rng, 1.1), lambda b: _runs(rng, 1.1)),
+        tokens_per_second=_speeds("nowag"),
+        speedup=_ratios(1.1, 1.1),
         theoretical_speedup=16 / BITS["nowag"],
     )
 
 
 def _linear(out: int, columns: int, method: str) -> LinearSpeed:
     """The speed of one shape of linears."""
-    rng, block = random.Random(f"{out} {columns} {method}"), 64 if method == "armor" else None
+    block = 64 if method == "armor" else None
     return LinearSpeed(
         out_features=out,
         in_features=columns,
         pattern="2:4",
         block_sizes=BlockSizes.of(block, block),
         count=60,
-        dense_milliseconds=_runs(rng, out * columns / 8e6),
-        milliseconds=_runs(rng, out * columns / 1.6e7),
-        speedup=_runs(rng, 2),
+        dense_milliseconds=_runs(out * columns / 8e6),
+        milliseconds=_runs(out * columns / 1.6e7),
+        speedup=_runs(2),
         theoretical_speedup=16 / BITS[method],
-        core_milliseconds=_runs(rng, out * columns / 2e7) if block else None,
-        core_speedup=_runs(rng, 2.5) if block else None,
+        core_milliseconds=_runs(out * columns / 2e7) if block else None,
+        core_speedup=_runs(2.5) if block else None,
     )
 
 
-def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecord:
+def _benchmark(name: str, methods: dict[str, str]) -> BenchmarkRecord:
     """`methods` are those of the recipes that compress."""
-    rng = random.Random(f"{model} {name}")
     return BenchmarkRecord(
-        **made("benchmark", rng, 40, 1.6e9),
+        **made("benchmark", 40, 1.6e9),
         benchmark=name,
-        dense=_side(rng, "dense"),
-        recipes={recipe: _side(rng, method) for recipe, method in methods.items()},
+        dense=_side("dense"),
+        recipes={recipe: _side(method) for recipe, method in methods.items()},
         turns=(tuple(methods),),
         samples=[
             Continuation(prompt=prompt, texts={"dense": f" {word}."} | {r: f" {word},\n{r}. " * 9 for r in methods})
@@ -330,33 +287,32 @@ def _benchmark(model: str, name: str, methods: dict[str, str]) -> BenchmarkRecor
     )
 
 
-def _served(rng: random.Random, method: str) -> Served:
+def _served(method: str) -> Served:
     """A model behind a server: at more clients more is written, and each waits longer."""
     ratio = SPEED[method] / SPEED["dense"]
     loads = {
         str(clients): Load(
-            requests_per_second=_runs(rng, speed / 64),
-            tokens_per_second=_runs(rng, speed),
-            first_token_milliseconds=_runs(rng, 20 * clients),
-            token_milliseconds=_runs(rng, 1000 * clients / speed),
-            speedup=None if method == "dense" else _ratio(ratio),
+            requests_per_second=_runs(speed / 64),
+            tokens_per_second=_runs(speed),
+            first_token_milliseconds=_runs(20 * clients),
+            token_milliseconds=_runs(1000 * clients / speed),
+            speedup=None if method == "dense" else _runs(ratio),
         )
         for clients, speed in ((clients, 40 * ratio * clients**0.6) for clients in (1, 4, 16))
     }
     memory = 1.2e9 + BYTES.get(method, DENSE_BYTES)
     size = BYTES.get(method, DENSE_BYTES)
-    return Served(bytes_on_disk=size, start_seconds=_runs(rng, 30), memory_bytes=_runs(rng, memory), clients=loads)
+    return Served(bytes_on_disk=size, start_seconds=_runs(30), memory_bytes=_runs(memory), clients=loads)
 
 
-def _serving(model: str, name: str, methods: dict[str, str]) -> ServingRecord:
+def _serving(name: str, methods: dict[str, str]) -> ServingRecord:
     """`methods` are those of the recipes that compress."""
-    rng = random.Random(f"{model} {name}")
     return ServingRecord(
-        **made("serving", rng, 300, 1.6e9),
+        **made("serving", 300, 1.6e9),
         benchmark=name,
         engine={"vllm": "0.32.0", "armor": "0", "torch": "2.13.0"},
-        dense=_served(rng, "dense"),
-        recipes={recipe: _served(rng, method) for recipe, method in methods.items()},
+        dense=_served("dense"),
+        recipes={recipe: _served(method) for recipe, method in methods.items()},
     )
 
 
@@ -373,9 +329,7 @@ def _topology(layers: int) -> Topology:
             ],
         )
 
-    return Topology(
-        model_type="llama",
-        fingerprint="a" * 64,
+    return topology_record(
         dtype="bfloat16",
         context_length=2048,
         hidden_size=576,
@@ -383,8 +337,7 @@ def _topology(layers: int) -> Topology:
         linear_parameters=106_168_320,
         decoder_parameters=layers * (sum(out * columns for out, columns in LINEARS.values()) + NORMS),
         tied_embeddings=True,
-        layers=[layer(index) for index in range(layers)],
-    )
+    ).replace(layers=tuple(layer(index) for index in range(layers)))
 
 
 def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Path:
@@ -397,22 +350,22 @@ def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Pat
         _topology(layers).write(paths.topology(model))
         methods = {pair.recipe: pair.method for pair in pairs if pair.method != "dense"}
         for name in pairs[0].benchmarks:
-            _benchmark(model, name, methods).write(paths.benchmark(model, name))
+            _benchmark(name, methods).write(paths.benchmark(model, name))
         for name in pairs[0].serving:
-            _serving(model, name, methods).write(paths.benchmark(model, name))
+            _serving(name, methods).write(paths.benchmark(model, name))
     for pair in settings.pairs:
         names, rng = (pair.model, pair.recipe), random.Random(f"{pair.model} {pair.recipe}")
         for number, name in enumerate(pair.evaluations):
             _evaluation(rng, name, pair.method, number).write(paths.evaluation(*names, name))
         for name, tasks in pair.tasks.items():
-            _tasks(rng, name, pair.method, tasks).write(paths.evaluation(*names, name))
+            _tasks(name, pair.method, tasks).write(paths.evaluation(*names, name))
         if pair.calibration:
-            _calibration().write(paths.calibration(pair.model, pair.calibration))
+            calibration_record(**made("calibrate", 75, 1.1e9)).write(paths.calibration(pair.model, pair.calibration))
             for layer in range(layers):
                 record = _layer(rng, layer, pair.method, pair.block_size)
                 for stage, owner in pair.chain or [("factorize", pair.recipe)]:
                     if stage != "factorize":
-                        record = _trained(rng, record, stage)
+                        record = _trained(record, stage)
                     record.write(paths.layer(pair.model, owner, layer, stage))
-            _checkpoint(rng, pair.method, layers).write(paths.checkpoint(*names))
+            _checkpoint(pair.method, layers).write(paths.checkpoint(*names))
     return root

@@ -72,11 +72,8 @@ def test_the_difference_is_b_minus_a_and_its_error_that_of_the_paired_blocks(run
     spread = sum((value - fmean(without)) ** 2 for value in without)
     assert row.difference_se == pytest.approx(math.sqrt(spread * (len(a) - 1) / len(a)), rel=0.1)
     assert row.difference_se < 0.2 * row.perplexity_a_se
-
-
-def test_equal_results_differ_by_nothing(runs):
-    row = rows_of(runs)["nowag"]
-    assert (row.difference, row.difference_se, row.not_comparable) == (0, 0, None)
+    equal = rows_of(runs)["nowag"]
+    assert (equal.difference, equal.difference_se, equal.not_comparable) == (0, 0, None)
 
 
 def test_of_one_block_nothing_is_said_of_how_sure_it_is(runs, tmp_path):
@@ -87,24 +84,20 @@ def test_of_one_block_nothing_is_said_of_how_sure_it_is(runs, tmp_path):
     assert "How sure a difference is cannot be said" in text and "No perplexity" not in text
 
 
-def test_the_page_the_csv_and_the_text_say_the_same(runs, tmp_path):
+def test_the_page_the_csv_and_the_text_say_the_same_and_always_do(runs, tmp_path):
     text = compare(*runs, tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     shown = re.search(r"−2\.[0-9]+ ± 0\.[0-9]+", text)[0]
-    assert f">{shown}</td>" in page and page.count("</td>") == 15
+    assert f">{shown}</td>" in page
     words = "By more than two standard errors of the difference, B has the lower perplexity for armor."
     assert words in text and words in page
     with open(tmp_path / "out" / "comparison.csv") as file:
         table = {row["recipe"]: row for row in csv.DictReader(file)}
     for recipe, row in rows_of(runs).items():
         assert table[recipe] == {key: "" if value is None else str(value) for key, value in asdict(row).items()}
-
-
-def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
-    for name in ("one", "two"):
-        compare(*runs, tmp_path / name)
+    compare(*runs, tmp_path / "again")
     for file in ("index.html", "comparison.csv"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def test_the_same_tokens_compare_wherever_the_text_lay(runs):
@@ -141,7 +134,7 @@ def test_other_evaluations_are_marked_and_have_no_difference(runs, tmp_path, cha
 def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
     assert comparison(*runs)[2] == {MODEL: {}}
     sentence = "The settings of the two runs, as far as their results note them, do not differ."
-    assert sentence in compare(*runs, tmp_path / "out") and sentence in (tmp_path / "out" / "index.html").read_text()
+    assert sentence in compare(*runs, tmp_path / "out")
     for run, iterations, documents in ((runs[0], 20, [45, 60]), (runs[1], 5, [45, None])):
         settings = {"seed": 0, "solver": {"iterations": 20}, "overrides": [{"modules": "*.k_proj"}]}
         first = FactorsMadeBy(layers=(0, 1, 2), code="c" * 16, settings=settings, versions={})
@@ -163,13 +156,8 @@ def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
     }
     assert comparison(*runs)[2] == {MODEL: expected}
     text, page = compare(*runs, tmp_path / "out"), (tmp_path / "out" / "index.html").read_text()
-    table = page.partition(">What differs</h3>")[2].partition("</table>")[0]
-    assert re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)[3:6] == [
-        "recipe armor: solver.iterations",
-        *expected["recipe armor: solver.iterations"].values(),
-    ]
     assert "recipe armor: solver.iterations: 20 in A, 20 (layers 0 to 2), 5 (layers 3) in B" in text
-    assert sentence not in text + page
+    assert ">20 (layers 0 to 2), 5 (layers 3)</td>" in page and sentence not in text + page
 
 
 def test_different_tokenizers_are_refused_in_one_line_and_nothing_is_written(runs, tmp_path):
@@ -189,27 +177,18 @@ def test_what_only_one_run_has_is_listed(runs):
     assert notes == [f"Only in A: {MODEL}/nowag on wikipedia."]
 
 
-def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
+def test_what_is_no_report_to_compare_with_is_one_error(runs, tmp_path):
+    with pytest.raises(ArmorError, match="holds no report/summary.json; expected the results folder of a run"):
+        comparison(runs[0], tmp_path)
     other = write_results(tmp_path / "c", plan(["wanda"]), 1)
     note(other, plan(["wanda"]))
     with pytest.raises(ArmorError, match=f"in common; found .*, and {MODEL}/wanda on wikipedia"):
         comparison(runs[0], other)
-
-
-def test_a_report_on_what_this_release_does_not_know_is_one_error(runs):
-    made = MadeBy(stage="armor.report", code="", settings={"pairs": []}, inputs={})
     file = runs[1] / "report" / "summary.json"
+    made = MadeBy(stage="armor.report", code="", settings={"pairs": []}, inputs={})
     change(ReportRecord, file, made_by=made)
-    with pytest.raises(
-        ArmorError,
-        match=f"^{file}: made_by.settings.pairs: .*; run armor report again$",
-    ):
+    with pytest.raises(ArmorError, match=f"^{file}: made_by.settings.pairs: .*; run armor report again$"):
         comparison(*runs)
-
-
-def test_a_folder_without_a_report_is_one_error(runs, tmp_path):
-    with pytest.raises(ArmorError, match="holds no report/summary.json; expected the results folder of a run"):
-        comparison(runs[0], tmp_path)
 
 
 def test_the_command_takes_the_folders_of_two_runs(runs, tmp_path):
@@ -220,7 +199,7 @@ def test_the_command_takes_the_folders_of_two_runs(runs, tmp_path):
     assert (tmp_path / "comparison" / "index.html").is_file()
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--settings", "{}"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "--settings", "{}"]], ids=" ".join)
 def test_the_command_takes_two_runs_or_settings(tmp_path, arguments):
     done = armor("report", *arguments, folder=tmp_path)
     assert done.returncode == 2 and "expected --settings, or the results folders of two runs" in done.stderr
