@@ -55,9 +55,8 @@ def same(one, other):
     return True
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_stored_predictions_give_the_numbers_of_a_dense_model_beside(root, tied, tmp_path, text, dtype):
-    for own in (root, tied):
+def test_stored_predictions_give_the_numbers_of_a_dense_model_beside(root, tied, tmp_path, text):
+    for own, dtype in ((root, "auto"), (tied, "bfloat16")):
         asked = settings(text, dtype=dtype)
         beside = evaluate(own / "checkpoint", asked, tmp_path / "beside.json", dense=own / "source", **DENSE)
         path = predicted(own, asked, tmp_path / own.parent.name)
@@ -130,41 +129,26 @@ def test_without_its_logits_a_record_lets_the_dense_model_run_beside(root, tmp_p
         evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", **common)
 
 
-@pytest.mark.parametrize(
-    "changes, dense, said",
-    [
-        ({"sequence_length": 32}, "source's", "text .SHA-256 of the tokens.: found"),
-        ({"dtype": "bfloat16"}, "source's", "dtype: found auto, expected bfloat16"),
-        ({}, "another's", "dense model: found source's, expected another's"),
-    ],
-)
-def test_predictions_of_something_else_are_refused(root, tmp_path, text, changes, dense, said):
+def test_predictions_of_something_else_are_one_line_and_nothing_is_written(root, tmp_path, text):
     path = predicted(root, settings(text), tmp_path)
-    with pytest.raises(ArmorError, match=f"wiki.json: {said}") as caught:
-        evaluate(
-            root / "checkpoint",
-            settings(text, **changes),
-            tmp_path / "out.json",
-            predictions=path,
-            **DENSE | {"dense_fingerprint": dense},
-        )
-    assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
-
-
-def test_predictions_with_other_tokens_are_refused(root, tmp_path, text):
-    predict(tiny_model(tmp_path / "wider", vocab_size=300), settings(text), tmp_path / "wiki.json")
-    with pytest.raises(ArmorError, match="wiki.json: logits for a token: found 300, expected 272"):
-        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", predictions=tmp_path / "wiki.json")
-
-
-def test_a_changed_logit_is_refused(root, tmp_path, text):
-    path = predicted(root, settings(text), tmp_path)
-    file = logits_beside(path)
+    predict(tiny_model(tmp_path / "wider", vocab_size=300), settings(text), tmp_path / "wider.json")
+    changed, file = predicted(root, settings(text), tmp_path, "changed"), logits_beside(tmp_path / "changed.json")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ArmorError, match=f"{file}: block {BLOCKS - 1}: not what was written; run armor predict again"):
-        evaluate(root / "checkpoint", settings(text), tmp_path / "out.json", predictions=path)
+    for given, changes, said in (
+        (path, {"sequence_length": 32}, f"{path}: text .SHA-256 of the tokens.: found"),
+        (path, {"dtype": "bfloat16"}, f"{path}: dtype: found auto, expected bfloat16"),
+        (path, {"dense": "another's"}, f"{path}: dense model: found source's, expected another's"),
+        (tmp_path / "wider.json", {"dense": None}, "wider.json: logits for a token: found 300, expected 272"),
+        (changed, {}, f"{file}: block {BLOCKS - 1}: not what was written; run armor predict again"),
+    ):
+        dense = changes.pop("dense", "source's")
+        with pytest.raises(ArmorError, match=said) as caught:
+            asked = settings(text, **changes)
+            out = tmp_path / "out.json"
+            evaluate(root / "checkpoint", asked, out, predictions=given, fingerprint="c", dense_fingerprint=dense)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
 
 
 def test_a_run_that_was_killed_in_the_middle_of_a_block_goes_on_after_the_one_before(root, tmp_path, text):

@@ -27,7 +27,7 @@ from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
 from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
 from armor.execution.files import read_json
-from armor.format.records.evaluation import Metric, TaskRecord, TaskResult, TasksRecord
+from armor.format.records.evaluation import Metric, TaskRecord, TasksRecord
 from armor.runtime.load import weights_bytes
 from tests.forks import fork
 from tests.killed import left_over
@@ -79,42 +79,6 @@ def assert_close(here, there) -> None:
     for task in BUILT:
         ours, theirs = (sum(likelihoods(folder, task), []) for folder in (here, there))
         assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-def own(folder, file) -> dict:
-    """lm-eval by itself, from the model's folder to the result."""
-    from lm_eval import simple_evaluate
-
-    options = {"batch_size": CPU_BATCH_SIZE, "device": "cpu", "task_manager": TaskManager(include_defaults=False)}
-    return simple_evaluate("hf", f"pretrained={folder},dtype=auto", [str(file)], **options)
-
-
-def test_our_numbers_are_lm_evals_to_the_last_digit(tmp_path, text):
-    folder = tiny_model(tmp_path / "model")
-    result = evaluate_tasks(folder, settings(text), tmp_path / "evaluation" / "reading.json")
-    assert TasksRecord.read(tmp_path / "evaluation" / "reading.json") == result
-    for task in BUILT:
-        place = tmp_path / "evaluation" / "reading"
-        theirs = own(folder, place / f"{task}.yaml")
-        row, record = theirs["results"][task], TaskRecord.read(place / f"{task}.json")
-        accuracy = Metric(value=row["acc,none"], standard_error=row["acc_stderr,none"], higher_is_better=True)
-        assert record.metrics["acc,none"] == accuracy
-        kept = result.tasks[task]
-        assert kept == record.headline() == TaskResult(**dict(accuracy), metric="acc", shots=0, items=10)
-        samples = theirs["samples"][task]
-        assert likelihoods(place, task) == [[r[0] for r in sample["filtered_resps"]] for sample in samples]
-    assert left_over(tmp_path / "evaluation") == []
-
-
-def test_a_packed_model_answers_as_its_dense_export(tmp_path, text):
-    root = packed(tmp_path)
-    export(root / "checkpoint", root / "dense")
-    for name in ("checkpoint", "dense"):
-        evaluate_tasks(root / name, settings(text, dtype="float32"), tmp_path / name / "reading.json")
-    for task in BUILT:
-        there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("dense", "checkpoint"))
-        assert [len(item) for item in here] == [4 if task == "continuation" else 1] * 10
-        assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
 
 
 def arc(folder) -> Path:
@@ -172,10 +136,9 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     export(root / "checkpoint", root / "dense", "float32")
     row, theirs = command_line(root / "dense", file, 2, tmp_path / "theirs")
     asked = EvaluationSettings(tasks=[str(file)], shots=2, samples=True, dtype="float32")
-    for name in ("dense", "checkpoint"):
-        evaluate_tasks(root / name, asked, tmp_path / "ours" / f"{name}.json")
+    found, _ = (evaluate_tasks(root / name, asked, tmp_path / f"ours/{name}.json") for name in ("dense", "checkpoint"))
     record = TaskRecord.read(tmp_path / "ours" / "dense" / "own_arc.json")
-    assert (record.items, record.shots) == (16, 2)
+    assert found.tasks["own_arc"] == record.headline() and (record.items, record.shots) == (16, 2)
     for metric in ("acc", "acc_norm"):
         expected = {"value": row[f"{metric},none"], "standard_error": row[f"{metric}_stderr,none"]}
         assert record.metrics[f"{metric},none"] == Metric(**expected, higher_is_better=True)
@@ -201,7 +164,8 @@ def test_a_finished_task_is_not_run_again(tmp_path, text, caplog):
     ran = [line.split()[1] for line in caplog.messages if line.startswith("task ")]
     assert ran == ["last_word", "continuation", "continuation"]
     undisturbed = evaluate_tasks(folder, settings(text), tmp_path / "whole" / "reading.json")
-    assert again.tasks == undisturbed.tasks
+    assert again.tasks == undisturbed.tasks and TasksRecord.read(output) == again
+    assert left_over(tmp_path / "out") == []
 
 
 def test_a_context_without_an_end_holds_every_item(tmp_path, text):
@@ -242,19 +206,19 @@ def test_built_items_are_of_the_text_and_always_the_same(tmp_path, text):
         build_task("last_word", texts, 31, tmp_path, "here")
 
 
-def test_an_unknown_task_is_named_with_the_nearest():
-    with pytest.raises(
-        ArmorError, match="task arc_chalenge: lm-eval has none of this name; did you mean arc_challenge"
-    ):
-        check_names(["hellaswag", "arc_chalenge"])
-    with pytest.raises(ArmorError, match="task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"):
-        check_names(["ai2_arc"])
-    with pytest.raises(ArmorError, match="did you mean last_word"):  # of our own
-        check_names(["lest_word"])
-    with pytest.raises(ArmorError, match="task zzzzqqq: lm-eval has none of this name; see `lm_eval ls tasks`"):
-        check_names(["zzzzqqq"])
-    with pytest.raises(ArmorError, match="none.yaml: no such file"):
-        check_names(["none.yaml"])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["hellaswag", "arc_chalenge"], "task arc_chalenge: lm-eval has none of this name; did you mean arc_challenge"),
+        (["ai2_arc"], "task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"),
+        (["lest_word"], "did you mean last_word"),  # of our own
+        (["zzzzqqq"], "task zzzzqqq: lm-eval has none of this name; see `lm_eval ls tasks`"),
+        (["none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_an_unknown_task_is_named_with_the_nearest(names, said):
+    with pytest.raises(ArmorError, match=said):
+        check_names(names)
 
 
 def test_the_papers_tasks_are_there():
@@ -339,7 +303,7 @@ def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch
     assert_close(tmp_path / "halved" / "reading", tmp_path / "whole" / "reading")
 
 
-@pytest.mark.parametrize("room, largest", [(10**8, 8), (3 * 4 * 272 * 150, 3), (1, 1)])
+@pytest.mark.parametrize("room, largest", [(3 * 4 * 272 * 150, 3), (1, 1)])
 def test_batches_of_long_items_are_smaller(tmp_path, text, monkeypatch, room, largest):
     folder = tiny_model(tmp_path / "model")
     whole = evaluate_tasks(folder, settings(text, items=16), tmp_path / "whole" / "reading.json")
@@ -348,7 +312,6 @@ def test_batches_of_long_items_are_smaller(tmp_path, text, monkeypatch, room, la
         found = evaluate_tasks(folder, settings(text, items=16), tmp_path / "found" / "reading.json")
     assert found.tasks == whole.tasks
     assert max(sizes) == largest
-    assert_close(tmp_path / "found" / "reading", tmp_path / "whole" / "reading")
 
 
 def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text):
@@ -373,38 +336,29 @@ def own_task(folder, name: str, **keys) -> str:
     return str(folder / f"{name}.yaml")
 
 
+GREEDY = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 9, "do_sample": False}}
+
+
 @pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_a_model_larger_than_the_memory_answers_as_when_it_is_loaded(tmp_path, text, monkeypatch, caplog, kind):
+def test_a_model_larger_than_the_memory_answers_and_writes_as_when_it_is_loaded(
+    tmp_path, text, monkeypatch, caplog, kind
+):
     caplog.set_level(logging.INFO, "armor")
     folder = tiny_model(tmp_path / "model") if kind == "dense" else packed(tmp_path) / "checkpoint"
+    keys = {"doc_to_text": "{{text}}", "metric_list": [{"metric": "exact_match"}], **GREEDY}
+    writes = own_task(tmp_path, "writes", output_type="generate_until", **keys)
     metrics = [{"metric": "bits_per_byte"}]
     rolling = own_task(tmp_path, "rolling", output_type="loglikelihood_rolling", metric_list=metrics)
-    asked = settings(text, tasks=[*BUILT, str(arc(tmp_path)), rolling])
+    asked = settings(text, tasks=["last_word", str(arc(tmp_path)), rolling, writes])
     loaded = evaluate_tasks(folder, asked, tmp_path / "loaded" / "reading.json")
     assert streamed_from(caplog) == []
     host_of(monkeypatch, weights_bytes(folder) - 1)
     streamed = evaluate_tasks(folder, asked, tmp_path / "streamed" / "reading.json")
     assert streamed_from(caplog) == [str(folder)]
-    for task in asked_tasks(asked):
+    for task, count in {"last_word": 10, "own_arc": 64, "rolling": 6}.items():
         there, here = (likelihoods(tmp_path / name / "reading", task) for name in ("loaded", "streamed"))
-        assert sum(map(len, here)) == {"last_word": 10, "continuation": 40, "own_arc": 64, "rolling": 6}[task]
+        assert sum(map(len, here)) == count
         assert sum(here, []) == pytest.approx(sum(there, []), rel=1e-6)
         assert streamed.tasks[task].value == pytest.approx(loaded.tasks[task].value, rel=1e-6)
-
-
-GREEDY = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 9, "do_sample": False}}
-
-
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_a_model_larger_than_the_memory_writes_what_it_does_when_loaded(tmp_path, text, monkeypatch, caplog, kind):
-    caplog.set_level(logging.INFO, "armor")
-    folder = tiny_model(tmp_path / "model") if kind == "dense" else packed(tmp_path) / "checkpoint"
-    keys = {"doc_to_text": "{{text}}", "metric_list": [{"metric": "exact_match"}], **GREEDY}
-    asked = settings(text, tasks=["last_word", own_task(tmp_path, "writes", output_type="generate_until", **keys)])
-    evaluate_tasks(folder, asked, tmp_path / "loaded" / "reading.json")
-    assert streamed_from(caplog) == []
-    host_of(monkeypatch, weights_bytes(folder) - 1)
-    evaluate_tasks(folder, asked, tmp_path / "streamed" / "reading.json")
-    assert streamed_from(caplog) == [str(folder)]
     there, here = ((tmp_path / name / "reading/writes.samples.jsonl").read_text() for name in ("loaded", "streamed"))
     assert here == there and len(set(json.loads(line)["resps"][0][0] for line in here.splitlines())) > 1
