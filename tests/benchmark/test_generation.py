@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from armor.benchmark import generation
 from armor.benchmark.generation import benchmark, bytes_on_disk, bytes_per_token, core_on_disk, greedy_text
 from armor.benchmark.loading import measure_loading
 from armor.benchmark.speed import generation_speed, random_prompt
@@ -78,6 +77,9 @@ def test_a_speedup_is_over_the_dense_model_round_by_round(result, recipe, core):
         assert ratio.runs == pytest.approx([a / b for a, b in zip(own.runs, dense.runs, strict=True)])
         assert len(own.runs) == SETTINGS.repeats
     assert side.theoretical_speedup == result.dense.bytes_per_token / side.bytes_per_token
+    shapes = [(r.out_features, r.in_features) for r in result.recipes[recipe].linears]
+    assert len(shapes) == len({*shapes}) == 4
+    assert all((r.core_speedup is None) is (recipe == "magnitude") for r in result.recipes[recipe].linears)
 
 
 def turns_of(folders, settings, output):
@@ -120,21 +122,7 @@ def test_recipes_that_do_not_fit_together_take_turns_with_the_dense_model_alone(
     first, second = [("dense", False), ("armor", False), ("armor", True)], [("dense", False), ("magnitude", False)]
     assert seen == [turn for own in (first, second) for turn in own * 4 + own[::-1] * 2 + own * 2]
     assert found.turns == (("armor",), ("magnitude",))
-    rounds = [side.speedup["1"].decode.runs for side in found.recipes.values()]
-    assert [len(runs) for runs in rounds] == [SETTINGS.repeats] * 2
-    dense = found.dense.tokens_per_second["1"].decode.runs
-    own = [run for side in found.recipes.values() for run in side.tokens_per_second["1"].decode.runs]
-    assert sum(map(list, rounds), []) == pytest.approx([a / b for a, b in zip(own, dense, strict=True)])
-
-
-def test_a_core_alone_has_no_blocks_while_its_turn_lasts(root, monkeypatch):
-    seen = []
-    models = {"armor": load_model(root / "checkpoint")}
-    linear = models["armor"].model.layers[0].mlp.down_proj
-    linear.register_forward_hook(lambda own, *_: seen.append(own.left is None and own.right is None))
-    for alone in (False, True, False):
-        generation._turn_speed(models, ("armor", alone), torch.ones(1, 3, dtype=torch.int64), 2)
-    assert seen == [False] * 2 + [True] * 2 + [False] * 2
+    assert [len(side.speedup["1"].decode.runs) for side in found.recipes.values()] == [SETTINGS.repeats] * 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -165,13 +153,6 @@ def test_the_bits_of_the_core_count_the_linears_that_stay_dense(tmp_path):
     roots = [packed(tmp_path / own["method"], settings=LayerSettings(**own)) for own in settings]
     (_, core), (_, pruned) = core_on_disk(roots[0] / "checkpoint"), bytes_on_disk(roots[1] / "checkpoint")
     assert core == pytest.approx(pruned)
-
-
-def test_every_shape_of_a_recipe_is_timed(result):
-    shapes = {name: [(r.out_features, r.in_features) for r in side.linears] for name, side in result.recipes.items()}
-    assert shapes["armor"] == shapes["magnitude"] and len(shapes["armor"]) == 4
-    assert all(record.core_speedup is not None for record in result.recipes["armor"].linears)
-    assert all(record.core_speedup is None for record in result.recipes["magnitude"].linears)
 
 
 def test_speed_counts_the_tokens_of_all_sequences(folder, monkeypatch):
@@ -210,24 +191,13 @@ def test_a_sample_ends_with_the_text(folder):
     assert greedy_text(model, tokenizer, "A", 50) == tokenizer.decode(last)
 
 
-def test_the_dense_model_may_lie_beside_its_own_record(folder, tmp_path):
-    """As in results/: the record is a source's, which has no bits."""
-    (tmp_path / "source").symlink_to(folder)
-    (tmp_path / "source.json").write_text("{}")
-    assert bytes_on_disk(tmp_path / "source")[1] == 16
-
-
-def test_sizes_are_those_of_the_files(result, root, folder):
+def test_sizes_are_those_of_the_files_and_bits_those_of_the_record(result, root, folder, checkpoint):
     for side, place in ((result.dense, root / "source"), (result.recipes["armor"], root / "checkpoint")):
         assert side.bytes_on_disk == (place / "model.safetensors").stat().st_size
-    assert result.dense.bits_per_weight == 32 and bytes_on_disk(folder)[1] == 16
-    assert (
-        result.recipes["armor"].bits_per_weight == json.loads((root / "checkpoint.json").read_text())["bits_per_weight"]
-    )
-
-
-def test_bits_of_a_packed_checkpoint_without_its_record_are_not_known(checkpoint):
-    assert bytes_on_disk(checkpoint)[1] is None and core_on_disk(checkpoint)[1] is None
+    bits = json.loads((root / "checkpoint.json").read_text())["bits_per_weight"]
+    assert (result.dense.bits_per_weight, result.recipes["armor"].bits_per_weight) == (32, bits)
+    assert bytes_on_disk(folder)[1] == 16
+    assert bytes_on_disk(checkpoint)[1] is None and core_on_disk(checkpoint)[1] is None  # it has no record beside it
 
 
 def test_a_loaded_model_holds_its_weights(tmp_path):
@@ -264,21 +234,16 @@ def test_an_end_of_text_does_not_end_decoding(folder):
     assert generation_speed(model, torch.tensor([[5, 6]]), 8)["decode"] > 0
 
 
-def test_a_batch_too_large_for_the_device_is_one_line(root, tmp_path):
+def test_what_cannot_be_timed_is_one_line(root, folder, tmp_path):
+    too_large = NoRoom(lambda name, found: name == "embedding" and len(found) == 4)
     said = f"{root / 'source'}: out of memory on cpu with batches of up to 4 sequences; lower batch_sizes"
-    with NoRoom(lambda name, found: name == "embedding" and len(found) == 4), pytest.raises(ArmorError, match=said):
+    with too_large, pytest.raises(ArmorError, match=said):
         benchmark(root / "source", {}, BenchmarkSettings(prompts=[]), tmp_path / "decode.json")
     assert not (tmp_path / "decode.json").exists()
-
-
-def test_a_recipe_called_dense_is_refused(root, tmp_path):
     with pytest.raises(ArmorError, match="checkpoint: dense is what the dense model is called here; rename"):
         benchmark(root / "source", {"dense": root / "checkpoint"}, SETTINGS, tmp_path / "decode.json")
-
-
-def test_a_folder_without_a_model_is_refused(folder, tmp_path):
     with pytest.raises(ArmorError, match=str(tmp_path)):
         benchmark(folder, {"none": tmp_path}, SETTINGS, tmp_path / "decode.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ArmorError, match="cannot load this model"):
-        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
         load_model(tmp_path)
