@@ -10,7 +10,7 @@ import pytest
 
 from armor.config.sources import ModelSettings
 from armor.core.errors import ArmorError
-from armor.format.shards import SINGLE, Shards
+from armor.format.shards import Shards
 from armor.model.fetch import fetch
 from armor.model.inspect import inspect
 from armor.model.outline import outline
@@ -44,7 +44,8 @@ def ask(monkeypatch, tmp_path, endpoint, settings, place):
     return outline(settings, place)
 
 
-def test_of_a_model_on_the_hub_the_headers_alone_are_read(model, place, tmp_path, monkeypatch):
+def test_of_a_model_on_the_hub_the_headers_alone_are_read(place, tmp_path, monkeypatch):
+    model = tiny_model(tmp_path / "model", layers=2, max_shard_size="5MB", vocab_size=20_000)
     (model / "optimizer.safetensors").write_bytes(b"not of the model")
     with hub(model) as (asked, endpoint):
         folder = ask(monkeypatch, tmp_path, endpoint, HUB, place)
@@ -52,18 +53,11 @@ def test_of_a_model_on_the_hub_the_headers_alone_are_read(model, place, tmp_path
     assert folder == place and described(folder) == described(model)
     assert not any(file.stat().st_blocks * 512 > 16384 for file in folder.glob("*.safetensors"))
     assert "optimizer.safetensors" not in asked.sent
-    topologies = [
-        inspect(Source(where, "", "float32"), tmp_path / f"{name}.json")
-        for name, where in (("real", model), ("outline", folder))
-    ]
-    assert topologies[0] == topologies[1]
-
-
-def test_no_weights_are_sent(place, tmp_path, monkeypatch):
-    model = tiny_model(tmp_path / "large", layers=2, vocab_size=20_000)
-    with hub(model) as (asked, endpoint):
-        ask(monkeypatch, tmp_path, endpoint, HUB, place)
-    assert asked.sent[SINGLE] <= 100_001 < (model / SINGLE).stat().st_size
+    files = sorted(model.glob("*.safetensors"))
+    assert len(files) > 1 and all(asked.sent[file.name] <= min(100_001, file.stat().st_size) for file in files)
+    assert max(file.stat().st_size for file in files) > 100_001
+    real = inspect(Source(model, "", "float32"), tmp_path / "real.json")
+    assert inspect(Source(folder, "", "float32"), tmp_path / "outline.json") == real
 
 
 def test_a_folder_is_taken_where_it_is(model, place):
@@ -112,14 +106,13 @@ def test_what_cannot_be_planned_is_one_line(model, place, tmp_path, monkeypatch,
     assert "\n" not in str(caught.value)
 
 
-def test_no_network_is_one_line(place, tmp_path, monkeypatch):
-    with pytest.raises(ArmorError, match="hub model someone/model: .*check (the )?network") as caught:
-        ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_family_is_one_line(model, tmp_path):
+def test_without_a_network_or_a_known_family_there_is_one_line(model, place, tmp_path, monkeypatch):
     edit(model, model_type="unheard-of", architectures=["UnheardOf"])
-    with pytest.raises(ArmorError, match="config.json: model_type unheard-of is no family of transformers") as caught:
-        inspect(Source(model, "", "float32"), tmp_path / "model.json")
-    assert "\n" not in str(caught.value)
+    unknown = "config.json: model_type unheard-of is no family of transformers"
+    for said, work in (
+        ("someone/model: .*check (the )?network", lambda: ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)),
+        (unknown, lambda: inspect(Source(model, "", "float32"), tmp_path / "model.json")),
+    ):
+        with pytest.raises(ArmorError, match=said) as caught:
+            work()
+        assert "\n" not in str(caught.value)

@@ -40,15 +40,15 @@ def test_what_it_writes_passes_check_and_the_next_commands_are_said(tmp_path):
 
 
 def test_it_is_cut_down_to_the_machine(tmp_path, monkeypatch):
-    model = str(tiny_model(tmp_path / "model", layers=1, max_position_embeddings=4096))
+    model = str(tiny_model(tmp_path / "model", layers=1, max_position_embeddings=256))
     machine(monkeypatch, memory=10**12, disk=10**12, gpu=None)
     (tmp_path / "roomy.yaml").write_text(first_configuration(model, tmp_path))
     roomy = load_config(tmp_path / "roomy.yaml")
-    assert roomy.calibrations["c4"].sequence_length == 4096 and roomy.calibrations["c4"].sequences == 128
+    assert roomy.calibrations["c4"].sequence_length == 256 and roomy.calibrations["c4"].sequences == 128
     assert list(roomy.models) == ["model"] and roomy.benchmarks
-    machine(monkeypatch, memory=10**12, disk=50_000_000, gpu=None)
+    machine(monkeypatch, memory=10**12, disk=12_000_000, gpu=None)
     tight = yaml.safe_load(first_configuration(model, tmp_path))
-    assert tight["calibrations"]["c4"]["sequence_length"] < 4096
+    assert tight["calibrations"]["c4"]["sequence_length"] < 256
     machine(monkeypatch, memory=1000, disk=10**12, gpu=None)
     with pytest.raises(ArmorError, match=r"nothing that was tried fits this machine: .* needed on the host"):
         first_configuration(model, tmp_path)
