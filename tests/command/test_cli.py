@@ -25,6 +25,10 @@ from tests.forks import armor
         (["inspect", "--source", ".", "--output", "."], ".: is a folder; expected the name of a file to write"),
         (["verify", "absent"], "absent: holds no config.json; expected the folder of a checkpoint"),
         (["export", ".", "--output", "binary"], "binary: is there already; expected the name of a folder that is new"),
+        (
+            "factorize --source s --topology m --layer 0 --output f.safetensors --calibration unfinished.json".split(),
+            "unfinished.json: no such file",
+        ),
         (["summary", "."], "summary.json: no such file; run the stage that writes it first"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -37,16 +41,6 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, arguments, said):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("armor: error: ") and said in done.stderr and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "broken", "circle"]
-
-
-def test_statistics_of_a_calibration_that_did_not_end_are_refused(tmp_path):
-    (tmp_path / "layer_0.safetensors").write_bytes(b"")
-    done = armor(
-        *"factorize --source s --topology m --layer 0 --output f.safetensors".split(),
-        *("--calibration", "calibration.json"),
-        folder=tmp_path,
-    )
-    assert done.returncode == 1 and "calibration.json: no such file" in done.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -45,9 +45,16 @@ def logits(model):
     return model(input_ids=TOKENS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def source(request, tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model") / "source", request.param, layers=2)
+def assert_equal(one, other):
+    """Both have the same tensors by name, to the last bit."""
+    found, expected = one.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model with biases and tied embeddings."""
+    return tiny_model(tmp_path_factory.mktemp("model") / "source", "qwen2", layers=2)
 
 
 @pytest.mark.parametrize(
@@ -79,56 +86,38 @@ def test_the_factors_are_those_of_the_pipeline(source, tmp_path, integers):
     assemble(*stages, tmp_path / ("integers" if integers else "layers"), tmp_path / "checkpoint.json")
 
     model = armor.compress(*loaded(source), TEXT, recipe, **SIZES, seed=7)
-    expected, found = loaded(tmp_path / "checkpoint")[0].state_dict(), model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_equal(model, loaded(tmp_path / "checkpoint")[0])
 
 
 def test_a_method_gets_the_statistics_that_it_asks_for_whatever_its_name(source, monkeypatch):
     monkeypatch.setitem(METHODS, "another", replace(METHODS["sparsegpt"], name="another"))
-    models = [armor.compress(*loaded(source), TEXT, {"method": name}, **SIZES) for name in ("sparsegpt", "another")]
-    expected, found = (model.state_dict() for model in models)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_equal(*(armor.compress(*loaded(source), TEXT, {"method": m}, **SIZES) for m in ("sparsegpt", "another")))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, dtype):
-    model, tokenizer = loaded(source, dtype=dtype)
+INT4 = {"core": "int4", "group": 16, "overrides": [{"modules": "*.k_proj", "leave": True}]}
+
+
+@pytest.mark.parametrize("integers", [None, INT4], ids=["floats", "int4"])
+def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, integers):
+    model, tokenizer = loaded(source, dtype=torch.float32 if integers else torch.bfloat16)
     dense = logits(model)
-    assert armor.compress(model, tokenizer, [TEXT, TEXT], RECIPE, **SIZES) is model
-    assert sum(isinstance(module, ArmorLinear) for module in model.modules()) == 14
+    assert armor.compress(model, tokenizer, [TEXT, TEXT], RECIPE | {"quantize": integers}, **SIZES) is model
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
+    assert len(linears) == 14
+    kinds = {name: linear.layout.quantization for name, linear in linears.items() if "k_proj" not in name}
+    assert {*kinds.values()} == {Quantization("int4", "int8", 32) if integers else None}
+    assert linears["model.layers.0.self_attn.k_proj"].layout.quantization is None
     compressed = logits(model)
-    assert compressed.dtype == dtype and not torch.equal(compressed, dense)
+    assert compressed.dtype == dense.dtype and not torch.equal(compressed, dense)
     assert (compressed - dense).norm() < 0.9 * dense.norm()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 256}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    generated = model.generate(TOKENS, **options)
     model.save_pretrained(tmp_path)
     assert verify(tmp_path).compressed_count == 14
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    expected, found = model.state_dict(), again.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    assert_equal(again, model)
+    tolerance = 1e-3 if integers else 3e-2
     assert (logits(again) - compressed).abs().max() <= tolerance * compressed.abs().max()
-    first, second = torch.stack(generated.logits, 1).float().topk(2).values.unbind(-1)  # (sequences, new tokens)
-    sure = (first - second > tolerance * first.abs().max()).cumprod(1).bool()  # no rounding changed a choice so far
-    assert sure.any()
-    tokens = (text.sequences[:, TOKENS.shape[1] :] for text in (generated, again.generate(TOKENS, **options)))
-    assert torch.equal(*(text[sure] for text in tokens))
-
-
-def test_factors_as_integers_come_back_from_disk_the_same(source, tmp_path):
-    integers = {"core": "int4", "group": 16, "overrides": [{"modules": "*.k_proj", "leave": True}]}
-    model = armor.compress(*loaded(source), TEXT, {**RECIPE, "quantize": integers}, **SIZES)
-    layer = model.model.layers[0]
-    kinds = {name: m.layout.quantization for name, m in layer.named_modules() if isinstance(m, ArmorLinear)}
-    assert kinds.pop("self_attn.k_proj") is None and set(kinds.values()) == {Quantization("int4", "int8", 32)}
-    model.save_pretrained(tmp_path)
-    assert verify(tmp_path).compressed_count == 14
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    expected, found = model.state_dict(), again.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    assert torch.allclose(logits(again), logits(model), rtol=1e-3, atol=1e-4)
+    generated = again.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=256)
+    assert generated.shape == (2, TOKENS.shape[1] + 5)
 
 
 def test_by_default_as_long_as_the_context_and_training_goes_on(source):
@@ -202,41 +191,23 @@ def test_what_is_no_dense_model_of_transformers(source):
         armor.compress(model, None, TEXT, RECIPE)
 
 
-def taking(model, take):
-    """Let the MLPs of `model` do by hand what their down projection does; `take` gets it and its input."""
-    for layer in model.model.layers:
-        mlp = layer.mlp
-        made = {"forward": lambda self, x: take(self.down_proj, self.act_fn(self.gate_proj(x)) * self.up_proj(x))}
-        mlp.__class__ = type("Made", (type(mlp),), made)
-    return model
-
-
 def picky(linear, x):
     if type(linear) is not nn.Linear:
         raise TypeError("a linear is expected")
     return linear(x)
 
 
-def test_a_linear_that_another_module_multiplies_with_stays_dense_with_one_line(source, caplog):
-    model, tokenizer = loaded(source)
-    taking(model, lambda linear, x: x @ getattr(linear, "weight").T)  # noqa: B009  as no search of the source finds it
-    with caplog.at_level(logging.WARNING, "armor"):
-        armor.compress(model, tokenizer, TEXT, RECIPE | {"method": "nowag"}, **SIZES)
-    (told,) = [line for line in caplog.messages if "stay dense, for another module" in line]
-    assert told.startswith("2 linears ") and told.endswith(": model.layers.*.mlp.down_proj")
-    kinds = [type(model.model.layers[1].mlp.get_submodule(name)) for name in ("up_proj", "down_proj")]
-    assert kinds == [ArmorLinear, nn.Linear] and logits(model).isfinite().all()
-
-
 def test_a_model_that_fails_on_linears_without_a_weight_is_refused(source):
     model, tokenizer = loaded(source)
-    taking(model, picky)
+    for layer in model.model.layers:  # its MLP does by hand what it does
+        made = {"forward": lambda self, x: picky(self.down_proj, self.act_fn(self.gate_proj(x)) * self.up_proj(x))}
+        layer.mlp.__class__ = type("Made", (type(layer.mlp),), made)
     with pytest.raises(ArmorError, match="DecoderLayer: runs, but not .* .TypeError: a linear is expected., so a comp"):
         armor.compress(model, tokenizer, TEXT, RECIPE, **SIZES)
     assert not any(isinstance(module, ArmorLinear) for module in model.modules())
 
 
-def test_mamba_2_is_as_in_the_pipeline(tmp_path, caplog):
+def test_a_linear_that_another_module_multiplies_with_as_in_mamba_2_stays_dense_with_one_line(tmp_path, caplog):
     folder = tiny_model(tmp_path / "mamba2", "mamba2", layers=2, **MAMBA2)
     with caplog.at_level(logging.WARNING, "armor"):
         model = armor.compress(*loaded(folder), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
@@ -257,9 +228,6 @@ def test_a_mixtures_router_stays_dense_and_what_is_left_out_is_said(tmp_path, ca
     assert type(model.model.layers[0].mlp.shared_expert_gate) is nn.Linear
     (told,) = [line for line in caplog.messages if "can be compressed; the largest rest is" in line]
     assert "mlp.experts.gate_up_proj" in told
-    model.save_pretrained(tmp_path / "saved")
-    assert verify(tmp_path / "saved").compressed_count == 7
-    torch.testing.assert_close(logits(loaded(tmp_path / "saved")[0]), logits(model))
 
 
 def test_importing_armor_stays_light():
