@@ -23,7 +23,6 @@ from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
 from armor.config.sample import SensitivityJob
 from armor.config.sources import CalibrationSettings
-from armor.config.training import TuneJob, TuneSettings
 from armor.factorize.layer import factorize_layer
 from armor.factorize.quantize import quantize_layer
 from armor.format.names import layer_file
@@ -32,13 +31,16 @@ from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
 from armor.training.sensitivity import measure_sensitivity
 from armor.training.states import make_states
-from armor.training.tune import tune
 from tests.card import CARD, put_in
 from tests.packed import opened
 from tests.training.trained import LENGTH, TRAINING, ready, refined, sample
+from tests.training.trained import tuned as tune_all
 
 SOLVER: dict[str, Any] = {"block_size": 16, "solver": SolverSettings(iterations=2)}
 SMALL = {"rank": {"rank": 4}, "block_size": SOLVER}
+FEW = TRAINING | {"steps": 3, "warm_up": 1}
+OTHERS = "*.[gouqv]*_proj"
+"""All linears but two, a wide and a narrow one: rounding goes column by column, and each is slow on that device."""
 KEYS_OF_THE_SECOND: dict[str, Any] = {
     "num_kv_shared_layers": 3,
     "layer_types": ["full_attention"] * 5,
@@ -79,7 +81,7 @@ def found(method, root, output, device):
 
 
 def rounded(root, output, device):
-    settings = QuantizeSettings(core="int4", blocks="int8", group=16)
+    settings = QuantizeSettings(core="int4", blocks="int8", group=16, overrides=[{"modules": OTHERS, "leave": True}])
     factors, statistics = (layer_file(root / name, 0) for name in ("layers", "calibration"))
     return losses(
         quantize_layer(*opened(root), 0, factors, statistics, settings, output / "layer_0.safetensors", device)
@@ -97,14 +99,12 @@ def sensitivity(root, output, device):
 
 
 def refine(inputs, root, output, device):
-    trained = [refined(root, layer, output, device=device, inputs=inputs).training[-1] for layer in range(2)]
+    trained = [refined(root, k, output, device=device, inputs=inputs, **FEW).training[-1] for k in range(2)]
     return [loss for done in trained for loss in (done.start_loss, done.loss)]
 
 
 def tuned(root, output, device):
-    job = TuneJob(tune=TuneSettings(**TRAINING | {"rate": 3e-3}), sample=sample(root))
-    calibration = root / "calibration/calibration.json"
-    done = tune(*opened(root), root / "layers", calibration, job, output / "tuned.json", device).training
+    done = tune_all(root, output, device=device, **FEW).training
     return [done.start_loss, done.loss]
 
 
@@ -119,8 +119,8 @@ def tuned_over_two(root, output, device):
 def in_memory(root, output, device):
     """All of it in one process; what the model then says."""
     model = AutoModelForCausalLM.from_pretrained(root / "source", dtype=torch.float32).to(device)
-    tokenizer, training = AutoTokenizer.from_pretrained(root / "source"), TRAINING | {"steps": 4}
-    recipe = SOLVER | {"refine": training, "quantize": {"group": 16}, "tune": training}
+    tokenizer = AutoTokenizer.from_pretrained(root / "source")
+    recipe = SOLVER | {"keep_dense": [OTHERS], "refine": FEW, "quantize": {"group": 16}, "tune": FEW}
     armor.compress(model, tokenizer, (root / "text.txt").read_text(), recipe, sequences=4, sequence_length=LENGTH)
     with torch.no_grad():
         return [model(torch.arange(LENGTH)[None].to(device), use_cache=False).logits.double().square().sum().item()]
@@ -141,7 +141,10 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def there(root, tmp_path_factory):
-    """What every stage finds there, or its error; in a process of its own, for torch asks for devices only once."""
+    """What every stage finds there, or its error; in a process of its own, for torch asks for devices only once.
+
+    Each operation goes through Python there, so it takes half a minute. Only so is a tensor that stays behind an error.
+    """
     output = tmp_path_factory.mktemp("there")
     command = [sys.executable, "-m", __name__, str(root), str(output)]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
