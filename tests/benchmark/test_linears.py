@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from armor.benchmark import linears as module
 from armor.benchmark.linears import core_alone, linear_speeds, wrapped
 from armor.benchmark.rounds import ratios, summary
 from armor.config.layers import LayerSettings
@@ -100,6 +101,14 @@ def test_every_linear_runs_in_every_round_and_sides_take_turns(models):
     assert [{side for side, _ in turn} for turn in turns] == [{"dense"}, {"packed"}] * 2 * (ROUNDS + 1)
     assert all(len({*turn}) == 14 for turn in turns)
     assert has_blocks == ([True] * 14 + [False] * 14) * (ROUNDS + 1)
+
+
+def test_the_core_is_compared_with_the_dense_linears_of_its_own_turn(models, monkeypatch):
+    marks = iter(float(k * k) for k in range(1000))  # each piece of work takes longer than the one before
+    monkeypatch.setattr(module, "mark", lambda _: next(marks))
+    record = linear_speeds(*models, ROUNDS)[0]
+    cores = zip(record.dense_milliseconds.runs, record.core_speedup.runs, record.core_milliseconds.runs, strict=True)
+    assert all(of_the_turn_before < ratio * core < core for of_the_turn_before, ratio, core in cores)
 
 
 def test_quartiles_are_those_of_the_runs():
