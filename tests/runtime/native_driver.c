@@ -77,93 +77,7 @@ static void *random_array(int type, int64_t n) {
     return array;
 }
 
-static void multiply_blocks(const void *blocks, int type, int64_t d, int64_t n, double *v) {
-    double *result = malloc((size_t)n * sizeof *result);
-    for (int64_t i = 0; i < n; i++) {
-        result[i] = 0;
-        for (int64_t j = 0; j < d; j++) result[i] += get(blocks, type, i * d + j) * v[i / d * d + j];
-    }
-    memcpy(v, result, (size_t)n * sizeof *result);
-    free(result);
-}
-
-static int check(int level, int type, int64_t rows, int64_t in, int64_t out, int64_t n, int64_t m, int64_t dl,
-                 int64_t dr, int with_bias, int threads) {
-    int64_t kept = in / m * n, stride = (in + 7) / 8;
-    void *x = random_array(type, rows * in), *values = random_array(type, out * kept),
-         *y = random_array(type, rows * out);
-    void *left = dl ? random_array(type, out * dl) : NULL, *right = dr ? random_array(type, in * dr) : NULL;
-    void *bias = with_bias ? random_array(type, out) : NULL, *dense = random_array(type, out * in);
-    uint8_t *mask = calloc((size_t)out, (size_t)stride);
-    double *u = malloc((size_t)in * sizeof *u), *z = malloc((size_t)out * sizeof *z), worst = 0, largest = 0;
-    for (int64_t i = 0; i < out; i++)
-        for (int64_t g = 0; g < in; g += m)
-            for (int64_t left_to_keep = n; left_to_keep;) {
-                int64_t c = g + rand() % m;
-                if (mask[i * stride + c / 8] >> c % 8 & 1) continue;
-                mask[i * stride + c / 8] |= (uint8_t)(1 << c % 8);
-                left_to_keep--;
-            }
-    struct part one = {values, mask, left, right, bias, y, NULL, out, kept, m, dl, dr, out};
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
-    armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
-    if (threads > 1) { /* Twice in one call, side by side and with B shared: the same bits. */
-        size_t bytes = (size_t)out * (type ? 2 : 4);
-        char *both = malloc(2 * bytes * (size_t)rows);
-        struct part part = {values, mask, left, right, bias, both, NULL, out, kept, m, dl, dr, 2 * out};
-        struct part parts[] = {part, part};
-        parts[1].y = both + bytes;
-        armor_linears(level, type, x, rows, in, parts, 2, parallel, threads);
-        for (int64_t r = 0; r < 2 * rows; r++)
-            if (memcmp(both + (size_t)r * bytes, (char *)y + (size_t)(r / 2) * bytes, bytes)) worst = INFINITY;
-        struct product products[8]; /* Eight times, a thread each time. */
-        struct part own[8];
-        char *places = malloc(8 * bytes * (size_t)rows);
-        for (int i = 0; i < 8; i++) {
-            products[i] = (struct product){x, &own[i], rows, in, 1};
-            own[i] = part;
-            own[i].y = places + (size_t)(i * rows) * bytes;
-            own[i].y_stride = out;
-        }
-        armor_products(level, type, products, 8, parallel, threads);
-        for (int i = 0; i < 8; i++)
-            if (memcmp(own[i].y, y, bytes * (size_t)rows)) worst = INFINITY;
-        free(places);
-        free(both);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
-        if (right) multiply_blocks(right, type, dr, in, u);
-        for (int64_t i = 0; i < out; i++) {
-            int64_t at = i * kept;
-            z[i] = 0;
-            for (int64_t c = 0; c < in; c++) {
-                double w = mask[i * stride + c / 8] >> c % 8 & 1 ? get(values, type, at++) : 0;
-                if (w != get(dense, type, i * in + c)) worst = INFINITY;
-                z[i] += w * u[c];
-            }
-        }
-        if (left) multiply_blocks(left, type, dl, out, z);
-        for (int64_t i = 0; i < out; i++) {
-            double expected = z[i] + (bias ? get(bias, type, i) : 0),
-                   error = fabs(expected - get(y, type, r * out + i));
-            worst = !(error <= worst) ? error : worst;
-            largest = fmax(largest, fabs(expected));
-        }
-    }
-    /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
-    memset(mask, 0xff, (size_t)(out * stride));
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
-    armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
-    void *all[] = {x, values, y, left, right, bias, dense, mask, u, z};
-    for (int i = 0; i < 10; i++) free(all[i]);
-    if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
-    printf("level %d type %d: %ld rows, %ld x %ld, %ld:%ld, blocks %ld %ld: off by %g of %g\n", level, type, (long)rows,
-           (long)out, (long)in, (long)n, (long)m, (long)dl, (long)dr, worst, largest);
-    return 1;
-}
-
-enum { INT8 = 1, INT4, FP8 };
+enum { FLOATS, INT8, INT4, FP8 };
 
 /* Number `i` of row `row` of rows of `n`; two int4 are in a byte, the first in the low half; fp8 is e4m3. */
 static double integer(const void *array, int kind, int64_t n, int64_t row, int64_t i) {
@@ -177,61 +91,117 @@ static double integer(const void *array, int kind, int64_t n, int64_t row, int64
     return four < 8 ? four : four - 16;
 }
 
-static void *random_bytes(int64_t n) {
+/* `n` numbers: floats of `type`, or bytes of integers. */
+static void *random_numbers(int core, int type, int64_t n) {
+    if (core == FLOATS) return random_array(type, n);
     uint8_t *array = malloc((size_t)n);
     for (int64_t i = 0; i < n; i++) array[i] = (uint8_t)rand();
     return array;
 }
 
-static void multiply_integer_blocks(const void *blocks, const void *scales, int type, int64_t d, int64_t n, double *v) {
+/* v becomes the blocks of d times v; with `scales` they are of int8. */
+static void multiply_blocks(const void *blocks, const void *scales, int type, int64_t d, int64_t n, double *v) {
     double *result = calloc((size_t)n, sizeof *result);
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < d; j++)
-            result[i] += integer(blocks, INT8, d, i, j) * get(scales, type, i) * v[i / d * d + j];
+            result[i] += v[i / d * d + j] * (scales ? integer(blocks, INT8, d, i, j) * get(scales, type, i)
+                                                    : get(blocks, type, i * d + j));
     memcpy(v, result, (size_t)n * sizeof *result);
     free(result);
 }
 
-/* The same of a 2:4 core of integers, `group` columns of which share a scale, and blocks of int8. */
-static int check_integers(int level, int type, int core, int64_t rows, int64_t in, int64_t out, int64_t group,
-                          int64_t dl, int64_t dr) {
-    int64_t kept = in / 2, stride = (in + 7) / 8, groups = (in + group - 1) / group;
+/* A linear of out x in with an n:m core and blocks of left and right; `columns` of a core of integers share a scale. */
+struct shape {
+    int64_t in, out, n, m, left, right;
+    int core;
+    int64_t columns;
+};
+
+/* `part` twice in one call, side by side and with B shared, and eight times, a thread each time: the bits of `y`. */
+static int repeats(int level, int type, const void *x, int64_t rows, int64_t in, struct part part, const char *y,
+                   int threads) {
+    size_t bytes = (size_t)part.out * (type ? 2 : 4);
+    char *places = malloc(8 * bytes * (size_t)rows);
+    struct part parts[] = {part, part}, own[8];
+    struct product products[8];
+    int off = 0;
+    parts[0].y = places, parts[1].y = places + bytes;
+    parts[0].y_stride = parts[1].y_stride = 2 * part.out;
+    armor_linears(level, type, x, rows, in, parts, 2, parallel, threads);
+    for (int64_t r = 0; r < 2 * rows; r++)
+        off |= memcmp(places + (size_t)r * bytes, y + (size_t)(r / 2) * bytes, bytes) != 0;
+    for (int i = 0; i < 8; i++) {
+        products[i] = (struct product){x, &own[i], rows, in, 1};
+        own[i] = part;
+        own[i].y = places + (size_t)(i * rows) * bytes;
+    }
+    armor_products(level, type, products, 8, parallel, threads);
+    for (int i = 0; i < 8; i++) off |= memcmp(own[i].y, y, bytes * (size_t)rows) != 0;
+    free(places);
+    return off;
+}
+
+static int check(int level, int type, int64_t rows, struct shape s, int threads) {
+    int64_t in = s.in, out = s.out, kept = in / s.m * s.n, stride = (in + 7) / 8,
+            groups = s.core ? (in + s.columns - 1) / s.columns : 0;
     void *x = random_array(type, rows * in), *y = random_array(type, rows * out),
-         *values = random_bytes(out * (core == INT4 ? (kept + 1) / 2 : kept)), *left = dl ? random_bytes(out * dl) : NULL,
-         *right = dr ? random_bytes(in * dr) : NULL, *core_scales = random_array(type, out * groups),
-         *left_scales = dl ? random_array(type, out) : NULL, *right_scales = dr ? random_array(type, in) : NULL;
+         *values = random_numbers(s.core, type, out * (s.core == INT4 ? (kept + 1) / 2 : kept)),
+         *left = s.left ? random_numbers(s.core, type, out * s.left) : NULL,
+         *right = s.right ? random_numbers(s.core, type, in * s.right) : NULL,
+         *bias = !s.core && rows % 3 != 2 ? random_array(type, out) : NULL, *dense = random_array(type, out * in),
+         *core_scales = s.core ? random_array(type, out * groups) : NULL,
+         *left_scales = s.core && left ? random_array(type, out) : NULL,
+         *right_scales = s.core && right ? random_array(type, in) : NULL;
     uint8_t *mask = calloc((size_t)out, (size_t)stride);
     double *u = malloc((size_t)in * sizeof *u), *z = malloc((size_t)out * sizeof *z), worst = 0, largest = 0;
-    static const uint8_t PAIRS[] = {3, 5, 6, 9, 10, 12};
     for (int64_t i = 0; i < out; i++)
-        for (int64_t c = 0; c < in; c += 4) mask[i * stride + c / 8] |= (uint8_t)(PAIRS[rand() % 6] << c % 8);
-    struct integers own = {core, dl || dr, core_scales, left_scales, right_scales, group};
-    struct part one = {values, mask, left, right, NULL, y, &own, out, kept, 4, dl, dr, out};
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, 1);
+        for (int64_t g = 0; g < in; g += s.m)
+            for (int64_t left_to_keep = s.n; left_to_keep;) {
+                int64_t c = g + rand() % s.m;
+                if (mask[i * stride + c / 8] >> c % 8 & 1) continue;
+                mask[i * stride + c / 8] |= (uint8_t)(1 << c % 8);
+                left_to_keep--;
+            }
+    struct integers own = {s.core, left || right, core_scales, left_scales, right_scales, s.columns};
+    struct part one = {values, mask, left, right, bias, y, s.core ? &own : NULL, out, kept, s.m, s.left, s.right, out};
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
+    if (!s.core) armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+    if (threads > 1 && repeats(level, type, x, rows, in, one, y, threads)) worst = INFINITY;
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
-        if (right) multiply_integer_blocks(right, right_scales, type, dr, in, u);
+        if (right) multiply_blocks(right, right_scales, type, s.right, in, u);
         for (int64_t i = 0; i < out; i++) {
             int64_t at = 0;
             z[i] = 0;
-            for (int64_t c = 0; c < in; c++)
-                if (mask[i * stride + c / 8] >> c % 8 & 1)
-                    z[i] += integer(values, core, kept, i, at++) * get(core_scales, type, i * groups + c / group) * u[c];
+            for (int64_t c = 0; c < in; c++) {
+                double w = 0;
+                if (mask[i * stride + c / 8] >> c % 8 & 1) {
+                    int64_t scale = s.core ? i * groups + c / s.columns : 0;
+                    w = s.core ? integer(values, s.core, kept, i, at) * get(core_scales, type, scale)
+                               : get(values, type, i * kept + at);
+                    at++;
+                }
+                if (!s.core && w != get(dense, type, i * in + c)) worst = INFINITY;
+                z[i] += w * u[c];
+            }
         }
-        if (left) multiply_integer_blocks(left, left_scales, type, dl, out, z);
+        if (left) multiply_blocks(left, left_scales, type, s.left, out, z);
         for (int64_t i = 0; i < out; i++) {
-            double error = fabs(z[i] - get(y, type, r * out + i));
+            double expected = z[i] + (bias ? get(bias, type, i) : 0),
+                   error = fabs(expected - get(y, type, r * out + i));
             worst = !(error <= worst) ? error : worst;
-            largest = fmax(largest, fabs(z[i]));
+            largest = fmax(largest, fabs(expected));
         }
     }
-    memset(mask, 0xff, (size_t)(out * stride)); /* nonsense, but nothing is read beyond the values */
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, 1);
-    void *all[] = {x, y, values, left, right, core_scales, left_scales, right_scales, mask, u, z};
-    for (int i = 0; i < 11; i++) free(all[i]);
+    /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
+    memset(mask, 0xff, (size_t)(out * stride));
+    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
+    if (!s.core) armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+    void *all[] = {x, y, values, left, right, bias, dense, core_scales, left_scales, right_scales, mask, u, z};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
-    printf("level %d type %d %s: %ld rows, %ld x %ld, groups of %ld, blocks %ld %ld: off by %g of %g\n", level, type,
-           (const char *[]){"int8", "int4", "fp8"}[core - INT8], (long)rows, (long)out, (long)in, (long)group, (long)dl, (long)dr, worst, largest);
+    printf("level %d type %d core %d: %ld rows, %ld x %ld, %ld:%ld, blocks %ld %ld: off by %g of %g\n", level, type,
+           s.core, (long)rows, (long)out, (long)in, (long)s.n, (long)s.m, (long)s.left, (long)s.right, worst, largest);
     return 1;
 }
 
@@ -322,49 +292,46 @@ static int check_torch(int level) {
 
 /* With an argument only what runs in several threads: what one thread does cannot race. */
 int main(int count, char **arguments) {
-    /* in, out, n, m, left block, right block */
-    static const int64_t SHAPES[][6] = {
-        {64, 64, 2, 4, 32, 32},     {20, 36, 2, 4, 4, 4},     {60, 100, 2, 4, 20, 12}, {36, 30, 1, 3, 5, 9},
-        {100, 33, 50, 100, 11, 20}, {332, 7, 2, 4, 0, 0},     {44, 50, 4, 11, 0, 22},  {48, 70, 4, 8, 35, 0},
-        {8, 12, 2, 4, 4, 4},        {600, 96, 3, 8, 96, 100}, {4, 1, 2, 4, 0, 4},      {1156, 40, 2, 4, 40, 68},
+    static const struct shape SHAPES[] = {
+        {64, 64, 2, 4, 32, 32, FLOATS, 0},     {60, 100, 2, 4, 20, 12, FLOATS, 0},  {36, 30, 1, 3, 5, 9, FLOATS, 0},
+        {100, 33, 50, 100, 11, 20, FLOATS, 0}, {332, 7, 2, 4, 0, 0, FLOATS, 0},     {44, 50, 4, 11, 0, 22, FLOATS, 0},
+        {48, 70, 4, 8, 35, 0, FLOATS, 0},      {600, 96, 3, 8, 96, 100, FLOATS, 0}, {4, 1, 2, 4, 0, 4, FLOATS, 0},
+        {1156, 40, 2, 4, 40, 68, FLOATS, 0},
     };
-    /* in, out, columns that share a scale, left block, right block */
-    static const int64_t INTEGERS[][5] = {
-        {100, 36, 32, 4, 20}, {1156, 7, 512, 0, 0}, {96, 40, 96, 0, 16}, {260, 66, 64, 33, 0}, {20, 4, 20, 4, 4},
+    static const struct shape INTEGERS[] = { /* int8, int4 and fp8 in turn */
+        {100, 36, 2, 4, 4, 20, FLOATS, 32},  {1156, 7, 2, 4, 0, 0, FLOATS, 512}, {96, 40, 2, 4, 0, 16, FLOATS, 96},
+        {260, 66, 2, 4, 33, 0, FLOATS, 64}, {20, 4, 2, 4, 4, 4, FLOATS, 20},
     };
-    static const int64_t ROWS[] = {1, 2, 3, 4, 5, 7, 8, 9, 17, 28, 37, 115};
+    /* Enough work for threads, and more rows than are multiplied at once. */
+    static const struct shape LARGE = {1024, 512, 2, 4, 64, 128, FLOATS, 0}, BOTH = {132, 140, 2, 4, 28, 12, FLOATS, 0},
+                              LEFT = {132, 140, 2, 4, 28, 0, FLOATS, 0}, RIGHT = {132, 140, 2, 4, 0, 12, FLOATS, 0},
+                              SMALL = {20, 36, 2, 4, 4, 4, FLOATS, 0}, WIDE = {10284, 15, 2, 4, 0, 0, FLOATS, 0};
+    static const int64_t ROWS[] = {1, 2, 5, 8, 28, 37}, OF_INTEGERS[] = {1, 3, 85};
     int best = armor_initialize(), failures = 0;
     (void)arguments;
-    for (int level = 0; level <= best && count == 1; level++)
-        for (int type = 0; type < 2; type++)
-            for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
-                for (size_t r = 0; r < sizeof ROWS / sizeof *ROWS; r++) {
-                    const int64_t *shape = SHAPES[s], rows = ROWS[r];
-                    failures += check(level, type, rows, shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
-                                      (int)rows % 2, 1);
-                }
-    for (int level = 0; level <= best && count == 1; level++)
-        for (int type = 0; type < 2; type++)
-            for (int core = INT8; core <= FP8; core++)
-                for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
-                    for (int r = 0; r < 4; r++) {
-                        const int64_t *shape = INTEGERS[s], rows[] = {1, 3, 17, 85};
-                        failures += check_integers(level, type, core, rows[r], shape[0], shape[1], shape[2], shape[3],
-                                                   shape[4]);
-                    }
-    /* An x that the L1 cache does not hold: its ends, and tasks without a second half. */
-    for (int level = 0; level <= best && count == 1; level++)
-        for (int type = 0; type < 2; type++)
-            for (int rows = 2; rows <= 4; rows++) failures += check(level, type, rows, 10284, 15, 2, 4, 0, 0, 0, 1);
-    for (int level = 0; level <= best && count == 1; level++) failures += check_torch(level);
-    /* Enough work for threads, and more rows than are multiplied at once. */
-    for (int level = 0; level <= best; level++)
+    for (int level = 0; level <= best && count == 1; level++) {
         for (int type = 0; type < 2; type++) {
-            failures += check(level, type, 1, 1024, 512, 2, 4, 64, 128, 1, 3);
-            failures += check(level, type, 300, 132, 140, 2, 4, 28, 12, 1, 4);
-            failures += check(level, type, 300, 132, 140, 2, 4, 28, 0, 1, 4);
-            failures += check(level, type, 300, 132, 140, 2, 4, 0, 12, 1, 4);
-            failures += check(level, type, 772, 20, 36, 2, 4, 4, 4, 1, 3); /* as many waves as threads, and 4 rows more */
+            for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
+                for (size_t r = 0; r < sizeof ROWS / sizeof *ROWS; r++)
+                    failures += check(level, type, ROWS[r], SHAPES[s], 1);
+            for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
+                for (size_t r = 0; r < sizeof OF_INTEGERS / sizeof *OF_INTEGERS; r++) {
+                    struct shape shape = INTEGERS[s];
+                    shape.core = INT8 + (int)((s + r) % 3);
+                    failures += check(level, type, OF_INTEGERS[r], shape, 1);
+                }
+            /* An x that the L1 cache does not hold: its ends, and tasks without a second half. */
+            for (int rows = 2; rows <= 4; rows++) failures += check(level, type, rows, WIDE, 1);
+        }
+        failures += check_torch(level);
+    }
+    for (int level = 0; level <= best; level += best ? best : 1) /* the first and the best: all share their tasks */
+        for (int type = 0; type < 2; type++) {
+            failures += check(level, type, 1, LARGE, 3);
+            failures += check(level, type, 300, BOTH, 4);
+            failures += check(level, type, 300, LEFT, 4);
+            failures += check(level, type, 300, RIGHT, 4);
+            failures += check(level, type, 772, SMALL, 3); /* as many waves as threads, and 4 rows more */
         }
     printf("%d of the linears are off, best level %d\n", failures, best);
     return failures != 0;

@@ -6,14 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from armor.calibrate.capture import calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.execution.machine import USABLE
-from armor.format.shards import SINGLE
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime import apart
@@ -100,10 +98,19 @@ def test_generation_reads_the_experts_of_each_token(tmp_path, read, monkeypatch)
     assert 2 * 3 * 5 <= read.total() < 4 * 3 * 6  # two of four for each new token but the first, in three layers
 
 
-@pytest.mark.parametrize("gram", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text"])
-def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monkeypatch, family, gram):
+def bare(folder) -> None:
+    """Give the tensors the names of a base model."""
+    edit_tensors(folder, lambda own: [own.update({n.removeprefix("model."): own.pop(n)}) for n in [*own]])
+
+
+@pytest.mark.parametrize(
+    ("family", "gram", "change"),
+    [("mixtral", False, bare), ("mixtral", True, None), ("deepseek_v3", True, None), ("llama4_text", False, None)],
+)
+def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monkeypatch, family, gram, change):
     folder = tiny_model(tmp_path / "model", family)
+    if change:
+        change(folder)
     (tmp_path / "text.txt").write_text(tiny_text())
     source = open_source(folder)
     topology = inspect(source, tmp_path / "model.json")
@@ -126,22 +133,6 @@ def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monk
     assert len(read) == len(experts) and set(read.values()) == {3}
 
 
-def test_a_base_models_names_are_read(tmp_path, read, monkeypatch):
-    folder = tiny_model(tmp_path / "model", "mixtral")
-    tensors = load_file(folder / SINGLE)
-    save_file(
-        {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"}
-    )
-    (tmp_path / "text.txt").write_text(tiny_text())
-    source = open_source(folder)
-    topology = inspect(source, tmp_path / "model.json")
-    text = {"files": [str(tmp_path / "text.txt")]}
-    settings = CalibrationSettings(text=text, sequences=3, sequence_length=64, hidden_states_memory_gb=1e-8)
-    host_of(monkeypatch, peak_bytes(topology, 64, torch.float32, False) / USABLE)
-    calibrate(source, topology, settings, tmp_path / "calibration/calibration.json")
-    assert read and topology.layers[0].prefix == "layers.0"
-
-
 def test_an_expert_that_is_damaged_is_named(tmp_path, monkeypatch):
     folder = tiny_model(tmp_path / "model", "mixtral")
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -161,9 +152,3 @@ def test_a_card_that_is_too_small_for_one_expert_is_refused(tmp_path, monkeypatc
     card_of(monkeypatch, peak_bytes(topology, 64, torch.float32, False, apart=True) - 1)
     with pytest.raises(ArmorError, match="one decoder layer and a sequence of 64 tokens need"):
         calibrate(source, topology, settings, tmp_path / "calibration/calibration.json", "cuda:0")
-
-
-def test_the_estimate_counts_one_expert(tmp_path):
-    topology = inspect(open_source(tiny_model(tmp_path / "model", "mixtral")), tmp_path / "model.json")
-    whole, by_expert = (peak_bytes(topology, 48, torch.float32, False, apart) for apart in (False, True))
-    assert whole - by_expert == 3 * 3 * 64 * 128 * 4  # three of four experts, of three matrices each

@@ -57,32 +57,27 @@ def test_a_compiled_model_calls_it_with_any_number_of_rows():
         assert torch.equal(compiled(x), boxed.linears(2 * x, table, True, OUT).relu())
 
 
+FITTING = torch.ones(2, COLUMNS).bfloat16()
+
+
 @pytest.mark.parametrize(
-    ("x", "line"),
+    ("x", "change", "out", "line"),
     [
-        (torch.ones(2, COLUMNS - 1).bfloat16(), "x is not what the linears were made for"),
-        (torch.ones(2, COLUMNS), "x is not what the linears were made for"),
-        (torch.tensor(1.0).bfloat16(), "x is not what the linears were made for"),
-        (torch.ones(2, 2 * COLUMNS).bfloat16()[:, ::2], "x is not contiguous"),
-        (torch.ones(COLUMNS, 2).bfloat16().t(), "x is not contiguous"),
+        (FITTING[:, 1:].contiguous(), None, OUT, "x is not what the linears were made for"),
+        (FITTING.float(), None, OUT, "x is not what the linears were made for"),
+        (torch.tensor(1.0).bfloat16(), None, OUT, "x is not what the linears were made for"),
+        (torch.ones(2, 2 * COLUMNS).bfloat16()[:, ::2], None, OUT, "x is not contiguous"),
+        (torch.ones(COLUMNS, 2).bfloat16().t(), None, OUT, "x is not contiguous"),
+        (FITTING, None, OUT - 1, "the linears do not have so many outputs together"),
+        (FITTING, lambda table: table[8:], OUT, "this is no table of linears"),
+        (FITTING, lambda table: table[None], OUT, "this is no table of linears"),
     ],
-    ids=["columns", "dtype", "no dimension", "every other", "turned"],
+    ids=["columns", "dtype", "no dimension", "every other", "turned", "outputs", "half a table", "a table in a table"],
 )
-def test_what_does_not_fit_is_refused_in_one_line(x, line):
+def test_what_does_not_fit_is_refused_in_one_line(x, change, out, line):
     table = boxed.table(linears(torch.bfloat16), COLUMNS, torch.bfloat16)
     with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
-        boxed.linears(x, table, True, OUT)
-
-
-def test_another_table_and_another_width_are_refused():
-    table, x = boxed.table(linears(torch.bfloat16), COLUMNS, torch.bfloat16), torch.ones(2, COLUMNS).bfloat16()
-    for given, out, line in (
-        (table, OUT - 1, "the linears do not have so many outputs together"),
-        (table[8:], OUT, "this is no table of linears"),
-        (table[None], OUT, "this is no table of linears"),
-    ):
-        with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
-            boxed.linears(x, given, True, out)
+        boxed.linears(x, change(table) if change else table, True, out)
 
 
 def test_a_table_keeps_the_memory_of_its_linears_but_no_reference_is_left_behind():
@@ -116,7 +111,3 @@ def test_a_table_is_of_contiguous_linears_and_at_most_eight():
         boxed.table([turned] * 9, COLUMNS, torch.bfloat16)
     with pytest.raises(ValueError, match="mask"):
         boxed.table([turned], COLUMNS + 8, torch.bfloat16)
-
-
-def test_torch_tells_where_the_operator_is_from():
-    assert "boxed.py" in torch._C._dispatch_dump("armor::cpu_linears")

@@ -124,16 +124,6 @@ def test_joined_linears_give_what_each_gives_side_by_side(dtype):
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_more_rows_than_are_multiplied_at_once(dtype, level):
-    operands = random_linear(36, 20, 12, 4, "2:4", dtype)
-    x = torch.randn(600, 20).to(dtype)
-    expected, bound = twin(x, *operands)
-    assert ((cpu.multiply(x, Operands(*operands), level).double() - expected).abs() <= bound).all()
-
-
-@needs_library
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_unpack_is_exact(shape, dtype, level):
     values, bits, *_ = random_linear(*shape, dtype)
@@ -155,12 +145,13 @@ def with_threads(multiply):
 @needs_library
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 6, 8, 9, 16, 18, 20, 24, 28, 31, 32, 257, 300, 772, 773])
-def test_threads_change_no_bit_in_the_c_loops(rows, dtype, level):
+@pytest.mark.parametrize("rows", [1, 6, 9, 18, 24, 31, 32, 257, 772, 773])  # 257 and more: in several turns
+def test_threads_change_no_bit_in_the_c_loops_and_many_rows_are_near_their_twin(rows, dtype, level):
     operands = random_linear(512, 1024, 64, 128, "2:4", dtype)
     x = torch.randn(rows, 1024).to(dtype)
+    expected, bound = twin(x, *operands)
     first, *others = with_threads(lambda: cpu.multiply(x, Operands(*operands), level))
-    assert all(torch.equal(first, y) for y in others)
+    assert ((first.double() - expected).abs() <= bound).all() and all(torch.equal(first, y) for y in others)
 
 
 @needs_library
@@ -176,17 +167,6 @@ def test_the_linear_keeps_its_bits_where_it_runs_in_c_and_is_near_its_twin_every
 
 
 @needs_library
-def test_only_many_rows_of_bf16_on_intels_processors_leave_the_c_loops():
-    def stays(rows, dtype):
-        return cpu.runs_in_c(torch.empty(rows, 20, dtype=dtype))
-
-    assert stays(31, torch.bfloat16) and stays(300, torch.float32)
-    assert stays(32, torch.bfloat16) == stays(300, torch.bfloat16)
-    has_amx = os.environ.get(cpu.ASSUME_AMX) == "1" or " amx_bf16 " in Path("/proc/cpuinfo").read_text()
-    assert stays(32, torch.bfloat16) != has_amx
-
-
-@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rows", [1, 12, 20])
@@ -196,15 +176,6 @@ def test_nan_and_infinity_pass_through_and_stay_in_their_row(dtype, value, rows)
     x[-1] = value
     y = cpu.linear(x, *operands[:-1], group=4)
     assert not y[-1].isfinite().any() and y[:-1].isfinite().all()
-
-
-@needs_library
-def test_what_torch_multiplies_is_the_twin():
-    operands = random_linear(100, 60, 20, 12, "2:4", torch.bfloat16)
-    x = torch.randn(2, 33, 60).bfloat16()
-    expected, bound = twin(x, *operands)
-    for y in with_threads(lambda: cpu._through_torch(x, *operands[:-1])):
-        assert ((y.double() - expected).abs() <= bound).all()
 
 
 @needs_library
@@ -287,8 +258,8 @@ def test_a_missing_library_is_said_once(tmp_path):
 @needs_library
 @pytest.mark.skipif(os.environ.get(cpu.ASSUME_AMX) == "1", reason="it is assumed already")
 def test_these_laws_hold_where_torch_multiplies_many_rows_as_with_amx():
-    kept = "not compiles and not missing and not sanitizers and not arm and not portable and not avx and not shapes0"
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu", "integers", "linear")]
+    kept = "near_its_twin_everywhere or joined or leading or nan or computes_what_the_dense_linear_does"
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu", "linear")]
     environment = os.environ | {cpu.ASSUME_AMX: "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kept, *files]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
@@ -300,7 +271,8 @@ def test_these_laws_hold_where_torch_multiplies_many_rows_as_with_amx():
 def test_sanitizers_find_nothing(tmp_path, sanitizers):
     """Every level and way on buffers of exactly their size, results held to a twin, masks that set too many bits.
 
-    Races are looked for where there are several threads.
+    Races are looked for where there are several threads. It compiles the library anew, for the one that is built has
+    no sanitizers, and without them a read beyond a buffer mostly goes unseen.
     """
     native = Path(cpu.__file__).parent / "native"
     # GCC takes long to optimise what is checked, and for checks of pointers, which those of addresses hold already.

@@ -12,7 +12,7 @@ from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.operator import Operands
-from tests.linears import product_within, random_linear, stored, twin
+from tests.linears import product_within, random_linear, stored
 from tests.memory import NoRoom
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
@@ -120,23 +120,6 @@ def test_floats_and_integers_in_one_call_give_the_bits_of_separate_calls(dtype, 
         expected = [torch.cat([cpu.multiply(r, p[i], level) for r, p in zip(rows, pairs, strict=True)]) for i in (0, 1)]
         tables = [[cpu.Table([linear], 256) for linear in pair] for pair in pairs]
         assert all(map(torch.equal, cpu.grouped(x[: sum(counts)], counts, tables, level), expected)), counts
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_floats_and_integers_side_by_side_are_what_each_gives_alone(dtype):
-    """Bit for bit in the C loops. Where torch multiplies the floats, they are near their twin."""
-    factors, bias = stored(*SHAPES[0], dtype)
-    floats = random_linear(33, 256, 11, None, "2:4", dtype)
-    group = [operands(ArmorLinear.of(factors, bias), dtype), Operands(*floats)]
-    joined = cpu.Joined(group, 256)
-    for rows in (1, 31, 300):
-        x = torch.randn(rows, 256).to(dtype)
-        expected, bound = twin(x, *floats)
-        integers, own = joined(x).split([64, 33], dim=-1)
-        assert torch.equal(integers, cpu.multiply(x, group[0])), rows
-        assert not cpu.runs_in_c(x) or torch.equal(own, cpu.multiply(x, group[1])), rows
-        assert ((own.double() - expected).abs() <= bound).all(), rows
 
 
 @needs_library

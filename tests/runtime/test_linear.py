@@ -8,7 +8,6 @@ from armor.core import blockdiag
 from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
-from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 
 # pattern, out, in, left block, right block, rank
@@ -128,23 +127,6 @@ def test_it_compiles_as_one_graph(layout, unpacked):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # graph capture without a C++ compiler
     x = torch.randn(2, layout[2])
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
-
-
-def test_a_replica_whose_tensors_are_plain_attributes_computes_the_same():
-    """As nn.DataParallel makes them, and so transformers' Trainer on several GPUs."""
-    layer = ArmorLinear.of(factorization(*LAYOUTS[0]))
-    replica = layer._replicate_for_data_parallel()
-    replica._parameters |= {name: None for name, tensor in layer._parameters.items() if tensor is None}
-    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-        setattr(replica, name, tensor.detach())
-    x = torch.randn(3, layer.in_features)
-    torch.testing.assert_close(replica(x), layer(x))
-
-
-def test_weights_that_are_elsewhere_are_not_unpacked():
-    with torch.device("meta"):
-        layer = ArmorLinear(PackedLinear(8, 16, Pattern(2, 4), 4, 8), bias=True)
-    assert not layer.unpack().is_unpacked and layer.core_values.is_meta
 
 
 def test_to_others_it_is_a_linear_without_a_weight():

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import weakref
 
 import pytest
 import torch
@@ -23,19 +22,6 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was 
 @torch.no_grad()
 def logits(model):
     return model(TOKENS).logits
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The number of linears of each call into C for several."""
-    counts, apart = [], cpu.Table.apart
-
-    def counted(own, x):
-        counts.extend([len(own.sizes)] if len(own.sizes) > 1 else [])
-        return apart(own, x)
-
-    monkeypatch.setattr(cpu.Table, "apart", counted)
-    return counts
 
 
 @pytest.fixture
@@ -60,47 +46,29 @@ def alone(linear, x):
 
 
 @pytest.mark.parametrize("share_right", [False, True])
-def test_one_call_from_the_second_pass_on_gives_the_bits_of_separate_calls(tmp_path, calls, share_right):
+def test_from_the_second_pass_on_the_bits_are_those_of_separate_calls(tmp_path, share_right):
     root = packed(tmp_path, settings=SETTINGS.model_copy(update={"share_right": share_right}))
     model = load_model(root / "checkpoint", "float32")
-    first, once = logits(model), calls.copy()
-    calls.clear()
-    second = logits(model)
+    first, second = logits(model), logits(model)
     linears = [module for module in model.modules() if isinstance(module, ArmorLinear)]
-    assert all(linear.beside.ahead is None for linear in linears[:-1])
-    if cpu.runs_in_c(torch.ones(40, 8)):
-        assert once == [4, 2] * 2  # o_proj is as wide as q_proj
-        assert calls == [3, 2] * 2
+    assert any(linear.beside.followers for linear in linears)
     for linear in linears:
         linear.beside.followers = ()
     assert torch.equal(first, second) and torch.equal(logits(model), second)
 
 
 @torch.no_grad()
-def test_no_output_is_stale(beside, calls):
+def test_no_output_is_stale(beside):
     q, k, v = beside
     x = torch.randn(3, 64)
     expected = [alone(linear, x) for linear in beside]
-    assert all(map(torch.equal, (q(x), k(x), v(x)), expected)) and calls == [3]
+    assert all(map(torch.equal, (q(x), k(x), v(x)), expected))
     q(x)
     x += 1  # k and v must see it
     assert torch.equal(k(x), alone(k, x)) and torch.equal(v(x), alone(v, x))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("k_gets", ["nothing", "something else"])
-def test_a_linear_that_is_not_handed_the_same_follows_no_more(beside, k_gets):
-    q, k, v = beside
-    x = torch.randn(3, 64)
-    q(x), v(x)
-    if k_gets == "something else":
-        k(x + 1)
-    q(x)
-    assert q.beside.followers == (v,) and k.beside.ahead is None
-    assert torch.equal(k(x), alone(k, x)) and torch.equal(v(x), alone(v, x))
-
-
-def test_gradients_reach_the_input_and_the_biases_of_followers(beside, calls):
+def test_gradients_reach_the_input_and_the_biases_of_followers(beside):
     q, k, v = beside
     x = torch.randn(3, 64)
     (q(x).sum() + k(x).sum() + v(x).sum()).backward()
@@ -109,13 +77,7 @@ def test_gradients_reach_the_input_and_the_biases_of_followers(beside, calls):
         expected = [linear(x) for linear in beside]
     v.bias.requires_grad_(False)
     found = [linear(x.requires_grad_()) for linear in beside]
-    assert all(y.requires_grad for y in found) and all(map(torch.equal, found, expected)) and calls == [3]
-
-
-@torch.inference_mode()
-def test_tensors_that_count_no_changes_are_never_kept(beside, calls):
-    x = torch.randn(3, 64)
-    assert all(torch.equal(linear(x), alone(linear, x)) for linear in beside) and not calls
+    assert all(y.requires_grad for y in found) and all(map(torch.equal, found, expected))
 
 
 def drawn(linear):
@@ -194,14 +156,3 @@ def test_copies_pickles_and_replicas_multiply_with_their_own(beside):
         change_in_place(other[0])
         assert not torch.equal(other[0](x), before[0])
     assert all(map(torch.equal, [linear(x) for linear in beside], before))
-
-
-@torch.no_grad()
-def test_tensors_are_not_kept_alive(beside):
-    q, k, v = beside
-    x = torch.randn(3, 64)
-    q(x), k(x), v(x)
-    held = [weakref.ref(linear.core_values) for linear in beside]
-    for linear in beside:
-        linear.core_values = None
-    assert all(reference() is None for reference in held)

@@ -7,23 +7,12 @@ import torch
 from torch.nn.functional import linear
 
 from armor.core.errors import ArmorError
-from armor.core.factorization import Factorization
-from armor.core.pattern import Pattern, top_n_mask
+from armor.core.pattern import Pattern
 from armor.format.checkpoint import PackedLinear
 from armor.runtime.linear import ArmorLinear
 from armor.serve.cut import MAX_RANKS, cut
-from tests.runtime.test_integers import stored
+from tests.linears import stored
 from tests.runtime.test_linear import factorization
-
-
-def whole(out, columns, pattern="2:4", left=None, right=None):
-    """A random packed linear, its tensors by suffix, its layout and its dense weight."""
-    generator = torch.Generator().manual_seed(out * columns)
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32)  # noqa: E731
-    mask = top_n_mask(random(out, columns).abs(), Pattern.parse(pattern))
-    blocks = [size and random(total // size, size, size) for size, total in ((left, out), (right, columns))]
-    layer = ArmorLinear.of(Factorization(random(out, columns) * mask, mask, Pattern.parse(pattern), *blocks))
-    return layer.state_dict(), layer.layout, layer.dense_weight()
 
 
 def multiply(part, tensors, x):
@@ -33,57 +22,44 @@ def multiply(part, tensors, x):
     return layer(x)
 
 
+def check_divided(factors, ranks):
+    """The parts of all ranks, by outputs and by inputs, together give what the whole linear does."""
+    tensors, layout, weight = factors.tensors(), PackedLinear.of(factors), ArmorLinear.of(factors).dense_weight()
+    out, columns = weight.shape
+    x = torch.randn(3, columns)
+    rows = [(range(start, start + out // ranks),) for start in range(0, out, out // ranks)]
+    parts = [multiply(cut("q", layout, some, range(columns), ranks), tensors, x) for some in rows]
+    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, weight), rtol=1e-4, atol=1e-4)
+    if layout.pattern.group(columns)[1] == columns:
+        return  # a row without groups is not divided
+    own = [range(start, start + columns // ranks) for start in range(0, columns, columns // ranks)]
+    parts = [multiply(cut("o", layout, (range(out),), c, ranks), tensors, x[:, c.start : c.stop]) for c in own]
+    torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
 @pytest.mark.parametrize(("left", "right"), [(8, 8), (4, None), (None, 16), (None, None)])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_output_channels_divided_over_ranks(pattern, left, right, ranks):
-    tensors, layout, weight = whole(32, 48, pattern, left, right)
-    x, size = torch.randn(3, 48), 32 // ranks
-    rows = [(range(rank * size, (rank + 1) * size),) for rank in range(ranks)]
-    parts = [multiply(cut("q", layout, some, range(48), ranks), tensors, x) for some in rows]
-    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, weight), rtol=1e-4, atol=1e-4)
+def test_channels_are_divided_over_ranks(pattern, left, right, ranks):
+    check_divided(factorization(pattern, 32, 64, left, right), ranks)
 
 
-@pytest.mark.parametrize(("left", "right"), [(8, 8), (4, None), (None, 16), (None, None)])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_input_channels_divided_over_ranks(left, right, ranks):
-    tensors, layout, weight = whole(32, 64, "2:4", left, right)
-    x, size = torch.randn(3, 64), 64 // ranks
-    columns = [range(rank * size, (rank + 1) * size) for rank in range(ranks)]
-    parts = [multiply(cut("o", layout, (range(32),), c, ranks), tensors, x[:, c.start : c.stop]) for c in columns]
-    torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
+def test_a_pair_of_low_rank_is_divided_with_its_linear():
+    check_divided(factorization("2:4", 32, 48, 8, 8, rank=3), 2)
 
 
 @pytest.mark.parametrize(("core", "blocks"), [("int8", "int8"), ("int4", "int8"), ("int4", None), ("fp8", "int8")])
 def test_integers_are_divided_with_their_scales(core, blocks):
     factors, _ = stored(64, 128, 16, 16, "2:4", core, blocks, 32, torch.float32)
-    tensors, layout = factors.tensors(), PackedLinear.of(factors)
-    x, expected = torch.randn(3, 128), ArmorLinear.of(factors).dense_weight()
-    rows = [(range(start, start + 32),) for start in (0, 32)]
-    parts = [multiply(cut("q", layout, some, range(128), 2), tensors, x) for some in rows]
-    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, expected), rtol=1e-4, atol=1e-4)
-    columns = [range(start, start + 64) for start in (0, 64)]
-    parts = [multiply(cut("o", layout, (range(64),), c, 2), tensors, x[:, c.start : c.stop]) for c in columns]
-    torch.testing.assert_close(sum(parts), linear(x, expected), rtol=1e-4, atol=1e-4)
+    check_divided(factors, 2)
     with pytest.raises(ArmorError, match=r"8 ranks would cut a block of B, its pattern, mask or scales, 32 input"):
-        cut("o", layout, (range(64),), range(16), 8)
-
-
-def test_a_pair_of_low_rank_is_divided_with_its_linear():
-    factors = factorization("2:4", 32, 48, 8, 8, rank=3)
-    tensors, layout = factors.tensors(), PackedLinear.of(factors)
-    x, weight = torch.randn(3, 48), factors.reconstruct()
-    rows = [(range(start, start + 16),) for start in (0, 16)]
-    parts = [multiply(cut("q", layout, some, range(48), 2), tensors, x) for some in rows]
-    torch.testing.assert_close(torch.cat(parts, dim=1), linear(x, weight), rtol=1e-4, atol=1e-4)
-    columns = [range(24), range(24, 48)]
-    parts = [multiply(cut("o", layout, (range(32),), c, 2), tensors, x[:, c.start : c.stop]) for c in columns]
-    torch.testing.assert_close(sum(parts), linear(x, weight), rtol=1e-4, atol=1e-4)
+        cut("o", PackedLinear.of(factors), (range(64),), range(16), 8)
 
 
 def test_several_ranges_of_one_linear_on_disk():
     """q, k and v in one, two heads of q and one of k and v on each of two ranks."""
-    tensors, layout, weight = whole(64, 32, "2:4", 8, 8)
+    factors = factorization("2:4", 64, 32, 8, 8)
+    tensors, layout, weight = factors.tensors(), PackedLinear.of(factors), factors.reconstruct()
     x = torch.randn(3, 32)
     part = cut("qkv", layout, (range(16, 32), range(40, 48), range(56, 64)), range(32), 2)
     rows = [*range(16, 32), *range(40, 48), *range(56, 64)]
@@ -91,7 +67,8 @@ def test_several_ranges_of_one_linear_on_disk():
 
 
 def test_ranges_that_touch_are_one_and_need_no_block_to_end_there():
-    tensors, layout, _ = whole(32, 32, "2:4", 16, 16)
+    factors = factorization("2:4", 32, 32, 16, 16)
+    tensors, layout = factors.tensors(), PackedLinear.of(factors)
     part = cut("qkv", layout, (range(8), range(8, 20), range(20, 32)), range(32), 1)
     assert part.packed == layout
     assert part.take("core_values", tensors["core_values"]).data_ptr() == tensors["core_values"].data_ptr()

@@ -71,57 +71,74 @@ def test_the_cache_is_what_the_user_says(monkeypatch):
     assert environment([])[CACHE] == "40"
 
 
-def test_without_a_name_the_model_is_called_as_its_folder(root, vllm):
-    words = shlex.split(serve(root, "checkpoint", engine=vllm).stdout.splitlines()[-2])
-    assert json.loads(words[-1])["model"] == "checkpoint"
+def half(name):
+    """Cut a file of the checkpoint off."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("checksums", [True, False])
-@pytest.mark.parametrize("defect", ["missing mask", "NaN in a norm", "truncated"])
-def test_a_broken_checkpoint_is_one_line_and_starts_nothing(checkpoint, vllm, defect, checksums):
-    DEFECTS[defect][0](checkpoint)
-    if not checksums:
-        (checkpoint / "checksums.json").unlink()
-    done = serve(checkpoint.parent, checkpoint, engine=vllm)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("armor: error: ") and done.stderr.count("\n") == 1
+def gone(name):
+    return lambda folder: (folder / name).unlink()
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.unlink()])
-def test_half_a_tokenizer_and_none_are_one_line(checkpoint, vllm, damage):
-    damage(checkpoint / "tokenizer.json")
-    done = serve(checkpoint.parent, "checkpoint", engine=vllm)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "tokenizer.json" in done.stderr
+def unhashed(change):
+    def both(folder):
+        (folder / "checksums.json").unlink()
+        change(folder)
+
+    return both
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    """The folder of the checkpoint of a mixture with packed experts."""
-    return packed(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+def later(folder):
+    edit_config(folder, lambda config: config.update(format_version=9))
 
 
-@pytest.mark.parametrize("option", [*NOT_OF_EXPERTS, "--enable_lora=true"])
-def test_what_packed_experts_cannot_do_is_one_line_and_starts_nothing(option, vllm, mixture):
-    done = serve(mixture, "checkpoint", option, engine=vllm)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert f"{option}: checkpoint: model.layers." in done.stderr and "experts.0." in done.stderr
+BROKEN = {
+    "missing mask": (DEFECTS["missing mask"][0], ""),
+    "NaN without checksums": (unhashed(DEFECTS["NaN in a norm"][0]), "model.norm.weight"),
+    "truncated": (half("model.safetensors"), "model.safetensors"),
+    "truncated without checksums": (unhashed(half("model.safetensors")), "model.safetensors"),
+    "half a tokenizer": (half("tokenizer.json"), "tokenizer.json"),
+    "no tokenizer": (gone("tokenizer.json"), "tokenizer.json"),
+    "a later version": (unhashed(later), "format_version 9, expected"),
+    "no weights": (unhashed(gone("model.safetensors")), "holds neither model.safetensors nor"),
+}
 
 
-def test_ranks_that_would_cut_a_block_are_one_line_and_start_nothing(vllm, tmp_path):
-    """Keys of two heads of 16 channels, in one block."""
-    packed(tmp_path, settings=SETTINGS.model_copy(update={"block_size": 32}))
-    done = serve(tmp_path, "checkpoint", "-tp", "2", engine=vllm)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+def refused(done, said):
+    """Whether it was one line that has `said` in it, and nothing started."""
+    return (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and said in done.stderr
+
+
+@pytest.mark.parametrize("defect", BROKEN)
+def test_a_broken_checkpoint_is_one_line_and_starts_nothing(checkpoint, vllm, defect):
+    change, said = BROKEN[defect]
+    change(checkpoint)
+    assert refused(serve(checkpoint.parent, "checkpoint", engine=vllm), said)
+
+
+def test_what_the_server_cannot_do_is_one_line_and_starts_nothing(root, vllm, tmp_path):
+    assert refused(serve(root, "meta-llama/Llama-3.2-1B", engine=vllm), "not a folder on this machine")
+    packed(tmp_path / "mixture", "qwen3_moe")
+    for option in (*NOT_OF_EXPERTS, "--enable_lora=true"):
+        done = serve(tmp_path / "mixture", "checkpoint", option, engine=vllm)
+        assert refused(done, f"{option}: checkpoint: model.layers.") and "experts.0." in done.stderr
+    packed(tmp_path / "blocks", settings=SETTINGS.model_copy(update={"block_size": 32}))  # keys: 2 heads of 16
     said = "--tensor-parallel-size 2: checkpoint: model.layers.0.self_attn.k_proj: 2 ranks would cut a block of A of 32"
-    assert f"{said} output channels; expected a tensor parallel size of 1 " in done.stderr
+    assert refused(serve(tmp_path / "blocks", "checkpoint", "-tp", "2", engine=vllm), said)
+    packed(tmp_path / "family", "gpt_oss")
+    said = "armor: error: checkpoint/config.json: model_type gpt_oss: not tested packed in vLLM"
+    assert refused(serve(tmp_path / "family", "checkpoint", engine=vllm), said)
 
 
-def test_a_family_that_vllm_was_not_tested_with_is_one_line_and_starts_nothing(vllm, tmp_path):
-    packed(tmp_path, "gpt_oss")
-    done = serve(tmp_path, "checkpoint", engine=vllm)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "armor: error: checkpoint/config.json: model_type gpt_oss: not tested packed in vLLM" in done.stderr
+def test_another_engine_or_none_is_one_line(root, vllm, tmp_path, monkeypatch):
+    other = shutil.copytree(vllm, tmp_path / "engine")
+    say_version(other, "0.99.1")
+    said = f"found vLLM 0.99.1, expected {VERSIONS[0]}; install that"
+    assert refused(serve(root, "checkpoint", engine=other), said)
+    if not (find_spec("vllm") or is_serve_available()):
+        assert refused(serve(root, "checkpoint"), "docs/SERVING.md")
+    monkeypatch.setenv(PYTHON, "/nowhere/python")
+    assert refused(serve(root, "checkpoint"), "ARMOR_VLLM: /nowhere/python: found no Python that runs")
 
 
 def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, tmp_path):
@@ -130,38 +147,3 @@ def test_a_package_in_the_working_folder_is_not_the_one_that_serves(root, vllm, 
     (tmp_path / "vllm/__init__.py").write_text("raise SystemExit('the one in the folder')")
     done = serve(tmp_path, "checkpoint", engine=vllm)
     assert done.returncode == 7, done.stderr
-
-
-def test_a_later_version_and_half_a_copy_and_a_hub_name_are_one_line(checkpoint, vllm):
-    found = [serve(checkpoint.parent, "meta-llama/Llama-3.2-1B", engine=vllm)]
-    (checkpoint / "checksums.json").unlink()
-    edit_config(checkpoint, lambda config: config.update(format_version=9))
-    found.append(serve(checkpoint.parent, "checkpoint", engine=vllm))
-    (checkpoint / "model.safetensors").unlink()
-    edit_config(checkpoint, lambda config: config.update(format_version=1))
-    found.append(serve(checkpoint.parent, "checkpoint", engine=vllm))
-    said = ["not a folder on this machine", "format_version 9, expected", "holds neither model.safetensors nor"]
-    for done, part in zip(found, said, strict=True):
-        assert done.returncode == 1 and done.stdout == "" and part in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_another_vllm_is_one_line_and_starts_nothing(root, vllm, tmp_path):
-    other = shutil.copytree(vllm, tmp_path / "engine")
-    say_version(other, "0.99.1")
-    done = serve(root, "checkpoint", engine=other)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert f"found vLLM 0.99.1, expected {VERSIONS[0]}; install that" in done.stderr
-
-
-def test_a_python_that_is_not_there_is_one_line(root, monkeypatch):
-    monkeypatch.setenv(PYTHON, "/nowhere/python")
-    done = serve(root, "checkpoint")
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "ARMOR_VLLM: /nowhere/python: found no Python that runs" in done.stderr
-
-
-def test_without_any_server_one_line_says_what_to_install(root):
-    if find_spec("vllm") or is_serve_available():
-        pytest.skip("a server is installed")
-    done = serve(root, "checkpoint")
-    assert done.returncode == 1 and "docs/SERVING.md" in done.stderr and done.stderr.count("\n") == 1
