@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from armor.config.layers import LayerSettings, Override
+from armor.config.layers import LayerSettings
 from armor.format.records.topology import DecoderLayer, Linear
 from armor.run.groups import JOB_BYTES, _bytes, expert_groups
 
@@ -57,21 +57,19 @@ def test_the_settings_name_the_size():
     assert expert_groups(layer(0, 64, 32), ARMOR, 3) == []
 
 
-def test_a_method_that_an_override_names_counts():
-    large = layer(128, 4096, 1536)
-    sparse = LayerSettings(overrides=[Override(modules="*.experts.*", method="sparsegpt")])
-    assert len(expert_groups(large, sparse, None)) > len(expert_groups(large, ARMOR, None))
-
-
-@pytest.mark.parametrize("name", ["armor", "sparsegpt", "nowag", "oats", "basil", "gptq"])
-def test_the_workflow_chooses_without_torch(name):
+def test_the_workflow_chooses_without_torch_and_a_method_of_an_override_counts():
     """Snakemake asks for the groups while it plans, in every process that it starts."""
-    code = f"""
+    code = """
 import sys
-from armor.config.layers import LayerSettings
+from armor.config.layers import LayerSettings, Override
 from armor.run.groups import expert_groups
 from tests.run.test_groups import layer
-assert expert_groups(layer(128, 4096, 1536), LayerSettings(method="{name}"), None)
+
+large = layer(128, 4096, 1536)
+counts = {name: len(expert_groups(large, LayerSettings(method=name), None)) for name in ("armor", "sparsegpt", "gptq")}
+assert all(counts.values())
+sparse = LayerSettings(overrides=[Override(modules="*.experts.*", method="sparsegpt")])
+assert len(expert_groups(large, sparse, None)) > counts["armor"]
 sys.exit(any(module in sys.modules for module in ("torch", "transformers")))
 """
     subprocess.run([sys.executable, "-c", code], check=True)

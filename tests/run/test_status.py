@@ -9,7 +9,6 @@ import pytest
 
 from armor.config.recipes import Recipe
 from armor.config.run import Config
-from armor.config.training import RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
@@ -81,14 +80,6 @@ def test_every_state(results, monkeypatch):
     assert read_status(results.parent).details()[-2].endswith(f"again: cd {Path.cwd()} && {again}")
 
 
-def test_a_second_run_is_refused_while_the_first_lives(results):
-    lock = start_run(results, CONFIG, ["snakemake"])
-    with pytest.raises(ArmorError, match=f"another run is at work here .process {os.getpid()} on "):
-        start_run(results, CONFIG, ["snakemake"])
-    os.close(lock)
-    os.close(start_run(results, CONFIG, ["snakemake"]))
-
-
 def test_the_summary_tells_what_ran_from_what_was_there_before(results):
     os.close(start_run(results, CONFIG, ["snakemake"]))
     os.utime(results / "run.json", (1000, 1000))
@@ -106,29 +97,18 @@ def test_the_summary_tells_what_ran_from_what_was_there_before(results):
     assert lines[2] == ["factorize", "2", "1", "3.0", "300", "MB"] and len(lines) == 4
 
 
-def test_the_summary_names_states_that_nothing_asks_for(results):
-    config = CONFIG.replace(recipes={"armor": Recipe(block_size=8, refine=RefineSettings())})
-    os.close(start_run(results, config, ["snakemake"]))
-    before = summary(results, config)
-    (results / "logs/states/tiny").mkdir(parents=True)
-    (results / "logs/states/tiny/words-9x32.log").write_text("no states")
-    (name,) = config.states()
-    old = ("words-9x32", ".words-8x32.json.part/states")  # of a configuration before an edit
-    for folder in (name, f".{name}.json.part/states", *old):
-        (results / "tiny/states" / folder).mkdir(parents=True)
-        (results / "tiny/states" / folder / "layer_0.safetensors").write_bytes(bytes(2_000_000))
-    *same, unfinished, told = summary(results, config)
-    assert same[:-1] == before[:-1]  # the last says how long it took
-    assert unfinished.startswith(f"{results}/tiny/states/.words-8x32.json.part: hidden states that nothing ")
-    assert told.startswith(f"{results}/tiny/states/words-9x32: hidden states that nothing here asks for, 0.002 GB; ")
-
-
 def test_the_command_prints_a_table(results):
     os.close(start_run(results, CONFIG, ["snakemake"]))
     done = armor("status", results, folder=results)
     *rows, last = [line.split() for line in done.stdout.splitlines()]
-    assert " ".join(last[1:9]) == "of those that are done would run again:"  # their records are made up
+    assert " ".join(last[1:9]) == "of those that are done would run again:"  # nothing recorded what made them
     assert rows[0] == ["stage", "of", "done", "running", "failed", "stopped", "missing"]
     assert ["factorize", "tiny", "armor", "4"] in rows and len(rows) == 1 + len(
         {(j.stage, j.names[:2]) for j in jobs(CONFIG, str(results))}
     )
+
+
+def test_a_model_that_nothing_compresses_is_not_inspected(tmp_path):
+    dense = CONFIG.replace(recipes={"dense": Recipe(method="dense")}, benchmarks={})
+    states = by_name(read_status(tmp_path / "results", dense))
+    assert "fetch tiny" in states and "inspect tiny" not in states

@@ -24,7 +24,7 @@ from tests.forks import fork, popen
 from tests.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LAYERS = 3
+LAYERS = 2
 
 
 def all_forked() -> None:
@@ -70,6 +70,11 @@ class Run:
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(self.repository / "Snakefile"), "--cores", "2"]
         command += ["--directory", str(self.folder), "--configfile", str(path), *arguments]
         return {"args": command, "env": self._environment(), "cwd": self.repository}
+
+    def copied(self, folder: Path, **changes) -> "Run":
+        """The same results in a folder of their own, which a test may change; `changes` as `edited` takes them."""
+        shutil.copytree(self.folder, folder)
+        return Run(folder, self.edited(**changes), self.repository)
 
     def snakemake(self, *arguments: str, config: dict | None = None) -> subprocess.CompletedProcess:
         """Run it: its main function in a fork, where that is enough. A dry run then takes half of the time."""
@@ -168,7 +173,6 @@ def config(tmp_path_factory, text):
         "evaluations": {
             "words": {"text": {"files": [str(text / "evaluation.txt")]}, "sequences": 4, "sequence_length": 32}
         },
-        "benchmarks": {"decode": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 2}},
     }
 
 

@@ -1,6 +1,5 @@
 """Refined, tuned and budgeted recipes in the workflow: who shares what, what runs again."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,9 @@ from armor.config.run import Config
 from armor.execution.files import part_of
 from armor.format.records.layer import LayerRecord
 from armor.run.explain import Reruns
-from tests.killed import POINTS, SAVED, left_over, results_of
+from tests.killed import POINTS, left_over, results_of
 from tests.workflow.conftest import LAYERS, Run
-from tests.workflow.test_faults import killed, unrecorded
-from tests.workflow.test_rerun import explained as code_explained
+from tests.workflow.test_faults import killed
 
 TRAINED = ("refined", "chained", "tuned", "both", "integers")
 OVER = [{"block_size": 4}, {"block_size": 8}, {"method": "dense"}]
@@ -35,7 +33,7 @@ def trained(config, tmp_path_factory):
     mixed = {"text": {"mixture": [config["calibrations"]["words"]["text"], {"files": [str(more)]}]}}
     calibrations = config["calibrations"] | {"mixed": mixed | {"sequences": 4, "sequence_length": 32}}
     armor = config["recipes"]["armor"] | {"calibration": "words"}
-    training = {"steps": 8, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
+    training = {"steps": 4, "batch": 2, "sequences": 3, "held_out": 1, "warm_up": 1}
     recipes = {
         "armor": armor,
         "refined": {"base": "armor", "refine": dict(training)},
@@ -46,7 +44,7 @@ def trained(config, tmp_path_factory):
         "pruned": {"method": "nowag", "calibration": "words", "refine": dict(training)},
         "bits": armor | {"budget": {"bits": 24, "over": OVER, "sequences": 2}},
     }
-    changes = {"calibrations": calibrations, "recipes": recipes, "benchmarks": {}}
+    changes = {"calibrations": calibrations, "recipes": recipes}
     run = Run(tmp_path_factory.mktemp("trained"), {**config, **changes})
     done = run.snakemake("--", *TARGETS)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -88,14 +86,9 @@ EDITS = {
         {"states": 1, "refine": LAYERS, "refined": 4, "tune": 1, "quantize": LAYERS, "assemble": 3},
     ),
     "of tune": ({"recipes__tuned__tune__rate": 1e-4}, {"tune": 1, "quantize": LAYERS, "assemble": 2}),
-    "of all integers": ({"recipes__integers__quantize__group": 32}, {"quantize": LAYERS, "assemble": 1}),
     "of the integers of a layer": (
         {"recipes__integers__quantize__overrides": [{"layers": [1], "core": "int8"}]},
         {"quantize": 1, "assemble": 1},
-    ),
-    "of the chain": (
-        {"recipes__chained__refine__rate": 1e-3},
-        {"states": 1, "refine": LAYERS, "refined": 4, "assemble": 1},
     ),
     "a budget": (
         {"recipes__bits__budget__bits": 22},
@@ -138,8 +131,7 @@ def test_an_edit_to_a_text_of_a_mixture_tunes_anew(trained):
 
 
 def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
+    again = trained.copied(tmp_path / "run")
     file = again.folder / "results/tiny/bits/budget.json"
     name = "model.layers.1.mlp.up_proj"
     (line,) = [line for line in file.read_text().splitlines() if f'"{name}"' in line]
@@ -154,35 +146,8 @@ def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
     assert asked(again) == explained(again, again.config) == {}
 
 
-def test_code_that_makes_states_makes_them_and_refines_every_layer_anew(trained, code):
-    edited = Run(trained.folder, trained.config, code)
-    for file in ("training/states.py", "config/sample.py"):  # of the states alone; of all who train
-        path = code / "armor" / file
-        path.write_text(path.read_text() + "\nEDITED = 1\n")
-        plan, told = asked(edited), code_explained(edited, trained.config)
-        assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= plan.items()
-        stages = plan.keys() - {"assemble"}  # of one recipe no checkpoint was asked for
-        assert {stage: told[stage] for stage in stages} == {stage: plan[stage] for stage in stages}
-
-
-def test_what_a_kill_left_hides_nothing_that_is_due(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
-    tiny = again.folder / "results/tiny"
-    (tiny / "states/words-4x32").mkdir()  # of another recipe, and newer than what was refined
-    (tiny / "chained/checkpoint.json").unlink()
-    assert asked(again) == {"assemble": 1}
-    factors = tiny / "pruned/refined/layer_1.safetensors"  # refined anew, and killed before it was summed up
-    factors.write_bytes(factors.read_bytes() + b"\n")
-    assert asked(again) == {"refined": 1, "assemble": 2}
-    done = again.snakemake("--", "results/tiny/chained/checkpoint.json")
-    assert done.returncode == 0, done.stderr
-    assert not (tiny / "states/words-4x32").exists()
-
-
 def test_a_layer_that_failed_is_made_again_by_what_is_said(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
+    again = trained.copied(tmp_path / "run")
     refined = again.folder / "results/tiny/pruned/refined"
     refined.with_name("refined.json").unlink()
     for layer in range(2):
@@ -197,8 +162,7 @@ def test_a_layer_that_failed_is_made_again_by_what_is_said(trained, tmp_path):
 
 
 def test_one_layer_again_leaves_the_others(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
+    again = trained.copied(tmp_path / "run")
     (again.folder / "results/tiny/pruned/refined/layer_1.safetensors").unlink()
     assert asked(again) == {"states": 1, "refine": 1, "refined": 4, "assemble": 1}
     (again.folder / "results/tiny/chained/refined/layer_1.safetensors").unlink()
@@ -209,8 +173,7 @@ def test_one_layer_again_leaves_the_others(trained, tmp_path):
 
 
 def test_states_that_failed_or_were_killed_leave_the_layers_that_are_done(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
+    again = trained.copied(tmp_path / "run")
     tiny = again.folder / "results/tiny"
     (tiny / "pruned/refined/layer_1.safetensors").unlink()
     due = {"states": 1, "refine": 1, "refined": 4, "assemble": 1}
@@ -232,10 +195,8 @@ def test_states_that_failed_or_were_killed_leave_the_layers_that_are_done(traine
 
 
 def test_states_of_another_text_that_a_run_left_are_made_again(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
-    tiny, target = again.folder / "results/tiny", "results/tiny/pruned/refined.json"
-    (tiny / "pruned/refined/layer_1.safetensors").unlink()
+    again = trained.copied(tmp_path / "run")
+    (again.folder / "results/tiny/pruned/refined/layer_1.safetensors").unlink()
     done = again.snakemake("--", "results/tiny/states/words-4x32")  # made, and kept for the layer
     assert done.returncode == 0 and asked(again) == {"refine": 1, "refined": 1, "assemble": 1}, done.stderr
     file = Path(again.config["calibrations"]["words"]["text"]["files"][0])
@@ -243,26 +204,5 @@ def test_states_of_another_text_that_a_run_left_are_made_again(trained, tmp_path
     try:
         file.write_bytes(before[::-1])
         assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= asked(again).items()
-        done = again.snakemake("--", *(f"results/tiny/pruned/layers/layer_{n}.safetensors" for n in range(LAYERS)))
-        assert done.returncode == 0, done.stderr
-        assert again.would_run(None, "--", target) == {"states": 1, "refine": LAYERS, "refined": 1}
-        done = again.snakemake("--", target)
-        assert done.returncode == 0 and not (tiny / "states/words-4x32").exists(), done.stderr
-        assert again.would_run(None, "--", target) == {}
     finally:
         file.write_bytes(before)
-
-
-def test_what_was_not_recorded_hides_nothing_that_is_due(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    again = Run(tmp_path / "run", trained.config)
-    tiny = again.folder / "results/tiny"
-    (tiny / "pruned/refined/layer_1.safetensors").unlink()
-    assert killed(again, SAVED, 1, "/states/words-4x32.json", TARGETS)
-    assert asked(again) == {"refine": 1, "refined": 1, "assemble": 1}
-    edited = again.edited(recipes__chained__refine__rate=1e-3)
-    shutil.rmtree(tiny / "states/words-4x32")
-    due = {"states": 1, "refine": 1 + LAYERS, "refined": 4, "assemble": 2}
-    assert killed(Run(again.folder, edited), POINTS[0], 2, "/states/", TARGETS) and asked(again, edited) == due
-    unrecorded(again, "both/refined.json")
-    assert asked(again, edited) == due
