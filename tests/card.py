@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-__all__ = ["CARD", "put_in"]
-
 CARD = "card:0"
 _MEET = ("aten::copy_", "aten::index.", "aten::index_put")
 """What takes tensors of both devices on a GPU too."""

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from armor.serve import VERSIONS
 
-__all__ = ["stand_in"]
-
 SERVER = """
 import argparse, json, os
 from functools import cache

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["armor", "fork", "popen"]
-
 SERVER = "armor.command.forkserver"
 real_popen = subprocess.Popen
 

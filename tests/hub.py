@@ -14,8 +14,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-__all__ = ["NAME", "hub", "use"]
-
 COMMIT = "c0" * 20
 NAME = "someone/model"
 

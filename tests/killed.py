@@ -18,21 +18,6 @@ from typing import NoReturn
 
 from tests.forks import fork
 
-__all__ = [
-    "HALF",
-    "POINTS",
-    "REPOSITORY",
-    "SAVED",
-    "WRITTEN",
-    "die_at",
-    "forked",
-    "killed_everywhere",
-    "left_over",
-    "passed",
-    "results_of",
-    "sitecustomize",
-]
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 HALF, WRITTEN, SAVED = POINTS = ("in the middle of a write", "between write and replace", "after the save")
 

@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from armor.execution.machine import resident_memory_bytes
 from tests.forks import fork
 
-__all__ = ["TOLD", "NoRoom", "card_of", "forget_peak", "held_bytes", "host_of", "printed_last"]
-
 _FORGET = Path("/proc/self/clear_refs")
 TOLD = pytest.mark.skipif(not _FORGET.exists(), reason="the peak is read from /proc")
 """For tests that ask what a piece of work took at its peak."""

@@ -23,20 +23,6 @@ from armor.model.inspect import inspect
 from armor.model.source import Source, open_source
 from tests.tiny import tiny_model
 
-__all__ = [
-    "DEFECTS",
-    "QUANTIZE",
-    "SETTINGS",
-    "edit_config",
-    "edit_tensors",
-    "factorized",
-    "factors_of",
-    "opened",
-    "packed",
-    "prepared",
-    "quantized",
-]
-
 QUANTIZE = QuantizeSettings(
     overrides=[
         QuantizeOverride(modules="*.down_proj", core="int4", group=16),

@@ -13,20 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-__all__ = [
-    "FAMILIES",
-    "FEW_EXPERTS",
-    "MAMBA2",
-    "MIXTURES",
-    "SHARING",
-    "VOCABULARY",
-    "WRAPPERS",
-    "tiny_gguf",
-    "tiny_model",
-    "tiny_text",
-    "tiny_tokenizer",
-]
-
 VOCABULARY = 272  # 256 bytes, one special token, and a little room, as real models have
 FAMILIES: dict[str, dict] = {
     "llama": {"attention_bias": False},

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["kubernetes"]
-
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -20,8 +20,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cluster", "missing"]
-
 CONFIGURATION = """
 ClusterName=armor
 SlurmctldHost=localhost(127.0.0.1)

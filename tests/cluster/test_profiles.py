@@ -12,6 +12,7 @@ from armor.execution.files import sha256
 from tests.cluster.conftest import LAYERS
 from tests.cluster.slurm import HANGS
 
+SOON = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
 LAYER = "results/tiny/armor/layers/layer_{}.safetensors"
 
 
@@ -37,8 +38,7 @@ def run(slurm, config, overtime, tmp_path_factory):
     Returns the run that was killed, the one that ended, and the times of the files that were there between the two.
     """
     folder = tmp_path_factory.mktemp("slurm")
-    soon = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
-    first = slurm.snakemake(folder, config, "slurm", *soon, LINGER="1", TOGETHER=str(folder / "together"))
+    first = slurm.snakemake(folder, config, "slurm", *SOON, LINGER="1", TOGETHER=str(folder / "together"))
 
     def running_layers():
         lines = slurm.command("squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
@@ -56,17 +56,30 @@ def run(slurm, config, overtime, tmp_path_factory):
     finished = ("source.json", "model.json", "calibration/words/calibration.json")
     before = {path: path.stat().st_mtime_ns for path in (folder / "results/tiny" / name for name in finished)}
     slurm.snakemake(folder, config, "slurm", "--unlock").finish()
-    second = slurm.snakemake(folder, config, "slurm", *soon)
+    second = slurm.snakemake(folder, config, "slurm", *SOON)
     second.finish()
     return first, second, before
 
 
-def test_a_cluster_makes_the_same_bytes(run, local):
-    _, finished, _ = run
+def check_bytes(folder, local):
     names = [file.relative_to(local) for file in sorted(local.glob("results/tiny/**/*.safetensors"))]
     assert len(names) == 2 * LAYERS + 1
     for name in names:
-        assert sha256(finished.folder / name) == sha256(local / name), name
+        assert sha256(folder / name) == sha256(local / name), name
+
+
+@pytest.mark.gate
+def test_a_checkpoint_that_was_made_on_slurm_has_the_same_bytes(slurm, config, local, tmp_path):
+    """Nothing but a real cluster shows that it takes the jobs as they are submitted, and gives each its GPU."""
+    made = slurm.snakemake(tmp_path, config, "slurm", *SOON, "--", "results/tiny/armor/checkpoint.json")
+    made.finish()
+    check_bytes(tmp_path, local)
+    assert len(made.leases()) == LAYERS + 1 and all(line["given"] == line["leased"] for line in made.leases())
+
+
+def test_a_cluster_that_cancels_and_is_left_makes_the_same_bytes(run, local):
+    _, finished, _ = run
+    check_bytes(finished.folder, local)
     evaluations = [folder / "results/tiny/armor/evaluation/words.json" for folder in (finished.folder, local)]
     there, here = (json.loads(file.read_text())["block_means"] for file in evaluations)
     assert there == here

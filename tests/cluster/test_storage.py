@@ -86,7 +86,7 @@ def bucket(tmp_path_factory, text):
     config = {
         "models": {"tiny": {"folder": str(tiny_model(folder / "tiny", layers=2))}},
         "calibrations": {"words": {"text": {"files": [str(text / "calibration.txt")]}, **sample}},
-        "recipes": {"dense": {"method": "dense"}, "armor": {"block_size": 8, "solver": {"iterations": 3}}},
+        "recipes": {"armor": {"block_size": 8, "solver": {"iterations": 3}}},
         "evaluations": {"words": {"text": {"files": [str(text / "evaluation.txt")]}, **sample}},
     }
     (folder / "my.yaml").write_text(yaml.safe_dump(config))
@@ -107,6 +107,7 @@ def run(bucket, tmp_path_factory):
     return folder
 
 
+@pytest.mark.gate
 def test_the_bucket_has_all_results_and_a_second_run_does_nothing(bucket, run):
     found = bucket.objects()
     record = json.loads((run / COPIES / "results/tiny/armor/checkpoint.json").read_text())

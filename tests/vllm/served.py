@@ -20,21 +20,6 @@ from armor.format.checkpoint import modules_of
 from tests.packed import SETTINGS, edit_tensors, packed
 from tests.tiny import VOCABULARY
 
-__all__ = [
-    "APART",
-    "BOUND",
-    "BOUNDS",
-    "FAMILIES",
-    "RANK",
-    "SHAPE",
-    "adapted",
-    "answers",
-    "checkpoint",
-    "difference",
-    "expected",
-    "served",
-]
-
 BOUND = 1e-5
 """How far log-probabilities may be from those of transformers, both in float32."""
 BOUNDS = {"Granite MoE": 2e-5}

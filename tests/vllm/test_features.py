@@ -77,64 +77,59 @@ def test_an_adapter(llama, references, tmp_path):
         assert difference(llm, references, prompts=False) < BOUND
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_integers_in_one_rank_and_two(tmp_path, ranks):
-    settings = SETTINGS.model_copy(update={"share_right": True})
-    folder = quantized(packed(tmp_path, settings=settings, **SHAPE))
-    said = expected(folder)
-    with served(folder, tensor_parallel_size=ranks) as llm:
-        assert difference(llm, said) < BOUND
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_pairs_of_low_rank_and_integers_of_whole_weights_in_one_rank_and_two(tmp_path, ranks):
-    overrides = [
+KIND, MIXTURE = FAMILIES["Qwen3 MoE"]
+SHARED = SETTINGS.model_copy(update={"share_right": True})
+LOW_RANK = LayerSettings(
+    method="oats",
+    rank=4,
+    overrides=[
         Override(modules="*.v_proj", method="int8"),
         Override(modules="*.gate_proj", method="int4"),
         Override(modules="*.o_proj", method="int8"),
         Override(modules="*.layers.1.mlp.down_proj", method="int4"),
-    ]
-    folder = (
-        packed(tmp_path, settings=LayerSettings(method="oats", rank=4, overrides=overrides), **SHAPE) / "checkpoint"
-    )
-    said = expected(folder)
-    with served(folder, tensor_parallel_size=ranks) as llm:
-        assert difference(llm, said) < BOUND
+    ],
+)
+MIXED = SETTINGS.model_copy(
+    update={
+        "overrides": [
+            Override(modules="*.k_proj", method="dense"),
+            Override(modules="*.v_proj", block_size=4),
+            Override(modules="*.up_proj", block_size=32, pattern="4:8"),
+            Override(modules="*.down_proj", method="wanda", pattern="50%"),
+        ]
+    }
+)
+SOME_EXPERTS = SHARED.model_copy(
+    update={
+        "overrides": [
+            Override(modules="*.experts.1.*", method="dense"),
+            Override(modules="*.layers.1.mlp.experts.2.down_proj", method="int8"),
+        ]
+    }
+)
+HELD = {  # what a checkpoint may hold, and in which ways it is served
+    "integers": (lambda root: quantized(packed(root, settings=SHARED, **SHAPE)), [1, 2]),
+    "low rank and whole integers": (lambda root: packed(root, settings=LOW_RANK, **SHAPE) / "checkpoint", [1, 2]),
+    "shards of other blocks and dense": (lambda root: packed(root, settings=MIXED, **SHAPE) / "checkpoint", [1]),
+    "some experts": (lambda root: packed(root, KIND, SOME_EXPERTS, **(SHAPE | MIXTURE)) / "checkpoint", [2]),
+    "experts of integers": (lambda root: quantized(packed(root, KIND, **(SHAPE | MIXTURE))), [1]),
+}
 
 
-def test_shards_of_a_fused_linear_with_blocks_of_their_own_and_a_dense_one(tmp_path):
-    overrides = [
-        Override(modules="*.k_proj", method="dense"),
-        Override(modules="*.v_proj", block_size=4),
-        Override(modules="*.up_proj", block_size=32, pattern="4:8"),
-        Override(modules="*.down_proj", method="wanda", pattern="50%"),
-    ]
-    settings = LayerSettings(**(SETTINGS.model_dump(exclude={"overrides"}) | {"overrides": overrides}))
-    folder = packed(tmp_path, settings=settings, **SHAPE) / "checkpoint"
+@pytest.mark.parametrize("held", HELD)
+def test_what_a_checkpoint_may_hold_on_one_rank_and_two(tmp_path, held):
+    make, sizes = HELD[held]
+    folder = make(tmp_path)
     references = expected(folder)
-    with served(folder) as llm:
-        assert difference(llm, references) < BOUND
+    for ranks in sizes:
+        with served(folder, tensor_parallel_size=ranks) as llm:
+            assert difference(llm, references) < BOUND
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}], ids=["compiled", "ranks"])
-def test_experts_some_dense_whose_gate_and_up_share_a_matrix(tmp_path, options):
-    kind, config = FAMILIES["Qwen3 MoE"]
-    overrides = [
-        Override(modules="*.experts.1.*", method="dense"),
-        Override(modules="*.layers.1.mlp.experts.2.down_proj", method="int8"),
-    ]
-    settings = SETTINGS.model_copy(update={"share_right": True, "overrides": overrides})
-    folder = packed(tmp_path, kind, settings, **(SHAPE | config)) / "checkpoint"
+def test_experts_compiled(tmp_path):
+    folder = packed(tmp_path, KIND, SOME_EXPERTS, **(SHAPE | MIXTURE)) / "checkpoint"
     references = expected(folder)
-    with served(folder, **options) as llm:
-        assert difference(llm, references) < BOUND
-
-
-def test_experts_as_integers(tmp_path):
-    kind, config = FAMILIES["Qwen3 MoE"]
-    folder = quantized(packed(tmp_path, kind, **(SHAPE | config)))
-    references = expected(folder)
-    with served(folder) as llm:
+    with served(folder, enforce_eager=False) as llm:
         assert difference(llm, references) < BOUND
 
 
