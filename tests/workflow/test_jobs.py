@@ -79,7 +79,10 @@ def patch():
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory, config, patch):
-    """A run of the whole workflow, all stages, on a mixture of 4 experts in groups of 2; its commands told on."""
+    """A run of the whole workflow, all stages, on a mixture of 4 experts in groups of 2; its commands told on.
+
+    Every stage runs once, for what a command executes is not seen in its imports: methods and tasks are found by name.
+    """
     folder = tmp_path_factory.mktemp("executed")
     (folder / "python").mkdir()
     (folder / "seen").mkdir()

@@ -27,7 +27,7 @@ TARGETS = [
 
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory):
-    """A run of recipes that start from one another, up to their checkpoints."""
+    """A run of recipes that start from one another, up to their checkpoints; what is due is asked of all at once."""
     more = tmp_path_factory.mktemp("text") / "more.txt"
     more.write_text("a text of a few words. " * 20)
     mixed = {"text": {"mixture": [config["calibrations"]["words"]["text"], {"files": [str(more)]}]}}
@@ -162,6 +162,7 @@ def test_a_layer_that_failed_is_made_again_by_what_is_said(trained, tmp_path):
 
 
 def test_one_layer_again_leaves_the_others(trained, tmp_path):
+    """It runs what is due to its end: a dry run would not show that the bytes are those of the first run."""
     again = trained.copied(tmp_path / "run")
     (again.folder / "results/tiny/pruned/refined/layer_1.safetensors").unlink()
     assert asked(again) == {"states": 1, "refine": 1, "refined": 4, "assemble": 1}
