@@ -61,25 +61,23 @@ def run(slurm, config, overtime, tmp_path_factory):
     return first, second, before
 
 
-def check_bytes(folder, local):
-    names = [file.relative_to(local) for file in sorted(local.glob("results/tiny/**/*.safetensors"))]
-    assert len(names) == 2 * LAYERS + 1
-    for name in names:
-        assert sha256(folder / name) == sha256(local / name), name
-
-
 @pytest.mark.gate
-def test_a_checkpoint_that_was_made_on_slurm_has_the_same_bytes(slurm, config, local, tmp_path):
+def test_layers_that_were_made_on_slurm_have_the_same_bytes(slurm, config, local, tmp_path):
     """Nothing but a real cluster shows that it takes the jobs as they are submitted, and gives each its GPU."""
-    made = slurm.snakemake(tmp_path, config, "slurm", *SOON, "--", "results/tiny/armor/checkpoint.json")
+    layers = [LAYER.format(index) for index in range(2)]
+    made = slurm.snakemake(tmp_path, config, "slurm", *SOON, "--", *layers)
     made.finish()
-    check_bytes(tmp_path, local)
-    assert len(made.leases()) == LAYERS + 1 and all(line["given"] == line["leased"] for line in made.leases())
+    assert [sha256(tmp_path / layer) for layer in layers] == [sha256(local / layer) for layer in layers]
+    leases = made.leases()
+    assert len(leases) == 1 + len(layers) and all(line["given"] == line["leased"] for line in leases)
 
 
 def test_a_cluster_that_cancels_and_is_left_makes_the_same_bytes(run, local):
     _, finished, _ = run
-    check_bytes(finished.folder, local)
+    names = [file.relative_to(local) for file in sorted(local.glob("results/tiny/**/*.safetensors"))]
+    assert len(names) == 2 * LAYERS + 1
+    for name in names:
+        assert sha256(finished.folder / name) == sha256(local / name), name
     evaluations = [folder / "results/tiny/armor/evaluation/words.json" for folder in (finished.folder, local)]
     there, here = (json.loads(file.read_text())["block_means"] for file in evaluations)
     assert there == here
