@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from armor.config.budget import PriceSettings
 from armor.config.layers import LayerSettings, check_patterns
-from armor.config.loading import load_config
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import Recipe
