@@ -9,6 +9,7 @@ import pytest
 
 from armor.config.recipes import Recipe
 from armor.config.run import Config
+from armor.config.training import RefineSettings
 from armor.core.errors import ArmorError
 from armor.execution.files import write_json
 from armor.model.inspect import inspect
@@ -112,3 +113,20 @@ def test_a_model_that_nothing_compresses_is_not_inspected(tmp_path):
     dense = CONFIG.replace(recipes={"dense": Recipe(method="dense")}, benchmarks={})
     states = by_name(read_status(tmp_path / "results", dense))
     assert "fetch tiny" in states and "inspect tiny" not in states
+
+
+def test_the_summary_names_states_that_nothing_asks_for(results):
+    config = CONFIG.replace(recipes={"armor": Recipe(block_size=8, refine=RefineSettings())})
+    os.close(start_run(results, config, ["snakemake"]))
+    before = summary(results, config)
+    (results / "logs/states/tiny").mkdir(parents=True)
+    (results / "logs/states/tiny/words-9x32.log").write_text("no states")
+    (name,) = config.states()
+    old = ("words-9x32", ".words-8x32.json.part/states")  # of a configuration before an edit
+    for folder in (name, f".{name}.json.part/states", *old):
+        (results / "tiny/states" / folder).mkdir(parents=True)
+        (results / "tiny/states" / folder / "layer_0.safetensors").write_bytes(bytes(2_000_000))
+    *same, unfinished, told = summary(results, config)
+    assert same[:-1] == before[:-1]  # the last says how long it took
+    assert unfinished.startswith(f"{results}/tiny/states/.words-8x32.json.part: hidden states that nothing ")
+    assert told.startswith(f"{results}/tiny/states/words-9x32: hidden states that nothing here asks for, 0.002 GB; ")

@@ -258,8 +258,8 @@ def test_a_missing_library_is_said_once(tmp_path):
 @needs_library
 @pytest.mark.skipif(os.environ.get(cpu.ASSUME_AMX) == "1", reason="it is assumed already")
 def test_these_laws_hold_where_torch_multiplies_many_rows_as_with_amx():
-    kept = "near_its_twin_everywhere or joined or leading or nan or computes_what_the_dense_linear_does"
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu", "linear")]
+    kept = "near_its_twin_everywhere or side_by_side or joined or leading or nan or computes_what_the_dense_linear_does"
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu", "integers", "linear")]
     environment = os.environ | {cpu.ASSUME_AMX: "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kept, *files]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)

@@ -12,7 +12,7 @@ from armor.core.quantization import Quantization
 from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.operator import Operands
-from tests.linears import product_within, random_linear, stored
+from tests.linears import product_within, random_linear, stored, twin
 from tests.memory import NoRoom
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason="the CPU kernel was not built")
@@ -184,3 +184,20 @@ def test_groups_that_the_kernel_does_not_cut_go_through_torch(group):
     x = torch.randn(2, 1056)
     assert linear._operands(x) is None
     torch.testing.assert_close(linear(x), x @ factors.reconstruct().T + bias, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floats_and_integers_side_by_side_are_what_each_gives_alone(dtype):
+    """Bit for bit in the C loops. Where torch multiplies the floats, they are near their twin."""
+    factors, bias = stored(*SHAPES[0], dtype)
+    floats = random_linear(33, 256, 11, None, "2:4", dtype)
+    group = [operands(ArmorLinear.of(factors, bias), dtype), Operands(*floats)]
+    joined = cpu.Joined(group, 256)
+    for rows in (1, 31, 300):
+        x = torch.randn(rows, 256).to(dtype)
+        expected, bound = twin(x, *floats)
+        integers, own = joined(x).split([64, 33], dim=-1)
+        assert torch.equal(integers, cpu.multiply(x, group[0])), rows
+        assert not cpu.runs_in_c(x) or torch.equal(own, cpu.multiply(x, group[1])), rows
+        assert ((own.double() - expected).abs() <= bound).all(), rows
