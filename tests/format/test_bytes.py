@@ -11,7 +11,6 @@ from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern
 from armor.core.quantization import Quantization
 from armor.execution.files import write_json
-from armor.execution.machine import resident_memory_bytes
 from armor.format.checkpoint import PackedLinear, modules_of, quantization_config
 from armor.format.checksums import sealed
 from armor.format.factors import read_factors, read_others, write_factors
@@ -72,19 +71,6 @@ def test_states(tmp_path):
         open_states(path)
 
 
-def test_states_that_were_read_do_not_stay_in_memory(tmp_path):
-    path, row = tmp_path / "layer_0.safetensors", torch.ones(1, 1024, 1024)
-    with write_states(path, [row], 32) as writer:
-        for _ in range(32):
-            writer.add([row])
-    states = open_states(path)
-    assert states.row(0)[0].equal(row)
-    before = resident_memory_bytes()
-    for index in range(32):
-        assert states.row(index)[0].sum() == row.numel()
-    assert resident_memory_bytes() - before < 8 * row.nbytes
-
-
 CORE = torch.tensor([[1.0, 0.0, 0.0, -2.0]])
 OWN = {"core": CORE, "mask": CORE != 0, "pattern": Pattern(2, 4), "loss": 0.25, "start_loss": 0.5}
 ABOUT = rb'{"__metadata__":{"armor":"{\"fingerprint\": \"f0\", \"format_version\": %d, \"layer\": 0, '
@@ -141,30 +127,6 @@ def test_factors_of_integers_have_a_version_of_their_own(tmp_path):
     }
     data = b"\x00\x3f\x00\x40\x7f\x09\xe1"
     check_factors(tmp_path / "layer_0.safetensors", own, {}, header, data, [127.0, 0.0, 0.0, -254.0])
-
-
-def test_factors_with_a_low_rank_pair_have_that_version_too(tmp_path):
-    header = (
-        ABOUT % 3 + MODULES + rb'\"start_loss\": 0.5}}}"},'
-        b'"a.q.core_values":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
-        b'"a.q.down":{"dtype":"F32","shape":[1,4],"data_offsets":[8,24]},'
-        b'"a.q.up":{"dtype":"F32","shape":[1,1],"data_offsets":[24,28]},'
-        b'"a.q.core_mask":{"dtype":"U8","shape":[1,1],"data_offsets":[28,29]}}'
-    )
-    data = b"\x00\x00\x80?\x00\x00\x00\xc0" + bytes(6) + b"\x80?" + bytes(6) + b"\x80?" + b"\x00\x00@@\x09"
-    own = {"up": torch.tensor([[3.0]]), "down": torch.tensor([[0.0, 1.0, 0.0, 1.0]])}
-    check_factors(tmp_path / "layer_0.safetensors", own, {}, header, data, [1.0, 3.0, 0.0, 1.0])
-
-
-def test_the_config_of_a_checkpoint(tmp_path):
-    modules = {"a.q": PackedLinear(8, 4, Pattern(2, 4), 2), "a.k": PackedLinear(8, 4, Pattern(2, 4), 2)}
-    write_json(tmp_path / "config.json", quantization_config(modules))
-    assert (tmp_path / "config.json").read_bytes() == (
-        b'{\n "format_version": 1,\n "groups": [\n  {\n   "in_features": 4,\n   "left_block_size": 2,\n'
-        b'   "modules": [\n    "a.q",\n    "a.k"\n   ],\n   "out_features": 8,\n   "pattern": "2:4",\n'
-        b'   "right_block_size": null\n  }\n ],\n "quant_method": "armor"\n}\n'
-    )
-    assert modules_of(quantization_config(modules)) == modules
 
 
 def test_the_config_of_a_checkpoint_with_integers_and_a_low_rank_pair(tmp_path):

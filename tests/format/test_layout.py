@@ -1,31 +1,11 @@
-"""A path is spelled once: in armor/format/layout.py, and a name that stages need too in names.py beside it."""
+"""Names of result files: layers come by number, and the paths of the rules are those of the stages."""
 
 from __future__ import annotations
 
-import ast
-import re
 from pathlib import Path
 
 from armor.format.layout import Results
 from armor.format.names import layer_file, layer_files
-
-PACKAGE = Path(__file__).resolve().parents[2] / "armor"
-OF_A_LAYER = re.compile(r"layer_($|[{*?%])")
-"""In a string: layer_ before a placeholder or a wildcard. The text before a placeholder of an f-string ends there."""
-
-
-def spelled(text: str | bytes) -> list[int]:
-    """The lines with a string that spells a layer's file; docstrings do not count."""
-    nodes = [*ast.walk(ast.parse(text))]
-    bare = {node.value for node in nodes if isinstance(node, ast.Expr)}
-    texts = (node for node in nodes if isinstance(node, ast.Constant) and node not in bare)
-    return [node.lineno for node in texts if isinstance(node.value, str) and OF_A_LAYER.search(node.value)]
-
-
-def test_only_one_module_spells_a_layers_file():
-    found = {file.relative_to(PACKAGE).as_posix(): spelled(file.read_bytes()) for file in PACKAGE.rglob("*.py")}
-    assert found.pop("format/names.py")
-    assert not {name: lines for name, lines in found.items() if lines}
 
 
 def test_the_files_of_layers_come_by_number(tmp_path):

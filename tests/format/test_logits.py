@@ -8,16 +8,13 @@ from armor.core.errors import ArmorError
 from armor.format.logits import LogitsFile, read_logits
 
 
-def written(path, dtype=torch.float32, blocks=3):
-    file = LogitsFile(path, blocks=blocks, length=5, vocabulary=7, dtype=dtype)
-    tensors = torch.randn(blocks, 5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return file, tensors, [file.append(index, tensors[index]) for index in range(blocks)]
+def written(path):
+    file, tensors = LogitsFile(path, blocks=3, length=5, vocabulary=7, dtype=torch.float32), torch.randn(3, 5, 7)
+    return file, tensors, [file.append(index, tensors[index]) for index in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_read_is_what_was_written(tmp_path, dtype):
-    file, tensors, hashes = written(tmp_path / "logits.safetensors", dtype)
-    assert file.whole_blocks() == 3 and file.bytes == 3 * 5 * 7 * dtype.itemsize
+def test_what_is_read_is_what_was_written(tmp_path):
+    file, tensors, hashes = written(tmp_path / "logits.safetensors")
     theirs = load_file(file.path)
     assert sorted(theirs) == ["logits.0", "logits.1", "logits.2"]
     for index, found in zip((2, 0), read_logits(file.path, hashes, (2, 0)), strict=True):
@@ -32,18 +29,17 @@ def test_the_bytes_of_a_small_file(tmp_path):
     assert file.path.read_bytes() == expected
 
 
-@pytest.mark.parametrize("half", [0, 17])
-def test_a_file_that_was_cut_off_goes_on_after_its_last_whole_block(tmp_path, half):
+def test_a_file_that_was_cut_off_goes_on_after_its_last_whole_block(tmp_path):
     file, tensors, hashes = written(tmp_path / "logits.safetensors")
     whole = file.path.read_bytes()
     with open(file.path, "r+b") as opened:
-        opened.truncate(len(file.header()) + file.block_bytes + half)
+        opened.truncate(len(file.header()) + file.block_bytes + 17)
     assert file.whole_blocks() == 1
     assert [file.append(index, tensors[index]) for index in (1, 2)] == hashes[1:]
     assert file.path.read_bytes() == whole
 
 
-def test_another_byte_is_refused(tmp_path):
+def test_what_was_not_written_so_is_refused(tmp_path):
     file, _, hashes = written(tmp_path / "logits.safetensors")
     content = bytearray(file.path.read_bytes())
     content[-1] ^= 1
@@ -52,19 +48,8 @@ def test_another_byte_is_refused(tmp_path):
     with pytest.raises(ArmorError, match=r"logits.safetensors: block 2: not what was written; run armor predict again"):
         list(read_logits(file.path, hashes, (0, 1, 2)))
 
-
-def test_a_file_without_the_block_is_refused(tmp_path):
-    file, _, hashes = written(tmp_path / "logits.safetensors")
     with pytest.raises(ArmorError, match="logits.safetensors: holds no block 3; run armor predict again"):
         list(read_logits(file.path, hashes, [3]))
     save_file({}, tmp_path / "other.safetensors")
     with pytest.raises(ArmorError, match="other.safetensors: format None, expected 1; run armor predict again"):
         list(read_logits(tmp_path / "other.safetensors", ["0"], [0]))
-    with pytest.raises(ArmorError, match="missing.safetensors: no such file"):
-        list(read_logits(tmp_path / "missing.safetensors", ["0"], [0]))
-
-
-def test_logits_of_another_shape_are_refused(tmp_path):
-    file = LogitsFile(tmp_path / "logits.safetensors", blocks=1, length=2, vocabulary=3, dtype=torch.float32)
-    with pytest.raises(ArmorError, match=r"found logits \(2, 4\) in torch.float32, expected \(2, 3\)"):
-        file.append(0, torch.zeros(2, 4))

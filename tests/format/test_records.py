@@ -9,7 +9,7 @@ import pytest
 
 from armor.core.errors import ArmorError
 from armor.core.typed import Typed
-from armor.format.records.base import File, Record
+from armor.format.records.base import Record
 from armor.format.records.budget import BudgetRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.reference import record_types
@@ -70,10 +70,3 @@ def test_a_layers_record_of_an_earlier_release_is_read():
 def test_the_bytes_of_a_budget_which_may_be_edited_by_hand(tmp_path):
     BudgetRecord.read(KEPT / "budget.json").write(tmp_path / "budget.json")
     assert (tmp_path / "budget.json").read_bytes() == (KEPT / "budget.json").read_bytes()
-
-
-def test_a_changed_copy_has_the_fields_of_its_type():
-    own = File(bytes=1, sha256="a")
-    assert own.replace(bytes=2) == File(bytes=2, sha256="a") and own.bytes == 1
-    with pytest.raises(TypeError, match="File: no field size"):
-        own.replace(size=2)

@@ -17,7 +17,6 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.format.scaled import GROUP, VALUES, fp8
-from armor.format.shards import Shards
 from armor.model.fetch import check_folder
 from armor.model.source import open_source
 from armor.runtime.fused import unfuse
@@ -88,11 +87,6 @@ def test_what_is_read_is_what_transformers_makes_of_it(tmp_path, family):
         assert found.shape(name) == expected[name].shape
         assert torch.equal(found.read(name), expected[name]), name
         assert torch.equal(found.read(name, torch.float32), expected[name].float()), name
-    stored = Shards(folder)  # experts that are stored fused are read whole too
-    assert sum(map(stored.stored_bytes, stored.names())) == sum(
-        t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values()
-    )
-    assert all(torch.isfinite(stored.read(name)).all() for name in stored.names())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -125,17 +119,9 @@ def test_blocks_may_reach_over_the_edge_and_a_scale_may_be_one_for_all():
     assert torch.equal(fp8(numbers, scales[0, :1], (128, 128)), numbers.float() * scales[0, 0])
 
 
-@pytest.mark.parametrize("form", ["missing", "of another shape"])
-def test_scales_that_do_not_fit_are_one_clear_line(tmp_path, form):
+def test_scales_that_are_missing_are_one_clear_line(tmp_path):
     to_fp8(folder := tiny_model(tmp_path, "qwen3", layers=1))
     name = "model.layers.0.self_attn.q_proj.weight"
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        scales = tensors.pop(f"{name}_scale_inv")
-        if form != "missing":
-            tensors[f"{name}_scale_inv"] = scales[:1].clone()
-
-    edit_tensors(folder, change)
-    found = "missing" if form == "missing" else r"\(1, 4\)"
-    with pytest.raises(ArmorError, match=rf"{name}: .*{name}_scale_inv {found}; expected FP8 matrices"):
+    edit_tensors(folder, lambda tensors: tensors.pop(f"{name}_scale_inv"))
+    with pytest.raises(ArmorError, match=rf"{name}: .*{name}_scale_inv missing; expected FP8 matrices"):
         check_folder(folder)

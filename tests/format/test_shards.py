@@ -19,11 +19,8 @@ def folder_with(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3, 5), (0, 4)])
 def test_reads_what_was_saved(tmp_path, dtype, shape):
     tensor = (torch.randn(shape) * 3).to(dtype)
     shards = Shards(folder_with(tmp_path, {"first": torch.zeros(3), "x": tensor}))
@@ -63,13 +60,11 @@ def test_matrices_are_turned_and_joined(tmp_path):
 
 DAMAGE = {
     "truncated": lambda data, header: data[:-3],
-    "truncated in the header": lambda data, header: data[: header // 2],
     "empty": lambda data, header: b"",
     "too long": lambda data, header: data + b"x",
     "corrupt header": lambda data, header: data[:8] + b"\xff" * header + data[8 + header :],
     "other shape": lambda data, header: data.replace(b"[2,3]", b"[2,4]"),
     "unknown dtype": lambda data, header: data.replace(b'"F32"', b'"F99"'),
-    "not safetensors": lambda data, header: b"hello, world\n" * 10,
 }
 
 

@@ -50,7 +50,7 @@ def test_what_was_written_is_read_and_only_for_its_model(tmp_path):
         read_statistics(path)
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_impossible_values_are_refused(tmp_path, value):
     path = tmp_path / "layer_0.safetensors"
     write_statistics(path, {"a.q": Statistics(torch.tensor([1.0, value]), None, 1)}, {"a.q": "a.q"}, "f")
@@ -67,7 +67,4 @@ def test_statistics_must_be_those_that_calibration_recorded(tmp_path):
         statistics_of(calibration, 1)
     path.write_bytes(b"same")
     with pytest.raises(ArmorError, match=r"layer_0.safetensors: differs from its hash in calibration.json"):
-        statistics_of(calibration, 0)
-    path.unlink()
-    with pytest.raises(ArmorError, match=r"layer_0.safetensors: missing"):
         statistics_of(calibration, 0)
