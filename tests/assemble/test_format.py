@@ -151,14 +151,12 @@ def check(checkpoint, layers, dense):
 @pytest.mark.parametrize(("recipe", "max_shard_bytes"), [*zip(RECIPES, [10**9] * 3, strict=True), ("floats", 100_000)])
 def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, recipe, max_shard_bytes):
     root = packed(tmp_path, settings=settings_of(recipe), max_shard_bytes=max_shard_bytes)
-    expected = check(root / "checkpoint", root / "layers", tmp_path / "dense")
-    if recipe == "sparse plus low rank":
-        assert {None if own.down is None else len(own.down) for own in expected.values()} == {5, 64, None}
+    check(root / "checkpoint", root / "layers", tmp_path / "dense")
 
 
 @pytest.mark.parametrize(
     ("recipe", "blocks", "max_shard_bytes"),
-    [("floats", "int8", 10**9), ("floats", "bfloat16", 100_000), ("sparse plus low rank", "int8", 10**9)],
+    [("floats", "bfloat16", 100_000), ("sparse plus low rank", "int8", 10**9)],
 )
 def test_a_reader_made_from_the_page_gets_the_same_integers(tmp_path, recipe, blocks, max_shard_bytes):
     root = prepared(tmp_path)

@@ -1,6 +1,4 @@
 import json
-import os
-import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -8,7 +6,6 @@ from importlib.metadata import version
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from armor.assemble.verify import verify
@@ -18,7 +15,7 @@ from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.records.layer import LayerRecord
 from armor.format.shards import Shards
-from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
+from tests.packed import SETTINGS, edit_tensors, factorized, factors_of, opened, packed
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -58,17 +55,12 @@ def test_the_files_around_the_weights(root):
     source, found = (json.loads((root / folder / "config.json").read_text()) for folder in ("source", "checkpoint"))
     quantization = found.pop("quantization_config")
     assert found == source and quantization["quant_method"] == "armor" and quantization["format_version"] == 1
-    assert "sparsity_config" not in (checkpoint / "config.json").read_text()
-    # One group for each distinct shape, not one entry for each of the 14 linears.
-    assert len(quantization["groups"]) == 4 and sum(len(group["modules"]) for group in quantization["groups"]) == 14
 
 
 def test_the_card_says_what_the_hub_and_people_ask(copy):
     card = ModelCard.load(copy / "checkpoint/README.md")
     tags = ["armor", "sparse", "2:4"]
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-    assert "import armor.hf" in card.text and "| armor | 2:4 | 16 / 16 | 14 |" in re.sub(" +", " ", card.text)
-    assert "takes more bits than both, so size is no reason to take it." in card.text  # 17 and the blocks
     record = LayerRecord.read(copy / "layers/layer_0.json")
     assert record.fingerprint in card.text and record.made_by.code in card.text and "iterations: 2" in card.text
     assert f"torch {version('torch')}" in card.text and str(copy) not in card.text
@@ -81,26 +73,6 @@ def test_the_card_says_what_the_hub_and_people_ask(copy):
     assert data.pop("base_model") == "them/tiny" and data.pop("base_model_relation") == "quantized"
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "https://there")
     assert data["language"] == "en" and data["tags"] == tags
-    (copy / "source/README.md").write_text("---\n: [\n---\n")  # no YAML: as if it were not there
-    assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
-    assert "license" not in ModelCard.load(copy / "checkpoint/README.md").data.to_dict()
-
-
-def test_the_card_says_what_the_integers_are(copy):
-    said = re.findall("Quantized in .*", (quantized(copy) / "README.md").read_text())
-    assert len(said) == 3 and "Quantized" not in (copy / "checkpoint/README.md").read_text()
-    sides = "A and B as int8, a scale for each row."
-    assert said[2] == f"Quantized in 2 linears: S as int4, a scale for 32 columns of a row; {sides}"
-
-
-def test_the_card_in_a_run_is_named_by_model_and_recipe(copy, tmp_path):
-    results = tmp_path / "results/mine"
-    (results / "fast").mkdir(parents=True)
-    shutil.copy(copy / "model.json", results)
-    assemble(*opened(copy), copy / "layers", results / "fast/checkpoint.json")
-    card = (results / "fast/checkpoint/README.md").read_text()
-    assert "\n# mine, recipe fast: packed sparse linears (ARMOR)\n" in card and str(tmp_path) not in card
-    assert "\n# A qwen2 model: packed sparse linears (ARMOR)\n" in (copy / "checkpoint/README.md").read_text()
 
 
 def test_the_card_s_snippet_runs_where_the_folder_is(root, monkeypatch):
@@ -120,7 +92,6 @@ def test_checkpoint_json(root):
     assert {name: file.bytes for name, file in result.files.items()} == {n: len(b) for n, b in files.items()}
     assert result.compressed_count == 14 and result.kept_dense == () and result.dense_bits_per_weight == 32
     # fp32, 2:4: 16 bits of values and 1 of mask for each weight, and the blocks of 16.
-    assert f"{topology.compressed_share():.1%} are compressed" in (root / "checkpoint/README.md").read_text()
     blocks = sum(32 * 16 * (linear.out_features + linear.in_features) for linear in topology.linears())
     assert result.bits_per_weight == pytest.approx(17 + blocks / topology.linear_parameters)
 
@@ -128,8 +99,6 @@ def test_checkpoint_json(root):
 def test_the_same_input_gives_the_same_bytes(root, copy):
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
     assert contents(copy / "checkpoint") == contents(root / "checkpoint")
-    with safe_open(root / "checkpoint/model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # more of it would come in random order
 
 
 def test_shards(root, copy):
@@ -137,14 +106,11 @@ def test_shards(root, copy):
     files = sorted((copy / "checkpoint").glob("model*.safetensors"))
     assert len(files) > 3 and not (copy / "checkpoint/model.safetensors").exists()
     assert all(sum(t.nbytes for t in load_file(file).values()) <= 60_000 for file in files[1:])
-    # A tensor larger than a shard has one for itself; no tensor changes.
-    assert list(load_file(files[0])) == ["model.embed_tokens.weight"]
     together = {name: tensor for file in files for name, tensor in load_file(file).items()}
     whole = load_file(root / "checkpoint/model.safetensors")
     assert together.keys() == whole.keys() and all(torch.equal(whole[name], t) for name, t in together.items())
     index = json.loads((copy / "checkpoint/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == whole.keys()
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     # The names that were in shards before are gone when a later recipe needs fewer.
     assemble(*opened(copy), copy / "layers", copy / "checkpoint.json")
     assert contents(copy / "checkpoint") == contents(root / "checkpoint")
@@ -197,16 +163,6 @@ def record(layer, change):
     return edit
 
 
-def cut(name, keep):
-    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:keep])
-
-
-def of_another_model(root):
-    other = prepared(root / "other", "qwen2", seed=1)
-    shutil.rmtree(root / "layers")
-    factorized(other).rename(root / "layers")
-
-
 def of_another_run(root):
     other = factorized(root, LayerSettings(method="wanda"), "others")
     shutil.copy(other / "layer_1.safetensors", root / "layers/layer_1.safetensors")
@@ -221,30 +177,20 @@ def missing(stage):
 
 
 UP = "model.layers.1.mlp.up_proj"
-AGAIN = "layer_0.json: .*run armor factorize for this layer again"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (of_another_model, r"layer_0.json: factors of another model .*factorize layer 0 again"),
+        (record(0, lambda found: found.update(fingerprint="f")), r"factors of another model .*factorize layer 0 again"),
         (of_another_run, "layer_1.safetensors: not what its JSON describes; factorize layer 1 again"),
         (
             lambda root: edit_tensors(root / "source", lambda tensors: tensors["model.norm.weight"].add_(1)),
             "not the model that was inspected",
         ),
         (missing("armor.factorize.layer"), "layer_1.safetensors: missing; factorize layer 1 again"),
-        (missing("armor.training.refine"), "layer_1.safetensors: missing; refine layer 1 again"),
-        (
-            missing("armor.training.tune"),
-            "missing; run armor tune again, or delete .*/layers.json and run",
-        ),
-        (lambda root: (root / "layers/layer_1.json").unlink(), "layer_1.json: no such file"),
-        (cut("layers/layer_0.safetensors", 5), "layer_0.safetensors"),
-        (cut("layers/layer_0.safetensors", -20), "layer_0.safetensors"),
-        (cut("layers/layer_0.json", 100), "layer_0.json: not valid JSON"),
-        (record(0, lambda found: found.pop("modules")), AGAIN),
-        (record(0, lambda found: found.update(modules=3)), AGAIN),
+        (missing("armor.training.tune"), "missing; run armor tune again, or delete .*/layers.json and run"),
+        (record(0, lambda found: found.pop("modules")), "layer_0.json: .*run armor factorize for this layer again"),
         (record(1, lambda found: found["modules"].pop(UP)), f"layer_1.json: {UP}: missing"),
         (
             record(1, lambda found: found["modules"][UP].update(pattern="1:4")),
@@ -259,34 +205,6 @@ AGAIN = "layer_0.json: .*run armor factorize for this layer again"
 def test_factors_that_do_not_fit(copy, edit, message):
     edit(copy)
     refused(copy, message)
-
-
-def test_nan_in_a_tensor_that_is_copied(copy):
-    source, topology = opened(copy)
-    name = "model.layers.1.input_layernorm.weight"
-    edit_tensors(copy / "source", lambda tensors: tensors[name].__setitem__(3, float("nan")))
-    with pytest.raises(ArmorError, match=rf"model.safetensors: {name}: 1 of 64 numbers are NaN"):
-        assemble(source, topology, copy / "layers", copy / "checkpoint.json")
-    assert not list(copy.glob("*checkpoint*"))
-
-
-def test_a_disk_that_fills_up_meanwhile(root, small_disk):
-    """It has room for the tensors, but for few files: for one more at each try, until they are enough."""
-    folder, said = small_disk("size=8m"), []
-    for name in ("source", "layers"):
-        shutil.copytree(root / name, folder / name)
-    shutil.copy(root / "model.json", folder)
-    used = os.statvfs(folder).f_files - os.statvfs(folder).f_ffree
-    while not (folder / "checkpoint.json").exists():
-        small_disk(f"remount,size=8m,nr_inodes={used + 3 + len(said)}")
-        try:
-            assemble(*opened(folder), folder / "layers", folder / "checkpoint.json")
-        except (ArmorError, OSError) as error:
-            said.append(str(error))
-        assert not (folder / "checkpoint").exists() or verify(folder / "checkpoint").checksums
-    assert len(said) > 3 and all("No space left on device" in line and "\n" not in line for line in said)
-    assert any("model.safetensors: cannot be written" in line for line in said)
-    assert verify(folder / "checkpoint").shards == 1 and not list(folder.glob(".checkpoint*"))
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_deleted(copy):
