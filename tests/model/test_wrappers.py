@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
@@ -11,7 +9,6 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 import armor.hf  # noqa: F401
 from armor.assemble.export import export
 from armor.format.shards import Shards
-from armor.model.inspect import inspect
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.streaming import stream_model
@@ -51,10 +48,3 @@ def test_its_own_class_loads_it_and_writes_what_the_dense_product_writes(root):
     pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
     mine, theirs = (m.get_image_features(pixels, torch.tensor([[1, 4, 4]])).pooler_output for m in (model, dense))
     assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
-
-
-def test_what_is_kept_is_told_with_the_reason(root, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "armor"):
-        inspect(opened(root)[0], tmp_path / "model.json")
-    (told,) = [line for line in caplog.messages if line.startswith("model.visual")]
-    assert told.endswith("dense: not of the text model") and "weights" in told
