@@ -212,3 +212,12 @@ def test_a_folder_that_is_no_checkpoint_is_not_deleted(copy):
     (copy / "checkpoint").mkdir()
     (copy / "checkpoint/thesis.txt").write_text("years of work")
     refused(copy, "in the way, and not a checkpoint")
+
+
+def test_nan_in_a_tensor_that_is_copied(copy):
+    source, topology = opened(copy)
+    name = "model.layers.1.input_layernorm.weight"
+    edit_tensors(copy / "source", lambda tensors: tensors[name].__setitem__(3, float("nan")))
+    with pytest.raises(ArmorError, match=rf"model.safetensors: {name}: 1 of 64 numbers are NaN"):
+        assemble(source, topology, copy / "layers", copy / "checkpoint.json")
+    assert not list(copy.glob("*checkpoint*"))

@@ -52,19 +52,14 @@ def test_models_take_turns_and_speedups_are_those_of_rounds(root, engine):
 
 
 @pytest.mark.parametrize(
-    "defect, said, logged",
-    [
-        ("refused", "q_proj: it holds a pair", "Engine core initialization failed"),
-        ("silent", "vLLM answered 0 of 2 requests of 1 clients", '"POST /v1/completions HTTP/1.1" 503'),
-    ],
+    "defect, said", [("refused", "q_proj: it holds a pair"), ("silent", "vLLM answered 0 of 2 requests of 1 clients")]
 )
-def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, capsys, defect, said, logged):
+def test_a_model_that_is_not_served_is_one_line(root, checkpoint, engine, defect, said):
     (checkpoint / defect).touch()
     before = psutil.Process().children(recursive=True)
     with pytest.raises(ArmorError, match=said) as error:
         benchmark_serving(root / "source", {"armor": checkpoint}, SETTINGS, engine / "serve.json")
     assert str(checkpoint) in str(error.value) and "\n" not in str(error.value)
-    assert logged in capsys.readouterr().err  # what the server said
     assert psutil.Process().children(recursive=True) == before
 
 
@@ -97,11 +92,6 @@ def test_the_cause_is_the_first_error_of_a_log():
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert CAUSE.search(log)[1] == "ValueError: Available memory is less than desired."
-    assert CAUSE.search("armor.serve.plugin.Refused: q_proj: no\nRuntimeError: see above")[1] == "q_proj: no"
-    found = (
-        "pydantic.ValidationError: 1 error for Config\n  Value error, 9 is greater than 8\n    For more, see there\n"
-    )
-    assert CAUSE.search(f"Traceback:\n{found}")[1].endswith("1 error for Config\n  Value error, 9 is greater than 8")
 
 
 def test_what_cannot_serve_is_one_line(engine, monkeypatch):

@@ -6,7 +6,6 @@ import itertools
 import tracemalloc
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -44,25 +43,6 @@ def linears(number):
             for d, part in zip((16, 32, 64, 128), left, strict=True)
         ]
         yield [(9 * rows * columns, cost), *blocks, (16 * rows * columns, 0.0)]
-
-
-def least_cost(options, limit):
-    """The least sum of costs by a table of all sizes in units of what divides them all."""
-    unit = int(np.gcd.reduce([size for own in options for size, _ in own]))
-    table = np.zeros(limit // unit + 1)  # the least cost within each size
-    for own in options:
-        ways = ((size // unit, cost) for size, cost in own if size <= limit)
-        table = np.min([np.append(np.full(size, np.inf), table[: len(table) - size] + cost) for size, cost in ways], 0)
-    return table[-1]
-
-
-@pytest.mark.parametrize("bits", [9, 9.5, 11.94, 15.9, 16])
-@pytest.mark.parametrize("number", [3, 40])
-def test_it_is_the_best_for_linears_too(bits, number):
-    options = list(linears(number))
-    limit = int(bits * sum(dense // 16 for *_, (dense, _) in options))
-    cost, size = sums(options, cheapest(options, limit))
-    assert size <= limit and cost == pytest.approx(least_cost(options, limit), rel=1e-12)
 
 
 def test_a_thousand_linears_take_little_memory():

@@ -5,9 +5,9 @@ from armor.core.packing import pack, pack_mask, unpack, unpack_mask
 from armor.core.pattern import Pattern, top_n_mask
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8", "4:8", "1:2", "50%"])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 24), (3, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 24), (3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpack_of_pack_is_the_core(pattern, rows, columns, dtype):
     mask = top_n_mask(torch.rand(rows, columns), Pattern.parse(pattern))
     core = torch.randn(rows, columns).to(dtype) * mask

@@ -9,16 +9,13 @@ import sys
 
 import psutil
 import pytest
-from tokenizers.processors import TemplateProcessing
 
 from armor.config.measures import EvaluationSettings
 from armor.core.errors import ArmorError
-from armor.evaluate.served import CODE, ServedLM
-from armor.evaluate.tasks import PlainLM, evaluate_tasks
+from armor.evaluate.served import CODE
+from armor.evaluate.tasks import evaluate_tasks
 from armor.execution.fingerprint import code_hash
 from armor.format.records.evaluation import TasksRecord
-from armor.runtime.folder import load_tokenizer
-from armor.runtime.load import load_model
 from armor.serve.engine import PYTHON, check_engine
 from tests.engine import stand_in
 from tests.evaluate.test_tasks import BUILT, GREEDY, likelihoods, own_task, sentences, settings
@@ -73,7 +70,7 @@ def test_a_server_answers_as_the_model_in_this_process(tmp_path, engine):
 @pytest.mark.parametrize(
     "defect, said", [("refused", "vLLM does not serve it: q_proj: it holds a pair"), ("silent", "vLLM's server: 503")]
 )
-def test_a_server_that_fails_is_one_line(tmp_path, engine, caplog, capfd, defect, said):
+def test_a_server_that_fails_is_one_line(tmp_path, engine, defect, said):
     folder = tiny_model(tmp_path / "model")
     (folder / defect).touch()
     asked = settings(sentences(tmp_path), tasks=["last_word"], engine="vllm", dtype="float32")
@@ -82,8 +79,6 @@ def test_a_server_that_fails_is_one_line(tmp_path, engine, caplog, capfd, defect
         evaluate_tasks(folder, asked, tmp_path / "reading.json")
     assert psutil.Process().children(recursive=True) == before  # no server is left
     assert "\n" not in str(error.value) and not (tmp_path / "reading.json").exists()
-    told = caplog.text + capfd.readouterr().err
-    assert ("no answer from here" if defect == "silent" else "Engine core") in told
 
 
 @pytest.mark.skipif(PYTHON in os.environ, reason="the stand-in can be made to fail")
@@ -116,16 +111,3 @@ def test_an_answer_that_the_context_does_not_hold_is_refused(tmp_path, engine):
     said = f"{folder}: answers of 128 tokens are asked for in a context of 128; lower the task's max_gen_toks, or raise"
     with pytest.raises(ArmorError, match=said):
         evaluate_tasks(folder, EvaluationSettings(tasks=[task], engine="vllm"), tmp_path / "out.json")
-
-
-def test_the_tokens_are_those_of_a_model_of_transformers(tmp_path):
-    """Also where the tokenizer puts tokens before a text that are no beginning of a sequence, and is told not to."""
-    folder = tiny_model(tmp_path, **SHAPE)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="a $A", special_tokens=[("a", 64)])
-    here = PlainLM(pretrained=load_model(folder, "float32", "cpu"), tokenizer=tokenizer, batch_size=1)
-    there = ServedLM("http://127.0.0.1:1", 128, folder, tokenizer, psutil.Process())
-    for options in ({}, {"add_special_tokens": False}):
-        assert there.tok_encode("bc", **options) == here.tok_encode("bc", **options)
-        assert there.tok_encode(["bc", "d"], **options) == [here.tok_encode(one, **options) for one in ("bc", "d")]
-    assert len(there.tok_encode("bc")) == 3 and here.prefix_token_id == there.prefix_token_id

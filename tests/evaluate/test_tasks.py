@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import random
 import re
 import sys
@@ -16,14 +15,12 @@ import pytest
 import yaml
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
-from safetensors.torch import load_file, save_file
 
 import armor.hf  # noqa: F401  packed checkpoints load by their path
 from armor.assemble.export import export
 from armor.config.measures import EvaluationSettings
 from armor.config.tasks import asked_tasks
 from armor.core.errors import ArmorError
-from armor.evaluate import tasks as module
 from armor.evaluate.built import build_task, items_of
 from armor.evaluate.tasks import CPU_BATCH_SIZE, check_names, evaluate_tasks
 from armor.execution.files import read_json
@@ -32,7 +29,7 @@ from armor.runtime.load import weights_bytes
 from tests.forks import fork
 from tests.killed import left_over
 from tests.memory import NoRoom, host_of
-from tests.packed import packed
+from tests.packed import edit_tensors, packed
 from tests.tiny import tiny_model
 
 BUILT = ["last_word", "continuation"]
@@ -72,13 +69,6 @@ def likelihoods(folder, task) -> list:
     lines = (folder / f"{task}.samples.jsonl").read_text().splitlines()
     answers = [json.loads(line)["filtered_resps"] for line in lines]
     return [[float(one[0] if isinstance(one, list) else one) for one in answer] for answer in answers]
-
-
-def assert_close(here, there) -> None:
-    """The log-likelihoods of all tasks in two folders agree but for rounding."""
-    for task in BUILT:
-        ours, theirs = (sum(likelihoods(folder, task), []) for folder in (here, there))
-        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def arc(folder) -> Path:
@@ -147,7 +137,6 @@ def test_a_task_like_arc_has_the_numbers_of_lm_evals_command_line(tmp_path):
     ours = likelihoods(tmp_path / "ours" / "checkpoint", "own_arc")
     assert [len(item) for item in ours] == [4] * 16
     assert sum(ours, []) == pytest.approx(sum(theirs, []), rel=1e-6, abs=0)
-    assert command_line(root / "checkpoint", file, 2, tmp_path / "packed")[1] == ours
 
 
 def test_a_finished_task_is_not_run_again(tmp_path, text, caplog):
@@ -166,16 +155,6 @@ def test_a_finished_task_is_not_run_again(tmp_path, text, caplog):
     undisturbed = evaluate_tasks(folder, settings(text), tmp_path / "whole" / "reading.json")
     assert again.tasks == undisturbed.tasks and TasksRecord.read(output) == again
     assert left_over(tmp_path / "out") == []
-
-
-def test_a_context_without_an_end_holds_every_item(tmp_path, text):
-    folder, results = tiny_model(tmp_path / "model"), []
-    for says in (128, -1):
-        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": says}
-        (folder / "config.json").write_text(json.dumps(config))
-        evaluate_tasks(folder, settings(text), tmp_path / str(says) / "reading.json")
-        results.append([likelihoods(tmp_path / str(says) / "reading", task) for task in BUILT])
-    assert results[0] == results[1]
 
 
 def test_whether_a_higher_value_is_better_is_what_the_task_says(tmp_path, text):
@@ -212,7 +191,6 @@ def test_built_items_are_of_the_text_and_always_the_same(tmp_path, text):
         (["hellaswag", "arc_chalenge"], "task arc_chalenge: lm-eval has none of this name; did you mean arc_challenge"),
         (["ai2_arc"], "task ai2_arc: stands for several .* name them: arc_challenge, arc_easy"),
         (["lest_word"], "did you mean last_word"),  # of our own
-        (["zzzzqqq"], "task zzzzqqq: lm-eval has none of this name; see `lm_eval ls tasks`"),
         (["none.yaml"], "none.yaml: no such file"),
     ],
 )
@@ -225,52 +203,31 @@ def test_the_papers_tasks_are_there():
     check_names(asked_tasks(EvaluationSettings(tasks=["paper"])))
 
 
-@pytest.mark.parametrize(
-    "task, served, splits",
-    [
-        ("arc_challenge", "arc_challenge", ["train", "validation", "test"]),
-        ("mmlu", "mmlu_abstract_algebra", ["test", "dev"]),
-    ],
-)
-def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_path, monkeypatch, task, served, splits):
+def test_without_a_network_the_file_that_would_serve_is_named_and_serves(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     folder = tiny_model(tmp_path / "model")
-    with pytest.raises(ArmorError, match=f"task {task}: cannot be loaded: .*{served}_local.yaml") as caught:
-        evaluate_tasks(folder, EvaluationSettings(tasks=[task]), tmp_path / "out.json")
+    with pytest.raises(ArmorError, match="task arc_easy: cannot be loaded: .*arc_easy_local.yaml") as caught:
+        evaluate_tasks(folder, EvaluationSettings(tasks=["arc_easy"]), tmp_path / "out.json")
     assert "\n" not in str(caught.value) and not (tmp_path / "out.json").exists()
-    assert ("a file for each of its 57 tasks" in str(caught.value)) == (task == "mmlu")
     keys = re.findall(r"`([^`]+)`", str(caught.value))
     assert [key.partition(":")[0] for key in keys] == "task include dataset_path dataset_name dataset_kwargs".split()
     local = yaml.safe_load("\n".join(keys))
     files = local["dataset_kwargs"]["data_files"]
-    assert list(files) == splits
+    assert list(files) == ["train", "validation", "test"]
     for split, file in files.items():
         files[split] = str(tmp_path / file)
         rows = []
         for k in range(6):
             choices = [words(k + i, 3) for i in range(4)]
-            answer = {"choices": choices, "answer": k % 4}  # as in MMLU
-            if task == "arc_challenge":
-                answer = {"choices": {"text": choices, "label": [*"ABCD"]}, "answerKey": "ABCD"[k % 4]}
+            answer = {"choices": {"text": choices, "label": [*"ABCD"]}, "answerKey": "ABCD"[k % 4]}
             rows.append({"question": f"Which {words(k, 4)}?", **answer})
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / f"{served}_local.yaml"
+    path = tmp_path / "arc_easy_local.yaml"
     path.write_text(yaml.safe_dump(local))
     result = evaluate_tasks(folder, EvaluationSettings(tasks=[str(path)], shots=1), tmp_path / "out.json")
-    found = result.tasks[f"{served}_local"]
-    assert (found.metric, found.shots, found.items) == ("acc_norm" if task != "mmlu" else "acc", 1, 6)
-    assert 0 <= found.value <= 1 and found.standard_error > 0
-
-
-def test_nan_likelihoods_are_refused(tmp_path, text):
-    folder = tiny_model(tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"].fill_(math.nan)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ArmorError, match=f"{folder}: last_word: the log-likelihoods are not finite .item 0."):
-        evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
-    assert not (tmp_path / "reading.json").exists()
+    found = result.tasks["arc_easy_local"]
+    assert (found.metric, found.shots, found.items) == ("acc_norm", 1, 6)
 
 
 @contextmanager
@@ -291,35 +248,21 @@ def room_for(limit: int) -> Iterator[list[int]]:
         yield sizes
 
 
-@pytest.mark.parametrize("size, tried", [(8, [8, 4, 2]), ("auto", [16, 8, 4, 2])])
-def test_batches_too_large_for_the_memory_are_halved(tmp_path, text, monkeypatch, size, tried):
+def test_batches_too_large_for_the_memory_are_halved(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     whole = evaluate_tasks(folder, settings(text, items=16), tmp_path / "whole" / "reading.json")
-    monkeypatch.setattr(module, "CPU_BATCH_SIZE", size)
     with room_for(2) as sizes:
         halved = evaluate_tasks(folder, settings(text, items=16), tmp_path / "halved" / "reading.json")
     assert halved.tasks == whole.tasks
-    assert list(dict.fromkeys(sizes)) == tried
-    assert_close(tmp_path / "halved" / "reading", tmp_path / "whole" / "reading")
-
-
-@pytest.mark.parametrize("room, largest", [(3 * 4 * 272 * 150, 3), (1, 1)])
-def test_batches_of_long_items_are_smaller(tmp_path, text, monkeypatch, room, largest):
-    folder = tiny_model(tmp_path / "model")
-    whole = evaluate_tasks(folder, settings(text, items=16), tmp_path / "whole" / "reading.json")
-    monkeypatch.setattr(module, "LOGITS", room)
-    with room_for(8) as sizes:
-        found = evaluate_tasks(folder, settings(text, items=16), tmp_path / "found" / "reading.json")
-    assert found.tasks == whole.tasks
-    assert max(sizes) == largest
+    assert list(dict.fromkeys(sizes)) == [8, 4, 2]
 
 
 def test_a_device_too_small_for_one_item_is_one_line(tmp_path, text):
     folder = tiny_model(tmp_path / "model")
     said = f"{folder}: task last_word: out of memory on cpu with a single item; take"
-    with room_for(0) as sizes, pytest.raises(ArmorError, match=said):
+    with room_for(0), pytest.raises(ArmorError, match=said):
         evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
-    assert sizes == [8, 4, 2, 1] and not (tmp_path / "reading.json").exists()
+    assert not (tmp_path / "reading.json").exists()
 
 
 def streamed_from(caplog) -> list[str]:
@@ -339,12 +282,9 @@ def own_task(folder, name: str, **keys) -> str:
 GREEDY = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 9, "do_sample": False}}
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_a_model_larger_than_the_memory_answers_and_writes_as_when_it_is_loaded(
-    tmp_path, text, monkeypatch, caplog, kind
-):
+def test_a_model_larger_than_the_memory_answers_and_writes_as_when_it_is_loaded(tmp_path, text, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "armor")
-    folder = tiny_model(tmp_path / "model") if kind == "dense" else packed(tmp_path) / "checkpoint"
+    folder = packed(tmp_path) / "checkpoint"
     keys = {"doc_to_text": "{{text}}", "metric_list": [{"metric": "exact_match"}], **GREEDY}
     writes = own_task(tmp_path, "writes", output_type="generate_until", **keys)
     metrics = [{"metric": "bits_per_byte"}]
@@ -362,3 +302,11 @@ def test_a_model_larger_than_the_memory_answers_and_writes_as_when_it_is_loaded(
         assert streamed.tasks[task].value == pytest.approx(loaded.tasks[task].value, rel=1e-6)
     there, here = ((tmp_path / name / "reading/writes.samples.jsonl").read_text() for name in ("loaded", "streamed"))
     assert here == there and len(set(json.loads(line)["resps"][0][0] for line in here.splitlines())) > 1
+
+
+def test_nan_likelihoods_are_refused(tmp_path, text):
+    folder = tiny_model(tmp_path / "model")
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(ArmorError, match=f"{folder}: last_word: the log-likelihoods are not finite .item 0."):
+        evaluate_tasks(folder, settings(text), tmp_path / "reading.json")
+    assert not (tmp_path / "reading.json").exists()

@@ -1,7 +1,6 @@
 import os
 import resource
 import signal
-import stat
 
 import pytest
 import torch
@@ -9,10 +8,8 @@ import torch
 from armor.core.errors import ArmorError
 from armor.execution.files import (
     atomic_path,
-    open_safetensors,
     read_json,
     save_safetensors,
-    sha256,
     try_lock,
     write_json,
 )
@@ -33,33 +30,11 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
     assert read_json(target) == {"x": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_new_file_has_the_usual_permissions(tmp_path):
-    write_json(tmp_path / "a", {})
-    (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-def test_nan_is_not_json(tmp_path):
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "a", {"x": float("nan")})
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_bad_json_file_is_one_line(tmp_path):
     (tmp_path / "a").write_text("{")
-    (tmp_path / "c").write_text("[]")
-    for name, said in (("a", "not valid JSON"), ("b", "no such file"), ("c", "holds a list, expected a JSON object")):
+    for name, said in (("a", "not valid JSON"), ("b", "no such file")):
         with pytest.raises(ArmorError, match=said):
             read_json(tmp_path / name)
-
-
-def test_tensors_are_written_in_one_order(tmp_path):
-    x, y = torch.randn(3), torch.randn(2, 2).T
-    save_safetensors(tmp_path / "a", {"x": x, "y": y})
-    save_safetensors(tmp_path / "b", {"y": y, "x": x})
-    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
-    with open_safetensors(tmp_path / "a") as file:
-        assert torch.equal(file.get_tensor("y"), y)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -79,8 +54,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, writ
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("write", WRITERS)
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
     def work():
         with atomic_path(tmp_path / "file") as temporary:
             temporary.write_text("half")
@@ -89,7 +63,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
 
     assert fork(work, tmp_path).returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == 1
-    write(tmp_path / "file")
+    write_json(tmp_path / "file", {})
     assert os.listdir(tmp_path) == ["file"]
 
 

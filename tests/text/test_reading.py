@@ -23,16 +23,10 @@ def test_a_fingerprint_is_of_the_tokens_alone(tmp_path):
     assert len(whole) > 2 and whole.fingerprint != one.fingerprint
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ArmorError, match=f"^{tmp_path}: no config.json here"):
-        block_length(tmp_path, 16)
-
-
-@pytest.mark.parametrize("says", [-1, 0])
-def test_a_context_without_an_end_takes_any_length_and_asks_for_one(tmp_path, says):
+def test_a_context_without_an_end_takes_any_length_and_asks_for_one(tmp_path):
     folder = tiny_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": says}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": -1}))
     assert block_length(folder, 5000) == 5000
     with pytest.raises(ArmorError, match=r"config\.json: names no context length; set sequence_length"):
         block_length(folder, None)
