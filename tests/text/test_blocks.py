@@ -85,10 +85,10 @@ def test_the_texts_of_a_mixture_take_turns(tmp_path, tokenizer):
         read(12)
 
 
-def test_the_spaces_of_wikitext_are_taken_back_where_asked(tmp_path, tokenizer):
-    row = ' It is , in the 1 @.@ 5 @-@ mile range , the town \'s " first " .\n'
-    settings = write(tmp_path / "rows.jsonl", json.dumps({"text": row}))
-    settings = settings.model_copy(update={"detokenize": "wikitext"})
+def test_rows_of_wikitext_are_joined_and_lose_its_spaces_where_asked(tmp_path, tokenizer):
+    rows = ["It is , in the 1 @.@ 5", '@-@ mile range , the town \'s " first " .\n']
+    settings = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": row}) for row in rows))
+    settings = settings.model_copy(update={"separator": " ", "detokenize": "wikitext"})
     blocks = token_blocks(settings, tokenizer, None, 1)
     assert tokenizer.decode(blocks.flatten()) == 'It is, in the 1.5-mile range, the town\'s "first" .\n'
 

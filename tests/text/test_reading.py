@@ -21,6 +21,7 @@ def test_a_fingerprint_is_of_the_tokens_alone(tmp_path):
     assert one.tokens.shape == (len(one), one.length) == (2, 16) and one.fingerprint == other.fingerprint
     whole = read_blocks(folder, texts[0], None, 16)
     assert len(whole) > 2 and whole.fingerprint != one.fingerprint
+    assert read_blocks(folder, texts[0], None, None).length == 128  # of the model
 
 
 def test_a_context_without_an_end_takes_any_length_and_asks_for_one(tmp_path):
