@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from armor.config.training import TrainingSettings
@@ -82,14 +80,13 @@ def test_what_is_left_is_the_best_look_as_stored(dtype):
     assert problem.value.data.equal(problem.value.data.to(dtype).float())
 
 
-@pytest.mark.parametrize("rate", [5e3, 1e30])
-def test_what_diverges_is_kept_as_it_was_and_said_in_one_line(rate, caplog):
+def test_what_diverges_is_kept_as_it_was_and_said_in_one_line(caplog):
     problem = Problem()
-    found = problem.fit(rate=rate)
+    found = problem.fit(rate=5e3)
     assert found.diverged and found.kept == 0 and found.steps < 24 and len(found.restarts) == 2
     assert (problem.value == 4.0).all() and problem.value.grad is None
     (said,) = caplog.messages
-    assert said.startswith(f"it: diverged at step {found.steps}, kept as it was; lower the rate ({rate:g}, ")
+    assert said.startswith(f"it: diverged at step {found.steps}, kept as it was; lower the rate (5000, ")
 
 
 def test_a_loss_that_is_no_number_is_a_divergence():
@@ -104,15 +101,6 @@ def test_a_loss_that_is_no_number_is_a_divergence():
 def test_nothing_to_train_is_one_line():
     with pytest.raises(ArmorError, match="^it: without core it has nothing to train: .*; set core: true"):
         fit({}, {}, TrainingSettings(core=False), loss=abs, dtype="float32", device="cpu", seed=0, where="it")
-
-
-def test_what_diverges_after_a_good_look_is_kept_as_of_that(caplog):
-    problem = Problem()
-    problem.looks(1.0, 0.5, 9.0, 0.6, 9.0, 9.0)
-    found = problem.fit()
-    assert found.diverged and found.kept == 3 and found.restarts == (6, 12) and (problem.value != 4.0).all()
-    (said,) = caplog.messages
-    assert said.startswith("it: diverged at step 15, kept as of step 3; lower the rate (0.1, ")
 
 
 def test_where_a_rate_is_too_high_it_begins_again_at_a_quarter_of_it(caplog):
@@ -134,17 +122,6 @@ def test_what_does_not_help_is_said_in_one_line(caplog):
     assert said.startswith("it: none of 72 steps lowered the held-out loss, at rates of 0.1 to 0.00625")
 
 
-def test_a_look_has_the_room_of_the_gradients():
-    problem, seen = Problem(torch.bfloat16), []
-
-    def held_out_loss():
-        seen.append(problem.value.grad)
-        return problem.error(5)
-
-    problem.held_out_loss = held_out_loss
-    assert problem.fit().kept > 0 and seen == [None] * 9
-
-
 def test_patience(caplog):
     problem = Problem()
     problem.looks(1.0, 0.5, 0.6, 0.7, 0.1)
@@ -152,7 +129,7 @@ def test_patience(caplog):
     assert found.kept == 3 and found.steps == 9 and not found.diverged and not caplog.records
 
 
-@pytest.mark.parametrize(("diverges", "file_bytes"), [(-1, 10**9), (-1, 100), (3, 10**9), (6, 10**9)])
+@pytest.mark.parametrize(("diverges", "file_bytes"), [(-1, 100), (3, 10**9)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, diverges, file_bytes):
     """With what is saved in one file and in one for each parameter; where a look finds a divergence, which is then not
     on the disk."""
@@ -169,20 +146,6 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, dive
         assert found == expected and again.value.equal(whole.value) and again.more.equal(whole.more)
         assert again.learnt == 2 * expected.steps
         assert not any(tmp_path.iterdir())
-
-
-def test_the_disk_has_room_for_what_is_kept_to_go_on(tmp_path, monkeypatch):
-    """Twice what a look keeps before the first, once to go on; what a kill left of the next look goes first."""
-    asked: list[int] = []
-    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
-    for dies, before in ((7, None), (0, "state_9")):
-        with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "a", "armor.training.fit", "cpu") as steps:
-            if before:
-                shutil.copytree(steps.folder / "state_6", steps.folder / before)
-            Problem(dies=dies).fit(steps)
-    (saved,) = steps.folder.glob("state_*")
-    kept = sum(tensor.nbytes for file in saved.iterdir() for tensor in load_file(file).values())
-    assert asked == [2 * kept, kept] and saved.name == "state_6"
 
 
 def test_a_pair_may_start_at_zero():

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import weakref
 from functools import partial
-from itertools import combinations
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,28 +14,21 @@ from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.config.layers import LayerSettings
 from armor.config.quantization import QuantizeSettings
-from armor.config.sources import TextSettings
-from armor.config.training import RefineJob, RefineSettings, TuneJob, TuneSettings
 from armor.core.errors import ArmorError
 from armor.format.factors import read_factors, read_others
-from armor.format.records.base import Input
 from armor.format.records.layer import LayerRecord
 from armor.format.records.states import StatesRecord
 from armor.format.shards import Shards
-from armor.format.states import write_states
 from armor.format.statistics import read_statistics
 from armor.methods.solver.objective import Objective, relative_loss
-from armor.runtime.calls import observe_each
-from armor.runtime.filling import load_outside
 from armor.runtime.load import load_model
-from armor.runtime.skeleton import open_skeleton, tensors_of
-from armor.training.refine import output_error, refine_layer
+from armor.training.refine import output_error
 from armor.training.refined import sum_up
-from armor.training.states import make_states, pass_on
+from armor.training.states import make_states
 from tests.memory import NoRoom, card_of
 from tests.packed import edit_tensors, factorized, opened, prepared, quantized
-from tests.tiny import FAMILIES, tiny_model, tiny_text
-from tests.training.trained import TRAINING, ready, refine_job, refined, sample, tuned
+from tests.tiny import tiny_text
+from tests.training.trained import ready, refined, sample, tuned
 
 NEAR = 1e-2
 """How far a loss may be where layers before it made the states: by bfloat16 products where the processor has them."""
@@ -75,16 +64,14 @@ def errors(root, model):
 
 def test_every_token_counts_alike_however_large():
     wanted, missed = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
-    assert output_error(wanted, wanted) == 0
-    assert output_error(wanted + 0.1 * wanted, wanted).item() == pytest.approx(0.01)
+    assert output_error(1.1 * wanted, wanted).item() == pytest.approx(0.01)
     size = torch.rand(3, 5, 1) * 1000
     torch.testing.assert_close(
         output_error(wanted + missed, wanted), output_error(size * (wanted + missed), size * wanted)
     )
-    assert output_error(missed.bfloat16(), torch.zeros(3, 5, 8)).isfinite()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3"])
 def test_the_output_error_falls_in_every_family_and_the_record_says_what_is_stored(tmp_path, family):
     root = ready(tmp_path, family)
     output, shards = root / "refined", Shards(root / "source")
@@ -95,15 +82,13 @@ def test_the_output_error_falls_in_every_family_and_the_record_says_what_is_stor
         start, (done,) = LayerRecord.read(root / f"layers/layer_{k}.json"), record.training
         assert record == LayerRecord.read(output / f"layer_{k}.json") and record.factorized == start.made_by
         assert done.start_loss == pytest.approx(old, rel=1e-4) and done.loss == pytest.approx(new, rel=1e-4)
-        assert done.loss < done.start_loss and done.kept > 0
-        assert done.steps == 16 and done.tokens == 16 * 2 * 48 and done.sequences == 6 and done.held_out == 2
+        assert done.loss < done.start_loss
         factors, _ = read_factors(output / f"layer_{k}.safetensors")
         inputs = read_statistics(root / f"calibration/layer_{k}.safetensors")
         for name, entry in record.modules.items():
             weight = shards.read(f"{name}.weight")
             loss = relative_loss(weight, Objective.of(weight, inputs[name].importance), factors[name])
-            assert entry.loss == pytest.approx(loss) == factors[name].loss and entry.condition >= 1
-            assert done.proxy_losses[name] == start.modules[name].loss and entry.trace == start.modules[name].trace
+            assert entry.loss == pytest.approx(loss) == factors[name].loss
         others = read_others(output / f"layer_{k}.safetensors")  # norms and biases, in the place of the source's
         assert others.keys() == {*done.norms_and_biases} and all(f".{k}." in name for name in others)
         for name, tensor in others.items():
@@ -137,15 +122,14 @@ def test_of_a_lora_the_pair_alone_is_trained(root, tmp_path):
         assert done.start_loss > done.loss == pytest.approx(error, rel=1e-4)
 
 
-@pytest.mark.parametrize(("core", "dtype"), [("int4", torch.int8), ("fp8", torch.float8_e4m3fn)])
-def test_integers_are_refined_as_they_are_stored(root, tmp_path, core, dtype):
-    folder = quantized(root, QuantizeSettings(core=core), core).parent / "quantized"
-    records = [refined(root, k, tmp_path, f"{core}/quantized", rate=1e-2) for k in range(2)]
+def test_integers_are_refined_as_they_are_stored(root, tmp_path):
+    folder = quantized(root, QuantizeSettings(core="int4"), "int4").parent / "quantized"
+    records = [refined(root, k, tmp_path, "int4/quantized", rate=1e-2) for k in range(2)]
     before, after = (read_factors(place / "layer_0.safetensors")[0] for place in (folder, tmp_path))
     for name, factors in after.items():
         assert factors.quantization == before[name].quantization and factors.mask.equal(before[name].mask)
-        assert factors.core.dtype == dtype and factors.left.dtype == torch.int8
-    plain = errors(root, load_model(root / core / "checkpoint", "float32"))
+        assert factors.core.dtype == factors.left.dtype == torch.int8
+    plain = errors(root, load_model(root / "int4/checkpoint", "float32"))
     own = errors(root, assembled(root, tmp_path, tmp_path))
     for k, record in enumerate(records):
         (done,) = record.training
@@ -161,10 +145,9 @@ def test_a_bfloat16_model_keeps_its_promise_as_it_is_stored(tmp_path):
     assert record.training[0].loss < record.training[0].start_loss
 
 
-@pytest.mark.parametrize("family", ["llama", "hy_v4"])
-def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path, family):
-    """In hy_v4 the last layer also takes what an earlier one hands on."""
-    root, output = ready(tmp_path, family, layers=3), tmp_path / "refined"
+def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path):
+    """Of a family whose last layer also takes what an earlier one hands on."""
+    root, output = ready(tmp_path, "hy_v4", layers=3), tmp_path / "refined"
     chain = [refined(root, k, output, inputs="compressed", steps=8) for k in range(3)]
     assert all(record.training[0].loss < record.training[0].start_loss for record in chain)
     assert chain[0].sha256 == refined(root, 0, tmp_path / "alone", steps=8).sha256  # nothing is before it
@@ -184,36 +167,6 @@ def test_compressed_inputs_are_those_of_the_refined_layers_before(tmp_path, fami
     assert output_error(found, wanted).item() == pytest.approx(chain[2].training[0].start_loss, rel=NEAR)
 
 
-def test_what_is_kept_between_two_layers_only_saves_time_and_does_not_pile_up(tmp_path, monkeypatch):
-    root, output, found = ready(tmp_path, layers=4), tmp_path / "refined", []
-    chain = [refined(root, k, output, inputs="compressed", steps=2) for k in range(4)]
-
-    def counted(target, *rest):
-        found.append(len([*output.glob(".states_*.safetensors")]))
-        return write_states(target, *rest)
-
-    monkeypatch.setattr("armor.training.refine.write_states", counted)
-    (output / "layer_3.safetensors").unlink()
-    assert refined(root, 3, output, inputs="compressed", steps=2).sha256 == chain[3].sha256
-    assert found == [0, 1, 1] and not [*output.glob(".*")]
-
-
-def test_states_of_a_chain_that_was_left_go_when_the_last_layer_is_done(root, tmp_path):
-    shutil.copy(root / "states/layer_0.safetensors", tmp_path / ".states_1.safetensors")
-    refined(root, 1, tmp_path, steps=1)
-    assert not [*tmp_path.glob(".*")]
-
-
-def test_a_rate_that_diverges_leaves_the_layer_as_it_was(root, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        record = refined(root, 1, tmp_path, rate=1e6)
-    assert record.training[0].diverged and record.training[0].kept == 0
-    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(said) == 1 and said[0].startswith("model.layers.1: diverged at step ") and "kept as it was" in said[0]
-    before, after = (load_file(folder / "layer_1.safetensors") for folder in (root / "layers", tmp_path))
-    assert all(after[name].equal(tensor) for name, tensor in before.items())
-
-
 def test_a_layer_that_stays_dense_passes_through_and_a_whole_model_is_not_tuned(root, tmp_path):
     factorized(root, LayerSettings(method="dense"), "dense")
     record, file = refined(root, 0, tmp_path, "dense"), tmp_path / "layer_0.safetensors"
@@ -223,45 +176,13 @@ def test_a_layer_that_stays_dense_passes_through_and_a_whole_model_is_not_tuned(
         tuned(root, tmp_path / "tuned", "dense")
 
 
-def test_states_of_a_mixture_serve_wherever_its_files_are_but_no_other_mixture(root, tmp_path):
-    copy = shutil.copytree(root, tmp_path / "copy")
-    names = ("one.txt", "two.txt", "three.txt")
-    text = (root / "text.txt").read_text()
-    for folder in (tmp_path, copy):
-        for index, name in enumerate(names):
-            (folder / name).write_text(text[index * 100 :])
-
-    def job(folder, *groups):
-        mixture = [TextSettings(files=[str(folder / name) for name in group]) for group in groups]
-        asked = refine_job(copy)
-        return asked.replace(sample=asked.sample.replace(text=TextSettings(mixture=mixture)))
-
-    def refined_on(asked):
-        own = (copy / "layers" / file, copy / "states.json", copy / "calibration" / file)
-        return refine_layer(*opened(copy), 0, *own, asked, tmp_path / file)
-
-    file = "layer_0.safetensors"
-    asked = job(copy, names[:2], names[2:])
-    make_states(*opened(copy), asked.sample, copy / "states.json")
-    (done,) = refined_on(asked).training
-    assert done.text == "one.txt, two.txt / three.txt in turn"
-    assert refined_on(job(tmp_path, names[:2], names[2:])).training[0].loss == done.loss
-    with pytest.raises(ArmorError, match="of another text than is asked for; delete it"):
-        refined_on(job(copy, names[:1], names[1:]))
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda made: {"fingerprint": "0" * 64}, "states.json: of another model than .*; run armor states again"),
-        (lambda made: {"made_by": made.replace(code="other")}, "made by other code than today's; delete it"),
         (lambda made: {"sequences": 6}, "found 6 sequences, expected 8 with the held-out ones; run armor states"),
         (
             lambda made: {"made_by": made.replace(settings=made.settings | {"sequence_length": 12})},
-            "of another text than is asked for; delete it",
-        ),
-        (
-            lambda made: {"made_by": made.replace(inputs=made.inputs | {Input.TEXT_FILES: "0" * 64})},
             "of another text than is asked for; delete it",
         ),
     ],
@@ -283,8 +204,6 @@ def test_what_is_missing_or_of_another_model_is_one_line(root, tmp_path):
         sum_up(tmp_path / "none", tmp_path / "refined.json")
     with pytest.raises(ArmorError, match="found .* tokens in 1 documents, needed 8000 x 48"):
         make_states(*opened(root), sample(root, 8000), tmp_path / "states.json")
-    with pytest.raises(ArmorError, match="context length of .* is 128"):
-        make_states(*opened(root), sample(root).replace(sequence_length=500), tmp_path / "states.json")
     factorized(prepared(tmp_path / "other", seed=1))
     with pytest.raises(ArmorError, match="layers/layer_0.safetensors: factors of another model"):
         refined(root, 0, tmp_path, tmp_path / "other/layers")
@@ -316,70 +235,6 @@ def test_states_that_overflow_are_named_by_layer_and_sequence(tmp_path):
     (tmp_path / "text.txt").write_text(tiny_text())
     with pytest.raises(ArmorError, match=r"model.layers.1: its output holds NaN or infinity on sequence 0; the"):
         make_states(*opened(tmp_path), sample(tmp_path), tmp_path / "states.json")
-
-
-def test_states_of_the_same_text_in_other_lengths_are_made_anew(root, tmp_path, monkeypatch):
-    output, wanted = tmp_path / "states.json", sample(root)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("armor.training.states.pass_on", Mock(side_effect=KeyboardInterrupt))
-        make_states(*opened(root), wanted.replace(sequences=16, sequence_length=24), output)
-    make_states(*opened(root), wanted, output)
-    for file in ("tokens", "layer_0", "layer_2"):
-        made, expected = ((folder / f"states/{file}.safetensors").read_bytes() for folder in (tmp_path, root))
-        assert made == expected
-
-
-def test_no_stage_holds_the_embeddings_of_all_sequences(root, tmp_path, monkeypatch):
-    held, most = [], []
-
-    def observed(*args):
-        for hidden, calls in observe_each(*args):
-            held.append(weakref.ref(hidden))
-            yield hidden, calls
-            del hidden
-            most.append(sum(one() is not None for one in held))
-
-    for stage in ("states", "refine"):
-        monkeypatch.setattr(f"armor.training.{stage}.observe_each", observed)
-    make_states(*opened(root), sample(root), tmp_path / "states.json")
-    refined(root, 1, tmp_path)
-    assert len(held) == 2 * 8 and max(most) <= 2
-
-
-def test_what_layers_are_called_with_holds_what_differs_by_sequence_alone(tmp_path):
-    tiny_model(tmp_path, "gemma3n_text", 3)
-    skeleton = open_skeleton(tmp_path, torch.float32)
-    load_outside(skeleton, tensors_of(skeleton, tmp_path))
-    tokens = torch.arange(3 * 32).view(3, 32)
-    calls = [of_layers for _, of_layers in observe_each(skeleton, tokens)]
-    held = [{t.untyped_storage().data_ptr(): t for call in of_layers for t in call.tensors()} for of_layers in calls]
-    own = [t for pointer, t in held[2].items() if pointer not in held[0]]
-    assert [t.untyped_storage().nbytes() for t in own] == [4 * 32 * 16] * 3  # the layer's input of its own
-    assert len(held[0]) > 1 and not any(torch.equal(a, b) for a, b in combinations(own, 2))
-
-
-def test_as_many_sequences_as_are_trained_on_and_held_out_and_no_others(root, tmp_path):
-    with pytest.raises(ValueError, match="batch: found 7, but there are 6 sequences"):
-        refine_job(root, batch=7)
-    for job, settings in ((RefineJob, {"refine": RefineSettings(**TRAINING)}), (TuneJob, {"tune": TuneSettings()})):
-        with pytest.raises(ValueError, match=r"sample.sequences: found 7, expected \d+: \d+ to train on, then \d"):
-            job(**settings, sample=sample(root, 7))
-    with pytest.raises(ArmorError, match="states.json: found 8 sequences, expected 7 with the held-out ones"):
-        refined(root, 1, tmp_path, held_out=1)
-
-
-def test_the_states_are_said_to_be_of_the_text_as_it_was_read(root, tmp_path, monkeypatch):
-    text = tmp_path / "text.txt"
-    text.write_text((root / "text.txt").read_text())
-    asked = sample(tmp_path)
-
-    def edits(*arguments):
-        text.write_text("something else")
-        pass_on(*arguments)
-
-    monkeypatch.setattr("armor.training.states.pass_on", edits)
-    made = make_states(*opened(root), asked, tmp_path / "states.json")
-    assert made.made_by.inputs == StatesRecord.read(root / "states.json").made_by.inputs
 
 
 def test_a_device_that_is_too_small_is_one_line(root, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from armor.core.integers import expand_scales
 from armor.core.pattern import Pattern, top_n_mask
 from armor.core.quantization import LIMITS
 from armor.methods.solver.rounding import quantize
-from armor.training.trainable import TrainableLinear, multiplied_once, rounded
+from armor.training.trainable import TrainableLinear, multiplied_once
 
 
 def factorization(left=3, right=4, pattern="2:4", rank=0, out=6, inner=8, dtype=torch.float32):
@@ -24,9 +24,7 @@ def factorization(left=3, right=4, pattern="2:4", rank=0, out=6, inner=8, dtype=
 
 CASES = [
     (3, 4, "2:4", 0),
-    (6, 8, "4:8", 0),
-    (2, 4, "50%", 0),
-    (1, 4, "1:4", 0),
+    (1, 4, "50%", 0),
     (None, None, "2:4", 3),
 ]
 
@@ -56,28 +54,13 @@ def test_the_weight_is_the_product_and_so_is_its_gradient(left, right, pattern, 
             torch.testing.assert_close(mine.grad, grad, rtol=1e-4, atol=1e-4)
 
 
-def test_an_error_while_multiplied_once_leaves_no_product():
-    linear = TrainableLinear(factorization())
-    with pytest.raises(KeyboardInterrupt), multiplied_once([linear]):
-        raise KeyboardInterrupt
-    assert linear.product is None and linear.core_values.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_trained_is_stored_as_it_was(dtype):
-    f = factorization(rank=2, dtype=dtype)
+def test_what_is_not_trained_is_stored_as_it_was():
+    f = factorization(rank=2, dtype=torch.bfloat16)
     linear = TrainableLinear(f)
     assert linear.weight.dtype == torch.float32
     found = linear.factors()
     for name in ("core", "mask", "left", "right", "up", "down"):
         assert getattr(found, name).dtype == getattr(f, name).dtype and getattr(found, name).equal(getattr(f, name))
-
-
-def test_rounded_shows_what_would_be_stored_and_no_longer():
-    parameter = torch.nn.Parameter(torch.tensor([1.0 + 2**-12]))
-    with rounded({"a": parameter}, {"a": torch.bfloat16}):
-        assert parameter.item() == 1.0
-    assert parameter.item() == 1.0 + 2**-12
 
 
 def integers(core="int4", blocks="int8", **options):
@@ -86,7 +69,6 @@ def integers(core="int4", blocks="int8", **options):
 
 
 INTEGERS = [
-    {"core": "int8", "left": 3, "right": 4},
     {"core": "int4", "left": 2, "right": 8},
     {"core": "int4", "left": None, "right": None, "pattern": "50%", "rank": 2},
     {"core": "fp8", "left": 3, "right": 4, "blocks": "bfloat16"},
@@ -138,11 +120,3 @@ def test_the_gradient_of_a_scale_is_what_the_rounding_leaves_and_the_integer_whe
     torch.testing.assert_close(linear.core_scales.grad, each.view(6, 2, 4).sum(2))
     values = (g * inside)[f.mask].view(6, 4)
     torch.testing.assert_close(linear.core_values.grad, values)
-
-
-def test_a_scale_of_zero_stays_and_harms_nothing():
-    f = integers(left=None, right=None)
-    f.core_scales[0, 0], f.core[0, :4] = 0, 0
-    linear = TrainableLinear(f)
-    linear.weight.square().sum().backward()
-    assert not linear.weight[0, :4].any() and all(p.grad.isfinite().all() for p in linear.own().values())

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import combinations_with_replacement
-from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
-from armor.format.factors import read_factors
 from armor.format.records.layer import LayerRecord
-from armor.format.records.tune import TuneRecord
 from armor.format.shards import Shards
 from armor.runtime.load import load_model
 from armor.training import tune as whole
-from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, saved_bytes, tune_bytes
-from armor.training.spread import hand_on, spread
+from armor.training.memory import best_bytes, factor_shapes, predictions_bytes, tune_bytes
+from armor.training.spread import spread
 from armor.training.tune import kept_predictions, kl_divergence
 from tests.memory import NoRoom, card_of, host_of
 from tests.packed import opened
@@ -48,7 +43,7 @@ def divergence(root, folder, output):
     return F.kl_div(own, dense, log_target=True, reduction="none").sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("vocabulary", [5, 300, 1000])
+@pytest.mark.parametrize("vocabulary", [5, 300])
 def test_the_divergence_over_what_is_kept_is_exact_or_less(vocabulary):
     dense, own = torch.randn(2, 9, vocabulary) * 4, torch.randn(2, 9, vocabulary) * 4
     kept = kept_predictions(iter(dense))
@@ -83,25 +78,13 @@ def test_a_refined_model_is_tuned_further_and_its_card_says_both(root, tmp_path)
     for k in range(2):
         refined(root, k, tmp_path / "refined")
     record = tuned(root, tmp_path, tmp_path / "refined")
-    assert record == TuneRecord.read(tmp_path / "tuned.json") and record.kept_tokens == 256
     assert record.training.loss < record.training.start_loss
     layers = [LayerRecord.read(tmp_path / f"tuned/layer_{k}.json") for k in range(2)]
     assert [layer.sha256 for layer in layers] == list(record.sha256)
     assert all([done.stage for done in layer.training] == ["refine", "tune"] for layer in layers)
-    first = LayerRecord.read(root / "layers/layer_0.json")
-    assert layers[0].factorized == first.made_by and layers[0].modules.keys() == first.modules.keys()
     divergence(root, tmp_path / "tuned", tmp_path)
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert "Refined: A, B, the values of S" in card and "Tuned: A, B, the values of S" in card
-
-
-def test_the_core_may_stay(root, tmp_path):
-    tuned(root, tmp_path, core=False)
-    before, after = (
-        read_factors(folder / "layer_0.safetensors")[0] for folder in (root / "layers", tmp_path / "tuned")
-    )
-    for name, factors in after.items():
-        assert factors.core.equal(before[name].core) and not factors.left.equal(before[name].left)
 
 
 def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path, monkeypatch):
@@ -117,25 +100,6 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     assert [look.held_out_loss for look in found.looks] == pytest.approx(
         [look.held_out_loss for look in expected.looks], rel=1e-3
     )
-
-
-def test_what_was_begun_with_more_memory_is_not_gone_on_with(root, tmp_path, monkeypatch, caplog):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(whole, "fit_whole", Mock(side_effect=KeyboardInterrupt))
-        tuned(root, tmp_path)
-    monkeypatch.setattr(whole, "ROOMY", 0)
-    with caplog.at_level(logging.INFO):
-        tuned(root, tmp_path)
-    assert "going on after" not in caplog.text
-
-
-@pytest.mark.parametrize("core", [True, False])
-def test_the_plan_counts_what_is_kept_to_go_on(root, tmp_path, monkeypatch, core):
-    asked: list[int] = []
-    monkeypatch.setattr("armor.training.fit.room_for", lambda needed, *_: asked.append(needed))
-    tuned(root, tmp_path, core=core)
-    planned = saved_bytes([factor_shapes(root / f"layers/layer_{k}.safetensors") for k in range(2)], core)
-    assert asked == [pytest.approx(planned, rel=0.03)]  # norms are not in it
 
 
 def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch):
@@ -180,29 +144,3 @@ def test_no_other_way_leaves_the_fullest_emptier(sizes, count, first):
     assert places == sorted(places)
     best = min(fullest(sizes, other, count, first) for other in combinations_with_replacement(range(count), len(sizes)))
     assert fullest(sizes, places, count, first) == best
-
-
-def test_a_model_of_70b_fits_on_eight_cards():
-    places = spread([7_000_000_000] * 80, 8, 8_000_000_000)
-    assert places.count(0) == 9 and max(places.count(device) for device in range(8)) == 11
-
-
-class Adds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def forward(self, hidden, bias):
-        self.seen.append((hidden.device.type, bias[0].device.type))
-        return hidden + bias[0]
-
-
-def test_each_layer_fetches_what_it_is_called_with_and_the_last_returns_its_output():
-    """The meta device stands for another card: it has no numbers, but tensors must be there to be added."""
-    layers = [Adds(), Adds(), Adds()]
-    hand_on(layers, ["cpu", "meta", "meta"], "meta")
-    hidden, bias = torch.ones(2), (torch.ones(2),)
-    for layer in layers:
-        hidden = layer(hidden, bias=bias)
-    assert [layer.seen for layer in layers] == [[("cpu", "cpu")], [("meta", "meta")], [("meta", "meta")]]
-    assert hidden.device.type == "meta"
