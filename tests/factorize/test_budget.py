@@ -15,8 +15,8 @@ from armor.config.sample import SensitivityJob
 from armor.core.errors import ArmorError
 from armor.factorize.budget import choose
 from armor.factorize.layer import factorize_layer
-from armor.factorize.prices import extrapolated, price_layer
-from armor.format.records.budget import BudgetRecord, LinearPrices, Price, PricesRecord
+from armor.factorize.prices import price_layer
+from armor.format.records.budget import BudgetRecord, PricesRecord
 from armor.methods.solver.settings import SolverSettings
 from armor.training.sensitivity import measure_sensitivity
 from tests.packed import opened
@@ -75,27 +75,6 @@ def test_prices_rise_with_bits_and_fall_with_cost(root):
     assert priced(root, 1, root / "again").content() == record.content()
 
 
-def test_armor_gram_is_priced_as_armor_and_without_a_gram_matrix(root):
-    own = SETTINGS.replace(method="armor_gram", over=[Choice(method="armor_gram", block_size=4), *SETTINGS.over[1:]])
-    found, armor = priced(root, 1, root / "gram", own), PricesRecord.read(root / "prices/layer_1.json")
-    assert found.modules[Q].prices[0].choice == {"method": "armor_gram", "block_size": 4}
-    same = {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in armor.modules.items()}
-    assert {n: [(p.bits, p.predicted_kl) for p in linear.prices] for n, linear in found.modules.items()} == same
-
-
-def test_bits_that_are_just_enough_are_enough(root, tmp_path):
-    bits = 1 / 49  # times 49 it is rounded to less than 1
-    only = LinearPrices(weights=49, prices=(Price(choice={}, bits=bits, predicted_kl=0.1),))
-    PricesRecord.read(root / "prices/layer_1.json").replace(modules={Q: only}).write(tmp_path / "layer_0.json")
-    assert choose(tmp_path, BudgetSettings(bits=bits), tmp_path / "budget.json").bits == bits
-
-
-def test_costs_fall_as_a_power_of_the_iterations():
-    assert extrapolated({10: 8.0, 30: 4.0}, 90) == pytest.approx(2.0)
-    assert extrapolated({30: 4.0}, 30) == extrapolated({10: 3.0, 30: 4.0}, 90) == 4.0
-    assert extrapolated({10: 3.0, 30: 0.0}, 90) == 0.0
-
-
 def test_what_is_extrapolated_is_close_to_what_the_recipe_reaches(root):
     settings = {"method": "armor", "solver": SolverSettings(iterations=90), "over": [Choice(block_size=16)]}
     records = [priced(root, 1, root / str(n), PriceSettings(**settings, iterations=n)) for n in (15, 90)]
@@ -131,22 +110,11 @@ def test_it_is_one_line_for_each_linear_and_may_be_edited(root, tmp_path):
 
     entry = edited({"method": "wanda", "pattern": "1:4"})
     assert entry.method == "wanda" and entry.pattern == "1:4"
-    for choice, said in (
-        ({"block_sise": 8}, "block_sise: unknown key; did you mean block_size"),
-        ({"method": "armour"}, "'armour' is unknown; did you mean armor"),
-        ({"block_size": "wide"}, "block_size: Input should be a valid integer"),
-    ):
-        with pytest.raises(ArmorError, match=f"budget.json: {Q}: .*{said}"):
-            edited(choice)
+    with pytest.raises(ArmorError, match=f"budget.json: {Q}: .*block_sise: unknown key; did you mean block_size"):
+        edited({"block_sise": 8})
     file.write_text(before.replace(lines[Q] + "\n", ""))
     with pytest.raises(ArmorError, match=f"has no choice for {Q}; run armor budget again"):
         factorized(root, tmp_path)
-
-
-def test_ranks_that_come_to_the_same_are_priced_once(root, tmp_path):
-    ranks = [Choice(rank=rank) for rank in (4, 1000, 2000)]
-    asked = PriceSettings(method="oats", over=ranks, iterations=3)
-    assert all(len(linear.prices) == 2 for linear in priced(root, 0, tmp_path, asked).modules.values())
 
 
 @pytest.mark.parametrize("bits", [16, 33])

@@ -14,7 +14,6 @@ from armor.core.errors import ArmorError
 from armor.factorize.layer import factorize_layer
 from armor.format.records.layer import LayerRecord
 from armor.format.statistics import Statistics, read_statistics, write_statistics
-from armor.methods.solver.settings import SolverSettings
 from tests.killed import SAVED, killed_everywhere
 from tests.packed import edit_tensors, opened, prepared
 
@@ -59,16 +58,6 @@ def test_groups_and_the_rest_are_what_one_job_makes(root, groups, tmp_path, firs
     assert {name: together.made_by.inputs[name] for name in together.made_by.experts()} == {
         f"experts {experts}": record.sha256 for experts, record in zip(GROUPS[first:], records, strict=True)
     }
-
-
-def test_gate_and_up_of_an_expert_share_b_in_groups_as_in_one_job(root, tmp_path):
-    settings = LayerSettings(method="armor", block_size=16, solver=SolverSettings(iterations=1), share_right=True)
-    found = made(root, tmp_path / "alone.safetensors", settings)
-    files = [group(root, tmp_path / "groups", experts, settings) for experts in GROUPS]
-    made(root, tmp_path / "layer_0.safetensors", settings, done=files)
-    assert (tmp_path / "layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
-    sharing = [name for name, record in found.modules.items() if ".experts." in name and record.right_of]
-    assert sharing == [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(8)]
 
 
 def test_a_group_reads_its_own_weights_and_statistics_alone(root, groups, tmp_path):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import armor
 from armor.assemble.export import export
 from armor.assemble.verify import verify
 from armor.config.layers import Override
@@ -28,7 +27,6 @@ from armor.methods import METHODS
 from armor.methods.solver.objective import Objective, relative_loss
 from armor.model.inspect import inspect
 from armor.model.source import open_source
-from armor.runtime.linear import ArmorLinear
 from tests.packed import QUANTIZE, SETTINGS, edit_tensors, factorized, factors_of, opened, packed, prepared, quantized
 from tests.training.trained import ready, refined
 
@@ -171,7 +169,7 @@ def test_the_checkpoint_counts_b_once_and_computes_the_product(root, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"right_of": "o_proj", "in_features": 32}, *({"right_of": name} for name in ("b_proj", "v_proj", None, ""))],
+    [{"right_of": "o_proj", "in_features": 32}, {"right_of": "b_proj"}, {"right_of": "v_proj"}],
 )
 def test_a_holder_that_holds_nothing_is_refused(root, change):
     config = json.loads((root / "checkpoint/config.json").read_text())["quantization_config"]
@@ -211,15 +209,3 @@ def test_training_trains_one_b(text, tmp_path):
     assert f"{K}.right" not in numbers
     trained = [tensor.numel() for name, tensor in numbers.items() if not name.endswith("core_mask")]
     assert record.training[-1].parameters == sum(trained)
-
-
-def test_in_memory_the_factors_are_those_of_the_pipeline(text):
-    tokenizer = AutoTokenizer.from_pretrained(text / "source")
-    recipe = Recipe(block_size=16, solver=SETTINGS.solver, share_right=True)
-    model = AutoModelForCausalLM.from_pretrained(text / "source")
-    armor.compress(model, tokenizer, (text / "text.txt").read_text(), recipe, sequences=4, sequence_length=48)
-    for name, factors in factors_of(text).items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, ArmorLinear) and linear.layout.right_of == factors.right_of
-        assert torch.equal(linear.core_mask, factors.tensors()["core_mask"])
-        assert torch.equal(linear.held("right"), factors.right)
