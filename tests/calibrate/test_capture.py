@@ -16,7 +16,6 @@ from armor.calibrate.capture import _embed, _run_layer, calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
 from armor.execution.machine import peak_memory_bytes
-from armor.format.records.base import Input
 from armor.format.records.calibration import CalibrationRecord
 from armor.format.records.topology import Topology
 from armor.format.shards import SINGLE, Shards
@@ -29,7 +28,7 @@ from armor.runtime.skeleton import compute_dtype, open_skeleton
 from armor.text.blocks import token_blocks
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
 from tests.packed import edit_tensors
-from tests.tiny import FAMILIES, tiny_model, tiny_text
+from tests.tiny import tiny_model, tiny_text
 
 COUNT, LENGTH = 5, 48  # longer than the sliding windows
 
@@ -77,7 +76,7 @@ def close(a, b, tolerance=1e-5):
     return (a.double() - b).norm() <= tolerance * b.norm() and torch.allclose(a.double(), b, rtol=tolerance, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "hy_v4"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "hy_v4"])
 def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family):
     folder = tiny_model(tmp_path / "model", family, layers=3, max_shard_size="150KB")
     value, topology = run(folder, text, tmp_path / "calibration", gram=True)
@@ -92,19 +91,6 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family
         assert own.tokens == COUNT * LENGTH == value.tokens and own.importance.dtype == own.gram.dtype == torch.float32
         assert close(own.importance, importance), name
         assert (own.gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
-
-
-def test_a_bfloat16_model_is_computed_in_its_own_dtype_where_that_is_native(tmp_path, text, monkeypatch):
-    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=2, dtype=torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float32):
-        for instructions in ("avx512_bf16", "amx_tile"):  # the processor's answer
-            monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda dtype=dtype: dtype == torch.bfloat16)
-        value, _ = run(folder, text, tmp_path / "calibration")
-        assert value.dtype == str(dtype).removeprefix("torch.")
-        expected, tolerance = hooked(folder, text, dtype), {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
-        for k in range(2):
-            for name, found in read_statistics(tmp_path / "calibration" / f"layer_{k}.safetensors").items():
-                assert close(found.importance, expected[name][0], tolerance), (dtype, name)
 
 
 def test_the_compute_dtype():
@@ -129,13 +115,12 @@ def test_inputs_that_are_shared_are_stored_once_and_the_same_run_gives_the_same_
     assert third.text_fingerprint != first.text_fingerprint
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5])
-def test_spilled_hidden_states_change_nothing_and_leave_nothing(tmp_path, text, fraction):
+def test_spilled_hidden_states_change_nothing_and_leave_nothing(tmp_path, text):
     folder = tiny_model(tmp_path / "model", layers=2)
     whole, _ = run(folder, text, tmp_path / "whole")
     assert whole.spilled_bytes == 0
-    limit = max(1e-9, fraction * whole.hidden_states_bytes / 1e9)
-    spilled, _ = run(folder, text, tmp_path / "spilled", hidden_states_memory_gb=limit)
+    half = whole.hidden_states_bytes / 2e9
+    spilled, _ = run(folder, text, tmp_path / "spilled", hidden_states_memory_gb=half)
     assert spilled.files == whole.files and spilled.spilled_bytes > 0
     names = sorted(path.name for path in (tmp_path / "spilled").iterdir())
     assert names == ["calibration.json", "layer_0.safetensors", "layer_1.safetensors"]
@@ -178,29 +163,11 @@ def test_activations_that_overflow_are_named_by_module(tmp_path, text):
     assert kept == [".calibration.json.part", "layer_0.safetensors"]  # what is finished, for the next run
 
 
-def test_the_record_is_of_the_text_as_it_was_read(tmp_path, text, monkeypatch):
-    folder = tiny_model(tmp_path / "model", layers=1)
-    whole, _ = run(folder, text, tmp_path / "whole")
-
-    def edits(*arguments):
-        (tmp_path / "text.txt").write_text("something else")
-        return _run_layer(*arguments)
-
-    monkeypatch.setattr("armor.calibrate.capture._run_layer", edits)
-    edited, _ = run(folder, text, tmp_path / "edited")
-    assert edited.made_by == whole.made_by and Input.TEXT_FILES in whole.made_by.inputs
-
-
-@pytest.mark.parametrize(
-    ("operation", "shape"),
-    [("aminmax", (128, 64)), ("sum", (64,)), ("aminmax", (1, LENGTH, 64))],
-    ids=["weights", "sums", "hidden states"],
-)
-def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text, operation, shape):
-    """Where the operation has a tensor of that shape, as in a decoder layer alone."""
+def test_a_device_with_too_little_memory_is_named_with_the_layer(tmp_path, text):
+    """There is no room for a tensor of the shape that weights of a decoder layer alone have."""
     folder = tiny_model(tmp_path / "model", layers=2)
     said = r"model: model\.layers\.0: out of memory on cpu; lower sequence_length, or give the job more"
-    with NoRoom(lambda name, x: (name, x.shape) == (operation, shape)), pytest.raises(ArmorError, match=said):
+    with NoRoom(lambda name, x: (name, x.shape) == ("aminmax", (128, 64))), pytest.raises(ArmorError, match=said):
         run(folder, text, tmp_path / "out")
 
 
@@ -241,29 +208,12 @@ def decoder_layers():
     return [each for each in gc.get_objects() if type(each).__name__ == "LlamaDecoderLayer"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_statistics(tmp_path, text):
-    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=2)
-    _, topology = run(folder, text, tmp_path / "cpu", gram=True)
-    settings = CalibrationSettings(text=text, sequences=COUNT, sequence_length=LENGTH, gram=True)
-    calibrate(open_source(folder), topology, settings, tmp_path / "gpu" / "calibration.json", device="cuda:0")
-    for k in range(2):
-        expected = read_statistics(tmp_path / "cpu" / f"layer_{k}.safetensors")
-        for name, found in read_statistics(tmp_path / "gpu" / f"layer_{k}.safetensors").items():
-            torch.testing.assert_close(found.importance, expected[name].importance, rtol=1e-4, atol=1e-7)
-            torch.testing.assert_close(found.gram, expected[name].gram, rtol=1e-3, atol=1e-4)
-
-
 @TOLD
-@pytest.mark.parametrize(
-    "dtype, gram",
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
-    ids=["float32", "gram", "bfloat16"],
-)
-def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gram):
+@pytest.mark.parametrize("gram", [False, True])
+def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, gram):
     size = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "max_position_embeddings": 2048}
     small = tiny_model(tmp_path / "small", layers=1, max_position_embeddings=2048)
-    large = tiny_model(tmp_path / "large", layers=1, dtype=dtype, **size)
+    large = tiny_model(tmp_path / "large", layers=1, **size)
     steps = tmp_path / "steps"
     steps.mkdir()
     tokens = torch.arange(2048).view(1, 2048) % 250
@@ -271,7 +221,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
     def measure():
         for folder in (small, large):  # a small model first, so that libraries are loaded
             layer = inspected(folder, folder)[1].layers[0]
-            shards, skeleton = Shards(folder), open_skeleton(folder, dtype)
+            shards, skeleton = Shards(folder), open_skeleton(folder, torch.float32)
             load_outside(skeleton, shards)
             with _embed(skeleton, tokens, 1e9, steps, 0) as (hidden, calls):
                 unload_outside(skeleton)
@@ -281,7 +231,7 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(tmp_path, dtype, gra
                 _run_layer(runner, layer, partial(skeleton.inside, 0), own, hidden, gram, "cpu")
                 print(peak_memory_bytes() - before)
 
-    estimate = peak_bytes(inspected(large, large)[1], 2048, dtype, gram)
+    estimate = peak_bytes(inspected(large, large)[1], 2048, torch.float32, gram)
     assert estimate == pytest.approx(printed_last(measure), rel=0.2)
 
 

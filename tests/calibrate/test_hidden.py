@@ -9,11 +9,10 @@ from armor.calibrate.hidden import HiddenStates, states_file
 from armor.core.errors import ArmorError
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [0, 2, 9])
-def test_what_was_written_is_read(tmp_path, dtype, kept):
-    each, carried = 2 * 5 * dtype.itemsize + 3 * 8, torch.arange(9).view(3, 3)
-    states = torch.randn(3, 2, 5).to(dtype)
+def test_what_was_written_is_read(tmp_path, kept):
+    each, carried = 2 * 5 * 2 + 3 * 8, torch.arange(9).view(3, 3)
+    states = torch.randn(3, 2, 5).bfloat16()
     likes = [(states[0],), (states[0], carried[0]), (states[0],)]
     with HiddenStates(3, likes, kept * each, tmp_path) as hidden:
         for layer, like in enumerate(likes):
@@ -30,7 +29,7 @@ def test_what_was_written_is_read(tmp_path, dtype, kept):
         assert hidden.bytes == 3 * each and hidden.spilled_bytes == max(0, 3 - kept) * each
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("kept", [0, 1])
 def test_a_layers_input_outlives_a_process_that_dies_while_it_writes_the_output(tmp_path, kept):
     states = torch.randn(3, 4)
     likes = [(states[0],)] * 3
@@ -56,13 +55,6 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path):
     file.write_bytes(file.read_bytes()[:20])
     with HiddenStates(2, likes, 0, tmp_path, layer=1) as again, pytest.raises(ArmorError, match="is too short; delete"):
         again.read(1)
-
-
-def test_a_full_disk_is_one_clear_line(tmp_path):
-    with HiddenStates(2, [(torch.zeros(4),)], 0, tmp_path) as hidden, open("/dev/full", "wb", buffering=0) as full:
-        hidden._written = full
-        with pytest.raises(ArmorError, match="No space left on device; free it"):
-            hidden.write(0, (torch.zeros(4),))
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(tmp_path):
