@@ -79,8 +79,7 @@ def test_weights_that_are_hard_to_fit_end_no_worse_than_the_search(spoil, block)
     assert output_error(weight, gram, found) <= output_error(weight, gram, plain) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize(("pattern", "dtype"), [("2:4", torch.float32), ("50%", torch.bfloat16)])
 def test_the_output_error_is_below_armors_and_the_proxy_loss_below_nowags(pattern, dtype):
     weight, importance, gram = correlated()
     weight, sizes = weight.to(dtype), {"pattern": pattern, "block_size": 8, "solver": FEW, "seed": 3}
@@ -99,15 +98,6 @@ def test_a_search_or_a_fit_that_breaks_the_promise_gives_way_to_nowag():
     found, plain = armor_gram(weight, importance, other, block_size=1, solver=FEW), nowag(weight, importance)
     assert found.loss == found.start_loss == plain.loss
     assert torch.equal(found.reconstruct(), plain.core)
-
-
-def test_an_input_that_is_always_zero_does_no_harm():
-    weight, importance, gram = correlated()
-    gram[3], gram[:, 3], importance[3] = 0, 0, 0
-    found = armor_gram(weight, importance, gram, block_size=8, solver=FEW)
-    plain = armor(weight, importance, block_size=8, solver=FEW)
-    assert found.reconstruct().isfinite().all() and found.loss < found.start_loss
-    assert output_error(weight, gram, found) < 0.8 * output_error(weight, gram, plain)
 
 
 @pytest.mark.parametrize("algorithm", ["fast", "published"])

@@ -13,14 +13,12 @@ from armor.methods.wanda import wanda
 from tests.methods.problems import correlated, error, problem
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "50%"])
-def test_own_values_are_kept_and_nowag_has_the_least_loss(pattern, dtype):
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "50%"])
+def test_own_values_are_kept_and_nowag_has_the_least_loss(pattern):
     weight, importance = problem(6, 16)
-    weight = weight.to(dtype)
     found = [method(weight, importance, pattern=pattern) for method in (nowag, wanda, magnitude)]
     for pruned in found:
-        assert is_nm(pruned.mask, Pattern.parse(pattern)) and pruned.core.dtype == dtype
+        assert is_nm(pruned.mask, Pattern.parse(pattern))
         assert pruned.core.equal(weight * pruned.mask) and pruned.left is None and pruned.right is None
         assert found[0].loss == found[0].start_loss == pruned.start_loss <= pruned.loss + 1e-12
 

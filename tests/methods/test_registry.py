@@ -6,21 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 
-from armor.config.layers import ModuleSettings
 from armor.core.errors import ArmorError
-from armor.format.statistics import Statistics
-from armor.methods import METHODS, SETTINGS, STATISTICS, method
+from armor.methods import METHODS, SETTINGS, method
 from tests.killed import REPOSITORY
-
-
-def test_a_method_may_take_what_a_recipe_says_of_a_linear_and_what_a_calibration_measures():
-    own = {name for name, method in METHODS.items() if method.own is not None}
-    assert {*SETTINGS} == {*ModuleSettings.model_fields} - {"method"} - own | {"settings", "seed"}
-    assert {*STATISTICS} == {field.name for field in fields(Statistics)} - {"tokens"}
 
 
 def of_the_recipe(weight, importance, *, pattern="2:4", damping=0.01): ...

@@ -59,13 +59,6 @@ def test_group_update_is_the_best_support():
     torch.testing.assert_close(residual, dense_a @ s @ dense_b - w, rtol=1e-4, atol=1e-4)
 
 
-def test_draw_follows_the_gradient():
-    gradient = torch.zeros(4, 16)
-    gradient[1, 4:8] = gradient[2, 12:16] = 1
-    row, group = published.draw(gradient, (2, 2, 2, 2, 4), torch.Generator().manual_seed(0))
-    assert (row[0, 0], group[0, 0]) == (1, 1) and (row[1, 1], group[1, 1]) == (0, 1)
-
-
 @pytest.mark.parametrize(
     ("selection", "weights"),
     [
