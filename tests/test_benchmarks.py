@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks.record import LINES, figure, store
+from benchmarks.record import LINES, store
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text())
@@ -18,11 +18,6 @@ FIGURES = sorted(FOLDER.glob("*.json"))
 
 def runs(file):
     return json.loads(file.read_text())["runs"]
-
-
-def test_a_figure_is_the_median_of_its_rounds_with_their_spread():
-    assert figure([1.0, 4.0, 2.0, 3.0, 100.0]) == {"median": 3.0, "iqr": 2.0, "rounds": 5}
-    assert figure([7.0]) == {"median": 7.0, "iqr": 0.0, "rounds": 1}
 
 
 def test_a_new_run_replaces_its_own_and_keeps_the_others(tmp_path):
@@ -38,15 +33,6 @@ def test_a_new_run_replaces_its_own_and_keeps_the_others(tmp_path):
     file.write_text(other)
     store(file, "small", [{"rows": 1, "seconds": 3}])
     assert [(run["of"], len(run["rows"])) for run in runs(file)] == [("large", 2), ("small", 1), ("small", 2)]
-
-
-def test_a_file_has_a_line_a_row_and_the_oldest_runs_make_room(tmp_path, capsys):
-    file = tmp_path / "speed.json"
-    for number in range(5):
-        store(file, f"model {number}", [{"row": row} for row in range(20)])
-    kept = [run["of"] for run in runs(file)]
-    assert len(file.read_text().splitlines()) == 1 + sum(1 + len(run["rows"]) for run in runs(file)) <= LINES
-    assert kept == ["model 3", "model 4"] and "model 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", FIGURES, ids=lambda file: file.stem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,16 +134,6 @@ def test_every_command_and_option_exists(page):
     assert wrong == {}
 
 
-def test_commands_are_found_and_mistakes_in_them_too(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "Run `armor chekc my.yaml` or `make tset`.\n\n```sh\nFOLDER=x armor verify it --aginst y  # not --this\n"
-        "snakemake --cores 2 \\\n    --dryrum && make test\n```\n"
-    )
-    found = list(commands(page))
-    assert [WRONG[words[0]](words) for words in found] == [["--aginst"], ["--dryrum"], [], ["chekc"], ["tset"]]
-
-
 @every_page
 def test_configurations_in_pages_are_valid(page):
     for text in blocks(page, "yaml"):
@@ -194,9 +183,3 @@ def test_the_changelog_is_a_list_by_version_and_the_last_one_is_the_packages():
     assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", text) for text in released)
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert released[0] == f"{__version__} - {citation['date-released']}" and citation["version"] == __version__
-
-
-def test_importing_the_references_needs_no_torch():
-    make = "from armor.config.reference import PARTS; [part() for part in PARTS.values()]"
-    code = f"import sys; {make}; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

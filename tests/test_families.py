@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.families import CLOSE, FAMILIES, IMAGES, OWN, attempt, page
+from benchmarks.families import CLOSE, attempt
 
 ODD = ["deepseek_v4", "idefics3+images", "lara_mini", "longcat_flash", "minimax_m3_vl+images", "sarvam_moe"]
 
@@ -23,13 +23,3 @@ def test_what_becomes_of_a_family(tmp_path, family):
 def test_what_stops_a_family_is_told(tmp_path, family, outcome, said):
     found = attempt(family, tmp_path)
     assert found["outcome"] == outcome and said in found["note"] and str(tmp_path) not in found["note"]
-
-
-def test_the_page_counts_what_was_not_tried():
-    found = {"family": "llama", "outcome": "ok", "compressed_share": 0.5, "packed_against_dense": 1e-7}
-    text = page({"llama": found})
-    assert f"1 ok, {len(FAMILIES) - 1} not tried." in text and "| llama | 50.0% | 1.0e-07 | ok |" in text
-
-
-def test_settings_of_families_are_of_families_that_there_are():
-    assert OWN.keys() <= {family.removesuffix(IMAGES) for family in FAMILIES}

@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.train_llama import rate_at, tokenizer_of, train
+from benchmarks.train_llama import tokenizer_of, train
 from tests.killed import SAVED, killed_everywhere
 from tests.tiny import tiny_text
 
@@ -20,13 +20,3 @@ def test_killed_after_a_save_it_ends_as_if_undisturbed(tmp_path):
         train(model, tokens, folder, steps=5, sequences=2, every=2)
 
     killed_everywhere(work, tmp_path, SAVED)
-
-
-def test_the_rate_warms_up_stays_and_falls():
-    rates = [rate_at(step, 1000) for step in range(1000)]
-    assert (
-        rates[:40] == sorted(rates[:40])
-        and rates[40] == rates[749] == max(rates)
-        and rates[750:] == sorted(rates[750:], reverse=True)
-    )
-    assert 0 < rates[-1] < 0.01 * rates[40]
