@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import runpy
-import shutil
 import sys
 
 import pytest
 import snakemake.cli
 
-from armor.config.layers import LayerSettings
 from armor.config.run import Config
 from armor.execution import fingerprint
-from armor.execution.files import read_json
-from armor.factorize.layer import factorize_layer
-from armor.format.records.layer import LayerRecord
-from armor.format.records.topology import Topology
-from armor.model.source import open_source
 from armor.run.explain import Reruns
 from armor.run.stages import STAGES
 from armor.run.status import read_status
 from tests.engine import stand_in
-from tests.killed import SAVED, left_over
 from tests.tiny import tiny_model
 from tests.workflow.conftest import REPOSITORY, Run
-from tests.workflow.test_faults import killed
 
 WRAPPER = """
 import atexit, inspect, os, sys
@@ -147,28 +138,6 @@ def test_a_mixture_goes_through_all_stages_in_groups_of_experts_and_a_second_run
     assert mixture.would_run(mixture.edited(benchmarks__decode__repeats=3)) == {"benchmark": 1, "report": 1}
     tuned = mixture.would_run(mixture.edited(recipes__tuned__tune__rate=1e-4))
     assert tuned == {"tune": 1, "assemble": 1, "evaluate": 1, "tasks": 1, "benchmark": 1, "report": 1}
-
-
-def test_killed_within_a_group_of_experts_the_same_command_goes_on_within_it(mixture, tmp_path):
-    config = {key: mixture.config[key] for key in ("models", "calibrations")}
-    config |= {"recipes": {"again": {"method": "nowag", "experts_per_job": 2}}}
-    run = Run(tmp_path / "run", config)
-    shutil.copytree(mixture.folder, run.folder)
-    own = run.folder / "results/tiny"
-    targets = ["results/tiny/again/layers/layer_0.safetensors"]
-    # Of the group's files the first says what the work is. Then there are two for each linear.
-    assert killed(run, SAVED, 5, "/.2-3.safetensors.part/", targets)
-    kept = {file.stem: read_json(file) for file in own.glob("again/experts/layer_0/.2-3.safetensors.part/*.json")}
-    assert len(kept) == 2 and not (own / "again/layers").exists()
-    assert not killed(run, SAVED, 0, targets=targets)
-    done = LayerRecord.read(own / "again/experts/layer_0/2-3.json").modules
-    assert len(done) == 6
-    assert {name: done[name].seconds for name in kept} == {n: step["value"]["seconds"] for n, step in kept.items()}
-    source, topology = open_source(own / "source.json"), Topology.read(own / "model.json")
-    statistics, settings = own / "calibration/words/layer_0.safetensors", LayerSettings(method="nowag")
-    factorize_layer(source, topology, 0, statistics, settings, tmp_path / "alone.safetensors")
-    assert (own / "again/layers/layer_0.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
-    assert left_over(own) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

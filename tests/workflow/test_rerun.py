@@ -45,10 +45,8 @@ SETTINGS_EDITED = {
         {"recipes__armor__overrides": [{"layers": [1], "block_size": 4}]},
         {"factorize": 1} | AFTER_FACTORS,
     ),
-    "a recipe more": ({"recipes__wanda": {"method": "wanda"}}, ONE_RECIPE),
     "calibration length": ({"calibrations__words__sequence_length": 16}, {"calibrate": 1} | recipes(2)),
     "evaluation text": ({"evaluations__words__text": {"files": [str(OTHER_TEXT)]}}, EVALUATION),
-    "tasks": ({"evaluations__questions": {"tasks": ["piqa"]}}, {"tasks": 3, "report": 1}),
     "seed": ({"seed": 1}, recipes(2)),
 }
 
@@ -78,11 +76,8 @@ STATEMENT = ("\n\n\ndef ", "\n\nEDITED = 1\n\n\ndef ")
 CODE_EDITED = {
     "report code": ("report/page.py", *STATEMENT, {"report": 1}),
     "the optimiser's code": ("methods/solver/annealed.py", *STATEMENT, ONE_RECIPE),
-    "pruning code": ("methods/solver/pruning.py", *STATEMENT, recipes(2)),
     "capture code": ("calibrate/capture.py", *STATEMENT, {"calibrate": 1} | recipes(2)),
-    "evaluation code": ("evaluate/perplexity.py", *STATEMENT, {"evaluate": 3, "report": 1}),
     "a comment in the solver": ("methods/solver/annealed.py", "\n\n\ndef ", "\n\n# A comment.\n\n\ndef ", {}),
-    "provenance code": ("format/provenance.py", *STATEMENT, {}),
 }
 
 

@@ -1,7 +1,6 @@
 """Refined, tuned and budgeted recipes in the workflow: who shares what, what runs again."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -85,7 +84,6 @@ EDITS = {
         {"recipes__refined__refine__rate": 1e-3},
         {"states": 1, "refine": LAYERS, "refined": 4, "tune": 1, "quantize": LAYERS, "assemble": 3},
     ),
-    "of tune": ({"recipes__tuned__tune__rate": 1e-4}, {"tune": 1, "quantize": LAYERS, "assemble": 2}),
     "of the integers of a layer": (
         {"recipes__integers__quantize__overrides": [{"layers": [1], "core": "int8"}]},
         {"quantize": 1, "assemble": 1},
@@ -94,17 +92,9 @@ EDITS = {
         {"recipes__bits__budget__bits": 22},
         {"budget": 1, "factorize": LAYERS, "assemble": 1},
     ),
-    "a choice more": (
-        {"recipes__bits__budget__over": [*OVER, {"method": "nowag"}]},
-        {"price": LAYERS, "budget": 1, "factorize": LAYERS, "assemble": 1},
-    ),
     "more text of a budget": (
         {"recipes__bits__budget__sequences": 3},
         {"sensitivity": 1, "price": LAYERS, "budget": 1, "factorize": LAYERS, "assemble": 1},
-    ),
-    "more text": (
-        {"recipes__pruned__refine__sequences": 4},
-        {"states": 1, "refine": LAYERS, "refined": 1, "assemble": 1},
     ),
 }
 
@@ -116,18 +106,6 @@ def test_an_edit_reruns_what_it_touches(trained, edit):
     assert asked(trained, edited) == expected
     others = ("states", "refined", "assemble")
     assert explained(trained, edited) == {key: n for key, n in expected.items() if key not in others}
-
-
-def test_an_edit_to_a_text_of_a_mixture_tunes_anew(trained):
-    (file,) = trained.config["calibrations"]["mixed"]["text"]["mixture"][1]["files"]
-    text = Path(file).read_text()
-    try:
-        Path(file).write_text(text.replace("few", "dozen"))
-        assert asked(trained) == {"tune": 1, "quantize": LAYERS, "assemble": 2}
-        assert explained(trained, trained.config) == {"tune": 1, "quantize": LAYERS}
-    finally:
-        Path(file).write_text(text)
-    assert asked(trained) == explained(trained, trained.config) == {}
 
 
 def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
@@ -144,21 +122,6 @@ def test_a_budget_edited_by_hand_is_factorized_as_it_says(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert LayerRecord.read(file.parent / "layers/layer_1.json").modules[name].pattern == "1:4"
     assert asked(again) == explained(again, again.config) == {}
-
-
-def test_a_layer_that_failed_is_made_again_by_what_is_said(trained, tmp_path):
-    again = trained.copied(tmp_path / "run")
-    refined = again.folder / "results/tiny/pruned/refined"
-    refined.with_name("refined.json").unlink()
-    for layer in range(2):
-        (refined / f"layer_{layer}.safetensors").unlink()
-    target = "results/tiny/pruned/refined.json"
-    alone = again.snakemake("--", "results/tiny/pruned/refined/layer_0.safetensors")
-    assert alone.returncode and f"for all layers, that is {target}, or" in alone.stderr
-    assert f"again: snakemake {target} " in alone.stderr
-    done = again.snakemake("--", target)
-    assert done.returncode == 0, done.stderr
-    assert asked(again) == {}  # the same bytes
 
 
 def test_one_layer_again_leaves_the_others(trained, tmp_path):
@@ -193,17 +156,3 @@ def test_states_that_failed_or_were_killed_leave_the_layers_that_are_done(traine
     done = again.snakemake("--", *TARGETS)
     assert done.returncode == 0 and not (tiny / "states/words-4x32").exists(), done.stderr
     assert asked(again) == {} and results_of(tiny) == results_of(trained.folder / "results/tiny")
-
-
-def test_states_of_another_text_that_a_run_left_are_made_again(trained, tmp_path):
-    again = trained.copied(tmp_path / "run")
-    (again.folder / "results/tiny/pruned/refined/layer_1.safetensors").unlink()
-    done = again.snakemake("--", "results/tiny/states/words-4x32")  # made, and kept for the layer
-    assert done.returncode == 0 and asked(again) == {"refine": 1, "refined": 1, "assemble": 1}, done.stderr
-    file = Path(again.config["calibrations"]["words"]["text"]["files"][0])
-    before = file.read_bytes()
-    try:
-        file.write_bytes(before[::-1])
-        assert {"states": 1, "refine": 4 * LAYERS, "refined": 4}.items() <= asked(again).items()
-    finally:
-        file.write_bytes(before)

@@ -55,13 +55,6 @@ def test_a_run_without_its_engine_says_so_before_anything_starts(run, tmp_path, 
     assert f"{key}.engine: ARMOR_VLLM: /no/python: found no Python that runs" in done.stderr
 
 
-def test_a_target_without_a_server_needs_no_engine(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("ARMOR_VLLM", "/no/python")
-    asking = Run(tmp_path, run.edited(evaluations__asked=SERVED["evaluations.asked"]))
-    done = asking.snakemake("--", "results/tiny/source.json")
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("key", SERVED)
 def test_a_model_that_vllm_was_not_tested_with_is_refused_once_it_is_inspected(run, tmp_path, key):
     folder = tmp_path / "results/tiny"
@@ -86,13 +79,6 @@ def test_a_run_with_nothing_to_do_imports_nothing_heavy(run, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HEAVY)
     done = Run(run.folder, run.config, python=tmp_path).snakemake()
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, done.stderr
-
-
-def test_unlock_needs_no_number_of_cores(run):
-    command = ["--snakefile", str(REPOSITORY / "Snakefile"), "--unlock"]
-    command += ["--directory", str(run.folder), "--configfile", str(run.folder / "config.yaml")]
-    done = run.forked(lambda: snakemake.cli.main(command))
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_catalogs_snakefile_plans_the_same_jobs(tmp_path):
@@ -131,10 +117,7 @@ def test_snakemakes_own_report_holds_the_page_and_needs_no_network(run, tmp_path
     ("changes", "said"),
     [
         ({"recipes__armor__method": "amor"}, "recipes.armor.method: 'amor' is unknown; did you mean armor?"),
-        ({"recipes__armor__blocksize": 8}, "recipes.armor.blocksize: unknown key; did you mean block_size?"),
-        ({"recipes__armor__pattern": "3:2"}, "recipes.armor.pattern: pattern 3:2: expected n:m with 0 < n < m"),
         ({"recipes__armor__keep_dense": ["*.q_porj"]}, "recipes.armor, model tiny: '*.q_porj' matches no linear"),
-        ({"runs": [{"recipes": ["amor"]}]}, "runs.0.recipes: 'amor' is not defined; did you mean armor?"),
     ],
 )
 def test_a_bad_configuration_stops_before_anything_runs(run, changes, said):
@@ -165,12 +148,3 @@ def test_the_conda_environment_is_that_of_the_package():
     environment = yaml.safe_load((REPOSITORY / "envs/armor.yaml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert sorted(pip) == sorted(wanted)
-
-
-def test_a_key_twice_in_the_demo_s_configuration_is_named_where_it_stands(clone):
-    file = clone.repository / "config/config.yaml"
-    file.write_text(file.read_text() + "seed: 1\nseed: 2\n")
-    command = clone.command("--dry-run")["args"][3:]
-    at = command.index("--configfile")
-    done = clone.forked(lambda: snakemake.cli.main(command[:at] + command[at + 2 :]))
-    assert done.returncode == 1 and f"\n{file}: seed: given on line" in done.stdout, done.stdout
