@@ -24,7 +24,7 @@ from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.apart import Whole
 from armor.runtime.filling import load_layer, load_outside, unload_outside
-from armor.runtime.skeleton import compute_dtype, open_skeleton
+from armor.runtime.skeleton import open_skeleton
 from armor.text.blocks import token_blocks
 from tests.memory import TOLD, NoRoom, card_of, forget_peak, held_bytes, printed_last
 from tests.packed import edit_tensors
@@ -91,12 +91,6 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(tmp_path, text, family
         assert own.tokens == COUNT * LENGTH == value.tokens and own.importance.dtype == own.gram.dtype == torch.float32
         assert close(own.importance, importance), name
         assert (own.gram.double() - gram).norm() <= 1e-5 * gram.norm(), name
-
-
-def test_the_compute_dtype():
-    assert compute_dtype("float32") == torch.float32 and compute_dtype("float16") == torch.float32
-    assert compute_dtype("bfloat16") in (torch.bfloat16, torch.float32)
-    assert compute_dtype("bfloat16", "cuda:0") == torch.bfloat16
 
 
 def test_inputs_that_are_shared_are_stored_once_and_the_same_run_gives_the_same_bytes(tmp_path, text):

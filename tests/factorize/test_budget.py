@@ -75,13 +75,6 @@ def test_prices_rise_with_bits_and_fall_with_cost(root):
     assert priced(root, 1, root / "again").content() == record.content()
 
 
-def test_what_is_extrapolated_is_close_to_what_the_recipe_reaches(root):
-    settings = {"method": "armor", "solver": SolverSettings(iterations=90), "over": [Choice(block_size=16)]}
-    records = [priced(root, 1, root / str(n), PriceSettings(**settings, iterations=n)) for n in (15, 90)]
-    few, enough = (sum(linear.prices[0].predicted_kl for linear in made.modules.values()) for made in records)
-    assert few == pytest.approx(enough, rel=0.3)
-
-
 def test_the_bits_are_those_of_the_checkpoint_and_the_solver_gets_the_recipes_iterations(root, tmp_path):
     record = chosen(root, tmp_path, 24)
     assert record == BudgetRecord.read(tmp_path / "budget.json") and 23 < record.bits <= 24

@@ -116,12 +116,6 @@ def test_a_method_that_prunes_must_take_the_pattern(root, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_long_traces_are_thinned_and_keep_their_ends(root, tmp_path):
-    settings = armor(250, overrides=[Override(method="dense"), Override(modules="*.q_proj", method="armor")])
-    trace = run(root, tmp_path / "layer_1.safetensors", settings).modules[Q].trace
-    assert len(trace) == 100 and trace[0][0] == 0 and trace[-1][0] == 250
-
-
 def test_an_override_that_matches_nothing_is_refused(root, tmp_path):
     with pytest.raises(
         ArmorError, match=r"overrides: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj"

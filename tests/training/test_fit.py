@@ -11,7 +11,7 @@ from torch import nn
 from armor.config.training import TrainingSettings
 from armor.core.errors import ArmorError
 from armor.execution.resume import resumable
-from armor.training.fit import fit, order, share_of_rate
+from armor.training.fit import fit, order
 
 SETTINGS = {"steps": 24, "batch": 2, "sequences": 5, "held_out": 1, "warm_up": 2, "rate": 0.1}
 
@@ -52,14 +52,6 @@ class Problem:
         asked = TrainingSettings(**SETTINGS | settings)
         how = {"loss": self.loss, "dtype": "float32", "device": "cpu", "seed": 3, "where": "it", "steps": steps}
         return fit({"value": self.value, "more": self.more}, self.dtypes, asked, **how)
-
-
-def test_the_rate_rises_and_falls_to_zero():
-    settings = TrainingSettings(steps=40, warm_up=8)
-    shares = [share_of_rate(step, settings) for step in range(41)]
-    top = shares.index(max(shares))
-    assert 0 < shares[0] < 0.2 and 5 <= top <= 9 and shares[40] == pytest.approx(0, abs=1e-9)
-    assert shares[:top] == sorted(shares[:top]) and shares[top:] == sorted(shares[top:], reverse=True)
 
 
 def test_every_sequence_comes_once_before_any_comes_again():

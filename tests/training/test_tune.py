@@ -102,13 +102,6 @@ def test_layers_that_are_run_again_give_the_same_but_for_rounding(root, tmp_path
     )
 
 
-def test_over_several_devices_the_bytes_are_the_same(root, tmp_path, monkeypatch):
-    """Two that are one: layers are placed and hand their states on; cards of one kind multiply alike."""
-    expected = tuned(root, tmp_path / "a")
-    monkeypatch.setattr(whole, "leased", lambda device: [device, device])
-    assert tuned(root, tmp_path / "b").sha256 == expected.sha256
-
-
 def test_too_little_memory_is_refused_with_what_is_needed(root, tmp_path, monkeypatch):
     """On the host, on the host beside a large GPU, on several small GPUs."""
     with monkeypatch.context() as patch:

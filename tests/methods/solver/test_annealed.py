@@ -112,15 +112,6 @@ def test_the_swap_is_exact():
     torch.testing.assert_close(r, search.r)
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8, 12])
-def test_arg_min(group):
-    x = torch.randn(5, 3 * group, generator=torch.Generator().manual_seed(0))
-    least, column = annealed.arg_min(x.clone(), group)
-    expected = x.view(5, 3, group).min(-1)
-    assert column.equal(expected[1] + torch.arange(0, 3 * group, group))
-    torch.testing.assert_close(least, expected[0], rtol=1e-5, atol=0)
-
-
 def test_threads_agree():
     weight, importance = problem(64, 64)
     threads, losses = torch.get_num_threads(), []
