@@ -1,9 +1,6 @@
 """armor.compress does in memory what the pipeline does through files."""
 
 import logging
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +16,9 @@ from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import Recipe
 from armor.config.sources import CalibrationSettings, TextSettings
 from armor.core.errors import ArmorError
-from armor.core.quantization import Quantization
 from armor.factorize.layer import factorize_layer
 from armor.factorize.quantize import quantize_layer
 from armor.format.records.topology import Topology
-from armor.methods import METHODS
 from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
@@ -59,8 +54,8 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "integers",
-    [None, QuantizeSettings(core="int4", group=16), QuantizeSettings(core="fp8")],
-    ids=["floats", "int4", "fp8"],
+    [None, QuantizeSettings(core="int4", group=16)],
+    ids=["floats", "int4"],
 )
 def test_the_factors_are_those_of_the_pipeline(source, tmp_path, integers):
     overrides = [
@@ -89,33 +84,21 @@ def test_the_factors_are_those_of_the_pipeline(source, tmp_path, integers):
     assert_equal(model, loaded(tmp_path / "checkpoint")[0])
 
 
-def test_a_method_gets_the_statistics_that_it_asks_for_whatever_its_name(source, monkeypatch):
-    monkeypatch.setitem(METHODS, "another", replace(METHODS["sparsegpt"], name="another"))
-    assert_equal(*(armor.compress(*loaded(source), TEXT, {"method": m}, **SIZES) for m in ("sparsegpt", "another")))
-
-
-INT4 = {"core": "int4", "group": 16, "overrides": [{"modules": "*.k_proj", "leave": True}]}
-
-
-@pytest.mark.parametrize("integers", [None, INT4], ids=["floats", "int4"])
-def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path, integers):
-    model, tokenizer = loaded(source, dtype=torch.float32 if integers else torch.bfloat16)
+def test_it_generates_and_comes_back_from_disk_the_same(source, tmp_path):
+    model, tokenizer = loaded(source, dtype=torch.bfloat16)
     dense = logits(model)
+    integers = {"core": "int4", "group": 16, "overrides": [{"modules": "*.k_proj", "leave": True}]}
     assert armor.compress(model, tokenizer, [TEXT, TEXT], RECIPE | {"quantize": integers}, **SIZES) is model
     linears = {name: module for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
-    assert len(linears) == 14
-    kinds = {name: linear.layout.quantization for name, linear in linears.items() if "k_proj" not in name}
-    assert {*kinds.values()} == {Quantization("int4", "int8", 32) if integers else None}
-    assert linears["model.layers.0.self_attn.k_proj"].layout.quantization is None
+    kinds = {name: linear.layout.quantization for name, linear in linears.items()}
+    assert len(linears) == 14 and all((kinds[name] is None) == ("k_proj" in name) for name in linears)
     compressed = logits(model)
-    assert compressed.dtype == dense.dtype and not torch.equal(compressed, dense)
-    assert (compressed - dense).norm() < 0.9 * dense.norm()
+    assert compressed.dtype == dense.dtype and 0 < (compressed - dense).norm() < 0.9 * dense.norm()
     model.save_pretrained(tmp_path)
     assert verify(tmp_path).compressed_count == 14
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert_equal(again, model)
-    tolerance = 1e-3 if integers else 3e-2
-    assert (logits(again) - compressed).abs().max() <= tolerance * compressed.abs().max()
+    assert (logits(again) - compressed).abs().max() <= 3e-2 * compressed.abs().max()
     generated = again.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=256)
     assert generated.shape == (2, TOKENS.shape[1] + 5)
 
@@ -151,25 +134,15 @@ def offloaded(model):
     ("change", "options", "said"),
     [
         (None, {"recipe": {"blok_size": 3}}, r"recipe: blok_size: unknown key; did you mean block_size\?"),
-        (
-            None,
-            {"recipe": {"keep_dense": ["*.down_porj"]}},
-            r"recipe: '\*.down_porj' matches no .* mean \*.down",
-        ),
         (None, {"recipe": {"overrides": [{"layers": [2]}]}}, "layers: found 2, but the model's are 0 to 1"),
         (None, {"text": "short"}, r"text: found 5 tokens in 1 documents, needed 4 x 32"),
         (None, {"sequence_length": 129}, "context length is 128"),
         (None, {"sequences": 0}, "at least 1"),
-        (
-            None,
-            {"recipe": {"refine": {"sequences": 193}, "tune": {}}},
-            "recipe: tune.sequences: found 192, .* least 193",
-        ),
         (infinite, {}, r"layers\.1\.mlp\.up_proj: its weight holds NaN"),
         (broken_embedding, {}, r"layers\.0\.self_attn\.q_proj: its input holds NaN"),
         (offloaded, {}, r"layers\.1\..*: is offloaded"),
     ],
-    ids=lambda value: getattr(value, "__name__", None) or (next(iter(value), "") if isinstance(value, dict) else ""),
+    ids=["key", "layers", "text", "length", "sequences", "weight", "input", "offloaded"],
 )
 def test_a_mistake_is_one_line_and_leaves_the_model_dense(source, change, options, said):
     model, tokenizer = loaded(source)
@@ -189,22 +162,6 @@ def test_what_is_no_dense_model_of_transformers(source):
     model = armor.compress(*loaded(source), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
     with pytest.raises(ArmorError, match="quantized already"):
         armor.compress(model, None, TEXT, RECIPE)
-
-
-def picky(linear, x):
-    if type(linear) is not nn.Linear:
-        raise TypeError("a linear is expected")
-    return linear(x)
-
-
-def test_a_model_that_fails_on_linears_without_a_weight_is_refused(source):
-    model, tokenizer = loaded(source)
-    for layer in model.model.layers:  # its MLP does by hand what it does
-        made = {"forward": lambda self, x: picky(self.down_proj, self.act_fn(self.gate_proj(x)) * self.up_proj(x))}
-        layer.mlp.__class__ = type("Made", (type(layer.mlp),), made)
-    with pytest.raises(ArmorError, match="DecoderLayer: runs, but not .* .TypeError: a linear is expected., so a comp"):
-        armor.compress(model, tokenizer, TEXT, RECIPE, **SIZES)
-    assert not any(isinstance(module, ArmorLinear) for module in model.modules())
 
 
 def test_a_linear_that_another_module_multiplies_with_as_in_mamba_2_stays_dense_with_one_line(tmp_path, caplog):
@@ -228,10 +185,3 @@ def test_a_mixtures_router_stays_dense_and_what_is_left_out_is_said(tmp_path, ca
     assert type(model.model.layers[0].mlp.shared_expert_gate) is nn.Linear
     (told,) = [line for line in caplog.messages if "can be compressed; the largest rest is" in line]
     assert "mlp.experts.gate_up_proj" in told
-
-
-def test_importing_armor_stays_light():
-    code = "import sys, armor; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'expand'"):
-        _ = armor.expand

@@ -7,10 +7,9 @@ import re
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from armor.config.budget import PriceSettings
-from armor.config.layers import LayerSettings, check_patterns
+from armor.config.layers import LayerSettings
 from armor.config.measures import BenchmarkSettings, EvaluationSettings
 from armor.config.reading import parse_settings, read_yaml
 from armor.config.recipes import Recipe
@@ -32,18 +31,12 @@ SEVERAL = [TEXT["text"], {"files": ["more.txt"], "documents": [0, 1]}]
     ("value", "said"),
     [
         ({"recipes": {"mine": {}}}, "recipes.mine.calibration: not given, and there are 0"),
-        (
-            {"recipes": {"mine": {}}, "calibrations": {"a": TEXT, "b": TEXT}},
-            "recipes.mine.calibration: not given, and there are 2",
-        ),
-        ({"recipes": DENSE}, "runs: .*nothing to do"),
         ({"recipes": DENSE, "evaluations": {"a": TEXT}, "runs": [{"models": []}]}, "runs: .*nothing to do"),
         ({"recipes": DENSE, "modles": MODELS}, "modles: unknown key; did you mean models?"),
         (
             {"recipes": {"dense": {"method": "nowag"}}, "calibrations": {"a": TEXT}},
             "recipes.dense: benchmarks call the model itself so",
         ),
-        ({"recipes": DENSE, "evaluations": {"a": {"tasks": ["mmlu", "a/mmlu.yaml"]}}}, "tasks: mmlu, mmlu: each once"),
         ({"recipes": DENSE, "evaluations": {"a": {"tasks": ["mmlu", "paper"]}}}, "tasks: mmlu, mmlu.*: each once"),
     ],
 )
@@ -58,18 +51,10 @@ def test_a_configuration_that_cannot_be_meant_is_refused(value, said):
         (BenchmarkSettings, {"clients": [1]}, "clients: goes with an engine"),
         (BenchmarkSettings, {"engine": "vllm", "batch_sizes": [2]}, "batch_sizes: goes without an engine"),
         (BenchmarkSettings, {"engine": "vlm"}, "'vlm' is unknown"),
-        (EvaluationSettings, {**PIQA, "options": ["-tp", "2"]}, "options: goes with an engine"),
         (EvaluationSettings, {**TEXT, "engine": "vllm"}, "engine: goes with tasks"),
-        (EvaluationSettings, {}, "text: not given; perplexity needs one; or name tasks"),
         (EvaluationSettings, {"tasks": ["last_word"]}, "text: not given; last_word needs one"),
-        (
-            EvaluationSettings,
-            {"tasks": ["last_word"], "text": {"mixture": SEVERAL}},
-            "text: a mixture is for sequences; last_word needs a",
-        ),
         (EvaluationSettings, {**PIQA, **TEXT}, "text and items go with last_word and continuation"),
         (EvaluationSettings, {**PIQA, "sequences": 3}, "sequences: goes with perplexity on a text"),
-        (EvaluationSettings, {"samples": True, **TEXT}, "samples: goes with tasks"),
         (EvaluationSettings, {"tasks": ["$NOWHERE/a.yaml"]}, "environment variable in this path is not set"),
     ],
 )
@@ -82,30 +67,20 @@ def test_a_pattern_needs_no_quotes_though_yaml_reads_it_as_a_number_of_base_60()
     for text in ("1:2", "2:4", "4:8", "2:8"):
         found = yaml.safe_load(f"pattern: {text}")["pattern"]
         assert isinstance(found, int) and Recipe(pattern=found).pattern == text
-    with pytest.raises(ValidationError, match="expected n:m"):
-        Recipe(pattern=yaml.safe_load("3:2"))
 
 
-def test_a_benchmark_behind_a_server_is_another_stage():
-    recipes = {"armor": {}, "whole": {"method": "int8"}, "pair": {"method": "oats"}}
-    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes}
+def test_a_benchmark_behind_a_server_is_another_stage_of_the_recipes_that_ask_for_it():
+    value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"armor": {}, "whole": {"method": "int8"}}}
     value |= {"benchmarks": {"decode": {}, "serve": {"engine": "vllm"}}}
-    value |= {"evaluations": {"reading": {"tasks": ["piqa"], "engine": "vllm"}, "alone": {"tasks": ["piqa"]}}}
-    config = parse_settings(
-        Config, value | {"runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}]}
-    )
-    pairs = config.report_settings().pairs
-    assert [(pair.benchmarks, pair.serving) for pair in pairs] == [
-        (["decode"], ["serve"]),
-        (["decode"], []),
-        (["decode"], []),
-    ]
-    assert config.served() == ["evaluations.reading", "benchmarks.serve"]
-    assert config.benchmarked("tiny", "serve") == ["armor"] and len(config.benchmarked("tiny", "decode")) == 3
+    value |= {"runs": [{"benchmarks": ["decode"]}, {"recipes": ["armor"], "benchmarks": ["serve"]}]}
+    config = parse_settings(Config, value)
+    found = [(pair.recipe, pair.benchmarks, pair.serving) for pair in config.report_settings().pairs]
+    assert found == [("armor", ["decode"], ["serve"]), ("whole", ["decode"], [])]
+    assert config.served() == ["benchmarks.serve"] and config.benchmarked("tiny", "serve") == ["armor"]
 
 
-@pytest.mark.parametrize("recipe", [{"method": "sparsegpt"}, {"overrides": [{"layers": [0], "method": "sparsegpt"}]}])
-def test_sparsegpt_needs_gram_matrices(recipe):
+def test_sparsegpt_needs_gram_matrices_in_an_override_too():
+    recipe = {"overrides": [{"layers": [0], "method": "sparsegpt"}]}
     value = {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": {"mine": recipe}}
     with pytest.raises(ArmorError, match="recipes.mine: sparsegpt needs .* set calibrations.a.gram: true"):
         parse_settings(Config, value)
@@ -148,16 +123,11 @@ def test_a_budget_leaves_alone_what_an_override_decides():
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"method": "dense", "overrides": [{"method": "nowag"}]}, "a dense recipe has none"),
         ({"overrides": [{"layers": [-1]}]}, "greater than or equal to 0"),
         ({"pattern": "3:2"}, "expected n:m"),
-        ({"solver": {"selection": "uniform"}}, "solver.selection: goes with algorithm: published"),
         ({"overrides": [{"solver": {"selection": "uniform"}}]}, "solver.selection: goes with algorithm: published"),
         ({"method": "dense", "budget": {"bits": 11.5}}, "budget: a dense recipe has none"),
         ({"budget": {"bits": 11.5, "over": []}}, "budget.over: List should have at least 1 item"),
-        ({"budget": {"over": [{}]}}, "budget.bits: Field required"),
-        ({"budget": {"bits": 11.5, "over": [{"solver": {}}]}}, "budget.over.0.solver: unknown key"),
-        ({"budget": {"bits": 11.5, "over": [{"method": "sparsegpt"}]}}, "sparsegpt needs the Gram matrices"),
         ({"gptq": {}}, "gptq: goes with the method gptq, which this recipe does not name"),
         ({"base": "nowag"}, "base: goes with refine, quantize or tune"),
         ({"base": "nowag", "method": "wanda", "tune": {}}, "method: is what the base says; leave it out"),
@@ -177,24 +147,18 @@ def test_a_recipe_that_cannot_be_meant_is_refused(recipe, said):
 
 
 BOTH = {"files": ["words.txt", "more.txt"]}
-WORDS = {"package": "words==1.0", "file": "a.txt"}
 WIKITEXT = {"dataset": "wikitext"}
 
 
 @pytest.mark.parametrize(
     ("calibrated", "evaluated"),
     [
-        (TEXT["text"], TEXT),
         (TEXT["text"] | {"documents": [0, 5]}, {"text": TEXT["text"] | {"documents": [4, None]}}),
         (BOTH, TEXT),  # the numbers count through all files
         (TEXT["text"], TEXT | {"tasks": ["last_word"]}),
-        (WIKITEXT | {"documents": [0, 5]}, {"text": WIKITEXT | {"documents": [2, 3]}}),
         (TEXT["text"], {"text": {"files": [os.path.abspath("words.txt")]}}),
         (WIKITEXT | {"split": "train[:9%]"}, {"text": WIKITEXT | {"split": "test+train[9%:]"}}),
-        (WIKITEXT | {"split": "all"}, {"text": WIKITEXT | {"split": "test"}}),
         ({"mixture": [WIKITEXT, TEXT["text"]]}, TEXT),
-        (WORDS | {"documents": [0, 5]}, {"text": WORDS | {"package": "words==1.1", "documents": [5, None]}}),
-        ({"dataset": "."}, {"text": {"dataset": os.getcwd()}}),
     ],
 )
 def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, evaluated):
@@ -209,10 +173,8 @@ def test_a_recipe_that_trains_on_what_it_is_evaluated_on_is_refused(calibrated, 
 @pytest.mark.parametrize(
     ("calibrated", "evaluated"),
     [
-        (TEXT["text"], BOTH | {"files": ["more.txt"]}),
         (BOTH | {"documents": [0, 5]}, BOTH | {"documents": [5, 9]}),
         (WIKITEXT | {"split": "train"}, WIKITEXT | {"split": "test"}),
-        ({"mixture": [WIKITEXT, TEXT["text"]]}, {"files": ["more.txt"]}),
     ],
 )
 def test_other_documents_of_a_text_may_be_trained_on(calibrated, evaluated):
@@ -221,64 +183,46 @@ def test_other_documents_of_a_text_may_be_trained_on(calibrated, evaluated):
     parse_settings(Config, value | {"evaluations": {"here": {"text": evaluated}}})
 
 
-LONG = {"sequence_length": 1024}
 IN_TURN = {"mixture": [{"files": ["more.txt"]}, {"mixture": [TEXT["text"], {"dataset": "wikitext"}]}]}
 
 
 @pytest.mark.parametrize(
-    ("on", "refine", "tune", "needed"),
+    ("refine", "tune", "needed"),
     [
-        (LONG, {"sequences": 252}, {}, 252),
-        (LONG, {"sequences": 252}, {"sequences": 252}, None),
-        (LONG, {}, {}, None),  # what refine holds out, tune may learn from
-        (LONG, {}, {"sequence_length": 480}, 274),  # 128 times 1,024 tokens
-        ({}, {"sequences": 193}, {}, 193),  # as long as the model's context, each
-        (LONG, {}, {"calibration": "other"}, None),
-        (LONG, {}, {"calibration": "in_turn"}, 4 * 128 - 2),  # a quarter of it
-        (LONG, {}, {"calibration": "in_turn", "sequences": 4 * 128 - 2, "held_out": 3}, None),
-        (LONG, {"calibration": "in_turn", "sequences": 4 * 193}, {}, 193),
-        (LONG, {"calibration": "later"}, {"sequences": 8}, None),
+        ({"sequences": 252}, {}, 252),
+        ({}, {}, None),  # what refine holds out, tune may learn from
+        ({}, {"sequence_length": 480}, 274),  # 128 times 1,024 tokens
+        ({}, {"calibration": "other"}, None),
+        ({}, {"calibration": "in_turn"}, 4 * 128 - 2),  # a quarter of it
     ],
 )
-def test_what_is_held_out_was_learned_from_by_no_training_before(on, refine, tune, needed):
+def test_what_is_held_out_was_learned_from_by_no_training_before(refine, tune, needed):
     texts = {"a": TEXT["text"], "other": {"files": ["more.txt"]}, "in_turn": IN_TURN}
-    texts["later"] = TEXT["text"] | {"documents": [9, None]}
-    value = {"models": MODELS, "calibrations": {name: {"text": text} | on for name, text in texts.items()}}
-    value["recipes"] = {
+    calibrations = {name: {"text": text, "sequence_length": 1024} for name, text in texts.items()}
+    recipes = {
         "first": {"method": "nowag", "calibration": "a", "refine": refine},
         "second": {"base": "first", "quantize": {}},
         "third": {"base": "second", "tune": tune},
     }
-    if needed is None:
-        parse_settings(Config, value)
-        return
-    said = f"recipes.third.tune.sequences: found 192, expected at least {needed}: what is held out after them, "
-    with pytest.raises(ArmorError, match=f"{said}recipes.first.refine has learned from$"):
-        parse_settings(Config, value)
-    value["recipes"]["third"] = {"base": "second", "tune": tune | {"sequences": needed}}
+    value = {"models": MODELS, "calibrations": calibrations, "recipes": recipes}
+    if needed:
+        said = f"recipes.third.tune.sequences: found 192, expected at least {needed}: what is held out after them, "
+        with pytest.raises(ArmorError, match=f"{said}recipes.first.refine has learned from$"):
+            parse_settings(Config, value)
+        recipes["third"]["tune"] = tune | {"sequences": needed}
     parse_settings(Config, value)
-
-
-def test_a_pattern_that_matches_no_module_is_refused_with_the_nearest():
-    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
-    check_patterns("here", ["*.q_proj", "model.layers.0.*", "*"], names)
-    with pytest.raises(ArmorError, match=r"here: '\*.q_porj' matches no linear of the model; did you mean \*.q_proj?"):
-        check_patterns("here", ["*.up_proj", "*.q_porj"], names)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"keep_dense": ["*.k_proj"]}, r"recipes.mine, model m: '\*.k_proj' matches no linear"),
-        (
-            {"overrides": [{"layers": [0, 2], "method": "dense"}]},
-            "model m: overrides: layers: found 2, .* 0 to 1",
-        ),
+        ({"keep_dense": ["*.q_porj"]}, r"recipes.mine, model m: '\*.q_porj' matches no linear .* mean \*.q_proj?"),
+        ({"overrides": [{"layers": [0, 2], "method": "dense"}]}, "overrides: layers: found 2, .* 0 to 1"),
         ({"quantize": {"overrides": [{"layers": [3]}]}}, "overrides: layers: found 3, but the model's are 0 to 1"),
         ({"quantize": {"overrides": [{"modules": "*.k_proj"}]}}, r"'\*.k_proj' matches no linear"),
     ],
 )
-def test_what_a_model_has_not_is_refused(changes, said):
+def test_what_a_model_has_not_is_refused_with_the_nearest(changes, said):
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     recipes = {"plain": {"keep_dense": ["*.q_proj"], "overrides": [{"layers": [1]}]}, "mine": changes}
     config = parse_settings(Config, {"models": MODELS, "calibrations": {"a": TEXT}, "recipes": recipes})
@@ -292,11 +236,8 @@ def test_what_a_model_has_not_is_refused(changes, said):
     [
         ({"mixture": [TEXT["text"]]}, "text.mixture: List should have at least 2 items"),
         ({"mixture": [TEXT["text"], {}]}, "text.mixture.1: expected exactly one of dataset, files, package, mixture"),
-        ({"mixture": [{"flies": ["words.txt"]}] * 2}, "text.mixture.0.flies: unknown key; did you mean files?"),
         ({"mixture": SEVERAL, "documents": [0, 5]}, "text: documents: goes with each text of the mixture"),
-        ({"mixture": SEVERAL, "file": "words.txt"}, "text: file: goes with each text of the mixture"),
         ({"mixture": [*SEVERAL, TEXT["text"]]}, "text: mixture: two of its texts share documents"),
-        ({"mixture": [{"mixture": SEVERAL}, TEXT["text"]]}, "text: mixture: two of its texts share documents"),
     ],
 )
 def test_a_mixture_is_of_several_texts_which_have_their_own_settings(text, said):
@@ -306,15 +247,13 @@ def test_a_mixture_is_of_several_texts_which_have_their_own_settings(text, said)
 
 def test_a_mixture_is_known_by_its_texts_and_their_files_wherever_they_are():
     def mixture(*files):
-        parts = [TextSettings(files=list(part)) for part in files]
-        return TextSettings(mixture=[*parts, TextSettings(dataset="c4", subset="en")])
+        return TextSettings(mixture=[TextSettings(files=list(part)) for part in files])
 
     text = mixture(["a/one.txt", "a/two.txt"], ["a/three.txt"])
-    assert text.called() == "one.txt, two.txt / three.txt / c4 en train in turn"
+    assert text.called() == "one.txt, two.txt / three.txt in turn"
     assert text.local_files() == ["a/one.txt", "a/two.txt", "a/three.txt"]
     assert text.without_files() == mixture(["b/one.txt", "b/two.txt"], ["b/three.txt"]).without_files()
     assert text.without_files() != mixture(["a/one.txt"], ["a/two.txt", "a/three.txt"]).without_files()
-    assert parse_settings(CalibrationSettings, CalibrationSettings(text=text).model_dump(mode="json")).text == text
 
 
 def test_a_setting_that_is_not_given_is_not_passed_on_so_that_a_new_one_reruns_no_layer():
@@ -336,14 +275,10 @@ def test_the_papers_tasks_have_their_shots_and_others_those_given():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("seed: 1\nmodels: {}\nseed: 2\n", "seed: given on line 1 and again on line 3"),
         ("recipes:\n  a: {method: wanda}\n  b: {}\n  a: {}\n", "recipes.a: given on line 2 and again on line 4"),
         ("runs:\n- models: [a]\n- models: [a]\n  models: [b]\n", "runs.models: given on line 3 and again on line 4"),
-        ('{"seed": 1,\n"seed": 1}', "seed: given on line 1 and again on line 2"),
-        ("seed: 1\na: &a [*a]", "a: what begins on line 2 holds itself by an alias"),
         ("seed: 1\na: &a {b: {c: [1, *a]}}", "a.b.c: what begins on line 2 holds itself by an alias"),
         ("seed: 1\na: &a {<<: *a}", "a.<<: what begins on line 2 holds itself by an alias"),
-        ("seed: 1\na: &a {? [*a] : 1}", "a: what begins on line 2 holds itself by an alias"),
     ],
 )
 def test_yaml_that_gives_a_key_twice_or_holds_itself_is_refused_with_its_line(tmp_path, text, said):
@@ -352,12 +287,6 @@ def test_yaml_that_gives_a_key_twice_or_holds_itself_is_refused_with_its_line(tm
     with pytest.raises(ArmorError) as error:
         read_yaml(file)
     assert str(error.value).startswith(f"{file}: {said}; ")
-
-
-def test_aliases_of_aliases_are_visited_once(tmp_path):
-    lines = ["a0: &a0 [1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 64))]
-    (tmp_path / "my.yaml").write_text("\n".join(lines))
-    assert len(read_yaml(tmp_path / "my.yaml")) == 64
 
 
 def test_merged_keys_of_yaml_may_be_given_again(tmp_path):

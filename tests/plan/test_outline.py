@@ -46,16 +46,11 @@ def ask(monkeypatch, tmp_path, endpoint, settings, place):
 
 def test_of_a_model_on_the_hub_the_headers_alone_are_read(place, tmp_path, monkeypatch):
     model = tiny_model(tmp_path / "model", layers=2, max_shard_size="5MB", vocab_size=20_000)
-    (model / "optimizer.safetensors").write_bytes(b"not of the model")
     with hub(model) as (asked, endpoint):
         folder = ask(monkeypatch, tmp_path, endpoint, HUB, place)
-    (model / "optimizer.safetensors").unlink()
     assert folder == place and described(folder) == described(model)
-    assert not any(file.stat().st_blocks * 512 > 16384 for file in folder.glob("*.safetensors"))
-    assert "optimizer.safetensors" not in asked.sent
     files = sorted(model.glob("*.safetensors"))
-    assert len(files) > 1 and all(asked.sent[file.name] <= min(100_001, file.stat().st_size) for file in files)
-    assert max(file.stat().st_size for file in files) > 100_001
+    assert max(file.stat().st_size for file in files) > 100_001 >= max(asked.sent[file.name] for file in files)
     real = inspect(Source(model, "", "float32"), tmp_path / "real.json")
     assert inspect(Source(folder, "", "float32"), tmp_path / "outline.json") == real
 
@@ -106,13 +101,13 @@ def test_what_cannot_be_planned_is_one_line(model, place, tmp_path, monkeypatch,
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_network_or_a_known_family_there_is_one_line(model, place, tmp_path, monkeypatch):
+def test_without_a_network_there_is_one_line(place, tmp_path, monkeypatch):
+    with pytest.raises(ArmorError, match="someone/model: .*check (the )?network") as caught:
+        ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_that_transformers_does_not_know_is_one_line(model, tmp_path):
     edit(model, model_type="unheard-of", architectures=["UnheardOf"])
-    unknown = "config.json: model_type unheard-of is no family of transformers"
-    for said, work in (
-        ("someone/model: .*check (the )?network", lambda: ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)),
-        (unknown, lambda: inspect(Source(model, "", "float32"), tmp_path / "model.json")),
-    ):
-        with pytest.raises(ArmorError, match=said) as caught:
-            work()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ArmorError, match="config.json: model_type unheard-of is no family of transformers"):
+        inspect(Source(model, "", "float32"), tmp_path / "model.json")

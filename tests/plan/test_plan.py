@@ -9,29 +9,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from armor.calibrate.capture import calibrate
 from armor.config.reading import parse_settings
 from armor.config.run import Config
-from armor.config.sample import Sample
-from armor.config.sources import CalibrationSettings
 from armor.core.errors import ArmorError
 from armor.format.records.checkpoint import CheckpointRecord
 from armor.format.shards import Shards
-from armor.model.inspect import inspect
-from armor.model.source import open_source
 from armor.plan.machine import CARDS, Host, card_named
-from armor.plan.need import FORKED, Plan
+from armor.plan.need import Plan
 from armor.plan.needs import NEEDS, need
 from armor.plan.subject import subject
 from armor.plan.submitted import submitted
 from armor.plan.table import planned, text
-from armor.run import groups
 from armor.run.jobs import jobs
 from armor.run.stages import STAGES
-from armor.training.states import make_states
 from tests.forks import armor
-from tests.packed import SETTINGS, opened, packed
-from tests.tiny import tiny_model, tiny_text
+from tests.packed import SETTINGS, packed
+from tests.tiny import tiny_model
 
 CONFIG = {
     "calibrations": {"words": {"text": {"files": ["words.txt"]}, "sequences": 4, "sequence_length": 32}},
@@ -114,89 +107,30 @@ def test_a_budget_that_no_choices_come_to_is_refused(tmp_path):
         made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", asked)
 
 
-def test_a_large_mixture_is_planned_in_groups_of_experts_that_fit(tmp_path, monkeypatch):
+def test_a_large_mixture_is_planned_in_groups_of_experts(tmp_path):
     model = tiny_model(tmp_path / "model", "qwen3_moe", layers=1, num_experts=8, moe_intermediate_size=64)
-    recipes = {"armor": CONFIG["recipes"]["armor"]}
-    stages = [{stage.stage: stage for stage in made(model, tmp_path / "whole", recipes)[1].stages}]
-    monkeypatch.setattr(groups, "JOB_BYTES", 600_000)
-    stages.append({stage.stage: stage for stage in made(model, tmp_path / "cut", recipes)[1].stages})
-    whole, cut = stages
-    assert "experts" not in whole and cut["experts"].jobs > 2 and cut["factorize"].jobs == 1
-    assert cut["experts"].host_bytes <= FORKED + groups.JOB_BYTES < whole["factorize"].host_bytes
-    assert cut["factorize"].host_bytes < whole["factorize"].host_bytes
-    assert cut["experts"].kept_bytes == 0 and cut["factorize"].kept_bytes == whole["factorize"].kept_bytes
-
-
-def test_what_layers_carry_beside_hidden_states_is_in_the_states(tmp_path):
-    """Keys and values, and of hidden states four streams."""
-    root = tmp_path
-    tiny_model(root / "source", "gemma3n_text")
-    (root / "words.txt").write_text(tiny_text())
-    words = {"text": {"files": [str(root / "words.txt")]}, "sequences": 4, "sequence_length": 32}
-    recipes = {"refined": {"block_size": 16, "refine": {"steps": 1, "sequences": 2, "held_out": 1}}}
-    _, found, _ = made(root / "source", root / "plan", recipes, calibrations={"words": words})
-    inspect(open_source(root / "source"), root / "model.json")
-    of_calibration = calibrate(*opened(root), CalibrationSettings.model_validate(words), root / "out/calibration.json")
-    states = make_states(*opened(root), Sample.model_validate(words | {"sequences": 3}), root / "states.json")
-    by_stage = {stage.stage: stage for stage in found.stages}
-    assert by_stage["states"].scratch_bytes == states.bytes
-    assert by_stage["calibrate"].scratch_bytes == 2 * of_calibration.hidden_states_bytes
-
-
-def test_more_of_everything_takes_more(tmp_path):
-    model = tiny_model(tmp_path / "model", layers=2)
-    _, found, _ = made(model, tmp_path / "less")
-    longer = {"words": CONFIG["calibrations"]["words"] | {"sequences": 8, "sequence_length": 128}}
-    _, more, _ = made(model, tmp_path / "more", calibrations=longer)
-    for one, other in zip(found.stages, more.stages, strict=True):
-        if one.stage in ("calibrate", "states", "sensitivity", "refine", "tune"):
-            assert other.host_bytes > one.host_bytes and other.card_bytes > one.card_bytes, one.stage
-            assert other.gpu_seconds > one.gpu_seconds or one.stage == "refine"
-            assert other.scratch_bytes > one.scratch_bytes, one.stage
+    recipe = CONFIG["recipes"]["armor"]
+    whole, cut = (
+        {stage.stage: stage for stage in made(model, tmp_path / name, {"armor": recipe | more})[1].stages}
+        for name, more in (("whole", {}), ("cut", {"experts_per_job": 3}))
+    )
+    assert "experts" not in whole and cut["experts"].jobs == 3 and cut["factorize"].jobs == 1
+    assert max(cut["experts"].host_bytes, cut["factorize"].host_bytes) < whole["factorize"].host_bytes
 
 
 def test_what_does_not_fit_is_said_with_what_would(tmp_path):
-    model = tiny_model(tmp_path / "model", layers=2)
-    plan, found, place = made(model, tmp_path / "plan")
-
-    def problems(**of_host):
-        return planned(dataclasses.replace(plan, host=dataclasses.replace(ROOMY, **of_host)), place, None).problems
-
-    assert problems(disk=1000) and "free; choose a folder on a larger disk with --directory" in problems(disk=1000)[0]
-    small = problems(memory=300 * 10**6)
-    assert any(line.startswith("tune tiny tuned: ") and "recipes.tuned.tune.core to false" in line for line in small)
-    tight = problems(memory=700 * 10**6, cores=4)
-    assert any(line.startswith("factorize tiny armor layer") and line.endswith("; use --cores 1") for line in tight)
-    card = problems(gpu=1000)
-    key = "calibrations.words.sequence_length"
-    enough = f"take a larger machine, for with {key} of 16 it is still too small"
-    assert any(line.startswith("calibrate tiny words: ") and line.endswith(enough) for line in card)
-    one = next(stage.card_bytes for stage in found.stages if (stage.stage, stage.of) == ("tune", "tiny tuned"))
-    several = problems(gpu=one - 1)
-    assert any(s.startswith("tune tiny tuned: ") and "; use --set-resources tune:gpu=2, set rec" in s for s in several)
-    assert all("\n" not in line for line in (*small, *tight, *card, *several))
-
-
-def test_models_that_do_not_fit_on_a_card_together_take_turns_there_too(tmp_path):
-    model, pruned = tiny_model(tmp_path / "model", layers=2), {name: {"method": name} for name in ("nowag", "wanda")}
-    _, found, place = made(model, tmp_path / "plan", pruned)
-    (together,) = (stage.card_bytes for stage in found.stages if stage.stage == "benchmark")
-    plan, found, place = made(model, tmp_path / "small", pruned, dataclasses.replace(ROOMY, gpu=together))
-    (in_turn,) = (stage.card_bytes for stage in found.stages if stage.stage == "benchmark")
-    assert in_turn < together and not any(line.startswith("benchmark") for line in found.problems)
-
-
-def test_layers_of_a_chain_are_not_counted_beside_each_other(tmp_path):
-    training = {"steps": 1, "batch": 1, "sequences": 2, "held_out": 1}
-    found, model = {}, tiny_model(tmp_path / "model", layers=2)
-    for inputs in ("dense", "compressed"):
-        recipes = {"armor": {"method": "nowag"}, "refined": {"base": "armor", "refine": training | {"inputs": inputs}}}
-        plan, needed, place = made(model, tmp_path / inputs, recipes)
-        (size,) = (stage.host_bytes for stage in needed.stages if stage.stage == "refine")
-        tight = dataclasses.replace(plan, host=dataclasses.replace(ROOMY, memory=int(1.5 * size)))
-        found[inputs] = [line for line in planned(tight, place, None).problems if line.startswith("refine ")]
-    assert any("at once" in line for line in found["dense"])
-    assert not any("at once" in line for line in found["compressed"])
+    plan, found, place = made(tiny_model(tmp_path / "model", layers=2), tmp_path / "plan")
+    tuned = next(stage.card_bytes for stage in found.stages if (stage.stage, stage.of) == ("tune", "tiny tuned"))
+    for of_host, job, told in (
+        ({"disk": 1000}, "", "free; choose a folder on a larger disk with --directory"),
+        ({"memory": 300 * 10**6}, "tune tiny tuned: ", "recipes.tuned.tune.core to false"),
+        ({"memory": 700 * 10**6, "cores": 4}, "factorize tiny armor layer", "; use --cores 1"),
+        ({"gpu": 1000}, "calibrate tiny words: ", "take a larger machine, for with calibrations.words.sequence_length"),
+        ({"gpu": tuned - 1}, "tune tiny tuned: ", "; use --set-resources tune:gpu=2, set rec"),
+    ):
+        host = dataclasses.replace(ROOMY, **of_host)
+        problems = planned(dataclasses.replace(plan, host=host), place, None).problems
+        assert any(line.startswith(job) and told in line and "\n" not in line for line in problems), problems
 
 
 def test_the_length_that_is_proposed_fits_and_twice_of_it_does_not(tmp_path):
@@ -215,35 +149,6 @@ def test_the_length_that_is_proposed_fits_and_twice_of_it_does_not(tmp_path):
         assert said.endswith(f"; lower {own.by_length.key} to 32")
 
 
-def test_states_that_need_not_be_in_memory_go_before_shorter_sequences(tmp_path):
-    many = {"words": CONFIG["calibrations"]["words"] | {"sequences": 100_000, "hidden_states_memory_gb": 1.0}}
-    plan, _, place = made(tiny_model(tmp_path / "model", layers=1), tmp_path / "plan", calibrations=many)
-    job = next(job for job in jobs(plan.config, place) if job.stage == "calibrate")
-    room = need(plan, job).memory.host - 10**8
-    tight = dataclasses.replace(plan, host=dataclasses.replace(ROOMY, memory=room))
-    said = [line for line in planned(tight, place, None).problems if line.startswith(f"{job}: ")]
-    assert said and said[0].endswith("; lower calibrations.words.hidden_states_memory_gb")
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_experts_are_read_one_by_one_where_a_layer_has_no_room(tmp_path, gpu):
-    big = {"num_local_experts": 32, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
-    folder = tiny_model(tmp_path / "model", "mixtral", layers=1, **big)
-    stages = ("calibrate", "predict", "evaluate")
-
-    def memory(room: int, place: Path) -> dict[str, int]:
-        host = Host(10**12, 10**12, 2, room) if gpu else Host(room, 10**12, 2, None)
-        _, found, _ = made(folder, place, {"nowag": {"method": "nowag"}}, host)
-        size = {stage.stage: stage.card_bytes if gpu else stage.host_bytes for stage in found.stages}
-        return {stage: size[stage] for stage in stages}
-
-    experts = 32 * 3 * 256 * 512 * 4
-    whole = memory(10**12, tmp_path / "large")
-    small = memory(experts // 4, tmp_path / "small")
-    assert all(whole[stage] - small[stage] > experts * 0.4 for stage in stages)
-    assert whole["calibrate"] - small["calibrate"] == pytest.approx(experts * 31 / 32, rel=0.1)
-
-
 def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_path):
     model = tiny_model(tmp_path / "model", layers=1)
     longer = {"words": CONFIG["calibrations"]["words"] | {"sequence_length": 4096}}
@@ -253,44 +158,30 @@ def test_a_sequence_longer_than_the_context_and_an_unknown_card_are_refused(tmp_
         card_named("abacus")
 
 
-def test_the_command_prints_tables_or_json(tmp_path):
+def test_the_command_prints_tables_and_leaves_nothing(tmp_path):
     tiny_model(tmp_path / "model", layers=1)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | SERVED | {"models": {"tiny": {"folder": "model"}}}))
-    for options in ((), ("--json", "--card", "l40s")):
-        done = armor("plan", "my.yaml", "--threads", "1", *options, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        if not options:
-            assert done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
-        else:
-            assert {stage["stage"] for stage in json.loads(done.stdout)["stages"]} == set(STAGES) - {"experts"}
+    done = armor("plan", "my.yaml", "--threads", "1", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("tiny: llama, ") and "tiny armor" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "my.yaml"]
 
 
 def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
     """And a job that asks for less than it takes is named; Snakemake's own words where it cannot plan."""
     model = tiny_model(tmp_path / "model", layers=2)
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | SERVED | {"models": {"tiny": {"folder": str(model)}}}))
-    (tmp_path / "words.txt").write_text("words")
-    (tmp_path / "other.txt").write_text("others")
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": str(model)}}}))
+    for name in ("words.txt", "other.txt"):
+        (tmp_path / name).write_text("words")
     small = {"set-resources": ["price:mem_mb=500"], "set-threads": ["calibrate=16"]}
-    away = {
-        "executor": "kubernetes",
-        "kubernetes-namespace": "mine",
-        "default-storage-provider": "s3",
-    }  # no plugin
+    away = {"executor": "kubernetes", "default-storage-provider": "s3"}  # no plugin
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"jobs": 9} | away | small))
     done = armor("plan", tmp_path / "my.yaml", "--profile", tmp_path, "--json", "--threads", "1", folder=REPOSITORY)
     assert done.returncode == 1, done.stderr
-    rows = json.loads(done.stdout)["submitted"]
-    assert [*dict.fromkeys(row["stage"] for row in rows)] == [stage for stage in STAGES if stage != "experts"]
-    asked = {row["stage"]: row for row in rows}
+    asked = {row["stage"]: row for row in json.loads(done.stdout)["submitted"]}
     assert asked["factorize"] | {"minutes": 0} == {
         **{"stage": "factorize", "jobs": 4, "cores": 1, "memory_bytes": 16 * 10**9, "minutes": 0, "gpus": 1}
     }
-    assert (asked["calibrate"]["cores"], asked["benchmark"]["cores"]) == (16, 8)
+    assert asked["calibrate"]["cores"] == 16
     assert "price: a job asks for 0.5 GB and takes 1.99 GB; use --set-resources price:mem_mb=2000" in done.stderr
     with pytest.raises(ArmorError, match="--profile nowhere: snakemake --dry-run fails here: .*nowhere"):
         submitted([tmp_path / "my.yaml"], "nowhere", tmp_path)
-    (tmp_path / "config.yaml").write_text("- jobs")
-    with pytest.raises(ArmorError, match=r"config.yaml: .*; expected the YAML of a profile"):
-        submitted([tmp_path / "my.yaml"], str(tmp_path), tmp_path)

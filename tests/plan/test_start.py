@@ -64,12 +64,3 @@ def test_a_hub_model_and_one_gpu_need_nothing_else(tmp_path, monkeypatch):
     config = load_config(tmp_path / "my.yaml")
     assert config.models["model"].hub == NAME and config.calibrations["c4"].sequence_length == 4096
     assert asked.sent["model.safetensors"] < (model / "model.safetensors").stat().st_size
-
-
-def test_the_largest_blocks_that_pay_are_chosen(tmp_path, monkeypatch):
-    machine(monkeypatch, memory=10**12, disk=10**12, gpu=None)
-    narrow = first_configuration(str(tiny_model(tmp_path / "narrow", layers=1)), tmp_path)
-    wide = tiny_model(tmp_path / "wide", layers=1, hidden_size=512, intermediate_size=1024)
-    texts = narrow, first_configuration(str(wide), tmp_path)
-    sizes = [yaml.safe_load(text)["recipes"]["armor"]["block_size"] for text in texts]
-    assert sizes[0] < sizes[1]

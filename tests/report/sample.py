@@ -95,14 +95,10 @@ def change(kind: type[R], path: Path | str, **changes: Any | Callable[[R], Any])
     return changed
 
 
-def made(stage: str, seconds: float, memory: float, **settings: Any) -> dict[str, Any]:
+def made(stage: str, seconds: float = 60, **settings: Any) -> dict[str, Any]:
     """What all records of results share."""
-    return {
-        "made_by": MadeBy(stage=f"armor.{stage}", code="c" * 16, settings=settings, inputs={}),
-        "machine": MACHINE,
-        "seconds": seconds,
-        "peak_memory_bytes": int(memory),
-    }
+    by = MadeBy(stage=f"armor.{stage}", code="c" * 16, settings=settings, inputs={})
+    return {"made_by": by, "machine": MACHINE, "seconds": seconds, "peak_memory_bytes": 700_000_000}
 
 
 def _block_means(rng: random.Random, perplexity: float, blocks: int = 16) -> list[float]:
@@ -118,9 +114,8 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
     if method in KL:
         kl = Mean(value=KL[method], standard_error=KL[method] / 40, block_means=())
         against = AgainstDense(kl=kl, top1=Mean(value=TOP1[method], standard_error=0.004, block_means=()))
-    settings = {"text": {"files": ["text.txt"]}, "sequence_length": 1024, "dtype": "auto"}
     return EvaluationRecord(
-        **made("evaluate", 62, 1.2e9, **settings),
+        **made("evaluate", text={"files": ["text.txt"]}, sequence_length=1024, dtype="auto"),
         evaluation=name,
         value=value,
         standard_error=value * 0.09,
@@ -136,24 +131,20 @@ def _evaluation(rng: random.Random, name: str, method: str, number: int) -> Eval
 def _tasks(name: str, method: str, tasks: list[str]) -> TasksRecord:
     score = {"metric": "acc", "value": 0.3 + TOP1.get(method, 1) / 4, "standard_error": 0.05, "shots": 0, "items": 100}
     scores = {task: TaskResult(**score, higher_is_better=not task.endswith("loss")) for task in tasks}
-    return TasksRecord(**made("evaluate", 30, 9e8), evaluation=name, tasks=scores)
+    return TasksRecord(**made("evaluate"), evaluation=name, tasks=scores)
 
 
 def _layer(rng: random.Random, layer: int, method: str, block_size: int) -> LayerRecord:
+    blocks = BlockSizes(left=block_size, right=block_size) if method == "armor" else None
     modules = {}
     for name in LINEARS:
-        kind = {"v_proj": 1.6, "o_proj": 1.8, "k_proj": 0.6, "q_proj": 0.5}.get(name.split(".")[1], 1.0)
-        start = 0.064 * kind * (0.35 + 0.04 * layer if layer > 1 else 1.5) * rng.uniform(0.8, 1.2)
+        start = 0.064 * (0.35 + 0.04 * layer if layer > 1 else 1.5) * rng.uniform(0.5, 2)
         loss = start * LOSS[method] / LOSS["nowag"] * rng.uniform(0.8, 1.2)
-        points = [0, 1, 2, 3, *range(10, 310, 10)] if method == "armor" else []
-        modules[f"model.layers.{layer}.{name}"] = linear_record(
-            method=method,
-            block_sizes=BlockSizes(left=block_size, right=block_size) if method == "armor" else None,
-            start_loss=start,
-            loss=loss,
-            trace=[(i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)) for i in points],
-        )
-    return layer_record(**made("factorize", SECONDS[method], 7e8), layer=layer, modules=modules)
+        points = [0, 1, 2, 3, *range(10, 310, 10)] if blocks else []
+        trace = [(i, i * 0.004, loss + (start - loss) * math.exp(-i / 40)) for i in points]
+        record = linear_record(method=method, block_sizes=blocks, start_loss=start, loss=loss, trace=trace)
+        modules[f"model.layers.{layer}.{name}"] = record
+    return layer_record(**made("factorize", SECONDS[method]), layer=layer, modules=modules)
 
 
 def _trained(record: LayerRecord, stage: str) -> LayerRecord:
@@ -181,7 +172,7 @@ def _trained(record: LayerRecord, stage: str) -> LayerRecord:
         proxy_losses={},
         made_by=record.made_by,
     )
-    changes = made(stage, 50, 8e8) | {"training": (*record.training, training)}
+    changes = made(stage) | {"training": (*record.training, training)}
     return record.model_copy(update=changes)
 
 
@@ -195,7 +186,7 @@ def trained(settings: ReportSettings, recipe: str, *stages: str) -> ReportSettin
 def _checkpoint(method: str, layers: int) -> CheckpointRecord:
     factors = FactorsMadeBy(layers=range(layers), settings={"seed": 0}, code="c" * 16, versions={})
     return CheckpointRecord(
-        **made("assemble", 4, 6e8),
+        **made("assemble"),
         fingerprint="a" * 64,
         statistics_fingerprint="b" * 64,
         checkpoint_bytes=BYTES[method],
@@ -218,8 +209,8 @@ def _ratios(prefill: float, decode: float) -> dict[str, Phases]:
 
 
 def _speeds(method: str) -> dict[str, Phases]:
-    speeds = ((batch, int(batch)) for batch in BATCHES)
-    return {b: Phases(prefill=_runs(200 * n), decode=_runs(SPEED[method] * (1 + n) / 2)) for b, n in speeds}
+    speed = SPEED[method] / 2
+    return {b: Phases(prefill=_runs(200 * int(b)), decode=_runs(speed * (1 + int(b)))) for b in BATCHES}
 
 
 def _side(method: str) -> Side:
@@ -275,7 +266,7 @@ def _linear(out: int, columns: int, method: str) -> LinearSpeed:
 def _benchmark(name: str, methods: dict[str, str]) -> BenchmarkRecord:
     """`methods` are those of the recipes that compress."""
     return BenchmarkRecord(
-        **made("benchmark", 40, 1.6e9),
+        **made("benchmark"),
         benchmark=name,
         dense=_side("dense"),
         recipes={recipe: _side(method) for recipe, method in methods.items()},
@@ -289,26 +280,24 @@ def _benchmark(name: str, methods: dict[str, str]) -> BenchmarkRecord:
 
 def _served(method: str) -> Served:
     """A model behind a server: at more clients more is written, and each waits longer."""
-    ratio = SPEED[method] / SPEED["dense"]
+    ratio, size = SPEED[method] / SPEED["dense"], BYTES.get(method, DENSE_BYTES)
     loads = {
         str(clients): Load(
-            requests_per_second=_runs(speed / 64),
-            tokens_per_second=_runs(speed),
+            requests_per_second=_runs(ratio * clients**0.6),
+            tokens_per_second=_runs(40 * ratio * clients**0.6),
             first_token_milliseconds=_runs(20 * clients),
-            token_milliseconds=_runs(1000 * clients / speed),
+            token_milliseconds=_runs(25 / ratio * clients**0.4),
             speedup=None if method == "dense" else _runs(ratio),
         )
-        for clients, speed in ((clients, 40 * ratio * clients**0.6) for clients in (1, 4, 16))
+        for clients in (1, 4, 16)
     }
-    memory = 1.2e9 + BYTES.get(method, DENSE_BYTES)
-    size = BYTES.get(method, DENSE_BYTES)
-    return Served(bytes_on_disk=size, start_seconds=_runs(30), memory_bytes=_runs(memory), clients=loads)
+    return Served(bytes_on_disk=size, start_seconds=_runs(30), memory_bytes=_runs(1.2e9 + size), clients=loads)
 
 
 def _serving(name: str, methods: dict[str, str]) -> ServingRecord:
     """`methods` are those of the recipes that compress."""
     return ServingRecord(
-        **made("serving", 300, 1.6e9),
+        **made("serving"),
         benchmark=name,
         engine={"vllm": "0.32.0", "armor": "0", "torch": "2.13.0"},
         dense=_served("dense"),
@@ -360,7 +349,7 @@ def write_results(root: Path, settings: ReportSettings, layers: int = 30) -> Pat
         for name, tasks in pair.tasks.items():
             _tasks(name, pair.method, tasks).write(paths.evaluation(*names, name))
         if pair.calibration:
-            calibration_record(**made("calibrate", 75, 1.1e9)).write(paths.calibration(pair.model, pair.calibration))
+            calibration_record(**made("calibrate")).write(paths.calibration(pair.model, pair.calibration))
             for layer in range(layers):
                 record = _layer(rng, layer, pair.method, pair.block_size)
                 for stage, owner in pair.chain or [("factorize", pair.recipe)]:

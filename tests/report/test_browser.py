@@ -44,10 +44,8 @@ def visit(chromium, folder):
     """Opens the report, or the comparison, offline; what went wrong and what was requested is noted on the page."""
     contexts = []
 
-    def visit(width=DESK, theme="light", file="report", script=True):
-        context = chromium.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=theme, offline=True, java_script_enabled=script
-        )
+    def visit(width=DESK, theme="light", file="report"):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, offline=True)
         context.set_default_timeout(0)  # a loaded machine is no error
         contexts.append(context)
         page = context.new_page()
@@ -91,12 +89,6 @@ def test_a_heading_sorts_by_value_upwards_then_downwards_then_back_with_gaps_las
         heading.get_by_role("button").press("Enter")
         assert heading.get_attribute("aria-sort") == state
         assert [recipe for recipe, _ in column(page, "KL")] == expected
-
-
-def test_without_javascript_the_table_is_a_table(visit):
-    page = visit(script=False)
-    assert page.get_by_role("button").count() == 0
-    assert dict(column(page, "Perplexity"))["armor"] == "30.96 ± 2.79"
 
 
 @pytest.mark.parametrize("file", PAGES)

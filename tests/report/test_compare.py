@@ -75,14 +75,6 @@ def test_the_difference_is_b_minus_a_and_its_error_that_of_the_paired_blocks(run
     assert (equal.difference, equal.difference_se, equal.not_comparable) == (0, 0, None)
 
 
-def test_of_one_block_nothing_is_said_of_how_sure_it_is(runs, tmp_path):
-    for run in runs:
-        for recipe in RECIPES:
-            change_evaluation(run, recipe, block_means=[3.0], blocks=1, value=math.exp(3), standard_error=None)
-    text = compare(*runs, tmp_path / "out")
-    assert "How sure a difference is cannot be said" in text and "No perplexity" not in text
-
-
 def test_the_page_the_csv_and_the_text_say_the_same_and_always_do(runs, tmp_path):
     text = compare(*runs, tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()

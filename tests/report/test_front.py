@@ -56,11 +56,6 @@ def test_the_words_name_the_best_whoever_made_it_and_ours_beside_it():
     assert "int8 (1.8 times as fast as dense, 20.10)" in speed and "Not compared: gptq." in speed
 
 
-def test_limits_with_one_answer_are_one_sentence_and_an_empty_one_is_said():
-    assert in_words([at(12, 30.0)])[0] == "No recipe takes at most 5, 7 or 9 bits a weight."
-    assert in_words([at(5, 30.0)])[0].startswith("At most 5, 7, 9 or 12 bits a weight: 5 30.0 is the best")
-
-
 def test_weights_from_a_file_of_few_bits_are_told():
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert f"a 4-bit file ({file})" in " ".join(in_words(ALL, file))
