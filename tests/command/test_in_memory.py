@@ -23,7 +23,7 @@ from armor.methods.solver.settings import SolverSettings
 from armor.model.inspect import inspect
 from armor.model.source import open_source
 from armor.runtime.linear import ArmorLinear
-from tests.tiny import FEW_EXPERTS, MAMBA2, tiny_model, tiny_text
+from tests.tiny import MAMBA2, tiny_model, tiny_text
 
 TOKENS = torch.arange(40).view(2, 20)
 TEXT = tiny_text()
@@ -173,15 +173,3 @@ def test_a_linear_that_another_module_multiplies_with_as_in_mamba_2_stays_dense_
     packed = [name for name, module in model.named_modules() if isinstance(module, ArmorLinear)]
     assert packed == ["backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.in_proj"]
     assert logits(model).isfinite().all()
-
-
-def test_a_mixtures_router_stays_dense_and_what_is_left_out_is_said(tmp_path, caplog):
-    small = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    folder = tiny_model(tmp_path / "moe", "qwen2_moe", 1, **FEW_EXPERTS, **small)
-    with caplog.at_level(logging.WARNING, "armor"):
-        model = armor.compress(*loaded(folder), TEXT, RECIPE | {"method": "nowag"}, **SIZES)
-    packed = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, ArmorLinear)}
-    assert packed == {f"{letter}_proj" for letter in "qkvo"} | {"gate_proj", "up_proj", "down_proj"}
-    assert type(model.model.layers[0].mlp.shared_expert_gate) is nn.Linear
-    (told,) = [line for line in caplog.messages if "can be compressed; the largest rest is" in line]
-    assert "mlp.experts.gate_up_proj" in told

@@ -127,7 +127,6 @@ def test_a_budget_leaves_alone_what_an_override_decides():
         ({"pattern": "3:2"}, "expected n:m"),
         ({"overrides": [{"solver": {"selection": "uniform"}}]}, "solver.selection: goes with algorithm: published"),
         ({"method": "dense", "budget": {"bits": 11.5}}, "budget: a dense recipe has none"),
-        ({"budget": {"bits": 11.5, "over": []}}, "budget.over: List should have at least 1 item"),
         ({"gptq": {}}, "gptq: goes with the method gptq, which this recipe does not name"),
         ({"base": "nowag"}, "base: goes with refine, quantize or tune"),
         ({"base": "nowag", "method": "wanda", "tune": {}}, "method: is what the base says; leave it out"),

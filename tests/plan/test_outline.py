@@ -55,10 +55,6 @@ def test_of_a_model_on_the_hub_the_headers_alone_are_read(place, tmp_path, monke
     assert inspect(Source(folder, "", "float32"), tmp_path / "outline.json") == real
 
 
-def test_a_folder_is_taken_where_it_is(model, place):
-    assert outline(ModelSettings(folder=str(model)), place) == model and not any(place.iterdir())
-
-
 def test_of_a_gguf_file_it_is_what_fetch_makes(tmp_path, place):
     gguf = tiny_gguf(tmp_path / "model.gguf", tiny_model(tmp_path / "model", layers=2))
     settings = ModelSettings(gguf=str(gguf), dtype="float16")
@@ -105,9 +101,3 @@ def test_without_a_network_there_is_one_line(place, tmp_path, monkeypatch):
     with pytest.raises(ArmorError, match="someone/model: .*check (the )?network") as caught:
         ask(monkeypatch, tmp_path, "http://127.0.0.1:9", HUB, place)
     assert "\n" not in str(caught.value)
-
-
-def test_a_family_that_transformers_does_not_know_is_one_line(model, tmp_path):
-    edit(model, model_type="unheard-of", architectures=["UnheardOf"])
-    with pytest.raises(ArmorError, match="config.json: model_type unheard-of is no family of transformers"):
-        inspect(Source(model, "", "float32"), tmp_path / "model.json")
