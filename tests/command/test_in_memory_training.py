@@ -63,6 +63,7 @@ def test_a_tuned_model_went_where_the_stage_goes(tmp_path):
 
 @pytest.mark.parametrize("family", ["phi3", *SHARING])
 def test_refined_and_tuned_it_is_closer_and_saved_as_ever(tmp_path, family):
+    """Families train through what their layers share; no other test trains them."""
     source = tiny_model(tmp_path / "source", family, layers=3 if family in SHARING else 2)
     training = {"refine": SHORT, "tune": {**SHORT, "rate": 3e-3}}
     plain, model = (compressed(source, {**RECIPE, **more}) for more in ({}, training))

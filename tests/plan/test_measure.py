@@ -12,6 +12,7 @@ from tests.tiny import tiny_model
 
 
 def test_every_kind_is_timed_and_the_seconds_are_amounts_by_rates(tmp_path):
+    """A plan without one of these recipes would not see that its kind of work cannot be timed."""
     recipes = CONFIG["recipes"] | {"gram": {"method": "sparsegpt"}, "integers": {"base": "armor", "quantize": {}}}
     of_grams = {"words": CONFIG["calibrations"]["words"] | {"gram": True}}
     model = tiny_model(tmp_path / "model", layers=2)

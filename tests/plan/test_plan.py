@@ -167,7 +167,7 @@ def test_the_command_prints_tables_and_leaves_nothing(tmp_path):
 
 
 def test_what_is_submitted_is_what_the_profile_and_the_rules_ask(tmp_path):
-    """And a job that asks for less than it takes is named; Snakemake's own words where it cannot plan."""
+    """Only Snakemake's own dry run shows what a profile and the rules ask for together."""
     model = tiny_model(tmp_path / "model", layers=2)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG | {"models": {"tiny": {"folder": str(model)}}}))
     for name in ("words.txt", "other.txt"):
