@@ -296,12 +296,14 @@ def test_further_models_evaluations_and_benchmarks_get_their_own_sections(tmp_pa
         assert page.count(f">{title}</h3>") == 2
 
 
-def test_samples_stand_side_by_side_a_missing_one_is_a_gap_and_no_text_is_markup(own):
+def test_samples_stand_side_by_side_a_missing_one_is_a_gap_and_nothing_is_markup(own):
     prompts = [f"{prompt} …" for prompt in PROMPTS]
     first, second = benchmark_of(own).samples
     texts = first.texts | {"armor": "<b>\n\n \x1b[1m_a_"}, {n: t for n, t in second.texts.items() if n != "armor"}
     change_benchmark(own, samples=[Continuation(prompt=p, texts=t) for p, t in zip(PROMPTS, texts, strict=True)])
-    page = built(own, plan(["nowag", "armor"]))  # the dense model writes too where it is no recipe
+    wanted = plan(["nowag", "armor"])  # the dense model writes too where it is no recipe
+    wanted.config["recipes"]["<b>"] = {}
+    page = built(own, wanted)
     found = table_of(page, "What they write")
     assert "<b>" not in page and [found["dense"][prompt] for prompt in prompts] == ["Paris.", "met a crow."]
     assert [found["armor"][prompt] for prompt in prompts] == ["<b> ↵ \ufffd[1m_a_", "–"]
