@@ -24,29 +24,7 @@ from tests.workflow.conftest import REPOSITORY, text  # noqa: F401
 LAYERS = 3
 SITECUSTOMIZE = """
 import atexit, json, os, sys, time
-from pathlib import Path
 from armor.execution import devices
-from armor.execution.files import try_lock
-
-def meet(device):
-    # Wait until two layers hold a device at once, and write down which.
-    met = Path(os.environ["TOGETHER"])
-    held = met.with_name("held")
-    held.mkdir(exist_ok=True)
-    mine = held / f"{os.environ['SLURM_JOB_ID']} {device}"
-    lock = try_lock(mine)  # until this process ends
-    while not met.exists():
-        others = []
-        for file in held.iterdir():
-            if file != mine and (other := try_lock(file)) is not None:
-                os.close(other)  # it has ended
-            else:
-                others.append(file.name.split()[1])
-        if len(others) > 1:
-            draft = met.with_name(f"{os.getpid()}.draft")
-            draft.write_text(" ".join(others))
-            draft.rename(met)
-        time.sleep(0.05)
 
 def lease(count, take=devices.lease):
     begin = {"given": os.environ.get("CUDA_VISIBLE_DEVICES"), "job": os.environ.get("SLURM_JOB_ID")}
@@ -57,8 +35,6 @@ def lease(count, take=devices.lease):
             file.write(json.dumps(line | {"end": time.time()}) + "\\n")
     if device != "cpu":
         atexit.register(write)
-    if device != "cpu" and sys.argv[1] == "factorize" and "TOGETHER" in os.environ:
-        meet(os.environ["CUDA_VISIBLE_DEVICES"])
     time.sleep(float(os.environ.get("LINGER", "0")))
     return "cpu"
 

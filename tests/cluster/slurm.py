@@ -3,7 +3,7 @@
 `with cluster(folder) as environment` starts controller and node daemon and stops them in the end; commands such as
 sbatch reach it with that environment. The node pretends to have 8 cores and 4 GPUs, which are character devices as
 /dev/null is, so that SLURM hands them out and sets CUDA_VISIBLE_DEVICES. There is no authentication: nothing but
-loopback must reach it. `python -m tests.cluster.slurm` keeps one until it is interrupted, to try things by hand.
+loopback must reach it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import socket
 import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,12 +133,3 @@ def _wait(condition, seconds: float, folder: Path) -> None:
             logs = "".join(file.read_text(errors="replace")[-2000:] for file in sorted(folder.glob("log/*")))
             raise TimeoutError(f"SLURM in {folder} is not ready after {seconds} s:\n{logs}")
         time.sleep(0.2)
-
-
-if __name__ == "__main__":
-    if reason := missing():
-        raise SystemExit(f"no cluster: {reason}")
-    with tempfile.TemporaryDirectory(prefix="armor-slurm-") as name, cluster(Path(name)) as found:
-        print(f"export SLURM_CONF={found['SLURM_CONF']} PATH={name}/bin:$PATH\nUp; Ctrl-C stops it.", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()

@@ -17,28 +17,13 @@ LAYER = "results/tiny/armor/layers/layer_{}.safetensors"
 
 
 @pytest.fixture(scope="session")
-def overtime(slurm, config, tmp_path_factory):
-    """One job with each profile that takes longer than it may; they sleep while the other tests run."""
-    return {
-        profile: slurm.snakemake(
-            tmp_path_factory.mktemp(profile),
-            config,
-            profile,
-            *("--set-resources", "fetch:runtime=1", "--retries", "0", "--", "results/tiny/source.json"),
-            LINGER="3600",
-        )
-        for profile in ("slurm", "cluster-generic")
-    }
-
-
-@pytest.fixture(scope="session")
-def run(slurm, config, overtime, tmp_path_factory):
+def run(slurm, config, tmp_path_factory):
     """The whole workflow with profiles/slurm: a layer's job is cancelled, then Snakemake killed, and all run again.
 
     Returns the run that was killed, the one that ended, and the times of the files that were there between the two.
     """
     folder = tmp_path_factory.mktemp("slurm")
-    first = slurm.snakemake(folder, config, "slurm", *SOON, LINGER="1", TOGETHER=str(folder / "together"))
+    first = slurm.snakemake(folder, config, "slurm", *SOON, LINGER="1")
 
     def running_layers():
         lines = slurm.command("squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
@@ -73,7 +58,8 @@ def test_layers_that_were_made_on_slurm_have_the_same_bytes(slurm, config, local
 
 
 def test_a_cluster_that_cancels_and_is_left_makes_the_same_bytes(run, local):
-    _, finished, _ = run
+    cancelled, finished, _ = run
+    assert "SLURM status is: 'CANCELLED'" in cancelled.said()
     names = [file.relative_to(local) for file in sorted(local.glob("results/tiny/**/*.safetensors"))]
     assert len(names) == 2 * LAYERS + 1
     for name in names:
@@ -84,22 +70,14 @@ def test_a_cluster_that_cancels_and_is_left_makes_the_same_bytes(run, local):
     assert (finished.folder / "results/report/index.html").exists()
 
 
-def test_layers_run_at_once_each_on_the_gpu_that_it_was_given(run):
+def test_each_layer_runs_alone_on_the_gpu_that_it_was_given(run):
     leases = run[0].leases()
     assert {line["stage"] for line in leases} >= {"calibrate", "factorize", "evaluate", "benchmark"}
     assert all(line["given"] == line["leased"] and line["leased"] in set("0123") for line in leases)
     assert len({line["job"] for line in leases}) == len(leases)
-    together = (run[0].folder / "together").read_text().split()
-    assert len(together) == len(set(together)) > 1
     for line in leases:
         others = [other for other in leases if other["leased"] == line["leased"] and other is not line]
         assert all(other["end"] <= line["begin"] or other["begin"] >= line["end"] for other in others)
-
-
-def test_a_cancelled_job_is_named_and_tried_again(run):
-    first, _, _ = run
-    assert "SLURM status is: 'CANCELLED'" in first.said()
-    assert "Trying to restart job" in first.said()
 
 
 def test_after_a_kill_what_was_finished_is_not_computed_again(run):
@@ -130,15 +108,10 @@ def test_small_layers_are_grouped_and_share_the_gpu_of_their_job(slurm, config, 
         assert sha256(tmp_path / layer) == sha256(local / layer)
 
 
-@pytest.mark.parametrize(
-    ("profile", "said"),
-    [
-        ("slurm", "SLURM status is: 'TIMEOUT'"),
-        ("cluster-generic", "TIMEOUT, over its runtime; give it more with --set-resources RULE:runtime="),
-    ],
-)
-def test_a_job_over_its_runtime_is_told_and_leaves_nothing(overtime, profile, said):
-    run = overtime[profile]
+def test_a_job_over_its_runtime_is_told_and_leaves_nothing(slurm, config, tmp_path):
+    asked = ("--set-resources", "fetch:runtime=1", "--retries", "0", "--", "results/tiny/source.json")
+    run = slurm.snakemake(tmp_path, config, "cluster-generic", *asked, LINGER="3600")
     assert run.process.wait(6 * HANGS) == 1
+    said = "TIMEOUT, over its runtime; give it more with --set-resources RULE:runtime="
     assert said in run.said() and "Error in rule fetch" in run.said()
-    assert not list(run.folder.glob("results/tiny/*"))
+    assert not list(tmp_path.glob("results/tiny/*"))

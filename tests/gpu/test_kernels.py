@@ -26,16 +26,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [  # out, in, left block, right block, pattern
     (24, 64, 8, 32, "2:4"),
     (12, 20, 4, 4, "2:4"),
-    (30, 36, 10, 12, "2:4"),
     (7, 140, None, None, "2:4"),
     (26, 44, None, 22, "2:4"),
     (20, 580, 20, None, "2:4"),
-    (16, 24, 8, 12, "4:8"),
     (18, 24, 9, 6, "3:4"),
     (22, 50, 11, 10, "1:2"),
-    (14, 32, 7, 32, "1:4"),
     (12, 40, 3, 10, "7:8"),
-    (6, 8, 1, 1, "2:4"),
 ]
 INTEGERS = [  # and the type of the core, that of the blocks, and the columns that share a scale
     (24, 80, 8, 40, "2:4", "int8", "int8", 32),
@@ -43,9 +39,7 @@ INTEGERS = [  # and the type of the core, that of the blocks, and the columns th
     (26, 44, None, 22, "2:4", "int4", None, 44),
     (22, 50, 11, None, "1:2", "int4", "int8", 16),
     (18, 24, 9, 6, "3:4", "int8", "int8", 96),
-    (7, 140, None, None, "2:4", "int8", None, 64),
     (24, 80, 8, 40, "2:4", "fp8", "int8", 32),
-    (22, 50, 11, None, "1:2", "fp8", None, 16),
 ]
 JOINED = [  # outs of linears with one input, and the rest as above, for floats and for integers
     ((24, 8, 16), 36, 8, 18, "2:4"),
@@ -53,7 +47,6 @@ JOINED = [  # outs of linears with one input, and the rest as above, for floats 
     ((22, 11), 50, 11, None, "1:2"),
     ((24, 12), 40, 12, 20, "2:4", "int8", "int8", 16),
     ((18, 9), 24, 9, 12, "2:4", "int4", "int8", 24),
-    ((14, 21), 44, None, 22, "2:4", "int4", None, 16),
     ((18, 9), 24, 9, 12, "2:4", "fp8", "int8", 24),
 ]
 
@@ -159,7 +152,7 @@ def test_a_linear_of_integers_is_its_twin_within_rounding(shape, dtype, whole_pr
 @pytest.mark.parametrize("number", range(len(JOINED)))
 def test_joined_linears_are_their_twins_side_by_side(number, whole_products):
     shape, dtype = JOINED[number], DTYPES[number % len(DTYPES)]
-    for rows, shares_right in (([1, 3, 5, 2, 4, 8, 7][number], number % 2 == 1), (9, number % 2 == 0)):
+    for rows, shares_right in (([1, 3, 5, 2, 4, 8][number], number % 2 == 1), (9, number % 2 == 0)):
         operands, factors = joined(shape, dtype, shares_right)
         x = torch.randn(rows, shape[1], device=DEVICE).to(dtype)
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -173,25 +166,6 @@ def test_joined_linears_are_their_twins_side_by_side(number, whole_products):
             expected, bound = product_within(x, *parts, own.bias, ulps(dtype))
             slack = bound + (2.0**-12 * expected.abs().amax() if rows > 8 else 0)  # torch's products round inside
             assert ((found.double() - expected).abs() <= slack).all(), f"{rows} rows"
-
-
-@pytest.mark.parametrize("lead", [(2,), (2, 0)], ids=str)
-def test_linears_of_other_forms_are_joined_too(lead, monkeypatch, whole_products):
-    one_config(monkeypatch, 1)
-    shapes = [(16, 64, 16, 32, "2:4"), (8, 64, 8, 32, "2:4"), (7, 64, None, None, "3:4"), (8, 64, 8, 32, "2:4")]
-    operands = [Operands(*on_device(*random_linear(*shape, torch.float32))) for shape in shapes]
-    operands += [of_integers((16, 64, 16, 64, "2:4", core, "int8", 32), torch.float32)[0] for core in ("int8", "int4")]
-    x = torch.randn(*lead, 64, device=DEVICE)
-    y = cuda.Joined(operands, 64)(x)
-    torch.testing.assert_close(y, torch.cat([cuda.multiply(x, own) for own in operands], dim=-1))
-
-
-def test_joined_linears_refuse_what_does_not_fit():
-    operands, _ = joined(JOINED[0], torch.float32, True)
-    with pytest.raises(ValueError, match="32 columns, expected 36"):
-        cuda.Joined(operands, 36)(torch.randn(1, 32, device=DEVICE))
-    with pytest.raises(ValueError, match="right"):
-        cuda.Joined(operands, 40)
 
 
 @pytest.mark.parametrize("number", range(len(kernels._CORE_CONFIGS)))
@@ -234,7 +208,7 @@ def test_unpack_is_exact(shape):
     assert torch.equal(cuda.unpack(values, bits, shape[1]), unpack(values, bits, shape[1])[0])
 
 
-@pytest.mark.parametrize(("shape", "dtype"), cases([SHAPES[1], SHAPES[4], SHAPES[6]]))
+@pytest.mark.parametrize(("shape", "dtype"), cases([SHAPES[1], SHAPES[3], SHAPES[5]]))
 def test_more_rows_go_through_torch(shape, dtype):
     operands = on_device(*random_linear(*shape, dtype))
     x = torch.randn(3, 3, shape[1], device=DEVICE).to(dtype)
@@ -244,38 +218,17 @@ def test_more_rows_go_through_torch(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_stays_in_its_row(dtype, monkeypatch):
-    one_config(monkeypatch, 0)
-    operands = on_device(*random_linear(36, 20, 4, 4, "2:4", dtype))
-    x = torch.zeros(3, 20, dtype=dtype, device=DEVICE)
-    x[1] = torch.nan
-    y = cuda._run(x, *operands)
-    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
-
-
-def test_what_is_not_kept_is_not_multiplied(monkeypatch):
-    """An infinite channel reaches the outputs that keep a weight for it, and no other turns into 0 · inf."""
-    one_config(monkeypatch, 0)
-    values, bits, *_, group = on_device(*random_linear(40, 36, None, None, "2:4", torch.float32))
-    x = torch.randn(1, 36, device=DEVICE)
-    x[0, 34] = torch.inf  # in the last byte of the mask, which is half full
-    y = cuda._run(x, values, bits, None, None, None, group)
-    assert torch.equal(y.isinf()[0], unpack(values, bits, 36)[1][:, 34]) and not y.isnan().any()
-
-
-@pytest.mark.parametrize("shape", [(60,), (2, 3, 60), (60, 5), (0, 60)], ids=str)
-def test_any_leading_dimensions_and_strides(shape, monkeypatch):
+def test_any_dimensions_and_strides_and_not_a_number_stays_in_its_row(dtype, monkeypatch):
     one_config(monkeypatch, 1)
-    operands = on_device(*random_linear(40, 60, 20, 12, "2:4", torch.float32))
-    x = torch.randn(shape, device=DEVICE)
-    x = x.T if shape[-1] == 5 else x
-    y, (expected, bound) = cuda._run(x, *operands), twin(x, *operands)
-    assert y.shape == expected.shape and ((y.double() - expected).abs() <= bound).all()
-
-
-def test_no_rows_of_x():
-    operands, _ = of_integers(INTEGERS[0], torch.float32)
-    assert cuda.multiply(torch.empty(2, 0, 80, device=DEVICE), operands).shape == (2, 0, 24)
+    operands = Operands(*on_device(*random_linear(40, 60, 20, 12, "2:4", dtype)))
+    for x in (torch.randn(60), torch.randn(2, 3, 60), torch.randn(60, 5).T, torch.randn(0, 60)):
+        x = x.to(DEVICE, dtype)
+        y, (expected, bound) = cuda.multiply(x, operands), twin(x, *operands[:6])
+        assert y.shape == expected.shape and ((y.double() - expected).abs() <= bound).all()
+    x = torch.zeros(3, 60, dtype=dtype, device=DEVICE)
+    x[1] = torch.nan
+    y = cuda.multiply(x, operands)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
 
 
 @pytest.mark.parametrize(("name", "index"), [("mask", 1), ("left", 2), ("right", 3), ("bias", 4)])

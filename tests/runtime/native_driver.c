@@ -2,7 +2,6 @@
  * sanitizers. Exit code 1: a result is off. */
 #include <math.h>
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -205,134 +204,32 @@ static int check(int level, int type, int64_t rows, struct shape s, int threads)
     return 1;
 }
 
-/* A tensor as torch might have it, and what armor_cpu_linears calls of torch. */
-struct tensor {
-    void *data;
-    int64_t dim, sizes[3], strides[3];
-    int32_t dtype;
-};
-static int held; /* handles that are not given back */
-static const char *refused;
-static int data_ptr(struct tensor *t, void **to) { return *to = t->data, 0; }
-static int dim(struct tensor *t, int64_t *to) { return *to = t->dim, 0; }
-static int sizes(struct tensor *t, int64_t **to) { return *to = t->sizes, 0; }
-static int strides(struct tensor *t, int64_t **to) { return *to = t->strides, 0; }
-static int dtype_of(struct tensor *t, int32_t *to) { return *to = t->dtype, 0; }
-static int give_back(struct tensor *t) { return (void)t, held--, 0; }
-static int num_threads(uint32_t *to) { return *to = 1, 0; }
-static void say(bool holds, const char *function, const char *file, uint32_t line, const char *message) {
-    (void)function, (void)file, (void)line;
-    refused = holds ? NULL : message;
-}
-static struct tensor made;
-static int empty_strided(int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type,
-                         int32_t device, struct tensor **to) {
-    (void)device_type, (void)device;
-    made = (struct tensor){.dim = dim, .dtype = dtype};
-    memcpy(made.sizes, sizes, (size_t)dim * sizeof *sizes);
-    memcpy(made.strides, strides, (size_t)dim * sizeof *strides);
-    made.data = malloc((size_t)(sizes[0] * strides[0]) * 4);
-    return *to = &made, held++, 0;
-}
-struct torch {
-    int (*get_data_ptr)(struct tensor *, void **);
-    int (*get_dim)(struct tensor *, int64_t *);
-    int (*get_sizes)(struct tensor *, int64_t **);
-    int (*get_strides)(struct tensor *, int64_t **);
-    int (*get_dtype)(struct tensor *, int32_t *);
-    int (*empty_strided)(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, struct tensor **);
-    int (*delete_tensor_object)(struct tensor *);
-    int (*get_num_threads)(uint32_t *);
-    void (*check)(bool, const char *, const char *, uint32_t, const char *);
-    parallel_function parallel;
-    int level, device;
-};
-void armor_use_torch(const struct torch *);
-void armor_cpu_linears(uint64_t *stack, uint64_t inputs, uint64_t outputs);
-
-/* Two linears for x (2, 3, 8) in fp32 give what armor_linears gives; another x is refused. All handles are given back. */
-static int check_torch(int level) {
-    const struct torch torch = {data_ptr,  dim,         sizes, strides,  dtype_of, empty_strided,
-                                give_back, num_threads, say,   parallel, level,    0};
-    enum { ROWS = 6, IN = 8, OUT = 5 };
-    void *values = random_array(0, OUT * IN / 2), *bias = random_array(0, OUT), *x = random_array(0, ROWS * IN);
-    float expected[ROWS][2 * OUT];
-    uint8_t mask[OUT] = {0x33, 0x65, 0xa9, 0xcc, 0x3c};
-    struct {
-        int64_t type, number, columns, filled;
-        struct part parts[8];
-    } *table = calloc(1, sizeof *table);
-    table->number = 6, table->columns = IN, table->filled = 2;
-    for (int i = 0; i < 2; i++)
-        table->parts[i] = (struct part){values, mask, NULL, NULL, bias, NULL, NULL, OUT, IN / 2, 4, 0, 0, 0};
-    struct part parts[] = {table->parts[0], table->parts[1]};
-    for (int i = 0; i < 2; i++) parts[i].y = &expected[0][i * OUT], parts[i].y_stride = 2 * OUT;
-    armor_linears(level, 0, x, ROWS, IN, parts, 2, NULL, 1);
-    struct tensor given = {x, 3, {2, 3, IN}, {3 * IN, IN, 1}, 6}, of_table = {table, 1, {sizeof *table}, {1}, 0};
-    int failures = 0;
-    armor_use_torch(&torch);
-    for (int wrong = 0; wrong < 4; wrong++) {
-        uint64_t stack[] = {(uint64_t)&given, (uint64_t)&of_table, 1, 2 * OUT - (wrong == 3)};
-        given.dtype = wrong == 1 ? 5 : 6;
-        given.strides[0] = wrong == 2 ? 1 : 3 * IN;
-        held = 2;
-        armor_cpu_linears(stack, 4, 1);
-        if (wrong)
-            failures += !refused || held != 0;
-        else {
-            failures += refused || held != 1 || memcmp(((struct tensor *)stack[0])->data, expected, sizeof expected);
-            free(made.data);
-        }
-    }
-    void *all[] = {values, bias, x, table};
-    for (int i = 0; i < 4; i++) free(all[i]);
-    if (failures) printf("level %d: %d calls as torch's are off\n", level, failures);
-    return failures;
-}
-
 /* With an argument only what runs in several threads: what one thread does cannot race. */
 int main(int count, char **arguments) {
     static const struct shape SHAPES[] = {
-        {64, 64, 2, 4, 32, 32, FLOATS, 0},     {60, 100, 2, 4, 20, 12, FLOATS, 0},  {36, 30, 1, 3, 5, 9, FLOATS, 0},
-        {100, 33, 50, 100, 11, 20, FLOATS, 0}, {332, 7, 2, 4, 0, 0, FLOATS, 0},     {44, 50, 4, 11, 0, 22, FLOATS, 0},
-        {48, 70, 4, 8, 35, 0, FLOATS, 0},      {600, 96, 3, 8, 96, 100, FLOATS, 0}, {4, 1, 2, 4, 0, 4, FLOATS, 0},
-        {1156, 40, 2, 4, 40, 68, FLOATS, 0},
+        {60, 100, 2, 4, 20, 12, FLOATS, 0}, {36, 30, 1, 3, 5, 9, FLOATS, 0}, {100, 33, 50, 100, 11, 20, FLOATS, 0},
+        {332, 7, 2, 4, 0, 0, FLOATS, 0},    {4, 1, 2, 4, 0, 4, FLOATS, 0},   {48, 70, 4, 8, 35, 0, FLOATS, 0},
+        {100, 36, 2, 4, 4, 20, INT8, 32},   {1156, 7, 2, 4, 0, 0, INT4, 512}, {260, 66, 2, 4, 33, 0, FP8, 64},
+        {20, 4, 2, 4, 4, 4, INT4, 20},
     };
-    static const struct shape INTEGERS[] = { /* int8, int4 and fp8 in turn */
-        {100, 36, 2, 4, 4, 20, FLOATS, 32},  {1156, 7, 2, 4, 0, 0, FLOATS, 512}, {96, 40, 2, 4, 0, 16, FLOATS, 96},
-        {260, 66, 2, 4, 33, 0, FLOATS, 64}, {20, 4, 2, 4, 4, 4, FLOATS, 20},
-    };
-    /* Enough work for threads, and more rows than are multiplied at once. */
+    /* Enough work for threads, more rows than are multiplied at once, and an x that the L1 cache does not hold. */
     static const struct shape LARGE = {1024, 512, 2, 4, 64, 128, FLOATS, 0}, BOTH = {132, 140, 2, 4, 28, 12, FLOATS, 0},
-                              LEFT = {132, 140, 2, 4, 28, 0, FLOATS, 0}, RIGHT = {132, 140, 2, 4, 0, 12, FLOATS, 0},
                               SMALL = {20, 36, 2, 4, 4, 4, FLOATS, 0}, WIDE = {10284, 15, 2, 4, 0, 0, FLOATS, 0};
-    static const int64_t ROWS[] = {1, 2, 5, 8, 28, 37}, OF_INTEGERS[] = {1, 3, 85};
+    static const int64_t ROWS[] = {1, 3, 37};
     int best = armor_initialize(), failures = 0;
     (void)arguments;
-    for (int level = 0; level <= best && count == 1; level++) {
+    for (int level = 0; level <= best && count == 1; level++)
         for (int type = 0; type < 2; type++) {
             for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++)
                 for (size_t r = 0; r < sizeof ROWS / sizeof *ROWS; r++)
                     failures += check(level, type, ROWS[r], SHAPES[s], 1);
-            for (size_t s = 0; s < sizeof INTEGERS / sizeof *INTEGERS; s++)
-                for (size_t r = 0; r < sizeof OF_INTEGERS / sizeof *OF_INTEGERS; r++) {
-                    struct shape shape = INTEGERS[s];
-                    shape.core = INT8 + (int)((s + r) % 3);
-                    failures += check(level, type, OF_INTEGERS[r], shape, 1);
-                }
-            /* An x that the L1 cache does not hold: its ends, and tasks without a second half. */
-            for (int rows = 2; rows <= 4; rows++) failures += check(level, type, rows, WIDE, 1);
+            failures += check(level, type, 3, WIDE, 1);
         }
-        failures += check_torch(level);
+    for (int type = 0; type < 2; type++) { /* by the best level: all share their tasks in the same way */
+        failures += check(best, type, 1, LARGE, 3);
+        failures += check(best, type, 300, BOTH, 4);
+        failures += check(best, type, 772, SMALL, 3); /* as many waves as threads, and 4 rows more */
     }
-    for (int level = 0; level <= best; level += best ? best : 1) /* the first and the best: all share their tasks */
-        for (int type = 0; type < 2; type++) {
-            failures += check(level, type, 1, LARGE, 3);
-            failures += check(level, type, 300, BOTH, 4);
-            failures += check(level, type, 300, LEFT, 4);
-            failures += check(level, type, 300, RIGHT, 4);
-            failures += check(level, type, 772, SMALL, 3); /* as many waves as threads, and 4 rows more */
-        }
     printf("%d of the linears are off, best level %d\n", failures, best);
     return failures != 0;
 }

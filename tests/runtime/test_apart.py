@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from armor.calibrate.capture import calibrate, peak_bytes
 from armor.config.sources import CalibrationSettings
@@ -19,10 +18,9 @@ from armor.runtime.apart import HOST_SHARE
 from armor.runtime.experts import Expert
 from armor.runtime.filling import layer_bytes
 from armor.runtime.streaming import stream_model
-from benchmarks.families import small_config
 from tests.memory import card_of, host_of
 from tests.packed import edit_tensors, packed
-from tests.tiny import MIXTURES, tiny_model, tiny_text
+from tests.tiny import tiny_model, tiny_text
 
 
 @pytest.fixture
@@ -69,16 +67,9 @@ def check(monkeypatch, folder, read, exact: bool = True, copies: int = 1) -> Non
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text"])
 def test_a_model_has_the_logits_of_whole_layers(tmp_path, read, monkeypatch, family):
     check(monkeypatch, tiny_model(tmp_path / "model", family), read, copies=4 if family == "llama4_text" else 1)
-
-
-def test_what_is_no_experts_is_added(tmp_path, read, monkeypatch):
-    config = small_config("longcat_flash")
-    config.zero_expert_num = 12  # they hand a token on as it is
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    check(monkeypatch, tmp_path, read)
 
 
 def test_packed_experts_are_read_one_by_one(tmp_path, read, monkeypatch):
@@ -103,20 +94,16 @@ def bare(folder) -> None:
     edit_tensors(folder, lambda own: [own.update({n.removeprefix("model."): own.pop(n)}) for n in [*own]])
 
 
-@pytest.mark.parametrize(
-    ("family", "gram", "change"),
-    [("mixtral", False, bare), ("mixtral", True, None), ("deepseek_v3", True, None), ("llama4_text", False, None)],
-)
-def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monkeypatch, family, gram, change):
+@pytest.mark.parametrize(("family", "gram"), [("mixtral", False), ("deepseek_v3", True)])
+def test_statistics_are_those_of_whole_layers_byte_for_byte(tmp_path, read, monkeypatch, family, gram):
     folder = tiny_model(tmp_path / "model", family)
-    if change:
-        change(folder)
+    if family == "mixtral":
+        bare(folder)
     (tmp_path / "text.txt").write_text(tiny_text())
     source = open_source(folder)
     topology = inspect(source, tmp_path / "model.json")
     host = int((peak_bytes(topology, 64, torch.float32, gram) + 4) / USABLE)
-    each = 2 * 64 * 64 * 4 * (4 if family == "llama4_text" else 1)  # what a sequence holds that waits
-    together = int(HOST_SHARE * host / each) + 1
+    together = int(HOST_SHARE * host / (2 * 64 * 64 * 4)) + 1  # by what a sequence holds that waits
     settings = CalibrationSettings(
         text={"files": [str(tmp_path / "text.txt")]},
         sequences=2 * together + 1,
@@ -142,7 +129,6 @@ def test_an_expert_that_is_damaged_is_named(tmp_path, monkeypatch):
     batches = [torch.arange(40)[None], torch.arange(40)[None] + 40]
     with pytest.raises(ArmorError, match=r"experts\.2\.w3.* holds NaN or infinity"):
         list(model.logits(batches))
-    assert all(type(module).__name__ != "_Mixture" for module in model.skeleton.model.modules())
 
 
 def test_a_card_that_is_too_small_for_one_expert_is_refused(tmp_path, monkeypatch):

@@ -57,27 +57,19 @@ def test_a_compiled_model_calls_it_with_any_number_of_rows():
         assert torch.equal(compiled(x), boxed.linears(2 * x, table, True, OUT).relu())
 
 
-FITTING = torch.ones(2, COLUMNS).bfloat16()
-
-
-@pytest.mark.parametrize(
-    ("x", "change", "out", "line"),
-    [
-        (FITTING[:, 1:].contiguous(), None, OUT, "x is not what the linears were made for"),
-        (FITTING.float(), None, OUT, "x is not what the linears were made for"),
-        (torch.tensor(1.0).bfloat16(), None, OUT, "x is not what the linears were made for"),
-        (torch.ones(2, 2 * COLUMNS).bfloat16()[:, ::2], None, OUT, "x is not contiguous"),
-        (torch.ones(COLUMNS, 2).bfloat16().t(), None, OUT, "x is not contiguous"),
-        (FITTING, None, OUT - 1, "the linears do not have so many outputs together"),
-        (FITTING, lambda table: table[8:], OUT, "this is no table of linears"),
-        (FITTING, lambda table: table[None], OUT, "this is no table of linears"),
-    ],
-    ids=["columns", "dtype", "no dimension", "every other", "turned", "outputs", "half a table", "a table in a table"],
-)
-def test_what_does_not_fit_is_refused_in_one_line(x, change, out, line):
-    table = boxed.table(linears(torch.bfloat16), COLUMNS, torch.bfloat16)
-    with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
-        boxed.linears(x, change(table) if change else table, True, out)
+def test_what_does_not_fit_is_refused_in_one_line():
+    fits, group = torch.ones(2, COLUMNS).bfloat16(), linears(torch.bfloat16)
+    table = boxed.table(group, COLUMNS, torch.bfloat16)
+    for x, given, out, line in (
+        (fits.float(), table, OUT, "x is not what the linears were made for"),
+        (torch.ones(2, 2 * COLUMNS).bfloat16()[:, ::2], table, OUT, "x is not contiguous"),
+        (fits, table, OUT - 1, "the linears do not have so many outputs together"),
+        (fits, table[8:], OUT, "this is no table of linears"),
+    ):
+        with pytest.raises(RuntimeError, match=f"armor::cpu_linears: {line}"):
+            boxed.linears(x, given, True, out)
+    with pytest.raises(ValueError, match="9 linears with one input, expected at most 8"):
+        boxed.table([group[1]] * 9, COLUMNS, torch.bfloat16)
 
 
 def test_a_table_keeps_the_memory_of_its_linears_but_no_reference_is_left_behind():
@@ -99,15 +91,3 @@ def test_a_table_keeps_the_memory_of_its_linears_but_no_reference_is_left_behind
     del table
     gc.collect()
     assert held() is None
-
-
-def test_a_table_is_of_contiguous_linears_and_at_most_eight():
-    values, bits, left, right, bias, group = random_linear(40, COLUMNS, 8, 64, "2:4", torch.bfloat16)
-    turned = Operands(values.t().contiguous().t(), bits, left, right, bias, group)
-    x = torch.randn(3, COLUMNS).bfloat16()
-    y = boxed.linears(x, boxed.table([turned], COLUMNS, torch.bfloat16), True, 40)
-    assert torch.equal(y, cpu.multiply(x, turned))
-    with pytest.raises(ValueError, match="9 linears with one input, expected at most 8"):
-        boxed.table([turned] * 9, COLUMNS, torch.bfloat16)
-    with pytest.raises(ValueError, match="mask"):
-        boxed.table([turned], COLUMNS + 8, torch.bfloat16)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -14,7 +13,6 @@ from armor.assemble.verify import verify
 from armor.config.quantization import QuantizeSettings
 from armor.config.recipes import LayerSettings
 from armor.format.shards import Shards
-from armor.model.tensors import recorded_tensors
 from armor.runtime import cpu
 from armor.runtime.experts import Expert, Experts
 from armor.runtime.fused import fused_experts, unfuse
@@ -24,7 +22,7 @@ from armor.runtime.skeleton import open_skeleton, stored_tensors
 from armor.runtime.streaming import stacks_experts, stream_model
 from benchmarks.families import small_config
 from tests.packed import SETTINGS, factors_of, opened, packed, quantized
-from tests.tiny import MIXTURES, tiny_model
+from tests.tiny import MIXTURES
 
 TOKENS = torch.arange(24)[None] * 5 % 256
 
@@ -41,18 +39,9 @@ def test_a_mixture_is_compressed_expert_by_expert_under_the_names_of_its_checkpo
     stored = set(Shards(root / "source").names())
     is_fused = family in ("granitemoe", "gpt_oss", "llama4_text")
     assert stacks_experts(root / "source") == (not is_fused) and not stacks_experts(root / "checkpoint")
-    if is_fused:
-        own = recorded_tensors(root / "source", names)
-        assert not stored & {f"{name}.weight" for name in names if ".experts." in name}
-        sizes = [sum(map(tensors.bytes_of, tensors.names())) for tensors in (own, Shards(root / "source"))]
-        assert sizes[0] == sizes[1] and {f"{name}.weight" for name in names} <= set(own.names())
-    else:
+    if not is_fused:
         assert {f"{name}.weight" for name in names} <= stored
-    experts = [name for name in names if ".experts." in name]
-    assert len(experts) == 3 * 4 * (1 if family == "deepseek_v3" else 2)
-    gate, up = experts[:2]
-    groups = [{linear.name for linear in group} for layer in topology.layers for group in layer.groups()]
-    assert {gate, up} in groups and sum(gate in group for group in groups) == 1
+    assert sum(".experts." in name for name in names) == 3 * 4 * (1 if family == "deepseek_v3" else 2)
 
     model = load_model(root / "checkpoint")
     assert not fused_experts(model)
@@ -125,11 +114,6 @@ def test_a_pattern_chooses_experts_or_one_expert_and_leaves_the_others_dense(tmp
     plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()
     with torch.inference_mode():
         assert close(model(TOKENS).logits, plain(TOKENS).logits)
-    # Its first compressed linear is an expert's: readers without the plugin must stop at it all the same.
-    config = root / "checkpoint/config.json"
-    config.write_text(config.read_text().replace('"armor"', '"nobody"'))
-    with pytest.raises(Exception, match="conversion"):
-        AutoModelForCausalLM.from_pretrained(root / "checkpoint", quantization_config=None)
 
 
 def test_a_skeleton_takes_no_memory_for_experts(tmp_path):
@@ -138,31 +122,3 @@ def test_a_skeleton_takes_no_memory_for_experts(tmp_path):
     huge.save_pretrained(tmp_path)
     parameters = open_skeleton(tmp_path, torch.float32).model.parameters()
     assert sum(parameter.numel() for parameter in parameters) > 3 * 4 * 64 << 40
-
-
-def test_experts_stay_fused_where_none_is_compressed(tmp_path):
-    attention = {"modules": "*.self_attn.*", "method": "nowag"}
-    root = packed(tmp_path, "qwen3_moe", LayerSettings(method="dense", overrides=[attention]))
-    model = load_model(root / "checkpoint")
-    assert fused_experts(model) and not any(isinstance(module, Experts) for module in model.modules())
-    export(root / "checkpoint", root / "dense")
-    plain = AutoModelForCausalLM.from_pretrained(root / "dense").eval()
-    with torch.inference_mode():
-        assert close(model(TOKENS).logits, plain(TOKENS).logits)
-
-
-def test_unfused_weights_are_views_and_a_token_without_experts_gets_nothing(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path, "olmoe", layers=1)).eval()
-    fused = model.model.layers[0].mlp.experts
-    address = fused.down_proj.data_ptr()
-    (path,) = unfuse(model)
-    experts = model.get_submodule(path)
-    assert experts.get_submodule("0.down_proj").weight.data_ptr() == address and not list(fused.parameters())
-    x, index = torch.randn(3, 64), torch.tensor([[0, 2], [2, 1], [4, 4]])  # 4: no expert
-    weights = torch.rand(3, 2)
-    y = experts(x, top_k_weights=weights, top_k_index=index)
-    assert not y[2].any()
-    gate, up, down = (experts.get_submodule(f"2.{name}_proj") for name in ("gate", "up", "down"))
-    one = down(nn.functional.silu(gate(x[:2])) * up(x[:2])) * torch.stack([weights[0, 1], weights[1, 0]])[:, None]
-    rest = experts(x, index.masked_fill(index == 2, 4), weights)
-    assert close((y - rest)[:2], one)

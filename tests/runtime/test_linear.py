@@ -13,9 +13,7 @@ from armor.runtime.linear import ArmorLinear
 # pattern, out, in, left block, right block, rank
 LAYOUTS = [
     ("2:4", 24, 32, 8, 16),
-    ("2:4", 6, 12, 3, 4),
     ("2:4", 5, 8, None, None),
-    ("1:4", 16, 8, None, 8),
     ("4:8", 8, 40, 8, None),
     ("3:6", 10, 18, 5, 6),
     ("50%", 9, 15, 3, 5),
@@ -79,31 +77,20 @@ def test_the_state_is_always_the_packed_tensors(layout):
     assert not layer.is_unpacked
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_weights_can_be_loaded_into_an_unpacked_layer(assign):
-    one, other = factorization(*LAYOUTS[0]), factorization(*LAYOUTS[0], seed=1)
-    layer = ArmorLinear.of(one).unpack()
-    layer.load_state_dict(ArmorLinear.of(other).state_dict(), assign=assign)
-    assert torch.equal(layer.core, other.core)
-    x = torch.randn(2, LAYOUTS[0][2])
-    assert torch.allclose(layer(x), F.linear(x, dense(other)), rtol=1e-4, atol=1e-4)
+def test_weights_are_loaded_into_an_unpacked_layer_and_change_their_dtype():
+    layer = ArmorLinear.of(factorization(*LAYOUTS[0]), torch.randn(24)).unpack()
+    other = ArmorLinear.of(factorization(*LAYOUTS[0], seed=1), torch.randn(24))
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(3, 32)
+    assert torch.allclose(layer(x), other(x), rtol=1e-4, atol=1e-4)
+    for held in (layer, other):
+        twin = copy.deepcopy(held).to(torch.bfloat16)
+        assert {n: t.dtype for n, t in twin.state_dict().items() if t.dtype != torch.bfloat16} == {
+            "core_mask": torch.uint8
+        }
+        assert torch.allclose(twin(x.bfloat16()).float(), other(x), rtol=0.1, atol=0.5)
     with pytest.raises(RuntimeError, match="core_values"):
         layer.load_state_dict({})
-
-
-@pytest.mark.parametrize("unpacked", [False, True])
-def test_dtype_and_copies(unpacked):
-    factors = factorization(*LAYOUTS[0])
-    layer = ArmorLinear.of(factors, torch.randn(24))
-    if unpacked:
-        layer.unpack()
-    twin = copy.deepcopy(layer).to(torch.bfloat16)
-    assert twin.core_mask.dtype == torch.uint8
-    assert {t.dtype for n, t in twin.state_dict().items() if n != "core_mask"} == {torch.bfloat16}
-    x = torch.randn(3, 32)
-    assert twin(x.bfloat16()).dtype == torch.bfloat16
-    assert torch.allclose(twin(x.bfloat16()).float(), layer(x), rtol=0.1, atol=0.5)
-    assert layer.state_dict()["core_values"].dtype == torch.float32  # the original is untouched
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
@@ -118,7 +105,7 @@ def test_gradients_reach_the_input_and_not_the_factors(unpacked):
     assert all(not p.requires_grad and p.grad is None for n, p in layer.named_parameters() if n != "bias")
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[-1]], ids=str)
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_it_compiles_as_one_graph(layout, unpacked):
     layer = ArmorLinear.of(factorization(*layout))

@@ -6,18 +6,12 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    pipeline,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import armor.runtime.quantizer
 from armor.assemble.verify import verify
 from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
-from armor.runtime import cpu
 from armor.runtime.linear import ArmorLinear
 from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed, quantized
 from tests.tiny import FAMILIES
@@ -61,15 +55,13 @@ def test_a_classifier_gets_a_new_head_and_keeps_the_rest(root):
         assert close(model.model(TOKENS)[0], dense(root, AutoModel)(TOKENS)[0])
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_any_dtype(tmp_path, dtype, stored):
-    model = load(packed(tmp_path, dtype=stored) / "checkpoint", dtype=dtype)
-    wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    for name, tensor in model.state_dict().items():
-        assert tensor.dtype == (torch.uint8 if name.endswith("core_mask") else wanted), name
-    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[wanted]
-    assert close(logits(model).float(), logits(dense(tmp_path).float()), tolerance)
+def test_any_dtype(tmp_path):
+    root = packed(tmp_path, dtype=torch.bfloat16)
+    for dtype, tolerance in (("auto", 5e-2), (torch.float16, 5e-2), (torch.float32, 1e-4)):
+        model, wanted = load(root / "checkpoint", dtype=dtype), torch.bfloat16 if dtype == "auto" else dtype
+        for name, tensor in model.state_dict().items():
+            assert tensor.dtype == (torch.uint8 if name.endswith("core_mask") else wanted), name
+        assert close(logits(model).float(), logits(dense(root).float()), tolerance)
 
 
 def test_generation_with_every_cache_says_the_same(root):
@@ -82,26 +74,17 @@ def test_generation_with_every_cache_says_the_same(root):
         assert torch.equal(model.generate(TOKENS, **options, **cache), expected.sequences), cache
 
 
-def test_pipeline_by_path(root):
-    made = pipeline("text-generation", model=str(root / "checkpoint"))
-    text = made("the old city", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert text.startswith("the old city")
-
-
-@pytest.mark.parametrize(
-    "options", [{"max_shard_size": "5GB"}, {"max_shard_size": "100KB"}], ids=["one file", "shards"]
-)
-@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
-def test_save_pretrained_and_back(root, tmp_path, kind, options):
+@pytest.mark.parametrize(("kind", "size"), [(AutoModelForCausalLM, "5GB"), (AutoModel, "100KB")])
+def test_save_pretrained_and_back(root, tmp_path, kind, size):
     model = load(root / "checkpoint", kind)
-    model.save_pretrained(tmp_path, **options)
+    model.save_pretrained(tmp_path, max_shard_size=size)
     assert verify(tmp_path).compressed_count == 14 and not verify(tmp_path).checksums
     again = load(tmp_path, kind)
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    if kind is AutoModelForCausalLM and options["max_shard_size"] == "5GB":
+    if size == "5GB":
         assert (tmp_path / "model.safetensors").read_bytes() == (root / "checkpoint/model.safetensors").read_bytes()
-    if kind is AutoModel:  # saved without the prefix, it is still a language model's body
+    else:  # saved without the prefix, it is still a language model's body
         body = load(tmp_path, AutoModelForSequenceClassification).model
         assert close(logits(body), logits(dense(root, AutoModel)))
 
@@ -152,16 +135,6 @@ def test_a_whole_model_compiles_without_a_break(root):
     assert close(logits(compiled, use_cache=False), logits(model, use_cache=False))
 
 
-def test_nothing_of_the_factors_is_trainable_and_the_rest_is(root):
-    model = load(root / "checkpoint")
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    sides = ("core_values", "left", "right") if cpu.available() else ("left", "right")
-    assert frozen == {f"{module}.{side}" for module in factors_of(root) for side in sides}
-    model.train()
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
-
-
 WITHOUT_PLUGIN = """
 import sys
 from transformers import AutoModel, AutoModelForCausalLM
@@ -194,17 +167,13 @@ def refused(folder, *parts, kind=AutoModelForCausalLM, **options):
         assert part in message, message
 
 
-@pytest.mark.parametrize("checksums", [False, True])
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_every_defect_is_one_error(checkpoint, defect, checksums):
+def test_every_defect_is_one_error(checkpoint, defect):
     apply, parts = DEFECTS[defect]
     apply(checkpoint)
-    if checksums:
-        refused(checkpoint)  # which of the two checks speaks first does not matter
-        refused(checkpoint, ignore_mismatched_sizes=True)
-    else:
-        (checkpoint / "checksums.json").unlink()
-        refused(checkpoint, *parts)
+    refused(checkpoint)  # which of the two checks speaks first does not matter
+    (checkpoint / "checksums.json").unlink()
+    refused(checkpoint, *parts, ignore_mismatched_sizes=True)
 
 
 V = "model.layers.1.self_attn.v_proj.core_values"
@@ -235,10 +204,7 @@ def one_higher(folder):
 EMBEDDINGS = "model.embed_tokens.weight"
 REFUSED = {  # a change, and what the one line names
     "no embeddings": (without(EMBEDDINGS), (EMBEDDINGS, "missing")),
-    "no norm": (without("model.layers.1.input_layernorm.weight"), ("model.layers.1.input_layernorm.weight", "missing")),
-    "no head": (without("lm_head.weight"), ("lm_head.weight", "missing")),
-    "a tensor more in a layer": (with_one_more("model.layers.0.mlp.extra.weight"), ("mlp.extra.weight", "no place")),
-    "a tensor more": (with_one_more("extra"), ("extra", "no place")),
+    "a tensor more": (with_one_more("model.layers.0.mlp.extra.weight"), ("mlp.extra.weight", "no place")),
     "fewer layers": (changed(num_hidden_layers=1), ("model.layers.1.", "no such module")),
     "another size": (changed(intermediate_size=96), ("model.layers.0.mlp.", "96")),
 }
@@ -277,13 +243,6 @@ def test_stale_weights_beside_an_index(root, tmp_path):
     assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
     shutil.copy(root / "checkpoint/model.safetensors", tmp_path / "checkpoint/model.safetensors")
     refused(tmp_path / "checkpoint", "model.safetensors", "stale")
-
-
-@pytest.mark.parametrize("kinds", [(AutoModelForCausalLM, AutoModel), (AutoModel, AutoModelForCausalLM)])
-def test_the_config_of_a_loaded_model_loads_another(root, kinds):
-    config = load(root / "checkpoint", kinds[0]).config
-    models = load(root / "checkpoint", kinds[1], config=config), load(root / "checkpoint", kinds[1])
-    assert close(*map(logits, models))
 
 
 def test_what_no_checkpoint_holds_is_computed(tmp_path):

@@ -68,18 +68,6 @@ def test_no_output_is_stale(beside):
     assert torch.equal(k(x), alone(k, x)) and torch.equal(v(x), alone(v, x))
 
 
-def test_gradients_reach_the_input_and_the_biases_of_followers(beside):
-    q, k, v = beside
-    x = torch.randn(3, 64)
-    (q(x).sum() + k(x).sum() + v(x).sum()).backward()
-    assert torch.equal(v.bias.grad, torch.full((16,), 3.0))
-    with torch.no_grad():
-        expected = [linear(x) for linear in beside]
-    v.bias.requires_grad_(False)
-    found = [linear(x.requires_grad_()) for linear in beside]
-    assert all(y.requires_grad for y in found) and all(map(torch.equal, found, expected))
-
-
 def drawn(linear):
     return {
         name: tensor if name == "core_mask" else torch.randn_like(tensor)
@@ -87,33 +75,15 @@ def drawn(linear):
     }
 
 
-def swap_data(linear):
-    for name, tensor in drawn(linear).items():
-        getattr(linear, name).data = tensor
-
-
 def change_in_place(linear):
     for name, tensor in drawn(linear).items():
         getattr(linear, name).data.copy_(tensor)
 
 
-def replace_parameters(linear):
-    linear.load_state_dict(drawn(linear), assign=True)
-
-
-def take_a_bias(linear):
-    linear.bias = torch.nn.Parameter(torch.randn(16))
-
-
 CHANGES = {
-    "data swapped": swap_data,
     "changed in place": change_in_place,
     "loaded": lambda linear: linear.load_state_dict(drawn(linear)),
-    "replaced": replace_parameters,
-    "a bias": take_a_bias,
-    "unpacked": lambda linear: linear.unpack(),
     "unpacked and packed": lambda linear: linear.unpack().pack(),
-    "in float64": lambda linear: linear.to(torch.float64),
     "in bfloat16 and back": lambda linear: linear.to(torch.bfloat16).to(torch.float32),
 }
 
@@ -129,17 +99,14 @@ def test_what_a_linear_holds_now_is_what_it_multiplies_with(beside, change, lead
     CHANGES[change](changed)
     expected = ArmorLinear(LAYOUT, changed.bias is not None)
     expected.load_state_dict(changed.state_dict())
-    if change == "in float64":
-        x = x.double()
-        expected.double()
-    for linear in beside if change != "in float64" else [changed]:
+    for linear in beside:
         y = linear(x)
         if linear is changed:
             assert (y - expected(x)).abs().max() <= 1e-5 * y.abs().max()
 
 
 @torch.no_grad()
-def test_copies_pickles_and_replicas_multiply_with_their_own(beside):
+def test_copies_and_pickles_multiply_with_their_own(beside):
     q, k, v = beside
     x = torch.randn(3, 64)
     before = [linear(x) for linear in beside]
@@ -147,10 +114,6 @@ def test_copies_pickles_and_replicas_multiply_with_their_own(beside):
     file = io.BytesIO()
     torch.save(model, file)
     copies = [copy.deepcopy(model), torch.load(io.BytesIO(file.getvalue()), weights_only=False)]
-    replica = q._replicate_for_data_parallel()
-    for name, tensor in (dict.fromkeys(q._parameters) | drawn(q)).items():
-        setattr(replica, name, tensor)
-    assert not torch.equal(replica(x), before[0])
     for other in copies:
         assert all(torch.equal(linear(x), y) for linear, y in zip(other, before, strict=True))
         change_in_place(other[0])

@@ -171,34 +171,29 @@ def expected(folder: Path, model: Any = None) -> list[tuple[list[int], Tensor]]:
     return found
 
 
-def answers(llm: LLM) -> list[tuple[list[int], list[dict[int, float]]]]:
-    """What vLLM says: for every prompt eight more tokens, greedily, and the log-probabilities of each token of the
-    prompt and of the five likeliest after it."""
-    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=0)
+def answers(llm: LLM, prompts: bool = True, **generate: Any) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """What vLLM says: for every prompt eight more tokens, greedily, and the log-probabilities of the five likeliest for
+    each, before which are, with `prompts`, those of the prompt's own tokens. Without, vLLM may read its cache of
+    prefixes. `generate` is vLLM's own."""
+    scored = 0 if prompts else None
+    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=scored)
+    asked: Any = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     found = []
-    for request in llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False):
+    for request in llm.generate(asked, sampling, use_tqdm=False, **generate):
         answer = request.outputs[0]
-        scores = [*request.prompt_logprobs, *answer.logprobs]
+        scores = [*(request.prompt_logprobs or [None] * len(request.prompt_token_ids)), *answer.logprobs]
         found.append((list(answer.token_ids), [{t: s.logprob for t, s in (one or {}).items()} for one in scores]))
     return found
 
 
 def difference(llm: LLM, references: list[tuple[list[int], Tensor]], prompts: bool = True, **generate: Any) -> float:
-    """The largest difference of a log-probability from `references`; the greedy answers must be the same.
-
-    The five likeliest of each token of an answer count, and with `prompts` every token of a prompt: vLLM then reads
-    nothing from its cache of prefixes. `generate` is vLLM's own.
-    """
-    scored = 0 if prompts else None
-    sampling = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=5, prompt_logprobs=scored)
-    asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    answers = llm.generate(asked, sampling, use_tqdm=False, **generate)
+    """The largest difference of a log-probability of `answers` from `references`; the answers must be the same."""
     largest = 0.0
-    for (tokens, log_p), request in zip(references, answers, strict=True):
-        prompt, answer = request.prompt_token_ids, request.outputs[0]
-        assert tokens == [*prompt, *answer.token_ids]
-        scores = [*(request.prompt_logprobs or [None] * len(prompt)), *answer.logprobs]
+    for prompt, (tokens, log_p), (answer, scores) in zip(
+        PROMPTS, references, answers(llm, prompts, **generate), strict=True
+    ):
+        assert tokens == [*prompt, *answer]
         for place, found in enumerate(scores):
-            for token, said in (found or {}).items():  # nothing is said of the first
-                largest = max(largest, abs(said.logprob - log_p[place - 1, token].item()))
+            for token, said in found.items():  # nothing is said of the first
+                largest = max(largest, abs(said - log_p[place - 1, token].item()))
     return largest

@@ -6,8 +6,10 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from armor.config.recipes import LayerSettings, Override
-from armor.runtime import boxed, cpu
-from armor.serve.plugin import ArmorLinearMethod
+from armor.runtime import cpu
+from armor.runtime.folder import read_config
+from armor.serve.check import check
+from armor.serve.ranks import check_ranks
 from tests.packed import SETTINGS, edit_tensors, packed, quantized
 from tests.vllm.served import BOUND, FAMILIES, RANK, SHAPE, adapted, answers, checkpoint, difference, expected, served
 
@@ -24,25 +26,21 @@ def references(llama):
     return expected(llama)
 
 
-@pytest.mark.parametrize("has_tiles", [False, True], ids=["without Python", "through Python"])
+@pytest.mark.parametrize("has_tiles", [False, True])
 def test_compiled(llama, references, monkeypatch, has_tiles):
     """The second is as on a processor with AMX, and may not take what was compiled for the first."""
     monkeypatch.setattr(cpu, "_has_tiles", has_tiles)
-    calls, multiply = [], ArmorLinearMethod.multiply
-    monkeypatch.setattr(ArmorLinearMethod, "multiply", lambda *given: calls.append(given) or multiply(*given))
     with served(llama, enforce_eager=False) as llm:
         assert difference(llm, references) < BOUND
-    assert bool(calls) == (has_tiles or not boxed.available())
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.2), ("float16", 0.05)])
-def test_in_half_precision_the_prompt_is_as_likely_up_to_rounding(llama, references, dtype, bound):
-    with served(llama, dtype=dtype) as llm:
+def test_in_half_precision_the_prompt_is_as_likely_up_to_rounding(llama, references):
+    with served(llama, dtype="bfloat16") as llm:
         found = answers(llm)
     for (tokens, log_p), (_, scores) in zip(references, found, strict=True):
         for place, said in enumerate(scores[: len(tokens) - 8]):
             for token, score in said.items():
-                assert abs(score - log_p[place - 1, token].item()) < bound, (place, token)
+                assert abs(score - log_p[place - 1, token].item()) < 0.2, (place, token)
 
 
 def test_chunks_of_a_prompt_and_a_cached_prefix(llama, references):
@@ -51,15 +49,14 @@ def test_chunks_of_a_prompt_and_a_cached_prefix(llama, references):
         assert difference(llm, references, prompts=False) < BOUND  # with what was kept of the prompts
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_weights_loaded_anew_in_place(llama, references, tmp_path, eager):
+def test_weights_loaded_anew_in_place(llama, references, tmp_path):
     other = shutil.copytree(llama, tmp_path / "other")
     (other / "checksums.json").unlink()
     edit_tensors(
         other, lambda tensors: tensors.update({n: 0.9 * t for n, t in tensors.items() if t.is_floating_point()})
     )
     others = expected(other)
-    with served(llama, enforce_eager=eager) as llm:
+    with served(llama) as llm:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         assert difference(llm, others) < BOUND
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(llama)})
@@ -82,18 +79,12 @@ SHARED = SETTINGS.model_copy(update={"share_right": True})
 LOW_RANK = LayerSettings(
     method="oats",
     rank=4,
-    overrides=[
-        Override(modules="*.v_proj", method="int8"),
-        Override(modules="*.gate_proj", method="int4"),
-        Override(modules="*.o_proj", method="int8"),
-        Override(modules="*.layers.1.mlp.down_proj", method="int4"),
-    ],
+    overrides=[Override(modules="*.v_proj", method="int8"), Override(modules="*.gate_proj", method="int4")],
 )
 MIXED = SETTINGS.model_copy(
     update={
         "overrides": [
             Override(modules="*.k_proj", method="dense"),
-            Override(modules="*.v_proj", block_size=4),
             Override(modules="*.up_proj", block_size=32, pattern="4:8"),
             Override(modules="*.down_proj", method="wanda", pattern="50%"),
         ]
@@ -111,8 +102,10 @@ HELD = {  # what a checkpoint may hold, and in which ways it is served
     "integers": (lambda root: quantized(packed(root, settings=SHARED, **SHAPE)), [1, 2]),
     "low rank and whole integers": (lambda root: packed(root, settings=LOW_RANK, **SHAPE) / "checkpoint", [1, 2]),
     "shards of other blocks and dense": (lambda root: packed(root, settings=MIXED, **SHAPE) / "checkpoint", [1]),
-    "some experts": (lambda root: packed(root, KIND, SOME_EXPERTS, **(SHAPE | MIXTURE)) / "checkpoint", [2]),
-    "experts of integers": (lambda root: quantized(packed(root, KIND, **(SHAPE | MIXTURE))), [1]),
+    "experts, some of integers or dense": (
+        lambda root: packed(root, KIND, SOME_EXPERTS, **(SHAPE | MIXTURE)) / "checkpoint",
+        [2],
+    ),
 }
 
 
@@ -126,17 +119,11 @@ def test_what_a_checkpoint_may_hold_on_one_rank_and_two(tmp_path, held):
             assert difference(llm, references) < BOUND
 
 
-def test_experts_compiled(tmp_path):
-    folder = packed(tmp_path, KIND, SOME_EXPERTS, **(SHAPE | MIXTURE)) / "checkpoint"
-    references = expected(folder)
-    with served(folder, enforce_eager=False) as llm:
-        assert difference(llm, references) < BOUND
-
-
 @pytest.mark.parametrize("family", ["Llama", "Phi-3"])
 def test_two_ranks_side_by_side(family, tmp_path):
     folder = checkpoint(tmp_path, family)
     references = expected(folder)
+    check_ranks(read_config(folder), check(folder), 2)  # nothing is refused before the start that is served
     with served(folder, tensor_parallel_size=2, enforce_eager=family != "Llama") as llm:
         assert difference(llm, references) < BOUND
 
