@@ -1,6 +1,5 @@
-/* Runs the library's linears on buffers of exactly their size and holds them to a plain twin; made to be compiled with
- * sanitizers. Exit code 1: a result is off. */
-#include <math.h>
+/* Runs the library's linears on buffers of exactly their size, made to be compiled with sanitizers. What they compute is
+ * compared elsewhere; here only that a linear has the same bits in one call with others. Exit code 1: it has not. */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -52,16 +51,6 @@ static void parallel(void (*function)(void *), void *argument, unsigned threads,
 
 static float number(void) { return (float)rand() / (float)RAND_MAX * 2 - 1; }
 
-/* Number `i` of an array of `type` (0: fp32, 1: bf16). */
-static float get(const void *array, int type, int64_t i) {
-    float f;
-    uint32_t bits;
-    if (type == 0) return ((const float *)array)[i];
-    bits = (uint32_t)((const uint16_t *)array)[i] << 16;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
 static void *random_array(int type, int64_t n) {
     void *array = malloc((size_t)n * (type ? 2 : 4));
     for (int64_t i = 0; i < n; i++) {
@@ -78,35 +67,12 @@ static void *random_array(int type, int64_t n) {
 
 enum { FLOATS, INT8, INT4, FP8 };
 
-/* Number `i` of row `row` of rows of `n`; two int4 are in a byte, the first in the low half; fp8 is e4m3. */
-static double integer(const void *array, int kind, int64_t n, int64_t row, int64_t i) {
-    if (kind == INT8) return ((const int8_t *)array)[row * n + i];
-    if (kind == FP8) {
-        const int byte = ((const uint8_t *)array)[row * n + i], exponent = byte >> 3 & 15;
-        const double size = ldexp(exponent ? 8 + (byte & 7) : byte & 7, (exponent ? exponent : 1) - 10);
-        return byte > 127 ? -size : size;
-    }
-    int four = ((const uint8_t *)array)[row * ((n + 1) / 2) + i / 2] >> i % 2 * 4 & 15;
-    return four < 8 ? four : four - 16;
-}
-
 /* `n` numbers: floats of `type`, or bytes of integers. */
 static void *random_numbers(int core, int type, int64_t n) {
     if (core == FLOATS) return random_array(type, n);
     uint8_t *array = malloc((size_t)n);
     for (int64_t i = 0; i < n; i++) array[i] = (uint8_t)rand();
     return array;
-}
-
-/* v becomes the blocks of d times v; with `scales` they are of int8. */
-static void multiply_blocks(const void *blocks, const void *scales, int type, int64_t d, int64_t n, double *v) {
-    double *result = calloc((size_t)n, sizeof *result);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < d; j++)
-            result[i] += v[i / d * d + j] * (scales ? integer(blocks, INT8, d, i, j) * get(scales, type, i)
-                                                    : get(blocks, type, i * d + j));
-    memcpy(v, result, (size_t)n * sizeof *result);
-    free(result);
 }
 
 /* A linear of out x in with an n:m core and blocks of left and right; `columns` of a core of integers share a scale. */
@@ -147,12 +113,11 @@ static int check(int level, int type, int64_t rows, struct shape s, int threads)
          *values = random_numbers(s.core, type, out * (s.core == INT4 ? (kept + 1) / 2 : kept)),
          *left = s.left ? random_numbers(s.core, type, out * s.left) : NULL,
          *right = s.right ? random_numbers(s.core, type, in * s.right) : NULL,
-         *bias = !s.core && rows % 3 != 2 ? random_array(type, out) : NULL, *dense = random_array(type, out * in),
+         *bias = rows % 3 != 2 ? random_array(type, out) : NULL, *dense = random_array(type, out * in),
          *core_scales = s.core ? random_array(type, out * groups) : NULL,
          *left_scales = s.core && left ? random_array(type, out) : NULL,
          *right_scales = s.core && right ? random_array(type, in) : NULL;
     uint8_t *mask = calloc((size_t)out, (size_t)stride);
-    double *u = malloc((size_t)in * sizeof *u), *z = malloc((size_t)out * sizeof *z), worst = 0, largest = 0;
     for (int64_t i = 0; i < out; i++)
         for (int64_t g = 0; g < in; g += s.m)
             for (int64_t left_to_keep = s.n; left_to_keep;) {
@@ -163,45 +128,18 @@ static int check(int level, int type, int64_t rows, struct shape s, int threads)
             }
     struct integers own = {s.core, left || right, core_scales, left_scales, right_scales, s.columns};
     struct part one = {values, mask, left, right, bias, y, s.core ? &own : NULL, out, kept, s.m, s.left, s.right, out};
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
-    if (!s.core) armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
-    if (threads > 1 && repeats(level, type, x, rows, in, one, y, threads)) worst = INFINITY;
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < in; c++) u[c] = get(x, type, r * in + c);
-        if (right) multiply_blocks(right, right_scales, type, s.right, in, u);
-        for (int64_t i = 0; i < out; i++) {
-            int64_t at = 0;
-            z[i] = 0;
-            for (int64_t c = 0; c < in; c++) {
-                double w = 0;
-                if (mask[i * stride + c / 8] >> c % 8 & 1) {
-                    int64_t scale = s.core ? i * groups + c / s.columns : 0;
-                    w = s.core ? integer(values, s.core, kept, i, at) * get(core_scales, type, scale)
-                               : get(values, type, i * kept + at);
-                    at++;
-                }
-                if (!s.core && w != get(dense, type, i * in + c)) worst = INFINITY;
-                z[i] += w * u[c];
-            }
-        }
-        if (left) multiply_blocks(left, left_scales, type, s.left, out, z);
-        for (int64_t i = 0; i < out; i++) {
-            double expected = z[i] + (bias ? get(bias, type, i) : 0),
-                   error = fabs(expected - get(y, type, r * out + i));
-            worst = !(error <= worst) ? error : worst;
-            largest = fmax(largest, fabs(expected));
-        }
+    int off = 0;
+    /* At last a mask that sets too many bits: it gives nonsense, but nothing is read beyond the values. */
+    for (int is_broken = 0; is_broken < 2; is_broken++) {
+        if (is_broken) memset(mask, 0xff, (size_t)(out * stride));
+        armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
+        if (!s.core) armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
+        if (threads > 1 && !is_broken) off = repeats(level, type, x, rows, in, one, y, threads);
     }
-    /* A mask that sets too many bits gives nonsense, but nothing is read beyond the values. */
-    memset(mask, 0xff, (size_t)(out * stride));
-    armor_linears(level, type, x, rows, in, &one, 1, parallel, threads);
-    if (!s.core) armor_unpack(level, type, values, mask, dense, out, in, kept, parallel, threads);
-    void *all[] = {x, y, values, left, right, bias, dense, core_scales, left_scales, right_scales, mask, u, z};
+    void *all[] = {x, y, values, left, right, bias, dense, core_scales, left_scales, right_scales, mask};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-    if (worst <= (type ? 2e-2 : 1e-5) * largest) return 0;
-    printf("level %d type %d core %d: %ld rows, %ld x %ld, %ld:%ld, blocks %ld %ld: off by %g of %g\n", level, type,
-           s.core, (long)rows, (long)out, (long)in, (long)s.n, (long)s.m, (long)s.left, (long)s.right, worst, largest);
-    return 1;
+    if (off) printf("level %d type %d: %ld rows, %ld x %ld: other bits\n", level, type, (long)rows, (long)out, (long)in);
+    return off;
 }
 
 /* With an argument only what runs in several threads: what one thread does cannot race. */

@@ -18,7 +18,7 @@ from armor.runtime.apart import HOST_SHARE
 from armor.runtime.experts import Expert
 from armor.runtime.filling import layer_bytes
 from armor.runtime.streaming import stream_model
-from tests.memory import card_of, host_of
+from tests.memory import host_of
 from tests.packed import edit_tensors, packed
 from tests.tiny import tiny_model, tiny_text
 
@@ -76,19 +76,6 @@ def test_packed_experts_are_read_one_by_one(tmp_path, read, monkeypatch):
     check(monkeypatch, packed(tmp_path, "qwen3_moe") / "checkpoint", read, exact=False)
 
 
-def test_generation_reads_the_experts_of_each_token(tmp_path, read, monkeypatch):
-    folder, tokens = tiny_model(tmp_path / "model", "mixtral"), torch.arange(6)[None]
-
-    def generated() -> torch.Tensor:
-        with stream_model(folder).whole() as model, torch.no_grad():
-            return model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
-
-    expected = generated()
-    host_of(monkeypatch, too_small(folder))
-    assert torch.equal(generated(), expected)
-    assert 2 * 3 * 5 <= read.total() < 4 * 3 * 6  # two of four for each new token but the first, in three layers
-
-
 def bare(folder) -> None:
     """Give the tensors the names of a base model."""
     edit_tensors(folder, lambda own: [own.update({n.removeprefix("model."): own.pop(n)}) for n in [*own]])
@@ -129,12 +116,3 @@ def test_an_expert_that_is_damaged_is_named(tmp_path, monkeypatch):
     batches = [torch.arange(40)[None], torch.arange(40)[None] + 40]
     with pytest.raises(ArmorError, match=r"experts\.2\.w3.* holds NaN or infinity"):
         list(model.logits(batches))
-
-
-def test_a_card_that_is_too_small_for_one_expert_is_refused(tmp_path, monkeypatch):
-    source = open_source(tiny_model(tmp_path / "model", "mixtral"))
-    topology = inspect(source, tmp_path / "model.json")
-    settings = CalibrationSettings(text={"files": [str(tmp_path / "absent")]}, sequences=3, sequence_length=64)
-    card_of(monkeypatch, peak_bytes(topology, 64, torch.float32, False, apart=True) - 1)
-    with pytest.raises(ArmorError, match="one decoder layer and a sequence of 64 tokens need"):
-        calibrate(source, topology, settings, tmp_path / "calibration/calibration.json", "cuda:0")

@@ -44,19 +44,6 @@ def test_it_gives_the_bits_of_each_linear_alone(dtype, threads):
         torch.set_num_threads(before)
 
 
-def test_a_compiled_model_calls_it_with_any_number_of_rows():
-    group = linears(torch.bfloat16)
-    table = boxed.table(group, COLUMNS, torch.bfloat16)
-
-    @torch.compile(backend="aot_eager", dynamic=True, fullgraph=True)
-    def compiled(x):
-        return boxed.linears(2 * x, table, True, OUT).relu()
-
-    for rows in (3, 5, 40):
-        x = torch.randn(rows, COLUMNS).bfloat16()
-        assert torch.equal(compiled(x), boxed.linears(2 * x, table, True, OUT).relu())
-
-
 def test_what_does_not_fit_is_refused_in_one_line():
     fits, group = torch.ones(2, COLUMNS).bfloat16(), linears(torch.bfloat16)
     table = boxed.table(group, COLUMNS, torch.bfloat16)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceClassification
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-import armor
 from armor.assemble.export import export
 from armor.assemble.verify import verify
 from armor.format.shards import Shards
 from armor.model.tensors import recorded_tensors
-from armor.runtime.conv1d import Turned
 from armor.runtime.linear import ArmorLinear
 from armor.runtime.load import load_model
 from armor.runtime.streaming import stream_model
 from tests.packed import SETTINGS, edit_tensors, factors_of, opened, packed
-from tests.tiny import tiny_text
 
 TOKENS = torch.arange(24)[None] * 5 % 256
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 128}
@@ -82,14 +79,3 @@ def test_the_way_of_a_checkpoint(root, tmp_path):
     GPT2ForSequenceClassification.from_pretrained(root / "checkpoint", num_labels=2)
     model.dequantize().save_pretrained(tmp_path / "plain")
     assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(plain))
-
-
-def test_in_memory(root, tmp_path):
-    model = load_model(root / "source")
-    recipe = {"method": "nowag", "overrides": [{"modules": f"transformer.{KEPT}", "method": "dense"}]}
-    tokenizer = AutoTokenizer.from_pretrained(root / "source")
-    armor.compress(model, tokenizer, tiny_text(), recipe, sequences=2, sequence_length=32)
-    kinds = [type(module) for module in model.modules()]
-    assert kinds.count(ArmorLinear) == 7 and kinds.count(Conv1D) == 1 and Turned not in kinds
-    model.save_pretrained(tmp_path)
-    assert close(logits(load_model(tmp_path)), logits(model))

@@ -78,9 +78,6 @@ def test_int8_that_keeps_every_weight_is_multiplied_as_it_is_by_torchs_kernel(dt
         with torch.no_grad(), NoRoom(lambda _, tensor: tensor.numel() == 48 * 96 and tensor.is_floating_point()):
             if rows < 300:  # it makes no weight of floats
                 linear(x)
-    x = torch.randn(3, 96).to(dtype).requires_grad_()
-    linear(x).sum().backward()
-    torch.testing.assert_close(x.grad.float(), factors.reconstruct().sum(0).expand(3, -1), rtol=0.02, atol=0.02)
     # With a number of columns that is no multiple of 16 the kernel reads beyond the weight, which may end the process.
     assert not ArmorLinear.of(*stored(48, 100, None, None, "1:1", "int8", None, 100, dtype)).runs_packed
 

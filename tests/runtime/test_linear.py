@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from armor.core import blockdiag
-from armor.core.errors import ArmorError
 from armor.core.factorization import Factorization
 from armor.core.pattern import Pattern, top_n_mask
 from armor.runtime.linear import ArmorLinear
@@ -114,18 +113,3 @@ def test_it_compiles_as_one_graph(layout, unpacked):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # graph capture without a C++ compiler
     x = torch.randn(2, layout[2])
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
-
-
-def test_to_others_it_is_a_linear_without_a_weight():
-    layer = ArmorLinear.of(factorization(*LAYOUTS[0], dtype=torch.bfloat16))
-    for held in (layer, copy.deepcopy(layer).unpack()):
-        assert isinstance(held, torch.nn.Linear) and "weight" not in held.state_dict()
-        assert (held.weight.dtype, held.weight.shape) == (torch.bfloat16, (24, 32))
-        assert held.weight.device == held.core_mask.device and getattr(held.weight, "quant_state", None) is None
-        with pytest.raises(ArmorError, match=r"weight\.data: .* no dense weight"):
-            held.weight.data += 1
-        with pytest.raises(ArmorError, match="takes no dense weight"):
-            held.weight = torch.zeros(24, 32)
-        with pytest.raises(KeyError):
-            held.weight = torch.nn.Parameter(torch.zeros(24, 32))
-        held.weight = held.weight

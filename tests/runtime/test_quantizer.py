@@ -243,9 +243,3 @@ def test_stale_weights_beside_an_index(root, tmp_path):
     assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
     shutil.copy(root / "checkpoint/model.safetensors", tmp_path / "checkpoint/model.safetensors")
     refused(tmp_path / "checkpoint", "model.safetensors", "stale")
-
-
-def test_what_no_checkpoint_holds_is_computed(tmp_path):
-    root = packed(tmp_path, "ctrl", layers=1, dff=64)
-    (model, source) = (load(root / name).transformer.pos_encoding for name in ("checkpoint", "source"))
-    assert torch.equal(model, source) and source.abs().max() > 0

@@ -1,7 +1,7 @@
 """A tensor parallel size that would cut a block is told from layouts and the model's configuration, and no other is."""
 
 import pytest
-from transformers import FalconConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen2MoeConfig
+from transformers import FalconConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from armor.core.errors import ArmorError
 from armor.core.pattern import Pattern
@@ -71,17 +71,12 @@ def test_experts_are_divided_within_each_by_the_names_of_checkpoints():
         assert f"{expert}.{leaf}: 8 ranks" in refused(config, {f"{expert}.{leaf}": layout(*shape, 128)}, 8)
 
 
-UNCERTAIN = {
-    "a family without a plan": (FalconConfig(hidden_size=HIDDEN, num_attention_heads=8), f"{MLP}.up_proj", 8),
-    "a linear that no plan names": (Qwen2MoeConfig(**SHAPE), f"{MLP}.shared_expert.gate_proj", 8),
-    "heads that vLLM cannot divide": (LlamaConfig(**SHAPE), f"{ATTENTION}.q_proj", 3),
-}
-
-
-@pytest.mark.parametrize("case", UNCERTAIN)
-def test_what_is_uncertain_is_left_to_vllm(case):
-    config, name, ranks = UNCERTAIN[case]
-    assert refused(config, {name: layout(HIDDEN, HIDDEN, 256)}, ranks) is None
+def test_what_is_uncertain_is_left_to_vllm():
+    for config, name, ranks in (
+        (FalconConfig(hidden_size=HIDDEN, num_attention_heads=8), f"{MLP}.up_proj", 8),  # has no plan
+        (LlamaConfig(**SHAPE), f"{ATTENTION}.q_proj", 3),  # heads that vLLM cannot divide
+    ):
+        assert refused(config, {name: layout(HIDDEN, HIDDEN, 256)}, ranks) is None
 
 
 def test_the_size_is_read_as_vllm_reads_it():
