@@ -33,8 +33,8 @@ from armor.methods import METHODS
 from armor.run.stages import STAGES
 from tests.engine import stand_in
 from tests.hub import hub
-from tests.wheels import wheel
 from tests.tiny import tiny_gguf, tiny_model
+from tests.wheels import wheel
 from tests.workflow.conftest import REPOSITORY, Run
 from tests.workflow.test_jobs import ITEM
 from tests.workflow.test_rerun import explained
