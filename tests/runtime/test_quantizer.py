@@ -10,10 +10,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import armor.runtime.quantizer
 from armor.assemble.verify import verify
-from armor.assemble.writer import assemble
 from armor.core.errors import ArmorError
 from armor.runtime.linear import ArmorLinear
-from tests.packed import DEFECTS, edit_tensors, factors_of, opened, packed, quantized
+from tests.packed import DEFECTS, edit_tensors, factors_of, packed, quantized
 from tests.tiny import FAMILIES
 
 TOKENS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -237,9 +236,3 @@ def test_a_dense_model_whose_config_says_armor(root, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     refused(folder, "model.layers.0.self_attn.q_proj.core_values", "missing")
     refused(root / "source", "dense model", quantization_config=armor.runtime.quantizer.ArmorConfig(**quantization))
-
-
-def test_stale_weights_beside_an_index(root, tmp_path):
-    assemble(*opened(root), root / "layers", tmp_path / "checkpoint.json", max_shard_bytes=100_000)
-    shutil.copy(root / "checkpoint/model.safetensors", tmp_path / "checkpoint/model.safetensors")
-    refused(tmp_path / "checkpoint", "model.safetensors", "stale")
