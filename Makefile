@@ -8,7 +8,7 @@ EXTRAS ?= pipeline,dev
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-cluster test-storage test-faults test-vllm lint bench families docs reference clean
+.PHONY: demo test test-cluster test-storage test-faults test-native test-vllm lint bench families docs reference clean
 
 demo: .venv/installed  ## compress SmolLM2-135M four ways and show what was lost and saved
 	@$(BIN)/armor progress -- $(BIN)/snakemake --cores $(CORES)
@@ -31,6 +31,9 @@ test-storage: .venv/storage  ## results in a bucket of an S3 server that is star
 
 test-faults: .venv/installed  ## kill the workflow 50 times; every output as undisturbed, no file left over
 	ARMOR_KILLS=50 $(BIN)/pytest -s tests/workflow/test_faults.py
+
+test-native: .venv/installed  ## the C library under the sanitizers of addresses, undefined behaviour and threads
+	ARMOR_SANITIZERS=all $(BIN)/pytest tests/runtime/test_cpu.py -k sanitizers
 
 test-vllm: .venv-vllm/installed .venv/installed  ## the vLLM plugin in an environment of its own, with a build of vLLM for CPUs
 	.venv-vllm/bin/python -m pytest tests/vllm

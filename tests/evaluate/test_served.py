@@ -40,6 +40,7 @@ def engine(tmp_path, monkeypatch):
 
 
 @pytest.mark.gate
+@pytest.mark.skipif(PYTHON not in os.environ, reason=f"compares with a real vLLM, whose Python {PYTHON} names")
 def test_a_server_answers_as_the_model_in_this_process(tmp_path, engine):
     """Over 5 s, for the server imports torch. In this process none could be left over, nor differ in what it reads."""
     folder = packed(tmp_path, **SHAPE, max_position_embeddings=CONTEXT) / "checkpoint"

@@ -192,10 +192,12 @@ def test_a_missing_library_is_said_once(tmp_path):
 NATIVE = sorted((Path(cpu.__file__).parent / "native").glob("*.c"))
 DRIVER = Path(__file__).with_name("native_driver.c")
 C11 = ("-std=c11", "-D_GNU_SOURCE", "-pthread")
+SANITIZERS = ["address"] if os.environ.get("ARMOR_SANITIZERS") != "all" else ["address,undefined", "thread"]
+"""`make test-native` has all of them: compiling with each takes half a minute."""
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizers", SANITIZERS)
 def test_sanitizers_find_nothing(tmp_path, sanitizers):
     """Every level on buffers of exactly their size, and masks that set too many bits; races where there are threads.
 
