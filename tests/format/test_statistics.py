@@ -68,3 +68,6 @@ def test_statistics_must_be_those_that_calibration_recorded(tmp_path):
     path.write_bytes(b"same")
     with pytest.raises(ArmorError, match=r"layer_0.safetensors: differs from its hash in calibration.json"):
         statistics_of(calibration, 0)
+    path.unlink()
+    with pytest.raises(ArmorError, match=r"layer_0.safetensors: missing"):
+        statistics_of(calibration, 0)
